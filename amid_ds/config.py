@@ -1,0 +1,301 @@
+"""The recipe: one typed, frozen, closed object, made from defaults, a YAML file and `a.b=c` overrides, in that order.
+
+Nothing is guessed and nothing is ignored: an unknown key is an error, and all that is wrong with a recipe is said in
+one message. What can be judged from the recipe alone is judged here; what needs ranks, models or data is judged where
+those are known (train.py).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from amid_ds.errors import InputError
+
+Dtype = Literal["auto", "bf16", "fp32"]
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, and closed to keys that it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Student(Section):
+    model: str
+    revision: str | None = None
+    dtype: Dtype = "auto"                    # auto: the DeepSpeed config's
+    activation_checkpointing: bool = False
+
+
+class Teacher(Section):
+    model: str
+    revision: str | None = None
+    dtype: Dtype = "auto"                    # auto: the checkpoint's
+    placement: Literal["zero3"] = "zero3"
+
+
+class Source(Section):
+    """One source of rows: `text`, or `prompt` with `response`, names the columns that are read."""
+
+    path: str
+    text: str | None = None
+    prompt: str | None = None
+    response: str | None = None
+    weight: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _one_kind_of_row(self) -> Source:
+        if (self.prompt is None) != (self.response is None):
+            raise ValueError("`prompt` and `response` belong together: name both columns")
+        if self.text is not None and self.prompt is not None:
+            raise ValueError("found `text` beside `prompt`/`response`: a source has one kind of row, name one of them")
+        return self
+
+    @property
+    def text_field(self) -> str:
+        """The column of a text source; `text` where the recipe names none."""
+        return self.text or "text"
+
+
+class Data(Section):
+    train: Annotated[list[Source], Field(min_length=1)]
+    prepared: str | None = None              # None: inside output_dir
+    workers: Annotated[int, Field(ge=0)] = 2
+    on_bad_row: Literal["error", "skip"] = "error"
+
+
+class AlphaBetaSpec(Section):
+    alpha: Finite
+    beta: Finite
+
+
+class DivergenceSpec(Section):
+    alpha_beta: AlphaBetaSpec
+
+
+class Loss(Section):
+    """The AMiD objective spelt out, or a `preset` with its own keys (see `amid_ds.losses.preset`)."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")   # a preset's own keys; closed below for the objective itself
+    preset: str | None = None
+    alpha: Finite = -1.0
+    lam: Share = 0.1
+    divergence: str | DivergenceSpec = "kl"
+    order: str | dict[str, NonNegative] = "pr"
+    temperature: Positive = 1.0
+    detach_assistant: bool = False
+    kd_weight: NonNegative = 1.0
+    ce_weight: NonNegative = 0.0
+
+    @model_validator(mode="after")
+    def _some_weight(self) -> Loss:
+        if self.kd_weight == 0 and self.ce_weight == 0:
+            raise ValueError("kd_weight and ce_weight are both 0: nothing would be learnt; give one of them a weight")
+        return self
+
+
+class Train(Section):
+    steps: PositiveInt
+    seq_length: Annotated[int, Field(ge=2)] = 512
+    micro_batch_size: PositiveInt = 1
+    global_batch_size: PositiveInt
+    learning_rate: Positive = 1.0e-4
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: NonNegative = 0.01
+    gradient_clipping: NonNegative = 1.0     # 0: none
+    seed: Annotated[int, Field(ge=0)] = 0
+    log_every: PositiveInt = 1
+    hang_timeout: Positive = 1800            # seconds that a collective may wait
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> Train:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"warmup_steps {self.warmup_steps} does not end within steps {self.steps}; lower it")
+        return self
+
+
+class Checkpoint(Section):
+    every: PositiveInt = 100
+    keep: Annotated[int, Field(ge=2)] = 2    # two, so that a good one is left when the newest is damaged
+
+
+class Slurm(Section):
+    pass
+
+
+class Recipe(Section):
+    student: Student
+    teacher: Teacher | None = None           # None: plain training with cross entropy
+    data: Data
+    loss: Loss = Loss()
+    train: Train
+    deepspeed: str = "ds_configs/zero3.json"
+    checkpoint: Checkpoint = Checkpoint()
+    slurm: Slurm = Slurm()
+    output_dir: str
+
+    @field_validator("output_dir", "deepspeed")
+    @classmethod
+    def _not_empty(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("the path is empty; name a folder or file")
+        return value
+
+    @property
+    def prepared_dir(self) -> Path:
+        return Path(self.data.prepared) if self.data.prepared else Path(self.output_dir) / "data"
+
+
+# Keys that the recipe will have: refused by name, rather than as unknown, until the code behind them lands. The
+# value is the one that changes nothing, so a recipe may already spell it out.
+NOT_YET: Mapping[str, Any] = {
+    "teacher.placement": "zero3",
+    "data.eval": [],
+    "train.eval_every": 0,
+    "train.max_hours": None,
+    "tensor_parallel": 1,
+    "checkpoint.keep_every": None,
+    "checkpoint.allow_change": [],
+    "slurm.max_restarts": 20,
+    "rollout": None,
+}
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Defaults, then the YAML file at `path`, then `a.b=c` overrides. Raises one InputError with all that is wrong."""
+    raw = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(raw, override)
+    not_yet = [f"`{key}` is not supported yet; leave it out" for key in _take_not_yet(raw)]
+    problems = [*_unknown_loss_keys(raw.get("loss")), *not_yet]
+    try:
+        recipe = Recipe.model_validate(raw)
+    except ValidationError as error:
+        problems = [*_readable(error), *problems]
+    else:
+        if not problems:
+            return recipe
+    raise InputError(
+        f"the recipe {path} has {len(problems)} problem(s):\n" + "\n".join(f"    - {line}" for line in problems),
+        "a recipe as in the README, with keys and values of these names and ranges",
+        "mend the lines above; the command line's key=value comes last and wins",
+    )
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; loading it again gives an equal recipe."""
+    values = recipe.model_dump(mode="json")
+    if recipe.loss.preset is not None:       # a preset brings its own values: only what was set beside it is kept
+        values["loss"] = recipe.loss.model_dump(mode="json", exclude_unset=True)
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"the recipe {path} cannot be read: {error}", "a YAML file", "check the path") from None
+    except yaml.YAMLError as error:
+        raise InputError(f"the recipe {path} is not YAML: {error}", "a YAML file", "mend that line") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"the recipe {path} holds a {type(raw).__name__}", "a mapping of sections such as `student:`",
+                         "start from the recipe in the README")
+    return raw
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise InputError(f"the argument {override!r}", "an override of the form a.b=value", "e.g. train.steps=100")
+    *sections, leaf = key.split(".")
+    node: Any = raw
+    for section in sections:
+        if isinstance(node, list) and section.isdigit() and int(section) < len(node):
+            node = node[int(section)]
+            continue
+        if not isinstance(node, dict):
+            raise InputError(f"the override {override!r} reaches into {section!r}, which is not a section",
+                             "a.b=value where a is a section of the recipe", "check the key")
+        if node.get(section) is None:
+            node[section] = {}
+        node = node[section]
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"the override {override!r}", "a value in YAML", "quote it for the shell") from None
+    if not isinstance(node, dict):
+        raise InputError(f"the override {override!r} sets a key of {'.'.join(sections)!r}, which is not a section",
+                         "a.b=value where a is a section of the recipe", "check the key")
+    node[leaf] = parsed
+
+
+def _take_not_yet(raw: dict[str, Any]) -> Iterator[str]:
+    """Remove the keys of NOT_YET from `raw`; yield those that ask for something."""
+    for dotted, harmless in NOT_YET.items():
+        *sections, leaf = dotted.split(".")
+        node: Any = raw
+        for section in sections:
+            node = node.get(section) if isinstance(node, dict) else None
+        if isinstance(node, dict) and leaf in node and node.pop(leaf) != harmless:
+            yield dotted
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """The keys that the section at `location` (a pydantic error's, less its last part) knows."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if isinstance(model, type) and issubclass(model, Section) else None
+        if field is None:
+            return []
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        model = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+    return list(model.model_fields) if model is not None else []
+
+
+def _nearest(key: str, known: Sequence[str]) -> str:
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean `{match[0]}`?" if match else f"known keys: {', '.join(known)}"
+
+
+def _readable(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        location = problem["loc"]
+        name = ".".join(str(part) for part in location) or "recipe"
+        if problem["type"] == "extra_forbidden":
+            lines.append(f"`{name}` is unknown; {_nearest(str(location[-1]), _known_keys(location[:-1]))}")
+        elif problem["type"] == "missing":
+            lines.append(f"`{name}` is missing")
+        else:
+            message = problem["msg"].removeprefix("Value error, ")
+            found = problem["input"]
+            value = "" if isinstance(found, (Mapping, Section)) else f": found {found!r}"
+            lines.append(f"`{name}`{value}; {message}")
+    return lines
+
+
+def _unknown_loss_keys(loss: Any) -> Iterator[str]:
+    """A preset may have keys of its own; without one the section is closed. Numbers among them must be finite."""
+    if not isinstance(loss, dict):
+        return
+    known = list(Loss.model_fields)
+    for key in loss.keys() - set(known):
+        if loss.get("preset") is None:
+            yield f"`loss.{key}` is unknown; {_nearest(key, known)}"
+        elif isinstance(loss[key], float) and not math.isfinite(loss[key]):
+            yield f"`loss.{key}`: found {loss[key]!r}; a preset's numbers are finite"

@@ -1,0 +1,18 @@
+"""What a user did wrong, said so that it can be mended at 3 a.m.: what was found, what was expected, and the remedy."""
+
+from __future__ import annotations
+
+
+class InputError(ValueError):
+    """The input is wrong: exit status 2, one message, no traceback. Every message has its three parts."""
+
+    def __init__(self, found: str, expected: str, remedy: str) -> None:
+        super().__init__(f"{found}\n  expected: {expected}\n  remedy:   {remedy}")
+        self.found, self.expected, self.remedy = found, expected, remedy
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:   # ranks send it to one another
+        return (InputError, (self.found, self.expected, self.remedy))
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on (a NaN, a damaged checkpoint): exit status 1, one message, no traceback."""
