@@ -1,0 +1,185 @@
+"""The prepared rows as micro-batches: what a step reads depends on (prepared data, seed, step) and on nothing else.
+
+The rows are memory-mapped, so a step costs a few copies and no place is kept: resuming at step 10^6, or with another
+number of ranks, is asking for that step. Reading ahead is done by threads and not by processes: there is nothing to
+compute that would hold the interpreter's lock, and a forked copy of an engine's process is a hazard.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import json
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from amid_ds.data.order import rows_of
+from amid_ds.data.pack import MANIFEST, SHARDS
+from amid_ds.errors import InputError
+
+IGNORED = -100                       # a label without a loss
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, padded on the right to its longest row.
+
+    input_ids [B, L] int64, labels [B, L] int64: the next token of each position, -100 where there is no loss. A causal
+    model needs no attention mask: nothing attends to the padding after it.
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    rows: list[int]                  # which rows of the prepared data
+    sources: list[str]               # where each row begins, "corpus.jsonl line 17"
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(self, input_ids=self.input_ids.to(device, non_blocking=True),
+                       labels=self.labels.to(device, non_blocking=True))
+
+
+class Prepared:
+    """The rows of a prepared folder, by number: source after source, shard after shard."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise InputError(f"the folder {folder} holds no prepared data", f"a complete one, with {MANIFEST}",
+                             "run `amid-ds prepare RECIPE`") from None
+        self.folder = folder
+        self.counts = [source["rows"] for source in manifest["sources"]]
+        self._shards = manifest["shards"]
+        self._files = [[file for file, *_ in source["files"]] for source in manifest["plan"]["sources"]]
+        self._ends = np.cumsum([shard["rows"] for shard in self._shards])
+        for shard in self._shards:
+            path = folder / SHARDS / f"{shard['name']}.arrow"
+            size = path.stat().st_size if path.exists() else None
+            if size != shard["bytes"]:
+                raise InputError(f"{path} has {'no file' if size is None else f'{size} bytes'}",
+                                 f"{shard['bytes']} bytes, as the manifest says",
+                                 "remove the folder and prepare it again")
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def row(self, number: int) -> tuple[NDArray[Any], NDArray[np.int32], str]:
+        """(tokens, positions [start, stop, ...] that are predicted, where the row begins)."""
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        shard = self._shards[place]
+        in_shard = number - int(self._ends[place]) + shard["rows"]
+        tokens, learn, file, line = _open_shard(str(self.folder / SHARDS / f"{shard['name']}.arrow")).row(in_shard)
+        first_line = shard["first_line"][str(file)]
+        return tokens, learn, f"{self._files[shard['source']][file]} line {first_line + line + 1}"
+
+    def batch(self, numbers: Sequence[int]) -> Batch:
+        rows = [self.row(number) for number in numbers]
+        length = max(len(tokens) for tokens, *_ in rows) - 1
+        input_ids = torch.zeros(len(rows), length, dtype=torch.int64)    # what pads is never looked at
+        labels = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
+        for i, (tokens, learn, _) in enumerate(rows):
+            ids = torch.from_numpy(tokens.astype(np.int64))
+            input_ids[i, :len(ids) - 1] = ids[:-1]
+            for start, stop in zip(learn[::2], learn[1::2], strict=True):
+                labels[i, start - 1:stop - 1] = ids[start:stop]
+        return Batch(input_ids, labels, list(numbers), [place for *_, place in rows])
+
+
+class StepData:
+    """The micro-batches of each step of one data-parallel rank.
+
+    Sample j of step s is sample s * global_batch_size + j of the run, whatever the layout; micro-batch a of rank r
+    takes the samples from (a * dp_size + r) * micro_batch_size on. `weights` are the sources' shares of the rows,
+    equal where none are given.
+    """
+
+    def __init__(self, folder: Path, *, seed: int, global_batch_size: int, micro_batch_size: int, dp_rank: int,
+                 dp_size: int, workers: int, weights: Sequence[float] | None = None) -> None:
+        if global_batch_size % (dp_size * micro_batch_size):
+            raise InputError(f"global_batch_size {global_batch_size} with {dp_size} data-parallel rank(s) of "
+                             f"micro_batch_size {micro_batch_size}", "a multiple of ranks × micro_batch_size",
+                             "change one of the three")
+        self.prepared = Prepared(folder)
+        self.weights = list(weights) if weights is not None else [1.0] * len(self.prepared.counts)
+        assert len(self.weights) == len(self.prepared.counts)
+        self.seed, self.global_batch_size, self.micro_batch_size = seed, global_batch_size, micro_batch_size
+        self.dp_rank, self.dp_size, self.workers = dp_rank, dp_size, workers
+
+    def window(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of one optimizer step."""
+        stride = self.dp_size * self.micro_batch_size
+        first = step * self.global_batch_size + self.dp_rank * self.micro_batch_size
+        starts = range(first, first + self.global_batch_size, stride)
+        samples = [start + i for start in starts for i in range(self.micro_batch_size)]
+        rows = rows_of(samples, self.prepared.counts, self.weights, self.seed).tolist()
+        return [self.prepared.batch(rows[i:i + self.micro_batch_size])
+                for i in range(0, len(rows), self.micro_batch_size)]
+
+    def windows(self, start: int, stop: int) -> Iterator[list[Batch]]:
+        """window(start), ..., window(stop - 1), read ahead by `workers` threads."""
+        if self.workers == 0:
+            yield from map(self.window, range(start, stop))
+            return
+        ahead: deque[Future[list[Batch]]] = deque()
+        steps = iter(range(start, stop))
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="data")
+        try:
+            for step in itertools.islice(steps, 2 * self.workers):
+                ahead.append(pool.submit(self.window, step))
+            while ahead:
+                window = ahead.popleft().result()
+                ahead.extend(pool.submit(self.window, step) for step in itertools.islice(steps, 1))
+                yield window
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def in_order(folder: Path, *, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+    """Every row of a prepared folder once, for evaluation: each rank gets the same number of batches.
+
+    Where the rows do not fill the last batches, a rank gets row 0 with no label, and `rows` names only what counts.
+    """
+    prepared = Prepared(folder)
+    stride = micro_batch_size * dp_size
+    for start in range(0, len(prepared), stride):
+        first = start + dp_rank * micro_batch_size
+        numbers = list(range(first, min(first + micro_batch_size, len(prepared))))
+        if numbers:
+            yield prepared.batch(numbers)
+        else:
+            filler = prepared.batch([0])
+            yield Batch(filler.input_ids, torch.full_like(filler.labels, IGNORED), [], [])
+
+
+class _Shard:
+    """One memory-mapped shard: numpy views of its columns, batch by batch."""
+
+    def __init__(self, path: str) -> None:
+        with pa.memory_map(path) as source, pa.ipc.open_stream(source) as reader:
+            batches = list(reader)
+        self._ends = np.cumsum([batch.num_rows for batch in batches])
+        self._batches = [[_list_views(batch["tokens"]), _list_views(batch["learn"]), batch["file"].to_numpy(),
+                          batch["line"].to_numpy()] for batch in batches]
+
+    def row(self, number: int) -> tuple[NDArray[Any], NDArray[np.int32], int, int]:
+        place = int(np.searchsorted(self._ends, number, side="right"))
+        (tokens, token_offsets), (learn, learn_offsets), files, lines = self._batches[place]
+        number -= int(self._ends[place]) - len(files)
+        return (tokens[token_offsets[number]:token_offsets[number + 1]],
+                learn[learn_offsets[number]:learn_offsets[number + 1]], int(files[number]), int(lines[number]))
+
+
+def _list_views(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
+    return column.values.to_numpy(), column.offsets.to_numpy()
+
+
+_open_shard = functools.lru_cache(maxsize=4096)(_Shard)

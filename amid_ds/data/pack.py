@@ -1,0 +1,389 @@
+"""From rows of text to rows of tokens on disk, once: tokenise, pack to seq_length, write memory-mapped Arrow shards.
+
+A source is cut into chunks, and each chunk becomes one shard by itself: documents are joined, each with its
+end-of-text, and cut into rows. So any worker can make any shard, a killed job goes on with the shards that are
+missing, and the bytes do not depend on who made them or in what order. The price is one shorter row at the end of
+each shard (under 0.1 % of a large corpus). `manifest.json` is written last: a folder that has one is complete.
+
+A row holds `tokens`, and in `learn` the positions [start, stop, start, stop, ...] of those that are predicted; `file`
+and `line` say where it begins. Text rows have seq_length + 1 tokens and overlap by one, so that every token but a
+shard's first is predicted exactly once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from amid_ds import config
+from amid_ds.data.sources import PIECE_BYTES, Row, Span, bad_row, fields_of, files_of, line_number, read_span, spans_of
+from amid_ds.data.tokenizer import document_front, encode, end_of_text, fingerprint
+from amid_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FORMAT = 1
+MANIFEST, PLAN, SHARDS = "manifest.json", "plan.json", "shards"
+SHOWN = 10                          # that many skipped rows are named
+MIN_CHUNK, MAX_CHUNK, CHUNKS = 1 << 20, 64 << 20, 64      # bytes of input per shard; a source has about 64 and more
+BATCH_CHARACTERS = 1 << 18          # handed to the tokenizer at once
+BATCH_TOKENS = 1 << 20              # written at once
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """What became of one source. `tokens` are those that are predicted."""
+
+    path: str
+    rows: int
+    tokens: int
+    documents: int
+    truncated: int                  # rows that were longer than seq_length allows
+    dropped: int                    # rows whose response vanished by truncation
+    skipped: int                    # bad rows left out, under data.on_bad_row=skip
+    shown: tuple[str, ...]          # the first ten of them
+
+
+@dataclass(frozen=True)
+class PreparedInfo:
+    folder: Path
+    rows: int
+    tokens: int
+    sources: tuple[SourceInfo, ...]
+    reused: bool                    # the folder was complete already
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What becomes one shard."""
+
+    number: int
+    source: int
+    spans: tuple[Span, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:06d}"
+
+
+@dataclass(frozen=True)
+class Maker:
+    """All that a process needs to turn chunks into shards."""
+
+    sources: Sequence[config.Source]
+    seq_length: int
+    on_bad_row: str
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+
+    def make(self, chunk: Chunk) -> None:
+        """Write one shard, and then its counts: a shard is done when they are there."""
+        front, end = document_front(self.tokenizer), end_of_text(self.tokenizer)
+        counts = Counts()
+        source = self.sources[chunk.source]
+        documents = self._encoded(chunk, fields_of(source), counts)
+        if source.prompt is None:
+            rows = pack_text(_framed(documents, front, end), self.seq_length)
+        else:
+            rows = pack_responses(documents, front, end, self.seq_length, counts)
+        path = self.folder / SHARDS / f"{chunk.name}.arrow"
+        temporary = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
+        _write_rows(temporary, rows, np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32, counts)
+        done = {"source": chunk.source, **vars(counts), "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+        os.replace(temporary, path)
+        _write_json(path.with_suffix(".json"), done)
+
+    def _encoded(self, chunk: Chunk, fields: Sequence[str], counts: Counts) -> Iterator[Encoded]:
+        """The chunk's rows as ids, encoded many at a time."""
+        for batch in _batches(self._good_rows(chunk, fields, counts)):
+            pieces = [list(itertools.chain.from_iterable(map(_pieces, row.values))) for _, row in batch]
+            ids = iter(encode(self.tokenizer, list(itertools.chain.from_iterable(pieces))))
+            for span, row in batch:
+                values = [list(itertools.chain.from_iterable(itertools.islice(ids, len(_pieces(value)))))
+                          for value in row.values]
+                yield Encoded(values, span.file, row)
+
+    def _good_rows(self, chunk: Chunk, fields: Sequence[str], counts: Counts) -> Iterator[tuple[Span, Row]]:
+        for span in chunk.spans:
+            lines = 0
+            for row in read_span(span, fields):
+                lines += row.lines
+                if row.problem is None:
+                    counts.documents += row.ends
+                    yield span, row
+                    continue
+                if self.on_bad_row == "error" or counts.skipped < SHOWN:
+                    place = f"{span.path} line {line_number(span, row.line)}"
+                    if self.on_bad_row == "error":
+                        raise bad_row(place, row.problem)
+                    counts.shown.append(f"{place}: {row.problem}")
+                counts.skipped += 1
+            counts.lines.append((span.file, lines))
+
+
+@dataclass
+class Counts:
+    """What a shard is made of; `lines` says how many lines of each file it covers, in order."""
+
+    rows: int = 0
+    tokens: int = 0
+    documents: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    skipped: int = 0
+    shown: list[str] = field(default_factory=list)
+    lines: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A row as ids, one list per field."""
+
+    values: list[list[int]]
+    file: int
+    row: Row
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A row of tokens as it is stored."""
+
+    tokens: list[int]
+    learn: list[int]
+    file: int
+    line: int
+
+
+def prepare(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreparedInfo:
+    """Tokenise and pack what is missing in `folder`; a complete one is reused at once.
+
+    A folder prepared from other data, with another tokenizer or seq_length is made anew where the run owns it, and
+    an InputError where the recipe names it (`data.prepared`), since other runs may be reading it.
+    """
+    end_of_text(tokenizer)
+    files = [files_of(source) for source in data.train]
+    plan = _plan(data, seq_length, tokenizer, files)
+    chunks = list(_chunks(files))
+    manifest = _read_json(folder / MANIFEST)
+    if manifest is not None and manifest["plan"] == plan:
+        return _info(folder, manifest, reused=True)
+    _start(folder, plan, named=data.prepared is not None)
+    maker = Maker(data.train, seq_length, data.on_bad_row, tokenizer, folder)
+    for chunk in chunks:
+        if not (folder / SHARDS / f"{chunk.name}.json").exists():
+            maker.make(chunk)
+    manifest = _manifest(folder, plan, chunks, data)
+    _write_json(folder / MANIFEST, manifest)
+    return _info(folder, manifest, reused=False)
+
+
+def pack_text(documents: Iterable[tuple[list[int], int, int]], seq_length: int) -> Iterator[Packed]:
+    """Join (ids, file, line) and cut rows of seq_length + 1 tokens that overlap by one; the last may be shorter."""
+    buffer: list[int] = []
+    cut = 0                                               # tokens that are no longer in the buffer
+    begun: deque[tuple[int, int, int]] = deque()          # where the documents in the buffer begin: (token, file, line)
+    for ids, file, line in documents:
+        begun.append((cut + len(buffer), file, line))
+        buffer += ids
+        start = 0
+        while len(buffer) - start > seq_length:
+            yield _text_row(buffer[start:start + seq_length + 1], cut + start, begun)
+            start += seq_length
+        del buffer[:start]
+        cut += start
+    if len(buffer) > 1:                                   # a single token left over was the last row's last
+        yield _text_row(buffer, cut, begun)
+
+
+def _text_row(tokens: list[int], position: int, begun: deque[tuple[int, int, int]]) -> Packed:
+    while len(begun) > 1 and begun[1][0] <= position:
+        begun.popleft()
+    return Packed(tokens, [1, len(tokens)], *begun[0][1:])
+
+
+def pack_responses(documents: Iterable[Encoded], front: list[int], end: int, seq_length: int,
+                   counts: Counts) -> Iterator[Packed]:
+    """One row per prompt and response, the loss on the response and its end-of-text alone.
+
+    A row that is too long loses the left of its prompt; of a response that does not fit even so, the right.
+    """
+    for document in documents:
+        prompt, response = front + document.values[0], [*document.values[1], end]
+        room = seq_length + 1 - len(response)
+        if len(prompt) > room:
+            counts.truncated += 1
+            prompt = prompt[-max(room, 1):]               # one token at least, to predict the response from
+            response = response[:seq_length + 1 - len(prompt)]
+        yield Packed(prompt + response, [max(len(prompt), 1), len(prompt) + len(response)],
+                     document.file, document.row.line)
+
+
+def _framed(documents: Iterable[Encoded], front: list[int], end: int) -> Iterator[tuple[list[int], int, int]]:
+    for document in documents:
+        ids = [*(front if document.row.begins else ()), *document.values[0], *((end,) if document.row.ends else ())]
+        yield ids, document.file, document.row.line
+
+
+def _batches(rows: Iterator[tuple[Span, Row]]) -> Iterator[list[tuple[Span, Row]]]:
+    batch: list[tuple[Span, Row]] = []
+    characters = 0
+    for span, row in rows:
+        batch.append((span, row))
+        characters += sum(map(len, row.values))
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> list[str]:
+    """The text, a very long one in pieces that end at white space: a tokenizer's memory grows with what it is given."""
+    pieces = []
+    while len(text) > PIECE_BYTES:
+        cut = max(text.rfind("\n", 0, PIECE_BYTES), text.rfind(" ", 0, PIECE_BYTES)) + 1 or PIECE_BYTES
+        pieces.append(text[:cut])
+        text = text[cut:]
+    return [*pieces, text]
+
+
+def _chunks(files: Sequence[Sequence[str]]) -> Iterator[Chunk]:
+    number = itertools.count()
+    for source, paths in enumerate(files):
+        target = min(max(sum(map(os.path.getsize, paths)) // CHUNKS, MIN_CHUNK), MAX_CHUNK)
+        for spans in spans_of(paths, target):
+            yield Chunk(next(number), source, tuple(spans))
+
+
+def _write_rows(path: Path, rows: Iterable[Packed], dtype: Any, counts: Counts) -> None:
+    token_type = pa.list_(pa.from_numpy_dtype(dtype))
+    schema = pa.schema([("tokens", token_type), ("learn", pa.list_(pa.int32())), ("file", pa.int32()),
+                        ("line", pa.int64())])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in _by_size(rows):
+            counts.rows += len(batch)
+            counts.tokens += sum(stop - start for row in batch
+                                 for start, stop in zip(row.learn[::2], row.learn[1::2], strict=True))
+            offsets = np.cumsum([0, *(len(row.tokens) for row in batch)], dtype=np.int32)
+            flat = np.fromiter(itertools.chain.from_iterable(row.tokens for row in batch), dtype, offsets[-1])
+            writer.write_batch(pa.record_batch([
+                pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)),
+                pa.array([row.learn for row in batch], pa.list_(pa.int32())),
+                pa.array([row.file for row in batch], pa.int32()),
+                pa.array([row.line for row in batch], pa.int64())], schema=schema))
+        sink.flush()
+
+
+def _by_size(rows: Iterable[Packed]) -> Iterator[list[Packed]]:
+    batch: list[Packed] = []
+    tokens = 0
+    for row in rows:
+        batch.append(row)
+        tokens += len(row.tokens)
+        if tokens >= BATCH_TOKENS:
+            yield batch
+            batch, tokens = [], 0
+    if batch:
+        yield batch
+
+
+def _plan(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
+          files: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """All that the shards' bytes depend on. A source's weight is not among it: mixing is done when reading."""
+    sources = []
+    for source, paths in zip(data.train, files, strict=True):
+        stats = [(path, os.stat(path)) for path in paths]
+        sources.append({"path": source.path, "fields": list(fields_of(source)),
+                        "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]})
+    return {"format": FORMAT, "seq_length": seq_length, "tokenizer": fingerprint(tokenizer),
+            "on_bad_row": data.on_bad_row, "sources": sources}
+
+
+def _start(folder: Path, plan: dict[str, Any], named: bool) -> None:
+    """Make the folder ready for shards of this plan; those of an unfinished one of the same plan stay."""
+    manifest = _read_json(folder / MANIFEST)
+    found = manifest["plan"] if manifest is not None else _read_json(folder / PLAN)
+    if found is not None and found != plan:
+        if named:
+            raise InputError(f"{folder} was prepared differently: {_first_difference(found, plan)}",
+                             "a folder prepared from this recipe's data, tokenizer and seq_length",
+                             "name another folder in data.prepared, or remove this one")
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder / SHARDS, ignore_errors=True)
+    (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+    _write_json(folder / PLAN, plan)
+
+
+def _first_difference(found: Any, wanted: Any, name: str = "") -> str:
+    if isinstance(found, dict) and isinstance(wanted, dict) and found.keys() == wanted.keys():
+        key = next(key for key in wanted if found[key] != wanted[key])
+        return _first_difference(found[key], wanted[key], f"{name}.{key}".lstrip("."))
+    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
+        place = next(place for place in range(len(wanted)) if found[place] != wanted[place])
+        return _first_difference(found[place], wanted[place], f"{name}[{place}]")
+    return f"`{name}` is {found!r} there and {wanted!r} in this recipe"
+
+
+def _manifest(folder: Path, plan: dict[str, Any], chunks: Sequence[Chunk], data: config.Data) -> dict[str, Any]:
+    shards = [_read_json(folder / SHARDS / f"{chunk.name}.json") for chunk in chunks]
+    seen: dict[tuple[int, int], int] = {}                 # lines of (source, file) in earlier shards
+    sources = [{"path": source.path, "rows": 0, "tokens": 0, "documents": 0, "truncated": 0, "dropped": 0,
+                "skipped": 0, "shown": []} for source in data.train]
+    entries = []
+    for chunk, shard in zip(chunks, shards, strict=True):
+        assert shard is not None
+        first_line = {}
+        for file, lines in shard["lines"]:
+            first_line[str(file)] = seen.get((chunk.source, file), 0)
+            seen[chunk.source, file] = first_line[str(file)] + lines
+        total: dict[str, Any] = sources[chunk.source]
+        for key in total.keys() - {"path", "shown"}:
+            total[key] += shard[key]
+        total["shown"] = [*total["shown"], *shard["shown"]][:SHOWN]
+        entries.append({"name": chunk.name, "source": chunk.source, "rows": shard["rows"], "first_line": first_line,
+                        "bytes": shard["bytes"], "sha256": shard["sha256"]})
+    for total in sources:
+        if total["rows"] == 0:
+            raise InputError(f"the data source {total['path']!r} has no row left to train on: {total}",
+                             "at least one usable row of two tokens or more", "look at the rows named above")
+    return {"plan": plan, "sources": sources, "shards": entries}
+
+
+def _info(folder: Path, manifest: dict[str, Any], reused: bool) -> PreparedInfo:
+    sources = tuple(SourceInfo(**{**source, "shown": tuple(source["shown"])}) for source in manifest["sources"])
+    return PreparedInfo(folder, sum(source.rows for source in sources), sum(source.tokens for source in sources),
+                        sources, reused)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return loaded
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

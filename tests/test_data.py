@@ -1,0 +1,309 @@
+"""From files to micro-batches: every token once, labels where they belong, bad input named by file and line."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from amid_ds import config
+from amid_ds.data import Prepared, StepData, check_sources, in_order, pack, prepare, train_sentencepiece
+from amid_ds.data.tokenizer import load_tokenizer
+from amid_ds.errors import InputError
+
+SEQ = 16
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_sentencepiece((f"word{i} and number {i * 7}\n\tindented é {i}" for i in range(300)), folder, vocab_size=310)
+    return load_tokenizer(str(folder))
+
+
+@pytest.fixture
+def many_chunks(monkeypatch):
+    """Small chunks, so that a small corpus becomes many shards."""
+    monkeypatch.setattr(pack, "MIN_CHUNK", 2000)
+
+
+def texts(count, seed=0):
+    rng = random.Random(seed)
+    return [" ".join(f"word{rng.randrange(999)}" for _ in range(rng.randint(1, 60))) + "\n" * rng.randrange(3)
+            for _ in range(count)]
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def data_of(*sources, **keys):
+    return config.Data(train=list(sources), **keys)
+
+
+def labelled(batch):
+    """(input token, label) of every position with a loss."""
+    keep = batch.labels != -100
+    return list(zip(batch.input_ids[keep].tolist(), batch.labels[keep].tolist(), strict=True))
+
+
+def expected_pairs(documents, tokenizer):
+    """Each token of the joined documents with the one after it: what a text source has to teach."""
+    stream = [i for text in documents for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    return list(zip(stream[:-1], stream[1:], strict=True))
+
+
+def test_text_rows_teach_every_token_once_and_in_order(tmp_path, tokenizer):
+    documents = texts(40)
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"id": i, "body": text} for i, text in enumerate(documents)])
+    info = prepare(data_of({"path": path, "text": "body"}), SEQ, tokenizer, tmp_path / "out")
+    batches = list(in_order(tmp_path / "out", micro_batch_size=3, dp_rank=0, dp_size=1))
+    pairs = [pair for batch in batches for pair in labelled(batch)]
+    assert pairs == expected_pairs(documents, tokenizer)
+    assert info.tokens == len(pairs) and info.sources[0].documents == 40 and not info.reused
+    assert {batch.input_ids.shape[1] for batch in batches[:-1]} == {SEQ}
+    assert batches[0].input_ids.dtype == batches[0].labels.dtype == torch.int64
+
+
+def test_shards_together_hold_the_whole_corpus(tmp_path, tokenizer, many_chunks):
+    """Cut into many shards, only the pair across each shard's border is not taught."""
+    documents = texts(200)
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in documents])
+    prepare(data_of({"path": path}), SEQ, tokenizer, tmp_path / "out")
+    shards = len(list((tmp_path / "out" / "shards").glob("*.arrow")))
+    batches = in_order(tmp_path / "out", micro_batch_size=1, dp_rank=0, dp_size=1)
+    pairs, wanted = [pair for batch in batches for pair in labelled(batch)], expected_pairs(documents, tokenizer)
+    assert shards > 10 and len(pairs) == len(wanted) - (shards - 1)
+    at = 0
+    for pair in pairs:                        # in order, skipping nothing but a pair that begins with an end of text
+        while wanted[at] != pair:
+            assert wanted[at][0] == tokenizer.eos_token_id
+            at += 1
+        at += 1
+    assert at == len(wanted)
+
+
+def test_a_text_file_is_one_document_with_its_white_space(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("amid_ds.data.sources.PIECE_BYTES", 50)      # read in many pieces
+    monkeypatch.setattr(pack, "MIN_CHUNK", 4000)                     # and from two chunks
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    contents = ["".join(texts(100, seed)).replace("\n", "\n  \n") for seed in (1, 2)]
+    for name, content in zip("ab", contents, strict=True):
+        (folder / f"{name}.txt").write_bytes(content.encode())
+    info = prepare(data_of({"path": str(folder)}), SEQ, tokenizer, tmp_path / "out")
+    batches = list(in_order(tmp_path / "out", micro_batch_size=1, dp_rank=0, dp_size=1))
+    ids, previous = [], None
+    for batch in batches:                     # rows overlap by one token within a shard
+        row = [*batch.input_ids[0].tolist(), batch.labels[0, -1].item()]
+        ids += row[1:] if previous == row[0] else row
+        previous = row[-1]
+    assert ids.count(tokenizer.eos_token_id) == info.sources[0].documents == 2
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "".join(contents)
+
+
+def test_the_loss_of_a_response_row_is_on_the_response_alone(tmp_path, tokenizer):
+    rows = [{"q": "word1 and", "a": "number 7"}, {"q": "x", "a": "a longer word2 answer é"}]
+    path = write_jsonl(tmp_path / "instructions.jsonl", rows)
+    prepare(data_of({"path": path, "prompt": "q", "response": "a"}), 64, tokenizer, tmp_path / "out")
+    [batch] = in_order(tmp_path / "out", micro_batch_size=2, dp_rank=0, dp_size=1)
+    for i, row in enumerate(rows):
+        prompt, response = tokenizer(row["q"])["input_ids"], tokenizer(row["a"])["input_ids"]
+        whole = [*prompt, *response, tokenizer.eos_token_id]
+        labels = [-100] * (len(prompt) - 1) + whole[len(prompt):]
+        padding = batch.labels.shape[1] - len(labels)
+        assert batch.input_ids[i, :len(whole) - 1].tolist() == whole[:-1]
+        assert batch.labels[i].tolist() == labels + [-100] * padding
+
+
+def test_a_long_prompt_loses_its_left_and_a_long_response_its_right(tmp_path, tokenizer):
+    long, short = " ".join(texts(5)), "word1"
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"q": long, "a": short}, {"q": short, "a": long}, {"q": "x", "a": "y"}])
+    info = prepare(data_of({"path": path, "prompt": "q", "response": "a"}), SEQ, tokenizer, tmp_path / "out")
+    assert info.sources[0].truncated == 2
+    [batch] = in_order(tmp_path / "out", micro_batch_size=3, dp_rank=0, dp_size=1)
+    long_ids, short_ids, end = tokenizer(long)["input_ids"], tokenizer(short)["input_ids"], tokenizer.eos_token_id
+    assert batch.input_ids.shape == (3, SEQ)
+    assert batch.input_ids[0].tolist() == [*long_ids, *short_ids][-SEQ:]
+    assert labelled(batch)[:len(short_ids)][-1][1] == short_ids[-1]
+    assert batch.labels[0, -1] == end
+    assert batch.input_ids[1].tolist() == [short_ids[-1], *long_ids[:SEQ - 1]]
+    assert batch.labels[1].tolist() == long_ids[:SEQ]
+
+
+@pytest.fixture
+def prepared(tmp_path, tokenizer, many_chunks):
+    one = write_jsonl(tmp_path / "one.jsonl", [{"text": text} for text in texts(60, 1)])
+    two = write_jsonl(tmp_path / "two.jsonl", [{"text": text} for text in texts(150, 2)])
+    prepare(data_of({"path": one}, {"path": two}), SEQ, tokenizer, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def step_data(folder, size=1, rank=0, micro=1, workers=0, **keys):
+    return StepData(folder, seed=3, global_batch_size=8, micro_batch_size=micro, dp_rank=rank, dp_size=size,
+                    workers=workers, **keys)
+
+
+@pytest.mark.parametrize(("size", "micro"), [(1, 8), (2, 4), (4, 1), (8, 1)])
+def test_a_step_reads_the_same_rows_in_any_layout(prepared, size, micro):
+    alone = step_data(prepared)
+    for step in (0, 1, 10**6):
+        ranks = [step_data(prepared, size, rank, micro).window(step) for rank in range(size)]
+        together = [row for window in zip(*ranks, strict=True) for batch in window for row in batch.rows]
+        assert together == [batch.rows[0] for batch in alone.window(step)]
+
+
+def test_interrupted_runs_in_changing_layouts_read_every_row_once(prepared):
+    rows = len(Prepared(prepared))
+    shares = Prepared(prepared).counts        # weights in proportion to the rows: one epoch of both ends together
+    rng, steps, seen, step = random.Random(1), rows // 8, [], 0
+    while step < steps:
+        stop = min(step + rng.randint(1, steps // 6), steps)
+        size = rng.choice([1, 2, 4, 8])
+        for rank in range(size):
+            for window in step_data(prepared, size, rank, weights=shares).windows(step, stop):
+                seen += [row for batch in window for row in batch.rows]
+        step = stop
+    assert len(seen) == len(set(seen)) == steps * 8 > rows - 8
+
+
+def test_threads_read_ahead_without_changing_the_order(prepared):
+    plain = [[batch.rows for batch in window] for window in step_data(prepared).windows(5, 25)]
+    ahead = [[batch.rows for batch in window] for window in step_data(prepared, workers=3).windows(5, 25)]
+    assert plain == ahead and len(plain) == 20
+
+
+def test_a_row_is_named_by_its_file_and_line(prepared, tokenizer):
+    data = Prepared(prepared)
+    for number in range(0, len(data), 7):
+        tokens, _, place = data.row(number)
+        path, line = re.fullmatch(r"(.*) line (\d+)", place).groups()
+        with open(path, encoding="utf-8") as file:
+            lines = [json.loads(text)["text"] for text in file]
+        head = tokenizer.decode(tokens[:6].tolist()).split("</s>")[0]
+        tail = "".join(lines[int(line) - 1:])
+        assert head in tail and tail.index(head) <= len(lines[int(line) - 1])
+
+
+def test_a_complete_folder_is_reused_and_a_killed_job_goes_on(prepared, tmp_path, tokenizer):
+    data = data_of({"path": str(tmp_path / "one.jsonl")}, {"path": str(tmp_path / "two.jsonl")})
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (prepared / "shards").iterdir()}
+    assert prepare(data, SEQ, tokenizer, prepared).reused
+    manifest = (prepared / "manifest.json").read_bytes()
+    (prepared / "manifest.json").unlink()                 # killed before the end, with two shards missing,
+    (prepared / "shards" / "000001.json").unlink()        # one of them written but not counted
+    (prepared / "shards" / "000003.json").unlink()
+    (prepared / "shards" / "000003.arrow").unlink()
+    assert not prepare(data, SEQ, tokenizer, prepared).reused
+    assert (prepared / "manifest.json").read_bytes() == manifest
+    for path in (prepared / "shards").iterdir():
+        content, time = before.pop(path.name)
+        assert path.read_bytes() == content
+        assert (path.stat().st_mtime_ns == time) == (path.stem not in ("000001", "000003"))
+    assert not before
+
+
+def test_a_folder_of_other_data_is_refused_by_name_or_made_anew(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts(20)])
+    out = tmp_path / "out"
+    prepare(data_of({"path": path}), SEQ, tokenizer, out)
+    with pytest.raises(InputError, match="`seq_length` is 16 there and 8 in this recipe"):
+        prepare(data_of({"path": path}, prepared=str(out)), 8, tokenizer, out)
+    rows = len(Prepared(out))
+    prepare(data_of({"path": path}), 8, tokenizer, out)
+    assert len(Prepared(out)) > rows
+
+
+BAD_LINES = [
+    (b'{"text": "x"', "not JSON"),
+    (b'["text"]', "holds a list where an object is expected"),
+    (b'{"txt": "x"}', "lacks the field 'text'; it has 'txt'"),
+    (b'{"text": 5}', "the field 'text' holds a number where text is expected"),
+    (b'{"text": null}', "the field 'text' holds null"),
+    (b'{"text": ""}', "the field 'text' is empty"),
+    (b'{"text": "a\\u0000b"}', "the field 'text' holds a NUL character"),
+    (b'{"text": "\\ud800"}', "half a surrogate pair"),
+    (b'{"text": "\xff"}', "not UTF-8: byte 0xff at position 10"),
+    (b'{"text": "\x00"}', "holds a NUL byte"),
+    (b"", "an empty line"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), BAD_LINES)
+@pytest.mark.parametrize("number", [2, 150])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, many_chunks, line, message, number):
+    lines = [json.dumps({"text": text}).encode() for text in texts(200)]
+    lines.insert(number - 1, line)
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b"\n".join(lines) + b"\n")
+    with pytest.raises(InputError, match=f"corpus.jsonl line {number}: .*{re.escape(message)}"):
+        prepare(data_of({"path": str(path)}), SEQ, tokenizer, tmp_path / "out")
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    if number == 2:
+        with pytest.raises(InputError, match=f"corpus.jsonl line 2: .*{re.escape(message)}"):
+            check_sources(data_of({"path": str(path)}))
+
+
+def test_skipped_rows_are_counted_and_the_first_ten_shown(tmp_path, tokenizer, many_chunks):
+    good = [json.dumps({"text": text}) for text in texts(150)]
+    lines = [line for text in good for line in (text, '{"text": 1}')]
+    path = tmp_path / "corpus.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    info = prepare(data_of({"path": str(path)}, on_bad_row="skip"), SEQ, tokenizer, tmp_path / "out").sources[0]
+    assert (info.documents, info.skipped, len(info.shown)) == (150, 150, 10)
+    assert info.shown[3] == f"{path} line 8: the field 'text' holds a number where text is expected"
+
+
+def test_a_source_that_is_missing_empty_or_unknown_is_refused(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "table.xlsx").write_text("x")
+    (tmp_path / "bare").mkdir()
+    for name, message in [("nowhere.jsonl", "not there"), ("empty.jsonl", "is empty"), ("table.xlsx", "not known"),
+                          ("bare", "no files of a known kind"), ("*.txt", "no files")]:
+        with pytest.raises(InputError, match=message):
+            check_sources(data_of({"path": str(tmp_path / name)}))
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_no_error(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
+    check_sources(data_of({"path": str(path)}))
+
+
+def test_a_tokenizer_without_end_of_text_is_refused(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "a"}])
+    bare = load_tokenizer(tokenizer.name_or_path)
+    bare.eos_token = None
+    with pytest.raises(InputError, match="no end-of-text token"):
+        prepare(data_of({"path": path}), SEQ, bare, tmp_path / "out")
+
+
+def test_a_shard_cut_short_is_refused(prepared):
+    path = prepared / "shards" / "000002.arrow"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(InputError, match=r"000002.arrow has \d+ bytes"):
+        Prepared(prepared)
+
+
+def test_evaluation_gives_every_rank_the_same_number_of_batches(prepared):
+    ranks = [list(in_order(prepared, micro_batch_size=4, dp_rank=rank, dp_size=3)) for rank in range(3)]
+    assert len({len(batches) for batches in ranks}) == 1
+    rows = sorted(row for batches in ranks for batch in batches for row in batch.rows)
+    assert rows == list(range(len(Prepared(prepared))))
+    assert all((batch.labels == -100).all() for batches in ranks for batch in batches if not batch.rows)
+
+
+def test_a_batch_that_ranks_do_not_divide_is_refused(prepared):
+    with pytest.raises(InputError, match="global_batch_size 8 with 3"):
+        step_data(prepared, size=3)
+
+
+def test_tokens_of_a_large_vocabulary_keep_their_ids(tmp_path, tokenizer):
+    counts = pack.Counts()
+    rows = [pack.Packed([0, 70_000, 151_642], [1, 3], 0, 0)]
+    pack._write_rows(tmp_path / "shard.arrow", rows, np.uint32, counts)
+    from amid_ds.data.loader import _Shard
+    assert _Shard(str(tmp_path / "shard.arrow")).row(0)[0].tolist() == [0, 70_000, 151_642]

@@ -1,0 +1,106 @@
+"""Tokenizers: lossless, equal to sentencepiece's own, told apart by what they produce."""
+
+import json
+import random
+import sysconfig
+from pathlib import Path
+
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from amid_ds.data import fingerprint, load_tokenizer, require_same_tokenizer, train_sentencepiece
+from amid_ds.errors import InputError
+
+STDLIB = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    train_sentencepiece((path.read_text(encoding="utf-8") for path in STDLIB[:60]), folder, vocab_size=1200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def awkward_texts(count):
+    rng = random.Random(0)
+    alphabet = " \n\taeself=\"'():_\r日é😀\x00\\0</s>"
+    for _ in range(count):
+        yield "".join(rng.choice(alphabet) if rng.random() < 0.6 else " " * rng.randint(1, 40)
+                      for _ in range(rng.randint(1, 40)))
+
+
+def test_trained_tokenizer_has_the_size_and_the_tokens_asked_for(tokenizer):
+    assert len(tokenizer) == 1200
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("</s>", "<pad>", None)
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert tokenizer.model_max_length > 1 << 40
+
+
+def test_unseen_python_source_comes_back_to_the_last_character(tokenizer):
+    texts = [path.read_text(encoding="utf-8") for path in STDLIB[60:]]
+    texts = [text for text in texts if "\u2581" not in text] + list(awkward_texts(300))
+    assert len(texts) > 300
+    for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
+        assert tokenizer.decode(ids) == text
+
+
+def test_encoding_equals_sentencepieces_own(folder, tokenizer):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.model"))
+    texts = [path.read_text(encoding="utf-8") for path in STDLIB[60:]] + list(awkward_texts(3000))
+    assert tokenizer(texts)["input_ids"] == reference.encode(texts)
+
+
+def test_special_tokens_spelt_in_a_text_stay_text(tokenizer):
+    assert tokenizer.eos_token_id not in tokenizer("print('</s><pad>')")["input_ids"]
+
+
+def test_training_is_deterministic(folder, tmp_path, tokenizer):
+    train_sentencepiece((path.read_text(encoding="utf-8") for path in STDLIB[:60]), tmp_path, vocab_size=1200)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert fingerprint(load_tokenizer(str(tmp_path))) == fingerprint(tokenizer)
+
+
+def test_too_little_text_for_the_vocabulary_is_refused(tmp_path):
+    with pytest.raises(InputError, match="5000"):
+        train_sentencepiece(["only a few words"], tmp_path, vocab_size=5000)
+
+
+def test_a_tokenizer_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(InputError, match="no tokenizer"):
+        load_tokenizer(str(tmp_path / "nowhere"))
+
+
+def swap_two_tokens(folder, tmp_path):
+    """The same tokenizer but that two words have changed their ids: same size, same texts."""
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    vocab = content["model"]["vocab"]
+    vocab["def"], vocab["self"] = vocab["self"], vocab["def"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+    return load_tokenizer(str(tmp_path))
+
+
+def test_the_same_size_is_not_the_same_tokenizer(folder, tokenizer, tmp_path):
+    other = swap_two_tokens(folder, tmp_path)
+    assert len(other) == len(tokenizer)
+    assert fingerprint(other) != fingerprint(tokenizer)
+    with pytest.raises(InputError, match=r"(?s)the text .*def f.* becomes.*student: \[.*teacher: \["):
+        require_same_tokenizer(tokenizer, other, "student", "teacher")
+
+
+def test_a_difference_that_no_probe_shows_is_found_in_the_vocabulary(folder, tokenizer):
+    other = load_tokenizer(str(folder))
+    other.add_tokens(["zzqqxx"])
+    with pytest.raises(InputError, match=r"(?s)the id 1200 is.*'\(no token\)'.*'zzqqxx'"):
+        require_same_tokenizer(tokenizer, other, "student", "teacher")
+
+
+def test_a_tokenizer_is_the_same_as_itself(folder, tokenizer):
+    require_same_tokenizer(tokenizer, load_tokenizer(str(folder)), "student", "teacher")
