@@ -1,5 +1,6 @@
 """From files to micro-batches: every token once, labels where they belong, bad input named by file and line."""
 
+import itertools
 import json
 import random
 import re
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from amid_ds import config
-from amid_ds.data import Prepared, StepData, check_sources, in_order, pack, prepare, train_sentencepiece
+from amid_ds.data import Prepared, StepData, check_sources, pack, prepare, read_rows, train_sentencepiece
 from amid_ds.data.tokenizer import load_tokenizer
 from amid_ds.errors import InputError
 
@@ -53,14 +54,14 @@ def labelled(batch):
 def expected_pairs(documents, tokenizer):
     """Each token of the joined documents with the one after it: what a text source has to teach."""
     stream = [i for text in documents for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    return list(zip(stream[:-1], stream[1:], strict=True))
+    return list(itertools.pairwise(stream))
 
 
 def test_text_rows_teach_every_token_once_and_in_order(tmp_path, tokenizer):
     documents = texts(40)
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"id": i, "body": text} for i, text in enumerate(documents)])
     info = prepare(data_of({"path": path, "text": "body"}), SEQ, tokenizer, tmp_path / "out")
-    batches = list(in_order(tmp_path / "out", micro_batch_size=3, dp_rank=0, dp_size=1))
+    batches = list(read_rows(tmp_path / "out", 3))
     pairs = [pair for batch in batches for pair in labelled(batch)]
     assert pairs == expected_pairs(documents, tokenizer)
     assert info.tokens == len(pairs) and info.sources[0].documents == 40 and not info.reused
@@ -74,7 +75,7 @@ def test_shards_together_hold_the_whole_corpus(tmp_path, tokenizer, many_chunks)
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in documents])
     prepare(data_of({"path": path}), SEQ, tokenizer, tmp_path / "out")
     shards = len(list((tmp_path / "out" / "shards").glob("*.arrow")))
-    batches = in_order(tmp_path / "out", micro_batch_size=1, dp_rank=0, dp_size=1)
+    batches = read_rows(tmp_path / "out", 1)
     pairs, wanted = [pair for batch in batches for pair in labelled(batch)], expected_pairs(documents, tokenizer)
     assert shards > 10 and len(pairs) == len(wanted) - (shards - 1)
     at = 0
@@ -95,7 +96,7 @@ def test_a_text_file_is_one_document_with_its_white_space(tmp_path, tokenizer, m
     for name, content in zip("ab", contents, strict=True):
         (folder / f"{name}.txt").write_bytes(content.encode())
     info = prepare(data_of({"path": str(folder)}), SEQ, tokenizer, tmp_path / "out")
-    batches = list(in_order(tmp_path / "out", micro_batch_size=1, dp_rank=0, dp_size=1))
+    batches = list(read_rows(tmp_path / "out", 1))
     ids, previous = [], None
     for batch in batches:                     # rows overlap by one token within a shard
         row = [*batch.input_ids[0].tolist(), batch.labels[0, -1].item()]
@@ -109,7 +110,7 @@ def test_the_loss_of_a_response_row_is_on_the_response_alone(tmp_path, tokenizer
     rows = [{"q": "word1 and", "a": "number 7"}, {"q": "x", "a": "a longer word2 answer é"}]
     path = write_jsonl(tmp_path / "instructions.jsonl", rows)
     prepare(data_of({"path": path, "prompt": "q", "response": "a"}), 64, tokenizer, tmp_path / "out")
-    [batch] = in_order(tmp_path / "out", micro_batch_size=2, dp_rank=0, dp_size=1)
+    [batch] = read_rows(tmp_path / "out", 2)
     for i, row in enumerate(rows):
         prompt, response = tokenizer(row["q"])["input_ids"], tokenizer(row["a"])["input_ids"]
         whole = [*prompt, *response, tokenizer.eos_token_id]
@@ -121,10 +122,11 @@ def test_the_loss_of_a_response_row_is_on_the_response_alone(tmp_path, tokenizer
 
 def test_a_long_prompt_loses_its_left_and_a_long_response_its_right(tmp_path, tokenizer):
     long, short = " ".join(texts(5)), "word1"
-    path = write_jsonl(tmp_path / "rows.jsonl", [{"q": long, "a": short}, {"q": short, "a": long}, {"q": "x", "a": "y"}])
+    rows = [{"q": long, "a": short}, {"q": short, "a": long}, {"q": "x", "a": "y"}]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
     info = prepare(data_of({"path": path, "prompt": "q", "response": "a"}), SEQ, tokenizer, tmp_path / "out")
     assert info.sources[0].truncated == 2
-    [batch] = in_order(tmp_path / "out", micro_batch_size=3, dp_rank=0, dp_size=1)
+    [batch] = read_rows(tmp_path / "out", 3)
     long_ids, short_ids, end = tokenizer(long)["input_ids"], tokenizer(short)["input_ids"], tokenizer.eos_token_id
     assert batch.input_ids.shape == (3, SEQ)
     assert batch.input_ids[0].tolist() == [*long_ids, *short_ids][-SEQ:]
@@ -289,7 +291,7 @@ def test_a_shard_cut_short_is_refused(prepared):
 
 
 def test_evaluation_gives_every_rank_the_same_number_of_batches(prepared):
-    ranks = [list(in_order(prepared, micro_batch_size=4, dp_rank=rank, dp_size=3)) for rank in range(3)]
+    ranks = [list(read_rows(prepared, 4, rank, 3)) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     rows = sorted(row for batches in ranks for batch in batches for row in batch.rows)
     assert rows == list(range(len(Prepared(prepared))))

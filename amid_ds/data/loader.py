@@ -143,16 +143,16 @@ class StepData:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def in_order(folder: Path, *, micro_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+def read_rows(folder: Path, batch_size: int, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
     """Every row of a prepared folder once, for evaluation: each rank gets the same number of batches.
 
     Where the rows do not fill the last batches, a rank gets row 0 with no label, and `rows` names only what counts.
     """
     prepared = Prepared(folder)
-    stride = micro_batch_size * dp_size
+    stride = batch_size * dp_size
     for start in range(0, len(prepared), stride):
-        first = start + dp_rank * micro_batch_size
-        numbers = list(range(first, min(first + micro_batch_size, len(prepared))))
+        first = start + dp_rank * batch_size
+        numbers = list(range(first, min(first + batch_size, len(prepared))))
         if numbers:
             yield prepared.batch(numbers)
         else:
