@@ -1,0 +1,125 @@
+"""One block of tokens from logits to loss and gradient: three exchanges of row sums, four passes over the logits.
+
+The arithmetic between the exchanges belongs to a backend, a module with the four functions of `Backend`: plain torch
+(elementwise.py) or Triton (kernels.py). What is exchanged, and when, is here and the same for both and for one process.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from amid_ds.losses.objective import AMiD
+from amid_ds.vocab_parallel import VocabShard
+
+
+@dataclass(frozen=True)
+class Logits:
+    """One model's logits of a block: `raw` [n, width] as the product left them, then scaled, then capped."""
+
+    raw: Tensor
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def width(self) -> int:
+        return self.raw.shape[1]
+
+    def read(self, columns: slice, dtype: torch.dtype) -> Tensor:
+        """The logits [n, tile] in `dtype`; a view of `raw` where nothing has to be done."""
+        return self.of(self.raw[:, columns].to(dtype))
+
+    def of(self, raw: Tensor) -> Tensor:
+        z = raw if self.scale == 1 else raw * self.scale
+        return z if self.softcap is None else (z / self.softcap).tanh_().mul_(self.softcap)
+
+    def chain(self, gradient: Tensor, z: Tensor) -> None:
+        """Turn ∂L/∂z into ∂L/∂raw, in place: times scale · (1 - tanh²)."""
+        if self.softcap is not None:
+            gradient.mul_(1 - (z / self.softcap).square_())
+        if self.scale != 1:
+            gradient.mul_(self.scale)
+
+
+@dataclass
+class Block:
+    """n tokens of one shard. Filled in from phase to phase; all row statistics are [n], of the whole vocabulary."""
+
+    student: Logits
+    teacher: Logits | None             # None: cross entropy alone
+    objective: AMiD | None             # None exactly where `teacher` is
+    dtype: torch.dtype                 # of the arithmetic: fp32, or fp64 where an input is
+    labels: Tensor | None = None       # [n] int64, counted from this shard's first row; -1 where there is none
+    kd_scale: Tensor | None = None     # [n] ∂loss/∂kd_i; None: no gradient from kd
+    ce_scale: Tensor | None = None     # [n] ∂loss/∂ce_i
+    gradient: Tensor | None = None     # [n, width] where the gradient goes; None: value alone
+    log_p: Tensor | None = None        # log Σ exp of the teacher's tempered logits
+    log_q: Tensor | None = None        # … of the student's
+    log_z: Tensor | None = None        # … of the student's untempered logits, for the labels
+    log_assistant: Tensor | None = None   # log Σ r̃; None where it is 0 by construction
+    sums: Tensor | None = None         # [4, n] ΣD, ΣA, Σ(wA + B), Σwr
+
+    @property
+    def tokens(self) -> int:
+        return self.student.raw.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.raw.device
+
+    @property
+    def normalisers(self) -> list[str]:
+        """Which log-sum-exps the first phase needs: q and p for distillation, z for labels where q is not the same."""
+        tempered = self.objective is not None and self.objective.temperature != 1
+        models = [] if self.teacher is None else ["q", "p"]
+        return models + (["z"] if self.labels is not None and (tempered or not models) else [])
+
+
+class Backend(Protocol):
+    """The arithmetic of a block; each function reads the logits once and returns this shard's share of the sums."""
+
+    def log_normalisers(self, block: Block) -> Tensor: ...            # [len(block.normalisers), n] log Σ exp
+    def log_assistant_normaliser(self, block: Block) -> Tensor: ...   # [n] log Σ r̃
+    def sums(self, block: Block) -> Tensor: ...                       # [4, n]
+    def write_gradient(self, block: Block) -> None: ...
+
+
+def solve(block: Block, shard: VocabShard, backend: Backend) -> tuple[Tensor | None, Tensor | None]:
+    """kd [n] and ce [n] of a block, and its gradient written to `block.gradient`. At most three collectives."""
+    local = backend.log_normalisers(block)
+    if block.labels is not None:
+        local = torch.cat([local, _label_logits(block)[None]])
+    rows = shard.logsumexp(local)      # the label's logit too: the shards that do not hold it have -inf
+    known = dict(zip(block.normalisers, rows, strict=False))
+    block.log_q, block.log_p, block.log_z = known.get("q"), known.get("p"), known.get("z", known.get("q"))
+    kd = ce = None
+    if block.objective is not None:
+        if _needs_normaliser(block.objective):
+            block.log_assistant = shard.logsumexp(backend.log_assistant_normaliser(block))
+        block.sums = shard.sum(backend.sums(block))
+        kd = block.sums[0]
+    if block.labels is not None:
+        assert block.log_z is not None
+        ce = torch.where(rows[-1] == -torch.inf, 0.0, block.log_z - rows[-1])
+    if block.gradient is not None:
+        backend.write_gradient(block)
+    return kd, ce
+
+
+def _needs_normaliser(objective: AMiD) -> bool:
+    """Not at the ends of λ, nor for α = -1: there r̃ sums to 1 already."""
+    return objective.lam not in (0, 1) and objective.alpha != -1
+
+
+def _label_logits(block: Block) -> Tensor:
+    """[n] the label's logit where this shard holds it, else -inf."""
+    assert block.labels is not None
+    width = block.student.width
+    if not width:
+        return torch.full((block.tokens,), -torch.inf, dtype=block.dtype, device=block.device)
+    here = (block.labels >= 0) & (block.labels < width)
+    raw = block.student.raw.gather(1, block.labels.clamp(0, width - 1)[:, None])[:, 0]
+    return torch.where(here, block.student.of(raw.to(block.dtype)), -torch.inf)

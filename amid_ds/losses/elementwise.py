@@ -1,0 +1,160 @@
+"""Between the matrix products, in plain torch: logits in, row sums and the gradient of the logits out.
+
+A block of tokens is read in tiles of the vocabulary, small enough to stay in cache, once per phase; between two phases
+the row sums of all shards are added up (block.py). Nothing is kept from phase to phase but those sums: recomputing a
+few exponentials in cache costs less than storing them. The kernels (kernels.py) are the same four functions.
+
+With g = w (A - r ΣA) + B, A = ∂D/∂log r, B = ∂D/∂log q at fixed r and w = ∂log r̃/∂log q, the gradient of a row is
+∂D/∂s = (g - q Σg) / τ: a phase that sums D, A, wA + B and w r is all that the last phase needs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from amid_ds.losses.block import Block
+from amid_ds.losses.objective import AMiD
+
+TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}   # a temporary of a tile: 512 kB in fp32 on a CPU, 64 MB on a GPU
+
+
+def log_normalisers(block: Block) -> Tensor:
+    """[k, n] local log Σ exp of the logits that `block.normalisers` names."""
+    rows = torch.full((len(block.normalisers), block.tokens), -math.inf, dtype=block.dtype, device=block.device)
+    for columns in _tiles(block):
+        for row, name in zip(rows, block.normalisers, strict=True):
+            torch.logaddexp(row, _logits(block, name, columns).logsumexp(-1), out=row)
+    return rows
+
+
+def log_assistant_normaliser(block: Block) -> Tensor:
+    """[n] local log Σ r̃."""
+    assert block.objective is not None
+    row = torch.full((block.tokens,), -math.inf, dtype=block.dtype, device=block.device)
+    for columns in _tiles(block):
+        log_p, log_q = _log_models(block, columns)
+        log_r, _ = mixture(log_p, log_q, block.objective)
+        torch.logaddexp(row, log_r.logsumexp(-1), out=row)
+    return row
+
+
+def sums(block: Block) -> Tensor:
+    """[4, n] local ΣD, ΣA, Σ(wA + B), Σwr."""
+    rows = torch.zeros(4, block.tokens, dtype=block.dtype, device=block.device)
+    for columns in _tiles(block):
+        value, d_r, pull, w_r, _ = _terms(block, columns)
+        for row, term in zip(rows, (value, d_r, pull, w_r), strict=True):
+            if isinstance(term, Tensor):
+                row += term.sum(-1)
+    return rows
+
+
+def write_gradient(block: Block) -> None:
+    """Put kd_scale · ∂D/∂logits + ce_scale · ∂CE/∂logits into `block.gradient` [n, width]; it may be the logits."""
+    assert block.gradient is not None
+    for columns in _tiles(block):
+        z = block.student.read(columns, block.dtype)
+        gradient = _kd_gradient(block, columns) if block.kd_scale is not None else torch.zeros_like(z)
+        if block.ce_scale is not None:
+            assert block.log_z is not None
+            gradient.addcmul_((z - block.log_z[:, None]).exp_(), block.ce_scale[:, None])
+            _at_labels(block, columns, gradient)
+        block.student.chain(gradient, z)
+        block.gradient[:, columns].copy_(gradient)
+
+
+def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tensor | float]:
+    """log r̃ and w = ∂log r̃/∂log q = (1-λ) q^c / (λ p^c + (1-λ) q^c), stable for every real α.
+
+    With x = c (log p - log q) both follow from one sigmoid: w = σ(log((1-λ)/λ) - x) and log r̃ - log q =
+    (log(1-λ) - log w) / c. That cancels where c is small; log1p(λ expm1(x)) / c does not, but overflows where x is
+    large, so it is taken element by element where |x| < 1.
+    """
+    alpha, lam = objective.alpha, objective.lam
+    if lam in (0, 1):
+        return (log_p, 0.0) if lam else (log_q, 1.0)
+    if alpha == 1:
+        return torch.lerp(log_q, log_p, lam), 1.0 - lam
+    c = (1 - alpha) / 2
+    x = (log_p - log_q).mul_(c)
+    odds = math.log1p(-lam) - math.log(lam) - x
+    lift = (math.log1p(-lam) - F.logsigmoid(odds)).div_(c)
+    if abs(c) < 0.5:
+        lift = torch.where(x.abs() < 1, x.clamp(-1, 1).expm1_().mul_(lam).log1p_().div_(c), lift)
+    return lift.add_(log_q), odds.sigmoid_()
+
+
+def _terms(block: Block, columns: slice) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
+    """Element by element D, A, wA + B, w r and log q; None is a zero."""
+    objective = block.objective
+    assert objective is not None
+    log_p, log_q = _log_models(block, columns)
+    log_r, w = mixture(log_p, log_q, objective)
+    if block.log_assistant is not None:
+        log_r.sub_(block.log_assistant[:, None])
+    if objective.detach_assistant:
+        w = 0.0
+    log = {"p": log_p, "q": log_q, "r": log_r}
+    parts: dict[str, Tensor | None] = {"value": None, "p": None, "q": None, "r": None}
+    for order, weight in objective.weights:
+        first, second = order[0], order[1]
+        value, d_first, d_second = objective.measure.terms(log[first], log[second])
+        for key, term in (("value", value), (first, d_first), (second, d_second)):
+            parts[key] = _plus(parts[key], term if weight == 1 else weight * term)
+    d_r, pull = parts["r"], parts["q"]
+    if not isinstance(w, float) or w:
+        assert d_r is not None and parts["value"] is not None
+        return parts["value"], d_r, _plus(pull, d_r * w), log_r.exp() * w, log_q
+    return parts["value"], None, pull, None, log_q   # type: ignore[return-value]
+
+
+def _kd_gradient(block: Block, columns: slice) -> Tensor:
+    """kd_scale · (X - ΣA·w r - q·Σg) / τ with X = wA + B and Σg = ΣX - ΣA·Σwr."""
+    assert block.sums is not None and block.kd_scale is not None and block.objective is not None
+    _, _, pull, w_r, log_q = _terms(block, columns)
+    _, sum_a, sum_x, sum_w_r = block.sums[..., None]
+    gradient = log_q.exp() * (sum_a * sum_w_r - sum_x)
+    if pull is not None:
+        gradient += pull
+    if w_r is not None:
+        gradient -= w_r.mul_(sum_a)
+    return gradient.mul_(block.kd_scale[:, None] / block.objective.temperature)
+
+
+def _log_models(block: Block, columns: slice) -> tuple[Tensor, Tensor]:
+    """log p and log q [n, tile], normalised over the whole vocabulary."""
+    assert block.log_p is not None and block.log_q is not None
+    return (_logits(block, "p", columns) - block.log_p[:, None], _logits(block, "q", columns) - block.log_q[:, None])
+
+
+def _logits(block: Block, name: str, columns: slice) -> Tensor:
+    """[n, tile] `p` the teacher's and `q` the student's logits over τ, `z` the student's as they are."""
+    model = block.teacher if name == "p" else block.student
+    assert model is not None
+    logits = model.read(columns, block.dtype)
+    tau = 1.0 if name == "z" or block.objective is None else block.objective.temperature
+    return logits if tau == 1 else logits / tau
+
+
+def _at_labels(block: Block, columns: slice, gradient: Tensor) -> None:
+    """gradient[i, label_i] -= ce_scale_i where the label lies in this tile."""
+    assert block.labels is not None and block.ce_scale is not None
+    local = block.labels - columns.start
+    here = ((local >= 0) & (local < gradient.shape[1])).to(gradient.dtype)
+    gradient.scatter_add_(1, local.clamp(0, gradient.shape[1] - 1)[:, None], -(block.ce_scale * here)[:, None])
+
+
+def _tiles(block: Block) -> Iterator[slice]:
+    width = block.student.width
+    step = max(1, TILE_ELEMENTS["cpu" if block.device.type == "cpu" else "cuda"] // max(1, block.tokens))
+    return (slice(start, min(start + step, width)) for start in range(0, width, step))
+
+
+def _plus(a: Tensor | None, b: Tensor) -> Tensor:
+    return b if a is None else a + b
+

@@ -1,0 +1,226 @@
+"""What is minimised: a divergence between teacher p, student q and their α-mixture r, as one frozen value.
+
+The whole family of AMiD (arXiv 2510.15982) is five numbers and a name or two, so it is data here and nothing else: the
+fused loss, the naive twin and the kernels all read the same object. A divergence is a class of three formulas, its
+value and its derivatives with respect to the logarithm of each argument; all else (the chain rule through r, the
+softmax, blocks, shards) is written once, in fused.py. The trade-off: only divergences that are sums over the
+vocabulary of a function of (log a, log b) fit.
+
+Note on α: the published code maps every α ≥ 1 to 1; this package follows the paper's definition for every real α.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from amid_ds.errors import InputError
+
+Terms = tuple[Tensor, Tensor, Tensor]
+ORDERS = ("pr", "qr", "rp", "rq")
+
+
+class Divergence:
+    """D(a‖b) = Σ over the vocabulary of f(log a, log b).
+
+    A new one is a frozen dataclass with a `name` and `terms`, decorated with `@register`; nothing else has to know it.
+    `terms` may add to f anything that sums to a constant over two distributions: choose the form that cancels least.
+    """
+
+    name: ClassVar[str]
+
+    def terms(self, log_a: Tensor, log_b: Tensor) -> Terms:
+        """Element by element (f, ∂f/∂log a, ∂f/∂log b); the shape and dtype are the arguments'."""
+        raise NotImplementedError
+
+
+DIVERGENCES: dict[str, type[Divergence]] = {}
+
+
+def register(cls: type[Divergence]) -> type[Divergence]:
+    """Add a divergence to the registry under its name."""
+    DIVERGENCES[cls.name] = cls
+    return cls
+
+
+@register
+@dataclass(frozen=True)
+class KL(Divergence):
+    """D_KL(a‖b) = Σ a (log a - log b), as Σ [a (log a - log b) - a + b]: equal, and free of first-order rounding."""
+
+    name = "kl"
+
+    def terms(self, log_a: Tensor, log_b: Tensor) -> Terms:
+        a = log_a.exp()
+        d_b = log_b.exp() - a
+        d_a = a * (log_a - log_b)
+        return d_a + d_b, d_a, d_b
+
+
+@register
+@dataclass(frozen=True)
+class AlphaBeta(Divergence):
+    """D_AB(a‖b) = -1/(xy) Σ [a^x b^y - x/(x+y) a^(x+y) - y/(x+y) b^(x+y)], x = `alpha`, y = `beta` (ABKD, 2505.04560).
+
+    Raises InputError where x, y or x + y is 0: there the formula has no value.
+    """
+
+    alpha: float
+    beta: float
+    name = "alpha_beta"
+
+    def __post_init__(self) -> None:
+        x, y = _number("AlphaBeta's alpha", self.alpha), _number("AlphaBeta's beta", self.beta)
+        if x == 0 or y == 0 or x + y == 0:
+            raise InputError(f"AlphaBeta(alpha={x}, beta={y})", "alpha, beta and alpha + beta different from 0",
+                             "take a value near the limit, or divergence='kl', which is the limit (1, 0)")
+
+    def terms(self, log_a: Tensor, log_b: Tensor) -> Terms:
+        x, y = self.alpha, self.beta
+        both = (x * log_a + y * log_b).exp()
+        d_a = (((x + y) * log_a).exp() - both) / y
+        d_b = (((x + y) * log_b).exp() - both) / x
+        return (d_a + d_b) / (x + y), d_a, d_b
+
+
+@register
+@dataclass(frozen=True)
+class TotalVariation(Divergence):
+    """D_TV(a‖b) = ½ Σ |a - b|."""
+
+    name = "total_variation"
+
+    def terms(self, log_a: Tensor, log_b: Tensor) -> Terms:
+        a, b = log_a.exp(), log_b.exp()
+        half_sign = 0.5 * torch.sign(a - b)
+        return half_sign * (a - b), half_sign * a, -half_sign * b
+
+
+@register
+@dataclass(frozen=True)
+class SquaredHellinger(Divergence):
+    """D_H²(a‖b) = ½ Σ (√a - √b)² = 1 - Σ √(ab)."""
+
+    name = "squared_hellinger"
+
+    def terms(self, log_a: Tensor, log_b: Tensor) -> Terms:
+        root_a, root_b = (0.5 * log_a).exp(), (0.5 * log_b).exp()
+        difference = root_a - root_b
+        return 0.5 * difference.square(), 0.5 * root_a * difference, -0.5 * root_b * difference
+
+
+def divergence_from(spec: Divergence | str | Mapping[str, Any]) -> Divergence:
+    """A divergence from itself, its name, or `{name: {parameter: value}}` as a recipe has it. Raises InputError."""
+    if isinstance(spec, Divergence):
+        return spec
+    name: Any = spec
+    parameters: Any = {}
+    if isinstance(spec, Mapping) and len(spec) == 1:
+        name, parameters = next(iter(spec.items()))
+    if not isinstance(name, str) or name not in DIVERGENCES or not isinstance(parameters, Mapping):
+        raise InputError(f"the divergence {spec!r}", f"one of {', '.join(DIVERGENCES)}",
+                         "check the spelling; parameters go as AlphaBeta(0.2, 0.7)")
+    try:
+        return DIVERGENCES[name](**parameters)
+    except TypeError as error:
+        raise InputError(f"the divergence {spec!r}: {error}", "the divergence's own parameters and no others",
+                         "e.g. AlphaBeta(alpha=0.2, beta=0.7), or {alpha_beta: {alpha: 0.2, beta: 0.7}} in a recipe") \
+            from None
+
+
+@dataclass(frozen=True)
+class AMiD:
+    """The objective: weighted divergences between teacher p, student q and assistant r (arXiv 2510.15982).
+
+    With c = (1 - α)/2:   log r̃ = (1/c)·logaddexp(log λ + c·log p, log(1-λ) + c·log q),   α = 1 its limit,
+                          log r = log r̃ - logsumexp(log r̃).
+    α = -1 is the arithmetic mixture, 1 the geometric, 3 the harmonic; every real α is allowed.
+
+    lam: the teacher's share λ in [0, 1]; 0 gives r = q, 1 gives r = p, both exact.
+    divergence: `kl`, `total_variation`, `squared_hellinger`, an instance such as AlphaBeta(0.2, 0.7), or a mapping.
+    order: the two arguments, `pr` = D(p‖r), `qr`, `rp`, `rq`, or weights for several such as {"pr": 0.5, "qr": 0.5}.
+    temperature: τ divides both models' logits before the softmax. No τ² factor is applied to the loss.
+    detach_assistant: r is a fixed target, no gradient flows through it (TAID).
+    Raises InputError (a ValueError) for anything else.
+    """
+
+    alpha: float = -1.0
+    lam: float = 0.1
+    divergence: Divergence | str | Mapping[str, Any] = "kl"
+    order: str | Mapping[str, float] = "pr"
+    temperature: float = 1.0
+    detach_assistant: bool = False
+    measure: Divergence = field(init=False, repr=False, compare=False)             # the divergence, resolved
+    weights: tuple[tuple[str, float], ...] = field(init=False, repr=False, compare=False)   # of the orders with weight
+
+    def __post_init__(self) -> None:
+        _number("alpha", self.alpha)
+        if not 0 <= _number("lam", self.lam) <= 1:
+            raise InputError(f"lam={self.lam}", "the teacher's share, in [0, 1]",
+                             "0 is the student alone, 1 the teacher")
+        if _number("temperature", self.temperature) <= 0:
+            raise InputError(f"temperature={self.temperature}", "a temperature above 0", "1.0 leaves the logits alone")
+        if not isinstance(self.detach_assistant, bool):
+            raise InputError(f"detach_assistant={self.detach_assistant!r}", "True or False", "the default is False")
+        object.__setattr__(self, "measure", divergence_from(self.divergence))
+        object.__setattr__(self, "weights", _order_weights(self.order))
+
+
+def preset(name: str, **parameters: Any) -> AMiD:
+    """A published special case as a point of the family; `lam` is always the teacher's share.
+
+    fkl: KL(p‖q) · rkl: KL(q‖p) · skl(lam=0.1): KL(p‖λp+(1-λ)q) · srkl(lam=0.9): KL(q‖λp+(1-λ)q), DistiLLM
+    (2402.03898), whose SRKL 0.1 is lam=0.9 · gkd(beta=0.5): β KL(p‖m) + (1-β) KL(q‖m), m = βp+(1-β)q, GKD
+    (2306.13649) · taid(t): KL(r‖q), r = softmax(t·teacher + (1-t)·stopgrad(student)), TAID (2501.16937) ·
+    abkd(alpha, beta): D_AB(p‖q), ABKD (2505.04560) · amid: AMiD's own parameters.
+    All take `temperature`. Raises InputError for an unknown name or parameter.
+    """
+    if name not in PRESETS:
+        raise InputError(f"the preset {name!r}", f"one of {', '.join(PRESETS)}", "check the spelling")
+    try:
+        return PRESETS[name](**parameters)
+    except TypeError as error:
+        raise InputError(f"preset({name!r}) with {parameters}: {error}", "the preset's own parameters and no others",
+                         "see the docstring of amid_ds.preset") from None
+
+
+def _gkd(beta: float = 0.5, temperature: float = 1.0) -> AMiD:
+    if not 0 < _number("beta", beta) < 1:
+        raise InputError(f"gkd with beta={beta}", "beta strictly between 0 and 1: at the ends the divergence is 0",
+                         "use preset('fkl') or preset('rkl'), the limits of the divergence divided by beta or 1 - beta")
+    return AMiD(-1.0, beta, "kl", {"pr": beta, "qr": 1 - beta}, temperature)
+
+
+PRESETS: dict[str, Callable[..., AMiD]] = {
+    "fkl": lambda temperature=1.0: AMiD(-1.0, 0.0, "kl", "pr", temperature),
+    "rkl": lambda temperature=1.0: AMiD(-1.0, 1.0, "kl", "qr", temperature),
+    "skl": lambda lam=0.1, temperature=1.0: AMiD(-1.0, lam, "kl", "pr", temperature),
+    "srkl": lambda lam=0.9, temperature=1.0: AMiD(-1.0, lam, "kl", "qr", temperature),
+    "gkd": _gkd,
+    "taid": lambda t, temperature=1.0: AMiD(1.0, t, "kl", "rq", temperature, detach_assistant=True),
+    "abkd": lambda alpha, beta, temperature=1.0: AMiD(-1.0, 0.0, AlphaBeta(alpha, beta), "pr", temperature),
+    "amid": AMiD,
+}
+
+
+def _number(name: str, value: Any) -> float:
+    """`value`, if it is a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise InputError(f"{name}={value!r}", "a finite number", f"give {name} as an int or a float")
+    return value
+
+
+def _order_weights(order: str | Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    weights = {order: 1.0} if isinstance(order, str) else order
+    if not isinstance(weights, Mapping) or not weights or any(key not in ORDERS for key in weights):
+        raise InputError(f"order={order!r}", f"one of {', '.join(ORDERS)}, or a mapping from these to weights",
+                         "e.g. order='pr', or order={'pr': 0.5, 'qr': 0.5}")
+    if any(_number(f"order[{key!r}]", value) < 0 for key, value in weights.items()) or not any(weights.values()):
+        raise InputError(f"order={order!r}", "weights of at least 0, one of them above 0",
+                         "e.g. {'pr': 0.5, 'qr': 0.5}")
+    return tuple((key, float(value)) for key, value in weights.items() if value)
