@@ -1,0 +1,105 @@
+"""The command line: the only place that parses arguments, and where what happened becomes an exit status.
+
+0 done · 2 the input is wrong (one message) · 75 stopped in good order, start it again · 1 anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from amid_ds.distributed import launched_rank
+from amid_ds.errors import InputError, TrainingError
+
+STOPPED = 75      # EX_TEMPFAIL: what a batch system may start again
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    args = _parser().parse_args(argv)
+    from amid_ds.train import Stopped
+
+    try:
+        args.run(args)
+    except InputError as error:
+        return _say(2, error)
+    except TrainingError as error:
+        return _say(1, error)
+    except Stopped:
+        return STOPPED
+    return 0
+
+
+def _say(status: int, error: Exception) -> int:
+    if launched_rank() == 0:      # ranks have agreed on the message before it gets here
+        print(f"amid-ds: {error}", file=sys.stderr, flush=True)
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("amid-ds", description="Distil language models with the AMiD objective.")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)   # the deepspeed launcher's
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    train = commands.add_parser("train", help="distil (or, without a teacher, train) by a recipe; resumes by itself")
+    train.add_argument("recipe")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.set_defaults(run=_train)
+
+    prepare = commands.add_parser("prepare", help="tokenise and pack a recipe's data once")
+    prepare.add_argument("recipe")
+    prepare.add_argument("overrides", nargs="*", metavar="key=value")
+    prepare.set_defaults(run=_prepare)
+
+    demo = commands.add_parser("demo", help="the whole job on this machine, without a network")
+    demo.add_argument("--out", default="runs/demo", metavar="DIR")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.set_defaults(run=_demo)
+
+    evaluate = commands.add_parser("eval", help="perplexity, and KL to and agreement with a teacher")
+    evaluate.add_argument("model")
+    evaluate.add_argument("--teacher", metavar="MODEL")
+    evaluate.add_argument("--data", required=True, metavar="FILE")
+    evaluate.add_argument("--seq-length", type=int, default=512, metavar="L")
+    evaluate.add_argument("--json", action="store_true")
+    evaluate.set_defaults(run=_eval)
+
+    export = commands.add_parser("export", help="a checkpoint or run to a folder that from_pretrained opens")
+    export.add_argument("source", metavar="CHECKPOINT_OR_RUN")
+    export.add_argument("out", metavar="OUT")
+    export.set_defaults(run=_export)
+    return parser
+
+
+def _train(args: argparse.Namespace) -> None:
+    from amid_ds.train import train
+
+    train(args.recipe, args.overrides)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from amid_ds.config import load_recipe
+    from amid_ds.data import load_tokenizer, prepare
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
+    prepare(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from amid_ds.demo import demo
+
+    demo(args.out, args.seed)
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from amid_ds.evaluate import evaluate_command
+
+    evaluate_command(args.model, args.teacher, args.data, args.seq_length, args.json)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from amid_ds.checkpoint import export
+
+    print(export(args.source, args.out))

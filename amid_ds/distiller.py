@@ -1,0 +1,140 @@
+"""Student and frozen teacher as one nn.Module, so that one DeepSpeed engine shards, gathers and runs both.
+
+Both bodies leave hidden states; logits are never made. The teacher runs over the whole accumulation window before the
+student's first micro-batch (`teach`), so its weights are gathered once per pass and not once per micro-batch; then
+`forward` turns one micro-batch into the loss through the fused head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from amid_ds.errors import InputError
+from amid_ds.losses import AMiD, LMHead, linear_amid_loss
+
+
+def body_of(model: nn.Module) -> nn.Module:
+    """The part of a transformers causal LM that ends in hidden states."""
+    return model.base_model   # type: ignore[return-value]
+
+
+def head_of(model: nn.Module) -> LMHead:
+    """A causal LM's head as the loss takes it. What the config names is applied; `check_head` refuses what it hides."""
+    projection = model.get_output_embeddings()   # type: ignore[operator]
+    config = model.config
+    scale = float(getattr(config, "logit_scale", None) or 1.0)          # Cohere multiplies
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)      # Granite divides
+    return LMHead(projection.weight, bias=projection.bias,
+                  softcap=getattr(config, "final_logit_softcapping", None), scale=scale)
+
+
+def logits_of(head: LMHead, hidden: Tensor) -> Tensor:
+    """What a head makes of hidden states [..., H]: logits [..., V], in full. For comparing a few tokens, not to train."""
+    logits = head.scale * nn.functional.linear(hidden, head.weight, head.bias)
+    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+
+
+class FusedHead(nn.Module):
+    """The student's head and the loss in one forward.
+
+    It is a module because ZeRO-3 gathers by module: the student's head is registered with it (engine.py), so the hooks
+    gather the weight when the loss reads it, in forward, and when its gradient arrives, in backward. The heads belong
+    to the two models; held in a plain function they appear in no state dict twice.
+    """
+
+    def __init__(self, heads: Callable[[], tuple[LMHead, LMHead | None]], objective: AMiD, kd_weight: float,
+                 ce_weight: float, vocab_size: int) -> None:
+        super().__init__()
+        self.heads, self.objective, self.vocab_size = heads, objective, vocab_size
+        self.kd_weight, self.ce_weight = kd_weight, ce_weight
+
+    def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor,
+                token_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        student_head, teacher_head = self.heads()
+        taught = teacher_hidden is not None      # else plain cross entropy, and there is no divergence to report
+        out = linear_amid_loss(student_hidden, student_head, teacher_hidden, teacher_head if taught else None,
+                               self.objective, token_weights=token_weights, labels=labels,
+                               kd_weight=self.kd_weight if taught else 0.0, ce_weight=self.ce_weight,
+                               vocab_size=self.vocab_size)
+        kd, ce = (out.loss.new_zeros(()) if part is None else (token_weights * part).sum() for part in (out.kd, out.ce))
+        return out.loss, kd, ce
+
+
+class Distiller(nn.Module):
+    """{student, teacher}. Only the student trains; the teacher stays in eval mode whatever `train()` says."""
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, objective: AMiD, *, kd_weight: float,
+                 ce_weight: float, vocab_size: int) -> None:
+        super().__init__()
+        self.student = student
+        self.teacher = teacher.requires_grad_(False).eval() if teacher is not None else None
+        self.kd_weight = kd_weight
+        self.head = FusedHead(lambda: (head_of(student), head_of(teacher) if teacher is not None else None),
+                              objective, kd_weight, ce_weight, vocab_size)
+
+    def train(self, mode: bool = True) -> Distiller:
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    @property
+    def has_lesson(self) -> bool:
+        """Whether a step needs the teacher at all."""
+        return self.teacher is not None and self.kd_weight > 0
+
+    @torch.no_grad()
+    def teach(self, inputs: Sequence[Tensor], rows_per_pass: int) -> list[Tensor | None]:
+        """The teacher's hidden states [B_i · L_i, H_t] of every micro-batch of the window, inputs [B_i, L_i].
+
+        `rows_per_pass` micro-batches share a forward call. It must be the same on every rank: each call gathers the
+        teacher's weights, and lengths differ between ranks.
+        """
+        if self.teacher is None or not self.has_lesson:
+            return [None] * len(inputs)
+        hidden: list[Tensor | None] = []
+        for start in range(0, len(inputs), rows_per_pass):
+            group = inputs[start:start + rows_per_pass]
+            longest = max(ids.shape[1] for ids in group)
+            # Padding on the right: a causal model's earlier positions never see it.
+            padded = torch.cat([nn.functional.pad(ids, (0, longest - ids.shape[1])) for ids in group])
+            states = body_of(self.teacher)(input_ids=padded, use_cache=False).last_hidden_state
+            for ids, part in zip(group, states.split([ids.shape[0] for ids in group]), strict=True):
+                hidden.append(part[:, :ids.shape[1]].flatten(0, 1))
+        return hidden
+
+    def forward(self, input_ids: Tensor, labels: Tensor, token_weights: Tensor,
+                teacher_hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """One micro-batch: input_ids, labels [B, L] (shifted, -100 ignored), token_weights [B, L] fp32.
+
+        Returns three scalars: the weighted loss (with gradient), the weighted divergence and cross entropy.
+        """
+        hidden = body_of(self.student)(input_ids=input_ids, use_cache=False).last_hidden_state
+        return self.head(hidden.flatten(0, 1), teacher_hidden, labels.flatten(), token_weights.flatten())
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, name: str, input_ids: Tensor, gathered: Callable[[nn.Module], object]) -> None:
+    """Refuse a model whose own logits our body and head do not reproduce (an unknown scale, cap or bias).
+
+    `gathered(model)` is a context in which the head's weight can be read. Collective under ZeRO-3: every rank calls it
+    with inputs of one shape.
+    """
+    was_training = model.training
+    model.eval()
+    own = model(input_ids=input_ids, use_cache=False).logits.float()
+    hidden = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+    with gathered(model):   # type: ignore[attr-defined]
+        ours = logits_of(head_of(model), hidden).float()
+    model.train(was_training)
+    tolerance = 2e-2 if hidden.dtype in (torch.bfloat16, torch.float16) else 1e-3
+    worst, size = (ours - own).abs().max().item(), own.abs().max().item()
+    if not worst <= tolerance * max(size, 1e-6):
+        raise InputError(
+            f"the fused head does not reproduce the logits of {name} ({type(model).__name__}): they differ by up to "
+            f"{worst:.3g} where the model's own reach {size:.3g}",
+            "logits = scale · (h Wᵀ + b), with a soft cap where the config names one",
+            "this architecture changes its logits in a way that the loss does not know; choose another model")

@@ -1,0 +1,146 @@
+"""Ranks from any launcher, the few collectives that training makes outside DeepSpeed, and agreement between ranks.
+
+One class for 1 or N ranks. What goes wrong on one rank is told to all before any of them acts on it: the first exit
+status that a launcher sees makes it kill the others, so ranks agree first and leave together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from amid_ds.errors import InputError, TrainingError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers. `device` is where its model lives."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Elementwise sum over all ranks, in float64. One collective."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return tensor.tolist()
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value` (anything that pickles), by rank. One collective of objects: for set-up, not steps."""
+        everyone: list[Any] = [None] * self.size
+        dist.all_gather_object(everyone, value)
+        return everyone
+
+    def barrier(self) -> None:
+        self.gather(None)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Run `work` on every rank; if it raises on any, raise on all what the lowest rank raised."""
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        own = error if error is None or isinstance(error, (InputError, TrainingError)) else _foreign(self.rank, error)
+        for found in self.gather(own):
+            if found is not None:
+                raise found from error
+        return result   # type: ignore[return-value]
+
+    def main_first(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 alone, tell everyone its result. An error there is raised on every rank."""
+        result = self.together(lambda: work() if self.is_main else None)
+        return self.gather(result)[0]   # type: ignore[return-value]
+
+
+def _foreign(rank: int, error: Exception) -> TrainingError:
+    traceback.print_exception(error)      # here, where it happened; the other ranks get one line
+    return TrainingError(f"rank {rank} failed: {type(error).__name__}: {error}")
+
+
+def launched_rank() -> int:
+    """This process's rank as its launcher says, before any group exists; 0 for a process by itself."""
+    return int(next((os.environ[name] for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
+                     if name in os.environ), "0"))
+
+
+@contextlib.contextmanager
+def joined(timeout_s: float) -> Iterator[World]:
+    """Join the group that the launcher laid out (deepspeed, torchrun, srun, mpirun), or be a group of one.
+
+    `timeout_s` is how long a collective may wait for its peers. On a clean exit the ranks leave together.
+    """
+    rank, size, local_rank = _discover()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        _share_cores(size)
+    # MPI's or a lone process's variables are set for whoever asks the environment later, DeepSpeed above all.
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=size,
+                            timeout=timedelta(seconds=timeout_s),
+                            store=dist.HashStore() if size == 1 else None,
+                            init_method=None if size == 1 else "env://")
+    try:
+        yield World(rank, size, local_rank, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _share_cores(size: int) -> None:
+    """On a CPU, give each of the node's ranks its share of the cores: torch's default is all of them for every rank."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        # LOCAL_SIZE is deepspeed's, LOCAL_WORLD_SIZE torchrun's
+        here = int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or size)
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+
+
+def _discover() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from the launcher's variables; MASTER_ADDR and MASTER_PORT are set on the way."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:                       # deepspeed, torchrun
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
+    if "OMPI_COMM_WORLD_SIZE" in env or "PMI_SIZE" in env:           # mpirun, srun --mpi=pmi2
+        return _discover_mpi()
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        hosts = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]],
+                               capture_output=True, text=True, check=True).stdout.split()
+        env.setdefault("MASTER_ADDR", hosts[0])
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
+    return 0, 1, 0
+
+
+def _discover_mpi() -> tuple[int, int, int]:
+    import socket
+
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    local = world.Split_type(MPI.COMM_TYPE_SHARED)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        host, port = world.bcast((socket.gethostname(), probe.getsockname()[1]), root=0)
+    os.environ.setdefault("MASTER_ADDR", host)
+    os.environ.setdefault("MASTER_PORT", str(port))
+    return world.Get_rank(), world.Get_size(), local.Get_rank()

@@ -1,0 +1,222 @@
+"""Recipe + DeepSpeed config -> one engine that holds student and teacher, both loaded sharded. The owner of deepspeed.
+
+The recipe owns batch sizes, clipping, optimizer and schedule; the DeepSpeed config owns precision, ZeRO and
+communication. What both name must agree.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from amid_ds.config import DivergenceSpec, Dtype, Loss, Recipe
+from amid_ds.distiller import Distiller, check_head, head_of
+from amid_ds.errors import InputError
+from amid_ds.losses import AlphaBeta, AMiD, preset
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+OWNED_BY_RECIPE = {"optimizer": "train.learning_rate and train.weight_decay", "scheduler": "train.schedule",
+                   "train_batch_size": "train.global_batch_size", "tensor_parallel": "tensor_parallel",
+                   "activation_checkpointing": "student.activation_checkpointing"}
+
+
+def import_deepspeed() -> Any:
+    """deepspeed, quiet, and without its just-in-time shared-memory collective.
+
+    That op costs 70 s of compilation and Python's headers at the first run on a CPU, and serves inference alone.
+    """
+    # DeepSpeed's other ops are built by ninja, which lies beside this interpreter, not always on the PATH.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")   # else it warns of a guess
+    import deepspeed
+    from deepspeed.utils import logger
+
+    logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch 2.13 has renamed; nothing that a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
+def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> dict[str, Any]:
+    """The DeepSpeed config with the recipe's numbers filled in. Raises InputError where the two contradict."""
+    path = find_deepspeed_config(recipe.deepspeed)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError(f"it holds a {type(config).__name__}, not a mapping")
+    except (OSError, ValueError) as error:
+        raise InputError(f"the DeepSpeed config {path} cannot be read: {error}", "a JSON object",
+                         "mend the file, or start from one in ds_configs/") from None
+    ours = {"train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+            "gradient_accumulation_steps": accumulation_steps(recipe, data_parallel),
+            "gradient_clipping": recipe.train.gradient_clipping}
+    conflicts = [f"{key}: {config[key]} in {path.name}, {value} by the recipe" for key, value in ours.items()
+                 if config.get(key, "auto") not in ("auto", value)]
+    conflicts += [f"{key}: {json.dumps(config[key])} in {path.name}, {owner} in the recipe"
+                  for key, owner in OWNED_BY_RECIPE.items() if config.get(key, "auto") != "auto"]
+    stage = config.get("zero_optimization", {}).get("stage", 0)
+    if stage != 3:
+        conflicts.append(f"zero_optimization.stage: {stage} in {path.name}, both models are sharded by stage 3")
+    if config.get("fp16", {}).get("enabled"):
+        conflicts.append(f"fp16.enabled: true in {path.name}, the recipe knows bf16 and fp32")
+    bf16 = bool(config.get("bf16", {}).get("enabled"))
+    if recipe.student.dtype != "auto" and (recipe.student.dtype == "bf16") != bf16:
+        conflicts.append(f"bf16.enabled: {str(bf16).lower()} in {path.name}, "
+                         f"student.dtype: {recipe.student.dtype} in the recipe")
+    if conflicts:
+        lines = "\n".join(f"    - {conflict}" for conflict in conflicts)
+        raise InputError(f"recipe and DeepSpeed config contradict each other:\n{lines}",
+                         'each value in one place; batch sizes, clipping, optimizer and schedule in the recipe',
+                         f'take these keys out of {path}, or set them to "auto"')
+    for key in OWNED_BY_RECIPE:
+        config.pop(key, None)
+    return {**config, **ours, "steps_per_print": sys.maxsize}
+
+
+def find_deepspeed_config(name: str) -> Path:
+    """`name` as given, or, where there is no such file, the packaged one of that name."""
+    if Path(name).is_file():
+        return Path(name)
+    # A folder of JSON alone is a namespace package; installed for editing, its path has an entry that is no folder.
+    folder = next(Path(entry) for entry in import_module("amid_ds.ds_configs").__path__ if Path(entry).is_dir())
+    packaged = folder / Path(name).name
+    if packaged.is_file() and Path(name).parent.name in ("", "ds_configs"):
+        return packaged
+    ready = ", ".join(sorted(p.name for p in folder.glob("*.json")))
+    raise InputError(f"the DeepSpeed config {name} is not there", f"a JSON file, or one of ours: {ready}",
+                     "check `deepspeed:` in the recipe")
+
+
+def build_objective(loss: Loss) -> AMiD:
+    """The recipe's objective. Raises InputError for a preset, divergence or order that does not exist."""
+    own = {"preset", "kd_weight", "ce_weight"}
+    values: dict[str, Any] = {key: value for key, value in loss if key not in own}
+    if isinstance(loss.divergence, DivergenceSpec):
+        values["divergence"] = AlphaBeta(loss.divergence.alpha_beta.alpha, loss.divergence.alpha_beta.beta)
+    try:
+        if loss.preset is None:
+            return AMiD(**values)
+        return preset(loss.preset, **{key: values[key] for key in loss.model_fields_set - own})
+    except (ValueError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the recipe's loss: {error}", "an objective as in the README",
+                         "mend the `loss:` section") from None
+
+
+def accumulation_steps(recipe: Recipe, data_parallel: int) -> int:
+    """Micro-batches per rank and optimizer step. Raises InputError where the global batch does not divide."""
+    train = recipe.train
+    steps, rest = divmod(train.global_batch_size, data_parallel * train.micro_batch_size)
+    if rest or not steps:
+        fitting = [n for n in range(1, 1025) if train.global_batch_size % (n * train.micro_batch_size) == 0]
+        numbers = ", ".join(map(str, fitting)) or "none"
+        raise InputError(
+            f"train.global_batch_size {train.global_batch_size} on {data_parallel} rank(s) of "
+            f"train.micro_batch_size {train.micro_batch_size}",
+            f"a multiple of ranks × micro-batch = {data_parallel * train.micro_batch_size}",
+            f"start on one of these numbers of ranks: {numbers}; or change one of the two keys")
+    return steps
+
+
+def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_size: int) -> Any:
+    """The DeepSpeedEngine around a Distiller. Collective: every rank calls it with the same recipe."""
+    deepspeed = import_deepspeed()
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = _load(recipe.teacher.model, recipe.teacher.revision, recipe.teacher.dtype, config)
+    student_dtype: Dtype = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
+    student = _load(recipe.student.model, recipe.student.revision, student_dtype, config)
+    if recipe.student.activation_checkpointing:
+        student.gradient_checkpointing_enable(   # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False})
+    distiller = Distiller(student, teacher, objective, vocab_size=vocab_size,
+                          kd_weight=recipe.loss.kd_weight, ce_weight=recipe.loss.ce_weight)
+    trainable = [p for p in distiller.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay)
+    engine, *_ = deepspeed.initialize(model=distiller, model_parameters=trainable, optimizer=optimizer, config=config,
+                                      dist_init_required=False)
+    # The student's head is read by FusedHead, not by the module that owns it: tell ZeRO-3's hooks.
+    head = head_of(student)
+    for parameter in (head.weight, head.bias):
+        if parameter is not None:
+            deepspeed.zero.register_external_parameter(distiller.head, parameter)
+    return engine
+
+
+def _load(model: str, revision: str | None, dtype: Dtype, config: dict[str, Any]) -> nn.Module:
+    """A causal LM loaded straight into ZeRO-3's shards: rank 0 reads, each rank keeps its part."""
+    from transformers import AutoModelForCausalLM
+    from transformers import logging as transformers_logging
+    from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+    transformers_logging.set_verbosity_error()      # its advice on generating and padding is not for us
+    transformers_logging.disable_progress_bar()
+    torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision)
+    holder = _ShardedLoading({**config, "bf16": {"enabled": torch_dtype == torch.bfloat16}})
+    set_hf_deepspeed_config(holder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch_dtype)
+    finally:
+        unset_hf_deepspeed_config()
+
+
+class _ShardedLoading:
+    """What from_pretrained asks to know whether, and with which config, to build a model under zero.Init."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+def model_config(model: str, revision: str | None = None) -> Any:
+    """The model's transformers config, without its weights. Raises InputError where there is none."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model, revision=revision)
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        raise InputError(f"no model can be read from {model!r}: {first_line}",
+                         "a folder with config.json and weights, or the id of a model on the hub",
+                         "check the path; relative paths start where the command is run") from None
+
+
+def checkpoint_dtype(model: str, revision: str | None) -> torch.dtype:
+    """The dtype that the checkpoint's config names; fp32 where it names none that we run in."""
+    named = model_config(model, revision).dtype
+    return named if named in DTYPES.values() else torch.float32
+
+
+@contextlib.contextmanager
+def gathered_head(model: nn.Module | None) -> Iterator[None]:
+    """Within it the whole head of `model` can be read on every rank, gathered once however often it is read."""
+    deepspeed = import_deepspeed()
+    head = head_of(model) if model is not None else None
+    parameters = [p for p in (head.weight, head.bias) if p is not None] if head is not None else []
+    with deepspeed.zero.GatheredParameters(parameters):
+        yield
+
+
+def check_heads(engine: Any, vocab_size: int) -> None:
+    """Compare the fused heads with both models' own logits on a few tokens, at the start of every run."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (2, 16), generator=generator).to(engine.device)
+    for name, model in (("student", engine.module.student), ("teacher", engine.module.teacher)):
+        if model is not None:
+            check_head(model, f"the {name} {model.config.name_or_path}", ids, gathered_head)

@@ -1,0 +1,106 @@
+"""What a run tells while it runs: metrics.jsonl, TensorBoard, and a progress bar or, without a terminal, a line now
+and then. Rank 0 writes; on every other rank the log is made with `folder=None` and does nothing.
+
+A resumed run carries on in the same files: lines after the step that it resumes from are dropped first, so that no
+step is there twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_EVERY_SECONDS = 10      # without a terminal: the first step, the last one, and one line in so many seconds
+TENSORBOARD_TAGS = {"loss": "loss/total", "kd_loss": "loss/kd", "ce_loss": "loss/ce", "grad_norm": "optim/grad_norm",
+                    "learning_rate": "optim/learning_rate", "alpha": "objective/alpha", "lam": "objective/lam",
+                    "tokens_per_second": "perf/tokens_per_second", "tokens": "data/tokens"}
+
+
+class RunLog:
+    """The log of one life of a run, from `start` steps done to `total`."""
+
+    def __init__(self, folder: Path | None, start: int, total: int, title: str) -> None:
+        self.folder, self.start, self.total, self.title = folder, start, total, title
+        if folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        drop_lines_after(folder / "metrics.jsonl", start)
+        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")   # noqa: SIM115 - open for the run's life
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=not sys.stderr.isatty(),
+                        dynamic_ncols=True)
+        self.began = self.last_line = time.monotonic()
+
+    def step(self, step: int, values: Mapping[str, float | None] | None) -> None:
+        """Optimizer step `step` (from 1) is done; `values` where it is one that is logged."""
+        if self.folder is None:
+            return
+        if values is not None:
+            self._write(step, values)
+        self.bar.update(1)
+
+    def _write(self, step: int, values: Mapping[str, float | None]) -> None:
+        self.file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if value is not None:
+                self.board.add_scalar(TENSORBOARD_TAGS[name], value, step)
+        now = time.monotonic()
+        losses = {"loss": values["loss"], "kd": values["kd_loss"], "ce": values["ce_loss"]}
+        shown = {name: f"{value:.4f}" for name, value in losses.items() if value is not None}
+        shown["tok/s"] = f"{values['tokens_per_second']:,.0f}"
+        self.bar.set_postfix(shown, refresh=False)
+        if self.bar.disable and (step in (self.start + 1, self.total) or now - self.last_line >= LINE_EVERY_SECONDS):
+            left = (now - self.began) / (step - self.start) * (self.total - step)
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"{self.title}: step {step}/{self.total}  {text}  {tqdm.format_interval(left)} left", flush=True)
+            self.last_line = now
+
+    def say(self, message: str) -> None:
+        """One line beside the progress bar, from rank 0."""
+        if self.folder is not None:
+            tqdm.write(f"{self.title}: {message}")
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        if self.folder is not None:
+            self.bar.close()
+            self.file.close()
+            self.board.close()
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Keep the lines of `path` up to `step`; a last line that a crash cut short goes too. Replaced in one rename."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            continue
+    write_atomically(path, "".join(kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """`path` holds either what it held or all of `text`, also after a crash."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]

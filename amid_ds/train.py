@@ -1,0 +1,251 @@
+"""The training job, top to bottom: check everything, build one engine, resume, step, save.
+
+A step's loss is the sum over its valid tokens divided by the number N of valid tokens in the whole global batch, so it
+does not depend on ranks, micro-batches or masks. DeepSpeed averages gradients over the data-parallel ranks R; with
+token weights 1/N and the loss times R, its (1/R) Σ_ranks Σ_micro ∇(R · Σ_i loss_i / N) is ∇ Σ_i loss_i / N.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import yaml
+
+from amid_ds import checkpoint, engine
+from amid_ds.config import Recipe, dump_recipe, load_recipe
+from amid_ds.data import Batch, StepData, check_sources, load_tokenizer, prepare, require_same_tokenizer
+from amid_ds.distiller import Distiller
+from amid_ds.distributed import World, joined
+from amid_ds.errors import InputError, TrainingError
+from amid_ds.losses import AMiD
+from amid_ds.metrics import RunLog, write_atomically
+from amid_ds.provenance import provenance
+from amid_ds.schedule import learning_rate, step_seed
+
+TEACHER_TOKENS_PER_PASS = 16384
+# What may differ between the lives of a run, because it does not change what is learnt.
+MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared", "train.log_every",
+              "train.hang_timeout", "train.micro_batch_size", "student.activation_checkpointing")
+
+
+class Stopped(Exception):
+    """The run was asked to stop and did so in good order: exit status 75, start it again to go on."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is known before a weight is read."""
+
+    recipe: Recipe
+    deepspeed_config: dict[str, Any]
+    objective: AMiD
+    tokenizer: Any
+
+    @property
+    def run(self) -> Path:
+        return Path(self.recipe.output_dir)
+
+    @property
+    def vocab_size(self) -> int:
+        """The ids that both models share; a wider model's further columns are padding."""
+        return len(self.tokenizer)
+
+
+def train(recipe_path: str, overrides: Sequence[str]) -> None:
+    """`amid-ds train`: every rank of every launcher comes through here. Raises InputError, TrainingError or Stopped."""
+    timeout = 1800.0
+    with contextlib.suppress(InputError):      # said by all ranks at once below
+        timeout = load_recipe(recipe_path, overrides).train.hang_timeout
+    with joined(timeout) as world:
+        job = world.together(lambda: check(load_recipe(recipe_path, overrides), world.size))
+        open_run(job, world)
+        recipe = job.recipe
+        already = checkpoint.newest(job.run / "checkpoints")
+        if already is not None and already.name == checkpoint.name_of(recipe.train.steps):
+            if world.is_main:
+                print(f"{job.run} has reached its last step {recipe.train.steps}: nothing to do", flush=True)
+            return
+        world.main_first(lambda: prepare(recipe.data, recipe.train.seq_length, job.tokenizer, recipe.prepared_dir))
+        ds = world.together(lambda: engine.build_engine(recipe, job.deepspeed_config, job.objective, job.vocab_size))
+        world.together(lambda: engine.check_heads(ds, job.vocab_size))
+        state = {"step": 0, "tokens": 0}
+        if already is not None:
+            state = world.together(lambda: checkpoint.load(ds, already, world))
+        loop(job, ds, state, world)
+
+
+def check(recipe: Recipe, data_parallel: int) -> Job:
+    """Everything about a recipe that can be judged before a model is loaded or a token is prepared."""
+    config = engine.read_deepspeed_config(recipe, data_parallel)
+    objective = engine.build_objective(recipe.loss)
+    refuse_other_run(recipe)
+    check_sources(recipe.data)
+    student = engine.model_config(recipe.student.model, recipe.student.revision)
+    tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
+    widths = {f"student {recipe.student.model}": student.vocab_size}
+    if recipe.teacher is not None:
+        teacher = engine.model_config(recipe.teacher.model, recipe.teacher.revision)
+        widths[f"teacher {recipe.teacher.model}"] = teacher.vocab_size
+        require_same_tokenizer(tokenizer, load_tokenizer(recipe.teacher.model, recipe.teacher.revision),
+                               recipe.student.model, recipe.teacher.model)
+    for name, width in widths.items():
+        if width < len(tokenizer):
+            raise InputError(f"the {name} has a vocabulary of {width}, the tokenizer of {len(tokenizer)}",
+                             "a model with a row for every id of the tokenizer",
+                             "resize the model's embeddings, or use the tokenizer that it was made with")
+    return Job(recipe, config, objective, tokenizer)
+
+
+def refuse_other_run(recipe: Recipe) -> None:
+    """An output folder holds one run: the recipe that it was started with, but for what changes nothing learnt."""
+    saved = Path(recipe.output_dir) / "recipe.yaml"
+    if not saved.exists():
+        return
+    before, now = (_flat(yaml.safe_load(dump_recipe(r))) for r in (load_recipe(saved), recipe))
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
+               and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)]
+    if changed:
+        lines = "\n".join(f"    - {key}: {before.get(key)!r} in the folder, {now.get(key)!r} now" for key in changed)
+        raise InputError(f"{recipe.output_dir} holds the run of another recipe:\n{lines}",
+                         "a new output_dir, or the recipe that the run was started with",
+                         "set output_dir to another folder, or take the changes back")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested recipe as dotted keys, lists by index."""
+    if not isinstance(value, (dict, list)):
+        return {prefix: value}
+    leaves: dict[str, Any] = {}
+    for name, child in value.items() if isinstance(value, dict) else enumerate(value):
+        leaves.update(_flat(child, f"{prefix}.{name}" if prefix else str(name)))
+    return leaves
+
+
+def open_run(job: Job, world: World) -> None:
+    """Make the run's folder; write the resolved recipe and where everything came from."""
+    def write() -> None:
+        try:
+            job.run.mkdir(parents=True, exist_ok=True)
+            write_atomically(job.run / "recipe.yaml", dump_recipe(job.recipe))
+            write_atomically(job.run / "provenance.json", provenance(job.recipe, job.tokenizer, world.size))
+        except OSError as error:
+            raise InputError(f"the output folder {job.run} cannot be written: {error}", "a folder that can be written",
+                             "set output_dir to another folder") from None
+    world.main_first(write)
+
+
+def loop(job: Job, ds: Any, state: dict[str, Any], world: World) -> None:
+    """Optimizer steps from `state["step"]` to the recipe's last, one save at the end whatever happens in order."""
+    recipe = job.recipe
+    data = StepData(recipe.prepared_dir, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
+                    micro_batch_size=recipe.train.micro_batch_size, dp_rank=world.rank, dp_size=world.size,
+                    workers=recipe.data.workers, weights=[source.weight for source in recipe.data.train])
+    log = RunLog(job.run if world.is_main else None, state["step"], recipe.train.steps, job.run.name)
+    log.say(f"{world.size} rank(s), {recipe.train.global_batch_size} rows of {recipe.train.seq_length} tokens a step, "
+            + (f"resumed after step {state['step']}" if state["step"] else "from the start"))
+    state["student_dtype"] = "bf16" if job.deepspeed_config.get("bf16", {}).get("enabled") else "fp32"
+    saved = state["step"]
+
+    def save() -> None:
+        checkpoint.save(ds, job.run / "checkpoints", state, recipe.checkpoint.keep, world)
+
+    with asked_to_stop() as asked, contextlib.closing(log):
+        for window in data.windows(state["step"], recipe.train.steps):
+            stop, values = step(job, ds, window, state, bool(asked), world)
+            if stop:
+                if state["step"] != saved:
+                    save()
+                log.say(f"stopped in order after step {state['step']}; the same command goes on from there")
+                raise Stopped
+            logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
+            log.step(state["step"], values if logged else None)
+            if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
+                save()
+                saved = state["step"]
+        log.say(f"done: {recipe.train.steps} steps, checkpoint in {job.run / 'checkpoints'}")
+
+
+def step(job: Job, ds: Any, window: list[Batch], state: dict[str, Any], asked: bool,
+         world: World) -> tuple[bool, dict[str, float | None]]:
+    """One optimizer step over the accumulation window; updates `state`. Two small collectives beside DeepSpeed's.
+
+    Returns (True, {}) without a step where any rank was asked to stop, else (False, what metrics.jsonl says of it).
+    """
+    began = time.monotonic()
+    distiller: Distiller = ds.module
+    batches = [batch.to(world.device) for batch in window]
+    valid = [batch.labels != -100 for batch in batches]
+    tokens, stop = world.sum([float(sum(mask.sum().item() for mask in valid)), float(asked)])
+    if stop:
+        return True, {}
+    number = state["step"] + 1
+    torch.manual_seed(step_seed(job.recipe.train.seed, state["step"], world.rank))
+    lr = learning_rate(job.recipe.train, state["step"])
+    for group in ds.optimizer.param_groups:
+        group["lr"] = lr
+    train = job.recipe.train
+    per_pass = max(1, TEACHER_TOKENS_PER_PASS // (train.micro_batch_size * train.seq_length))
+    lessons = distiller.teach([batch.input_ids for batch in batches], per_pass)
+    sums = []
+    with engine.gathered_head(distiller.teacher if distiller.has_lesson else None):
+        for index, (batch, mask) in enumerate(zip(batches, valid, strict=True)):
+            ds.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            loss, kd, ce = ds(batch.input_ids, batch.labels, mask.float() / max(tokens, 1.0), lessons[index])
+            lessons[index] = None      # its memory is free for the next micro-batch's activations
+            ds.backward(loss * world.size, scale_wrt_gas=False)
+            sums.append(torch.stack([loss.detach(), kd, ce]))
+    per_micro = torch.stack(sums).double()
+    loss_sum, kd_sum, ce_sum = world.sum(per_micro.sum(0).tolist())
+    if not torch.isfinite(torch.tensor(loss_sum)):
+        _stop_on_non_finite(f"the loss of step {number} is {loss_sum}", per_micro, window, world)
+    ds.step()      # DeepSpeed takes no step where the gradient norm is not finite, and says so
+    if not ds.was_step_applied():
+        _stop_on_non_finite(f"the gradient norm of step {number} is not finite", per_micro, window, world)
+    state["step"], state["tokens"] = number, state["tokens"] + int(tokens)
+    seconds = time.monotonic() - began
+    taught = distiller.has_lesson
+    return False, {
+        "tokens": state["tokens"], "loss": loss_sum, "kd_loss": kd_sum if taught else None, "ce_loss": ce_sum,
+        "grad_norm": float(ds.get_global_grad_norm()), "learning_rate": lr,
+        "alpha": job.objective.alpha if taught else None, "lam": job.objective.lam if taught else None,
+        "tokens_per_second": tokens / seconds}
+
+
+def _stop_on_non_finite(what: str, per_micro: torch.Tensor, window: list[Batch], world: World) -> None:
+    """Name the rank and the rows behind a NaN or Inf, on every rank alike. The weights are those of the step before."""
+    bad = [index for index, finite in enumerate(per_micro[:, 0].isfinite().tolist()) if not finite]
+    report = world.gather([source for index in bad for source in window[index].sources])
+    lines = [f"    - rank {rank}: {', '.join(sources)}" for rank, sources in enumerate(report) if sources]
+    if not lines:      # every loss was finite: the gradients' sum was not, and any rank's rows may be behind it
+        every = world.gather([source for batch in window for source in batch.sources])
+        lines = [f"    - rank {rank} (its losses were finite): {', '.join(s)}" for rank, s in enumerate(every)]
+    raise TrainingError(f"{what}; no optimizer step was taken. Where it arose:\n" + "\n".join(lines))
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[list[int]]:
+    """A list that a SIGTERM, SIGUSR1 or Ctrl-C puts its number into; the loop looks at it at step boundaries.
+
+    A second Ctrl-C stops at once.
+    """
+    received: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,132 @@
+"""Small real inputs for the tests: one tokenizer, model folders of several families, corpora; and ways to run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import yaml
+
+BIN = Path(sys.executable).parent
+WORDS = ("the a one two river stone bird tree house light runs sings falls grows holds over under near with and then "
+         "slowly quickly green old small wide red").split()
+
+
+def make_tokenizer(folder: Path, words: list[str] = WORDS):
+    """A word-level tokenizer with unk, eos and pad, saved as transformers saves it."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(["<unk>", "<eos>", "<pad>", *words])}
+    raw = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0, words: list[str] = WORDS,
+               dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """A model folder of `family` with random weights and the tokenizer; `extra_rows` of padding in its vocabulary."""
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = make_tokenizer(folder, words)
+    rope = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                max_position_embeddings=128)
+    common = dict(vocab_size=len(tokenizer) + extra_rows, eos_token_id=1, pad_token_id=2, bos_token_id=1)
+    kinds = {
+        "llama": (LlamaForCausalLM, LlamaConfig, {**rope, "tie_word_embeddings": False}),
+        "qwen2-tied": (Qwen2ForCausalLM, Qwen2Config, {**rope, "tie_word_embeddings": True}),
+        "gpt2": (GPT2LMHeadModel, GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0,
+                                                   embd_pdrop=0.0, attn_pdrop=0.0)),
+    }
+    model_class, config_class, values = kinds[family]
+    torch.manual_seed(seed)
+    model = model_class(config_class(**{**values, **common, **changes}))
+    for parameter in model.parameters():      # far from uniform predictions, so that losses tell runs apart
+        if parameter.dim() > 1:
+            parameter.data.mul_(4)
+    model.to(dtype).save_pretrained(folder)
+    return folder
+
+
+def make_text(path: Path, rows: int = 60, seed: int = 0) -> Path:
+    """jsonl of `text`: sentences of the tokenizer's words, 5 to 40 of them."""
+    draw = torch.Generator().manual_seed(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(rows):
+            length = int(torch.randint(5, 40, (), generator=draw))
+            ids = torch.randint(len(WORDS), (length,), generator=draw)
+            file.write(json.dumps({"text": " ".join(WORDS[i] for i in ids)}) + "\n")
+    return path
+
+
+def make_instructions(path: Path, rows: int = 60, seed: int = 1) -> Path:
+    """jsonl of `prompt` and `response`, of unequal lengths, so that masks differ from row to row."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def sentence(low: int, high: int) -> str:
+        length = int(torch.randint(low, high, (), generator=draw))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=draw))
+
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(rows):
+            file.write(json.dumps({"prompt": sentence(2, 9) + " ", "response": sentence(1, 20)}) + "\n")
+    return path
+
+
+def make_recipe(path: Path, student: Path, teacher: Path | None, data: Path, out: Path, **changes) -> Path:
+    """A recipe of a few steps; `changes` are dotted keys with `__` for the dot, e.g. train__steps=3."""
+    instructions = "prompt" in data.read_text().splitlines()[0]
+    columns = {"prompt": "prompt", "response": "response"} if instructions else {"text": "text"}
+    recipe: dict = {
+        "student": {"model": str(student)},
+        "data": {"train": [{"path": str(data), **columns}], "workers": 0},
+        "train": {"steps": 6, "seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4, "learning_rate": 3e-3,
+                  "warmup_steps": 2},
+        "deepspeed": "ds_configs/zero3_fp32.json",
+        "checkpoint": {"every": 100},
+        "output_dir": str(out),
+    }
+    if teacher is not None:
+        recipe["teacher"] = {"model": str(teacher)}
+        recipe["loss"] = {"alpha": -1.0, "lam": 0.3, "order": "pr", "ce_weight": 0.5}
+    for key, value in changes.items():
+        section, _, leaf = key.partition("__")
+        if leaf:
+            recipe.setdefault(section, {})[leaf] = value
+        else:
+            recipe[section] = value
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def launch_command(ranks: int, *arguments: str) -> list[str]:
+    return [str(BIN / "deepspeed"), "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", "amid_ds",
+            *map(str, arguments)]
+
+
+def train(ranks: int, recipe: Path, *overrides: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    """`train` under the deepspeed launcher on `ranks` ranks (0: by itself, as `amid-ds train`)."""
+    alone = [str(BIN / "amid-ds"), "train", str(recipe), *overrides]
+    command = launch_command(ranks, "train", str(recipe), *overrides) if ranks else alone
+    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,140 @@
+"""Bad input ends with exit status 2 and one message that names what was found, what was expected and the remedy:
+on all ranks, without a traceback, and before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import small
+import yaml
+
+from amid_ds.cli import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("bad")
+    small.make_model(root / "student", "llama", 0)
+    small.make_model(root / "teacher", "llama", 1)
+    small.make_model(root / "narrow", "llama", 1, extra_rows=-3)
+    # As many words, but two of them have changed places: same size, other tokenizer.
+    swapped = [small.WORDS[1], small.WORDS[0], *small.WORDS[2:]]
+    small.make_model(root / "stranger", "llama", 1, words=swapped)
+    small.make_text(root / "text.jsonl")
+    (root / "empty.jsonl").write_text("")
+    (root / "broken.jsonl").write_text('{"text": "the river"}\n{"text": "a stone"}\n{"text": the tree}\n')
+    (root / "field.jsonl").write_text('{"text": "the river"}\n{"body": "a stone"}\n')
+    conflict = json.loads((Path(__file__).parent.parent / "ds_configs" / "zero3_fp32.json").read_text())
+    (root / "conflict.json").write_text(json.dumps({**conflict, "train_micro_batch_size_per_gpu": 7}))
+    (root / "stage2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    (root / "not.json").write_text("{stage: 3")
+    return root
+
+
+CASES = {      # overrides -> what the message must name
+    "unknown keys, all at once": (["train.stepz=3", "loss.lambda=0.1", "studnt.model=x"],
+                                  ["`train.stepz`", "did you mean `steps`", "`loss.lambda`", "did you mean `lam`",
+                                   "`studnt`", "did you mean `student`", "3 problem(s)"]),
+    "lambda outside [0, 1]": (["loss.lam=1.5"], ["loss.lam", "1.5", "less than or equal to 1"]),
+    "a NaN alpha": (["loss.alpha=.nan"], ["loss.alpha", "nan", "finite"]),
+    "an unknown order": (["loss.order=pq"], ["pq", "pr"]),
+    "an unknown divergence": (["loss.divergence=jsd"], ["jsd", "kl"]),
+    "an unknown preset": (["loss={preset: sklx, lam: 0.1}"], ["sklx", "skl"]),
+    "a model that is not there": (["student.model=ROOT/nowhere"], ["nowhere", "config.json"]),
+    "a teacher that is not there": (["teacher.model=ROOT/nowhere"], ["nowhere"]),
+    "another tokenizer of the same size": (["teacher.model=ROOT/stranger"], ["stranger", "tokenizer"]),
+    "a vocabulary narrower than the tokenizer": (["teacher.model=ROOT/narrow"], ["narrow", "vocabulary"]),
+    "a data file that is missing": (["data.train.0.path=ROOT/none.jsonl"], ["none.jsonl"]),
+    "a data file that is empty": (["data.train.0.path=ROOT/empty.jsonl"], ["empty.jsonl"]),
+    "a data file that is not JSON": (["data.train.0.path=ROOT/broken.jsonl"], ["broken.jsonl", "line 3"]),
+    "a data file without the field": (["data.train.0.path=ROOT/field.jsonl"], ["field.jsonl", "line 2", "text"]),
+    "a global batch that does not divide": (["train.global_batch_size=7", "train.micro_batch_size=2"],
+                                            ["global_batch_size", "7", "micro_batch_size", "2"]),
+    "a conflict with the DeepSpeed config": (["deepspeed=ROOT/conflict.json"],
+                                             ["train_micro_batch_size_per_gpu", "7", "1 by the recipe"]),
+    "dtype against the DeepSpeed config": (["student.dtype=bf16"], ["bf16.enabled: false", "student.dtype: bf16"]),
+    "a ZeRO stage that does not shard": (["deepspeed=ROOT/stage2.json"], ["stage: 2"]),
+    "a DeepSpeed config that is not JSON": (["deepspeed=ROOT/not.json"], ["not.json", "JSON"]),
+    "a DeepSpeed config that is not there": (["deepspeed=zero9.json"], ["zero9.json", "zero3.json"]),
+    "a key that later work brings to life": (["tensor_parallel=2"], ["`tensor_parallel` is not supported yet"]),
+    "warm-up without end": (["train.warmup_steps=50"], ["warmup_steps 50", "steps 6"]),
+    "nothing to learn": (["loss.kd_weight=0", "loss.ce_weight=0"], ["both 0"]),
+    "an override without a value": (["train.steps"], ["train.steps", "a.b=value"]),
+    "an output folder that is a file": (["output_dir=ROOT/text.jsonl"], ["text.jsonl"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_one_message_with_found_expected_remedy(case, folder, tmp_path, capsys, monkeypatch):
+    overrides, named = CASES[case]
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "text.jsonl", tmp_path / "run")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained",
+                        lambda *a, **k: pytest.fail("a model was loaded before the input was judged"))
+    status = main(["train", str(recipe), *(o.replace("ROOT", str(folder)) for o in overrides)])
+    message = capsys.readouterr().err
+    assert status == 2, message
+    assert message.count("amid-ds: ") == 1 and "expected:" in message and "remedy:" in message
+    assert "Traceback" not in message
+    assert [word for word in named if word not in message] == [], message
+
+
+def test_another_recipes_run_in_the_output_folder_is_refused_and_left_alone(folder, tmp_path, capsys):
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "text.jsonl",
+                               tmp_path / "run", train__steps=1)
+    assert main(["train", str(recipe)]) == 0
+    before = (tmp_path / "run" / "recipe.yaml").read_text()
+    assert main(["train", str(recipe), "loss.lam=0.9", "train.seed=5"]) == 2
+    message = capsys.readouterr().err
+    assert "loss.lam: 0.3 in the folder, 0.9 now" in message and "train.seed: 0 in the folder, 5 now" in message
+    assert (tmp_path / "run" / "recipe.yaml").read_text() == before
+    assert main(["train", str(recipe), "train.log_every=2", "checkpoint.keep=3"]) == 0      # these change nothing learnt
+
+
+@pytest.mark.parametrize("overrides, named", [
+    (["train.stepz=3"], "`train.stepz`"),
+    (["data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),
+    (["train.global_batch_size=5"], "global_batch_size"),
+], ids=["recipe", "data", "batch"])
+def test_under_the_launcher_all_ranks_end_at_once_with_one_message(folder, tmp_path, overrides, named):
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "text.jsonl", tmp_path / "run")
+    done = small.train(2, recipe, *overrides, timeout=90)
+    assert done.returncode == 2
+    assert done.stderr.count("amid-ds: ") == 1 and named in done.stderr and "Traceback" not in done.stderr + done.stdout
+
+
+def test_a_model_whose_logits_the_head_does_not_reproduce_is_refused_by_name(folder, tmp_path, capsys, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def scaled(self, *args, **kwargs):      # an architecture that does to its logits what its config does not say
+        out = forward(self, *args, **kwargs)
+        out.logits = out.logits * 1.1
+        return out
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", scaled)
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "text.jsonl", tmp_path / "run")
+    assert main(["train", str(recipe)]) == 2
+    message = capsys.readouterr().err
+    assert "LlamaForCausalLM" in message and "does not reproduce" in message and str(folder / "student") in message
+
+
+def test_a_recipe_that_cannot_be_read_is_said(tmp_path, capsys):
+    for name, text in {"list.yaml": "- a\n- b\n", "broken.yaml": "a: [1,\n", "missing.yaml": None}.items():
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        assert main(["train", str(tmp_path / name)]) == 2
+        message = capsys.readouterr().err
+        assert name in message and "expected:" in message and "Traceback" not in message
+
+
+def test_export_refuses_what_is_no_run_and_a_folder_in_use(folder, tmp_path, capsys):
+    assert main(["export", str(folder), str(tmp_path / "out")]) == 2
+    assert "holds no checkpoint" in capsys.readouterr().err
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", None, folder / "text.jsonl", tmp_path / "run", train__steps=1)
+    assert main(["train", str(recipe)]) == 0
+    assert main(["export", str(tmp_path / "run"), str(folder)]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["train"]["steps"] == 1
