@@ -4,6 +4,10 @@ import itertools
 import json
 import random
 import re
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -208,6 +212,49 @@ def test_a_complete_folder_is_reused_and_a_killed_job_goes_on(prepared, tmp_path
     assert not before
 
 
+def test_eight_workers_write_the_bytes_of_one(tmp_path, tokenizer, many_chunks, monkeypatch):
+    monkeypatch.setattr(pack, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts(150)])
+    for workers in (1, 8):
+        prepare(data_of({"path": path}, workers=workers), SEQ, tokenizer, tmp_path / f"by{workers}")
+    one, eight = ({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+                  for name in ("by1", "by8"))
+    assert len(one) > 20 and one == eight
+
+
+def test_a_bad_row_found_by_a_worker_process_stops_them_all(tmp_path, tokenizer, many_chunks, monkeypatch):
+    monkeypatch.setattr(pack, "PARALLEL_BYTES", 0)
+    rows = [{"text": text} for text in texts(150)]
+    path = write_jsonl(tmp_path / "corpus.jsonl", [*rows[:100], {"text": 5}, *rows[100:]])
+    with pytest.raises(InputError, match=r"corpus.jsonl line 101: the field 'text' holds a number"):
+        prepare(data_of({"path": path}, workers=2), SEQ, tokenizer, tmp_path / "out")
+
+
+def test_two_jobs_share_the_work_on_one_folder(tmp_path, tokenizer, many_chunks):
+    """While another process holds a shard's lock, the others are made; then it is waited for."""
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts(150)])
+    out = tmp_path / "out"
+    prepare(data_of({"path": path}), SEQ, tokenizer, tmp_path / "alone")
+    (out / "shards").mkdir(parents=True)
+    lock = out / "shards" / "000001.lock"
+    other = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; file = open(sys.argv[1], 'wb'); "
+                              "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()", lock],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdout.readline() == b"held\n"
+    ours = threading.Thread(target=prepare, args=(data_of({"path": path}), SEQ, tokenizer, out))
+    ours.start()
+    shards = len(list((tmp_path / "alone" / "shards").glob("*.json")))
+    deadline = time.monotonic() + 60
+    while len(list((out / "shards").glob("*.json"))) < shards - 1 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not (out / "shards" / "000001.json").exists() and ours.is_alive()
+    other.communicate()                       # the other job dies without having made it
+    ours.join()
+    assert {path.name: path.read_bytes() for path in (out / "shards").iterdir()} == \
+        {path.name: path.read_bytes() for path in (tmp_path / "alone" / "shards").iterdir()}
+
+
 def test_a_folder_of_other_data_is_refused_by_name_or_made_anew(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts(20)])
     out = tmp_path / "out"
@@ -288,6 +335,15 @@ def test_a_shard_cut_short_is_refused(prepared):
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(InputError, match=r"000002.arrow has \d+ bytes"):
         Prepared(prepared)
+
+
+def test_a_flipped_bit_is_found_when_the_row_is_read(prepared):
+    path = prepared / "shards" / "000002.arrow"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"000002.arrow is damaged: the checksum of its row \d+ is wrong"):
+        list(read_rows(prepared, 4))
 
 
 def test_evaluation_gives_every_rank_the_same_number_of_batches(prepared):

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 
 from amid_ds.data.order import rows_of
-from amid_ds.data.pack import MANIFEST, SHARDS
+from amid_ds.data.pack import MANIFEST, SHARDS, checksum
 from amid_ds.errors import InputError
 
 IGNORED = -100                       # a label without a loss
@@ -77,7 +77,11 @@ class Prepared:
         place = int(np.searchsorted(self._ends, number, side="right"))
         shard = self._shards[place]
         in_shard = number - int(self._ends[place]) + shard["rows"]
-        tokens, learn, file, line = _open_shard(str(self.folder / SHARDS / f"{shard['name']}.arrow")).row(in_shard)
+        path = self.folder / SHARDS / f"{shard['name']}.arrow"
+        tokens, learn, file, line, crc = _open_shard(str(path)).row(in_shard)
+        if checksum(tokens, learn) != crc:
+            raise InputError(f"{path} is damaged: the checksum of its row {in_shard} is wrong", "what was written",
+                             f"remove {path.with_suffix('.json')} and {self.folder / MANIFEST}, and prepare again")
         first_line = shard["first_line"][str(file)]
         return tokens, learn, f"{self._files[shard['source']][file]} line {first_line + line + 1}"
 
@@ -168,14 +172,15 @@ class _Shard:
             batches = list(reader)
         self._ends = np.cumsum([batch.num_rows for batch in batches])
         self._batches = [[_list_views(batch["tokens"]), _list_views(batch["learn"]), batch["file"].to_numpy(),
-                          batch["line"].to_numpy()] for batch in batches]
+                          batch["line"].to_numpy(), batch["crc"].to_numpy()] for batch in batches]
 
-    def row(self, number: int) -> tuple[NDArray[Any], NDArray[np.int32], int, int]:
+    def row(self, number: int) -> tuple[NDArray[Any], NDArray[np.int32], int, int, int]:
         place = int(np.searchsorted(self._ends, number, side="right"))
-        (tokens, token_offsets), (learn, learn_offsets), files, lines = self._batches[place]
-        number -= int(self._ends[place]) - len(files)
+        (tokens, token_offsets), (learn, learn_offsets), *columns = self._batches[place]
+        number -= int(self._ends[place]) - len(columns[0])
+        file, line, crc = (int(column[number]) for column in columns)
         return (tokens[token_offsets[number]:token_offsets[number + 1]],
-                learn[learn_offsets[number]:learn_offsets[number + 1]], int(files[number]), int(lines[number]))
+                learn[learn_offsets[number]:learn_offsets[number + 1]], file, line, crc)
 
 
 def _list_views(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:

@@ -3,28 +3,38 @@
 A source is cut into chunks, and each chunk becomes one shard by itself: documents are joined, each with its
 end-of-text, and cut into rows. So any worker can make any shard, a killed job goes on with the shards that are
 missing, and the bytes do not depend on who made them or in what order. The price is one shorter row at the end of
-each shard (under 0.1 % of a large corpus). `manifest.json` is written last: a folder that has one is complete.
+each shard (under 0.1 % of a large corpus). A shard in the making is locked, so several jobs may work on one folder.
+`manifest.json` is written last: a folder that has one is complete.
 
 A row holds `tokens`, and in `learn` the positions [start, stop, start, stop, ...] of those that are predicted; `file`
-and `line` say where it begins. Text rows have seq_length + 1 tokens and overlap by one, so that every token but a
-shard's first is predicted exactly once.
+and `line` say where it begins, and `crc` is checked whenever the row is read. Text rows have seq_length + 1 tokens and
+overlap by one, so that every token but a shard's first is predicted exactly once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import shutil
+import signal
+import threading
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from amid_ds import config
 from amid_ds.data.sources import PIECE_BYTES, Row, Span, bad_row, fields_of, files_of, line_number, read_span, spans_of
@@ -38,6 +48,7 @@ FORMAT = 1
 MANIFEST, PLAN, SHARDS = "manifest.json", "plan.json", "shards"
 SHOWN = 10                          # that many skipped rows are named
 MIN_CHUNK, MAX_CHUNK, CHUNKS = 1 << 20, 64 << 20, 64      # bytes of input per shard; a source has about 64 and more
+PARALLEL_BYTES = 16 << 20            # less than that is done sooner by one process than others can start
 BATCH_CHARACTERS = 1 << 18          # handed to the tokenizer at once
 BATCH_TOKENS = 1 << 20              # written at once
 
@@ -77,6 +88,10 @@ class Chunk:
     def name(self) -> str:
         return f"{self.number:06d}"
 
+    @property
+    def size(self) -> int:
+        return sum(span.stop - span.start for span in self.spans)
+
 
 @dataclass(frozen=True)
 class Maker:
@@ -88,8 +103,20 @@ class Maker:
     tokenizer: PreTrainedTokenizerBase
     folder: Path
 
-    def make(self, chunk: Chunk) -> None:
-        """Write one shard, and then its counts: a shard is done when they are there."""
+    def make(self, chunk: Chunk, wait: bool) -> int | None:
+        """Make one shard unless it is there: its tokens, or None where another job is at it and `wait` is False."""
+        counted = self.folder / SHARDS / f"{chunk.name}.json"
+        with _locked(counted.with_suffix(".lock"), wait) as mine:
+            if not mine:
+                return None
+            if not counted.exists():                      # a shard is done when its counts are there
+                _write_json(counted, self._write(chunk, counted.with_suffix(".arrow")))
+        done = _read_json(counted)
+        assert done is not None
+        return int(done["tokens"])
+
+    def _write(self, chunk: Chunk, path: Path) -> dict[str, Any]:
+        """Write the chunk's rows to `path`, whole or not at all; what the shard is made of."""
         front, end = document_front(self.tokenizer), end_of_text(self.tokenizer)
         counts = Counts()
         source = self.sources[chunk.source]
@@ -98,16 +125,17 @@ class Maker:
             rows = pack_text(_framed(documents, front, end), self.seq_length)
         else:
             rows = pack_responses(documents, front, end, self.seq_length, counts)
-        path = self.folder / SHARDS / f"{chunk.name}.arrow"
         temporary = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
         _write_rows(temporary, rows, np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32, counts)
-        done = {"source": chunk.source, **vars(counts), "bytes": temporary.stat().st_size, "sha256": _sha256(temporary)}
+        size, digest = temporary.stat().st_size, _sha256(temporary)
         os.replace(temporary, path)
-        _write_json(path.with_suffix(".json"), done)
+        return {"source": chunk.source, **vars(counts), "bytes": size, "sha256": digest}
 
     def _encoded(self, chunk: Chunk, fields: Sequence[str], counts: Counts) -> Iterator[Encoded]:
         """The chunk's rows as ids, encoded many at a time."""
         for batch in _batches(self._good_rows(chunk, fields, counts)):
+            if _stop is not None and _stop.is_set():
+                raise KeyboardInterrupt
             pieces = [list(itertools.chain.from_iterable(map(_pieces, row.values))) for _, row in batch]
             ids = iter(encode(self.tokenizer, list(itertools.chain.from_iterable(pieces))))
             for span, row in batch:
@@ -181,12 +209,89 @@ def prepare(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBa
         return _info(folder, manifest, reused=True)
     _start(folder, plan, named=data.prepared is not None)
     maker = Maker(data.train, seq_length, data.on_bad_row, tokenizer, folder)
-    for chunk in chunks:
-        if not (folder / SHARDS / f"{chunk.name}.json").exists():
-            maker.make(chunk)
+    _make_all(maker, chunks, data.workers)
     manifest = _manifest(folder, plan, chunks, data)
     _write_json(folder / MANIFEST, manifest)
+    for leftover in (folder / SHARDS).iterdir():          # locks, and what killed jobs had begun
+        if leftover.suffix not in (".arrow", ".json"):
+            leftover.unlink(missing_ok=True)
     return _info(folder, manifest, reused=False)
+
+
+def _make_all(maker: Maker, chunks: Sequence[Chunk], workers: int) -> None:
+    """Make what is missing, then wait for what other jobs are making, or make it if they die."""
+    missing = [chunk for chunk in chunks if not (maker.folder / SHARDS / f"{chunk.name}.json").exists()]
+    size = sum(chunk.size for chunk in missing)
+    processes = min(workers, len(missing), len(os.sched_getaffinity(0))) if size >= PARALLEL_BYTES else 1
+    bar = tqdm(total=sum(chunk.size for chunk in chunks), initial=sum(chunk.size for chunk in chunks) - size,
+               desc="prepare", unit="B", unit_scale=True, disable=None)
+    tokens = 0
+    with bar, _workers(maker, processes) as make:
+        for wait in (False, True):
+            left = []
+            for chunk, made in zip(missing, make(missing, [wait] * len(missing)), strict=True):
+                if made is None:
+                    left.append(chunk)
+                    continue
+                tokens += made
+                bar.update(chunk.size)
+                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+            missing = left
+
+
+@contextlib.contextmanager
+def _workers(maker: Maker, processes: int) -> Iterator[Any]:
+    """`map` of maker.make over this process or several. Leaving early stops those within one batch of texts."""
+    if processes <= 1:
+        yield lambda chunks, waits: map(maker.make, chunks, waits)
+        return
+    context = multiprocessing.get_context("forkserver")   # a fork of a process with an engine in it is a hazard
+    context.set_forkserver_preload([__name__, "transformers.tokenization_utils_base"])
+    stop = context.Event()
+    pool = ProcessPoolExecutor(processes, context, _become_worker, (maker, stop))
+    try:
+        yield lambda chunks, waits: pool.map(_work, chunks, waits)
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+
+
+_maker: Maker | None = None
+_stop: Any = None
+
+
+def _become_worker(maker: Maker, stop: Any) -> None:
+    """Set up a worker process: signals are the parent's affair, and a worker dies with its parent."""
+    global _maker, _stop
+    _maker, _stop = maker, stop
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"        # one core each
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def die_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+
+
+def _work(chunk: Chunk, wait: bool) -> int | None:
+    assert _maker is not None
+    return _maker.make(chunk, wait)
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold the lock of `path`: False where another process has it. The lock goes when its holder dies, however."""
+    with open(path, "wb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
 
 
 def pack_text(documents: Iterable[tuple[list[int], int, int]], seq_length: int) -> Iterator[Packed]:
@@ -270,20 +375,26 @@ def _chunks(files: Sequence[Sequence[str]]) -> Iterator[Chunk]:
 def _write_rows(path: Path, rows: Iterable[Packed], dtype: Any, counts: Counts) -> None:
     token_type = pa.list_(pa.from_numpy_dtype(dtype))
     schema = pa.schema([("tokens", token_type), ("learn", pa.list_(pa.int32())), ("file", pa.int32()),
-                        ("line", pa.int64())])
+                        ("line", pa.int64()), ("crc", pa.uint32())])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for batch in _by_size(rows):
             counts.rows += len(batch)
-            counts.tokens += sum(stop - start for row in batch
-                                 for start, stop in zip(row.learn[::2], row.learn[1::2], strict=True))
-            offsets = np.cumsum([0, *(len(row.tokens) for row in batch)], dtype=np.int32)
-            flat = np.fromiter(itertools.chain.from_iterable(row.tokens for row in batch), dtype, offsets[-1])
+            tokens = [np.array(row.tokens, dtype) for row in batch]
+            learn = [np.array(row.learn, np.int32) for row in batch]
+            counts.tokens += sum(int(np.sum(spans[1::2] - spans[::2])) for spans in learn)
             writer.write_batch(pa.record_batch([
-                pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat)),
-                pa.array([row.learn for row in batch], pa.list_(pa.int32())),
-                pa.array([row.file for row in batch], pa.int32()),
-                pa.array([row.line for row in batch], pa.int64())], schema=schema))
-        sink.flush()
+                _list_array(tokens), _list_array(learn),
+                pa.array([row.file for row in batch], pa.int32()), pa.array([row.line for row in batch], pa.int64()),
+                pa.array(map(checksum, tokens, learn), pa.uint32())], schema=schema))
+
+
+def checksum(tokens: NDArray[Any], learn: NDArray[np.int32]) -> int:
+    return zlib.crc32(learn.tobytes(), zlib.crc32(tokens.tobytes()))
+
+
+def _list_array(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)))
 
 
 def _by_size(rows: Iterable[Packed]) -> Iterator[list[Packed]]:
