@@ -38,14 +38,26 @@ PROBES = (
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder or hub id. Raises InputError where there is none."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # For some architectures (Qwen2) AutoTokenizer puts a class of its own in place of the generic one that the folder
+    # names, and with it another pre-tokenizer than tokenizer.json's. What was saved is what is meant.
+    generic = _named_class(Path(model)) in ("TokenizersBackend", "PreTrainedTokenizerFast")
     try:
-        return AutoTokenizer.from_pretrained(model, revision=revision)
+        return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(model, revision=revision)
     except Exception as error:     # transformers raises whatever its many loaders raise
         raise InputError(f"no tokenizer can be opened at {model!r}: {_first_line(error)}",
                          "a folder with tokenizer.json or another tokenizer's files, or a hub id that can be reached",
                          "check the path; save the tokenizer beside the model with tokenizer.save_pretrained") from None
+
+
+def _named_class(folder: Path) -> str | None:
+    """The tokenizer class that a local folder's tokenizer_config.json names, where there is also a tokenizer.json."""
+    try:
+        named: str | None = json.loads((folder / "tokenizer_config.json").read_text())["tokenizer_class"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return named if (folder / "tokenizer.json").is_file() else None
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
