@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from amid_ds.data import fingerprint, load_tokenizer, require_same_tokenizer, train_sentencepiece
+from amid_ds.data.tokenizer import PROBES, document_front, encode
 from amid_ds.errors import InputError
 
 STDLIB = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
@@ -104,3 +106,20 @@ def test_a_difference_that_no_probe_shows_is_found_in_the_vocabulary(folder, tok
 
 def test_a_tokenizer_is_the_same_as_itself(folder, tokenizer):
     require_same_tokenizer(tokenizer, load_tokenizer(str(folder)), "student", "teacher")
+
+
+def test_asking_the_backend_gives_the_wrappers_ids(folder, tmp_path):
+    """Also where tokenizer.json asks to cut, to pad or to frame the text, and a special token is in it."""
+    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.enable_truncation(3)
+    backend.enable_padding(length=50)
+    backend.post_processor = processors.TemplateProcessing("</s> $0", special_tokens=[("</s>", 1)])
+    for split in (False, True):
+        framing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>",
+                                          split_special_tokens=split)
+        framing.save_pretrained(tmp_path)
+        asked = load_tokenizer(str(tmp_path))
+        texts = ["def f(x):</s>\n    return x", "é", *PROBES]
+        assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"] for text in texts]
+        assert document_front(asked) == [1]
+    assert document_front(load_tokenizer(str(folder))) == []

@@ -79,11 +79,18 @@ def document_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of each text alone: nothing is put around it, nothing is cut."""
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, return_attention_mask=False,
-                                     return_token_type_ids=False, truncation=False, padding=False,
-                                     verbose=False)["input_ids"]
-    return ids
+    """Ids of each text alone: nothing is put around it, nothing is cut.
+
+    A `tokenizers` backend is asked directly: the wrapper's batch of offsets and masks costs a third of the time.
+    """
+    if not tokenizer.is_fast:
+        slow: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return slow
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()                  # what a tokenizer.json may ask for, and the wrapper undoes too
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
