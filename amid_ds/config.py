@@ -47,26 +47,37 @@ class Teacher(Section):
 
 
 class Source(Section):
-    """One source of rows: `text`, or `prompt` with `response`, names the columns that are read."""
+    """One source of rows. The columns that are read: `text`, or `prompt` with `response`, or `messages`."""
 
     path: str
     text: str | None = None
     prompt: str | None = None
     response: str | None = None
-    weight: Positive = 1.0
+    messages: str | None = None              # a list of {role, content}, for the tokenizer's chat template
+    truncate: Literal["left", "right"] = "left"   # the side that a prompt or conversation too long for a row loses
+    weight: Positive = 1.0                   # the source's share of the rows that are read
 
     @model_validator(mode="after")
     def _one_kind_of_row(self) -> Source:
         if (self.prompt is None) != (self.response is None):
             raise ValueError("`prompt` and `response` belong together: name both columns")
-        if self.text is not None and self.prompt is not None:
-            raise ValueError("found `text` beside `prompt`/`response`: a source has one kind of row, name one of them")
+        kinds = [kind for kind in ("text", "prompt", "messages") if getattr(self, kind) is not None]
+        if len(kinds) > 1:
+            raise ValueError(f"found {' beside '.join(f'`{kind}`' for kind in kinds)}: a source has one kind of row, "
+                             "name one of them")
         return self
 
     @property
-    def text_field(self) -> str:
-        """The column of a text source; `text` where the recipe names none."""
-        return self.text or "text"
+    def is_text(self) -> bool:
+        """Documents to be joined and packed, rather than one row each."""
+        return self.prompt is None and self.messages is None
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """The columns that a row is made of; `text` where the recipe names none."""
+        if self.prompt is not None and self.response is not None:
+            return self.prompt, self.response
+        return (self.messages or self.text or "text",)
 
 
 class Data(Section):

@@ -27,6 +27,7 @@ from amid_ds.data.pack import MANIFEST, SHARDS, checksum
 from amid_ds.errors import InputError
 
 IGNORED = -100                       # a label without a loss
+OPEN_SHARDS = 4096                   # memory-mapped at once
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Prepared:
         self._shards = manifest["shards"]
         self._files = [[file for file, *_ in source["files"]] for source in manifest["plan"]["sources"]]
         self._ends = np.cumsum([shard["rows"] for shard in self._shards])
+        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_Shard)
         for shard in self._shards:
             path = folder / SHARDS / f"{shard['name']}.arrow"
             size = path.stat().st_size if path.exists() else None
@@ -78,7 +80,7 @@ class Prepared:
         shard = self._shards[place]
         in_shard = number - int(self._ends[place]) + shard["rows"]
         path = self.folder / SHARDS / f"{shard['name']}.arrow"
-        tokens, learn, file, line, crc = _open_shard(str(path)).row(in_shard)
+        tokens, learn, file, line, crc = self._open(str(path)).row(in_shard)
         if checksum(tokens, learn) != crc:
             raise InputError(f"{path} is damaged: the checksum of its row {in_shard} is wrong", "what was written",
                              f"remove {path.with_suffix('.json')} and {self.folder / MANIFEST}, and prepare again")
@@ -185,6 +187,3 @@ class _Shard:
 
 def _list_views(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
     return column.values.to_numpy(), column.offsets.to_numpy()
-
-
-_open_shard = functools.lru_cache(maxsize=4096)(_Shard)

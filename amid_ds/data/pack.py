@@ -27,7 +27,7 @@ import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,9 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from amid_ds import config
-from amid_ds.data.sources import PIECE_BYTES, Row, Span, bad_row, fields_of, files_of, line_number, read_span, spans_of
+from amid_ds.data.chat import Segment, require_chat_template
+from amid_ds.data.chat import segments as conversation
+from amid_ds.data.sources import PIECE_BYTES, Row, Span, bad_row, files_of, line_number, read_span, spans_of
 from amid_ds.data.tokenizer import document_front, encode, end_of_text, fingerprint
 from amid_ds.errors import InputError
 
@@ -117,48 +119,66 @@ class Maker:
 
     def _write(self, chunk: Chunk, path: Path) -> dict[str, Any]:
         """Write the chunk's rows to `path`, whole or not at all; what the shard is made of."""
-        front, end = document_front(self.tokenizer), end_of_text(self.tokenizer)
         counts = Counts()
         source = self.sources[chunk.source]
-        documents = self._encoded(chunk, fields_of(source), counts)
-        if source.prompt is None:
-            rows = pack_text(_framed(documents, front, end), self.seq_length)
+        documents = self._encoded(self._documents(chunk, source, counts))
+        if source.is_text:
+            rows = pack_text(documents, self.seq_length)
         else:
-            rows = pack_responses(documents, front, end, self.seq_length, counts)
+            rows = pack_turns(documents, self.seq_length, source.truncate, counts)
         temporary = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
         _write_rows(temporary, rows, np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32, counts)
         size, digest = temporary.stat().st_size, _sha256(temporary)
         os.replace(temporary, path)
         return {"source": chunk.source, **vars(counts), "bytes": size, "sha256": digest}
 
-    def _encoded(self, chunk: Chunk, fields: Sequence[str], counts: Counts) -> Iterator[Encoded]:
-        """The chunk's rows as ids, encoded many at a time."""
-        for batch in _batches(self._good_rows(chunk, fields, counts)):
+    def _encoded(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """The documents with their texts as ids, encoded many at a time."""
+        for batch in _batches(documents):
             if _stop is not None and _stop.is_set():
                 raise KeyboardInterrupt
-            pieces = [list(itertools.chain.from_iterable(map(_pieces, row.values))) for _, row in batch]
+            texts = [text for document in batch for text, _ in document.segments if isinstance(text, str)]
+            pieces = [_pieces(text) for text in texts]
             ids = iter(encode(self.tokenizer, list(itertools.chain.from_iterable(pieces))))
-            for span, row in batch:
-                values = [list(itertools.chain.from_iterable(itertools.islice(ids, len(_pieces(value)))))
-                          for value in row.values]
-                yield Encoded(values, span.file, row)
+            of_text = (list(itertools.chain.from_iterable(itertools.islice(ids, len(cut)))) for cut in pieces)
+            for document in batch:
+                yield replace(document, segments=[(next(of_text) if isinstance(text, str) else text, learn)
+                                                  for text, learn in document.segments])
 
-    def _good_rows(self, chunk: Chunk, fields: Sequence[str], counts: Counts) -> Iterator[tuple[Span, Row]]:
+    def _documents(self, chunk: Chunk, source: config.Source, counts: Counts) -> Iterator[Document]:
+        """The rows that can be used, framed by the tokenizer's own tokens; the others counted, or an error."""
+        front, end = document_front(self.tokenizer), [end_of_text(self.tokenizer)]
         for span in chunk.spans:
             lines = 0
-            for row in read_span(span, fields):
+            for row in read_span(span, source):
                 lines += row.lines
-                if row.problem is None:
-                    counts.documents += row.ends
-                    yield span, row
+                problem, segments = row.problem, []
+                if problem is None:
+                    try:
+                        segments = self._segments(row, source, front, end)
+                    except ValueError as error:
+                        problem = str(error)
+                if problem is not None:
+                    self._bad_row(span, row, problem, counts)
                     continue
-                if self.on_bad_row == "error" or counts.skipped < SHOWN:
-                    place = f"{span.path} line {line_number(span, row.line)}"
-                    if self.on_bad_row == "error":
-                        raise bad_row(place, row.problem)
-                    counts.shown.append(f"{place}: {row.problem}")
-                counts.skipped += 1
+                counts.documents += row.ends
+                yield Document(segments, span.file, row.line)
             counts.lines.append((span.file, lines))
+
+    def _segments(self, row: Row, source: config.Source, front: list[int], end: list[int]) -> list[Segment]:
+        if source.messages is not None:
+            return conversation(self.tokenizer, row.values[0])
+        if source.prompt is not None:
+            return [(front, False), (row.values[0], False), (row.values[1], True), (end, True)]
+        return [(front if row.begins else [], True), (row.values[0], True), (end if row.ends else [], True)]
+
+    def _bad_row(self, span: Span, row: Row, problem: str, counts: Counts) -> None:
+        if self.on_bad_row == "error" or counts.skipped < SHOWN:
+            place = f"{span.path} line {line_number(span, row.line)}"
+            if self.on_bad_row == "error":
+                raise bad_row(place, problem)
+            counts.shown.append(f"{place}: {problem}")
+        counts.skipped += 1
 
 
 @dataclass
@@ -176,12 +196,16 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A row as ids, one list per field."""
+class Document:
+    """A row's segments in order: texts or ids, and whether they are predicted."""
 
-    values: list[list[int]]
+    segments: list[Segment]
     file: int
-    row: Row
+    line: int
+
+    def ids(self) -> list[int]:
+        """All its ids, once encoded."""
+        return list(itertools.chain.from_iterable(ids for ids, _ in self.segments))   # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -294,14 +318,14 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
         yield True
 
 
-def pack_text(documents: Iterable[tuple[list[int], int, int]], seq_length: int) -> Iterator[Packed]:
-    """Join (ids, file, line) and cut rows of seq_length + 1 tokens that overlap by one; the last may be shorter."""
+def pack_text(documents: Iterable[Document], seq_length: int) -> Iterator[Packed]:
+    """Join the documents and cut rows of seq_length + 1 tokens that overlap by one; the last may be shorter."""
     buffer: list[int] = []
     cut = 0                                               # tokens that are no longer in the buffer
     begun: deque[tuple[int, int, int]] = deque()          # where the documents in the buffer begin: (token, file, line)
-    for ids, file, line in documents:
-        begun.append((cut + len(buffer), file, line))
-        buffer += ids
+    for document in documents:
+        begun.append((cut + len(buffer), document.file, document.line))
+        buffer += document.ids()
         start = 0
         while len(buffer) - start > seq_length:
             yield _text_row(buffer[start:start + seq_length + 1], cut + start, begun)
@@ -318,38 +342,55 @@ def _text_row(tokens: list[int], position: int, begun: deque[tuple[int, int, int
     return Packed(tokens, [1, len(tokens)], *begun[0][1:])
 
 
-def pack_responses(documents: Iterable[Encoded], front: list[int], end: int, seq_length: int,
-                   counts: Counts) -> Iterator[Packed]:
-    """One row per prompt and response, the loss on the response and its end-of-text alone.
+def pack_turns(documents: Iterable[Document], seq_length: int, side: str, counts: Counts) -> Iterator[Packed]:
+    """One row per document, the loss on its learnt segments alone.
 
-    A row that is too long loses the left of its prompt; of a response that does not fit even so, the right.
+    A document too long for a row loses its right; before that, with `side` left, what it can spare on the left: all
+    but one token before the last learnt segment. One whose learnt segments vanish so is dropped, and counted.
     """
     for document in documents:
-        prompt, response = front + document.values[0], [*document.values[1], end]
-        room = seq_length + 1 - len(response)
-        if len(prompt) > room:
+        tokens, learn = document.ids(), _learnt(document)
+        if len(tokens) > seq_length + 1:
             counts.truncated += 1
-            prompt = prompt[-max(room, 1):]               # one token at least, to predict the response from
-            response = response[:seq_length + 1 - len(prompt)]
-        yield Packed(prompt + response, [max(len(prompt), 1), len(prompt) + len(response)],
-                     document.file, document.row.line)
+            spare = max(learn[-2] - 1, 0) if side == "left" and learn else 0
+            first = min(len(tokens) - seq_length - 1, spare)
+            last = first + seq_length + 1
+            tokens = tokens[first:last]
+            learn = [min(place, last) - first for start, stop in _pairs(learn)
+                     if start < last and stop > first + 1 for place in (max(start, first + 1), stop)]
+        if learn:
+            yield Packed(tokens, learn, document.file, document.line)
+        else:
+            counts.dropped += 1
 
 
-def _framed(documents: Iterable[Encoded], front: list[int], end: int) -> Iterator[tuple[list[int], int, int]]:
+def _learnt(document: Document) -> list[int]:
+    """[start, stop, ...] of the tokens that are predicted; a row's first token never is."""
+    learn: list[int] = []
+    place = 0
+    for ids, learnt in document.segments:
+        start, place = place, place + len(ids)
+        if learnt and place > max(start, 1):
+            if learn and learn[-1] == start:
+                learn[-1] = place             # it goes on
+            else:
+                learn += [max(start, 1), place]
+    return learn
+
+
+def _pairs(flat: list[int]) -> Iterator[tuple[int, int]]:
+    return zip(flat[::2], flat[1::2], strict=True)
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
     for document in documents:
-        ids = [*(front if document.row.begins else ()), *document.values[0], *((end,) if document.row.ends else ())]
-        yield ids, document.file, document.row.line
-
-
-def _batches(rows: Iterator[tuple[Span, Row]]) -> Iterator[list[tuple[Span, Row]]]:
-    batch: list[tuple[Span, Row]] = []
-    characters = 0
-    for span, row in rows:
-        batch.append((span, row))
-        characters += sum(map(len, row.values))
-        if characters >= BATCH_CHARACTERS:
+        batch.append(document)
+        size += sum(len(text) for text, _ in document.segments)
+        if size >= BATCH_CHARACTERS:
             yield batch
-            batch, characters = [], 0
+            batch, size = [], 0
     if batch:
         yield batch
 
@@ -415,9 +456,10 @@ def _plan(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase
     """All that the shards' bytes depend on. A source's weight is not among it: mixing is done when reading."""
     sources = []
     for source, paths in zip(data.train, files, strict=True):
-        stats = [(path, os.stat(path)) for path in paths]
-        sources.append({"path": source.path, "fields": list(fields_of(source)),
-                        "files": [[path, stat.st_size, stat.st_mtime_ns] for path, stat in stats]})
+        template = None if source.messages is None else require_chat_template(tokenizer)
+        found = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
+        sources.append({"path": source.path, "fields": list(source.fields), "template": template,
+                        "truncate": source.truncate, "files": found})
     return {"format": FORMAT, "seq_length": seq_length, "tokenizer": fingerprint(tokenizer),
             "on_bad_row": data.on_bad_row, "sources": sources}
 

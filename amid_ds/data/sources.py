@@ -47,18 +47,11 @@ class Row:
     """One row: the values of the source's fields, or what is wrong with it. `line` counts from 0 within the span."""
 
     line: int
-    values: tuple[str, ...] = ()
+    values: tuple[Any, ...] = ()             # texts; of a messages source, one list of {role, content}
     problem: str | None = None
     lines: int = 1                           # that many lines of the file
     begins: bool = True                      # False: the document began in an earlier row
     ends: bool = True                        # False: the document goes on in the next row
-
-
-def fields_of(source: config.Source) -> tuple[str, ...]:
-    """The columns that a source's rows are made of."""
-    if source.prompt is not None and source.response is not None:
-        return source.prompt, source.response
-    return (source.text_field,)
 
 
 def files_of(source: config.Source) -> list[str]:
@@ -80,8 +73,8 @@ def files_of(source: config.Source) -> list[str]:
                              "convert it, or rename it if it is one of these")
         if os.path.getsize(file) == 0:
             raise InputError(f"the data file {file!r} is empty", "at least one row", "remove the file or fill it")
-        if Path(file).suffix in TEXT and source.prompt is not None:
-            raise InputError(f"the data file {file!r} is plain text, and its source names prompt and response columns",
+        if Path(file).suffix in TEXT and not source.is_text:
+            raise InputError(f"the data file {file!r} is plain text, and its source names the columns {source.fields}",
                              f"one of {', '.join(JSON_LINES)}", "name no columns, or give a file that has them")
     return found
 
@@ -103,11 +96,11 @@ def spans_of(files: Sequence[str], target: int) -> Iterator[list[Span]]:
         yield gathered
 
 
-def read_span(span: Span, fields: Sequence[str]) -> Iterator[Row]:
+def read_span(span: Span, source: config.Source) -> Iterator[Row]:
     """The rows that begin in a span."""
     if Path(span.path).suffix in TEXT:
         return _text_rows(span)
-    return (_json_row(number, line, fields) for number, (line, _) in enumerate(_lines(span)))
+    return (_json_row(number, line, source) for number, (line, _) in enumerate(_lines(span)))
 
 
 def line_number(span: Span, line: int) -> int:
@@ -136,7 +129,7 @@ def check_sources(data: config.Data) -> None:
         if data.on_bad_row == "skip":
             continue
         first = Span(0, files[0], 0, os.path.getsize(files[0]))
-        for row in itertools.islice(read_span(first, fields_of(source)), FIRST_ROWS):
+        for row in itertools.islice(read_span(first, source), FIRST_ROWS):
             if row.problem is not None:
                 raise bad_row(f"{first.path} line {row.line + 1}", row.problem)
 
@@ -171,7 +164,7 @@ def _text_rows(span: Span) -> Iterator[Row]:
         yield Row(first, ("".join(piece),), lines=len(piece), begins=span.start == first == 0, ends=False)
 
 
-def _json_row(number: int, line: bytes, fields: Sequence[str]) -> Row:
+def _json_row(number: int, line: bytes, source: config.Source) -> Row:
     text, problem = _decode(line)
     if problem is not None:
         return Row(number, problem=problem)
@@ -183,23 +176,44 @@ def _json_row(number: int, line: bytes, fields: Sequence[str]) -> Row:
         return Row(number, problem=f"not JSON: {error}")
     if not isinstance(row, dict):
         return Row(number, problem=f"holds {_type_name(row)} where an object is expected")
-    return _checked(number, row, fields)
+    problem = _problem(row, source)
+    return Row(number, problem=problem) if problem else Row(number, tuple(row[field] for field in source.fields))
 
 
-def _checked(number: int, row: dict[str, Any], fields: Sequence[str]) -> Row:
-    for field in fields:
+def _problem(row: dict[str, Any], source: config.Source) -> str | None:
+    """Why a row cannot be used, if it cannot."""
+    for field in source.fields:
         if field not in row:
-            return Row(number, problem=f"lacks the field {field!r}; it has {', '.join(map(repr, row)) or 'none'}")
-        value = row[field]
-        if not isinstance(value, str):
-            return Row(number, problem=f"the field {field!r} holds {_type_name(value)} where text is expected")
-        if not value:
-            return Row(number, problem=f"the field {field!r} is empty")
-        if "\0" in value:
-            return Row(number, problem=f"the field {field!r} holds a NUL character")
-        if not _encodable(value):
-            return Row(number, problem=f"the field {field!r} holds half a surrogate pair, which is no character")
-    return Row(number, tuple(row[field] for field in fields))
+            return f"lacks the field {field!r}; it has {', '.join(map(repr, row)) or 'none'}"
+        problem = (_text_problem if source.messages is None else _messages_problem)(row[field])
+        if problem is not None:
+            return f"the field {field!r} {problem}"
+    return None
+
+
+def _text_problem(value: Any) -> str | None:
+    if not isinstance(value, str):
+        return f"holds {_type_name(value)} where text is expected"
+    if not value:
+        return "is empty"
+    if "\0" in value:
+        return "holds a NUL character"
+    return None if _encodable(value) else "holds half a surrogate pair, which is no character"
+
+
+def _messages_problem(value: Any) -> str | None:
+    if not isinstance(value, list):
+        return f"holds {_type_name(value)} where a list of messages is expected"
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict):
+            return f"holds {_type_name(message)} as message {number} where an object is expected"
+        if not isinstance(message.get("role"), str):
+            return f"has no role in message {number}"
+        if message.get("content") is not None and (problem := _text_problem(message["content"])):
+            return f"has a message {number} whose content {problem}"
+    if not any(message["role"] == "assistant" for message in value):
+        return "has no message of the role 'assistant'"
+    return None
 
 
 def _decode(line: bytes) -> tuple[str, str | None]:
