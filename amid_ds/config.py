@@ -49,7 +49,10 @@ class Teacher(Section):
 class Source(Section):
     """One source of rows. The columns that are read: `text`, or `prompt` with `response`, or `messages`."""
 
-    path: str
+    path: str                                # a file, folder or glob, or a data set on the hub
+    config: str | None = None                # of a data set on the hub: its configuration,
+    split: str = "train"                     # split
+    revision: str | None = None              # and commit, branch or tag
     text: str | None = None
     prompt: str | None = None
     response: str | None = None
@@ -157,6 +160,15 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     slurm: Slurm = Slurm()
     output_dir: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_a_teacher(cls, raw: Any) -> Any:
+        """No teacher: the loss is cross entropy, whatever else `loss` says of a divergence from one."""
+        if isinstance(raw, dict) and raw.get("teacher") is None and isinstance(raw.get("loss") or {}, dict):
+            loss = raw.get("loss") or {}
+            return {**raw, "loss": {**loss, "kd_weight": 0.0, "ce_weight": loss.get("ce_weight") or 1.0}}
+        return raw
 
     @field_validator("output_dir", "deepspeed")
     @classmethod

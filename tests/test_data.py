@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from tokenizers import processors
 
 from amid_ds import config
 from amid_ds.data import Prepared, StepData, check_sources, pack, prepare, read_rows, train_sentencepiece
@@ -92,7 +93,7 @@ def test_shards_together_hold_the_whole_corpus(tmp_path, tokenizer, many_chunks)
 
 
 def test_a_text_file_is_one_document_with_its_white_space(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("amid_ds.data.sources.PIECE_BYTES", 50)      # read in many pieces
+    monkeypatch.setattr("amid_ds.data.readers.PIECE_BYTES", 50)      # read in many pieces
     monkeypatch.setattr(pack, "MIN_CHUNK", 4000)                     # and from two chunks
     folder = tmp_path / "texts"
     folder.mkdir()
@@ -194,6 +195,37 @@ def test_a_row_is_named_by_its_file_and_line(prepared, tokenizer):
         assert head in tail and tail.index(head) <= len(lines[int(line) - 1])
 
 
+def test_a_row_that_begins_with_a_document_is_named_by_it():
+    documents = [pack.Document([([1, 2, 3], True), ([9], True)], 0, line) for line in range(3)]
+    rows = list(pack.pack_text(documents, 4))
+    assert [(row.line, row.tokens) for row in rows] == [(0, [1, 2, 3, 9, 1]), (1, [1, 2, 3, 9, 1]), (2, [1, 2, 3, 9])]
+
+
+def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer, monkeypatch):
+    """With Llama's way of putting <s> first: once per document, also where a document is read in many pieces."""
+    monkeypatch.setattr("amid_ds.data.readers.PIECE_BYTES", 50)
+    tokenizer.save_pretrained(tmp_path / "framing")
+    framing = load_tokenizer(str(tmp_path / "framing"))
+    framing.backend_tokenizer.post_processor = processors.TemplateProcessing("<pad> $0", special_tokens=[("<pad>", 2)])
+    text = "\n".join(texts(10))
+    (tmp_path / "a.txt").write_text(text)
+    prepare(data_of({"path": str(tmp_path / "a.txt")}), 4096, framing, tmp_path / "out")
+    [batch] = read_rows(tmp_path / "out", 1)
+    assert batch.input_ids[0].tolist() == [2, *tokenizer(text)["input_ids"]]
+    path = write_jsonl(tmp_path / "a.jsonl", [{"q": "word1", "a": "word2"}])
+    prepare(data_of({"path": path, "prompt": "q", "response": "a"}), 4096, framing, tmp_path / "rows")
+    [batch] = read_rows(tmp_path / "rows", 1)
+    assert batch.input_ids[0].tolist() == [2, *tokenizer("word1")["input_ids"], *tokenizer("word2")["input_ids"]]
+
+
+def test_a_shard_that_another_job_has_made_is_left_as_it_is(prepared, tmp_path, tokenizer):
+    source = config.Source(path=str(tmp_path / "one.jsonl"))
+    chunk = next(pack._chunks([[source.path]]))
+    before = (prepared / "shards" / "000000.arrow").stat().st_mtime_ns
+    assert pack.Maker([source], SEQ, "error", tokenizer, prepared).make(chunk, wait=True)
+    assert (prepared / "shards" / "000000.arrow").stat().st_mtime_ns == before
+
+
 def test_a_complete_folder_is_reused_and_a_killed_job_goes_on(prepared, tmp_path, tokenizer):
     data = data_of({"path": str(tmp_path / "one.jsonl")}, {"path": str(tmp_path / "two.jsonl")})
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (prepared / "shards").iterdir()}
@@ -248,6 +280,7 @@ def test_two_jobs_share_the_work_on_one_folder(tmp_path, tokenizer, many_chunks)
     deadline = time.monotonic() + 60
     while len(list((out / "shards").glob("*.json"))) < shards - 1 and time.monotonic() < deadline:
         time.sleep(0.01)
+    assert len(list((out / "shards").glob("*.json"))) == shards - 1
     assert not (out / "shards" / "000001.json").exists() and ours.is_alive()
     other.communicate()                       # the other job dies without having made it
     ours.join()
@@ -261,6 +294,10 @@ def test_a_folder_of_other_data_is_refused_by_name_or_made_anew(tmp_path, tokeni
     prepare(data_of({"path": path}), SEQ, tokenizer, out)
     with pytest.raises(InputError, match="`seq_length` is 16 there and 8 in this recipe"):
         prepare(data_of({"path": path}, prepared=str(out)), 8, tokenizer, out)
+    (out / "manifest.json").unlink()          # nor may an unfinished one be mixed with
+    with pytest.raises(InputError, match="`seq_length` is 16 there and 8 in this recipe"):
+        prepare(data_of({"path": path}, prepared=str(out)), 8, tokenizer, out)
+    prepare(data_of({"path": path}), SEQ, tokenizer, out)
     rows = len(Prepared(out))
     prepare(data_of({"path": path}), 8, tokenizer, out)
     assert len(Prepared(out)) > rows

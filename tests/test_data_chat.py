@@ -80,9 +80,20 @@ def test_a_conversation_too_long_loses_the_side_that_the_recipe_names(tmp_path, 
     [batch], info = rows_of(tmp_path, tokenizer, CHATML, CONVERSATION, seq_length=length)
     assert batch.input_ids[0].tolist() == whole[-length - 1:-1] and info.truncated == 1
     assert learnt_texts(batch, tokenizer)[-1] == "word3<|im_end|>\n"
+    [batch], _ = rows_of(tmp_path, tokenizer, CHATML, CONVERSATION, seq_length=24)      # too short for both answers
+    assert batch.input_ids[0].tolist() == whole[-25:-1]
+    assert learnt_texts(batch, tokenizer) == ["word3<|im_end|>\n"]
     [batch], info = rows_of(tmp_path, tokenizer, CHATML, CONVERSATION, seq_length=length, truncate="right")
     assert batch.input_ids[0].tolist() == whole[:length] and info.truncated == 1
     assert learnt_texts(batch, tokenizer)[0] == "word2 é<|im_end|>\n"
+
+
+def test_what_the_assistant_says_first_is_learnt_but_for_its_first_token(tmp_path, tokenizer):
+    template = MARKED.replace(TURN, "")
+    [batch], _ = rows_of(tmp_path, tokenizer, template, CONVERSATION[2:3])
+    whole = tokenizer.apply_chat_template(CONVERSATION[2:3])["input_ids"]
+    assert batch.input_ids[0].tolist() == whole[:-1]
+    assert batch.labels[0].tolist() == [*whole[1:-1], -100]      # the line end is the template's, not the assistant's
 
 
 def test_a_conversation_whose_answers_vanish_by_truncation_is_dropped_and_counted(tmp_path, tokenizer):

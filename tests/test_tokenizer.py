@@ -121,5 +121,7 @@ def test_asking_the_backend_gives_the_wrappers_ids(folder, tmp_path):
         asked = load_tokenizer(str(tmp_path))
         texts = ["def f(x):</s>\n    return x", "é", *PROBES]
         assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"] for text in texts]
+        asked.split_special_tokens = not split
+        assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"] for text in texts]
         assert document_front(asked) == [1]
     assert document_front(load_tokenizer(str(folder))) == []

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from amid_ds.data.order import rows_of
 from amid_ds.data.pack import MANIFEST, SHARDS, checksum
+from amid_ds.data.readers import place
 from amid_ds.errors import InputError
 
 IGNORED = -100                       # a label without a loss
@@ -41,7 +42,7 @@ class Batch:
     input_ids: torch.Tensor
     labels: torch.Tensor
     rows: list[int]                  # which rows of the prepared data
-    sources: list[str]               # where each row begins, "corpus.jsonl line 17"
+    sources: list[str]               # where each row begins, "corpus.jsonl line 17" or "corpus.parquet row 16"
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(self, input_ids=self.input_ids.to(device, non_blocking=True),
@@ -76,16 +77,16 @@ class Prepared:
 
     def row(self, number: int) -> tuple[NDArray[Any], NDArray[np.int32], str]:
         """(tokens, positions [start, stop, ...] that are predicted, where the row begins)."""
-        place = int(np.searchsorted(self._ends, number, side="right"))
-        shard = self._shards[place]
-        in_shard = number - int(self._ends[place]) + shard["rows"]
+        which = int(np.searchsorted(self._ends, number, side="right"))
+        shard = self._shards[which]
+        in_shard = number - int(self._ends[which]) + shard["rows"]
         path = self.folder / SHARDS / f"{shard['name']}.arrow"
         tokens, learn, file, line, crc = self._open(str(path)).row(in_shard)
         if checksum(tokens, learn) != crc:
             raise InputError(f"{path} is damaged: the checksum of its row {in_shard} is wrong", "what was written",
                              f"remove {path.with_suffix('.json')} and {self.folder / MANIFEST}, and prepare again")
         first_line = shard["first_line"][str(file)]
-        return tokens, learn, f"{self._files[shard['source']][file]} line {first_line + line + 1}"
+        return tokens, learn, place(self._files[shard["source"]][file], first_line + line)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         rows = [self.row(number) for number in numbers]
@@ -97,7 +98,7 @@ class Prepared:
             input_ids[i, :len(ids) - 1] = ids[:-1]
             for start, stop in zip(learn[::2], learn[1::2], strict=True):
                 labels[i, start - 1:stop - 1] = ids[start:stop]
-        return Batch(input_ids, labels, list(numbers), [place for *_, place in rows])
+        return Batch(input_ids, labels, list(numbers), [where for *_, where in rows])
 
 
 class StepData:

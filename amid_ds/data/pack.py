@@ -39,7 +39,8 @@ from tqdm import tqdm
 from amid_ds import config
 from amid_ds.data.chat import Segment, require_chat_template
 from amid_ds.data.chat import segments as conversation
-from amid_ds.data.sources import PIECE_BYTES, Row, Span, bad_row, files_of, line_number, read_span, spans_of
+from amid_ds.data.readers import PIECE_BYTES, Row, Span
+from amid_ds.data.sources import bad_row, files_of, identity, name_of, read_span, shards_of
 from amid_ds.data.tokenizer import document_front, encode, end_of_text, fingerprint
 from amid_ds.errors import InputError
 
@@ -92,7 +93,7 @@ class Chunk:
 
     @property
     def size(self) -> int:
-        return sum(span.stop - span.start for span in self.spans)
+        return sum(span.size for span in self.spans)
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Maker:
         for span in chunk.spans:
             lines = 0
             for row in read_span(span, source):
-                lines += row.lines
+                lines += row.count
                 problem, segments = row.problem, []
                 if problem is None:
                     try:
@@ -162,7 +163,7 @@ class Maker:
                     self._bad_row(span, row, problem, counts)
                     continue
                 counts.documents += row.ends
-                yield Document(segments, span.file, row.line)
+                yield Document(segments, span.file, row.number)
             counts.lines.append((span.file, lines))
 
     def _segments(self, row: Row, source: config.Source, front: list[int], end: list[int]) -> list[Segment]:
@@ -173,11 +174,10 @@ class Maker:
         return [(front if row.begins else [], True), (row.values[0], True), (end if row.ends else [], True)]
 
     def _bad_row(self, span: Span, row: Row, problem: str, counts: Counts) -> None:
-        if self.on_bad_row == "error" or counts.skipped < SHOWN:
-            place = f"{span.path} line {line_number(span, row.line)}"
-            if self.on_bad_row == "error":
-                raise bad_row(place, problem)
-            counts.shown.append(f"{place}: {problem}")
+        if self.on_bad_row == "error":
+            raise bad_row(span, row.number, problem)
+        if counts.skipped < SHOWN:
+            counts.shown.append(f"{name_of(span, row.number)}: {problem}")
         counts.skipped += 1
 
 
@@ -409,7 +409,7 @@ def _chunks(files: Sequence[Sequence[str]]) -> Iterator[Chunk]:
     number = itertools.count()
     for source, paths in enumerate(files):
         target = min(max(sum(map(os.path.getsize, paths)) // CHUNKS, MIN_CHUNK), MAX_CHUNK)
-        for spans in spans_of(paths, target):
+        for spans in shards_of(paths, target):
             yield Chunk(next(number), source, tuple(spans))
 
 
@@ -457,9 +457,8 @@ def _plan(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase
     sources = []
     for source, paths in zip(data.train, files, strict=True):
         template = None if source.messages is None else require_chat_template(tokenizer)
-        found = [[path, os.stat(path).st_size, os.stat(path).st_mtime_ns] for path in paths]
         sources.append({"path": source.path, "fields": list(source.fields), "template": template,
-                        "truncate": source.truncate, "files": found})
+                        "truncate": source.truncate, "files": identity(source, paths)})
     return {"format": FORMAT, "seq_length": seq_length, "tokenizer": fingerprint(tokenizer),
             "on_bad_row": data.on_bad_row, "sources": sources}
 
