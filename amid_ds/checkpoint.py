@@ -6,6 +6,8 @@ A checkpoint is written into a hidden folder, and exists from the one rename tha
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -89,7 +91,8 @@ def export(source: str | Path, out: str | Path) -> Path:
         raise InputError(f"the output {out} is there already and not empty", "a new or empty folder",
                          "choose another name")
     state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    with contextlib.redirect_stdout(io.StringIO()):      # it prints its progress for a person to read
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     config = model_config(recipe.student.model, recipe.student.revision)
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[state["student_dtype"]])
     student = {name.removeprefix("student."): tensor for name, tensor in weights.items()}

@@ -134,12 +134,6 @@ class Train(Section):
     log_every: PositiveInt = 1
     hang_timeout: Positive = 1800            # seconds that a collective may wait
 
-    @model_validator(mode="after")
-    def _warmup_ends(self) -> Train:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps {self.warmup_steps} does not end within steps {self.steps}; lower it")
-        return self
-
 
 class Checkpoint(Section):
     every: PositiveInt = 100

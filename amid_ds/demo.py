@@ -141,7 +141,7 @@ def _train(root: Path, name: str, corpus: Path, student: Path, teacher: Path | N
     launcher = str(Path(sys.executable).with_name("deepspeed"))
     command = [launcher, "--num_gpus", str(RANKS), "--module", "amid_ds", "train", str(path)]
     print("  " + " ".join(command), flush=True)
-    status = subprocess.run([*command[:3], "--master_port", str(_free_port()), *command[3:]],
+    status = subprocess.run([*command[:3], "--master_port", str(_free_port()), "--log_level", "error", *command[3:]],
                             env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}).returncode
     if status:
         raise TrainingError(f"the training of {name} ended with status {status}; its messages are above")

@@ -150,6 +150,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], world: World) -> None:
                     workers=recipe.data.workers, weights=[source.weight for source in recipe.data.train])
     log = RunLog(job.run if world.is_main else None, state["step"], recipe.train.steps, job.run.name)
     log.say(f"{world.size} rank(s), {recipe.train.global_batch_size} rows of {recipe.train.seq_length} tokens a step, "
+            + ("" if recipe.teacher else "no teacher: cross entropy alone, ")
             + (f"resumed after step {state['step']}" if state["step"] else "from the start"))
     state["student_dtype"] = "bf16" if job.deepspeed_config.get("bf16", {}).get("enabled") else "fp32"
     saved = state["step"]

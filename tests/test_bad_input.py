@@ -59,7 +59,7 @@ CASES = {      # overrides -> what the message must name
     "a DeepSpeed config that is not JSON": (["deepspeed=ROOT/not.json"], ["not.json", "JSON"]),
     "a DeepSpeed config that is not there": (["deepspeed=zero9.json"], ["zero9.json", "zero3.json"]),
     "a key that later work brings to life": (["tensor_parallel=2"], ["`tensor_parallel` is not supported yet"]),
-    "warm-up without end": (["train.warmup_steps=50"], ["warmup_steps 50", "steps 6"]),
+    "a negative warm-up": (["train.warmup_steps=-1"], ["train.warmup_steps", "-1"]),
     "nothing to learn": (["loss.kd_weight=0", "loss.ce_weight=0"], ["both 0"]),
     "an override without a value": (["train.steps"], ["train.steps", "a.b=value"]),
     "an output folder that is a file": (["output_dir=ROOT/text.jsonl"], ["text.jsonl"]),
