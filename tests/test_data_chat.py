@@ -15,8 +15,9 @@ CHATML = ("{% for m in messages %}" + TURN + "{{ m['content'] + '<|im_end|>' + '
 MARKED = ("{% for m in messages %}" + TURN + "{% if m['role'] == 'assistant' %}{% generation %}"
           "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ m['content'] + '<|im_end|>' }}{% endif %}"
           "{{ '\n' }}{% endfor %}")
-FORGETFUL = ("{% for m in messages %}" + TURN + "{{ (m['content'] if loop.last else '...') + '<|im_end|>' }}"
-             "{% endfor %}")
+FORGETFUL = ("{% for m in messages %}" + TURN + "{{ m['content'] if loop.last or m['role'] != 'assistant' else '' }}"
+             "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+PROMPTING = CHATML.replace("{{ '<|im_start|>assistant\n' }}", "{{ '<|im_start|>assistant\nThinking: ' }}")
 STRICT = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{% endfor %}"
 
 CONVERSATION = [
@@ -103,7 +104,7 @@ def test_a_conversation_whose_answers_vanish_by_truncation_is_dropped_and_counte
     assert (info.truncated, info.dropped) == (1, 1)
 
 
-@pytest.mark.parametrize("template", [FORGETFUL, STRICT])
+@pytest.mark.parametrize("template", [FORGETFUL, PROMPTING, STRICT])
 def test_a_template_that_hides_the_assistants_turns_is_refused(tmp_path, tokenizer, template):
     with pytest.raises(InputError, match=r"(?s)chat.jsonl line 1: the chat template cannot be used: "
                                          r"(.*mark them in it with \{% generation %\}|roles must alternate)"):
