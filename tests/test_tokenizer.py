@@ -125,3 +125,51 @@ def test_asking_the_backend_gives_the_wrappers_ids(folder, tmp_path):
         assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"] for text in texts]
         assert document_front(asked) == [1]
     assert document_front(load_tokenizer(str(folder))) == []
+
+
+@pytest.mark.parametrize("settings", [
+    {"normalization_rule_name": "identity", "add_dummy_prefix": True, "remove_extra_whitespaces": False,
+     "byte_fallback": True},                                                # as Llama 2 has it
+    {},                                                                     # sentencepiece's own defaults
+    {"normalization_rule_name": "identity", "add_dummy_prefix": False, "byte_fallback": True,
+     "user_defined_symbols": ["<sep>", "\n"], "split_by_whitespace": False, "remove_extra_whitespaces": False},
+], ids=["llama", "default", "symbols"])
+def test_a_raw_model_file_works_as_a_tokenizer(tmp_path, settings):
+    lines = [line for path in STDLIB[:40] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "raw"), model_type="bpe", vocab_size=1000,
+        minloglevel=2, num_threads=1, max_sentence_length=10_000, **settings)
+    own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "raw.model"))
+    tokenizer = load_tokenizer(str(tmp_path / "raw.model"))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+    texts = [*lines[::7], "a <sep> b<sep>c", "two  spaces   here ", " one before", "line\nline\n\n  end\n", "日本 é ﬁ",
+             "<unk></s><0x0A>"]
+    for text in texts:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == own.encode(text), text
+    assert tokenizer.decode(tokenizer("def f(x): return x")["input_ids"]) == "def f(x): return x"
+
+
+def test_a_model_whose_rules_cannot_be_reproduced_is_refused(tmp_path):
+    """Symbols of several letters are cut out before the dummy prefix is put, there; after it, here."""
+    lines = [line for path in STDLIB[:10] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "raw"), model_type="bpe", vocab_size=500,
+        minloglevel=2, user_defined_symbols=["def f"])
+    with pytest.raises(InputError, match="cannot be reproduced"):
+        load_tokenizer(str(tmp_path / "raw.model"))
+
+
+def test_a_file_that_is_no_sentencepiece_model_is_refused(tmp_path):
+    (tmp_path / "bad.model").write_bytes(b"something else")
+    with pytest.raises(InputError, match="not a sentencepiece model"):
+        load_tokenizer(str(tmp_path / "bad.model"))
+
+
+@pytest.mark.parametrize("kind", ["unigram", "word"])
+def test_a_sentencepiece_model_of_another_type_is_refused(tmp_path, kind):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c d e f g"]), model_prefix=str(tmp_path / "other"), model_type=kind,
+        vocab_size=11, hard_vocab_limit=False, minloglevel=2)
+    with pytest.raises(InputError, match="another type than BPE"):
+        load_tokenizer(str(tmp_path / "other.model"))

@@ -2,8 +2,8 @@
 
 Two tokenizers of one size can give the same text different ids, and a student distilled over such a pair learns
 noise without any error. So identity here is what a tokenizer produces: its vocabulary id by id, and the ids of probe
-texts. A sentencepiece model is turned into a `tokenizers` one by a translation of our own, which refuses what it
-cannot reproduce, rather than by a converter that comes close.
+texts. A sentencepiece model is turned into a `tokenizers` one by a translation of our own, and refused where the probes
+do not come out as sentencepiece's own, rather than by a converter that comes close.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNKNOWN, END_OF_TEXT, PADDING = "<unk>", "</s>", "<pad>"
+NORMAL, USER_DEFINED, BPE = 1, 4, 2          # kinds of pieces, and of model, in sentencepiece's protobuf
 
 # Texts on which tokenizers differ: white space, code, digits, case, scripts, emoji, control characters.
 PROBES = (
@@ -37,9 +38,11 @@ PROBES = (
 
 
 def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub id. Raises InputError where there is none."""
+    """The tokenizer of a model folder, hub id or sentencepiece `.model` file. Raises InputError where there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    if model.endswith(".model") and Path(model).is_file():
+        return from_sentencepiece(Path(model).read_bytes(), model)
     # For some architectures (Qwen2) AutoTokenizer puts a class of its own in place of the generic one that the folder
     # names, and with it another pre-tokenizer than tokenizer.json's. What was saved is what is meant.
     generic = _named_class(Path(model)) in ("TokenizersBackend", "PreTrainedTokenizerFast")
@@ -160,36 +163,81 @@ def train_sentencepiece(texts: Iterable[str], folder: Path, vocab_size: int) -> 
                          "give it more text, or another vocab_size") from None
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sentencepiece.model").write_bytes(model.getvalue())
-    _from_sentencepiece(model.getvalue()).save_pretrained(folder)
+    from_sentencepiece(model.getvalue(), str(folder)).save_pretrained(folder)
 
 
-def _from_sentencepiece(model: bytes) -> PreTrainedTokenizerBase:
-    """The same BPE for the `tokenizers` library, from the model's protobuf."""
+def from_sentencepiece(model: bytes, name: str) -> PreTrainedTokenizerBase:
+    """A sentencepiece BPE model (its serialised protobuf) for the `tokenizers` library.
+
+    Special tokens' spelling inside a text is text, as sentencepiece has it. Raises InputError where the bytes are no
+    such model, or where a probe text does not come out as sentencepiece encodes it. Not for unigram models: where two
+    segmentations are equally likely ("99" + "9", "9" + "99"), the two libraries choose differently.
+    """
+    import sentencepiece
+    from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     proto = sentencepiece_model_pb2.ModelProto()
-    proto.ParseFromString(model)
+    try:
+        proto.ParseFromString(model)
+        own = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except (DecodeError, RuntimeError) as error:
+        raise InputError(f"{name} is not a sentencepiece model: {_first_line(error)}",
+                         "a .model file as sentencepiece writes it", "check the file") from None
+    if proto.trainer_spec.model_type != BPE:
+        raise InputError(f"{name} is a sentencepiece model of another type than BPE", "one with model_type bpe",
+                         "use the tokenizer.json that its author publishes")
     ids = {piece.piece: i for i, piece in enumerate(proto.pieces)}
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=_merges(ids), byte_fallback=True, unk_token=UNKNOWN))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    # No piece spans a line end or goes on after a run of spaces, so words are encoded alone, and cached.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|▁+[^▁\n]*|[^▁\n]+"), "isolated")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=UNKNOWN, eos_token=END_OF_TEXT,
-                                   pad_token=PADDING, split_special_tokens=True, clean_up_tokenization_spaces=False)
+    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=_merges(proto, ids), unk_token=proto.trainer_spec.unk_piece,
+                                     fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback))
+    _add_white_space_rules(tokenizer, proto)
+    symbols = [piece.piece for piece in proto.pieces if piece.type == USER_DEFINED and len(piece.piece) > 1]
+    tokenizer.add_tokens([AddedToken(symbol, normalized=False) for symbol in symbols])
+    roles = {"unk_token": own.unk_id(), "bos_token": own.bos_id(), "eos_token": own.eos_id(), "pad_token": own.pad_id()}
+    special = {role: own.id_to_piece(i) for role, i in roles.items() if i >= 0}
+    translated = PreTrainedTokenizerFast(tokenizer_object=tokenizer, split_special_tokens=True,
+                                         clean_up_tokenization_spaces=False, **special)
+    for text in PROBES:
+        if translated(text)["input_ids"] != own.encode(text):
+            raise InputError(f"{name} cannot be reproduced: sentencepiece encodes {text!r} as {own.encode(text)}, its "
+                             f"translation as {translated(text)['input_ids']}", "a model with the usual rules for "
+                             "white space and symbols", "use the tokenizer.json that its author publishes")
+    return translated
 
 
-def _merges(ids: dict[str, int]) -> list[tuple[str, str]]:
-    """sentencepiece joins any two neighbours whose union is a piece, the lowest id first: all such pairs, in order."""
-    markers = {UNKNOWN, END_OF_TEXT, PADDING, *(f"<0x{byte:02X}>" for byte in range(256))}
+def _merges(proto: Any, ids: dict[str, int]) -> list[tuple[str, str]]:
+    """sentencepiece joins any two neighbours whose union is a piece, the best score first: all such pairs, in order."""
     merges = []
-    for piece in ids.keys() - markers:
-        halves = ((piece[:cut], piece[cut:]) for cut in range(1, len(piece)))
-        merges += [(ids[piece], ids[left], ids[right], left, right) for left, right in halves
-                   if left in ids and right in ids]
+    for i, piece in enumerate(proto.pieces):
+        if piece.type == NORMAL:
+            halves = ((piece.piece[:cut], piece.piece[cut:]) for cut in range(1, len(piece.piece)))
+            merges += [(-piece.score, i, ids[left], ids[right], left, right) for left, right in halves
+                       if left in ids and right in ids]
     return [(left, right) for *_, left, right in sorted(merges)]
+
+
+def _add_white_space_rules(tokenizer: Any, proto: Any) -> None:
+    """Normalisation, the sign for a space, and their undoing. Set on `tokenizer` in place."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+    spec = proto.normalizer_spec
+    steps: list[Any] = [normalizers.Precompiled(spec.precompiled_charsmap)] if spec.precompiled_charsmap else []
+    if spec.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    steps.append(normalizers.Replace(" ", "▁"))
+    undo: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    if spec.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+        undo.append(decoders.Strip(" ", 1, 0))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    tokenizer.decoder = decoders.Sequence(undo)
+    pieces = [piece.piece for piece in proto.pieces]
+    if not any("▁" in piece.lstrip("▁") or "\n" in piece[1:] for piece in pieces):
+        # No piece goes on after a run of spaces, or spans a line end: words are encoded alone, and cached.
+        word = r"\n|▁+[^▁\n]*|[^▁\n]+" if "\n" in pieces else r"▁+[^▁]*|[^▁]+"
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(word), "isolated")
 
 
 def _first_line(error: Exception) -> str:
