@@ -13,7 +13,6 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,8 +89,8 @@ def find_deepspeed_config(name: str) -> Path:
     """`name` as given, or, where there is no such file, the packaged one of that name."""
     if Path(name).is_file():
         return Path(name)
-    # A folder of JSON alone is a namespace package; installed for editing, its path has an entry that is no folder.
-    folder = next(Path(entry) for entry in import_module("amid_ds.ds_configs").__path__ if Path(entry).is_dir())
+    inside = Path(__file__).parent / "ds_configs"                 # in a wheel; in a checkout the folder lies beside us
+    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "ds_configs"
     packaged = folder / Path(name).name
     if packaged.is_file() and Path(name).parent.name in ("", "ds_configs"):
         return packaged
