@@ -52,7 +52,7 @@ class VocabShard:
         if not self._widest:
             names = list(rows)
             mine = [self.start, self.stop, -1 if vocab_size is None else vocab_size, tokens, *rows.values()]
-            peers = self._gather(torch.tensor(mine, device=device)).tolist()
+            peers = self.gather(torch.tensor(mine, device=device)).tolist()
             _check_peers(peers, names)
             self._widest.extend([max(peer[1] - peer[0] for peer in peers), max(peer[1] for peer in peers)])
         for name, found in rows.items():
@@ -65,14 +65,14 @@ class VocabShard:
 
     def logsumexp(self, local: Tensor) -> Tensor:
         """log Σ exp over the group, element by element. One collective."""
-        return local if self.group is None else self._gather(local).logsumexp(0)
+        return local if self.group is None else self.gather(local).logsumexp(0)
 
     def sum(self, local: Tensor) -> Tensor:
         """Σ over the group, element by element. One collective."""
-        return local if self.group is None else self._gather(local).sum(0)
+        return local if self.group is None else self.gather(local).sum(0)
 
-    def _gather(self, local: Tensor) -> Tensor:
-        """local [...] -> [ranks, ...], the same on every rank."""
+    def gather(self, local: Tensor) -> Tensor:
+        """local [...] -> [ranks, ...], the same on every rank. One collective."""
         if self.group is None:
             return local[None]
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(self.group))]

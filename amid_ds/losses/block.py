@@ -1,6 +1,6 @@
-"""One block of tokens from logits to loss and gradient: three exchanges of row sums, four passes over the logits.
+"""One block of tokens from logits to loss and gradient: at most three exchanges of row sums.
 
-The arithmetic between the exchanges belongs to a backend, a module with the four functions of `Backend`: plain torch
+The arithmetic between the exchanges belongs to a backend, a module with the three functions of `Backend`: plain torch
 (elementwise.py) or Triton (kernels.py). What is exchanged, and when, is here and the same for both and for one process.
 """
 
@@ -79,12 +79,19 @@ class Block:
 
 
 class Backend(Protocol):
-    """The arithmetic of a block; each function reads the logits once and returns this shard's share of the sums."""
+    """The arithmetic of a block, between the matrix products."""
 
-    def log_normalisers(self, block: Block) -> Tensor: ...            # [len(block.normalisers), n] log Σ exp
-    def log_assistant_normaliser(self, block: Block) -> Tensor: ...   # [n] log Σ r̃
-    def sums(self, block: Block) -> Tensor: ...                       # [4, n]
-    def write_gradient(self, block: Block) -> None: ...
+    def log_normalisers(self, block: Block) -> Tensor:
+        """[len(block.normalisers), n] log Σ exp over this shard's columns, -inf where it has none."""
+        ...
+
+    def statistics(self, block: Block, shard: VocabShard) -> Tensor:
+        """`block.sums` over the whole vocabulary, in at most two collectives; sets `block.log_assistant`."""
+        ...
+
+    def write_gradient(self, block: Block) -> None:
+        """∂loss/∂raw logits, from kd_scale and ce_scale, into `block.gradient`; it may be the student's `raw`."""
+        ...
 
 
 def solve(block: Block, shard: VocabShard, backend: Backend) -> tuple[Tensor | None, Tensor | None]:
@@ -97,9 +104,7 @@ def solve(block: Block, shard: VocabShard, backend: Backend) -> tuple[Tensor | N
     block.log_q, block.log_p, block.log_z = known.get("q"), known.get("p"), known.get("z", known.get("q"))
     kd = ce = None
     if block.objective is not None:
-        if _needs_normaliser(block.objective):
-            block.log_assistant = shard.logsumexp(backend.log_assistant_normaliser(block))
-        block.sums = shard.sum(backend.sums(block))
+        block.sums = backend.statistics(block, shard)
         kd = block.sums[0]
     if block.labels is not None:
         assert block.log_z is not None
@@ -107,11 +112,6 @@ def solve(block: Block, shard: VocabShard, backend: Backend) -> tuple[Tensor | N
     if block.gradient is not None:
         backend.write_gradient(block)
     return kd, ce
-
-
-def _needs_normaliser(objective: AMiD) -> bool:
-    """Not at the ends of λ, nor for α = -1: there r̃ sums to 1 already."""
-    return objective.lam not in (0, 1) and objective.alpha != -1
 
 
 def _label_logits(block: Block) -> Tensor:

@@ -1,8 +1,8 @@
 """Between the matrix products, in plain torch: logits in, row sums and the gradient of the logits out.
 
 A block of tokens is read in tiles of the vocabulary, small enough to stay in cache, once per phase; between two phases
-the row sums of all shards are added up (block.py). Nothing is kept from phase to phase but those sums: recomputing a
-few exponentials in cache costs less than storing them. The kernels (kernels.py) are the same four functions.
+the row sums of all shards are added up. Nothing is kept from phase to phase but those sums: recomputing a few
+exponentials in cache costs less than storing them. The kernels (kernels.py) are the same three functions.
 
 With g = w (A - r ΣA) + B, A = ∂D/∂log r, B = ∂D/∂log q at fixed r and w = ∂log r̃/∂log q, the gradient of a row is
 ∂D/∂s = (g - q Σg) / τ: a phase that sums D, A, wA + B and w r is all that the last phase needs.
@@ -10,8 +10,13 @@ With g = w (A - r ΣA) + B, A = ∂D/∂log r, B = ∂D/∂log q at fixed r and 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,45 +24,63 @@ from torch import Tensor
 
 from amid_ds.losses.block import Block
 from amid_ds.losses.objective import AMiD
+from amid_ds.vocab_parallel import VocabShard
 
-TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}   # a temporary of a tile: 512 kB in fp32 on a CPU, 64 MB on a GPU
+T = TypeVar("T")
+TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}   # of a temporary: 256 kB in fp32 on a CPU, 16 MB on a GPU
+TEMPORARIES = 10                       # of a tile, alive at once
 
 
 def log_normalisers(block: Block) -> Tensor:
     """[k, n] local log Σ exp of the logits that `block.normalisers` names."""
-    rows = torch.full((len(block.normalisers), block.tokens), -math.inf, dtype=block.dtype, device=block.device)
-    for columns in _tiles(block):
-        for row, name in zip(rows, block.normalisers, strict=True):
-            torch.logaddexp(row, _logits(block, name, columns).logsumexp(-1), out=row)
-    return rows
+    def visit(columns: slice) -> Tensor:
+        return torch.stack([_logits(block, name, columns).logsumexp(-1) for name in block.normalisers])
+
+    empty = torch.full((len(block.normalisers), block.tokens), -math.inf, dtype=block.dtype, device=block.device)
+    return torch.stack(_each_tile(block, visit) or [empty]).logsumexp(0)
 
 
-def log_assistant_normaliser(block: Block) -> Tensor:
+def statistics(block: Block, shard: VocabShard) -> Tensor:
+    """[4, n] ΣD, ΣA, Σ(wA + B), Σwr over the whole vocabulary; `block.log_assistant` on the way where it is not 0."""
+    if needs_normaliser(block):
+        block.log_assistant = shard.logsumexp(_log_assistant_normaliser(block))
+    return shard.sum(_sums(block))
+
+
+def needs_normaliser(block: Block) -> bool:
+    """Whether log Σ r̃ has to be found: not at the ends of λ, nor for α = -1, where r̃ sums to 1 already."""
+    return block.objective is not None and block.objective.lam not in (0, 1) and block.objective.alpha != -1
+
+
+def _log_assistant_normaliser(block: Block) -> Tensor:
     """[n] local log Σ r̃."""
-    assert block.objective is not None
-    row = torch.full((block.tokens,), -math.inf, dtype=block.dtype, device=block.device)
-    for columns in _tiles(block):
-        log_p, log_q = _log_models(block, columns)
-        log_r, _ = mixture(log_p, log_q, block.objective)
-        torch.logaddexp(row, log_r.logsumexp(-1), out=row)
-    return row
+    objective = block.objective
+    assert objective is not None
+
+    def visit(columns: slice) -> Tensor:
+        return mixture(*_log_models(block, columns), objective)[0].logsumexp(-1)
+
+    empty = torch.full((block.tokens,), -math.inf, dtype=block.dtype, device=block.device)
+    return torch.stack(_each_tile(block, visit) or [empty]).logsumexp(0)
 
 
-def sums(block: Block) -> Tensor:
+def _sums(block: Block) -> Tensor:
     """[4, n] local ΣD, ΣA, Σ(wA + B), Σwr."""
-    rows = torch.zeros(4, block.tokens, dtype=block.dtype, device=block.device)
-    for columns in _tiles(block):
-        value, d_r, pull, w_r, _ = _terms(block, columns)
-        for row, term in zip(rows, (value, d_r, pull, w_r), strict=True):
-            if isinstance(term, Tensor):
-                row += term.sum(-1)
-    return rows
+    def visit(columns: slice) -> Tensor:
+        *terms, log_q = _terms(block, columns)
+        zero = torch.zeros_like(log_q[:, 0])
+        return torch.stack([zero if term is None else term.sum(-1) for term in terms])
+
+    empty = torch.zeros(4, block.tokens, dtype=block.dtype, device=block.device)
+    return torch.stack(_each_tile(block, visit) or [empty]).sum(0)
 
 
 def write_gradient(block: Block) -> None:
     """Put kd_scale · ∂D/∂logits + ce_scale · ∂CE/∂logits into `block.gradient` [n, width]; it may be the logits."""
-    assert block.gradient is not None
-    for columns in _tiles(block):
+    target = block.gradient
+    assert target is not None
+
+    def visit(columns: slice) -> None:
         z = block.student.read(columns, block.dtype)
         gradient = _kd_gradient(block, columns) if block.kd_scale is not None else torch.zeros_like(z)
         if block.ce_scale is not None:
@@ -65,7 +88,9 @@ def write_gradient(block: Block) -> None:
             gradient.addcmul_((z - block.log_z[:, None]).exp_(), block.ce_scale[:, None])
             _at_labels(block, columns, gradient)
         block.student.chain(gradient, z)
-        block.gradient[:, columns].copy_(gradient)
+        target[:, columns].copy_(gradient)
+
+    _each_tile(block, visit)
 
 
 def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tensor | float]:
@@ -149,10 +174,45 @@ def _at_labels(block: Block, columns: slice, gradient: Tensor) -> None:
     gradient.scatter_add_(1, local.clamp(0, gradient.shape[1] - 1)[:, None], -(block.ce_scale * here)[:, None])
 
 
-def _tiles(block: Block) -> Iterator[slice]:
-    width = block.student.width
-    step = max(1, TILE_ELEMENTS["cpu" if block.device.type == "cpu" else "cuda"] // max(1, block.tokens))
-    return (slice(start, min(start + step, width)) for start in range(0, width, step))
+def tiling(device: torch.device) -> tuple[int, int]:
+    """Bytes that the tiles' temporaries take at most (fp32), and the most tokens for which a tile is not too narrow."""
+    cpu = device.type == "cpu"
+    elements = TILE_ELEMENTS["cpu" if cpu else "cuda"]
+    return 4 * elements * TEMPORARIES * (torch.get_num_threads() if cpu else 1), elements // 64
+
+
+def _each_tile(block: Block, visit: Callable[[slice], T]) -> list[T]:
+    """Visit the tiles of the vocabulary, on a CPU each tile by one of as many threads as torch has been given.
+
+    One thread per tile, rather than all threads on every operation of a tile, because a tile's operations are so short
+    that waiting for one another costs more than they do wherever the cores are shared with anything else.
+    """
+    width, cpu = block.student.width, block.device.type == "cpu"
+    step = max(1, TILE_ELEMENTS["cpu" if cpu else "cuda"] // max(1, block.tokens))
+    tiles = [slice(start, min(start + step, width)) for start in range(0, width, step)]
+    threads = torch.get_num_threads()
+    if not cpu or threads == 1 or len(tiles) < 2:
+        return [visit(columns) for columns in tiles]
+    return list(_pool(threads).map(torch.no_grad()(visit), tiles))
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that run torch's operations alone, each."""
+    pool = ThreadPoolExecutor(threads, "amid_ds tile")
+    ready = threading.Barrier(threads)
+
+    def alone() -> None:
+        torch.set_num_threads(1)       # this thread's OpenMP setting, and the default of threads yet to be
+        ready.wait()
+
+    for task in [pool.submit(alone) for _ in range(threads)]:
+        task.result()
+    torch.set_num_threads(threads)     # so the default is put back
+    return pool
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)   # a forked child has the pool's object but not its threads
 
 
 def _plus(a: Tensor | None, b: Tensor) -> Tensor:

@@ -85,9 +85,9 @@ def amid_loss(
     student, teacher = (logits.reshape(-1, logits.shape[-1]) for logits in (student_logits, teacher_logits.detach()))
     rows = {"student_logits": student.shape[1], "teacher_logits": teacher.shape[1]}
     place = _placement(rows, vocab_size, shard, student.shape[0], device)
-    size = _tokens_per_block(place, [student, teacher], workspace_bytes, _arithmetic(student, teacher), extra_logits=0)
-    per_token: Tensor = _LogitLoss.apply(student, teacher, objective, place, size, _backend(backend, objective, device),
-                                         _wants_gradient(student))
+    size = _tokens_per_block(place, [student, teacher], workspace_bytes)
+    chosen = _backend(backend, objective, [student, teacher])
+    per_token: Tensor = _LogitLoss.apply(student, teacher, objective, place, size, chosen, _wants_gradient(student))
     return per_token.reshape(lead)
 
 
@@ -127,7 +127,8 @@ def linear_amid_loss(
     _check_values(token_weights, labels, place.vocabulary)
     task = _Task(teacher_hidden, head, target, objective if target is not None else None,
                  token_weights, labels, float(ce_weight), float(kd_weight), place,
-                 _backend(backend, objective, student_hidden.device), workspace_bytes,
+                 _backend(backend, objective, [x for x in (student_hidden, teacher_hidden) if x is not None]),
+                 workspace_bytes,
                  tuple(_wants_gradient(x) for x in (student_hidden, head.weight, head.bias)))
     return LossOutput(*_LinearLoss.apply(student_hidden, head.weight, head.bias, task))
 
@@ -164,6 +165,7 @@ class _LogitLoss(torch.autograd.Function):
                 backend: Backend, wants_gradient: bool) -> Tensor:
         dtype = _arithmetic(student, teacher)
         tokens, valid = student.shape[0], place.valid
+        student = student.detach()
         per_token = torch.empty(tokens, dtype=dtype, device=student.device)
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format) if wants_gradient else None
         for rows in _blocks(tokens, size):
@@ -228,7 +230,7 @@ def _forward(hidden: Tensor, task: _Task) -> tuple[Tensor, Tensor | None, Tensor
     ce = None if task.labels is None else torch.zeros_like(weights)
     gradients = _Gradients(hidden, task.student_head, place.valid, dtype, task.wants)
     heads = [head for head in (task.student_head, task.teacher_head) if head is not None]
-    size = _tokens_per_block(place, [head.weight for head in heads], task.workspace_bytes, dtype)
+    size = _tokens_per_block(place, [head.weight for head in heads], task.workspace_bytes)
     index = weights.nonzero()[:, 0]
     spaces = [torch.empty(min(size, len(index)) * place.valid, dtype=head.weight.dtype, device=hidden.device)
               for head in heads] if len(index) else []
@@ -346,15 +348,18 @@ def _blocks(tokens: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
-def _tokens_per_block(place: _Place, of: list[Tensor], workspace_bytes: int | None, dtype: torch.dtype,
-                      extra_logits: int = 1) -> int:
-    """As many tokens as the workspace holds beside the tiles of the arithmetic; the same on every rank of a group."""
-    device = of[0].device
+def _tokens_per_block(place: _Place, models: list[Tensor], workspace_bytes: int | None) -> int:
+    """As many tokens as the workspace holds logits for, beside the arithmetic's tiles; the same on all of a group.
+
+    models: a tensor of each model's dtype.
+    """
+    device = models[0].device
     budget = default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes
     if budget <= 0:
         raise InputError(f"workspace_bytes={budget}", "a number of bytes above 0", "leave it out for the default")
-    per_token = max(1, place.widest) * sum(x.element_size() for x in of)
-    return max(1, budget // per_token)
+    tiles, most = elementwise.tiling(device)
+    per_token = max(1, place.widest) * sum(model.element_size() for model in models)
+    return min(most, max(1, (budget - tiles) // per_token))
 
 
 def _placement(rows: dict[str, int], vocab_size: int | None, shard: VocabShard | None, tokens: int,
@@ -377,12 +382,27 @@ def _placement(rows: dict[str, int], vocab_size: int | None, shard: VocabShard |
     return _Place(shard, min(max(end - shard.start, 0), shard.width), widest, end)
 
 
-def _backend(name: str, objective: AMiD | None, device: torch.device) -> Backend:
+def _backend(name: str, objective: AMiD | None, logits: list[Tensor]) -> Backend:
+    """`auto`: Triton where there is a GPU, Triton, and kernels for what is asked; plain torch elsewhere."""
     if name not in ("auto", "torch", "triton"):
         raise InputError(f"backend={name!r}", "auto, torch or triton", "auto takes triton on a GPU and torch elsewhere")
-    if name == "triton":
-        raise InputError("backend='triton'", "a GPU and Triton", "use backend='auto'")
-    return elementwise
+    on_gpu = logits[0].device.type == "cuda"
+    if name == "torch" or (name == "auto" and not on_gpu):
+        return elementwise
+    try:
+        from amid_ds.losses import kernels
+    except ImportError as error:
+        if name == "auto":
+            return elementwise
+        raise InputError(f"backend='triton', but: {error}", "Triton", "pip install triton, or backend='auto'") from None
+    dtypes = [tensor.dtype for tensor in logits]
+    if (on_gpu or kernels.INTERPRETED) and kernels.supports(objective, dtypes):
+        return kernels
+    if name == "auto":
+        return elementwise
+    raise InputError(f"backend='triton' on {logits[0].device} for {objective} and logits of {dtypes}",
+                     "a GPU (or TRITON_INTERPRET=1), a built-in divergence, and fp32, bf16 or fp16",
+                     "use backend='auto' or 'torch'")
 
 
 def _check_objective(objective: object) -> None:
@@ -421,7 +441,7 @@ def _check_linear(student_hidden: Tensor, student_head: LMHead, teacher_hidden: 
         _check_objective(objective)
         _check_side("teacher", teacher_hidden, teacher_head)
         if teacher_hidden.shape[0] != student_hidden.shape[0]:
-            raise InputError(f"{student_hidden.shape[0]} tokens of the student, {teacher_hidden.shape[0]} the teacher's",
+            raise InputError(f"{student_hidden.shape[0]} tokens of the student, {teacher_hidden.shape[0]} of teacher",
                              "the same tokens on both sides", "both models must have seen the same batch")
     for name, weight in (("kd_weight", kd_weight), ("ce_weight", ce_weight)):
         if not 0 <= weight < float("inf"):

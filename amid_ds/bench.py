@@ -1,0 +1,186 @@
+"""Our numbers against the alternatives, measured in one run on one machine, so that only their ratios need be trusted.
+
+`bench loss`: the fused objective beside the naive twin and beside the four matrix products that any exact method has
+to make (teacher logits, student logits, gradient of the hidden states, gradient of the head). Rounds are interleaved,
+times are medians. Memory is the peak above the inputs: on a CPU the resident set of a fresh process, on a GPU the
+allocator's peak.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from amid_ds import AMiD, linear_amid_loss
+from amid_ds.losses.reference import naive_loss
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """What one row of the table is measured at."""
+
+    tokens: int = 1024
+    vocabulary: int = 50257
+    student_hidden: int = 768
+    teacher_hidden: int = 1600
+    dtype: str = "float32"
+    alpha: float = -5.0
+    lam: float = 0.1
+    order: str = "pr"
+
+
+@dataclass(frozen=True)
+class LossRow:
+    """One method: seconds of forward and backward (median over rounds), bytes of peak memory above the inputs."""
+
+    method: str
+    seconds: float
+    peak_bytes: int
+    of_naive_time: float
+    of_products_time: float
+    of_naive_memory: float
+
+
+def bench_loss(as_json: bool = False, *, rounds: int | None = None, shape: LossShape = LossShape()) -> None:
+    """`amid-ds bench loss`: measure, then print a table, or JSON alone."""
+    rows = loss_bench(shape, rounds)
+    if as_json:
+        print(json.dumps({"shape": asdict(shape), "device": _device_name(), "threads": torch.get_num_threads(),
+                          "rows": [asdict(row) for row in rows]}))
+    else:
+        _print_loss(rows, shape)
+
+
+def loss_bench(shape: LossShape, rounds: int | None = None) -> list[LossRow]:
+    """Every method at `shape`, `rounds` times in turn (5 on a CPU, 30 on a GPU) after one round that does not count."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    methods = _loss_methods(device)
+    inputs = _Inputs(shape, device)
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
+    for turn in range(1 + (rounds or (5 if device == "cpu" else 30))):
+        for name, method in methods.items():
+            elapsed = _timed(method, inputs)
+            if turn:
+                seconds[name].append(elapsed)
+    del inputs
+    peaks = {name: _peak_bytes(name, shape, device) for name in methods}
+    median = {name: statistics.median(values) for name, values in seconds.items()}
+    return [LossRow(name, median[name], peaks[name], median[name] / median["naive"],
+                    median[name] / median["products"], peaks[name] / peaks["naive"]) for name in methods]
+
+
+class _Inputs:
+    def __init__(self, shape: LossShape, device: str) -> None:
+        generator = torch.Generator(device).manual_seed(0)
+        dtype = getattr(torch, shape.dtype)
+
+        def normal(rows: int, columns: int, scale: float) -> Tensor:
+            return (torch.randn(rows, columns, generator=generator, device=device) * scale).to(dtype)
+
+        n, v, h_s, h_t = shape.tokens, shape.vocabulary, shape.student_hidden, shape.teacher_hidden
+        self.student, self.teacher = normal(n, h_s, 1).requires_grad_(), normal(n, h_t, 1)
+        self.student_head = normal(v, h_s, 2 * h_s**-0.5).requires_grad_()
+        self.teacher_head = normal(v, h_t, 2 * h_t**-0.5)
+        self.weights = torch.full((n,), 1 / n, device=device)
+        self.objective = AMiD(shape.alpha, shape.lam, "kl", shape.order)
+
+
+def _loss_methods(device: str) -> dict[str, Callable[[_Inputs], None]]:
+    methods = {"products": _products, "naive": _naive, "amid_ds torch": _fused("torch")}
+    if device == "cuda":
+        methods |= {"naive, torch.compile": _compiled, "amid_ds triton": _fused("triton")}
+    return methods
+
+
+def _fused(backend: str) -> Callable[[_Inputs], None]:
+    def fused(x: _Inputs) -> None:
+        out = linear_amid_loss(x.student, x.student_head, x.teacher, x.teacher_head, x.objective,
+                               token_weights=x.weights, backend=backend)
+        out.loss.backward()
+    return fused
+
+
+def _naive(x: _Inputs, loss: Callable[..., Tensor] = naive_loss) -> None:
+    per_token = loss((x.student @ x.student_head.t()).float(), (x.teacher @ x.teacher_head.t()).float(), x.objective)
+    torch.dot(per_token, x.weights).backward()
+
+
+def _compiled(x: _Inputs) -> None:
+    _naive(x, torch.compile(naive_loss))
+
+
+@torch.no_grad()
+def _products(x: _Inputs) -> None:
+    """The four products over all tokens at once, with nothing between them."""
+    logits = x.student @ x.student_head.t()
+    _ = x.teacher @ x.teacher_head.t()
+    x.student.grad, x.student_head.grad = logits @ x.student_head, logits.t() @ x.student
+
+
+def _timed(method: Callable[[_Inputs], None], inputs: _Inputs) -> float:
+    inputs.student.grad = inputs.student_head.grad = None
+    if torch.cuda.is_available():
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        method(inputs)
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1000
+    begin = time.perf_counter()
+    method(inputs)
+    return time.perf_counter() - begin
+
+
+def _peak_bytes(name: str, shape: LossShape, device: str) -> int:
+    if device == "cuda":
+        inputs = _Inputs(shape, device)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        _loss_methods(device)[name](inputs)
+        return torch.cuda.max_memory_allocated() - before
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_resident_peak, (name, shape, torch.get_num_threads()))
+
+
+def _resident_peak(name: str, shape: LossShape, threads: int) -> int:
+    """In a process of its own: the resident set's peak above what the inputs and a small first call left (Linux)."""
+    torch.set_num_threads(threads)
+    method = _loss_methods("cpu")[name]
+    method(_Inputs(LossShape(8, 512, 64, 64), "cpu"))
+    inputs = _Inputs(shape, "cpu")
+    Path("/proc/self/clear_refs").write_text("5")     # sets the high-water mark to what is resident now
+    before = _status_bytes("VmRSS")
+    method(inputs)
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+    return int(line.split()[1]) * 1024
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
+def _print_loss(rows: list[LossRow], shape: LossShape) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"N {shape.tokens}, V {shape.vocabulary}, H {shape.student_hidden}/{shape.teacher_hidden}, "
+                        f"{shape.dtype}, α {shape.alpha}, λ {shape.lam}, {shape.order}; forward and backward, "
+                        f"{_device_name()}, {torch.get_num_threads()} threads")
+    for heading in ("method", "seconds", "× naive", "× products", "peak MB", "× naive's"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        table.add_row(row.method, f"{row.seconds:.3f}", f"{row.of_naive_time:.2f}", f"{row.of_products_time:.2f}",
+                      f"{row.peak_bytes / 1e6:.0f}", f"{row.of_naive_memory:.2f}")
+    Console().print(table)
