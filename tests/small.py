@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -33,7 +36,8 @@ def make_tokenizer(folder: Path, words: list[str] = WORDS):
 def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0, words: list[str] = WORDS,
                dtype: torch.dtype = torch.float32, **changes) -> Path:
     """A model folder of `family` with random weights and the tokenizer; `extra_rows` of padding in its vocabulary."""
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     tokenizer = make_tokenizer(folder, words)
     rope = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -41,6 +45,10 @@ def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0, wo
     common = dict(vocab_size=len(tokenizer) + extra_rows, eos_token_id=1, pad_token_id=2, bos_token_id=1)
     kinds = {
         "llama": (LlamaForCausalLM, LlamaConfig, {**rope, "tie_word_embeddings": False}),
+        "llama-tied": (LlamaForCausalLM, LlamaConfig, {**rope, "tie_word_embeddings": True}),
+        "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**rope, "head_dim": 16, "tie_word_embeddings": False}),
+        "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**rope, "head_dim": 8, "query_pre_attn_scalar": 8,
+                                                     "sliding_window": 8, "final_logit_softcapping": 5.0}),
         "qwen2-tied": (Qwen2ForCausalLM, Qwen2Config, {**rope, "tie_word_embeddings": True}),
         "gpt2": (GPT2LMHeadModel, GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0,
                                                    embd_pdrop=0.0, attn_pdrop=0.0)),
@@ -126,6 +134,69 @@ def train(ranks: int, recipe: Path, *overrides: str, timeout: float = 240) -> su
     alone = [str(BIN / "amid-ds"), "train", str(recipe), *overrides]
     command = launch_command(ranks, "train", str(recipe), *overrides) if ranks else alone
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
+
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["warm"])
+
+
+class Ranks:
+    """`amid-ds ARGUMENTS` on `size` ranks: real processes that share the fork server's imports and are joined by gloo."""
+
+    def __init__(self, size: int, *arguments: object, changes: dict[str, str] | None = None) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        rendezvous = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+                      **(changes or {})}
+        argv = [str(argument) for argument in arguments]
+        self.processes = [
+            _forks.Process(target=_be_a_rank, args=(argv, {**rendezvous, "RANK": str(r), "LOCAL_RANK": str(r)},
+                                                    str(self._log(r))), daemon=True) for r in range(size)]
+        for process in self.processes:
+            process.start()
+
+    def _log(self, rank: int) -> Path:
+        return Path(self.folder.name) / f"rank{rank}"
+
+    def text(self, rank: int = 0) -> str:
+        """What the rank has written, both streams."""
+        return self._log(rank).read_text()
+
+    def signal(self, number: int, *ranks: int) -> None:
+        for rank in ranks or range(len(self.processes)):
+            os.kill(self.processes[rank].pid, number)
+
+    def wait(self, timeout: float = 120) -> list[int | None]:
+        """Exit statuses by rank; a rank that does not end is killed and reads None."""
+        deadline = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        statuses = [process.exitcode for process in self.processes]
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return statuses
+
+
+def _be_a_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    os.setsid()
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(variables)
+    from amid_ds.cli import main
+
+    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    status = main(argv)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+def run(size: int, *arguments: object, timeout: float = 120) -> Ranks:
+    """`Ranks`, waited for; every rank must end with 0."""
+    ranks = Ranks(size, *arguments)
+    statuses = ranks.wait(timeout)
+    assert statuses == [0] * size, f"statuses {statuses}\n" + "\n".join(ranks.text(r) for r in range(size))
+    return ranks
 
 
 def metrics(run: Path) -> list[dict]:
