@@ -177,6 +177,19 @@ def test_interrupted_runs_in_changing_layouts_read_every_row_once(prepared):
     assert len(seen) == len(set(seen)) == steps * 8 > rows - 8
 
 
+def test_a_source_with_more_weight_than_rows_comes_again_and_says_so(prepared):
+    one, two = Prepared(prepared).counts
+    data = step_data(prepared, weights=[3.0, 1.0])
+    steps = 2 * (one + two) // 8
+    rows = [row for window in data.windows(0, steps) for batch in window for row in batch.rows]
+    often, seldom = data.epochs(steps)
+    assert often == pytest.approx(sum(row < one for row in rows) / one)
+    assert seldom == pytest.approx(sum(row >= one for row in rows) / two)
+    assert often > 3 > 1 > seldom
+    assert {rows.count(row) for row in range(one)} == {int(often), int(often) + 1}
+    assert max(rows.count(row) for row in range(one, one + two)) == 1
+
+
 def test_threads_read_ahead_without_changing_the_order(prepared):
     plain = [[batch.rows for batch in window] for window in step_data(prepared).windows(5, 25)]
     ahead = [[batch.rows for batch in window] for window in step_data(prepared, workers=3).windows(5, 25)]
@@ -201,17 +214,18 @@ def test_a_row_that_begins_with_a_document_is_named_by_it():
     assert [(row.line, row.tokens) for row in rows] == [(0, [1, 2, 3, 9, 1]), (1, [1, 2, 3, 9, 1]), (2, [1, 2, 3, 9])]
 
 
-def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer, monkeypatch):
+def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer, many_chunks, monkeypatch):
     """With Llama's way of putting <s> first: once per document, also where a document is read in many pieces."""
     monkeypatch.setattr("amid_ds.data.readers.PIECE_BYTES", 50)
     tokenizer.save_pretrained(tmp_path / "framing")
     framing = load_tokenizer(str(tmp_path / "framing"))
     framing.backend_tokenizer.post_processor = processors.TemplateProcessing("<pad> $0", special_tokens=[("<pad>", 2)])
-    text = "\n".join(texts(10))
+    text = "\n".join(texts(100))
     (tmp_path / "a.txt").write_text(text)
-    prepare(data_of({"path": str(tmp_path / "a.txt")}), 4096, framing, tmp_path / "out")
-    [batch] = read_rows(tmp_path / "out", 1)
-    assert batch.input_ids[0].tolist() == [2, *tokenizer(text)["input_ids"]]
+    prepare(data_of({"path": str(tmp_path / "a.txt")}), SEQ, framing, tmp_path / "out")
+    assert len(list((tmp_path / "out" / "shards").glob("*.arrow"))) > 5
+    ids = [batch.input_ids[0].tolist() for batch in read_rows(tmp_path / "out", 1)]
+    assert ids[0] == [2, *tokenizer(text)["input_ids"]][:SEQ] and sum(row.count(2) for row in ids) == 1
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": "word1", "a": "word2"}])
     prepare(data_of({"path": path, "prompt": "q", "response": "a"}), 4096, framing, tmp_path / "rows")
     [batch] = read_rows(tmp_path / "rows", 1)
@@ -224,6 +238,24 @@ def test_a_shard_that_another_job_has_made_is_left_as_it_is(prepared, tmp_path, 
     before = (prepared / "shards" / "000000.arrow").stat().st_mtime_ns
     assert pack.Maker([source], SEQ, "error", tokenizer, prepared).make(chunk, wait=True)
     assert (prepared / "shards" / "000000.arrow").stat().st_mtime_ns == before
+
+
+def test_a_row_of_a_text_file_is_named_by_the_line_of_its_piece(tmp_path, tokenizer, many_chunks, monkeypatch):
+    monkeypatch.setattr("amid_ds.data.readers.PIECE_BYTES", 50)
+    lines = [f"{i} {text}\n" for i, text in enumerate(texts(100))]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    prepare(data_of({"path": str(tmp_path / "a.txt")}), SEQ, tokenizer, tmp_path / "out")
+    every_line = "".join(lines).splitlines(keepends=True)
+    for batch in read_rows(tmp_path / "out", 1):
+        line = int(re.fullmatch(r".*a.txt line (\d+)", batch.sources[0])[1])
+        head, tail = tokenizer.decode(batch.input_ids[0, :SEQ // 2]), "".join(every_line[line - 1:])
+        assert head in tail and tail.index(head) < 50 + len(every_line[line - 1])
+
+
+def test_a_row_cut_inside_a_learnt_segment_learns_what_follows_its_first_token():
+    document = pack.Document([([1, 2], False), ([3, 4, 5], True), ([6], False), ([7], True)], 0, 0)
+    [row] = pack.pack_turns([document], 4, "left", pack.Counts())
+    assert (row.tokens, row.learn) == ([3, 4, 5, 6, 7], [1, 3, 4, 5])
 
 
 def test_a_complete_folder_is_reused_and_a_killed_job_goes_on(prepared, tmp_path, tokenizer):
@@ -335,7 +367,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, many_chunks, l
             check_sources(data_of({"path": str(path)}))
 
 
-def test_skipped_rows_are_counted_and_the_first_ten_shown(tmp_path, tokenizer, many_chunks):
+def test_skipped_rows_are_counted_and_the_first_ten_shown(tmp_path, tokenizer, many_chunks, capsys):
     good = [json.dumps({"text": text}) for text in texts(150)]
     lines = [line for text in good for line in (text, '{"text": 1}')]
     path = tmp_path / "corpus.jsonl"
@@ -343,6 +375,8 @@ def test_skipped_rows_are_counted_and_the_first_ten_shown(tmp_path, tokenizer, m
     info = prepare(data_of({"path": str(path)}, on_bad_row="skip"), SEQ, tokenizer, tmp_path / "out").sources[0]
     assert (info.documents, info.skipped, len(info.shown)) == (150, 150, 10)
     assert info.shown[3] == f"{path} line 8: the field 'text' holds a number where text is expected"
+    said = capsys.readouterr().err
+    assert "150 bad rows left out" in said and said.count("holds a number") == 10
 
 
 def test_a_source_that_is_missing_empty_or_unknown_is_refused(tmp_path):
@@ -359,6 +393,9 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_error(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
     check_sources(data_of({"path": str(path)}))
+    path.write_bytes(b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')       # but inside a file the mark is no white space
+    with pytest.raises(InputError, match="line 2: not JSON"):
+        check_sources(data_of({"path": str(path)}))
 
 
 def test_a_tokenizer_without_end_of_text_is_refused(tmp_path, tokenizer):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from amid_ds.data.order import deal, permute, rows_of
+from amid_ds.data.order import deal, dealt, permute, rows_of
 
 
 @given(st.integers(1, 3000), st.integers(0, 2**64 - 1))
@@ -47,6 +47,7 @@ def test_deal_counts_each_sources_samples_without_gaps(weights, first):
 @settings(deadline=None)
 def test_deal_keeps_to_the_weights_at_every_moment(weights, samples):
     counts = Counter(source for source, _ in deal(range(samples), weights))
+    assert [counts[source] for source in range(len(weights))] == dealt(samples, weights)
     for source, weight in enumerate(weights):
         assert abs(counts[source] - samples * weight / sum(weights)) <= len(weights)
 

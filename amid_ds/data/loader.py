@@ -22,7 +22,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from amid_ds.data.order import rows_of
+from amid_ds.data.order import dealt, rows_of
 from amid_ds.data.pack import MANIFEST, SHARDS, checksum
 from amid_ds.data.readers import place
 from amid_ds.errors import InputError
@@ -130,6 +130,11 @@ class StepData:
         rows = rows_of(samples, self.prepared.counts, self.weights, self.seed).tolist()
         return [self.prepared.batch(rows[i:i + self.micro_batch_size])
                 for i in range(0, len(rows), self.micro_batch_size)]
+
+    def epochs(self, step: int) -> list[float]:
+        """How often each source has been read through before this step; over 1, its rows come again."""
+        samples = dealt(step * self.global_batch_size, self.weights)
+        return [count / rows for count, rows in zip(samples, self.prepared.counts, strict=True)]
 
     def windows(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """window(start), ..., window(stop - 1), read ahead by `workers` threads."""

@@ -51,13 +51,26 @@ def _feistel(values: UInt64s, keys: UInt64s, half: np.uint64, mask: np.uint64) -
 def deal(samples: Sequence[int], weights: Sequence[float]) -> list[tuple[int, int]]:
     """(source, how many earlier samples that source had) of each sample number.
 
-    Sources are split off one after another: of the samples that reach source k, the first m give it ⌊m · share⌋,
-    where share is its weight over the weights still left. So after any number of samples every source has its weight's
-    share of them to within the number of sources, and the count needs no history. Exact integers: no drift.
+    Sources are split off one after another: of the first m samples that reach source k, it gets ⌊m · share⌋, where
+    share is its weight over the weights still left. So after any number of samples every source has its weight's share
+    of them to within the number of sources, and the count needs no history. Exact integers: no drift.
     """
-    exact = [Fraction(weight) for weight in weights]
-    shares = [weight / sum(exact[k:]) for k, weight in enumerate(exact)]
+    shares = _shares(weights)
     return [_deal_one(sample, shares) for sample in samples]
+
+
+def dealt(samples: int, weights: Sequence[float]) -> list[int]:
+    """How many of the first `samples` samples each source gets."""
+    counts = []
+    for share in _shares(weights):
+        counts.append(samples * share.numerator // share.denominator)
+        samples -= counts[-1]
+    return counts
+
+
+def _shares(weights: Sequence[float]) -> list[Fraction]:
+    exact = [Fraction(weight) for weight in weights]
+    return [weight / sum(exact[k:]) for k, weight in enumerate(exact)]
 
 
 def _deal_one(sample: int, shares: Sequence[Fraction]) -> tuple[int, int]:

@@ -22,6 +22,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import zlib
 from collections import deque
@@ -68,6 +69,13 @@ class SourceInfo:
     dropped: int                    # rows whose response vanished by truncation
     skipped: int                    # bad rows left out, under data.on_bad_row=skip
     shown: tuple[str, ...]          # the first ten of them
+
+    def __str__(self) -> str:
+        lost = [f"{count:,} {what}" for count, what in (
+            (self.truncated, "rows cut to seq_length"), (self.dropped, "rows left out, their response having vanished"),
+            (self.skipped, "bad rows left out, the first of them:")) if count]
+        return "\n    ".join([f"{self.path}: {self.documents:,} documents, {self.rows:,} rows, {self.tokens:,} tokens",
+                              *lost, *self.shown])
 
 
 @dataclass(frozen=True)
@@ -239,7 +247,10 @@ def prepare(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBa
     for leftover in (folder / SHARDS).iterdir():          # locks, and what killed jobs had begun
         if leftover.suffix not in (".arrow", ".json"):
             leftover.unlink(missing_ok=True)
-    return _info(folder, manifest, reused=False)
+    info = _info(folder, manifest, reused=False)
+    for source in info.sources:
+        print(f"prepared {source}", file=sys.stderr)
+    return info
 
 
 def _make_all(maker: Maker, chunks: Sequence[Chunk], workers: int) -> None:
