@@ -249,7 +249,7 @@ def test_a_row_of_a_text_file_is_named_by_the_line_of_its_piece(tmp_path, tokeni
     for batch in read_rows(tmp_path / "out", 1):
         line = int(re.fullmatch(r".*a.txt line (\d+)", batch.sources[0])[1])
         head, tail = tokenizer.decode(batch.input_ids[0, :SEQ // 2]), "".join(every_line[line - 1:])
-        assert head in tail and tail.index(head) < 50 + len(every_line[line - 1])
+        assert head in tail and tail.index(head) < 50 + max(map(len, every_line))
 
 
 def test_a_row_cut_inside_a_learnt_segment_learns_what_follows_its_first_token():
