@@ -15,7 +15,7 @@ import torch
 from tokenizers import processors
 
 from amid_ds import config
-from amid_ds.data import Prepared, StepData, check_sources, pack, prepare, read_rows, train_sentencepiece
+from amid_ds.data import Prepared, StepData, check_sources, data_bench, pack, prepare, read_rows, train_sentencepiece
 from amid_ds.data.tokenizer import load_tokenizer
 from amid_ds.errors import InputError
 
@@ -441,3 +441,10 @@ def test_tokens_of_a_large_vocabulary_keep_their_ids(tmp_path, tokenizer):
     pack._write_rows(tmp_path / "shard.arrow", rows, np.uint32, counts)
     from amid_ds.data.loader import _Shard
     assert _Shard(str(tmp_path / "shard.arrow")).row(0)[0].tolist() == [0, 70_000, 151_642]
+
+
+def test_the_bench_measures_every_part():
+    rows = data_bench(rounds=1, megabytes=0.5)
+    assert [row.what for row in rows] == ["tokenizer alone", "prepare, one process", "loader",
+                                          "loader, 4 threads ahead"]
+    assert rows[0].of_tokenizer == 1 and all(row.tokens_per_second > 0 for row in rows)

@@ -1,0 +1,109 @@
+"""How fast data is prepared and read, beside what bounds it: the tokenizer alone, on the same text and the same core.
+
+One process throughout, `tokenizers`' own threads off, rounds in turn, medians: so that the ratios can be trusted where
+the numbers cannot. The text is Python's standard library, the tokenizer trained on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import statistics
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from amid_ds import config
+from amid_ds.data.loader import StepData
+from amid_ds.data.pack import prepare
+from amid_ds.data.tokenizer import encode, load_tokenizer, train_sentencepiece
+
+SEQ_LENGTH, ROWS_PER_STEP, MICRO_BATCH = 512, 64, 8
+VOCABULARY = 4000
+
+
+@dataclass(frozen=True)
+class DataRow:
+    """One line of the table: tokens per second, and as a multiple of the tokenizer's alone."""
+
+    what: str
+    tokens_per_second: float
+    of_tokenizer: float
+
+
+def data_bench(rounds: int = 3, megabytes: float = 8.0, threads: int = 4) -> list[DataRow]:
+    """The tokenizer alone, `prepare` by one process, and the loader without and with threads that read ahead."""
+    with tempfile.TemporaryDirectory() as name, _one_core():
+        root = Path(name)
+        texts = list(_standard_library(int(megabytes * 1e6)))
+        (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        train_sentencepiece(texts, root / "tokenizer", VOCABULARY)
+        tokenizer = load_tokenizer(str(root / "tokenizer"))
+        data = config.Data(train=[config.Source(path=str(root / "corpus.jsonl"))], workers=1)
+
+        def tokenize() -> int:
+            batches = (texts[start:start + 16] for start in range(0, len(texts), 16))
+            return sum(len(ids) for batch in batches for ids in encode(tokenizer, batch))
+
+        def pack() -> int:
+            shutil.rmtree(root / "prepared", ignore_errors=True)
+            with contextlib.redirect_stderr(io.StringIO()):
+                return prepare(data, SEQ_LENGTH, tokenizer, root / "prepared").tokens
+
+        methods = {"tokenizer alone": tokenize, "prepare, one process": pack, "loader": _reader(root / "prepared", 0),
+                   f"loader, {threads} threads ahead": _reader(root / "prepared", threads)}
+        speeds = _speeds(methods, rounds)
+    return [DataRow(what, speed, speed / speeds["tokenizer alone"]) for what, speed in speeds.items()]
+
+
+def _reader(folder: Path, threads: int) -> Callable[[], int]:
+    """Reads two epochs, step by step, as one rank of one."""
+    def read() -> int:
+        data = StepData(folder, seed=0, global_batch_size=ROWS_PER_STEP, micro_batch_size=MICRO_BATCH, dp_rank=0,
+                        dp_size=1, workers=threads)
+        steps = max(2 * len(data.prepared) // ROWS_PER_STEP, 1)
+        return sum(batch.input_ids.numel() for window in data.windows(0, steps) for batch in window)
+    return read
+
+
+def _speeds(methods: dict[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """Median tokens per second over the rounds, after one that does not count."""
+    speeds: dict[str, list[float]] = {name: [] for name in methods}
+    for turn in range(1 + rounds):
+        for name, method in methods.items():
+            begin = time.perf_counter()
+            tokens = method()
+            if turn:
+                speeds[name].append(tokens / (time.perf_counter() - begin))
+    return {name: statistics.median(values) for name, values in speeds.items()}
+
+
+def _standard_library(size: int) -> Iterator[str]:
+    """Python source files of at least `size` characters in all, or as many as there are."""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py")):
+        if size <= 0:
+            return
+        with contextlib.suppress(UnicodeDecodeError):
+            text = path.read_text(encoding="utf-8")
+            if text and "\0" not in text:
+                yield text
+                size -= len(text)
+
+
+@contextlib.contextmanager
+def _one_core() -> Iterator[None]:
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
