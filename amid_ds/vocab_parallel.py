@@ -1,4 +1,4 @@
-"""A vocabulary cut over ranks: who holds which rows, and the two reductions that a loss over it needs.
+"""A vocabulary cut over ranks: who holds which rows, and the reductions that a loss over it needs.
 
 Each rank of a tensor-parallel group holds the rows [start, stop) of both heads. All that the ranks exchange are row
 statistics, a few numbers per token. They are gathered and reduced locally, in rank order, rather than all-reduced: the
@@ -64,12 +64,17 @@ class VocabShard:
         return widest, end
 
     def logsumexp(self, local: Tensor) -> Tensor:
-        """log Σ exp over the group, element by element. One collective."""
-        return local if self.group is None else self.gather(local).logsumexp(0)
+        """Log-sum-exps as pairs [..., 2, n] (see `joined`) over the group. One collective."""
+        return local if self.group is None else joined(self.gather(local))
 
     def sum(self, local: Tensor) -> Tensor:
         """Σ over the group, element by element. One collective."""
         return local if self.group is None else self.gather(local).sum(0)
+
+    def add_up(self, partial: Tensor) -> None:
+        """Σ over the group in place, for what is too large to gather. One collective."""
+        if self.group is not None:
+            dist.all_reduce(partial, group=self.group)
 
     def gather(self, local: Tensor) -> Tensor:
         """local [...] -> [ranks, ...], the same on every rank. One collective."""
@@ -78,6 +83,17 @@ class VocabShard:
         parts = [torch.empty_like(local) for _ in range(dist.get_world_size(self.group))]
         dist.all_gather(parts, local.contiguous(), group=self.group)
         return torch.stack(parts)
+
+
+def joined(parts: Tensor) -> Tensor:
+    """Log-sum-exps of parts [m, ..., 2, n] -> of their union [..., 2, n].
+
+    Each is a pair (peak, log Σ exp(x - peak)), whose sum is the log-sum-exp: where logits are large, x - peak - rest
+    keeps the digits that x - (peak + rest) has lost. An empty part has the peak -inf.
+    """
+    peak = parts[..., 0, :].amax(0)
+    rest = (parts[..., 0, :] - peak + parts[..., 1, :]).logsumexp(0)
+    return torch.stack([peak, rest], -2)
 
 
 def _check_rows(name: str, found: int, start: int, stop: int) -> None:

@@ -44,9 +44,14 @@ class Logits:
             gradient.mul_(self.scale)
 
 
+def normalised(x: Tensor, log_sum: Tensor) -> Tensor:
+    """x [n, tile] less a log-sum-exp [2, n], part by part."""
+    return (x - log_sum[0][:, None]).sub_(log_sum[1][:, None])
+
+
 @dataclass
 class Block:
-    """n tokens of one shard. Filled in from phase to phase; all row statistics are [n], of the whole vocabulary."""
+    """n tokens of one shard. Filled in from phase to phase; row statistics are of the whole vocabulary."""
 
     student: Logits
     teacher: Logits | None             # None: cross entropy alone
@@ -56,10 +61,10 @@ class Block:
     kd_scale: Tensor | None = None     # [n] ∂loss/∂kd_i; None: no gradient from kd
     ce_scale: Tensor | None = None     # [n] ∂loss/∂ce_i
     gradient: Tensor | None = None     # [n, width] where the gradient goes; None: value alone
-    log_p: Tensor | None = None        # log Σ exp of the teacher's tempered logits
-    log_q: Tensor | None = None        # … of the student's
-    log_z: Tensor | None = None        # … of the student's untempered logits, for the labels
-    log_assistant: Tensor | None = None   # log Σ r̃; None where it is 0 by construction
+    log_p: Tensor | None = None        # [2, n] log Σ exp of the teacher's tempered logits, in two parts (joined)
+    log_q: Tensor | None = None        # [2, n] … of the student's
+    log_z: Tensor | None = None        # [2, n] … of the student's untempered logits, for the labels
+    log_assistant: Tensor | None = None   # [2, n] log Σ r̃; None where it is 0 by construction
     sums: Tensor | None = None         # [4, n] ΣD, ΣA, Σ(wA + B), Σwr
 
     @property
@@ -82,7 +87,7 @@ class Backend(Protocol):
     """The arithmetic of a block, between the matrix products."""
 
     def log_normalisers(self, block: Block) -> Tensor:
-        """[len(block.normalisers), n] log Σ exp over this shard's columns, -inf where it has none."""
+        """[len(block.normalisers), 2, n] log Σ exp over this shard's columns, in two parts (vocab_parallel.joined)."""
         ...
 
     def statistics(self, block: Block, shard: VocabShard) -> Tensor:
@@ -98,7 +103,8 @@ def solve(block: Block, shard: VocabShard, backend: Backend) -> tuple[Tensor | N
     """kd [n] and ce [n] of a block, and its gradient written to `block.gradient`. At most three collectives."""
     local = backend.log_normalisers(block)
     if block.labels is not None:
-        local = torch.cat([local, _label_logits(block)[None]])
+        label = _label_logits(block)
+        local = torch.cat([local, torch.stack([label, torch.zeros_like(label)])[None]])
     rows = shard.logsumexp(local)      # the label's logit too: the shards that do not hold it have -inf
     known = dict(zip(block.normalisers, rows, strict=False))
     block.log_q, block.log_p, block.log_z = known.get("q"), known.get("p"), known.get("z", known.get("q"))
@@ -108,7 +114,8 @@ def solve(block: Block, shard: VocabShard, backend: Backend) -> tuple[Tensor | N
         kd = block.sums[0]
     if block.labels is not None:
         assert block.log_z is not None
-        ce = torch.where(rows[-1] == -torch.inf, 0.0, block.log_z - rows[-1])
+        label = rows[-1, 0]
+        ce = torch.where(label == -torch.inf, 0.0, block.log_z[0] - label + block.log_z[1])
     if block.gradient is not None:
         backend.write_gradient(block)
     return kd, ce

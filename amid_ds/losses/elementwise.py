@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amid_ds.losses.block import Block
+from amid_ds.losses.block import Block, normalised
 from amid_ds.losses.objective import AMiD
-from amid_ds.vocab_parallel import VocabShard
+from amid_ds.vocab_parallel import VocabShard, joined
 
 T = TypeVar("T")
 TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}   # of a temporary: 256 kB in fp32 on a CPU, 16 MB on a GPU
@@ -32,12 +32,11 @@ TEMPORARIES = 10                       # of a tile, alive at once
 
 
 def log_normalisers(block: Block) -> Tensor:
-    """[k, n] local log Σ exp of the logits that `block.normalisers` names."""
+    """[k, 2, n] local log Σ exp of the logits that `block.normalisers` names."""
     def visit(columns: slice) -> Tensor:
-        return torch.stack([_logits(block, name, columns).logsumexp(-1) for name in block.normalisers])
+        return torch.stack([_log_sum_exp(_logits(block, name, columns)) for name in block.normalisers])
 
-    empty = torch.full((len(block.normalisers), block.tokens), -math.inf, dtype=block.dtype, device=block.device)
-    return torch.stack(_each_tile(block, visit) or [empty]).logsumexp(0)
+    return _joined(block, _each_tile(block, visit), len(block.normalisers))
 
 
 def statistics(block: Block, shard: VocabShard) -> Tensor:
@@ -53,15 +52,14 @@ def needs_normaliser(block: Block) -> bool:
 
 
 def _log_assistant_normaliser(block: Block) -> Tensor:
-    """[n] local log Σ r̃."""
+    """[2, n] local log Σ r̃."""
     objective = block.objective
     assert objective is not None
 
     def visit(columns: slice) -> Tensor:
-        return mixture(*_log_models(block, columns), objective)[0].logsumexp(-1)
+        return _log_sum_exp(mixture(*_log_models(block, columns), objective)[0])[None]
 
-    empty = torch.full((block.tokens,), -math.inf, dtype=block.dtype, device=block.device)
-    return torch.stack(_each_tile(block, visit) or [empty]).logsumexp(0)
+    return _joined(block, _each_tile(block, visit), 1)[0]
 
 
 def _sums(block: Block) -> Tensor:
@@ -85,7 +83,7 @@ def write_gradient(block: Block) -> None:
         gradient = _kd_gradient(block, columns) if block.kd_scale is not None else torch.zeros_like(z)
         if block.ce_scale is not None:
             assert block.log_z is not None
-            gradient.addcmul_((z - block.log_z[:, None]).exp_(), block.ce_scale[:, None])
+            gradient.addcmul_(normalised(z, block.log_z).exp_(), block.ce_scale[:, None])
             _at_labels(block, columns, gradient)
         block.student.chain(gradient, z)
         target[:, columns].copy_(gradient)
@@ -93,12 +91,26 @@ def write_gradient(block: Block) -> None:
     _each_tile(block, visit)
 
 
+def _log_sum_exp(x: Tensor) -> Tensor:
+    """[n, tile] -> [2, n], in two parts (vocab_parallel.joined)."""
+    peak = x.amax(-1)
+    return torch.stack([peak, (x - peak[:, None]).exp_().sum(-1).log_()])
+
+
+def _joined(block: Block, parts: list[Tensor], rows: int) -> Tensor:
+    """The tiles' log-sum-exps [rows, 2, n] put together; a shard without columns has none, its peak is -inf."""
+    if not parts:
+        parts = [torch.full((rows, 2, block.tokens), -math.inf, dtype=block.dtype, device=block.device)]
+    return joined(torch.stack(parts)) if len(parts) > 1 else parts[0]
+
+
 def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tensor | float]:
     """log r̃ and w = ∂log r̃/∂log q = (1-λ) q^c / (λ p^c + (1-λ) q^c), stable for every real α.
 
-    With x = c (log p - log q) both follow from one sigmoid: w = σ(log((1-λ)/λ) - x) and log r̃ - log q =
-    (log(1-λ) - log w) / c. That cancels where c is small; log1p(λ expm1(x)) / c does not, but overflows where x is
-    large, so it is taken element by element where |x| < 1.
+    With x = c (log p - log q) both follow from the student's log-odds, o = log((1-λ)/λ) - x: w = σ(o), and log r̃ is
+    log q + (log(1-λ) + log(1 + e^-o)) / c, or the same with the models' parts exchanged where o < 0, so that the larger
+    part stands first and nothing cancels. Where c is small that cancels still; log q + log1p(λ expm1(x)) / c does not,
+    but overflows where x is large: it is taken element by element where |x| < 1.
     """
     alpha, lam = objective.alpha, objective.lam
     if lam in (0, 1):
@@ -107,11 +119,13 @@ def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tens
         return torch.lerp(log_q, log_p, lam), 1.0 - lam
     c = (1 - alpha) / 2
     x = (log_p - log_q).mul_(c)
-    odds = math.log1p(-lam) - math.log(lam) - x
-    lift = (math.log1p(-lam) - F.logsigmoid(odds)).div_(c)
+    log_lam, log_rest = math.log(lam), math.log1p(-lam)
+    odds = log_rest - log_lam - x
+    log_r = torch.where(odds < 0, log_p + log_lam / c, log_q + log_rest / c)
+    log_r.sub_(F.logsigmoid(odds.abs()), alpha=1 / c)
     if abs(c) < 0.5:
-        lift = torch.where(x.abs() < 1, x.clamp(-1, 1).expm1_().mul_(lam).log1p_().div_(c), lift)
-    return lift.add_(log_q), odds.sigmoid_()
+        log_r = torch.where(x.abs() < 1, x.clamp(-1, 1).expm1_().mul_(lam).log1p_().div_(c).add_(log_q), log_r)
+    return log_r, odds.sigmoid_()
 
 
 def _terms(block: Block, columns: slice) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
@@ -121,7 +135,7 @@ def _terms(block: Block, columns: slice) -> tuple[Tensor, Tensor | None, Tensor 
     log_p, log_q = _log_models(block, columns)
     log_r, w = mixture(log_p, log_q, objective)
     if block.log_assistant is not None:
-        log_r.sub_(block.log_assistant[:, None])
+        log_r = normalised(log_r, block.log_assistant)
     if objective.detach_assistant:
         w = 0.0
     log = {"p": log_p, "q": log_q, "r": log_r}
@@ -154,7 +168,7 @@ def _kd_gradient(block: Block, columns: slice) -> Tensor:
 def _log_models(block: Block, columns: slice) -> tuple[Tensor, Tensor]:
     """log p and log q [n, tile], normalised over the whole vocabulary."""
     assert block.log_p is not None and block.log_q is not None
-    return (_logits(block, "p", columns) - block.log_p[:, None], _logits(block, "q", columns) - block.log_q[:, None])
+    return normalised(_logits(block, "p", columns), block.log_p), normalised(_logits(block, "q", columns), block.log_q)
 
 
 def _logits(block: Block, name: str, columns: slice) -> Tensor:

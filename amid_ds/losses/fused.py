@@ -4,7 +4,7 @@ Tokens are taken in blocks that fit a workspace of fixed size. A block's logits 
 into the loss and, in place, into their own gradient (block.py), and two more products add that gradient to those of the
 hidden states and the head. So the gradients are made in the forward pass, with four products instead of the six of a
 recomputation; backward only multiplies them by the scalar that arrives. The trade-off: a call that will be
-differentiated pays for its gradients at once, and cannot be differentiated twice.
+differentiated pays for its gradients at once, and has no second derivative.
 
 Memory beyond inputs and gradients: the workspace (`workspace_bytes`, by default 96 MB on a CPU and 1 GiB elsewhere),
 a few vectors per token, and one copy of the head's and of the hidden states' gradient in fp32 where these are of lower
@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from amid_ds.errors import InputError
 from amid_ds.losses import elementwise
@@ -176,13 +174,13 @@ class _LogitLoss(torch.autograd.Function):
             kd, _ = solve(block, place.shard, backend)
             assert kd is not None
             per_token[rows] = kd
-        ctx.gradient = gradient
+        ctx.gradients = [gradient]
         return per_token
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = _take(ctx, "gradient")
+        gradient, = _take(ctx)
+        assert gradient is not None
         return (gradient.mul_(upstream[:, None].to(gradient.dtype)), *[None] * 6)
 
 
@@ -192,34 +190,37 @@ class _LinearLoss(torch.autograd.Function):
                 task: _Task) -> tuple[Tensor, Tensor | None, Tensor | None]:
         with torch.autocast(hidden.device.type, enabled=False):
             loss, kd, ce, gradients = _forward(hidden, task)
-        ctx.gradients, ctx.group = gradients, task.place.shard.group
+        ctx.gradients, ctx.shard = gradients, task.place.shard
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         ctx.mark_non_differentiable(*[x for x in (kd, ce) if x is not None])
         ctx.set_materialize_grads(False)
         return loss, kd, ce
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = _take(ctx, "gradients")
+        gradients = _take(ctx)
         if upstream is None:
             return (None,) * 4
         for gradient in gradients:
             if gradient is not None:
                 gradient.mul_(upstream)
-        if gradients[0] is not None and ctx.group is not None:
-            dist.all_reduce(gradients[0], group=ctx.group)
+        if gradients[0] is not None:
+            ctx.shard.add_up(gradients[0])
         return (*[None if g is None else g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)], None)
 
 
-def _take(ctx: FunctionCtx, name: str) -> Any:
-    """The gradients that forward left, which backward scales in place: they can be had once."""
-    value = getattr(ctx, name)
-    if value is None:
-        raise RuntimeError("backward was called a second time on the fused loss: its gradients are scaled in place and "
-                           "given away; call the loss again instead of retain_graph=True")
-    setattr(ctx, name, None)
-    return value
+def _take(ctx: Any) -> list[Tensor | None]:
+    """The gradients that forward left, to be scaled in place; copies of them where the graph is to be kept."""
+    if torch.is_grad_enabled():        # in a backward: create_graph=True
+        raise RuntimeError("the fused loss has no second derivative: its gradients are made in forward, as numbers; "
+                           "call backward without create_graph=True")
+    if ctx.gradients is None:
+        raise RuntimeError("backward was called a second time on the fused loss, whose gradients have been given away; "
+                           "call the loss again, or the first backward with retain_graph=True")
+    if torch._C._autograd._get_current_graph_task_keep_graph():    # retain_graph=True: backward may come again
+        return [None if gradient is None else gradient.clone() for gradient in ctx.gradients]
+    gradients, ctx.gradients = ctx.gradients, None
+    return gradients
 
 
 def _forward(hidden: Tensor, task: _Task) -> tuple[Tensor, Tensor | None, Tensor | None, list[Tensor | None]]:

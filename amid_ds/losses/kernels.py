@@ -20,7 +20,7 @@ from torch import Tensor
 
 from amid_ds.losses.block import Block
 from amid_ds.losses.objective import KL, AlphaBeta, AMiD, SquaredHellinger, TotalVariation
-from amid_ds.vocab_parallel import VocabShard
+from amid_ds.vocab_parallel import VocabShard, joined
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MEASURES = {KL: 0, AlphaBeta: 1, TotalVariation: 2, SquaredHellinger: 3}
@@ -34,9 +34,9 @@ def supports(objective: AMiD | None, dtypes: list[torch.dtype]) -> bool:
 
 
 def log_normalisers(block: Block) -> Tensor:
-    """[k, n] local log Σ exp of the logits that `block.normalisers` names. One reading of the logits."""
+    """[k, 2, n] local log Σ exp of the logits that `block.normalisers` names. One reading of the logits."""
     names = block.normalisers
-    rows = torch.empty(len(names), block.tokens, dtype=torch.float32, device=block.device)
+    rows = torch.empty(len(names), 2, block.tokens, dtype=torch.float32, device=block.device)
     if rows.numel():
         _normalisers_kernel[(block.tokens,)](*_models(block), rows, HAS_Z="z" in names, **_constants(block))
     return rows
@@ -47,9 +47,9 @@ def statistics(block: Block, shard: VocabShard) -> Tensor:
     objective = block.objective
     assert objective is not None
     if isinstance(objective.measure, KL):
-        return _from_moments(block, shard.gather(_run(block, 7)), objective)
+        return _from_moments(block, shard.gather(_run(block, 8)), objective)
     if objective.lam not in (0, 1) and objective.alpha != -1:
-        block.log_assistant = shard.logsumexp(_run(block, 1)[0])
+        block.log_assistant = shard.logsumexp(_run(block, 2))
     return shard.sum(_run(block, 4))
 
 
@@ -79,15 +79,16 @@ def _run(block: Block, rows: int) -> Tensor:
 
 
 def _from_moments(block: Block, moments: Tensor, objective: AMiD) -> Tensor:
-    """moments [ranks, 7, n]: log Σ r̃; means over r of w, T, wT; ΣV, ΣB', ΣW (see the kernel) -> the four sums."""
+    """moments [ranks, 8, n] (see the kernel) -> the four sums over all ranks; sets `block.log_assistant`."""
     weights = dict(objective.weights)
     to_r = weights.get("pr", 0.0) + weights.get("qr", 0.0)
     from_r = weights.get("rp", 0.0) + weights.get("rq", 0.0)
-    log_assistant = moments[:, 0].logsumexp(0)
-    share = (moments[:, 0] - log_assistant).exp()             # of each rank in Σ r̃
-    w_r, t_r, wt_r = (moments[:, 1:4] * share[:, None]).sum(0)
-    value, pull, w_models = moments[:, 4:].sum(0)
-    block.log_assistant = log_assistant
+    block.log_assistant = joined(moments[:, :2])
+    peak, rest = block.log_assistant
+    share = (moments[:, 0] - peak + moments[:, 1] - rest).exp()             # of each rank in Σ r̃
+    w_r, t_r, wt_r = (moments[:, 2:5] * share[:, None]).sum(0)
+    value, pull, w_models = moments[:, 5:].sum(0)
+    log_assistant = peak + rest
     sum_a = t_r - from_r * log_assistant
     sum_x = wt_r - from_r * log_assistant * w_r + to_r * w_r - w_models + pull + weights.get("qr", 0.0) * log_assistant
     return torch.stack([value + to_r * log_assistant + sum_a, sum_a, sum_x, w_r])
@@ -117,7 +118,8 @@ def _constants(block: Block) -> dict[str, Any]:
         "student_scale": student.scale, "student_cap": student.softcap or 0.0,
         "teacher_scale": teacher.scale, "teacher_cap": teacher.softcap or 0.0,
         "STUDENT_CAPPED": student.softcap is not None, "TEACHER_CAPPED": teacher.softcap is not None,
-        "HAS_TEACHER": block.teacher is not None, "BLOCK": min(2048, max(16, triton.next_power_of_2(width))), "num_warps": 8,
+        "HAS_TEACHER": block.teacher is not None, "BLOCK": min(2048, max(16, triton.next_power_of_2(width))),
+        "num_warps": 8,
     }
 
 
@@ -154,7 +156,7 @@ def _read(pointer, offsets, mask, scale, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def _assistant_of(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE: tl.constexpr):
-    """log r̃ and w; see elementwise.mixture. Where |x| is small the lift is a series in x, not a difference of logs."""
+    """log r̃ and w; see elementwise.mixture. Where |x| is small, a series in x takes the place of log1p and expm1."""
     w = tl.zeros_like(log_q)
     log_r = log_q
     if MIXTURE == 0:
@@ -169,11 +171,11 @@ def _assistant_of(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE: tl.constexpr
         odds = log_rest - log_lam - x
         e = tl.exp(-tl.abs(odds))
         w = tl.where(odds >= 0, 1.0, e) / (1.0 + e)
-        lift = log_rest - tl.minimum(odds, 0.0) + tl.log(1.0 + e)
         v = lam * (1.0 - lam)          # the cumulants of a coin of chance λ: log(1 + λ(eˣ - 1)) to the fifth order
         series = x * (lam + x * v * (0.5 + x * ((1.0 - 2.0 * lam) / 6.0 + x * ((1.0 - 6.0 * v) / 24.0
                       + x * (1.0 - 2.0 * lam) * (1.0 - 12.0 * v) / 120.0))))
-        log_r = log_q + tl.where(tl.abs(x) < 0.125, series, lift) / c
+        larger = tl.where(odds < 0, log_p + log_lam / c, log_q + log_rest / c)
+        log_r = tl.where(tl.abs(x) < 0.125, log_q + series / c, larger + tl.log(1.0 + e) / c)
     return log_r, w
 
 
@@ -239,7 +241,8 @@ def _normalisers_kernel(student, student_stride, teacher, teacher_stride, rows, 
                         student_scale, student_cap, teacher_scale, teacher_cap, STUDENT_CAPPED: tl.constexpr,
                         TEACHER_CAPPED: tl.constexpr, HAS_TEACHER: tl.constexpr, HAS_Z: tl.constexpr,
                         BLOCK: tl.constexpr):
-    """rows [k, n]: log Σ exp of q and p where there is a teacher, then of the untempered z where it is asked for."""
+    """rows [k, 2, n]: log Σ exp of q and p where there is a teacher, then of the untempered z where it is asked for;
+    each as its peak and the logarithm of the rest."""
     row = tl.program_id(0).to(tl.int64)
     tokens = tl.num_programs(0)
     max_q = tl.full((), -float("inf"), tl.float32)
@@ -268,12 +271,14 @@ def _normalisers_kernel(student, student_stride, teacher, teacher_stride, rows, 
             sum_z = sum_z * tl.exp(max_z - new) + tl.exp(z - new)
             max_z = new
     if HAS_TEACHER:
-        tl.store(rows + row, max_q + tl.log(tl.sum(sum_q, 0)))
-        tl.store(rows + tokens + row, max_p + tl.log(tl.sum(sum_p, 0)))
-        if HAS_Z:
-            tl.store(rows + 2 * tokens + row, max_z + tl.log(tl.sum(sum_z, 0)))
-    else:
-        tl.store(rows + row, max_z + tl.log(tl.sum(sum_z, 0)))
+        tl.store(rows + row, max_q)
+        tl.store(rows + tokens + row, tl.log(tl.sum(sum_q, 0)))
+        tl.store(rows + 2 * tokens + row, max_p)
+        tl.store(rows + 3 * tokens + row, tl.log(tl.sum(sum_p, 0)))
+        rows += 4 * tokens
+    if HAS_Z:
+        tl.store(rows + row, max_z)
+        tl.store(rows + tokens + row, tl.log(tl.sum(sum_z, 0)))
 
 
 @triton.jit
@@ -286,15 +291,20 @@ def _statistics_kernel(student, student_stride, teacher, teacher_stride, log_p_n
                        ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out [ROWS, n] over this shard's columns, r̃ summed against its running maximum.
 
-    1: log Σ r̃.   4: ΣD, ΣA, Σ(wA + B), Σwr.   7, of KL, with ℓ = log r̃ and T = rp (ℓ - log p) + rq (ℓ - log q):
-    log Σ r̃; the means over r of w, T, wT; Σ pr p (log p - ℓ) + qr q (log q - ℓ); Σ qr q (log q - ℓ); Σ w (pr p + qr q).
+    2: log Σ r̃, its peak and the rest.   4: ΣD, ΣA, Σ(wA + B), Σwr.   8, of KL, with ℓ = log r̃ and
+    T = rp (ℓ - log p) + rq (ℓ - log q): log Σ r̃, its peak and the rest; the means over r of w, T
+    and wT; Σ pr p (log p - ℓ) + qr q (log q - ℓ); Σ qr q (log q - ℓ); Σ w (pr p + qr q).
     """
     row = tl.program_id(0).to(tl.int64)
-    norm_p = tl.load(log_p_norm + row)
-    norm_q = tl.load(log_q_norm + row)
+    peak_p = tl.load(log_p_norm + row)
+    peak_q = tl.load(log_q_norm + row)
+    norm_p = tl.load(log_p_norm + tokens + row)
+    norm_q = tl.load(log_q_norm + tokens + row)
+    peak_r = 0.0
     norm_r = 0.0
     if HAS_ASSISTANT:
-        norm_r = tl.load(log_assistant + row)
+        peak_r = tl.load(log_assistant + row)
+        norm_r = tl.load(log_assistant + tokens + row)
     peak = tl.full((), -float("inf"), tl.float32)
     s0 = tl.zeros((BLOCK,), tl.float32)
     s1 = tl.zeros((BLOCK,), tl.float32)
@@ -307,11 +317,11 @@ def _statistics_kernel(student, student_stride, teacher, teacher_stride, log_p_n
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
         log_q = _read(student + row * student_stride, columns, mask, student_scale, student_cap,
-                      STUDENT_CAPPED) * inverse_tau - norm_q
+                      STUDENT_CAPPED) * inverse_tau - peak_q - norm_q
         log_p = _read(teacher + row * teacher_stride, columns, mask, teacher_scale, teacher_cap,
-                      TEACHER_CAPPED) * inverse_tau - norm_p
+                      TEACHER_CAPPED) * inverse_tau - peak_p - norm_p
         log_r, w = _assistant_of(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
-        log_r = log_r - norm_r
+        log_r = log_r - peak_r - norm_r
         if DETACHED:
             w = tl.zeros_like(w)
         if ROWS == 4:
@@ -326,7 +336,7 @@ def _statistics_kernel(student, student_stride, teacher, teacher_stride, log_p_n
             peak = new
             r = tl.where(mask, tl.exp(tl.where(mask, log_r, new) - new), 0.0)
             s0 = s0 * rescale + r
-            if ROWS == 7:
+            if ROWS == 8:
                 s1 = s1 * rescale + r * w
                 if RP or RQ:
                     t = rp * (log_r - log_p) + rq * (log_r - log_q)
@@ -348,15 +358,16 @@ def _statistics_kernel(student, student_stride, teacher, teacher_stride, log_p_n
         tl.store(out + 3 * tokens + row, tl.sum(s3, 0))
     else:
         total = tl.sum(s0, 0)
-        tl.store(out + row, peak + tl.log(total))
-        if ROWS == 7:
+        tl.store(out + row, peak)
+        tl.store(out + tokens + row, tl.log(total))
+        if ROWS == 8:
             total = tl.where(total > 0, total, 1.0)    # a shard without columns has no share in the means
-            tl.store(out + tokens + row, tl.sum(s1, 0) / total)
-            tl.store(out + 2 * tokens + row, tl.sum(s2, 0) / total)
-            tl.store(out + 3 * tokens + row, tl.sum(s3, 0) / total)
-            tl.store(out + 4 * tokens + row, tl.sum(s4, 0))
-            tl.store(out + 5 * tokens + row, tl.sum(s5, 0))
-            tl.store(out + 6 * tokens + row, tl.sum(s6, 0))
+            tl.store(out + 2 * tokens + row, tl.sum(s1, 0) / total)
+            tl.store(out + 3 * tokens + row, tl.sum(s2, 0) / total)
+            tl.store(out + 4 * tokens + row, tl.sum(s3, 0) / total)
+            tl.store(out + 5 * tokens + row, tl.sum(s4, 0))
+            tl.store(out + 6 * tokens + row, tl.sum(s5, 0))
+            tl.store(out + 7 * tokens + row, tl.sum(s6, 0))
 
 
 @triton.jit
@@ -371,6 +382,10 @@ def _gradient_kernel(student, student_stride, teacher, teacher_stride, gradient,
     """gradient [n, width] = kd_scale (wA + B - ΣA w r - q Σg)/τ + ce_scale (softmax(z) - onehot), through cap and
     scale. Each element is read before it is written, so it may be the student's logits."""
     row = tl.program_id(0).to(tl.int64)
+    peak_p = 0.0
+    peak_q = 0.0
+    peak_r = 0.0
+    peak_z = 0.0
     norm_p = 0.0
     norm_q = 0.0
     norm_r = 0.0
@@ -381,15 +396,19 @@ def _gradient_kernel(student, student_stride, teacher, teacher_stride, gradient,
     of_ce = 0.0
     label = tl.full((), -1, tl.int64)
     if HAS_KD:
-        norm_p = tl.load(log_p_norm + row)
-        norm_q = tl.load(log_q_norm + row)
+        peak_p = tl.load(log_p_norm + row)
+        peak_q = tl.load(log_q_norm + row)
+        norm_p = tl.load(log_p_norm + tokens + row)
+        norm_q = tl.load(log_q_norm + tokens + row)
         if HAS_ASSISTANT:
-            norm_r = tl.load(log_assistant + row)
+            peak_r = tl.load(log_assistant + row)
+            norm_r = tl.load(log_assistant + tokens + row)
         sum_a = tl.load(sums + tokens + row)
         sum_g = tl.load(sums + 2 * tokens + row) - sum_a * tl.load(sums + 3 * tokens + row)
         of_kd = tl.load(kd_scale + row) * inverse_tau
     if HAS_CE:
-        norm_z = tl.load(log_z_norm + row)
+        peak_z = tl.load(log_z_norm + row)
+        norm_z = tl.load(log_z_norm + tokens + row)
         of_ce = tl.load(ce_scale + row)
         label = tl.load(labels + row)
     for start in range(0, width, BLOCK):
@@ -398,17 +417,17 @@ def _gradient_kernel(student, student_stride, teacher, teacher_stride, gradient,
         z = _read(student + row * student_stride, columns, mask, student_scale, student_cap, STUDENT_CAPPED)
         g = tl.zeros_like(z)
         if HAS_KD:
-            log_q = z * inverse_tau - norm_q
+            log_q = z * inverse_tau - peak_q - norm_q
             log_p = _read(teacher + row * teacher_stride, columns, mask, teacher_scale, teacher_cap,
-                          TEACHER_CAPPED) * inverse_tau - norm_p
+                          TEACHER_CAPPED) * inverse_tau - peak_p - norm_p
             log_r, w = _assistant_of(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
-            log_r = log_r - norm_r
+            log_r = log_r - peak_r - norm_r
             if DETACHED:
                 w = tl.zeros_like(w)
             _, a, b = _objective_of(log_p, log_q, log_r, pr, qr, rp, rq, x, y, MEASURE, PR, QR, RP, RQ)
             g += of_kd * (w * (a - sum_a * tl.exp(log_r)) + b - sum_g * tl.exp(log_q))
         if HAS_CE:
-            g += of_ce * (tl.exp(z - norm_z) - tl.where(columns == label, 1.0, 0.0))
+            g += of_ce * (tl.exp(z - peak_z - norm_z) - tl.where(columns == label, 1.0, 0.0))
         if STUDENT_CAPPED:
             g = g * (1.0 - (z / student_cap) * (z / student_cap))
         g = g * student_scale
