@@ -26,11 +26,11 @@ import sys
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +48,7 @@ from amid_ds.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+T = TypeVar("T")
 FORMAT = 1
 MANIFEST, PLAN, SHARDS = "manifest.json", "plan.json", "shards"
 SHOWN = 10                          # that many skipped rows are named
@@ -143,16 +144,19 @@ class Maker:
 
     def _encoded(self, documents: Iterator[Document]) -> Iterator[Document]:
         """The documents with their texts as ids, encoded many at a time."""
-        for batch in _batches(documents):
+        for batch in _by_size(documents, Document.__len__, BATCH_CHARACTERS):
             if _stop is not None and _stop.is_set():
                 raise KeyboardInterrupt
-            texts = [text for document in batch for text, _ in document.segments if isinstance(text, str)]
-            pieces = [_pieces(text) for text in texts]
-            ids = iter(encode(self.tokenizer, list(itertools.chain.from_iterable(pieces))))
+            pieces = [_pieces(text) for document in batch for text, _ in document.segments if isinstance(text, str)]
+            ids = self._ids(itertools.chain.from_iterable(pieces))
             of_text = (list(itertools.chain.from_iterable(itertools.islice(ids, len(cut)))) for cut in pieces)
             for document in batch:
                 yield replace(document, segments=[(next(of_text) if isinstance(text, str) else text, learn)
                                                   for text, learn in document.segments])
+
+    def _ids(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        for batch in _by_size(texts, len, BATCH_CHARACTERS):
+            yield from encode(self.tokenizer, batch)
 
     def _documents(self, chunk: Chunk, source: config.Source, counts: Counts) -> Iterator[Document]:
         """The rows that can be used, framed by the tokenizer's own tokens; the others counted, or an error."""
@@ -161,25 +165,29 @@ class Maker:
             lines = 0
             for row in read_span(span, source):
                 lines += row.count
-                problem, segments = row.problem, []
+                problem, parts = row.problem, []
                 if problem is None:
                     try:
-                        segments = self._segments(row, source, front, end)
+                        parts = self._parts(row, source, front, end)
                     except ValueError as error:
                         problem = str(error)
                 if problem is not None:
                     self._bad_row(span, row, problem, counts)
                     continue
                 counts.documents += row.ends
-                yield Document(segments, span.file, row.number)
+                yield from (Document(part, span.file, row.number) for part in parts)
             counts.lines.append((span.file, lines))
 
-    def _segments(self, row: Row, source: config.Source, front: list[int], end: list[int]) -> list[Segment]:
+    def _parts(self, row: Row, source: config.Source, front: list[int], end: list[int]) -> list[list[Segment]]:
+        """What the row is to be encoded as: one document, or the pieces of a long text, which are packed one by one."""
         if source.messages is not None:
-            return conversation(self.tokenizer, row.values[0])
+            return [conversation(self.tokenizer, row.values[0])]
         if source.prompt is not None:
-            return [(front, False), (row.values[0], False), (row.values[1], True), (end, True)]
-        return [(front if row.begins else [], True), (row.values[0], True), (end if row.ends else [], True)]
+            return [[(front, False), (row.values[0], False), (row.values[1], True), (end, True)]]
+        parts: list[list[Segment]] = [[(piece, True)] for piece in _pieces(row.values[0])]
+        parts[0].insert(0, (front if row.begins else [], True))
+        parts[-1].append((end if row.ends else [], True))
+        return parts
 
     def _bad_row(self, span: Span, row: Row, problem: str, counts: Counts) -> None:
         if self.on_bad_row == "error":
@@ -210,6 +218,9 @@ class Document:
     segments: list[Segment]
     file: int
     line: int
+
+    def __len__(self) -> int:
+        return sum(len(text) for text, _ in self.segments)
 
     def ids(self) -> list[int]:
         """All its ids, once encoded."""
@@ -393,19 +404,6 @@ def _pairs(flat: list[int]) -> Iterator[tuple[int, int]]:
     return zip(flat[::2], flat[1::2], strict=True)
 
 
-def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    size = 0
-    for document in documents:
-        batch.append(document)
-        size += sum(len(text) for text, _ in document.segments)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
 def _pieces(text: str) -> list[str]:
     """The text, a very long one in pieces that end at white space: a tokenizer's memory grows with what it is given."""
     pieces = []
@@ -429,7 +427,7 @@ def _write_rows(path: Path, rows: Iterable[Packed], dtype: Any, counts: Counts) 
     schema = pa.schema([("tokens", token_type), ("learn", pa.list_(pa.int32())), ("file", pa.int32()),
                         ("line", pa.int64()), ("crc", pa.uint32())])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in _by_size(rows):
+        for batch in _by_size(rows, lambda row: len(row.tokens), BATCH_TOKENS):
             counts.rows += len(batch)
             tokens = [np.array(row.tokens, dtype) for row in batch]
             learn = [np.array(row.learn, np.int32) for row in batch]
@@ -449,15 +447,16 @@ def _list_array(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)))
 
 
-def _by_size(rows: Iterable[Packed]) -> Iterator[list[Packed]]:
-    batch: list[Packed] = []
-    tokens = 0
-    for row in rows:
-        batch.append(row)
-        tokens += len(row.tokens)
-        if tokens >= BATCH_TOKENS:
+def _by_size(items: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Lists of items, each of at least `limit` in all, but for the last."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= limit:
             yield batch
-            batch, tokens = [], 0
+            batch, size = [], 0
     if batch:
         yield batch
 

@@ -23,7 +23,7 @@ from amid_ds.errors import InputError
 LINES, TEXT, PARQUET, ARROW = (".jsonl", ".ndjson", ".json"), (".txt",), (".parquet",), (".arrow",)
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}         # of line and text files
 KINDS = (*LINES, *TEXT, *PARQUET, *ARROW)
-PIECE_BYTES = 1 << 20         # a text file is read, and a long text encoded, in pieces of about this size
+PIECE_BYTES = 1 << 18         # a text file is read, and a long text encoded, in pieces of about this size
 TABLE_ROWS = 1000             # read at once from a table
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
