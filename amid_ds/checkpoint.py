@@ -1,124 +1,367 @@
-"""Save, find, resume, export. DeepSpeed writes the shards; we decide when a checkpoint is there.
+"""Checkpoints that cannot be lost: save, find the newest good one, resume.
 
-A checkpoint is written into a hidden folder, and exists from the one rename that gives it its name; only then does
-`latest` move and an old one go. The teacher is in none of them.
+DeepSpeed decides what its shards hold; we decide how they reach the disk. `Saver.start` lets it "save" into host
+memory, which is all that training waits for; a thread writes the copy into a hidden folder, flushes every file and
+takes its checksum on the way. When every rank's files are on disk, one rename commits the folder, then `latest` moves,
+then old ones go. So a checkpoint is there whole or not at all, whenever a rank or the machine dies. The price is host
+memory for one copy of a rank's shards while it is written; a save that is due before the last one is written waits.
+The teacher is in none of them.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
+import copy
 import json
 import os
 import shutil
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from amid_ds.config import Recipe, load_recipe
+import torch
+import xxhash
+
+from amid_ds.config import Checkpoint
 from amid_ds.distributed import World
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.metrics import write_atomically
 
-STATE_FILE = "amid_ds.json"      # step, tokens, ranks: what we add to DeepSpeed's shards
+MANIFEST = "manifest.json"       # state, layout, and every file's size and checksum; written last
+FAILURES_IN_A_ROW = 3            # after as many saves that failed the run stops
 
 
 def name_of(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save(engine: Any, folder: Path, state: dict[str, Any], keep: int, world: World) -> None:
-    """Save after `state["step"]` steps under `folder`. Collective; on return the checkpoint is committed for all."""
-    name = name_of(state["step"])
-    aside = folder / f".{name}.tmp"
-    if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-    world.barrier()
-    engine.save_checkpoint(str(folder), tag=aside.name, save_latest=False, exclude_frozen_parameters=True)
-    world.main_first(lambda: _commit(folder, aside, name, {**state, "ranks": world.size}, keep))
+class Saver:
+    """The saves of one life of a run. Every method but `writing` is collective: all ranks call it at the same step."""
+
+    def __init__(self, engine: Any, folder: Path, policy: Checkpoint, world: World, say: Callable[[str], None],
+                 damaged: frozenset[Path] = frozenset()) -> None:
+        self.engine, self.folder, self.policy, self.world, self.say = engine, folder, policy, world, say
+        self.damaged = damaged
+        self.failures = 0
+        self.state: dict[str, Any] | None = None      # of the save that is under way
+        self.thread: threading.Thread | None = None
+        self.written: dict[str, dict[str, Any]] | str = {}
+        world.main_first(self._clean_up)
+        self.device = _device(folder)
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank is still writing; asked at every step."""
+        return self.thread is not None and self.thread.is_alive()
+
+    @property
+    def pending(self) -> bool:
+        return self.state is not None
+
+    def start(self, state: Mapping[str, Any]) -> None:
+        """Copy what a checkpoint holds to host memory and begin to write it. `state` goes into the manifest."""
+        if self.pending:
+            self.say("the save before this one is still being written: waiting for it")
+            self.finish()
+        staged = _stage(self.engine)
+        self.state = {**state, "ranks": self.world.size, "tensor_parallel": self.world.tp_size,
+                      "zero_stage": self.engine.zero_optimization_stage()}
+        self.thread = threading.Thread(target=self._write, args=(staged,), name="checkpoint", daemon=True)
+        self.thread.start()
+
+    def _write(self, staged: dict[str, Any]) -> None:
+        """In the background: this rank's files into the hidden folder; what came of it goes to `written`."""
+        try:
+            if _device(self.folder) != self.device:
+                raise OSError(f"{self.folder} is on another file system than when the run began: a mount has gone")
+            self._aside.mkdir(exist_ok=True)
+            self.written = {name: _write_file(self._aside / name, staged.pop(name)) for name in list(staged)}
+        except Exception as error:      # told to all ranks by `finish`, as loud as in the foreground
+            self.written = f"rank {self.world.rank}: {type(error).__name__}: {error}"
+
+    def finish(self) -> None:
+        """Wait until every rank has written, then commit, or say what failed. Raises TrainingError after the third
+        failure in a row; the training goes on after the first two, and older checkpoints are untouched by any."""
+        if self.thread is None or self.state is None:
+            return
+        self.thread.join()
+        everyone = self.world.gather(self.written)
+        wrong = [outcome for outcome in everyone if isinstance(outcome, str)]
+        if not wrong:
+            files = {name: facts for outcome in everyone for name, facts in outcome.items()}   # type: ignore[union-attr]
+            outcome = self.world.gather(self._commit(files) if self.world.is_main else None)[0]
+            wrong = [outcome] if outcome is not None else []
+        step, self.state, self.thread = self.state["step"], None, None
+        if not wrong:
+            self.failures = 0
+            return
+        self.failures += 1
+        if self.world.is_main:
+            shutil.rmtree(self.folder / f".{name_of(step)}.tmp", ignore_errors=True)
+        self.world.barrier()      # nobody begins the next save while this one is swept away
+        message = f"SAVE FAILED after step {step} ({self.failures} in a row): {'; '.join(wrong)}"
+        self.say(message)
+        if self.failures == FAILURES_IN_A_ROW:
+            raise TrainingError(f"{message}\n  the last good checkpoint is untouched; make room or mend the file "
+                                f"system under {self.folder} and start again")
+
+    @property
+    def _aside(self) -> Path:
+        assert self.state is not None
+        return self.folder / f".{name_of(self.state['step'])}.tmp"
+
+    def _commit(self, files: dict[str, dict[str, Any]]) -> str | None:
+        """On rank 0: the one rename. None, or what went wrong."""
+        assert self.state is not None
+        final = self.folder / name_of(self.state["step"])
+        try:
+            write_atomically(self._aside / MANIFEST, _sealed({"state": self.state, "files": files}))
+            _flush_folder(self._aside)
+            replaced = self.folder / f".{final.name}.replaced"
+            if final.exists():      # a damaged one of this step, or this step once more: the new one takes its place
+                os.replace(final, replaced)
+            os.replace(self._aside, final)
+            _flush_folder(self.folder)
+            write_atomically(self.folder / "latest", final.name)
+            shutil.rmtree(replaced, ignore_errors=True)
+            self.damaged -= {final}
+            self._prune()
+            _copy_recovery_script(self.folder)
+        except OSError as error:
+            return f"rank 0, commit: {error}"
+        return None
+
+    def _prune(self) -> None:
+        """Keep the newest `keep` good ones and the milestones."""
+        good = [path for path in committed(self.folder) if path not in self.damaged]
+        for path in good[:-self.policy.keep]:
+            if not self.policy.keep_every or step_of(path) % self.policy.keep_every:
+                hidden = path.with_name(f".{path.name}.old")      # a half-removed one must not be taken for a good one
+                os.replace(path, hidden)
+                shutil.rmtree(hidden, ignore_errors=True)
+
+    def _clean_up(self) -> None:
+        """Sweep away what earlier lives left half-written or half-removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(".step_*"):
+            if path.name.endswith(".replaced") and not (self.folder / path.name[1:].removesuffix(".replaced")).exists():
+                os.replace(path, self.folder / path.name[1:].removesuffix(".replaced"))      # died between two renames
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
-def _commit(folder: Path, aside: Path, name: str, state: dict[str, Any], keep: int) -> None:
-    write_atomically(aside / STATE_FILE, json.dumps(state, indent=1))
-    if (folder / name).exists():      # the same step once more, after a resume: the new one takes its place
-        shutil.rmtree(folder / name)
-    os.replace(aside, folder / name)
-    write_atomically(folder / "latest", name)
-    for old in committed(folder)[:-keep]:
-        shutil.rmtree(old)
+class _Staging:
+    """Stands in for DeepSpeed's checkpoint engine during one save: what it is given to write goes to host memory."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.files: dict[str, Any] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Folders are made where the files are written."""
+
+    def save(self, state_dict: Any, path: str) -> None:
+        self.files[Path(path).name] = _to_host(state_dict, {})
+
+
+def _stage(engine: Any) -> dict[str, Any]:
+    """What this rank has to write, by file name, copied to host memory."""
+    staging = _Staging(engine.checkpoint_engine)
+    engine.checkpoint_engine = staging
+    try:
+        with tempfile.TemporaryDirectory() as elsewhere:      # DeepSpeed also copies its recovery scripts there
+            engine.save_checkpoint(elsewhere, tag="staged", save_latest=False, exclude_frozen_parameters=True)
+    finally:
+        engine.checkpoint_engine = staging.real
+    return staging.files
+
+
+def _to_host(value: Any, seen: dict[int, torch.Tensor]) -> Any:
+    """A copy in host memory that the next optimizer step cannot change; a tensor that is there twice is copied once."""
+    if isinstance(value, torch.Tensor):
+        if id(value) not in seen:
+            seen[id(value)] = value.detach().to("cpu", copy=True)
+        return seen[id(value)]
+    if isinstance(value, dict):
+        twin = copy.copy(value)
+        for key, item in value.items():
+            twin[key] = _to_host(item, seen)
+        return twin
+    return type(value)(_to_host(item, seen) for item in value) if type(value) in (list, tuple) else value
+
+
+class _Hashing:
+    """A file that takes the checksum of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.size = file, xxhash.xxh3_128(), 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _write_file(path: Path, content: Any) -> dict[str, Any]:
+    with open(path, "wb") as file:
+        hashing = _Hashing(file)
+        torch.save(content, hashing)   # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": hashing.size, "xxh3_128": hashing.hash.hexdigest()}
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _device(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_dev
+    except OSError:
+        return None
+
+
+def _copy_recovery_script(folder: Path) -> None:
+    """DeepSpeed's own way out of its shards, beside them, as its users expect it."""
+    from deepspeed.utils import zero_to_fp32
+
+    if not (folder / "zero_to_fp32.py").exists():
+        shutil.copy(zero_to_fp32.__file__, folder / "zero_to_fp32.py")
+
+
+def _sealed(content: dict[str, Any]) -> str:
+    """JSON with a checksum of itself."""
+    text = json.dumps(content, sort_keys=True)
+    return json.dumps({"content": content, "xxh3_128": xxhash.xxh3_128(text.encode()).hexdigest()}, indent=1)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """{"state", "files"} of a checkpoint. Raises ValueError, saying what is wrong, where it is gone or damaged."""
+    try:
+        sealed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        content: dict[str, Any] = sealed["content"]
+        text = json.dumps(content, sort_keys=True)
+        intact = sealed["xxh3_128"] == xxhash.xxh3_128(text.encode()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"no manifest: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError("the manifest is damaged") from None
+    if not intact:
+        raise ValueError("the manifest is damaged")
+    return content
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def committed(folder: Path) -> list[Path]:
-    """The checkpoints in `folder`, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / STATE_FILE).is_file())
+    """The checkpoints in `folder`, oldest first, good or damaged."""
+    return sorted(path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit())
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest committed checkpoint; None where there is none."""
-    found = committed(folder)
-    return found[-1] if found else None
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with a checkpoint; None where every file is as it was written. Reads every `parts`-th file whole,
+    from `part` on, so that ranks can share the work."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except ValueError as error:
+        return str(error)
+    for name, facts in list(files.items())[part::parts]:
+        path = checkpoint / name
+        size = path.stat().st_size if path.is_file() else None
+        if size != facts["bytes"]:
+            return f"{name} is missing" if size is None else f"{name} has {size} bytes of {facts['bytes']}"
+        if _checksum(path) != facts["xxh3_128"]:
+            return f"{name} does not have the checksum that it was written with"
+    return None
+
+
+def _checksum(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to resume from (None: there is none at all) and the newer ones that were passed over."""
+
+    checkpoint: Path | None
+    damaged: frozenset[Path]
+
+
+def find(folder: Path, world: World, warn: Callable[[str], None]) -> Found:
+    """The newest checkpoint that is good. Collective; each rank reads its share of the files.
+
+    Each damaged one is named loudly. Raises TrainingError where there are some and none is good: starting over would
+    throw away what may still be rescued.
+    """
+    passed: list[Path] = []
+    for checkpoint in world.main_first(lambda: committed(folder))[::-1]:
+        wrong = [found for found in world.gather(damage(checkpoint, world.rank, world.size)) if found]
+        if not wrong:
+            return Found(checkpoint, frozenset(passed))
+        warn(f"WARNING: the checkpoint {checkpoint} is damaged and passed over: {wrong[0]}")
+        passed.append(checkpoint)
+    if passed:
+        raise TrainingError(f"none of the {len(passed)} checkpoint(s) in {folder} is good; the newest: "
+                            f"{damage(passed[0])}\n  the run does not start over by itself: restore one, or move the "
+                            f"folder away to begin again")
+    return Found(None, frozenset())
 
 
 def load(engine: Any, checkpoint: Path, world: World) -> dict[str, Any]:
     """Bring weights, optimizer and state back. Collective. Returns the saved state."""
-    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    if state["ranks"] != world.size:
-        raise InputError(f"{checkpoint} was saved on {state['ranks']} rank(s), this run has {world.size}",
-                         "the same number of ranks; changing it is not supported yet",
-                         f"start on {state['ranks']} ranks, or take another output_dir")
+    state: dict[str, Any] = read_manifest(checkpoint)["state"]
+    layout = {"ranks": world.size, "tensor_parallel": world.tp_size, "zero_stage": engine.zero_optimization_stage()}
+    saved = {key: state[key] for key in layout}
+    if saved != layout:
+        raise InputError(f"{checkpoint} was saved with {_in_words(saved)}, this run has {_in_words(layout)}",
+                         "the layout that it was saved in; changing it is not supported yet",
+                         "start in that layout, or take another output_dir")
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
     if loaded is None:
         raise TrainingError(f"DeepSpeed could not load {checkpoint}")
     return state
 
 
-def export(source: str | Path, out: str | Path) -> Path:
-    """A run or one of its checkpoints -> a folder that `AutoModelForCausalLM.from_pretrained` opens, with tokenizer.
-
-    One process; needs the fp32 student in host memory. Weights are in the dtype that the student trained in.
-    """
-    from transformers import AutoModelForCausalLM
-
-    from amid_ds.data import load_tokenizer
-    from amid_ds.engine import DTYPES, import_deepspeed, model_config
-
-    import_deepspeed()
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    checkpoint, recipe = _resolve(Path(source))
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"the output {out} is there already and not empty", "a new or empty folder",
-                         "choose another name")
-    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
-    with contextlib.redirect_stdout(io.StringIO()):      # it prints its progress for a person to read
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    config = model_config(recipe.student.model, recipe.student.revision)
-    model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[state["student_dtype"]])
-    student = {name.removeprefix("student."): tensor for name, tensor in weights.items()}
-    missing, unexpected = model.load_state_dict(student, strict=False)
-    model.tie_weights()
-    tied = set(model.all_tied_weights_keys)
-    if unexpected or set(missing) - tied - {name for name, _ in model.named_buffers()}:
-        raise TrainingError(f"{checkpoint} does not fit {recipe.student.model}: "
-                            f"missing {missing}, unexpected {unexpected}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    load_tokenizer(recipe.student.model, recipe.student.revision).save_pretrained(aside)
-    if out.exists():
-        out.rmdir()
-    os.replace(aside, out)
-    return out
+def _in_words(layout: Mapping[str, Any]) -> str:
+    return f"{layout['ranks']} rank(s), tensor_parallel {layout['tensor_parallel']}, ZeRO stage {layout['zero_stage']}"
 
 
-def _resolve(source: Path) -> tuple[Path, Recipe]:
-    """(checkpoint, the run's recipe) of a run folder or of a checkpoint in it."""
-    run = source if (source / "recipe.yaml").is_file() else source.parent.parent
-    checkpoint = newest(source / "checkpoints") if run == source else source
-    if not (run / "recipe.yaml").is_file() or checkpoint is None or not (checkpoint / STATE_FILE).is_file():
-        raise InputError(f"{source} holds no checkpoint",
-                         "a run's folder, or a folder such as RUN/checkpoints/step_00000100",
-                         "check the path; a run has a checkpoint after its first `checkpoint.every` steps")
-    return checkpoint, load_recipe(run / "recipe.yaml")
+def print_checkpoints(run: str) -> None:
+    """`amid-ds checkpoints RUN`: each with step, size, layout and verdict."""
+    from rich.console import Console
+    from rich.table import Table
+
+    folder = Path(run) / "checkpoints"
+    if not (Path(run) / "recipe.yaml").is_file():
+        raise InputError(f"{run} is not the folder of a run", "a folder with recipe.yaml and checkpoints/",
+                         "check the path")
+    table = Table(title=str(folder))
+    for column in ("checkpoint", "step", "MB", "layout", "verdict"):
+        table.add_column(column, justify="right" if column in ("step", "MB") else "left", overflow="fold")
+    for path in committed(folder):
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        try:
+            layout = _in_words(read_manifest(path)["state"])
+        except ValueError:
+            layout = "?"
+        table.add_row(path.name, str(step_of(path)), f"{size / 1e6:,.1f}", layout, damage(path) or "good")
+    Console(width=None).print(table)

@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(1, error)
     except Stopped:
         return STOPPED
+    except KeyboardInterrupt:
+        return 1
     return 0
 
 
@@ -65,6 +67,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(run=_eval)
 
+    checkpoints = commands.add_parser("checkpoints", help="a run's checkpoints, each with its verdict")
+    checkpoints.add_argument("run_folder", metavar="RUN")
+    checkpoints.set_defaults(run=_checkpoints)
+
     export = commands.add_parser("export", help="a checkpoint or run to a folder that from_pretrained opens")
     export.add_argument("source", metavar="CHECKPOINT_OR_RUN")
     export.add_argument("out", metavar="OUT")
@@ -99,7 +105,13 @@ def _eval(args: argparse.Namespace) -> None:
     evaluate_command(args.model, args.teacher, args.data, args.seq_length, args.json)
 
 
+def _checkpoints(args: argparse.Namespace) -> None:
+    from amid_ds.checkpoint import print_checkpoints
+
+    print_checkpoints(args.run_folder)
+
+
 def _export(args: argparse.Namespace) -> None:
-    from amid_ds.checkpoint import export
+    from amid_ds.export import export
 
     print(export(args.source, args.out))

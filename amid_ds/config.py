@@ -86,7 +86,7 @@ class Source(Section):
 class Data(Section):
     train: Annotated[list[Source], Field(min_length=1)]
     prepared: str | None = None              # None: inside output_dir
-    workers: Annotated[int, Field(ge=0)] = 2
+    workers: Annotated[int, Field(ge=0)] = 4 # processes that prepare, threads that read ahead
     on_bad_row: Literal["error", "skip"] = "error"
 
 
@@ -132,12 +132,15 @@ class Train(Section):
     gradient_clipping: NonNegative = 1.0     # 0: none
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: PositiveInt = 1
+    max_hours: Positive | None = None        # stop in order after so many hours of this life
     hang_timeout: Positive = 1800            # seconds that a collective may wait
 
 
 class Checkpoint(Section):
     every: PositiveInt = 100
     keep: Annotated[int, Field(ge=2)] = 2    # two, so that a good one is left when the newest is damaged
+    keep_every: PositiveInt | None = None    # milestones that stay: the steps that it divides
+    allow_change: list[str] = []             # keys in which a resumed run may differ from the life before
 
 
 class Slurm(Section):
@@ -150,6 +153,7 @@ class Recipe(Section):
     data: Data
     loss: Loss = Loss()
     train: Train
+    tensor_parallel: PositiveInt = 1         # neighbouring ranks that share each copy of the models
     deepspeed: str = "ds_configs/zero3.json"
     checkpoint: Checkpoint = Checkpoint()
     slurm: Slurm = Slurm()
@@ -182,10 +186,6 @@ NOT_YET: Mapping[str, Any] = {
     "teacher.placement": "zero3",
     "data.eval": [],
     "train.eval_every": 0,
-    "train.max_hours": None,
-    "tensor_parallel": 1,
-    "checkpoint.keep_every": None,
-    "checkpoint.allow_change": [],
     "slurm.max_restarts": 20,
     "rollout": None,
 }

@@ -24,9 +24,9 @@ from typing import Any
 import yaml
 
 from amid_ds import evaluate
-from amid_ds.checkpoint import export
 from amid_ds.data import load_tokenizer, train_sentencepiece
 from amid_ds.errors import InputError, TrainingError
+from amid_ds.export import export
 
 RANKS = 2
 VOCABULARY = 2048

@@ -8,12 +8,15 @@ student's first micro-batch (`teach`), so its weights are gathered once per pass
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from amid_ds.distributed import rows_of
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD, LMHead, linear_amid_loss
+from amid_ds.vocab_parallel import VocabShard
 
 
 def body_of(model: nn.Module) -> nn.Module:
@@ -31,8 +34,23 @@ def head_of(model: nn.Module) -> LMHead:
                   softcap=getattr(config, "final_logit_softcapping", None), scale=scale)
 
 
+def sharded_head_of(model: nn.Module, shard: VocabShard | None) -> LMHead:
+    """The rows [start, stop) of a causal LM's head, whether this rank holds the whole head or was given its part."""
+    head = head_of(model)
+    if shard is None:
+        return head
+    first = getattr(model.get_output_embeddings(), "first_row", None)   # type: ignore[operator]   # see cut_head
+
+    def take(tensor: Tensor) -> Tensor:
+        if first is None:
+            return rows_of(tensor, slice(shard.start, shard.stop), shard.group)
+        return tensor[shard.start - first:shard.stop - first]
+
+    return replace(head, weight=take(head.weight), bias=None if head.bias is None else take(head.bias))
+
+
 def logits_of(head: LMHead, hidden: Tensor) -> Tensor:
-    """What a head makes of hidden states [..., H]: logits [..., V], in full. For comparing a few tokens, not to train."""
+    """What a head makes of hidden states [..., H]: logits [..., V], in full. To compare a few tokens, not to train."""
     logits = head.scale * nn.functional.linear(hidden, head.weight, head.bias)
     return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
 
@@ -46,9 +64,9 @@ class FusedHead(nn.Module):
     """
 
     def __init__(self, heads: Callable[[], tuple[LMHead, LMHead | None]], objective: AMiD, kd_weight: float,
-                 ce_weight: float, vocab_size: int) -> None:
+                 ce_weight: float, vocab_size: int, shard: VocabShard | None) -> None:
         super().__init__()
-        self.heads, self.objective, self.vocab_size = heads, objective, vocab_size
+        self.heads, self.objective, self.vocab_size, self.shard = heads, objective, vocab_size, shard
         self.kd_weight, self.ce_weight = kd_weight, ce_weight
 
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor,
@@ -58,7 +76,7 @@ class FusedHead(nn.Module):
         out = linear_amid_loss(student_hidden, student_head, teacher_hidden, teacher_head if taught else None,
                                self.objective, token_weights=token_weights, labels=labels,
                                kd_weight=self.kd_weight if taught else 0.0, ce_weight=self.ce_weight,
-                               vocab_size=self.vocab_size)
+                               vocab_size=self.vocab_size, shard=self.shard)
         kd, ce = (out.loss.new_zeros(()) if part is None else (token_weights * part).sum() for part in (out.kd, out.ce))
         return out.loss, kd, ce
 
@@ -67,13 +85,14 @@ class Distiller(nn.Module):
     """{student, teacher}. Only the student trains; the teacher stays in eval mode whatever `train()` says."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, objective: AMiD, *, kd_weight: float,
-                 ce_weight: float, vocab_size: int) -> None:
+                 ce_weight: float, vocab_size: int, shard: VocabShard | None = None) -> None:
         super().__init__()
         self.student = student
         self.teacher = teacher.requires_grad_(False).eval() if teacher is not None else None
         self.kd_weight = kd_weight
-        self.head = FusedHead(lambda: (head_of(student), head_of(teacher) if teacher is not None else None),
-                              objective, kd_weight, ce_weight, vocab_size)
+        self.head = FusedHead(
+            lambda: (sharded_head_of(student, shard), sharded_head_of(teacher, shard) if teacher is not None else None),
+            objective, kd_weight, ce_weight, vocab_size, shard)
 
     def train(self, mode: bool = True) -> Distiller:
         super().train(mode)

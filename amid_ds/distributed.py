@@ -11,7 +11,7 @@ import os
 import subprocess
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -25,22 +25,49 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers. `device` is where its model lives."""
+    """This process among its peers. `device` is where its model lives.
+
+    Neighbouring ranks form a tensor-parallel group: `tp_size` of them share one copy of the models and see the same
+    tokens. Data follow `dp_rank`.
+    """
 
     rank: int
     size: int
     local_rank: int
     device: torch.device
+    tp_size: int = 1
+    tp_group: dist.ProcessGroup | None = None      # None: nobody to share with
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp_size
+
+    @property
+    def dp_size(self) -> int:
+        return self.size // self.tp_size
+
+    def split(self, tp_size: int) -> World:
+        """The same world in tensor-parallel groups of `tp_size`, which divides `size`. Collective."""
+        group = dist.new_subgroups(group_size=tp_size)[0] if tp_size > 1 else None
+        return replace(self, tp_size=tp_size, tp_group=group)
+
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Elementwise sum over all ranks, in float64. One collective."""
+        """Elementwise sum over the data-parallel ranks, in float64. One collective, of all ranks.
+
+        Tensor-parallel peers work on the same tokens, so each of them counts as one part in `tp_size`; what any rank
+        alone says (a request to stop) still shows.
+        """
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
-        return tensor.tolist()
+        return (tensor / self.tp_size).tolist()
 
     def gather(self, value: T) -> list[T]:
         """Every rank's `value` (anything that pickles), by rank. One collective of objects: for set-up, not steps."""
@@ -73,6 +100,28 @@ class World:
 def _foreign(rank: int, error: Exception) -> TrainingError:
     traceback.print_exception(error)      # here, where it happened; the other ranks get one line
     return TrainingError(f"rank {rank} failed: {type(error).__name__}: {error}")
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: torch.Tensor, rows: slice, group: dist.ProcessGroup | None) -> torch.Tensor:
+        ctx.shape, ctx.rows, ctx.group = whole.shape, rows, group
+        return whole[rows]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        total = gradient.new_zeros(ctx.shape)
+        total[ctx.rows] = gradient
+        dist.all_reduce(total, group=ctx.group)
+        return total, None, None
+
+
+def rows_of(whole: torch.Tensor, rows: slice, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """This rank's `rows` of a tensor that every rank of `group` holds whole, each using rows of its own.
+
+    Its gradient comes back whole on every rank, like that of a tensor all of them use alike. One collective, backward.
+    """
+    return _Rows.apply(whole, rows, group)
 
 
 def launched_rank() -> int:

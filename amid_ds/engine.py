@@ -21,8 +21,10 @@ from torch import nn
 
 from amid_ds.config import DivergenceSpec, Dtype, Loss, Recipe
 from amid_ds.distiller import Distiller, check_head, head_of
+from amid_ds.distributed import World
 from amid_ds.errors import InputError
 from amid_ds.losses import AlphaBeta, AMiD, preset
+from amid_ds.tensor_parallel import cut_head, layer_specs, vocab_shard, why_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 OWNED_BY_RECIPE = {"optimizer": "train.learning_rate and train.weight_decay", "scheduler": "train.schedule",
@@ -66,9 +68,7 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> dict[str, Any]:
                  if config.get(key, "auto") not in ("auto", value)]
     conflicts += [f"{key}: {json.dumps(config[key])} in {path.name}, {owner} in the recipe"
                   for key, owner in OWNED_BY_RECIPE.items() if config.get(key, "auto") != "auto"]
-    stage = config.get("zero_optimization", {}).get("stage", 0)
-    if stage != 3:
-        conflicts.append(f"zero_optimization.stage: {stage} in {path.name}, both models are sharded by stage 3")
+    conflicts += stage_conflicts(recipe, config, path.name)
     if config.get("fp16", {}).get("enabled"):
         conflicts.append(f"fp16.enabled: true in {path.name}, the recipe knows bf16 and fp32")
     bf16 = bool(config.get("bf16", {}).get("enabled"))
@@ -83,6 +83,18 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> dict[str, Any]:
     for key in OWNED_BY_RECIPE:
         config.pop(key, None)
     return {**config, **ours, "steps_per_print": sys.maxsize}
+
+
+def stage_of(config: dict[str, Any]) -> Any:
+    """The ZeRO stage of a DeepSpeed config: 0 to 3, or what else is written there."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def stage_conflicts(recipe: Recipe, config: dict[str, Any], name: str) -> Iterator[str]:
+    """What is wrong with the ZeRO stage in itself or for the recipe's layout."""
+    stage = stage_of(config)
+    if stage not in (0, 1, 2, 3):
+        yield f"zero_optimization.stage: {stage!r} in {name}, the stages are 0 to 3"
 
 
 def find_deepspeed_config(name: str) -> Path:
@@ -116,6 +128,16 @@ def build_objective(loss: Loss) -> AMiD:
                          "mend the `loss:` section") from None
 
 
+def data_parallel(recipe: Recipe, ranks: int) -> int:
+    """How many ranks see different tokens. Raises InputError where tensor_parallel does not divide `ranks`."""
+    size = recipe.tensor_parallel
+    if ranks % size:
+        fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
+        raise InputError(f"tensor_parallel {size} on {ranks} rank(s)", "a divisor of the number of ranks",
+                         f"set tensor_parallel to one of {fitting}; or start a multiple of {size} ranks")
+    return ranks // size
+
+
 def accumulation_steps(recipe: Recipe, data_parallel: int) -> int:
     """Micro-batches per rank and optimizer step. Raises InputError where the global batch does not divide."""
     train = recipe.train
@@ -131,9 +153,10 @@ def accumulation_steps(recipe: Recipe, data_parallel: int) -> int:
     return steps
 
 
-def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_size: int) -> Any:
+def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_size: int, world: World) -> Any:
     """The DeepSpeedEngine around a Distiller. Collective: every rank calls it with the same recipe."""
     deepspeed = import_deepspeed()
+    shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
     teacher = None
     if recipe.teacher is not None:
         teacher = _load(recipe.teacher.model, recipe.teacher.revision, recipe.teacher.dtype, config)
@@ -142,22 +165,42 @@ def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_
     if recipe.student.activation_checkpointing:
         student.gradient_checkpointing_enable(   # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False})
-    distiller = Distiller(student, teacher, objective, vocab_size=vocab_size,
+    distiller = Distiller(student, teacher, objective, vocab_size=vocab_size, shard=shard,
                           kd_weight=recipe.loss.kd_weight, ce_weight=recipe.loss.ce_weight)
+    if shard is not None:
+        for model in filter(None, (student, teacher)):
+            cut_head(model, shard, vocab_size, gathered_head)
+        config = {**config, "tensor_parallel": _autotp(distiller, world)}
     trainable = [p for p in distiller.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay)
     engine, *_ = deepspeed.initialize(model=distiller, model_parameters=trainable, optimizer=optimizer, config=config,
                                       dist_init_required=False)
-    # The student's head is read by FusedHead, not by the module that owns it: tell ZeRO-3's hooks.
-    head = head_of(student)
-    for parameter in (head.weight, head.bias):
-        if parameter is not None:
-            deepspeed.zero.register_external_parameter(distiller.head, parameter)
+    if stage_of(config) == 3:
+        # The student's head is read by FusedHead, not by the module that owns it: tell ZeRO-3's hooks.
+        head = head_of(student)
+        for parameter in (head.weight, head.bias):
+            if parameter is not None:
+                deepspeed.zero.register_external_parameter(distiller.head, parameter)
     return engine
 
 
+def _autotp(distiller: Distiller, world: World) -> dict[str, Any]:
+    """DeepSpeed's `tensor_parallel` block: which weights of the two bodies AutoTP splits. Says what stays whole."""
+    specs = []
+    for name, model in (("student", distiller.student), ("teacher", distiller.teacher)):
+        if model is None:
+            continue
+        reason = why_whole(model, world.tp_size)
+        if reason is None:
+            specs += layer_specs(model, name, trains=name == "student")
+        elif world.is_main:
+            print(f"tensor_parallel {world.tp_size}: the {name}'s body stays whole on every rank, its head is split: "
+                  f"{reason}", flush=True)
+    return {"autotp_size": world.tp_size, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
+
+
 def _load(model: str, revision: str | None, dtype: Dtype, config: dict[str, Any]) -> nn.Module:
-    """A causal LM loaded straight into ZeRO-3's shards: rank 0 reads, each rank keeps its part."""
+    """A causal LM. Under ZeRO-3 it is loaded straight into shards: rank 0 reads, each rank keeps its part."""
     from transformers import AutoModelForCausalLM
     from transformers import logging as transformers_logging
     from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
@@ -165,6 +208,8 @@ def _load(model: str, revision: str | None, dtype: Dtype, config: dict[str, Any]
     transformers_logging.set_verbosity_error()      # its advice on generating and padding is not for us
     transformers_logging.disable_progress_bar()
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision)
+    if stage_of(config) < 3:
+        return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch_dtype)
     holder = _ShardedLoading({**config, "bf16": {"enabled": torch_dtype == torch.bfloat16}})
     set_hf_deepspeed_config(holder)
     try:

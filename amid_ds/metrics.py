@@ -33,7 +33,8 @@ class RunLog:
         from torch.utils.tensorboard import SummaryWriter
 
         drop_lines_after(folder / "metrics.jsonl", start)
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8")   # noqa: SIM115 - open for the run's life
+        self.file = open(folder / "metrics.jsonl", "ab", buffering=0)   # noqa: SIM115 - open for the run's life
+        self.unwritten = b""
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=not sys.stderr.isatty(),
                         dynamic_ncols=True)
@@ -48,11 +49,11 @@ class RunLog:
         self.bar.update(1)
 
     def _write(self, step: int, values: Mapping[str, float | None]) -> None:
-        self.file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
-        self.file.flush()
+        self.unwritten += (json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode()
+        self._write_lines()
         for name, value in values.items():
             if value is not None:
-                self.board.add_scalar(TENSORBOARD_TAGS[name], value, step)
+                self._to_board("add_scalar", TENSORBOARD_TAGS[name], value, step)
         now = time.monotonic()
         losses = {"loss": values["loss"], "kd": values["kd_loss"], "ce": values["ce_loss"]}
         shown = {name: f"{value:.4f}" for name, value in losses.items() if value is not None}
@@ -64,11 +65,36 @@ class RunLog:
             print(f"{self.title}: step {step}/{self.total}  {text}  {tqdm.format_interval(left)} left", flush=True)
             self.last_line = now
 
+    def _write_lines(self) -> None:
+        """Whole lines or nothing: what a full disk does not take is kept and tried again with the next line."""
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(self.unwritten) != len(self.unwritten):
+                raise OSError("only a part was taken")
+        except OSError as error:
+            self.file.truncate(size)
+            self.say(f"WARNING: metrics.jsonl cannot be written, its lines wait in memory: {error}")
+        else:
+            self.unwritten = b""
+
+    def _to_board(self, method: str, *arguments: Any) -> None:
+        """TensorBoard is a convenience: that its disk is full does not stop a run."""
+        try:
+            getattr(self.board, method)(*arguments)
+        except OSError as error:
+            self.say(f"WARNING: TensorBoard cannot be written: {error}")
+
     def say(self, message: str) -> None:
         """One line beside the progress bar, from rank 0."""
         if self.folder is not None:
             tqdm.write(f"{self.title}: {message}")
             sys.stdout.flush()
+
+    def alarm(self, message: str) -> None:
+        """What nobody may miss: a line, and a note in TensorBoard."""
+        self.say(message)
+        if self.folder is not None:
+            self._to_board("add_text", "alarm", message)
 
     def close(self) -> None:
         if self.folder is not None:

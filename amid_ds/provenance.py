@@ -53,6 +53,12 @@ def _model(model: Student | Teacher) -> dict[str, Any]:
     return {"model": model.model, "revision": model.revision, "files_sha256": model_hash(model.model)}
 
 
+def prepared_hash(folder: Path) -> str:
+    """A hash of prepared data: of their shards' sizes and checksums, which follow from the rows and nothing else."""
+    shards = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
+    return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+
+
 def model_hash(model: str) -> str | None:
     """A hash over a local model's config and weight files: name, size, first and last MiB of each, which is quick for
     any size and changes with any retraining. None for a hub id, which its revision names."""

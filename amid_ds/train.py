@@ -8,12 +8,10 @@ token weights 1/N and the loss times R, its (1/R) Σ_ranks Σ_micro ∇(R · Σ_
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -21,14 +19,23 @@ import yaml
 
 from amid_ds import checkpoint, engine
 from amid_ds.config import Recipe, dump_recipe, load_recipe
-from amid_ds.data import Batch, StepData, check_sources, load_tokenizer, prepare, require_same_tokenizer
+from amid_ds.data import (
+    Batch,
+    StepData,
+    check_sources,
+    fingerprint,
+    load_tokenizer,
+    prepare,
+    require_same_tokenizer,
+)
 from amid_ds.distiller import Distiller
 from amid_ds.distributed import World, joined
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.losses import AMiD
 from amid_ds.metrics import RunLog, write_atomically
-from amid_ds.provenance import provenance
+from amid_ds.provenance import model_hash, prepared_hash, provenance
 from amid_ds.schedule import learning_rate, step_seed
+from amid_ds.stopping import StopRequest
 
 TEACHER_TOKENS_PER_PASS = 16384
 # What may differ between the lives of a run, because it does not change what is learnt.
@@ -66,25 +73,35 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         timeout = load_recipe(recipe_path, overrides).train.hang_timeout
     with joined(timeout) as world:
         job = world.together(lambda: check(load_recipe(recipe_path, overrides), world.size))
+        world = world.split(job.recipe.tensor_parallel)
         open_run(job, world)
         recipe = job.recipe
-        already = checkpoint.newest(job.run / "checkpoints")
-        if already is not None and already.name == checkpoint.name_of(recipe.train.steps):
-            if world.is_main:
-                print(f"{job.run} has reached its last step {recipe.train.steps}: nothing to do", flush=True)
+        found = checkpoint.find(job.run / "checkpoints", world, lambda message: _tell(world, message))
+        if found.checkpoint is not None and checkpoint.step_of(found.checkpoint) == recipe.train.steps:
+            _tell(world, f"{job.run} has reached its last step {recipe.train.steps}: nothing to do")
             return
         world.main_first(lambda: prepare(recipe.data, recipe.train.seq_length, job.tokenizer, recipe.prepared_dir))
-        ds = world.together(lambda: engine.build_engine(recipe, job.deepspeed_config, job.objective, job.vocab_size))
+        identity = world.together(lambda: identity_of(job))
+        if found.checkpoint is not None:
+            refuse_changes(found.checkpoint, identity, recipe.checkpoint.allow_change)
+        ds = world.together(lambda: engine.build_engine(recipe, job.deepspeed_config, job.objective, job.vocab_size,
+                                                       world))
         world.together(lambda: engine.check_heads(ds, job.vocab_size))
-        state = {"step": 0, "tokens": 0}
-        if already is not None:
-            state = world.together(lambda: checkpoint.load(ds, already, world))
-        loop(job, ds, state, world)
+        state: dict[str, Any] = {"step": 0, "tokens": 0}
+        if found.checkpoint is not None:
+            loaded = found.checkpoint
+            state = world.together(lambda: checkpoint.load(ds, loaded, world))
+        loop(job, ds, {**state, "identity": identity}, found.damaged, world)
 
 
-def check(recipe: Recipe, data_parallel: int) -> Job:
+def _tell(world: World, message: str) -> None:
+    if world.is_main:
+        print(message, flush=True)
+
+
+def check(recipe: Recipe, ranks: int) -> Job:
     """Everything about a recipe that can be judged before a model is loaded or a token is prepared."""
-    config = engine.read_deepspeed_config(recipe, data_parallel)
+    config = engine.read_deepspeed_config(recipe, engine.data_parallel(recipe, ranks))
     objective = engine.build_objective(recipe.loss)
     refuse_other_run(recipe)
     check_sources(recipe.data)
@@ -110,13 +127,39 @@ def refuse_other_run(recipe: Recipe) -> None:
     if not saved.exists():
         return
     before, now = (_flat(yaml.safe_load(dump_recipe(r))) for r in (load_recipe(saved), recipe))
-    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-               and not any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)]
-    if changed:
-        lines = "\n".join(f"    - {key}: {before.get(key)!r} in the folder, {now.get(key)!r} now" for key in changed)
+    lines = _differences(before, now, recipe.checkpoint.allow_change)
+    if lines:
         raise InputError(f"{recipe.output_dir} holds the run of another recipe:\n{lines}",
                          "a new output_dir, or the recipe that the run was started with",
-                         "set output_dir to another folder, or take the changes back")
+                         "set output_dir to another folder, take the changes back, or name the keys in "
+                         "checkpoint.allow_change")
+
+
+def identity_of(job: Job) -> dict[str, Any]:
+    """What a run learns from, as flat keys: the resolved recipe, and hashes of what it names. Kept in checkpoints."""
+    recipe = job.recipe
+    hashes: dict[str, Any] = {"tokenizer.sha256": fingerprint(job.tokenizer),
+                              "data.sha256": prepared_hash(recipe.prepared_dir)}
+    if recipe.teacher is not None:
+        hashes["teacher.sha256"] = model_hash(recipe.teacher.model)
+    return {**_flat(yaml.safe_load(dump_recipe(recipe))), **hashes}
+
+
+def refuse_changes(saved: Path, identity: dict[str, Any], allowed: Sequence[str]) -> None:
+    """A run goes on with the teacher, tokenizer, data and objective of the life before, or says what has changed."""
+    lines = _differences(checkpoint.read_manifest(saved)["state"]["identity"], identity, allowed)
+    if lines:
+        raise InputError(f"what {saved} was trained with has changed since:\n{lines}",
+                         "the same teacher, tokenizer, data and objective",
+                         "take the changes back, take another output_dir, or name the keys in checkpoint.allow_change")
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> str:
+    """A line for each key that differs and may not."""
+    free = (*MAY_CHANGE, *allowed)
+    changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
+               and not any(key == name or key.startswith(f"{name}.") for name in free)]
+    return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in changed)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
@@ -142,53 +185,60 @@ def open_run(job: Job, world: World) -> None:
     world.main_first(write)
 
 
-def loop(job: Job, ds: Any, state: dict[str, Any], world: World) -> None:
-    """Optimizer steps from `state["step"]` to the recipe's last, one save at the end whatever happens in order."""
+def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], world: World) -> None:
+    """Optimizer steps from `state["step"]` to the recipe's last; every orderly way out ends with a finished save."""
     recipe = job.recipe
     data = StepData(recipe.prepared_dir, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
-                    micro_batch_size=recipe.train.micro_batch_size, dp_rank=world.rank, dp_size=world.size,
+                    micro_batch_size=recipe.train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp_size,
                     workers=recipe.data.workers, weights=[source.weight for source in recipe.data.train])
     log = RunLog(job.run if world.is_main else None, state["step"], recipe.train.steps, job.run.name)
     log.say(f"{world.size} rank(s), {recipe.train.global_batch_size} rows of {recipe.train.seq_length} tokens a step, "
             + ("" if recipe.teacher else "no teacher: cross entropy alone, ")
             + (f"resumed after step {state['step']}" if state["step"] else "from the start"))
+    epochs = zip(recipe.data.train, data.epochs(recipe.train.steps), strict=True)
+    log.say("epochs by the last step: " + ", ".join(f"{source.path} {count:.3g}" for source, count in epochs))
     state["student_dtype"] = "bf16" if job.deepspeed_config.get("bf16", {}).get("enabled") else "fp32"
+    saver = checkpoint.Saver(ds, job.run / "checkpoints", recipe.checkpoint, world, log.alarm, damaged)
     saved = state["step"]
-
-    def save() -> None:
-        checkpoint.save(ds, job.run / "checkpoints", state, recipe.checkpoint.keep, world)
-
-    with asked_to_stop() as asked, contextlib.closing(log):
+    with StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log):
         for window in data.windows(state["step"], recipe.train.steps):
-            stop, values = step(job, ds, window, state, bool(asked), world)
+            reason = request.reason()
+            valid = sum(int((batch.labels != -100).sum()) for batch in window)
+            # The one agreement of every step: tokens of the global batch, who was asked to stop, who still writes.
+            tokens, stop, writing = world.sum([valid, reason is not None, saver.writing])
+            if saver.pending and not writing:
+                saver.finish()
             if stop:
-                if state["step"] != saved:
-                    save()
-                log.say(f"stopped in order after step {state['step']}; the same command goes on from there")
-                raise Stopped
+                break
+            values = step(job, ds, window, tokens, state, world)
             logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
             log.step(state["step"], values if logged else None)
             if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
-                save()
+                saver.start(state)
                 saved = state["step"]
+        if state["step"] != saved:
+            saver.start(state)
+        saver.finish()
+        if state["step"] < recipe.train.steps:
+            reasons = {why for why in world.gather(request.reason()) if why is not None}
+            request.honoured()
+            log.say(f"stopped in order after step {state['step']} ({', '.join(sorted(reasons))}); "
+                    "the same command goes on from there")
+            raise Stopped
         log.say(f"done: {recipe.train.steps} steps, checkpoint in {job.run / 'checkpoints'}")
 
 
-def step(job: Job, ds: Any, window: list[Batch], state: dict[str, Any], asked: bool,
-         world: World) -> tuple[bool, dict[str, float | None]]:
-    """One optimizer step over the accumulation window; updates `state`. Two small collectives beside DeepSpeed's.
+def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str, Any],
+         world: World) -> dict[str, float | None]:
+    """One optimizer step over the accumulation window, `tokens` valid ones in the global batch; updates `state`.
 
-    Returns (True, {}) without a step where any rank was asked to stop, else (False, what metrics.jsonl says of it).
+    Returns what metrics.jsonl says of it. One small collective beside DeepSpeed's.
     """
     began = time.monotonic()
     distiller: Distiller = ds.module
     batches = [batch.to(world.device) for batch in window]
-    valid = [batch.labels != -100 for batch in batches]
-    tokens, stop = world.sum([float(sum(mask.sum().item() for mask in valid)), float(asked)])
-    if stop:
-        return True, {}
     number = state["step"] + 1
-    torch.manual_seed(step_seed(job.recipe.train.seed, state["step"], world.rank))
+    torch.manual_seed(step_seed(job.recipe.train.seed, state["step"], world.dp_rank))
     lr = learning_rate(job.recipe.train, state["step"])
     for group in ds.optimizer.param_groups:
         group["lr"] = lr
@@ -197,11 +247,12 @@ def step(job: Job, ds: Any, window: list[Batch], state: dict[str, Any], asked: b
     lessons = distiller.teach([batch.input_ids for batch in batches], per_pass)
     sums = []
     with engine.gathered_head(distiller.teacher if distiller.has_lesson else None):
-        for index, (batch, mask) in enumerate(zip(batches, valid, strict=True)):
+        for index, batch in enumerate(batches):
+            weights = (batch.labels != -100).float() / max(tokens, 1.0)
             ds.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss, kd, ce = ds(batch.input_ids, batch.labels, mask.float() / max(tokens, 1.0), lessons[index])
+            loss, kd, ce = ds(batch.input_ids, batch.labels, weights, lessons[index])
             lessons[index] = None      # its memory is free for the next micro-batch's activations
-            ds.backward(loss * world.size, scale_wrt_gas=False)
+            ds.backward(loss * world.dp_size, scale_wrt_gas=False)
             sums.append(torch.stack([loss.detach(), kd, ce]))
     per_micro = torch.stack(sums).double()
     loss_sum, kd_sum, ce_sum = world.sum(per_micro.sum(0).tolist())
@@ -213,7 +264,7 @@ def step(job: Job, ds: Any, window: list[Batch], state: dict[str, Any], asked: b
     state["step"], state["tokens"] = number, state["tokens"] + int(tokens)
     seconds = time.monotonic() - began
     taught = distiller.has_lesson
-    return False, {
+    return {
         "tokens": state["tokens"], "loss": loss_sum, "kd_loss": kd_sum if taught else None, "ce_loss": ce_sum,
         "grad_norm": float(ds.get_global_grad_norm()), "learning_rate": lr,
         "alpha": job.objective.alpha if taught else None, "lam": job.objective.lam if taught else None,
@@ -229,24 +280,3 @@ def _stop_on_non_finite(what: str, per_micro: torch.Tensor, window: list[Batch],
         every = world.gather([source for batch in window for source in batch.sources])
         lines = [f"    - rank {rank} (its losses were finite): {', '.join(s)}" for rank, s in enumerate(every)]
     raise TrainingError(f"{what}; no optimizer step was taken. Where it arose:\n" + "\n".join(lines))
-
-
-@contextlib.contextmanager
-def asked_to_stop() -> Iterator[list[int]]:
-    """A list that a SIGTERM, SIGUSR1 or Ctrl-C puts its number into; the loop looks at it at step boundaries.
-
-    A second Ctrl-C stops at once.
-    """
-    received: list[int] = []
-
-    def note(number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -36,21 +36,20 @@ def make_tokenizer(folder: Path, words: list[str] = WORDS):
 def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0, words: list[str] = WORDS,
                dtype: torch.dtype = torch.float32, **changes) -> Path:
     """A model folder of `family` with random weights and the tokenizer; `extra_rows` of padding in its vocabulary."""
-    from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+    import transformers as t
 
     tokenizer = make_tokenizer(folder, words)
     rope = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
                 max_position_embeddings=128)
     common = dict(vocab_size=len(tokenizer) + extra_rows, eos_token_id=1, pad_token_id=2, bos_token_id=1)
     kinds = {
-        "llama": (LlamaForCausalLM, LlamaConfig, {**rope, "tie_word_embeddings": False}),
-        "llama-tied": (LlamaForCausalLM, LlamaConfig, {**rope, "tie_word_embeddings": True}),
-        "qwen3": (Qwen3ForCausalLM, Qwen3Config, {**rope, "head_dim": 16, "tie_word_embeddings": False}),
-        "gemma2": (Gemma2ForCausalLM, Gemma2Config, {**rope, "head_dim": 8, "query_pre_attn_scalar": 8,
+        "llama": (t.LlamaForCausalLM, t.LlamaConfig, {**rope, "tie_word_embeddings": False}),
+        "llama-tied": (t.LlamaForCausalLM, t.LlamaConfig, {**rope, "tie_word_embeddings": True}),
+        "qwen3": (t.Qwen3ForCausalLM, t.Qwen3Config, {**rope, "head_dim": 16, "tie_word_embeddings": False}),
+        "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config, {**rope, "head_dim": 8, "query_pre_attn_scalar": 8,
                                                      "sliding_window": 8, "final_logit_softcapping": 5.0}),
-        "qwen2-tied": (Qwen2ForCausalLM, Qwen2Config, {**rope, "tie_word_embeddings": True}),
-        "gpt2": (GPT2LMHeadModel, GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0,
+        "qwen2-tied": (t.Qwen2ForCausalLM, t.Qwen2Config, {**rope, "tie_word_embeddings": True}),
+        "gpt2": (t.GPT2LMHeadModel, t.GPT2Config, dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0,
                                                    embd_pdrop=0.0, attn_pdrop=0.0)),
     }
     model_class, config_class, values = kinds[family]
@@ -141,7 +140,7 @@ _forks.set_forkserver_preload(["warm"])
 
 
 class Ranks:
-    """`amid-ds ARGUMENTS` on `size` ranks: real processes that share the fork server's imports and are joined by gloo."""
+    """`amid-ds ARGUMENTS` on `size` ranks: real processes, joined by gloo, that share the fork server's imports."""
 
     def __init__(self, size: int, *arguments: object, changes: dict[str, str] | None = None) -> None:
         self.folder = tempfile.TemporaryDirectory()
@@ -183,9 +182,10 @@ def _be_a_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(variables)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from amid_ds.cli import main
 
-    sys.stdout, sys.stderr = open(1, "w", buffering=1, closefd=False), open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
     status = main(argv)
     sys.stdout.flush()
     os._exit(status)

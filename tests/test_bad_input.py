@@ -62,7 +62,7 @@ CASES = {      # overrides -> what the message must name
     "a ZeRO stage that does not shard": (["deepspeed=ROOT/stage2.json"], ["stage: 2"]),
     "a DeepSpeed config that is not JSON": (["deepspeed=ROOT/not.json"], ["not.json", "JSON"]),
     "a DeepSpeed config that is not there": (["deepspeed=zero9.json"], ["zero9.json", "zero3.json"]),
-    "a key that later work brings to life": (["tensor_parallel=2"], ["`tensor_parallel` is not supported yet"]),
+    "a key that later work brings to life": (["rollout={}"], ["`rollout` is not supported yet"]),
     "a negative warm-up": (["train.warmup_steps=-1"], ["train.warmup_steps", "-1"]),
     "nothing to learn": (["loss.kd_weight=0", "loss.ce_weight=0"], ["both 0"]),
     "an override without a value": (["train.steps"], ["train.steps", "a.b=value"]),
@@ -73,7 +73,8 @@ CASES = {      # overrides -> what the message must name
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_one_message_with_found_expected_remedy(case, folder, tmp_path, capsys, monkeypatch):
     overrides, named = CASES[case]
-    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "text.jsonl", tmp_path / "run")
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "text.jsonl",
+                               tmp_path / "run")
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained",
                         lambda *a, **k: pytest.fail("a model was loaded before the input was judged"))
     status = main(["train", str(recipe), *(o.replace("ROOT", str(folder)) for o in overrides)])
@@ -91,9 +92,9 @@ def test_another_recipes_run_in_the_output_folder_is_refused_and_left_alone(fold
     before = (tmp_path / "run" / "recipe.yaml").read_text()
     assert main(["train", str(recipe), "loss.lam=0.9", "train.seed=5"]) == 2
     message = capsys.readouterr().err
-    assert "loss.lam: 0.3 in the folder, 0.9 now" in message and "train.seed: 0 in the folder, 5 now" in message
+    assert "loss.lam: 0.3 before, 0.9 now" in message and "train.seed: 0 before, 5 now" in message
     assert (tmp_path / "run" / "recipe.yaml").read_text() == before
-    assert main(["train", str(recipe), "train.log_every=2", "checkpoint.keep=3"]) == 0      # these change nothing learnt
+    assert main(["train", str(recipe), "train.log_every=2", "checkpoint.keep=3"]) == 0   # changes nothing learnt
 
 
 @pytest.mark.parametrize("overrides, named", [
@@ -101,7 +102,8 @@ def test_another_recipes_run_in_the_output_folder_is_refused_and_left_alone(fold
     (["data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),
 ], ids=["recipe", "data"])
 def test_under_the_launcher_all_ranks_end_at_once_with_one_message(folder, tmp_path, overrides, named):
-    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "text.jsonl", tmp_path / "run")
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "text.jsonl",
+                               tmp_path / "run")
     done = small.train(2, recipe, *overrides, timeout=90)
     assert done.returncode == 2
     assert done.stderr.count("amid-ds: ") == 1 and named in done.stderr and "Traceback" not in done.stderr + done.stdout
@@ -135,7 +137,8 @@ def test_a_recipe_that_cannot_be_read_is_said(tmp_path, capsys):
 def test_export_refuses_what_is_no_run_and_a_folder_in_use(folder, tmp_path, capsys):
     assert main(["export", str(folder), str(tmp_path / "out")]) == 2
     assert "holds no checkpoint" in capsys.readouterr().err
-    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", None, folder / "text.jsonl", tmp_path / "run", train__steps=1)
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", None, folder / "text.jsonl", tmp_path / "run",
+                               train__steps=1)
     assert small.train(0, recipe).returncode == 0
     assert main(["export", str(tmp_path / "run"), str(folder)]) == 2
     assert "not empty" in capsys.readouterr().err

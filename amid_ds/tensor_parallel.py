@@ -1,0 +1,86 @@
+"""What a tensor-parallel group splits: the bodies by their own plans in transformers, and both heads by rows.
+
+The bodies are AutoTP's work, and we only say which weights it splits. A body that cannot be split evenly by its own
+plan stays whole on every rank of the group, which costs memory and time and changes no number. The heads are ours: both
+are cut at the same rows of the common vocabulary, because AutoTP would cut each by its own width. A head that is tied
+to the embedding stays whole, each rank reading its rows of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import nn
+
+from amid_ds.vocab_parallel import VocabShard
+
+# transformers' styles and AutoTP's names for them. A norm on split heads stays whole; its gradient is summed.
+STYLES = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "skip"}
+
+
+def vocab_shard(vocab_size: int, tp_rank: int, tp_size: int, group: Any) -> VocabShard | None:
+    """This rank's rows of the common vocabulary, as even as they get; None where there is nobody to share with."""
+    if tp_size == 1:
+        return None
+    return VocabShard(vocab_size * tp_rank // tp_size, vocab_size * (tp_rank + 1) // tp_size, group)
+
+
+def why_whole(model: nn.Module, tp_size: int) -> str | None:
+    """Why the body of `model` (a transformers causal LM, on any device) is not split over `tp_size` ranks; None: it is.
+
+    AutoTP splits by elements: only whole heads keep attention what it was.
+    """
+    config: Any = model.config
+    plan = getattr(config, "base_model_tp_plan", None)
+    if not plan:
+        return f"{type(model).__name__} has no tensor-parallel plan in transformers"
+    if unknown := sorted(set(plan.values()) - set(STYLES)):
+        return f"its plan has {', '.join(unknown)}, and only {', '.join(STYLES)} are known here"
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if heads is not None and heads % tp_size:
+            return f"tensor_parallel {tp_size} does not divide its {name} {heads}"
+    body: Any = model.base_model
+    for pattern, style in plan.items():
+        found = [module for name, module in body.named_modules() if re.fullmatch(_regex(pattern), name)]
+        if style != "replicated_with_grad_allreduce" and not all(isinstance(module, nn.Linear) for module in found):
+            return f"{pattern} of its plan is not a linear layer"
+    return None
+
+
+def layer_specs(model: nn.Module, name: str, trains: bool) -> list[dict[str, Any]]:
+    """AutoTP's layer specs for `model`, the submodule `name` of the engine's module, from the model's own plan."""
+    prefix = re.escape(f"{name}.{model.base_model_prefix}.")
+    specs = []
+    for pattern, style in model.config.base_model_tp_plan.items():   # type: ignore[union-attr, operator]
+        summed = style == "replicated_with_grad_allreduce"
+        if not summed or trains:
+            specs.append({"patterns": [rf"{prefix}{_regex(pattern)}\.weight$"], "partition_type": STYLES[style],
+                          "grad_allreduce": summed})
+    return specs
+
+
+def _regex(pattern: str) -> str:
+    """transformers writes `layers.*.mlp.up_proj`, with a star for the layer's number."""
+    return re.escape(pattern).replace(r"\*", r"\d+")
+
+
+def cut_head(model: nn.Module, shard: VocabShard, vocab_size: int,
+             gathered: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
+    """Keep this rank's rows of an untied head alone, and on the last rank the padding after the common vocabulary too.
+
+    The rows are parameters of their own from here on, split over the data-parallel ranks like any other.
+    """
+    projection: Any = model.get_output_embeddings()   # type: ignore[operator]
+    if projection.weight is model.get_input_embeddings().weight:   # type: ignore[operator]
+        return
+    with gathered(model):
+        rows = slice(shard.start, None if shard.stop == vocab_size else shard.stop)
+        for name, parameter in list(projection.named_parameters()):
+            part = nn.Parameter(parameter.data[rows].clone(), requires_grad=parameter.requires_grad)
+            part.tensor_model_parallel = True      # type: ignore[attr-defined]  # the gradient norm counts every rank's
+            setattr(projection, name, part)
+    projection.first_row = shard.start
