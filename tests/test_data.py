@@ -15,7 +15,19 @@ import torch
 from tokenizers import processors
 
 from amid_ds import config
-from amid_ds.data import Prepared, StepData, check_sources, data_bench, pack, prepare, read_rows, train_sentencepiece
+from amid_ds.data import (
+    Prepared,
+    StepData,
+    check_sources,
+    data_bench,
+    pack,
+    preparation,
+    prepare,
+    read_rows,
+    shard,
+    train_sentencepiece,
+)
+from amid_ds.data.loader import _Shard
 from amid_ds.data.tokenizer import load_tokenizer
 from amid_ds.errors import InputError
 
@@ -32,7 +44,7 @@ def tokenizer(tmp_path_factory):
 @pytest.fixture
 def many_chunks(monkeypatch):
     """Small chunks, so that a small corpus becomes many shards."""
-    monkeypatch.setattr(pack, "MIN_CHUNK", 2000)
+    monkeypatch.setattr(shard, "MIN_CHUNK", 2000)
 
 
 def texts(count, seed=0):
@@ -94,7 +106,7 @@ def test_shards_together_hold_the_whole_corpus(tmp_path, tokenizer, many_chunks)
 
 def test_a_text_file_is_one_document_with_its_white_space(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr("amid_ds.data.readers.PIECE_BYTES", 50)      # read in many pieces
-    monkeypatch.setattr(pack, "MIN_CHUNK", 4000)                     # and from two chunks
+    monkeypatch.setattr(shard, "MIN_CHUNK", 4000)                     # and from two chunks
     folder = tmp_path / "texts"
     folder.mkdir()
     contents = ["".join(texts(100, seed)).replace("\n", "\n  \n") for seed in (1, 2)]
@@ -234,9 +246,9 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer, m
 
 def test_a_shard_that_another_job_has_made_is_left_as_it_is(prepared, tmp_path, tokenizer):
     source = config.Source(path=str(tmp_path / "one.jsonl"))
-    chunk = next(pack._chunks([[source.path]]))
+    chunk = next(shard.chunks_of([[source.path]]))
     before = (prepared / "shards" / "000000.arrow").stat().st_mtime_ns
-    assert pack.Maker([source], SEQ, "error", tokenizer, prepared).make(chunk, wait=True)
+    assert shard.Maker([source], SEQ, "error", tokenizer, prepared / "shards").make(chunk, wait=True)
     assert (prepared / "shards" / "000000.arrow").stat().st_mtime_ns == before
 
 
@@ -277,7 +289,7 @@ def test_a_complete_folder_is_reused_and_a_killed_job_goes_on(prepared, tmp_path
 
 
 def test_eight_workers_write_the_bytes_of_one(tmp_path, tokenizer, many_chunks, monkeypatch):
-    monkeypatch.setattr(pack, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(preparation, "PARALLEL_BYTES", 0)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts(150)])
     for workers in (1, 8):
@@ -288,7 +300,7 @@ def test_eight_workers_write_the_bytes_of_one(tmp_path, tokenizer, many_chunks, 
 
 
 def test_a_bad_row_found_by_a_worker_process_stops_them_all(tmp_path, tokenizer, many_chunks, monkeypatch):
-    monkeypatch.setattr(pack, "PARALLEL_BYTES", 0)
+    monkeypatch.setattr(preparation, "PARALLEL_BYTES", 0)
     rows = [{"text": text} for text in texts(150)]
     path = write_jsonl(tmp_path / "corpus.jsonl", [*rows[:100], {"text": 5}, *rows[100:]])
     with pytest.raises(InputError, match=r"corpus.jsonl line 101: the field 'text' holds a number"):
@@ -438,8 +450,7 @@ def test_a_batch_that_ranks_do_not_divide_is_refused(prepared):
 def test_tokens_of_a_large_vocabulary_keep_their_ids(tmp_path, tokenizer):
     counts = pack.Counts()
     rows = [pack.Packed([0, 70_000, 151_642], [1, 3], 0, 0)]
-    pack._write_rows(tmp_path / "shard.arrow", rows, np.uint32, counts)
-    from amid_ds.data.loader import _Shard
+    shard.write_rows(tmp_path / "shard.arrow", rows, np.uint32, counts)
     assert _Shard(str(tmp_path / "shard.arrow")).row(0)[0].tolist() == [0, 70_000, 151_642]
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from amid_ds import config
-from amid_ds.data import check_sources, pack, prepare, read_rows, train_sentencepiece
+from amid_ds.data import check_sources, prepare, read_rows, shard, train_sentencepiece
 from amid_ds.data.tokenizer import load_tokenizer
 from amid_ds.errors import InputError
 
@@ -110,7 +110,7 @@ def test_a_glob_and_a_folder_are_their_files_in_sorted_order(tmp_path, tokenizer
 
 
 def test_a_row_of_a_table_is_named_by_its_number(tmp_path, tokenizer, rows, monkeypatch):
-    monkeypatch.setattr(pack, "MIN_CHUNK", 2000)
+    monkeypatch.setattr(shard, "MIN_CHUNK", 2000)
     bad = [*rows[:70], {"id": 70, "text": None}, *rows[71:]]
     for name in ("a.parquet", "stream.arrow", "file.arrow"):
         WRITERS[name](tmp_path / name, bad)

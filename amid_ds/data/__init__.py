@@ -2,7 +2,7 @@
 
 from amid_ds.data.loader import Batch, Prepared, StepData, read_rows
 from amid_ds.data.measure import DataRow, data_bench
-from amid_ds.data.pack import PreparedInfo, SourceInfo, prepare
+from amid_ds.data.preparation import PreparedInfo, SourceInfo, prepare
 from amid_ds.data.sources import check_sources
 from amid_ds.data.tokenizer import fingerprint, load_tokenizer, require_same_tokenizer, train_sentencepiece
 

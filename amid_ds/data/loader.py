@@ -23,8 +23,9 @@ import torch
 from numpy.typing import NDArray
 
 from amid_ds.data.order import dealt, rows_of
-from amid_ds.data.pack import MANIFEST, SHARDS, checksum
+from amid_ds.data.preparation import MANIFEST, SHARDS
 from amid_ds.data.readers import place
+from amid_ds.data.shard import checksum
 from amid_ds.errors import InputError
 
 IGNORED = -100                       # a label without a loss

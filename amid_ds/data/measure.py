@@ -21,7 +21,7 @@ from pathlib import Path
 
 from amid_ds import config
 from amid_ds.data.loader import StepData
-from amid_ds.data.pack import prepare
+from amid_ds.data.preparation import prepare
 from amid_ds.data.tokenizer import encode, load_tokenizer, train_sentencepiece
 
 SEQ_LENGTH, ROWS_PER_STEP, MICRO_BATCH = 512, 64, 8

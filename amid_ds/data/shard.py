@@ -1,0 +1,242 @@
+"""One chunk of a source into one shard: rows of text in, rows of tokens in a memory-mapped Arrow file out.
+
+A chunk becomes a shard by itself, so any process can make any shard and the bytes do not depend on who made it. The
+price is one shorter row, half of one on average, at each shard's end. A shard in the making is locked, and its counts
+are written last: a shard that has them is done. Each row carries a checksum, so damage is found where it is read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from amid_ds import config
+from amid_ds.data.chat import Segment
+from amid_ds.data.chat import segments as conversation
+from amid_ds.data.pack import Counts, Document, Packed, pack_text, pack_turns
+from amid_ds.data.readers import PIECE_BYTES, Row, Span
+from amid_ds.data.sources import bad_row, name_of, read_span, shards_of
+from amid_ds.data.tokenizer import document_front, encode, end_of_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+SHOWN = 10                          # that many skipped rows are named
+MIN_CHUNK, MAX_CHUNK, CHUNKS = 1 << 20, 64 << 20, 64      # bytes of input per shard; a source has about 64 and more
+BATCH_CHARACTERS = 1 << 18          # handed to the tokenizer at once
+BATCH_TOKENS = 1 << 20              # written at once
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What becomes one shard."""
+
+    number: int
+    source: int
+    spans: tuple[Span, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.number:06d}"
+
+    @property
+    def size(self) -> int:
+        return sum(span.size for span in self.spans)
+
+
+@dataclass(frozen=True)
+class Maker:
+    """All that a process needs to turn chunks into shards."""
+
+    sources: Sequence[config.Source]
+    seq_length: int
+    on_bad_row: str
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    stop: Any = None                # an event that, once set, ends the work between two batches of texts
+
+    def make(self, chunk: Chunk, wait: bool) -> int | None:
+        """Make one shard unless it is there: its tokens, or None where another job is at it and `wait` is False."""
+        counted = self.folder / f"{chunk.name}.json"
+        with _locked(counted.with_suffix(".lock"), wait) as mine:
+            if not mine:
+                return None
+            if not counted.exists():                      # a shard is done when its counts are there
+                write_json(counted, self._write(chunk, counted.with_suffix(".arrow")))
+        done = read_json(counted)
+        assert done is not None
+        return int(done["tokens"])
+
+    def _write(self, chunk: Chunk, path: Path) -> dict[str, Any]:
+        """Write the chunk's rows to `path`, whole or not at all; what the shard is made of."""
+        counts = Counts()
+        source = self.sources[chunk.source]
+        documents = self._encoded(self._documents(chunk, source, counts))
+        if source.is_text:
+            rows = pack_text(documents, self.seq_length)
+        else:
+            rows = pack_turns(documents, self.seq_length, source.truncate, counts)
+        temporary = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
+        write_rows(temporary, rows, np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32, counts)
+        size, digest = temporary.stat().st_size, _sha256(temporary)
+        os.replace(temporary, path)
+        return {"source": chunk.source, **vars(counts), "bytes": size, "sha256": digest}
+
+    def _encoded(self, documents: Iterator[Document]) -> Iterator[Document]:
+        """The documents with their texts as ids, encoded many at a time."""
+        for batch in _by_size(documents, Document.__len__, BATCH_CHARACTERS):
+            if self.stop is not None and self.stop.is_set():
+                raise KeyboardInterrupt
+            pieces = [_pieces(text) for document in batch for text, _ in document.segments if isinstance(text, str)]
+            ids = self._ids(itertools.chain.from_iterable(pieces))
+            of_text = (list(itertools.chain.from_iterable(itertools.islice(ids, len(cut)))) for cut in pieces)
+            for document in batch:
+                yield replace(document, segments=[(next(of_text) if isinstance(text, str) else text, learn)
+                                                  for text, learn in document.segments])
+
+    def _ids(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        for batch in _by_size(texts, len, BATCH_CHARACTERS):
+            yield from encode(self.tokenizer, batch)
+
+    def _documents(self, chunk: Chunk, source: config.Source, counts: Counts) -> Iterator[Document]:
+        """The rows that can be used, framed by the tokenizer's own tokens; the others counted, or an error."""
+        front, end = document_front(self.tokenizer), [end_of_text(self.tokenizer)]
+        for span in chunk.spans:
+            lines = 0
+            for row in read_span(span, source):
+                lines += row.count
+                problem, parts = row.problem, []
+                if problem is None:
+                    try:
+                        parts = self._parts(row, source, front, end)
+                    except ValueError as error:
+                        problem = str(error)
+                if problem is not None:
+                    self._bad_row(span, row, problem, counts)
+                    continue
+                counts.documents += row.ends
+                yield from (Document(part, span.file, row.number) for part in parts)
+            counts.lines.append((span.file, lines))
+
+    def _parts(self, row: Row, source: config.Source, front: list[int], end: list[int]) -> list[list[Segment]]:
+        """What the row is to be encoded as: one document, or the pieces of a long text, which are packed one by one."""
+        if source.messages is not None:
+            return [conversation(self.tokenizer, row.values[0])]
+        if source.prompt is not None:
+            return [[(front, False), (row.values[0], False), (row.values[1], True), (end, True)]]
+        parts: list[list[Segment]] = [[(piece, True)] for piece in _pieces(row.values[0])]
+        parts[0].insert(0, (front if row.begins else [], True))
+        parts[-1].append((end if row.ends else [], True))
+        return parts
+
+    def _bad_row(self, span: Span, row: Row, problem: str, counts: Counts) -> None:
+        if self.on_bad_row == "error":
+            raise bad_row(span, row.number, problem)
+        if counts.skipped < SHOWN:
+            counts.shown.append(f"{name_of(span, row.number)}: {problem}")
+        counts.skipped += 1
+
+
+def chunks_of(files: Sequence[Sequence[str]]) -> Iterator[Chunk]:
+    number = itertools.count()
+    for source, paths in enumerate(files):
+        target = min(max(sum(map(os.path.getsize, paths)) // CHUNKS, MIN_CHUNK), MAX_CHUNK)
+        for spans in shards_of(paths, target):
+            yield Chunk(next(number), source, tuple(spans))
+
+
+def _pieces(text: str) -> list[str]:
+    """The text, a very long one in pieces that end at white space: a tokenizer's memory grows with what it is given."""
+    pieces = []
+    while len(text) > PIECE_BYTES:
+        cut = max(text.rfind("\n", 0, PIECE_BYTES), text.rfind(" ", 0, PIECE_BYTES)) + 1 or PIECE_BYTES
+        pieces.append(text[:cut])
+        text = text[cut:]
+    return [*pieces, text]
+
+
+def write_rows(path: Path, rows: Iterable[Packed], dtype: Any, counts: Counts) -> None:
+    token_type = pa.list_(pa.from_numpy_dtype(dtype))
+    schema = pa.schema([("tokens", token_type), ("learn", pa.list_(pa.int32())), ("file", pa.int32()),
+                        ("line", pa.int64()), ("crc", pa.uint32())])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for batch in _by_size(rows, lambda row: len(row.tokens), BATCH_TOKENS):
+            counts.rows += len(batch)
+            tokens = [np.array(row.tokens, dtype) for row in batch]
+            learn = [np.array(row.learn, np.int32) for row in batch]
+            counts.tokens += sum(int(np.sum(spans[1::2] - spans[::2])) for spans in learn)
+            writer.write_batch(pa.record_batch([
+                _list_array(tokens), _list_array(learn),
+                pa.array([row.file for row in batch], pa.int32()), pa.array([row.line for row in batch], pa.int64()),
+                pa.array(map(checksum, tokens, learn), pa.uint32())], schema=schema))
+
+
+def checksum(tokens: NDArray[Any], learn: NDArray[np.int32]) -> int:
+    return zlib.crc32(learn.tobytes(), zlib.crc32(tokens.tobytes()))
+
+
+def _list_array(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)))
+
+
+def _by_size(items: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Lists of items, each of at least `limit` in all, but for the last."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= limit:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+@contextlib.contextmanager
+def _locked(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold the lock of `path`: False where another process has it. The lock goes when its holder dies, however."""
+    with open(path, "wb") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return loaded
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
