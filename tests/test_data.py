@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -332,6 +333,90 @@ def test_two_jobs_share_the_work_on_one_folder(tmp_path, tokenizer, many_chunks)
     ours.join()
     assert {path.name: path.read_bytes() for path in (out / "shards").iterdir()} == \
         {path.name: path.read_bytes() for path in (tmp_path / "alone" / "shards").iterdir()}
+
+
+JOB = """
+import sys
+from pathlib import Path
+from amid_ds import config
+from amid_ds.data import load_tokenizer, preparation, prepare, shard
+shard.MIN_CHUNK, preparation.PARALLEL_BYTES = 2000, 0
+if __name__ == "__main__":
+    path, tokenizer, out, workers = sys.argv[1:]
+    data = config.Data(train=[{"path": path}], prepared=out, workers=int(workers))
+    prepare(data, 16, load_tokenizer(tokenizer), Path(out))
+"""
+
+
+def start_job(tmp_path, path, tokenizer, workers):
+    script = tmp_path / "job.py"
+    script.write_text(JOB)
+    return subprocess.Popen([sys.executable, script, path, tokenizer.name_or_path, tmp_path / "out", str(workers)])
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+def test_jobs_at_once_on_one_folder_write_the_bytes_of_one(tmp_path, tokenizer, many_chunks):
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts(600)])
+    jobs = [start_job(tmp_path, path, tokenizer, 1) for _ in range(2)]
+    assert [job.wait() for job in jobs] == [0, 0]
+    prepare(data_of({"path": path}), SEQ, tokenizer, tmp_path / "alone")
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+
+
+def test_a_killed_job_leaves_no_process_and_what_it_finished(tmp_path, tokenizer, many_chunks):
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts(5000)])
+    job = start_job(tmp_path, path, tokenizer, 2)
+    shards = tmp_path / "out" / "shards"
+    while len(list(shards.glob("*.json"))) < 3:
+        assert job.poll() is None
+    workers = [process for process in Path("/proc").glob("[0-9]*") if str(job.pid) in ancestors(process)]
+    job.kill()
+    job.wait()
+    finished = {path: path.stat().st_mtime_ns for path in shards.glob("*.json")}
+    deadline = time.monotonic() + 30
+    while any((process / "cmdline").exists() and (process / "cmdline").read_bytes() for process in workers):
+        assert time.monotonic() < deadline
+    prepare(data_of({"path": path}, prepared=str(tmp_path / "out")), SEQ, tokenizer, tmp_path / "out")
+    prepare(data_of({"path": path}), SEQ, tokenizer, tmp_path / "alone")
+    assert len(workers) >= 2 and len(finished) < len(list((tmp_path / "alone" / "shards").glob("*.json")))
+    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
+    assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
+
+
+def ancestors(process):
+    """The process ids above a process, as texts."""
+    found = []
+    while True:
+        try:
+            parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        except OSError:
+            return found
+        if parent == "0":
+            return found
+        found.append(parent)
+        process = Path("/proc") / parent
+
+
+def test_shards_made_before_a_bad_row_was_found_stay(tmp_path, tokenizer, many_chunks):
+    rows = [{"text": text} for text in texts(150)]
+    path = write_jsonl(tmp_path / "corpus.jsonl", [*rows[:100], {"text": 5}, *rows[100:]])
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="line 101"):
+        prepare(data_of({"path": path}, prepared=str(out)), SEQ, tokenizer, out)
+    finished = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("*.json")}
+    assert prepare(data_of({"path": path}, prepared=str(out), on_bad_row="skip"), SEQ, tokenizer, out).rows
+    assert finished and all(path.stat().st_mtime_ns == time for path, time in finished.items())
+    with pytest.raises(InputError, match=r"without 1 bad rows, such as .*corpus.jsonl line 101"):
+        prepare(data_of({"path": path}, prepared=str(out)), SEQ, tokenizer, out)
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path, tokenizer):
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "a"}])
+    with pytest.raises(InputError, match="cannot be written"):
+        prepare(data_of({"path": path}), SEQ, tokenizer, tmp_path / "corpus.jsonl" / "out")
 
 
 def test_a_folder_of_other_data_is_refused_by_name_or_made_anew(tmp_path, tokenizer):

@@ -13,8 +13,10 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,13 +28,14 @@ from amid_ds.data.chat import require_chat_template
 from amid_ds.data.shard import SHOWN, Chunk, Maker, chunks_of, read_json, write_json
 from amid_ds.data.sources import files_of, identity
 from amid_ds.data.tokenizer import end_of_text, fingerprint
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FORMAT = 1
 MANIFEST, PLAN, SHARDS = "manifest.json", "plan.json", "shards"
+_maker: Maker | None = None          # a worker process's own
 PARALLEL_BYTES = 16 << 20            # less than that is done sooner by one process than others can start
 
 
@@ -77,19 +80,24 @@ def prepare(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBa
     plan = _plan(data, seq_length, tokenizer, files)
     chunks = list(chunks_of(files))
     manifest = read_json(folder / MANIFEST)
-    if manifest is not None and manifest["plan"] == plan:
-        return _info(folder, manifest, reused=True)
-    _start(folder, plan, named=data.prepared is not None)
-    maker = Maker(data.train, seq_length, data.on_bad_row, tokenizer, folder / SHARDS)
-    _make_all(maker, chunks, data.workers)
-    manifest = _manifest(folder, plan, chunks, data)
-    write_json(folder / MANIFEST, manifest)
-    for leftover in (folder / SHARDS).iterdir():          # locks, and what killed jobs had begun
-        if leftover.suffix not in (".arrow", ".json"):
-            leftover.unlink(missing_ok=True)
-    info = _info(folder, manifest, reused=False)
+    reused = manifest is not None and manifest["plan"] == plan
+    if not reused:
+        _start(folder, plan, named=data.prepared is not None)
+        _make_all(Maker(data.train, seq_length, data.on_bad_row, tokenizer, folder / SHARDS), chunks, data.workers)
+        manifest = _manifest(folder, plan, chunks, data)
+        write_json(folder / MANIFEST, manifest)
+        for leftover in (folder / SHARDS).iterdir():      # locks, and what killed jobs had begun
+            if leftover.suffix not in (".arrow", ".json"):
+                leftover.unlink(missing_ok=True)
+    assert manifest is not None
+    info = _info(folder, manifest, reused)
     for source in info.sources:
-        print(f"prepared {source}", file=sys.stderr)
+        if source.skipped and data.on_bad_row == "error":
+            raise InputError(f"{folder} was prepared without {source.skipped} bad rows, such as {source.shown[0]}",
+                             "no bad row left out, under data.on_bad_row=error",
+                             "set data.on_bad_row=skip, or mend the rows and name another folder in data.prepared")
+        if not reused:
+            print(f"prepared {source}", file=sys.stderr)
     return info
 
 
@@ -100,7 +108,7 @@ def _make_all(maker: Maker, chunks: Sequence[Chunk], workers: int) -> None:
     processes = min(workers, len(missing), len(os.sched_getaffinity(0))) if size >= PARALLEL_BYTES else 1
     bar = tqdm(total=sum(chunk.size for chunk in chunks), initial=sum(chunk.size for chunk in chunks) - size,
                desc="prepare", unit="B", unit_scale=True, disable=None)
-    tokens = 0
+    tokens, begin = 0, time.monotonic()
     with bar, _workers(maker, processes) as make:
         for wait in (False, True):
             left = []
@@ -110,7 +118,7 @@ def _make_all(maker: Maker, chunks: Sequence[Chunk], workers: int) -> None:
                     continue
                 tokens += made
                 bar.update(chunk.size)
-                bar.set_postfix_str(f"{tokens / max(bar.format_dict['elapsed'], 1e-9):,.0f} tokens/s", refresh=False)
+                bar.set_postfix_str(f"{tokens / (time.monotonic() - begin):,.0f} tokens/s", refresh=False)
             missing = left
 
 
@@ -126,12 +134,12 @@ def _workers(maker: Maker, processes: int) -> Iterator[Any]:
     pool = ProcessPoolExecutor(processes, context, _become_worker, (replace(maker, stop=stop),))
     try:
         yield lambda chunks, waits: pool.map(_work, chunks, waits)
+    except BrokenProcessPool:
+        raise TrainingError("a process that prepares data was killed, as happens for want of memory; what is finished "
+                            "stays. Start again, with fewer data.workers if need be") from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-
-
-_maker: Maker | None = None
 
 
 def _become_worker(maker: Maker) -> None:
@@ -158,14 +166,15 @@ def _work(chunk: Chunk, wait: bool) -> int | None:
 
 def _plan(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
           files: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """All that the shards' bytes depend on. A source's weight is not among it: mixing is done when reading."""
+    """All that the shards' bytes depend on. A source's weight is not among it: mixing is done when reading. Nor is
+    `on_bad_row`: shards made before a bad row was found are good under either, and what was left out is counted."""
     sources = []
     for source, paths in zip(data.train, files, strict=True):
         template = None if source.messages is None else require_chat_template(tokenizer)
         sources.append({"path": source.path, "fields": list(source.fields), "template": template,
                         "truncate": source.truncate, "files": identity(source, paths)})
     return {"format": FORMAT, "seq_length": seq_length, "tokenizer": fingerprint(tokenizer),
-            "on_bad_row": data.on_bad_row, "sources": sources}
+            "sources": sources}
 
 
 def _start(folder: Path, plan: dict[str, Any], named: bool) -> None:
@@ -179,8 +188,12 @@ def _start(folder: Path, plan: dict[str, Any], named: bool) -> None:
                              "name another folder in data.prepared, or remove this one")
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder / SHARDS, ignore_errors=True)
-    (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-    write_json(folder / PLAN, plan)
+    try:
+        (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+        write_json(folder / PLAN, plan)
+    except OSError as error:
+        raise InputError(f"the folder {folder} for the prepared data cannot be written: {error}",
+                         "a folder that can be written", "name another in data.prepared or output_dir") from None
 
 
 def _first_difference(found: Any, wanted: Any, name: str = "") -> str:

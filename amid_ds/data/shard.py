@@ -223,7 +223,7 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
 def read_json(path: Path) -> dict[str, Any] | None:
     try:
         loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return loaded
 
