@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
 import warnings
@@ -79,7 +80,7 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> dict[str, Any]:
         lines = "\n".join(f"    - {conflict}" for conflict in conflicts)
         raise InputError(f"recipe and DeepSpeed config contradict each other:\n{lines}",
                          'each value in one place; batch sizes, clipping, optimizer and schedule in the recipe',
-                         f'take these keys out of {path}, or set them to "auto"')
+                         f'take these keys out of {path}, or set them to "auto", or to what the line asks for')
     for key in OWNED_BY_RECIPE:
         config.pop(key, None)
     return {**config, **ours, "steps_per_print": sys.maxsize}
@@ -93,8 +94,18 @@ def stage_of(config: dict[str, Any]) -> Any:
 def stage_conflicts(recipe: Recipe, config: dict[str, Any], name: str) -> Iterator[str]:
     """What is wrong with the ZeRO stage in itself or for the recipe's layout."""
     stage = stage_of(config)
+    bf16 = bool(config.get("bf16", {}).get("enabled"))
     if stage not in (0, 1, 2, 3):
         yield f"zero_optimization.stage: {stage!r} in {name}, the stages are 0 to 3"
+    elif stage == 0 and bf16 and recipe.tensor_parallel > 1:
+        # DeepSpeed's optimizer of that stage gets the gradient norm of a split model wrong (0.780 for 0.883).
+        yield f"zero_optimization.stage: 0 with bf16 in {name}, tensor_parallel: {recipe.tensor_parallel} needs stage 1"
+    elif stage < 3 and bf16 and recipe.teacher is not None and (
+            recipe.teacher.dtype == "fp32" or (recipe.teacher.dtype == "auto" and checkpoint_dtype(
+                recipe.teacher.model, recipe.teacher.revision) == torch.float32)):
+        # Below stage 3 DeepSpeed casts every parameter of the engine to bf16, the teacher's too.
+        yield (f"zero_optimization.stage: {stage} with bf16 in {name}, a teacher in fp32 needs stage 3, "
+               "or set teacher.dtype: bf16")
 
 
 def find_deepspeed_config(name: str) -> Path:
@@ -172,9 +183,13 @@ def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_
             cut_head(model, shard, vocab_size, gathered_head)
         config = {**config, "tensor_parallel": _autotp(distiller, world)}
     trainable = [p for p in distiller.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=recipe.train.learning_rate, weight_decay=recipe.train.weight_decay)
+    # The loop sets the learning rate of every step. At stage 0 in bf16 DeepSpeed takes a step without gradients to make
+    # Adam's state: with a rate of 0 it moves nothing, and below it is made not to count.
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=recipe.train.weight_decay)
     engine, *_ = deepspeed.initialize(model=distiller, model_parameters=trainable, optimizer=optimizer, config=config,
                                       dist_init_required=False)
+    for values in optimizer.state.values():
+        values["step"].zero_()
     if stage_of(config) == 3:
         # The student's head is read by FusedHead, not by the module that owns it: tell ZeRO-3's hooks.
         head = head_of(student)
@@ -245,6 +260,25 @@ def checkpoint_dtype(model: str, revision: str | None) -> torch.dtype:
     """The dtype that the checkpoint's config names; fp32 where it names none that we run in."""
     named = model_config(model, revision).dtype
     return named if named in DTYPES.values() else torch.float32
+
+
+def take_step(engine: Any, world: World) -> float | None:
+    """The optimizer step; the gradients' global norm before clipping, or None: it is not finite, no step was taken.
+
+    Collective. DeepSpeed refuses the step itself, but for stage 0 in fp32, where it neither looks nor tells the norm.
+    """
+    if engine.zero_optimization() or engine.bfloat16_enabled():
+        engine.step()
+        return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
+    trained = [p for p in engine.module.parameters() if p.grad is not None]
+    whole, split = (sum(float(p.grad.double().square().sum()) for p in trained
+                        if hasattr(p, "tensor_model_parallel") == wanted) for wanted in (False, True))
+    # Every rank has the gradients of the whole step: world.sum counts each of the dp_size copies.
+    norm = math.sqrt(whole + world.sum([split])[0] * world.tp_size / world.dp_size)
+    if math.isfinite(norm):
+        engine.step()
+        return norm
+    return None
 
 
 @contextlib.contextmanager

@@ -258,15 +258,15 @@ def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str,
     loss_sum, kd_sum, ce_sum = world.sum(per_micro.sum(0).tolist())
     if not torch.isfinite(torch.tensor(loss_sum)):
         _stop_on_non_finite(f"the loss of step {number} is {loss_sum}", per_micro, window, world)
-    ds.step()      # DeepSpeed takes no step where the gradient norm is not finite, and says so
-    if not ds.was_step_applied():
+    norm = engine.take_step(ds, world)
+    if norm is None:
         _stop_on_non_finite(f"the gradient norm of step {number} is not finite", per_micro, window, world)
     state["step"], state["tokens"] = number, state["tokens"] + int(tokens)
     seconds = time.monotonic() - began
     taught = distiller.has_lesson
     return {
         "tokens": state["tokens"], "loss": loss_sum, "kd_loss": kd_sum if taught else None, "ce_loss": ce_sum,
-        "grad_norm": float(ds.get_global_grad_norm()), "learning_rate": lr,
+        "grad_norm": norm, "learning_rate": lr,
         "alpha": job.objective.alpha if taught else None, "lam": job.objective.lam if taught else None,
         "tokens_per_second": tokens / seconds}
 
