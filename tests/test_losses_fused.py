@@ -527,7 +527,7 @@ def call(**changes) -> fused.LossOutput:
     ({"labels": None, "ce_weight": 0.5}, "without labels"),
     ({"ce_weight": -1.0}, "ce_weight=-1.0"),
     ({"kd_weight": float("nan")}, "kd_weight=nan"),
-    ({"vocab_size": 8}, "vocab_size=8"),
+    ({"vocab_size": 8}, "vocabulary of 8"),
     ({"vocab_size": 0}, "vocab_size=0"),
     ({"backend": "cuda"}, "'cuda'"),
     ({"workspace_bytes": 0}, "workspace_bytes=0"),
@@ -543,9 +543,9 @@ def test_a_bad_argument_is_refused_with_what_was_found_and_what_to_do(changes, f
     (torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.int32), {}, "int32"),
     (torch.zeros(2, 5), torch.zeros(3, 5), {}, r"\[3, 5\]"),
     (torch.zeros(2, 5), torch.zeros(2, 6), {}, "two widths"),
-    (torch.zeros(2, 5), torch.zeros(2, 6), {"vocab_size": 6}, "vocab_size=6"),
+    (torch.zeros(2, 5), torch.zeros(2, 6), {"vocab_size": 6}, "vocabulary of 6"),
     (torch.zeros(()), torch.zeros(()), {}, r"\[\]"),
-    (torch.zeros(2, 0), torch.zeros(2, 0), {}, r"\[2, 0\]"),
+    (torch.zeros(2, 0), torch.zeros(2, 0), {}, "vocabulary of 0"),
     (torch.zeros(2, 5), torch.zeros(2, 5), {"backend": "jax"}, "'jax'"),
 ])
 def test_bad_logits_are_refused(student, teacher, options, found):

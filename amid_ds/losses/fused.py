@@ -80,7 +80,7 @@ def amid_loss(
     _check_objective(objective)
     _check_logits(student_logits, teacher_logits)
     device, lead = student_logits.device, student_logits.shape[:-1]
-    student, teacher = (logits.reshape(-1, logits.shape[-1]) for logits in (student_logits, teacher_logits.detach()))
+    student, teacher = (logits[None].flatten(0, -2) for logits in (student_logits, teacher_logits.detach()))
     rows = {"student_logits": student.shape[1], "teacher_logits": teacher.shape[1]}
     place = _placement(rows, vocab_size, shard, student.shape[0], device)
     size = _tokens_per_block(place, [student, teacher], workspace_bytes)
@@ -374,8 +374,8 @@ def _placement(rows: dict[str, int], vocab_size: int | None, shard: VocabShard |
             raise InputError(f"two widths of the vocabulary, {rows}", "equal widths, or a vocab_size",
                              "pass vocab_size, the number of ids that count on both sides")
         end = widths[0] if vocab_size is None else vocab_size
-        if end > widths[0]:
-            raise InputError(f"vocab_size={vocab_size} and {rows}", "a vocab_size that both have rows for",
+        if end > widths[0] or end == 0:
+            raise InputError(f"a vocabulary of {end} ids and {rows}", "at least one id, and rows for all of them",
                              "lower vocab_size to the number of ids that the two models share")
         return _Place(VocabShard(0, end), end, end, end)
     widest, end = shard.agree(rows, vocab_size, tokens, device)
@@ -421,7 +421,7 @@ def _check_float(name: str, tensor: Tensor) -> None:
 def _check_logits(student: Tensor, teacher: Tensor) -> None:
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         _check_float(name, logits)
-        if logits.dim() == 0 or logits.shape[-1] == 0:
+        if logits.dim() == 0:
             raise InputError(f"{name} of shape {list(logits.shape)}", "[..., V]",
                              "the vocabulary is the last dimension")
     if student.shape[:-1] != teacher.shape[:-1]:
