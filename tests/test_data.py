@@ -209,6 +209,21 @@ def test_threads_read_ahead_without_changing_the_order(prepared):
     assert plain == ahead and len(plain) == 20
 
 
+def test_the_time_waited_for_data_is_counted(prepared, monkeypatch):
+    read = StepData.window
+    monkeypatch.setattr(StepData, "window", lambda data, step: time.sleep(0.02) or read(data, step))
+    for workers in (0, 1):
+        data = step_data(prepared, workers=workers)
+        assert len(list(data.windows(0, 5))) == 5 and data.waited >= 0.1
+    data = step_data(prepared, workers=1)
+    windows = data.windows(0, 2)
+    next(windows)
+    before = data.waited
+    time.sleep(0.5)                                            # the next is read meanwhile
+    next(windows)
+    assert data.waited - before < 0.4
+
+
 def test_a_row_is_named_by_its_file_and_line(prepared, tokenizer):
     data = Prepared(prepared)
     for number in range(0, len(data), 7):
@@ -503,11 +518,16 @@ def test_a_tokenizer_without_end_of_text_is_refused(tmp_path, tokenizer):
         prepare(data_of({"path": path}), SEQ, bare, tmp_path / "out")
 
 
-def test_a_shard_cut_short_is_refused(prepared):
+def test_a_shard_cut_short_is_refused(prepared, tmp_path, tokenizer):
     path = prepared / "shards" / "000002.arrow"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(InputError, match=r"000002.arrow has \d+ bytes"):
-        Prepared(prepared)
+    data = data_of({"path": str(tmp_path / "one.jsonl")}, {"path": str(tmp_path / "two.jsonl")})
+    for use in (lambda: prepare(data, SEQ, tokenizer, prepared), lambda: list(read_rows(prepared, 8))):
+        with pytest.raises(InputError, match=r"000002.arrow has \d+ bytes"):
+            use()
+    path.unlink()
+    with pytest.raises(InputError, match=r"000002.arrow has no file"):
+        list(read_rows(prepared, 8))
 
 
 def test_a_flipped_bit_is_found_when_the_row_is_read(prepared):
@@ -535,8 +555,9 @@ def test_a_batch_that_ranks_do_not_divide_is_refused(prepared):
 def test_tokens_of_a_large_vocabulary_keep_their_ids(tmp_path, tokenizer):
     counts = pack.Counts()
     rows = [pack.Packed([0, 70_000, 151_642], [1, 3], 0, 0)]
-    shard.write_rows(tmp_path / "shard.arrow", rows, np.uint32, counts)
-    assert _Shard(str(tmp_path / "shard.arrow")).row(0)[0].tolist() == [0, 70_000, 151_642]
+    path = tmp_path / "shard.arrow"
+    shard.write_rows(path, rows, np.uint32, counts)
+    assert _Shard(path, path.stat().st_size).row(0)[0].tolist() == [0, 70_000, 151_642]
 
 
 def test_the_bench_measures_every_part():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,7 +26,7 @@ from numpy.typing import NDArray
 from amid_ds.data.order import dealt, rows_of
 from amid_ds.data.preparation import MANIFEST, SHARDS
 from amid_ds.data.readers import place
-from amid_ds.data.shard import checksum
+from amid_ds.data.shard import checksum, require_size
 from amid_ds.errors import InputError
 
 IGNORED = -100                       # a label without a loss
@@ -65,13 +66,6 @@ class Prepared:
         self._files = [[file for file, *_ in source["files"]] for source in manifest["plan"]["sources"]]
         self._ends = np.cumsum([shard["rows"] for shard in self._shards])
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_Shard)
-        for shard in self._shards:
-            path = folder / SHARDS / f"{shard['name']}.arrow"
-            size = path.stat().st_size if path.exists() else None
-            if size != shard["bytes"]:
-                raise InputError(f"{path} has {'no file' if size is None else f'{size} bytes'}",
-                                 f"{shard['bytes']} bytes, as the manifest says",
-                                 "remove the folder and prepare it again")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -82,7 +76,7 @@ class Prepared:
         shard = self._shards[which]
         in_shard = number - int(self._ends[which]) + shard["rows"]
         path = self.folder / SHARDS / f"{shard['name']}.arrow"
-        tokens, learn, file, line, crc = self._open(str(path)).row(in_shard)
+        tokens, learn, file, line, crc = self._open(path, shard["bytes"]).row(in_shard)
         if checksum(tokens, learn) != crc:
             raise InputError(f"{path} is damaged: the checksum of its row {in_shard} is wrong", "what was written",
                              f"remove {path.with_suffix('.json')} and {self.folder / MANIFEST}, and prepare again")
@@ -121,6 +115,7 @@ class StepData:
         assert len(self.weights) == len(self.prepared.counts)
         self.seed, self.global_batch_size, self.micro_batch_size = seed, global_batch_size, micro_batch_size
         self.dp_rank, self.dp_size, self.workers = dp_rank, dp_size, workers
+        self.waited = 0.0            # seconds that those who asked `windows` have waited for data, so far
 
     def window(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one optimizer step."""
@@ -138,19 +133,28 @@ class StepData:
         return [count / rows for count, rows in zip(samples, self.prepared.counts, strict=True)]
 
     def windows(self, start: int, stop: int) -> Iterator[list[Batch]]:
-        """window(start), ..., window(stop - 1), read ahead by `workers` threads."""
+        """window(start), ..., window(stop - 1), read ahead by `workers` threads. `waited` grows by what each took."""
+        ahead = self._ahead(start, stop)
+        while True:
+            begin = time.perf_counter()
+            window = next(ahead, None)
+            self.waited += time.perf_counter() - begin
+            if window is None:
+                return
+            yield window
+
+    def _ahead(self, start: int, stop: int) -> Iterator[list[Batch]]:
         if self.workers == 0:
             yield from map(self.window, range(start, stop))
             return
-        ahead: deque[Future[list[Batch]]] = deque()
+        pending: deque[Future[list[Batch]]] = deque()
         steps = iter(range(start, stop))
         pool = ThreadPoolExecutor(self.workers, thread_name_prefix="data")
         try:
-            for step in itertools.islice(steps, 2 * self.workers):
-                ahead.append(pool.submit(self.window, step))
-            while ahead:
-                window = ahead.popleft().result()
-                ahead.extend(pool.submit(self.window, step) for step in itertools.islice(steps, 1))
+            pending.extend(pool.submit(self.window, step) for step in itertools.islice(steps, 2 * self.workers))
+            while pending:
+                window = pending.popleft().result()
+                pending.extend(pool.submit(self.window, step) for step in itertools.islice(steps, 1))
                 yield window
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -176,8 +180,9 @@ def read_rows(folder: Path, batch_size: int, dp_rank: int = 0, dp_size: int = 1)
 class _Shard:
     """One memory-mapped shard: numpy views of its columns, batch by batch."""
 
-    def __init__(self, path: str) -> None:
-        with pa.memory_map(path) as source, pa.ipc.open_stream(source) as reader:
+    def __init__(self, path: Path, size: int) -> None:
+        require_size(path, size)
+        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
             batches = list(reader)
         self._ends = np.cumsum([batch.num_rows for batch in batches])
         self._batches = [[_list_views(batch["tokens"]), _list_views(batch["learn"]), batch["file"].to_numpy(),

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from amid_ds import config
 from amid_ds.data.chat import require_chat_template
-from amid_ds.data.shard import SHOWN, Chunk, Maker, chunks_of, read_json, write_json
+from amid_ds.data.shard import SHOWN, Chunk, Maker, chunks_of, read_json, require_size, write_json
 from amid_ds.data.sources import files_of, identity
 from amid_ds.data.tokenizer import end_of_text, fingerprint
 from amid_ds.errors import InputError, TrainingError
@@ -90,6 +90,8 @@ def prepare(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBa
             if leftover.suffix not in (".arrow", ".json"):
                 leftover.unlink(missing_ok=True)
     assert manifest is not None
+    for shard in manifest["shards"]:
+        require_size(folder / SHARDS / f"{shard['name']}.arrow", shard["bytes"])
     info = _info(folder, manifest, reused)
     for source in info.sources:
         if source.skipped and data.on_bad_row == "error":

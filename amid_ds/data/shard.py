@@ -30,6 +30,7 @@ from amid_ds.data.pack import Counts, Document, Packed, pack_text, pack_turns
 from amid_ds.data.readers import PIECE_BYTES, Row, Span
 from amid_ds.data.sources import bad_row, name_of, read_span, shards_of
 from amid_ds.data.tokenizer import document_front, encode, end_of_text
+from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,6 +184,14 @@ def write_rows(path: Path, rows: Iterable[Packed], dtype: Any, counts: Counts) -
                 _list_array(tokens), _list_array(learn),
                 pa.array([row.file for row in batch], pa.int32()), pa.array([row.line for row in batch], pa.int64()),
                 pa.array(map(checksum, tokens, learn), pa.uint32())], schema=schema))
+
+
+def require_size(path: Path, size: int) -> None:
+    """Raise InputError unless the shard has the bytes that the manifest says. Damage inside is the rows' affair."""
+    found = f"{path.stat().st_size} bytes" if path.exists() else "no file"
+    if found != f"{size} bytes":
+        raise InputError(f"{path} has {found}", f"{size} bytes, as written",
+                         f"remove {path.with_suffix('.json')} and the manifest beside {path.parent}, and prepare again")
 
 
 def checksum(tokens: NDArray[Any], learn: NDArray[np.int32]) -> int:
