@@ -210,18 +210,28 @@ def test_threads_read_ahead_without_changing_the_order(prepared):
 
 
 def test_the_time_waited_for_data_is_counted(prepared, monkeypatch):
-    read = StepData.window
-    monkeypatch.setattr(StepData, "window", lambda data, step: time.sleep(0.02) or read(data, step))
-    for workers in (0, 1):
-        data = step_data(prepared, workers=workers)
-        assert len(list(data.windows(0, 5))) == 5 and data.waited >= 0.1
-    data = step_data(prepared, workers=1)
-    windows = data.windows(0, 2)
+    """By a clock that only reading moves."""
+    clock = [0.0]
+    monkeypatch.setattr("amid_ds.data.loader.time.perf_counter", lambda: clock[0])
+
+    def window(data, step):
+        clock[0] += 2.0
+        return []
+
+    monkeypatch.setattr(StepData, "window", window)
+    data = step_data(prepared)
+    for _ in data.windows(0, 5):
+        clock[0] += 100.0                     # what the reader does meanwhile is no waiting
+    assert data.waited == 10.0
+
+
+def test_steps_are_read_before_they_are_asked_for(prepared, monkeypatch):
+    begun = [threading.Event() for _ in range(9)]
+    monkeypatch.setattr(StepData, "window", lambda data, step: begun[step].set() or [])
+    windows = step_data(prepared, workers=2).windows(0, 9)
     next(windows)
-    before = data.waited
-    time.sleep(0.5)                                            # the next is read meanwhile
-    next(windows)
-    assert data.waited - before < 0.4
+    assert all(event.wait(30) for event in begun[:5]) and not begun[6].is_set()
+    windows.close()
 
 
 def test_a_row_is_named_by_its_file_and_line(prepared, tokenizer):
