@@ -54,6 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("overrides", nargs="*", metavar="key=value")
     prepare.set_defaults(run=_prepare)
 
+    tokenizer = commands.add_parser("tokenizer", help="train a tokenizer on a recipe's data")
+    tokenizer.add_argument("action", choices=["train"])
+    tokenizer.add_argument("recipe")
+    tokenizer.add_argument("out", metavar="OUT")
+    tokenizer.add_argument("--vocab-size", type=int, default=32000, metavar="V")
+    tokenizer.add_argument("--megabytes", type=float, default=500, metavar="M", help="how much of the data to read")
+    tokenizer.add_argument("overrides", nargs="*", metavar="key=value")
+    tokenizer.set_defaults(run=_tokenizer)
+
     demo = commands.add_parser("demo", help="the whole job on this machine, without a network")
     demo.add_argument("--out", default="runs/demo", metavar="DIR")
     demo.add_argument("--seed", type=int, default=0)
@@ -91,6 +100,17 @@ def _prepare(args: argparse.Namespace) -> None:
     recipe = load_recipe(args.recipe, args.overrides)
     tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
     prepare(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir)
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from amid_ds.config import load_recipe
+    from amid_ds.data import texts_of, train_sentencepiece
+
+    data = load_recipe(args.recipe, args.overrides).data
+    train_sentencepiece(texts_of(data, int(args.megabytes * 1e6)), Path(args.out), args.vocab_size)
+    print(args.out)
 
 
 def _demo(args: argparse.Namespace) -> None:

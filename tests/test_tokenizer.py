@@ -10,7 +10,9 @@ import sentencepiece
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from amid_ds.data import fingerprint, load_tokenizer, require_same_tokenizer, train_sentencepiece
+from amid_ds import config
+from amid_ds.cli import main
+from amid_ds.data import fingerprint, load_tokenizer, require_same_tokenizer, texts_of, train_sentencepiece
 from amid_ds.data.tokenizer import PROBES, document_front, encode
 from amid_ds.errors import InputError
 
@@ -125,6 +127,27 @@ def test_asking_the_backend_gives_the_wrappers_ids(folder, tmp_path):
         assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"] for text in texts]
         assert document_front(asked) == [1]
     assert document_front(load_tokenizer(str(folder))) == []
+
+
+def test_a_tokenizer_is_trained_on_a_recipes_data(tmp_path, capsys):
+    """By the command, on the beginning of each source, as much of it as its weight says."""
+    texts = [path.read_text(encoding="utf-8") for path in STDLIB[:60]]
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    turns = [{"role": "user", "content": "x = 1"}, {"role": "assistant", "content": "zq" * 5000}]
+    (tmp_path / "chat.jsonl").write_text(json.dumps({"turns": turns}) + "\n")
+    recipe = {"student": {"model": "none"}, "output_dir": "none", "train": {"steps": 1, "global_batch_size": 1},
+              "data": {"train": [{"path": str(tmp_path / "code.jsonl"), "weight": 3.0},
+                                 {"path": str(tmp_path / "chat.jsonl"), "messages": "turns"}]}}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    out = str(tmp_path / "tokenizer")
+    assert main(["tokenizer", "train", str(tmp_path / "recipe.yaml"), out, "--vocab-size", "900"]) == 0
+    assert capsys.readouterr().out.strip() == out
+    tokenizer = load_tokenizer(out)
+    assert len(tokenizer) == 900 and len(tokenizer("zqzqzqzqzqzqzqzq")["input_ids"]) == 1
+    data = config.Data(**recipe["data"])
+    some = list(texts_of(data, 400_000))
+    assert some[-2:] == ["x = 1", "zq" * 5000] and some[:-2] == texts[:len(some) - 2]
+    assert sum(map(len, some[:-3])) < 300_000 <= sum(map(len, some[:-2]))
 
 
 @pytest.mark.parametrize("settings", [

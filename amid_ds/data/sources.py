@@ -107,6 +107,31 @@ def check_sources(data: config.Data) -> None:
                 raise bad_row(first, row.number, row.problem)
 
 
+def texts_of(data: config.Data, characters: int) -> Iterator[str]:
+    """About `characters` of text: the beginning of every source, as much of it as its weight says."""
+    whole = sum(source.weight for source in data.train)
+    for source in data.train:
+        left = characters * source.weight / whole
+        for values in _usable(source, data.on_bad_row):
+            texts = values if source.messages is None else [turn.get("content") for turn in values[0]]
+            for text in filter(None, texts):
+                yield text
+                left -= len(text)
+            if left <= 0:
+                break
+
+
+def _usable(source: config.Source, on_bad_row: str) -> Iterator[tuple[Any, ...]]:
+    """The values of a source's rows, in order."""
+    for number, path in enumerate(files_of(source)):
+        for span in cut(number, path, 1 << 62):
+            for row in read_span(span, source):
+                if row.problem is None:
+                    yield row.values
+                elif on_bad_row == "error":
+                    raise bad_row(span, row.number, row.problem)
+
+
 def _require_usable(file: str, source: config.Source) -> None:
     if kind_of(file) is None:
         raise InputError(f"the data file {file!r} is of a kind that is not known", f"one of {_known()}",
