@@ -1,0 +1,109 @@
+"""The tests can fail: the implementation broken in the ways that matter, one at a time, is told from the naive twin.
+
+A mutation is a replacement in the source of one module. It has to be found there, so that it stays a mutation when the
+code moves on.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from typing import Any
+
+import pytest
+import torch
+from test_losses_fused import Problem
+from torch import Tensor
+
+from amid_ds import AMiD, VocabShard, amid_loss, vocab_parallel
+from amid_ds.losses import elementwise, fused
+
+OBJECTIVES = [AMiD(-5.0, 0.3, order="rp"), AMiD(0.5, 0.3, order={"pr": 0.5, "qr": 0.5}), AMiD(2.0, 0.6, order="rq")]
+
+MUTATIONS = {
+    "drop log Z's gradient": (elementwise, "gradient -= w_r.mul_(sum_a)", "pass"),
+    "swap p and q": (elementwise, 'log = {"p": log_p, "q": log_q', 'log = {"p": log_q, "q": log_p'),
+    "skip a tile": (elementwise, "for start in range(0, width, step)]", "for start in range(step, width, step)]"),
+    "forget the softmax's gradient": (elementwise, "gradient = log_q.exp() * (sum_a * sum_w_r - sum_x)",
+                                      "gradient = log_q.exp() * 0"),
+    "forget the assistant's normaliser": (elementwise, "log_r = normalised(log_r, block.log_assistant)", "pass"),
+    "take the teacher's share for the student's": (elementwise, "odds = log_rest - log_lam - x",
+                                                   "odds = log_lam - log_rest - x"),
+    "ignore a weight": (fused, "index = weights.nonzero()[:, 0]",
+                        "weights = (weights > 0).to(dtype); index = weights.nonzero()[:, 0]"),
+    "ignore the temperature in the gradient": (elementwise, "/ block.objective.temperature)", ")"),
+    "leave out a block": (fused, "for rows in _blocks(len(index), size):",
+                          "for rows in [*_blocks(len(index), size)][1:]:"),
+    "forget the upstream gradient": (fused, "gradient.mul_(upstream)", "pass"),
+}
+
+
+def mutant(module: types.ModuleType, old: str, new: str) -> dict[str, Any]:
+    """The namespace of `module` with `old` replaced by `new` in its source."""
+    source = inspect.getsource(module)
+    assert source.count(old) == 1, f"{old!r} is in {module.__name__} {source.count(old)} times"
+    changed = types.ModuleType(module.__name__)
+    changed.__dict__.update(__file__=module.__file__, __package__=module.__package__)
+    exec(compile(source.replace(old, new), f"<{module.__name__}, mutated>", "exec"), changed.__dict__)
+    return changed.__dict__
+
+
+def agrees(linear_loss: Any, head: Any = fused.LMHead) -> bool:
+    """Whether the loss and its gradients are the naive twin's, on blocks, tiles and objectives that use everything."""
+    for objective in (*OBJECTIVES, AMiD(-5.0, 0.1, temperature=2.0)):
+        problem = Problem()
+        truth = problem.naive(objective)
+        ours = linear_loss(problem.student, head(problem.weight, problem.bias), problem.teacher,
+                           problem.teacher_weight, objective, token_weights=problem.weights, labels=problem.labels,
+                           ce_weight=0.4, kd_weight=0.9, vocab_size=problem.vocab_size).loss
+        pairs = zip([ours, *problem.gradients(3 * ours)], [truth, *problem.gradients(3 * truth)], strict=True)
+        if not all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in pairs):
+            return False
+    return True
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "_tokens_per_block", lambda *_: 3)
+    monkeypatch.setattr(elementwise, "TILE_ELEMENTS", {"cpu": 30})
+
+
+def test_what_is_not_broken_agrees():
+    assert agrees(fused.linear_amid_loss)
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_a_mutation_is_noticed(name, monkeypatch):
+    module, old, new = MUTATIONS[name]
+    broken = mutant(module, old, new)
+    if module is fused:
+        broken["_tokens_per_block"] = lambda *_: 3
+        assert not agrees(broken["linear_amid_loss"], broken["LMHead"])
+    else:
+        broken["TILE_ELEMENTS"] = {"cpu": 30}
+        monkeypatch.setattr(fused, "elementwise", types.SimpleNamespace(**broken))
+        assert not agrees(fused.linear_amid_loss)
+
+
+class Doubled(VocabShard):
+    """Two ranks in one process, that hold the same columns of a vocabulary in which every id stands twice."""
+
+    def gather(self, local: Tensor) -> Tensor:
+        return torch.stack([local, local])
+
+
+def test_a_forgotten_shards_sum_is_noticed(monkeypatch):
+    student, teacher = torch.randn(3, 9, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
+
+    def sharded(objective: AMiD) -> Tensor:
+        shard = Doubled(0, 9, group="a peer")   # type: ignore[arg-type]
+        shard._widest.extend([9, 18])
+        return amid_loss(student, teacher, objective, shard=shard)
+
+    for objective in OBJECTIVES:
+        whole = amid_loss(student.repeat(1, 2), teacher.repeat(1, 2), objective)
+        torch.testing.assert_close(sharded(objective), whole)
+        for name in ("sum", "logsumexp"):
+            with monkeypatch.context() as patch:
+                patch.setattr(vocab_parallel.VocabShard, name, lambda self, local: local)
+                assert not torch.allclose(sharded(objective), whole, rtol=1e-3), name
