@@ -40,7 +40,7 @@ from amid_ds.stopping import StopRequest
 TEACHER_TOKENS_PER_PASS = 16384
 # What may differ between the lives of a run, because it does not change what is learnt.
 MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared", "train.log_every",
-              "train.hang_timeout", "train.micro_batch_size", "student.activation_checkpointing")
+              "train.hang_timeout", "train.max_hours", "train.micro_batch_size", "student.activation_checkpointing")
 
 
 class Stopped(Exception):

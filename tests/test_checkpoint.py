@@ -1,0 +1,320 @@
+"""Promises about checkpoints, each by something killed, corrupted or filled."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+from amid_ds.checkpoint import committed, damage, read_manifest
+
+STEPS = 30
+LAST = f"step_{STEPS:08d}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoint")
+    small.make_model(root / "student", "gpt2", 0, resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1)
+    small.make_model(root / "teacher", "llama", 1)
+    small.make_instructions(root / "rows.jsonl")
+    return root
+
+
+def recipe_for(folder: Path, run: Path, **changes) -> Path:
+    settings = {"train__steps": STEPS, "checkpoint__every": 1, "checkpoint__keep": 3,
+                "data__prepared": str(folder / "data"), **changes}
+    return small.make_recipe(run.with_suffix(".yaml"), folder / "student", folder / "teacher", folder / "rows.jsonl",
+                             run, **settings)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(folder, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    small.run(2, "train", recipe_for(folder, run))
+    return run
+
+
+def comparable(run: Path) -> list[dict]:
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in small.metrics(run)]
+
+
+def masters(checkpoint: Path) -> list[torch.Tensor]:
+    """fp32 weights and moments of every rank, in file order."""
+    from amid_ds.engine import import_deepspeed
+
+    import_deepspeed()
+    found = []
+    for path in sorted(checkpoint.glob("*optim_states.pt")):
+        state = torch.load(path, weights_only=False)["optimizer_state_dict"]
+        found += list(state["fp32_flat_groups"])
+        found += [value for group in state["optimizer_state_dict"]["state"].values() for value in group.values()
+                  if torch.is_tensor(value)]
+    return found
+
+
+def newest_name(run: Path) -> str:
+    return max((path.name for path in committed(run / "checkpoints")), default="")
+
+
+def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int) -> int:
+    """Start, kill -9 one rank or all at a random moment, start again; returns how many died inside a save.
+
+    Every other kill waits for a save to begin: the hidden folder of a save is there for some milliseconds.
+    """
+    draw = random.Random(seed)
+    inside = 0
+    for number in range(kills):
+        before = len(committed(run / "checkpoints"))
+        newest = newest_name(run)
+        ranks = small.Ranks(2, "train", recipe)
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and newest_name(run) == newest and ranks.processes[0].is_alive():
+            time.sleep(0.002)      # at least one step further in every life
+        if number % 2:
+            while time.monotonic() < deadline and not list((run / "checkpoints").glob(".step_*.tmp")) \
+                    and ranks.processes[0].is_alive():
+                time.sleep(0.0005)
+        else:
+            time.sleep(draw.random() * 0.3)
+        hidden = bool(list((run / "checkpoints").glob(".step_*.tmp")))
+        ranks.signal(signal.SIGKILL, *([0, 1] if draw.random() < 0.5 else [draw.randrange(2)]))
+        inside += hidden
+        for rank in range(2):      # the launcher's part: when one rank dies, the others go
+            ranks.processes[rank].kill()
+        ranks.wait(30)
+        assert len(committed(run / "checkpoints")) >= min(2, before), "a kill has cost a committed checkpoint"
+        if newest_name(run) == LAST:
+            break
+    return inside
+
+
+def test_killed_at_random_moments_a_run_is_still_the_uninterrupted_run(folder, uninterrupted, tmp_path):
+    kills = inside = 0
+    for attempt in range(4):      # each of at most as many lives as there are steps
+        run = tmp_path / f"run{attempt}"
+        recipe = recipe_for(folder, run)
+        inside += kill_and_resume(recipe, run, 5, seed=attempt)
+        kills += 5
+        if attempt == 0:
+            small.run(2, "train", recipe)
+            assert comparable(run) == comparable(uninterrupted)
+            last = [masters(path / "checkpoints" / LAST) for path in (run, uninterrupted)]
+            for ours, theirs in zip(*last, strict=True):
+                assert torch.equal(ours, theirs)
+            assert not list((run / "checkpoints").glob(".step_*")), "what was half-written is not swept away"
+        else:
+            steps = [line["step"] for line in small.metrics(run)]
+            assert steps == list(range(1, len(steps) + 1))
+    assert kills == 20 and inside >= 5
+
+
+def break_it(checkpoint: Path, how: str) -> None:
+    shards = sorted(checkpoint.glob("*optim_states.pt"))
+    if how == "a file missing":
+        shards[0].unlink()
+    elif how == "truncated":
+        os.truncate(shards[1], shards[1].stat().st_size // 2)
+    elif how == "one bit flipped":
+        data = bytearray(shards[1].read_bytes())
+        data[len(data) // 2] ^= 1
+        shards[1].write_bytes(data)
+    elif how == "a rank's file swapped with another's":
+        first, second = shards[0].read_bytes(), shards[1].read_bytes()
+        shards[0].write_bytes(second)
+        shards[1].write_bytes(first)
+    elif how == "manifest gone":
+        (checkpoint / "manifest.json").unlink()
+    elif how == "manifest changed":
+        text = (checkpoint / "manifest.json").read_text()
+        (checkpoint / "manifest.json").write_text(text.replace('"tokens": ', '"tokens": 1'))
+
+
+DAMAGES = ["a file missing", "truncated", "one bit flipped", "a rank's file swapped with another's", "manifest gone",
+           "manifest changed"]
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_damage_is_found(how, uninterrupted, tmp_path):
+    checkpoint = tmp_path / "step_00000030"
+    shutil.copytree(uninterrupted / "checkpoints" / checkpoint.name, checkpoint)
+    assert damage(checkpoint) is None
+    break_it(checkpoint, how)
+    assert damage(checkpoint) is not None
+    if "manifest" not in how:      # ranks share the reading: one of them finds it
+        assert [damage(checkpoint, rank, 3) is not None for rank in range(3)].count(True) >= 1
+
+
+def continued(uninterrupted: Path, folder: Path, run: Path, **changes) -> Path:
+    """A copy of the uninterrupted run, cut back to steps 28 and 29 of 30, and the recipe that goes on with it."""
+    shutil.copytree(uninterrupted, run)
+    shutil.rmtree(run / "checkpoints" / LAST)
+    return recipe_for(folder, run, **changes)
+
+
+def test_a_damaged_newest_is_named_loudly_and_the_one_before_is_used(uninterrupted, folder, tmp_path):
+    run = tmp_path / "run"
+    recipe = continued(uninterrupted, folder, run)
+    break_it(run / "checkpoints" / "step_00000029", "one bit flipped")
+    text = small.run(2, "train", recipe).text()
+    assert "WARNING" in text and "step_00000029 is damaged" in text and "resumed after step 28" in text
+    assert comparable(run) == comparable(uninterrupted)
+    assert [path.name for path in committed(run / "checkpoints")] == ["step_00000028", "step_00000029", "step_00000030"]
+    assert [damage(path) for path in committed(run / "checkpoints")] == [None, None, None]
+
+
+def test_with_no_good_checkpoint_the_run_stops_with_1_and_does_not_start_over(uninterrupted, folder, tmp_path):
+    run = tmp_path / "run"
+    recipe = continued(uninterrupted, folder, run)
+    for path in committed(run / "checkpoints"):
+        break_it(path, "manifest gone")
+    ranks = small.Ranks(2, "train", recipe)
+    assert ranks.wait() == [1, 1]
+    assert "does not start over" in ranks.text() and "Traceback" not in ranks.text()
+    assert comparable(run) == comparable(uninterrupted), "the metrics of the damaged run were touched"
+    listing = small.run(1, "checkpoints", run).text()
+    assert listing.count("manifest") == 2
+
+
+def test_the_listing_tells_good_from_damaged(uninterrupted, folder, tmp_path):
+    run = tmp_path / "run"
+    continued(uninterrupted, folder, run)
+    break_it(run / "checkpoints" / "step_00000028", "truncated")
+    lines = small.run(1, "checkpoints", run).text()
+    assert "good" in lines and "bytes" in lines and "2 rank(s)" in lines and "29" in lines
+
+
+@pytest.mark.parametrize("changed, named", [("teacher", "teacher.sha256"), ("data", "data.sha256")])
+def test_a_resume_with_another_teacher_or_other_data_is_refused_unless_allowed(changed, named, uninterrupted, folder,
+                                                                              tmp_path):
+    run = tmp_path / "run"
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copytree(folder / "teacher", other / "teacher")
+    shutil.copy(folder / "rows.jsonl", other / "rows.jsonl")
+    small.make_instructions(other / "rows.jsonl", rows=50, seed=7) if changed == "data" else \
+        small.make_model(other / "teacher", "llama", 9)
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", other / "teacher", other / "rows.jsonl", run,
+                               train__steps=STEPS, checkpoint__every=1)
+    continued(uninterrupted, folder, run)
+    moved = ["data.train.0.path", "teacher.model"]
+    ranks = small.Ranks(2, "train", recipe, f"checkpoint.allow_change=[{', '.join(moved)}]")
+    assert ranks.wait() == [2, 2]
+    assert named in ranks.text() and "before" in ranks.text()
+    small.run(2, "train", recipe, f"checkpoint.allow_change=[{', '.join([*moved, named])}]")
+
+
+def test_the_teacher_is_in_no_checkpoint(uninterrupted, folder, tmp_path):
+    alone = small.make_recipe(tmp_path / "r.yaml", folder / "student", None, folder / "rows.jsonl", tmp_path / "run",
+                              train__steps=1)
+    small.run(2, "train", alone)
+
+    def size(checkpoint: Path) -> int:
+        return sum(path.stat().st_size for path in checkpoint.glob("*.pt"))
+
+    assert size(committed(uninterrupted / "checkpoints")[0]) <= 1.02 * size(tmp_path / "run/checkpoints/step_00000001")
+
+
+def test_keep_every_keeps_milestones_and_keep_the_newest(folder, tmp_path):
+    recipe = recipe_for(folder, tmp_path / "run", train__steps=9, checkpoint__keep=2, checkpoint__keep_every=3)
+    small.run(1, "train", recipe)
+    assert [path.name[-1] for path in committed(tmp_path / "run" / "checkpoints")] == ["3", "6", "8", "9"]
+
+
+@pytest.mark.parametrize("how", ["STOP file", "max_hours"])
+def test_a_stop_file_and_the_time_limit_stop_in_order(how, folder, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    limit = 0.5 / 3600 if how == "max_hours" else None
+    recipe = recipe_for(folder, run, train__steps=STEPS, checkpoint__every=1000)
+    changes = [f"train.max_hours={limit}"] if limit else []
+    if how == "STOP file":
+        run.mkdir()
+        (run / "STOP").touch()
+    ranks = small.Ranks(2, "train", recipe, *changes)
+    assert ranks.wait() == [75, 75], ranks.text()
+    assert ("STOP" if how == "STOP file" else "max_hours") in ranks.text() and not (run / "STOP").exists()
+    small.run(2, "train", recipe)
+    assert comparable(run) == comparable(uninterrupted)
+
+
+class SmallDisk:
+    """A tmpfs under a run's checkpoints, which can be filled, made read-only and taken away."""
+
+    def __init__(self, folder: Path, megabytes: float) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self._mount("-t", "tmpfs", "-o", f"size={int(megabytes * 2**20)}", "tmpfs", str(folder))
+
+    def _mount(self, *arguments: str) -> None:
+        subprocess.run(["mount", *arguments], check=True, capture_output=True)
+
+    def fill(self) -> None:
+        with open(self.folder / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
+            while True:
+                file.write(b"x" * 4096)
+
+    def mend(self) -> None:
+        self._mount("-o", "remount,rw", str(self.folder))
+        (self.folder / "filler").unlink(missing_ok=True)
+
+    def make_read_only(self) -> None:
+        self._mount("-o", "remount,ro", str(self.folder))
+
+    def vanish(self) -> None:
+        subprocess.run(["umount", "-l", str(self.folder)], check=False, capture_output=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    disk = SmallDisk(tmp_path / "run" / "checkpoints", 8)
+    yield disk
+    disk.vanish()
+
+
+def wait_for(condition, ranks: small.Ranks, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and ranks.processes[0].is_alive(), ranks.text()
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize("how", ["fill", "make_read_only"])
+def test_the_training_goes_on_when_a_save_fails_and_the_next_interval_tries_again(how, disk, folder, tmp_path):
+    run = tmp_path / "run"
+    recipe = recipe_for(folder, run, train__steps=60, checkpoint__every=15)
+    ranks = small.Ranks(2, "train", recipe)
+    wait_for(lambda: len(committed(run / "checkpoints")) == 1, ranks)
+    getattr(disk, how)()
+    wait_for(lambda: "SAVE FAILED" in ranks.text(), ranks)
+    good = committed(run / "checkpoints")
+    assert good and [damage(path) for path in good] == [None] * len(good)
+    disk.mend()
+    assert ranks.wait() == [0, 0], ranks.text()
+    assert read_manifest(committed(run / "checkpoints")[-1])["state"]["step"] == 60
+    assert [line["step"] for line in small.metrics(run)] == list(range(1, 61))
+
+
+@pytest.mark.parametrize("how", ["fill", "vanish"])
+def test_after_three_failures_in_a_row_the_run_stops_with_1(how, disk, folder, tmp_path):
+    run = tmp_path / "run"
+    recipe = recipe_for(folder, run, train__steps=2000, checkpoint__every=5)
+    ranks = small.Ranks(2, "train", recipe)
+    wait_for(lambda: len(committed(run / "checkpoints")) >= 1, ranks)
+    getattr(disk, how)()
+    assert ranks.wait() == [1, 1], ranks.text()
+    assert "(3 in a row)" in ranks.text() and "Traceback" not in ranks.text()
+    if how == "vanish":
+        assert not list((run / "checkpoints").iterdir()), "something was written where the mount had been"
+    else:
+        disk.mend()
+        assert [damage(path) for path in committed(run / "checkpoints")].count(None) >= 1
