@@ -185,6 +185,8 @@ class Recipe(Section):
 NOT_YET: Mapping[str, Any] = {
     "teacher.placement": "zero3",
     "data.eval": [],
+    "data.auxiliary": None,
+    "data.isolate_documents": False,
     "train.eval_every": 0,
     "slurm.max_restarts": 20,
     "rollout": None,

@@ -173,13 +173,14 @@ def test_a_data_set_of_the_hub_is_read_from_its_cache(tmp_path, tokenizer, rows,
     assert info.sources[0].documents == 120
 
 
-def test_what_is_neither_here_nor_on_the_hub_is_refused(tmp_path, monkeypatch):
+def test_what_is_neither_here_nor_on_the_hub_is_refused(tmp_path, tokenizer, monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("no network\nand more")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(InputError, match=r"'owner/name' is no file or folder here, and no data set .*: no network\n"):
-        check_sources(config.Data(train=[{"path": "owner/name"}]))
+        prepare(config.Data(train=[{"path": "owner/name"}]), SEQ, tokenizer, tmp_path / "out")
+    check_sources(config.Data(train=[{"path": "owner/name"}]))      # does not ask: every rank would
     with pytest.raises(InputError, match=r"'owner/name\.jsonl' is not there"):
         check_sources(config.Data(train=[{"path": "owner/name.jsonl"}]))
     monkeypatch.chdir(tmp_path)
