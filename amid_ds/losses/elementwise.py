@@ -108,9 +108,9 @@ def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tens
     """log r̃ and w = ∂log r̃/∂log q = (1-λ) q^c / (λ p^c + (1-λ) q^c), stable for every real α.
 
     With x = c (log p - log q) both follow from the student's log-odds, o = log((1-λ)/λ) - x: w = σ(o), and log r̃ is
-    log q + (log(1-λ) + log(1 + e^-o)) / c, or the same with the models' parts exchanged where o < 0, so that the larger
-    part stands first and nothing cancels. Where c is small that cancels still; log q + log1p(λ expm1(x)) / c does not,
-    but overflows where x is large: it is taken element by element where |x| < 1.
+    the one of log p + log(λ)/c and log q + log(1-λ)/c that dominates, plus log(1 + e^-|o|)/c: nothing cancels. Where c
+    is small it does, between log(λ)/c and the rest; log q + log1p(λ expm1(x))/c does not, but overflows where x is
+    large: it is taken element by element where |x| < 1.
     """
     alpha, lam = objective.alpha, objective.lam
     if lam in (0, 1):
@@ -121,8 +121,8 @@ def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tens
     x = (log_p - log_q).mul_(c)
     log_lam, log_rest = math.log(lam), math.log1p(-lam)
     odds = log_rest - log_lam - x
-    log_r = torch.where(odds < 0, log_p + log_lam / c, log_q + log_rest / c)
-    log_r.sub_(F.logsigmoid(odds.abs()), alpha=1 / c)
+    dominant = torch.maximum if c > 0 else torch.minimum
+    log_r = dominant(log_p + log_lam / c, log_q + log_rest / c).sub_(F.logsigmoid(odds.abs()), alpha=1 / c)
     if abs(c) < 0.5:
         log_r = torch.where(x.abs() < 1, x.clamp(-1, 1).expm1_().mul_(lam).log1p_().div_(c).add_(log_q), log_r)
     return log_r, odds.sigmoid_()
