@@ -1,0 +1,132 @@
+"""Every layout gives the same run: data-parallel and tensor-parallel ranks, ZeRO stages, dtypes, against a plain loop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import small
+import torch
+import yaml
+from test_train import comparable, plain_loop
+from transformers import AutoModelForCausalLM
+
+from amid_ds.export import export
+
+ROOT = Path(__file__).parent.parent
+STUDENT = ("llama-tied", 0, dict(num_key_value_heads=4, num_hidden_layers=1))
+TEACHER = ("qwen3", 1, dict(num_key_value_heads=4, hidden_size=48, extra_rows=3))
+PAIRS = {      # student, teacher, [(data-parallel, tensor-parallel, micro-batch)] of a global batch of 4; 31 ids
+    "llama-tied<-qwen3": (STUDENT, TEACHER, [(1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 4)]),
+    "qwen3<-gemma2": (("qwen3", 2, dict(num_key_value_heads=2, extra_rows=2)), ("gemma2", 3, {}), [(2, 2, 2)]),
+    "gemma2<-llama": (("gemma2", 4, dict(num_key_value_heads=4)), ("llama", 5, {}), [(1, 4, 4)]),
+    "gpt2<-llama-tied": (("gpt2", 6, {}), ("llama-tied", 7, dict(num_attention_heads=8)), [(1, 2, 1)]),
+    "qwen2-tied<-gpt2": (("qwen2-tied", 8, {}), ("gpt2", 9, dict(extra_rows=33)), [(2, 2, 1)]),
+}
+WHOLE = {      # what tensor parallelism leaves whole, and why
+    "gemma2<-llama": "the teacher's body stays whole on every rank, its head is split: "
+                     "tensor_parallel 4 does not divide its num_key_value_heads 2",
+    "gpt2<-llama-tied": "the student's body stays whole on every rank, its head is split: GPT2LMHeadModel has no "
+                        "tensor-parallel plan in transformers",
+    "qwen2-tied<-gpt2": "the teacher's body stays whole",
+}
+
+
+def make_pair(folder: Path, student: tuple, teacher: tuple) -> tuple[Path, Path]:
+    return tuple(small.make_model(folder / role, family, seed, **changes)      # type: ignore[return-value]
+                 for role, (family, seed, changes) in (("student", student), ("teacher", teacher)))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return small.make_instructions(tmp_path_factory.mktemp("data") / "rows.jsonl")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> tuple[Path, Path]:
+    return make_pair(tmp_path_factory.mktemp("pair"), STUDENT, TEACHER)
+
+
+def deepspeed_config(path: Path, stage: int, bf16: bool) -> Path:
+    path.write_text(json.dumps({"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage}}))
+    return path
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_every_layout_trains_as_a_plain_loop_does_and_exports_it(name, data, tmp_path):
+    *roles, layouts = PAIRS[name]
+    models = make_pair(tmp_path, *roles)
+    recipe = small.make_recipe(tmp_path / "r.yaml", *models, data, tmp_path / "run", train__steps=8,
+                               train__learning_rate=1e-3, data__prepared=str(tmp_path / "data"))
+    truth = None
+    for dp, tp, micro in layouts:
+        run = tmp_path / f"dp{dp}tp{tp}"
+        ranks = small.run(dp * tp, "train", recipe, f"output_dir={run}", f"tensor_parallel={tp}",
+                          f"train.micro_batch_size={micro}")
+        assert (tp == 1 or WHOLE.get(name, "") in ranks.text()) and ("stays whole" in ranks.text()) == (name in WHOLE)
+        lines, weights = truth = truth or plain_loop(*models, yaml.safe_load(recipe.read_text()), tmp_path / "data")
+        for expected, line in zip(lines, small.metrics(run), strict=True):
+            for key, value in expected.items():
+                assert line[key] == pytest.approx(value, rel=1e-3), (run.name, line["step"], key)
+        exported = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / f"out{run.name}"))
+        for key, parameter in exported.named_parameters():
+            torch.testing.assert_close(parameter.detach(), weights[key], rtol=1e-3, atol=2e-4,
+                                       msg=lambda m, k=key, r=run: f"{r.name} {k}: {m}")
+
+
+def test_zero_0_to_3_give_the_same_run_on_tensor_parallel_ranks_too(pair, data, tmp_path):
+    recipe = small.make_recipe(tmp_path / "r.yaml", *pair, data, tmp_path / "run",
+                               data__prepared=str(tmp_path / "data"))
+    truth = None
+    for stage in range(4):
+        run = tmp_path / f"stage{stage}"
+        config = deepspeed_config(tmp_path / f"{stage}.json", stage, bf16=False)
+        small.run(4, "train", recipe, f"output_dir={run}", "tensor_parallel=2", f"deepspeed={config}",
+                  "train.micro_batch_size=2")
+        lines, weights = truth = truth or plain_loop(*pair, yaml.safe_load(recipe.read_text()), tmp_path / "data")
+        for expected, line in zip(lines, small.metrics(run), strict=True):
+            for key, value in expected.items():
+                assert line[key] == pytest.approx(value, rel=1e-3), (stage, line["step"], key)
+        exported = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / f"out{stage}"))
+        for key, parameter in exported.named_parameters():
+            torch.testing.assert_close(parameter.detach(), weights[key], rtol=1e-3, atol=2e-4)
+
+
+def test_the_packaged_configs_and_mixed_dtypes_follow_fp32(pair, data, tmp_path):
+    recipe = small.make_recipe(tmp_path / "r.yaml", *pair, data, tmp_path / "run", tensor_parallel=2,
+                               data__prepared=str(tmp_path / "data"))
+    runs = {      # ranks, overrides
+        "fp32": (2, []),
+        "fp32 student, bf16 teacher": (2, ["teacher.dtype=bf16"]),
+        "bf16 student, fp32 teacher": (2, ["deepspeed=ds_configs/zero3.json", "teacher.dtype=fp32"]),
+        "bf16, offloaded": (2, ["deepspeed=ds_configs/zero3_offload.json", "teacher.dtype=bf16"]),
+        "bf16, stage 2": (2, ["deepspeed=ds_configs/zero2.json", "teacher.dtype=bf16"]),
+        "bf16, stage 0": (1, [f"deepspeed={deepspeed_config(tmp_path / '0.json', 0, bf16=True)}", "tensor_parallel=1",
+                              "teacher.dtype=bf16"]),
+    }
+    losses = {}
+    for name, (ranks, overrides) in runs.items():
+        small.run(ranks, "train", recipe, *overrides, f"output_dir={tmp_path / name}")
+        losses[name] = [line["loss"] for line in small.metrics(tmp_path / name)]
+        assert losses[name] == pytest.approx(losses["fp32"], rel=5e-3), name
+    assert len({tuple(values) for values in losses.values()}) == len(runs)      # each did what its name says
+
+
+def test_a_stopped_tensor_parallel_run_carries_on_as_if_it_had_not_been(pair, data, tmp_path):
+    settings = {"train__steps": 40, "tensor_parallel": 2, "data__prepared": str(tmp_path / "data")}
+    whole, parts = (small.make_recipe(tmp_path / f"{name}.yaml", *pair, data, tmp_path / name, **settings)
+                    for name in ("whole", "parts"))
+    small.run(2, "train", whole)
+    ranks = small.Ranks(2, "train", parts)
+    deadline = time.monotonic() + 100
+    while not ((tmp_path / "parts" / "metrics.jsonl").exists() and len(small.metrics(tmp_path / "parts")) >= 3):
+        assert time.monotonic() < deadline, ranks.text()
+        time.sleep(0.01)
+    ranks.signal(signal.SIGUSR1)
+    assert ranks.wait() == [75, 75], ranks.text()
+    assert 3 <= len(small.metrics(tmp_path / "parts")) < 40
+    small.run(2, "train", parts)
+    assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
