@@ -44,6 +44,11 @@ class Logits:
             gradient.mul_(self.scale)
 
 
+def needs_normaliser(objective: AMiD) -> bool:
+    """Whether log Σ r̃ has to be found: not at the ends of λ, nor for α = -1, where r̃ sums to 1 already."""
+    return objective.lam not in (0, 1) and objective.alpha != -1
+
+
 def normalised(x: Tensor, log_sum: Tensor) -> Tensor:
     """x [n, tile] less a log-sum-exp [2, n], part by part."""
     return (x - log_sum[0][:, None]).sub_(log_sum[1][:, None])

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from amid_ds.losses.block import Block, normalised
+from amid_ds.losses.block import Block, needs_normaliser, normalised
 from amid_ds.losses.objective import AMiD
 from amid_ds.vocab_parallel import VocabShard, joined
 
@@ -41,14 +41,10 @@ def log_normalisers(block: Block) -> Tensor:
 
 def statistics(block: Block, shard: VocabShard) -> Tensor:
     """[4, n] ΣD, ΣA, Σ(wA + B), Σwr over the whole vocabulary; `block.log_assistant` on the way where it is not 0."""
-    if needs_normaliser(block):
+    assert block.objective is not None
+    if needs_normaliser(block.objective):
         block.log_assistant = shard.logsumexp(_log_assistant_normaliser(block))
     return shard.sum(_sums(block))
-
-
-def needs_normaliser(block: Block) -> bool:
-    """Whether log Σ r̃ has to be found: not at the ends of λ, nor for α = -1, where r̃ sums to 1 already."""
-    return block.objective is not None and block.objective.lam not in (0, 1) and block.objective.alpha != -1
 
 
 def _log_assistant_normaliser(block: Block) -> Tensor:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from amid_ds.losses.block import Block
+from amid_ds.losses.block import Block, needs_normaliser
 from amid_ds.losses.objective import KL, AlphaBeta, AMiD, SquaredHellinger, TotalVariation
 from amid_ds.vocab_parallel import VocabShard, joined
 
@@ -46,9 +46,9 @@ def statistics(block: Block, shard: VocabShard) -> Tensor:
     """[4, n] ΣD, ΣA, Σ(wA + B), Σwr over the whole vocabulary."""
     objective = block.objective
     assert objective is not None
-    if isinstance(objective.measure, KL):
-        return _from_moments(block, shard.gather(_run(block, 8)), objective)
-    if objective.lam not in (0, 1) and objective.alpha != -1:
+    if needs_normaliser(objective):
+        if isinstance(objective.measure, KL):
+            return _from_moments(block, shard.gather(_run(block, 8)), objective)
         block.log_assistant = shard.logsumexp(_run(block, 2))
     return shard.sum(_run(block, 4))
 
