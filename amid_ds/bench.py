@@ -77,6 +77,23 @@ def loss_bench(shape: LossShape, rounds: int | None = None) -> list[LossRow]:
                     median[name] / median["products"], peaks[name] / peaks["naive"]) for name in methods]
 
 
+def bench_data(as_json: bool = False) -> None:
+    """`amid-ds bench data`: preparing and reading, in tokens per second, beside the tokenizer alone."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from amid_ds.data.measure import data_bench
+
+    rows = data_bench()
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    table = Table("what", "tokens/s", "of the tokenizer", title="data, one core")
+    for row in rows:
+        table.add_row(row.what, f"{row.tokens_per_second:,.0f}", f"{row.of_tokenizer:.2f}")
+    Console().print(table)
+
+
 class _Inputs:
     def __init__(self, shape: LossShape, device: str) -> None:
         generator = torch.Generator(device).manual_seed(0)

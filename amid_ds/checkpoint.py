@@ -65,7 +65,7 @@ class Saver:
         if self.pending:
             self.say("the save before this one is still being written: waiting for it")
             self.finish()
-        staged = _stage(self.engine)
+        staged = stage(self.engine)
         self.state = {**state, "ranks": self.world.size, "tensor_parallel": self.world.tp_size,
                       "zero_stage": self.engine.zero_optimization_stage()}
         self.thread = threading.Thread(target=self._write, args=(staged,), name="checkpoint", daemon=True)
@@ -169,7 +169,7 @@ class _Staging:
         self.files[Path(path).name] = _to_host(state_dict, {})
 
 
-def _stage(engine: Any) -> dict[str, Any]:
+def stage(engine: Any) -> dict[str, Any]:
     """What this rank has to write, by file name, copied to host memory."""
     staging = _Staging(engine.checkpoint_engine)
     engine.checkpoint_engine = staging

@@ -80,6 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     checkpoints.add_argument("run_folder", metavar="RUN")
     checkpoints.set_defaults(run=_checkpoints)
 
+    bench = commands.add_parser("bench", help="measure against the alternatives, in one run")
+    bench.add_argument("what", choices=["loss", "data", "checkpoint"])
+    bench.add_argument("--json", action="store_true")
+    bench.set_defaults(run=_bench)
+
     export = commands.add_parser("export", help="a checkpoint or run to a folder that from_pretrained opens")
     export.add_argument("source", metavar="CHECKPOINT_OR_RUN")
     export.add_argument("out", metavar="OUT")
@@ -123,6 +128,13 @@ def _eval(args: argparse.Namespace) -> None:
     from amid_ds.evaluate import evaluate_command
 
     evaluate_command(args.model, args.teacher, args.data, args.seq_length, args.json)
+
+
+def _bench(args: argparse.Namespace) -> None:
+    from amid_ds import bench, bench_checkpoint
+
+    {"loss": bench.bench_loss, "data": bench.bench_data, "checkpoint": bench_checkpoint.bench_checkpoint}[args.what](
+        args.json)
 
 
 def _checkpoints(args: argparse.Namespace) -> None:

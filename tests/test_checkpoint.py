@@ -117,6 +117,49 @@ def test_killed_at_random_moments_a_run_is_still_the_uninterrupted_run(folder, u
     assert kills == 20 and inside >= 5
 
 
+LAYOUTS = {
+    "bf16": (2, {"deepspeed": "zero3.json"}),
+    "offload": (2, {"deepspeed": "zero3_offload.json"}),
+    "tp 2 x dp 2": (4, {"tensor_parallel": 2}),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_resume_is_exact_in_other_precisions_and_layouts(layout, folder, tmp_path):
+    ranks, changes = LAYOUTS[layout]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    small.run(ranks, "train", recipe_for(folder, whole, train__steps=6, checkpoint__every=3, **changes))
+    shutil.copytree(whole, cut)
+    shutil.rmtree(cut / "checkpoints" / "step_00000006")
+    text = small.run(ranks, "train", recipe_for(folder, cut, train__steps=6, checkpoint__every=3, **changes)).text()
+    assert "resumed after step 3" in text
+    assert comparable(cut) == comparable(whole)
+    last = [masters(run / "checkpoints" / "step_00000006") for run in (cut, whole)]
+    for ours, theirs in zip(*last, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_tensorboard_carries_on_with_no_step_missing_and_none_twice(uninterrupted, folder, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    small.run(2, "train", continued(uninterrupted, folder, run))
+    board = EventAccumulator(str(run / "tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss/total")] == list(range(1, STEPS + 1))
+    assert [event.value for event in board.Scalars("loss/total")] == pytest.approx(
+        [line["loss"] for line in small.metrics(run)])
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(folder, tmp_path):
+    run = tmp_path / "run"
+    ranks = small.Ranks(1, "train", recipe_for(folder, run, train__steps=3000, checkpoint__every=1000))
+    wait_for(lambda: (run / "metrics.jsonl").exists() and len(small.metrics(run)) > 2, ranks)
+    for _ in range(2):      # the second within the step that the first one waits for, or just after its save
+        ranks.signal(signal.SIGINT)
+    assert ranks.wait(30)[0] in (1, 75)
+
+
 def break_it(checkpoint: Path, how: str) -> None:
     shards = sorted(checkpoint.glob("*optim_states.pt"))
     if how == "a file missing":
