@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from amid_ds import AMiD, linear_amid_loss
+from amid_ds import AMiD, linear_amid_loss, preset
 from amid_ds.losses.reference import naive_loss
 
 
@@ -32,9 +32,16 @@ class LossShape:
     student_hidden: int = 768
     teacher_hidden: int = 1600
     dtype: str = "float32"
-    alpha: float = -5.0
-    lam: float = 0.1
-    order: str = "pr"
+    objective: str = "amid"            # a key of OBJECTIVES
+
+
+OBJECTIVES = {"amid": AMiD(alpha=-5.0, lam=0.1), "jsd": preset("gkd", beta=0.5)}
+LOSS_SHAPES = {
+    "cpu": [LossShape()],
+    "cuda": [LossShape(tokens, *widths, "bfloat16", objective)
+             for widths in ((128256, 4096, 4096), (128256, 2048, 4096), (151936, 2048, 4096))
+             for tokens in (1024, 2048, 8192) for objective in ("jsd", "amid")],
+}
 
 
 @dataclass(frozen=True)
@@ -49,14 +56,16 @@ class LossRow:
     of_naive_memory: float
 
 
-def bench_loss(as_json: bool = False, *, rounds: int | None = None, shape: LossShape = LossShape()) -> None:
-    """`amid-ds bench loss`: measure, then print a table, or JSON alone."""
-    rows = loss_bench(shape, rounds)
+def bench_loss(as_json: bool) -> None:
+    """`amid-ds bench loss`: measure at every shape of this device, then print a table for each, or JSON alone."""
+    results = []
+    for shape in LOSS_SHAPES["cuda" if torch.cuda.is_available() else "cpu"]:
+        rows = loss_bench(shape)
+        results.append({"shape": asdict(shape), "rows": [asdict(row) for row in rows]})
+        if not as_json:
+            _print_loss(rows, shape)
     if as_json:
-        print(json.dumps({"shape": asdict(shape), "device": _device_name(), "threads": torch.get_num_threads(),
-                          "rows": [asdict(row) for row in rows]}))
-    else:
-        _print_loss(rows, shape)
+        print(json.dumps({"device": _device_name(), "threads": torch.get_num_threads(), "results": results}))
 
 
 def loss_bench(shape: LossShape, rounds: int | None = None) -> list[LossRow]:
@@ -107,7 +116,7 @@ class _Inputs:
         self.student_head = normal(v, h_s, 2 * h_s**-0.5).requires_grad_()
         self.teacher_head = normal(v, h_t, 2 * h_t**-0.5)
         self.weights = torch.full((n,), 1 / n, device=device)
-        self.objective = AMiD(shape.alpha, shape.lam, "kl", shape.order)
+        self.objective = OBJECTIVES[shape.objective]
 
 
 def _loss_methods(device: str) -> dict[str, Callable[[_Inputs], None]]:
@@ -131,7 +140,7 @@ def _naive(x: _Inputs, loss: Callable[..., Tensor] = naive_loss) -> None:
 
 
 def _compiled(x: _Inputs) -> None:
-    _naive(x, torch.compile(naive_loss))
+    _naive(x, torch.compile(naive_loss))     # compiled once: torch keeps the code by function and shapes
 
 
 @torch.no_grad()
@@ -193,7 +202,7 @@ def _print_loss(rows: list[LossRow], shape: LossShape) -> None:
     from rich.table import Table
 
     table = Table(title=f"N {shape.tokens}, V {shape.vocabulary}, H {shape.student_hidden}/{shape.teacher_hidden}, "
-                        f"{shape.dtype}, α {shape.alpha}, λ {shape.lam}, {shape.order}; forward and backward, "
+                        f"{shape.dtype}, {shape.objective}; forward and backward, "
                         f"{_device_name()}, {torch.get_num_threads()} threads")
     for heading in ("method", "seconds", "× naive", "× products", "peak MB", "× naive's"):
         table.add_column(heading, justify="left" if heading == "method" else "right")

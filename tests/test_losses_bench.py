@@ -1,0 +1,56 @@
+"""`bench loss` measures what it says; its times are nobody's test."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+
+from amid_ds import bench
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> bench.LossShape:
+    shape = bench.LossShape(16, 500, 8, 12)
+    monkeypatch.setattr(bench, "LOSS_SHAPES", {"cpu": [shape], "cuda": [shape]})
+    if not torch.cuda.is_available():          # a process of its own for each costs seconds
+        monkeypatch.setattr(bench, "_peak_bytes", lambda *_: 1000)
+    return shape
+
+
+def test_the_methods_differ_in_nothing_but_how_they_compute(small):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    gradients = {}
+    for name, method in bench._loss_methods(device).items():
+        inputs = bench._Inputs(small, device)
+        method(inputs)
+        gradients[name] = inputs.student_head.grad
+    for name, gradient in gradients.items():
+        if name != "products":                 # which have nothing between them
+            torch.testing.assert_close(gradient, gradients["naive"])
+
+
+def test_json_has_a_row_for_every_method_with_its_ratios(small, capsys):
+    bench.bench_loss(True)
+    result, = json.loads(capsys.readouterr().out)["results"]
+    rows = {row["method"]: row for row in result["rows"]}
+    assert {"products", "naive", "amid_ds torch"} <= set(rows)
+    assert rows["naive"]["of_naive_time"] == rows["products"]["of_products_time"] == 1
+    ratio = rows["amid_ds torch"]["seconds"] / rows["naive"]["seconds"]
+    assert rows["amid_ds torch"]["of_naive_time"] == pytest.approx(ratio)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_the_peak_of_a_process_is_that_of_its_largest_moment():
+    shape = bench.LossShape(512, 20_000, 8, 8)
+    logits = shape.tokens * shape.vocabulary * 4
+    naive, ours = (bench._resident_peak(name, shape, 1) for name in ("naive", "amid_ds torch"))
+    assert naive > 4 * logits
+    assert ours < 2.6 * logits                 # the workspace of 96 MB is 2.3 times these logits
+
+
+def test_the_table_names_every_method(small, capsys):
+    bench.bench_loss(False)
+    assert "amid_ds torch" in capsys.readouterr().out
