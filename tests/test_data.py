@@ -10,10 +10,10 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from amid_ds import config
 from amid_ds.data import (
@@ -28,7 +28,6 @@ from amid_ds.data import (
     shard,
     train_sentencepiece,
 )
-from amid_ds.data.loader import _Shard
 from amid_ds.data.tokenizer import load_tokenizer
 from amid_ds.errors import InputError
 
@@ -274,7 +273,7 @@ def test_a_shard_that_another_job_has_made_is_left_as_it_is(prepared, tmp_path, 
     source = config.Source(path=str(tmp_path / "one.jsonl"))
     chunk = next(shard.chunks_of([[source.path]]))
     before = (prepared / "shards" / "000000.arrow").stat().st_mtime_ns
-    assert shard.Maker([source], SEQ, "error", tokenizer, prepared / "shards").make(chunk, wait=True)
+    assert shard.Maker([source], SEQ, "error", tokenizer, "uint16", prepared / "shards").make(chunk, wait=True)
     assert (prepared / "shards" / "000000.arrow").stat().st_mtime_ns == before
 
 
@@ -570,11 +569,15 @@ def test_a_batch_that_ranks_do_not_divide_is_refused(prepared):
 
 
 def test_tokens_of_a_large_vocabulary_keep_their_ids(tmp_path, tokenizer):
-    counts = pack.Counts()
-    rows = [pack.Packed([0, 70_000, 151_642], [1, 3], 0, 0)]
-    path = tmp_path / "shard.arrow"
-    shard.write_rows(path, rows, np.uint32, counts)
-    assert _Shard(path, path.stat().st_size).row(0)[0].tolist() == [0, 70_000, 151_642]
+    """Also where the vocabulary has few tokens and large ids."""
+    words = {"<unk>": 0, "</s>": 1, "word1": 65_535, "word2": 65_536, "word3": 151_642}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    large = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "word1 word2 word3"}])
+    prepare(data_of({"path": path}), SEQ, large, tmp_path / "out")
+    [batch] = read_rows(tmp_path / "out", 1)
+    assert batch.input_ids.tolist() == [[65_535, 65_536, 151_642]] and batch.labels.tolist() == [[65_536, 151_642, 1]]
 
 
 def test_the_bench_measures_every_part():

@@ -83,7 +83,10 @@ def prepare(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBa
     reused = manifest is not None and manifest["plan"] == plan
     if not reused:
         _start(folder, plan, named=data.prepared is not None)
-        _make_all(Maker(data.train, seq_length, data.on_bad_row, tokenizer, folder / SHARDS), chunks, data.workers)
+        largest = max(tokenizer.get_vocab().values())
+        maker = Maker(data.train, seq_length, data.on_bad_row, tokenizer, "uint16" if largest < 1 << 16 else "uint32",
+                      folder / SHARDS)
+        _make_all(maker, chunks, data.workers)
         manifest = _manifest(folder, plan, chunks, data)
         write_json(folder / MANIFEST, manifest)
         for leftover in (folder / SHARDS).iterdir():      # locks, and what killed jobs had begun

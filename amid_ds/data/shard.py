@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -67,6 +67,7 @@ class Maker:
     seq_length: int
     on_bad_row: str
     tokenizer: PreTrainedTokenizerBase
+    token_dtype: Literal["uint16", "uint32"]
     folder: Path
     stop: Any = None                # an event that, once set, ends the work between two batches of texts
 
@@ -92,7 +93,7 @@ class Maker:
         else:
             rows = pack_turns(documents, self.seq_length, source.truncate, counts)
         temporary = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
-        write_rows(temporary, rows, np.uint16 if len(self.tokenizer) <= 1 << 16 else np.uint32, counts)
+        write_rows(temporary, rows, np.dtype(self.token_dtype), counts)
         size, digest = temporary.stat().st_size, _sha256(temporary)
         os.replace(temporary, path)
         return {"source": chunk.source, **vars(counts), "bytes": size, "sha256": digest}
@@ -170,7 +171,8 @@ def _pieces(text: str) -> list[str]:
     return [*pieces, text]
 
 
-def write_rows(path: Path, rows: Iterable[Packed], dtype: Any, counts: Counts) -> None:
+def write_rows(path: Path, rows: Iterable[Packed], dtype: np.dtype[Any], counts: Counts) -> None:
+    """Write the rows as an Arrow stream, about BATCH_TOKENS at a time, and count them."""
     token_type = pa.list_(pa.from_numpy_dtype(dtype))
     schema = pa.schema([("tokens", token_type), ("learn", pa.list_(pa.int32())), ("file", pa.int32()),
                         ("line", pa.int64()), ("crc", pa.uint32())])
