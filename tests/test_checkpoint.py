@@ -65,7 +65,7 @@ def newest_name(run: Path) -> str:
     return max((path.name for path in committed(run / "checkpoints")), default="")
 
 
-def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int) -> int:
+def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int, last: str = LAST) -> int:
     """Start, kill -9 one rank or all at a random moment, start again; returns how many died inside a save.
 
     Every other kill waits for a save to begin: the hidden folder of a save is there for some milliseconds.
@@ -92,7 +92,7 @@ def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int) -> int:
             ranks.processes[rank].kill()
         ranks.wait(30)
         assert len(committed(run / "checkpoints")) >= min(2, before), "a kill has cost a committed checkpoint"
-        if newest_name(run) == LAST:
+        if newest_name(run) == last:
             break
     return inside
 
@@ -194,6 +194,21 @@ def test_damage_is_found(how, uninterrupted, tmp_path):
     assert damage(checkpoint) is not None
     if "manifest" not in how:      # ranks share the reading: one of them finds it
         assert [damage(checkpoint, rank, 3) is not None for rank in range(3)].count(True) >= 1
+
+
+@pytest.mark.slow
+def test_soak_of_a_hundred_kills(folder, tmp_path):
+    run, kills, inside = tmp_path / "run", 0, 0
+    whole = tmp_path / "whole"
+    small.run(2, "train", recipe_for(folder, whole, train__steps=2000, checkpoint__every=2), timeout=1200)
+    recipe = recipe_for(folder, run, train__steps=2000, checkpoint__every=2)
+    while kills < 100:
+        inside += kill_and_resume(recipe, run, 10, seed=kills, last="step_00002000")
+        kills += 10
+        assert newest_name(run) < "step_00002000", "the run ended before its last kill: give it more steps"
+    small.run(2, "train", recipe, timeout=1200)
+    assert comparable(run) == comparable(whole)
+    print(f"{kills} kills, {inside} of them inside a save")
 
 
 def continued(uninterrupted: Path, folder: Path, run: Path, **changes) -> Path:
