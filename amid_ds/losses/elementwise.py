@@ -191,6 +191,11 @@ def tiling(device: torch.device) -> tuple[int, int]:
     return 4 * elements * TEMPORARIES * (torch.get_num_threads() if cpu else 1), elements // 64
 
 
+def product_elements(device: torch.device) -> int:
+    """Elements of a matrix product that is made in low precision before it is added to an fp32 sum."""
+    return 16 * TILE_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
+
+
 def _each_tile(block: Block, visit: Callable[[slice], T]) -> list[T]:
     """Visit the tiles of the vocabulary, on a CPU each tile by one of as many threads as torch has been given.
 

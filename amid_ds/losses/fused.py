@@ -109,7 +109,9 @@ def linear_amid_loss(
 
     Replaces `naive_loss(student_hidden @ W_sᵀ, teacher_hidden @ W_tᵀ, objective)` and `F.cross_entropy` on the same
     (untempered) student logits. The gradient reaches student_hidden, weight and bias, in their dtypes; the teacher has
-    none. kd [N] and ce [N] (None without labels) are detached, fp32 (fp64 where an input is).
+    none, and the weights count as constants. kd [N] and ce [N] (None without labels) are detached, fp32 (fp64 where an
+    input is). The logits' gradient is held in the inputs' dtype between the products, as autograd does: with fp16 keep
+    token_weights where that does not underflow, for a scale on the loss comes too late.
     Plain training: with kd_weight=0 the teacher's hidden states and head may both be None (then so may the objective,
     which is not read, and kd is None).
     With a shard both heads hold the rows [start, stop), and the hidden states, weights and labels are the same on every
@@ -287,8 +289,6 @@ def _logits(inputs: Tensor, head: LMHead, valid: int, space: Tensor) -> Logits:
 class _Gradients:
     """The sums over blocks of the gradients of hidden, weight and bias, in the arithmetic's dtype."""
 
-    TILE = 1 << 22                     # elements of a product that is made in low precision before it is added
-
     def __init__(self, hidden: Tensor, head: LMHead, valid: int, dtype: torch.dtype, wants: tuple[bool, ...]) -> None:
         self.weight = head.weight.detach()[:valid]
         self.valid, self.first = valid, True
@@ -326,7 +326,7 @@ class _Gradients:
         if total.dtype == a.dtype:
             total.addmm_(a, b, beta=beta)
             return
-        step = max(1, self.TILE // b.shape[1])
+        step = max(1, elementwise.product_elements(total.device) // b.shape[1])
         for start in range(0, total.shape[0], step):
             part = torch.mm(a[start:start + step], b)
             total[start:start + step] = part if beta == 0 else total[start:start + step].add_(part)
@@ -359,8 +359,9 @@ def _tokens_per_block(place: _Place, models: list[Tensor], workspace_bytes: int 
     if budget <= 0:
         raise InputError(f"workspace_bytes={budget}", "a number of bytes above 0", "leave it out for the default")
     tiles, most = elementwise.tiling(device)
+    products = 2 * elementwise.product_elements(device)
     per_token = max(1, place.widest) * sum(model.element_size() for model in models)
-    return min(most, max(1, (budget - tiles) // per_token))
+    return min(most, max(1, (budget - tiles - products) // per_token))
 
 
 def _placement(rows: dict[str, int], vocab_size: int | None, shard: VocabShard | None, tokens: int,
