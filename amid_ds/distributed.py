@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from amid_ds.errors import InputError, TrainingError
+from amid_ds.errors import InputError, Stopped, TrainingError
 
 T = TypeVar("T")
 
@@ -37,6 +39,8 @@ class World:
     device: torch.device
     tp_size: int = 1
     tp_group: dist.ProcessGroup | None = None      # None: nobody to share with
+    agreement: dist.ProcessGroup | None = None     # all ranks, apart from the group that training's collectives use
+    failures: Failures | None = None               # None: nobody to tell
 
     @property
     def is_main(self) -> bool:
@@ -72,21 +76,29 @@ class World:
     def gather(self, value: T) -> list[T]:
         """Every rank's `value` (anything that pickles), by rank. One collective of objects: for set-up, not steps."""
         everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, value)
+        dist.all_gather_object(everyone, value, group=self.agreement)
         return everyone
 
     def barrier(self) -> None:
         self.gather(None)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Run `work` on every rank; if it raises on any, raise on all what the lowest rank raised."""
+        """Run `work` on every rank; if it raises on any, raise on all what the lowest rank raised.
+
+        A rank that fails between two collectives of `work` leaves the others in the second: `failures` ends those.
+        """
         result, error = None, None
         try:
             result = work()
         except Exception as caught:
             error = caught
         own = error if error is None or isinstance(error, (InputError, TrainingError)) else _foreign(self.rank, error)
-        for found in self.gather(own):
+        if own is not None and self.failures is not None:
+            self.failures.tell(str(own))
+        everyone = self.gather(own)
+        if own is not None and self.failures is not None:
+            self.failures.take_back()
+        for found in everyone:
             if found is not None:
                 raise found from error
         return result   # type: ignore[return-value]
@@ -95,6 +107,44 @@ class World:
         """Run `work` on rank 0 alone, tell everyone its result. An error there is raised on every rank."""
         result = self.together(lambda: work() if self.is_main else None)
         return self.gather(result)[0]   # type: ignore[return-value]
+
+
+class Failures:
+    """Ends a rank that waits, in a collective that cannot complete, for a rank that has failed.
+
+    A failed rank says so in the rendezvous store, which works while collectives do not. Every rank looks there now and
+    then, from a thread; one that has not come to its own end GRACE_S later is ended, with exit status 1.
+    """
+
+    LOOK_EVERY_S = 2.0
+    GRACE_S = 15.0
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        self.store, self.rank = dist.PrefixStore("amid_ds", store), rank
+        self.left = threading.Event()
+        threading.Thread(target=self._watch, name="failures", daemon=True).start()
+
+    def tell(self, message: str) -> None:
+        with contextlib.suppress(RuntimeError):      # rank 0 holds the store: it may be gone
+            self.store.set("failed", message.splitlines()[0])
+
+    def take_back(self) -> None:
+        """Every rank has heard of it: nobody is left waiting."""
+        with contextlib.suppress(RuntimeError):
+            self.store.delete_key("failed")
+
+    def _watch(self) -> None:
+        while not self.left.wait(self.LOOK_EVERY_S):
+            if self._message() is not None and not self.left.wait(self.GRACE_S) and (message := self._message()):
+                print(f"amid-ds: rank {self.rank} ends, it was waiting for a rank that failed: {message}",
+                      file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _message(self) -> str | None:
+        try:
+            return self.store.get("failed").decode() if self.store.check(["failed"]) else None
+        except RuntimeError:
+            return "rank 0 is gone"
 
 
 def _foreign(rank: int, error: Exception) -> TrainingError:
@@ -145,15 +195,23 @@ def joined(timeout_s: float) -> Iterator[World]:
         _share_cores(size)
     # MPI's or a lone process's variables are set for whoever asks the environment later, DeepSpeed above all.
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=size,
-                            timeout=timedelta(seconds=timeout_s),
-                            store=dist.HashStore() if size == 1 else None,
-                            init_method=None if size == 1 else "env://")
+    timeout = timedelta(seconds=timeout_s)
+    store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=size, timeout=timeout,
+                            store=store)
+    agreement = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+    failures = Failures(store, rank) if size > 1 else None
     try:
-        yield World(rank, size, local_rank, device)
+        yield World(rank, size, local_rank, device, agreement=agreement, failures=failures)
+    except Exception as error:
+        if failures is not None and not isinstance(error, (InputError, TrainingError, Stopped)):   # those are agreed on
+            failures.tell(f"rank {rank}: {type(error).__name__}: {error}")
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+        if failures is not None:
+            failures.left.set()
 
 
 def _share_cores(size: int) -> None:

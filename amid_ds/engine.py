@@ -13,7 +13,8 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -191,12 +192,23 @@ def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_
     for values in optimizer.state.values():
         values["step"].zero_()
     if stage_of(config) == 3:
+        for held in distiller.parameters():
+            held.all_gather_coalesced = partial(_gather_in_order, held.all_gather_coalesced)   # type: ignore
         # The student's head is read by FusedHead, not by the module that owns it: tell ZeRO-3's hooks.
         head = head_of(student)
         for parameter in (head.weight, head.bias):
             if parameter is not None:
                 deepspeed.zero.register_external_parameter(distiller.head, parameter)
     return engine
+
+
+def _gather_in_order(gather: Callable[..., Any], parameters: Iterable[Any], **options: Any) -> Any:
+    """DeepSpeed's gather of several parameters, its groups of ranks in the same order on every rank.
+
+    Under tensor parallelism parameters lie over two groups (all ranks, the data-parallel ones). DeepSpeed takes the
+    groups in the order of a Python set, that is of addresses, and NCCL may wait for ever where ranks differ in it.
+    """
+    return gather(sorted(parameters, key=lambda parameter: parameter.ds_id), **options)
 
 
 def _autotp(distiller: Distiller, world: World) -> dict[str, Any]:

@@ -16,3 +16,7 @@ class InputError(ValueError):
 
 class TrainingError(RuntimeError):
     """The run cannot go on (a NaN, a damaged checkpoint): exit status 1, one message, no traceback."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop and did so in good order: exit status 75, start it again to go on."""

@@ -30,7 +30,7 @@ from amid_ds.data import (
 )
 from amid_ds.distiller import Distiller
 from amid_ds.distributed import World, joined
-from amid_ds.errors import InputError, TrainingError
+from amid_ds.errors import InputError, Stopped, TrainingError
 from amid_ds.losses import AMiD
 from amid_ds.metrics import RunLog, write_atomically
 from amid_ds.provenance import model_hash, prepared_hash, provenance
@@ -41,10 +41,6 @@ TEACHER_TOKENS_PER_PASS = 16384
 # What may differ between the lives of a run, because it does not change what is learnt.
 MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared", "train.log_every",
               "train.hang_timeout", "train.max_hours", "train.micro_batch_size", "student.activation_checkpointing")
-
-
-class Stopped(Exception):
-    """The run was asked to stop and did so in good order: exit status 75, start it again to go on."""
 
 
 @dataclass(frozen=True)

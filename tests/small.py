@@ -142,13 +142,13 @@ _forks.set_forkserver_preload(["warm"])
 class Ranks:
     """`amid-ds ARGUMENTS` on `size` ranks: real processes, joined by gloo, that share the fork server's imports."""
 
-    def __init__(self, size: int, *arguments: object, changes: dict[str, str] | None = None) -> None:
+    def __init__(self, size: int, *arguments: object, changes: dict[str, str] | None = None, be=None) -> None:
         self.folder = tempfile.TemporaryDirectory()
         rendezvous = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
                       **(changes or {})}
         argv = [str(argument) for argument in arguments]
         self.processes = [
-            _forks.Process(target=_be_a_rank, args=(argv, {**rendezvous, "RANK": str(r), "LOCAL_RANK": str(r)},
+            _forks.Process(target=be or be_a_rank, args=(argv, {**rendezvous, "RANK": str(r), "LOCAL_RANK": str(r)},
                                                     str(self._log(r))), daemon=True) for r in range(size)]
         for process in self.processes:
             process.start()
@@ -176,7 +176,7 @@ class Ranks:
         return statuses
 
 
-def _be_a_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+def be_a_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     os.setsid()
     descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
