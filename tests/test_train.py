@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -209,3 +210,23 @@ def test_a_nan_stops_the_run_with_step_rank_and_rows_named_and_no_step_taken(lla
     message = done.stderr[done.stderr.index("amid-ds: "):]
     assert "the loss of step 1 is nan" in message and "rank" in message and "rows.jsonl" in message
     assert not (tmp_path / "run" / "metrics.jsonl").read_text() and not (tmp_path / "run" / "checkpoints").exists()
+
+
+LAUNCHERS = {
+    "torchrun": ["torchrun", "--nproc_per_node=2", "--master_port=PORT", "-m", "amid_ds"],
+    "mpirun": ["mpiexec", "-n", "2", "python", "-m", "amid_ds"],      # ranks discovered through mpi4py
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_other_launchers_start_the_same_training(launcher, llama_pair, data, tmp_path):
+    recipe = small.make_recipe(tmp_path / "r.yaml", *llama_pair, data, tmp_path / "run", train__steps=2)
+    small.run(2, "train", recipe, f"output_dir={tmp_path / 'ours'}")
+    program, *arguments = [part.replace("PORT", str(small.free_port())) for part in LAUNCHERS[launcher]]
+    arguments = [str(small.BIN / part) if part == "python" else part for part in arguments]
+    clean = {k: v for k, v in small.environment().items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([str(small.BIN / program), *arguments, "train", str(recipe)], env=clean, capture_output=True,
+                          text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 rank(s)" in done.stdout
+    assert comparable(tmp_path / "run") == comparable(tmp_path / "ours")
