@@ -10,16 +10,17 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet
 
 from amid_ds.errors import InputError
 
+T = TypeVar("T")
 LINES, TEXT, PARQUET, ARROW = (".jsonl", ".ndjson", ".json"), (".txt",), (".parquet",), (".arrow",)
 COMPRESSED = {".gz": "gzip", ".zst": "zstd"}         # of line and text files
 KINDS = (*LINES, *TEXT, *PARQUET, *ARROW)
@@ -233,3 +234,17 @@ def type_name(value: Any) -> str:
     """What a value of JSON or of a table is called to the user."""
     names = {dict: "an object", list: "a list", bool: "true or false", int: "a number", float: "a number", str: "text"}
     return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def by_size(items: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Lists of items, each of at least `limit` in all, but for the last."""
+    batch: list[T] = []
+    size = 0
+    for item in items:
+        batch.append(item)
+        size += size_of(item)
+        if size >= limit:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

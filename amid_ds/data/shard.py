@@ -14,10 +14,10 @@ import itertools
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from amid_ds import config
 from amid_ds.data.chat import Segment
 from amid_ds.data.chat import segments as conversation
 from amid_ds.data.pack import Counts, Document, Packed, pack_text, pack_turns
-from amid_ds.data.readers import PIECE_BYTES, Row, Span
+from amid_ds.data.readers import PIECE_BYTES, Row, Span, by_size
 from amid_ds.data.sources import bad_row, name_of, read_span, shards_of
 from amid_ds.data.tokenizer import document_front, encode, end_of_text
 from amid_ds.errors import InputError
@@ -35,7 +35,6 @@ from amid_ds.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
 SHOWN = 10                          # that many skipped rows are named
 MIN_CHUNK, MAX_CHUNK, CHUNKS = 1 << 20, 64 << 20, 64      # bytes of input per shard; a source has about 64 and more
 BATCH_CHARACTERS = 1 << 18          # handed to the tokenizer at once
@@ -100,7 +99,7 @@ class Maker:
 
     def _encoded(self, documents: Iterator[Document]) -> Iterator[Document]:
         """The documents with their texts as ids, encoded many at a time."""
-        for batch in _by_size(documents, Document.__len__, BATCH_CHARACTERS):
+        for batch in by_size(documents, Document.__len__, BATCH_CHARACTERS):
             if self.stop is not None and self.stop.is_set():
                 raise KeyboardInterrupt
             pieces = [_pieces(text) for document in batch for text, _ in document.segments if isinstance(text, str)]
@@ -111,7 +110,7 @@ class Maker:
                                                   for text, learn in document.segments])
 
     def _ids(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        for batch in _by_size(texts, len, BATCH_CHARACTERS):
+        for batch in by_size(texts, len, BATCH_CHARACTERS):
             yield from encode(self.tokenizer, batch)
 
     def _documents(self, chunk: Chunk, source: config.Source, counts: Counts) -> Iterator[Document]:
@@ -177,7 +176,7 @@ def write_rows(path: Path, rows: Iterable[Packed], dtype: np.dtype[Any], counts:
     schema = pa.schema([("tokens", token_type), ("learn", pa.list_(pa.int32())), ("file", pa.int32()),
                         ("line", pa.int64()), ("crc", pa.uint32())])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in _by_size(rows, lambda row: len(row.tokens), BATCH_TOKENS):
+        for batch in by_size(rows, lambda row: len(row.tokens), BATCH_TOKENS):
             counts.rows += len(batch)
             tokens = [np.array(row.tokens, dtype) for row in batch]
             learn = [np.array(row.learn, np.int32) for row in batch]
@@ -203,20 +202,6 @@ def checksum(tokens: NDArray[Any], learn: NDArray[np.int32]) -> int:
 def _list_array(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)))
-
-
-def _by_size(items: Iterable[T], size_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Lists of items, each of at least `limit` in all, but for the last."""
-    batch: list[T] = []
-    size = 0
-    for item in items:
-        batch.append(item)
-        size += size_of(item)
-        if size >= limit:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 @contextlib.contextmanager

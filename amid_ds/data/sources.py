@@ -18,7 +18,20 @@ from pathlib import Path
 from typing import Any
 
 from amid_ds import config
-from amid_ds.data.readers import COMPRESSED, KINDS, TEXT, Row, Span, cut, kind_of, place, read, rows_before, type_name
+from amid_ds.data.readers import (
+    COMPRESSED,
+    KINDS,
+    TEXT,
+    Row,
+    Span,
+    by_size,
+    cut,
+    kind_of,
+    place,
+    read,
+    rows_before,
+    type_name,
+)
 from amid_ds.errors import InputError
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -67,14 +80,8 @@ def identity(source: config.Source, files: Sequence[str]) -> list[list[Any]]:
 
 def shards_of(files: Sequence[str], target: int) -> Iterator[list[Span]]:
     """The files cut into spans and gathered into lists of about `target` bytes, in order; each list is one shard."""
-    gathered: list[Span] = []
-    for span in itertools.chain.from_iterable(cut(number, path, target) for number, path in enumerate(files)):
-        gathered.append(span)
-        if sum(span.size for span in gathered) >= target:
-            yield gathered
-            gathered = []
-    if gathered:
-        yield gathered
+    spans = itertools.chain.from_iterable(cut(number, path, target) for number, path in enumerate(files))
+    return by_size(spans, lambda span: span.size, target)
 
 
 def read_span(span: Span, source: config.Source) -> Iterator[Row]:
