@@ -22,10 +22,12 @@ OBJECTIVES = [AMiD(-5.0, 0.3, order="rp"), AMiD(0.5, 0.3, order={"pr": 0.5, "qr"
 
 MUTATIONS = {
     "drop log Z's gradient": (elementwise, "gradient -= w_r.mul_(sum_a)", "pass"),
-    "swap p and q": (elementwise, 'log = {"p": log_p, "q": log_q', 'log = {"p": log_q, "q": log_p'),
+    "swap p and q": (elementwise,
+                     'of = {"p": LogProbs(log_p), "q": LogProbs(log_q)',
+                     'of = {"p": LogProbs(log_q), "q": LogProbs(log_p)'),
     "skip a tile": (elementwise, "for start in range(0, width, step)]", "for start in range(step, width, step)]"),
-    "forget the softmax's gradient": (elementwise, "gradient = log_q.exp() * (sum_a * sum_w_r - sum_x)",
-                                      "gradient = log_q.exp() * 0"),
+    "forget the softmax's gradient": (elementwise, "gradient = q.p * (sum_a * sum_w_r - sum_x)",
+                                      "gradient = q.p * 0"),
     "forget the assistant's normaliser": (elementwise, "log_r = normalised(log_r, block.log_assistant)", "pass"),
     "take the teacher's share for the student's": (elementwise, "odds = log_rest - log_lam - x",
                                                    "odds = log_lam - log_rest - x"),

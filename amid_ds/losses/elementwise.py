@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amid_ds.losses.block import Block, needs_normaliser, normalised
-from amid_ds.losses.objective import AMiD
+from amid_ds.losses.objective import AMiD, LogProbs
 from amid_ds.vocab_parallel import VocabShard, joined
 
 T = TypeVar("T")
@@ -61,8 +61,8 @@ def _log_assistant_normaliser(block: Block) -> Tensor:
 def _sums(block: Block) -> Tensor:
     """[4, n] local ΣD, ΣA, Σ(wA + B), Σwr."""
     def visit(columns: slice) -> Tensor:
-        *terms, log_q = _terms(block, columns)
-        zero = torch.zeros_like(log_q[:, 0])
+        *terms, q = _terms(block, columns)
+        zero = torch.zeros_like(q.log[:, 0])
         return torch.stack([zero if term is None else term.sum(-1) for term in terms])
 
     empty = torch.zeros(4, block.tokens, dtype=block.dtype, device=block.device)
@@ -124,8 +124,8 @@ def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tens
     return log_r, odds.sigmoid_()
 
 
-def _terms(block: Block, columns: slice) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor]:
-    """Element by element D, A, wA + B, w r and log q; None is a zero."""
+def _terms(block: Block, columns: slice) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, LogProbs]:
+    """Element by element D, A, wA + B and w r, where None is a zero; and q."""
     objective = block.objective
     assert objective is not None
     log_p, log_q = _log_models(block, columns)
@@ -134,26 +134,26 @@ def _terms(block: Block, columns: slice) -> tuple[Tensor, Tensor | None, Tensor 
         log_r = normalised(log_r, block.log_assistant)
     if objective.detach_assistant:
         w = 0.0
-    log = {"p": log_p, "q": log_q, "r": log_r}
+    of = {"p": LogProbs(log_p), "q": LogProbs(log_q), "r": LogProbs(log_r)}
     parts: dict[str, Tensor | None] = {"value": None, "p": None, "q": None, "r": None}
     for order, weight in objective.weights:
         first, second = order[0], order[1]
-        value, d_first, d_second = objective.measure.terms(log[first], log[second])
+        value, d_first, d_second = objective.measure.terms(of[first], of[second])
         for key, term in (("value", value), (first, d_first), (second, d_second)):
             parts[key] = _plus(parts[key], term if weight == 1 else weight * term)
     d_r, pull = parts["r"], parts["q"]
     if not isinstance(w, float) or w:
         assert d_r is not None and parts["value"] is not None
-        return parts["value"], d_r, _plus(pull, d_r * w), log_r.exp() * w, log_q
-    return parts["value"], None, pull, None, log_q   # type: ignore[return-value]
+        return parts["value"], d_r, _plus(pull, d_r * w), of["r"].p * w, of["q"]
+    return parts["value"], None, pull, None, of["q"]   # type: ignore[return-value]
 
 
 def _kd_gradient(block: Block, columns: slice) -> Tensor:
     """kd_scale · (X - ΣA·w r - q·Σg) / τ with X = wA + B and Σg = ΣX - ΣA·Σwr."""
     assert block.sums is not None and block.kd_scale is not None and block.objective is not None
-    _, _, pull, w_r, log_q = _terms(block, columns)
+    _, _, pull, w_r, q = _terms(block, columns)
     _, sum_a, sum_x, sum_w_r = block.sums[..., None]
-    gradient = log_q.exp() * (sum_a * sum_w_r - sum_x)
+    gradient = q.p * (sum_a * sum_w_r - sum_x)
     if pull is not None:
         gradient += pull
     if w_r is not None:

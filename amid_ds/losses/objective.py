@@ -11,6 +11,7 @@ Note on α: the published code maps every α ≥ 1 to 1; this package follows th
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,16 +26,28 @@ Terms = tuple[Tensor, Tensor, Tensor]
 ORDERS = ("pr", "qr", "rp", "rq")
 
 
+class LogProbs:
+    """Logarithms of probabilities [n, tile], and the probabilities, made once where several formulas ask for them."""
+
+    def __init__(self, log: Tensor) -> None:
+        self.log = log
+
+    @functools.cached_property
+    def p(self) -> Tensor:
+        return self.log.exp()
+
+
 class Divergence:
     """D(a‖b) = Σ over the vocabulary of f(log a, log b).
 
     A new one is a frozen dataclass with a `name` and `terms`, decorated with `@register`; nothing else has to know it.
     `terms` may add to f anything that sums to a constant over two distributions: choose the form that cancels least.
+    It leaves a and b as they are.
     """
 
     name: ClassVar[str]
 
-    def terms(self, log_a: Tensor, log_b: Tensor) -> Terms:
+    def terms(self, a: LogProbs, b: LogProbs) -> Terms:
         """Element by element (f, ∂f/∂log a, ∂f/∂log b); the shape and dtype are the arguments'."""
         raise NotImplementedError
 
@@ -55,10 +68,9 @@ class KL(Divergence):
 
     name = "kl"
 
-    def terms(self, log_a: Tensor, log_b: Tensor) -> Terms:
-        a = log_a.exp()
-        d_b = log_b.exp() - a
-        d_a = a * (log_a - log_b)
+    def terms(self, a: LogProbs, b: LogProbs) -> Terms:
+        d_a = (a.log - b.log).mul_(a.p)
+        d_b = b.p - a.p
         return d_a + d_b, d_a, d_b
 
 
@@ -80,11 +92,11 @@ class AlphaBeta(Divergence):
             raise InputError(f"AlphaBeta(alpha={x}, beta={y})", "alpha, beta and alpha + beta different from 0",
                              "take a value near the limit, or divergence='kl', which is the limit (1, 0)")
 
-    def terms(self, log_a: Tensor, log_b: Tensor) -> Terms:
+    def terms(self, a: LogProbs, b: LogProbs) -> Terms:
         x, y = self.alpha, self.beta
-        both = (x * log_a + y * log_b).exp()
-        d_a = (((x + y) * log_a).exp() - both) / y
-        d_b = (((x + y) * log_b).exp() - both) / x
+        both = (x * a.log + y * b.log).exp()
+        d_a = (((x + y) * a.log).exp() - both) / y
+        d_b = (((x + y) * b.log).exp() - both) / x
         return (d_a + d_b) / (x + y), d_a, d_b
 
 
@@ -95,10 +107,10 @@ class TotalVariation(Divergence):
 
     name = "total_variation"
 
-    def terms(self, log_a: Tensor, log_b: Tensor) -> Terms:
-        a, b = log_a.exp(), log_b.exp()
-        half_sign = 0.5 * torch.sign(a - b)
-        return half_sign * (a - b), half_sign * a, -half_sign * b
+    def terms(self, a: LogProbs, b: LogProbs) -> Terms:
+        difference = a.p - b.p
+        half_sign = 0.5 * torch.sign(difference)
+        return half_sign * difference, half_sign * a.p, -half_sign * b.p
 
 
 @register
@@ -108,8 +120,8 @@ class SquaredHellinger(Divergence):
 
     name = "squared_hellinger"
 
-    def terms(self, log_a: Tensor, log_b: Tensor) -> Terms:
-        root_a, root_b = (0.5 * log_a).exp(), (0.5 * log_b).exp()
+    def terms(self, a: LogProbs, b: LogProbs) -> Terms:
+        root_a, root_b = (0.5 * a.log).exp(), (0.5 * b.log).exp()
         difference = root_a - root_b
         return 0.5 * difference.square(), 0.5 * root_a * difference, -0.5 * root_b * difference
 
