@@ -6,11 +6,10 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from amid_ds.distributed import launched_rank
-from amid_ds.errors import InputError, TrainingError
+from amid_ds.errors import InputError, Stopped, TrainingError, tell
 
 STOPPED = 75      # EX_TEMPFAIL: what a batch system may start again
 
@@ -18,8 +17,6 @@ STOPPED = 75      # EX_TEMPFAIL: what a batch system may start again
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     args = _parser().parse_args(argv)
-    from amid_ds.train import Stopped
-
     try:
         args.run(args)
     except InputError as error:
@@ -35,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _say(status: int, error: Exception) -> int:
     if launched_rank() == 0:      # ranks have agreed on the message before it gets here
-        print(f"amid-ds: {error}", file=sys.stderr, flush=True)
+        tell(error)
     return status
 
 

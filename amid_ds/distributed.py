@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from amid_ds.errors import InputError, Stopped, TrainingError
+from amid_ds.errors import InputError, Stopped, TrainingError, tell
 
 T = TypeVar("T")
 
@@ -102,6 +102,18 @@ class World:
             if found is not None:
                 raise found from error
         return result   # type: ignore[return-value]
+
+    def leave(self, error: InputError | TrainingError | Stopped) -> None:
+        """Say, once, what all ranks have agreed on, and wait for one another: a launcher that sees one rank end with a
+        status other than 0 kills the rest, the one that was about to say why among them."""
+        if self.is_main:
+            tell(error)
+        with contextlib.suppress(RuntimeError):      # a rank that did not agree is ended by `failures`
+            if self.failures is not None:
+                self.failures.tell(str(error))
+            self.barrier()
+            if self.failures is not None:
+                self.failures.take_back()
 
     def main_first(self, work: Callable[[], T]) -> T:
         """Run `work` on rank 0 alone, tell everyone its result. An error there is raised on every rank."""
@@ -201,10 +213,14 @@ def joined(timeout_s: float) -> Iterator[World]:
                             store=store)
     agreement = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
     failures = Failures(store, rank) if size > 1 else None
+    world = World(rank, size, local_rank, device, agreement=agreement, failures=failures)
     try:
-        yield World(rank, size, local_rank, device, agreement=agreement, failures=failures)
+        yield world
+    except (InputError, TrainingError, Stopped) as error:
+        world.leave(error)
+        raise
     except Exception as error:
-        if failures is not None and not isinstance(error, (InputError, TrainingError, Stopped)):   # those are agreed on
+        if failures is not None:
             failures.tell(f"rank {rank}: {type(error).__name__}: {error}")
         raise
     finally:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class InputError(ValueError):
     """The input is wrong: exit status 2, one message, no traceback. Every message has its three parts."""
@@ -20,3 +22,10 @@ class TrainingError(RuntimeError):
 
 class Stopped(Exception):
     """The run was asked to stop and did so in good order: exit status 75, start it again to go on."""
+
+
+def tell(error: Exception) -> None:
+    """The one message on stderr; an error that has been told is not told again on its way out."""
+    if str(error) and not getattr(error, "told", False):
+        error.told = True   # type: ignore[attr-defined]
+        print(f"amid-ds: {error}", file=sys.stderr, flush=True)
