@@ -32,7 +32,7 @@ def folder(tmp_path_factory) -> Path:
     (root / "field.jsonl").write_text('{"text": "the river"}\n{"body": "a stone"}\n')
     conflict = json.loads((Path(__file__).parent.parent / "ds_configs" / "zero3_fp32.json").read_text())
     (root / "conflict.json").write_text(json.dumps({**conflict, "train_micro_batch_size_per_gpu": 7}))
-    (root / "stage2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    (root / "stage7.json").write_text(json.dumps({"zero_optimization": {"stage": 7}}))
     (root / "not.json").write_text("{stage: 3")
     return root
 
@@ -59,7 +59,7 @@ CASES = {      # overrides -> what the message must name
     "a conflict with the DeepSpeed config": (["deepspeed=ROOT/conflict.json"],
                                              ["train_micro_batch_size_per_gpu", "7", "1 by the recipe"]),
     "dtype against the DeepSpeed config": (["student.dtype=bf16"], ["bf16.enabled: false", "student.dtype: bf16"]),
-    "a ZeRO stage that does not shard": (["deepspeed=ROOT/stage2.json"], ["stage: 2"]),
+    "a ZeRO stage that there is not": (["deepspeed=ROOT/stage7.json"], ["stage: 7"]),
     "a DeepSpeed config that is not JSON": (["deepspeed=ROOT/not.json"], ["not.json", "JSON"]),
     "a DeepSpeed config that is not there": (["deepspeed=zero9.json"], ["zero9.json", "zero3.json"]),
     "a key that later work brings to life": (["rollout={}"], ["`rollout` is not supported yet"]),
