@@ -37,7 +37,7 @@ class DataRow:
     of_tokenizer: float
 
 
-def data_bench(rounds: int = 3, megabytes: float = 8.0, threads: int = 4) -> list[DataRow]:
+def data_bench(rounds: int = 3, megabytes: float = 4.0, threads: int = 4) -> list[DataRow]:
     """The tokenizer alone, `prepare` by one process, and the loader without and with threads that read ahead."""
     with tempfile.TemporaryDirectory() as name, _one_core():
         root = Path(name)
