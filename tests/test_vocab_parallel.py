@@ -161,8 +161,9 @@ def collectives(rank: int, group: Any, objective: AMiD, teacher: bool, masked: b
 
 
 @pytest.mark.parametrize(("objective", "teacher", "per_block"), [
-    (AMiD(-5.0, 0.1), True, 3), (AMiD(-1.0, 0.5), True, 2), (AMiD(2.0, 0.0, "squared_hellinger"), True, 2),
-    (None, False, 1)], ids=["any α", "α -1", "λ 0", "cross entropy alone"])
+    (AMiD(-5.0, 0.1, "total_variation"), True, 3), (AMiD(-5.0, 0.1), True, 2), (AMiD(-1.0, 0.5), True, 2),
+    (AMiD(2.0, 0.0, "squared_hellinger"), True, 2), (None, False, 1)],
+    ids=["any α", "KL, any α", "α -1", "λ 0", "cross entropy alone"])
 def test_at_most_three_collectives_per_block_and_one_in_backward(ranks, objective, teacher, per_block):
     for forward, backward in ranks.run(2, collectives, objective, teacher, False):
         assert forward == ["all_gather"] * 3 * per_block

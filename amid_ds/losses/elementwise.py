@@ -23,7 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from amid_ds.losses.block import Block, needs_normaliser, normalised
-from amid_ds.losses.objective import AMiD, LogProbs
+from amid_ds.losses.moments import ROWS, merged, sums_of
+from amid_ds.losses.objective import KL, AMiD, LogProbs
 from amid_ds.vocab_parallel import VocabShard, joined
 
 T = TypeVar("T")
@@ -43,8 +44,50 @@ def statistics(block: Block, shard: VocabShard) -> Tensor:
     """[4, n] ΣD, ΣA, Σ(wA + B), Σwr over the whole vocabulary; `block.log_assistant` on the way where it is not 0."""
     assert block.objective is not None
     if needs_normaliser(block.objective):
+        if isinstance(block.objective.measure, KL):
+            moments = merged(shard.gather(_kl_moments(block)))
+            block.log_assistant = moments[:2]
+            return sums_of(moments, block.objective)
         block.log_assistant = shard.logsumexp(_log_assistant_normaliser(block))
     return shard.sum(_sums(block))
+
+
+def _kl_moments(block: Block) -> Tensor:
+    """[9, n] local moments (moments.py)."""
+    objective = block.objective
+    assert objective is not None
+    kappa = dict(objective.weights)
+
+    def visit(columns: slice) -> Tensor:
+        log_p, log_q = _log_models(block, columns)
+        log_r, w = mixture(log_p, log_q, objective)
+        w = 0.0 if objective.detach_assistant else w
+        rows = torch.zeros(ROWS, block.tokens, dtype=block.dtype, device=block.device)
+        rows[0] = log_r.amax(-1)
+        r = (log_r - rows[0][:, None]).exp_()
+        total = r.sum(-1)
+        rows[1] = total.log()
+        w_r = r * w
+        rows[2] = w_r.sum(-1) / total
+        for order, log_m in (("p", log_p), ("q", log_q)):
+            away, back = kappa.get(order + "r", 0.0), kappa.get("r" + order, 0.0)
+            if not away and not back:
+                continue
+            m, rise = log_m.exp(), log_r - log_m
+            rows[8] += (back - away) * m.sum(-1)
+            if back:
+                rows[3] += back * (r * rise).sum(-1) / total
+                rows[4] += back * (w_r * rise).sum(-1) / total
+            if away:
+                fall = away * (m * rise).sum(-1)
+                rows[5] -= fall
+                rows[6] -= fall if order == "q" else 0.0
+                rows[7] += away * (m * w).sum(-1)
+        return rows
+
+    empty = torch.zeros(ROWS, block.tokens, dtype=block.dtype, device=block.device)
+    empty[:2] = -math.inf
+    return merged(torch.stack(_each_tile(block, visit) or [empty]))
 
 
 def _log_assistant_normaliser(block: Block) -> Tensor:

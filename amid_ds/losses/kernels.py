@@ -19,8 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from amid_ds.losses.block import Block, needs_normaliser
+from amid_ds.losses.moments import ROWS, merged, sums_of
 from amid_ds.losses.objective import KL, AlphaBeta, AMiD, SquaredHellinger, TotalVariation
-from amid_ds.vocab_parallel import VocabShard, joined
+from amid_ds.vocab_parallel import VocabShard
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MEASURES = {KL: 0, AlphaBeta: 1, TotalVariation: 2, SquaredHellinger: 3}
@@ -48,7 +49,9 @@ def statistics(block: Block, shard: VocabShard) -> Tensor:
     assert objective is not None
     if needs_normaliser(objective):
         if isinstance(objective.measure, KL):
-            return _from_moments(block, shard.gather(_run(block, 8)), objective)
+            moments = merged(shard.gather(_run(block, ROWS)))
+            block.log_assistant = moments[:2]
+            return sums_of(moments, objective)
         block.log_assistant = shard.logsumexp(_run(block, 2))
     return shard.sum(_run(block, 4))
 
@@ -76,22 +79,6 @@ def _run(block: Block, rows: int) -> Tensor:
         HAS_ASSISTANT=block.log_assistant is not None, DETACHED=block.objective.detach_assistant,
         **_mixture(block), **_constants(block))
     return out
-
-
-def _from_moments(block: Block, moments: Tensor, objective: AMiD) -> Tensor:
-    """moments [ranks, 8, n] (see the kernel) -> the four sums over all ranks; sets `block.log_assistant`."""
-    weights = dict(objective.weights)
-    to_r = weights.get("pr", 0.0) + weights.get("qr", 0.0)
-    from_r = weights.get("rp", 0.0) + weights.get("rq", 0.0)
-    block.log_assistant = joined(moments[:, :2])
-    peak, rest = block.log_assistant
-    share = (moments[:, 0] - peak + moments[:, 1] - rest).exp()             # of each rank in Σ r̃
-    w_r, t_r, wt_r = (moments[:, 2:5] * share[:, None]).sum(0)
-    value, pull, w_models = moments[:, 5:].sum(0)
-    log_assistant = peak + rest
-    sum_a = t_r - from_r * log_assistant
-    sum_x = wt_r - from_r * log_assistant * w_r + to_r * w_r - w_models + pull + weights.get("qr", 0.0) * log_assistant
-    return torch.stack([value + to_r * log_assistant + sum_a, sum_a, sum_x, w_r])
 
 
 def _models(block: Block) -> tuple[Any, ...]:
@@ -291,9 +278,7 @@ def _statistics_kernel(student, student_stride, teacher, teacher_stride, log_p_n
                        ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """out [ROWS, n] over this shard's columns, r̃ summed against its running maximum.
 
-    2: log Σ r̃, its peak and the rest.   4: ΣD, ΣA, Σ(wA + B), Σwr.   8, of KL, with ℓ = log r̃ and
-    T = rp (ℓ - log p) + rq (ℓ - log q): log Σ r̃, its peak and the rest; the means over r of w, T
-    and wT; Σ pr p (log p - ℓ) + qr q (log q - ℓ); Σ qr q (log q - ℓ); Σ w (pr p + qr q).
+    2: log Σ r̃, its peak and the rest.   4: ΣD, ΣA, Σ(wA + B), Σwr.   9: the moments of KL (moments.py).
     """
     row = tl.program_id(0).to(tl.int64)
     peak_p = tl.load(log_p_norm + row)
@@ -313,6 +298,7 @@ def _statistics_kernel(student, student_stride, teacher, teacher_stride, log_p_n
     s4 = tl.zeros((BLOCK,), tl.float32)
     s5 = tl.zeros((BLOCK,), tl.float32)
     s6 = tl.zeros((BLOCK,), tl.float32)
+    s7 = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
@@ -336,18 +322,20 @@ def _statistics_kernel(student, student_stride, teacher, teacher_stride, log_p_n
             peak = new
             r = tl.where(mask, tl.exp(tl.where(mask, log_r, new) - new), 0.0)
             s0 = s0 * rescale + r
-            if ROWS == 8:
+            if ROWS == 9:
                 s1 = s1 * rescale + r * w
                 if RP or RQ:
                     t = rp * (log_r - log_p) + rq * (log_r - log_q)
                     s2 = s2 * rescale + r * t
                     s3 = s3 * rescale + r * w * t
-                if PR:
+                if PR or RP:
                     p = tl.where(mask, tl.exp(log_p), 0.0)
                     s4 += pr * p * (log_p - log_r)
                     s6 += pr * p * w
-                if QR:
+                    s7 += (rp - pr) * p
+                if QR or RQ:
                     q = tl.where(mask, tl.exp(log_q), 0.0)
+                    s7 += (rq - qr) * q
                     s4 += qr * q * (log_q - log_r)
                     s5 += qr * q * (log_q - log_r)
                     s6 += qr * q * w
@@ -360,7 +348,7 @@ def _statistics_kernel(student, student_stride, teacher, teacher_stride, log_p_n
         total = tl.sum(s0, 0)
         tl.store(out + row, peak)
         tl.store(out + tokens + row, tl.log(total))
-        if ROWS == 8:
+        if ROWS == 9:
             total = tl.where(total > 0, total, 1.0)    # a shard without columns has no share in the means
             tl.store(out + 2 * tokens + row, tl.sum(s1, 0) / total)
             tl.store(out + 3 * tokens + row, tl.sum(s2, 0) / total)
@@ -368,6 +356,7 @@ def _statistics_kernel(student, student_stride, teacher, teacher_stride, log_p_n
             tl.store(out + 5 * tokens + row, tl.sum(s4, 0))
             tl.store(out + 6 * tokens + row, tl.sum(s5, 0))
             tl.store(out + 7 * tokens + row, tl.sum(s6, 0))
+            tl.store(out + 8 * tokens + row, tl.sum(s7, 0))
 
 
 @triton.jit
