@@ -16,7 +16,7 @@ from test_losses_fused import Problem
 from torch import Tensor
 
 from amid_ds import AMiD, VocabShard, amid_loss
-from amid_ds.losses import elementwise, fused
+from amid_ds.losses import elementwise, fused, moments
 
 OBJECTIVES = [AMiD(-5.0, 0.3, order="rp"), AMiD(0.5, 0.3, order={"pr": 0.5, "qr": 0.5}), AMiD(2.0, 0.6, order="rq")]
 
@@ -102,12 +102,14 @@ def test_a_forgotten_shards_sum_is_noticed(monkeypatch):
         shard._widest.extend([9, 18])
         return amid_loss(student, teacher, objective, shard=shard)
 
-    for objective, exchanges in ((OBJECTIVES[0], ["logsumexp", "gather"]),
+    forgotten = {"logsumexp": (Doubled, "logsumexp", lambda self, local: local),
+                 "sum": (Doubled, "sum", lambda self, local: local),
+                 "moments": (elementwise, "merged", lambda parts: moments.merged(parts[:1]))}
+    for objective, exchanges in ((OBJECTIVES[0], ["logsumexp", "moments"]),
                                  (AMiD(2.0, 0.6, "squared_hellinger"), ["logsumexp", "sum"])):
         whole = amid_loss(student.repeat(1, 2), teacher.repeat(1, 2), objective)
         torch.testing.assert_close(sharded(objective), whole)
         for name in exchanges:
-            forgetful = {"gather": lambda self, local: local[None]}.get(name, lambda self, local: local)
             with monkeypatch.context() as patch:
-                patch.setattr(Doubled, name, forgetful)
+                patch.setattr(*forgotten[name])
                 assert not torch.allclose(sharded(objective), whole, rtol=1e-3), name

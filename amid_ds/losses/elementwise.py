@@ -85,9 +85,12 @@ def _kl_moments(block: Block) -> Tensor:
                 rows[7] += away * (m * w).sum(-1)
         return rows
 
+    parts = _each_tile(block, visit)
+    if parts:
+        return merged(torch.stack(parts))
     empty = torch.zeros(ROWS, block.tokens, dtype=block.dtype, device=block.device)
     empty[:2] = -math.inf
-    return merged(torch.stack(_each_tile(block, visit) or [empty]))
+    return empty
 
 
 def _log_assistant_normaliser(block: Block) -> Tensor:
