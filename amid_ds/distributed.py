@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -104,13 +105,18 @@ class World:
         return result   # type: ignore[return-value]
 
     def leave(self, error: InputError | TrainingError | Stopped) -> None:
-        """Say, once, what all ranks have agreed on, and wait for one another: a launcher that sees one rank end with a
-        status other than 0 kills the rest, the one that was about to say why among them."""
+        """Say, once, what all ranks have agreed on, and leave together.
+
+        A launcher that sees one rank end with a status other than 0 kills the rest: the one that was about to say why
+        must not be among them, nor may a rank that is on its way out die of SIGTERM, which would hide its status.
+        """
         if self.is_main:
             tell(error)
+        if self.size > 1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with contextlib.suppress(RuntimeError):      # a rank that did not agree is ended by `failures`
             if self.failures is not None:
-                self.failures.tell(str(error))
+                self.failures.tell(str(error) or type(error).__name__)
             self.barrier()
             if self.failures is not None:
                 self.failures.take_back()
