@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from amid_ds.config import DivergenceSpec, Dtype, Loss, Recipe
-from amid_ds.distiller import Distiller, check_head, head_of
+from amid_ds.distiller import Distiller, body_of, check_head, head_of
 from amid_ds.distributed import World
 from amid_ds.errors import InputError
 from amid_ds.losses import AlphaBeta, AMiD, preset
@@ -266,6 +266,30 @@ def model_config(model: str, revision: str | None = None) -> Any:
         raise InputError(f"no model can be read from {model!r}: {first_line}",
                          "a folder with config.json and weights, or the id of a model on the hub",
                          "check the path; relative paths start where the command is run") from None
+
+
+def refuse_unfit(model: str, revision: str | None = None) -> None:
+    """Raise InputError for a model that the one engine or the fused head cannot take. Judged without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = model_config(model, revision)
+    problem = None
+    if getattr(config, "quantization_config", None) is not None:
+        problem = "its weights are quantized"
+    else:
+        try:
+            with torch.device("meta"):
+                shell = AutoModelForCausalLM.from_config(config)
+        except (ValueError, ImportError, KeyError) as error:
+            problem = str(error).strip().splitlines()[0][:200]
+        else:
+            head = shell.get_output_embeddings()
+            if not isinstance(head, nn.Linear) or body_of(shell) is shell:
+                problem = f"{type(shell).__name__} is not a body with one linear head"
+    if problem is not None:
+        raise InputError(f"the model {model} (model_type {config.model_type}) cannot be distilled here: {problem}",
+                         "a causal language model of transformers: a body, a linear head, weights in bf16 or fp32",
+                         "choose such a model, or save this one's weights unquantized with save_pretrained")
 
 
 def checkpoint_dtype(model: str, revision: str | None) -> torch.dtype:

@@ -109,6 +109,9 @@ def check(recipe: Recipe, ranks: int) -> Job:
         widths[f"teacher {recipe.teacher.model}"] = teacher.vocab_size
         require_same_tokenizer(tokenizer, load_tokenizer(recipe.teacher.model, recipe.teacher.revision),
                                recipe.student.model, recipe.teacher.model)
+    engine.refuse_unfit(recipe.student.model, recipe.student.revision)
+    if recipe.teacher is not None:
+        engine.refuse_unfit(recipe.teacher.model, recipe.teacher.revision)
     for name, width in widths.items():
         if width < len(tokenizer):
             raise InputError(f"the {name} has a vocabulary of {width}, the tokenizer of {len(tokenizer)}",

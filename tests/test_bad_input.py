@@ -11,10 +11,13 @@ import pytest
 import small
 import torch
 import yaml
+from transformers import T5Config
 
 from amid_ds.cli import main
+from amid_ds.config import load_recipe
 from amid_ds.distiller import check_head
 from amid_ds.errors import InputError
+from amid_ds.train import check
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +36,15 @@ def folder(tmp_path_factory) -> Path:
     conflict = json.loads((Path(__file__).parent.parent / "ds_configs" / "zero3_fp32.json").read_text())
     (root / "conflict.json").write_text(json.dumps({**conflict, "train_micro_batch_size_per_gpu": 7}))
     (root / "stage7.json").write_text(json.dumps({"zero_optimization": {"stage": 7}}))
+    for stage in (0, 2):
+        (root / f"bf16_{stage}.json").write_text(json.dumps({"bf16": {"enabled": True},
+                                                             "zero_optimization": {"stage": stage}}))
+    small.make_model(root / "quantized", "llama", 1)
+    config = json.loads((root / "quantized" / "config.json").read_text())
+    (root / "quantized" / "config.json").write_text(
+        json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}))
+    small.make_tokenizer(root / "encoder")
+    T5Config(vocab_size=40, d_model=16, num_layers=1, num_heads=2).save_pretrained(root / "encoder")
     (root / "not.json").write_text("{stage: 3")
     return root
 
@@ -59,7 +71,11 @@ CASES = {      # overrides -> what the message must name
     "a conflict with the DeepSpeed config": (["deepspeed=ROOT/conflict.json"],
                                              ["train_micro_batch_size_per_gpu", "7", "1 by the recipe"]),
     "dtype against the DeepSpeed config": (["student.dtype=bf16"], ["bf16.enabled: false", "student.dtype: bf16"]),
-    "a ZeRO stage that there is not": (["deepspeed=ROOT/stage7.json"], ["stage: 7"]),
+    "a ZeRO stage that there is not": (["deepspeed=ROOT/stage7.json"], ["stage: 7", "0 to 3"]),
+    "an fp32 teacher below stage 3 in bf16": (["deepspeed=ROOT/bf16_2.json"], ["stage: 2", "teacher.dtype: bf16"]),
+    "tensor_parallel that does not divide the ranks": (["tensor_parallel=2"], ["tensor_parallel 2 on 1 rank(s)"]),
+    "quantized weights": (["teacher.model=ROOT/quantized"], ["quantized", "unquantized"]),
+    "a model that is not a causal one": (["student.model=ROOT/encoder"], ["encoder", "t5", "causal"]),
     "a DeepSpeed config that is not JSON": (["deepspeed=ROOT/not.json"], ["not.json", "JSON"]),
     "a DeepSpeed config that is not there": (["deepspeed=zero9.json"], ["zero9.json", "zero3.json"]),
     "a key that later work brings to life": (["rollout={}"], ["`rollout` is not supported yet"]),
@@ -83,6 +99,13 @@ def test_bad_input_is_one_message_with_found_expected_remedy(case, folder, tmp_p
     assert message.count("amid-ds: ") == 1 and "expected:" in message and "remedy:" in message
     assert "Traceback" not in message
     assert [word for word in named if word not in message] == [], message
+
+
+def test_a_stage_that_a_tensor_parallel_layout_cannot_have_is_refused(folder, tmp_path):
+    path = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "text.jsonl",
+                             tmp_path / "run", tensor_parallel=2, deepspeed=str(folder / "bf16_0.json"))
+    with pytest.raises(InputError, match="tensor_parallel: 2 needs stage 1"):
+        check(load_recipe(path), 2)
 
 
 def test_another_recipes_run_in_the_output_folder_is_refused_and_left_alone(folder, tmp_path, capsys):
