@@ -205,7 +205,7 @@ def joined(timeout_s: float) -> Iterator[World]:
     `timeout_s` is how long a collective may wait for its peers. On a clean exit the ranks leave together.
     """
     rank, size, local_rank = _discover()
-    on_gpu = torch.cuda.is_available()
+    on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"      # DeepSpeed's own switch
     device = torch.device("cuda", local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
