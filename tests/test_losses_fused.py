@@ -138,7 +138,7 @@ def test_blocks_and_tiles_of_any_size_agree(tokens, vocabulary, tile, block, obj
     torch.testing.assert_close(per_token, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_any_number_of_threads_gives_the_same_bits():
+def test_any_number_of_threads_gives_the_same_loss():
     problem = Problem(40, 997, dtype=torch.float32)
     results, threads = [], torch.get_num_threads()
     try:
@@ -152,7 +152,7 @@ def test_any_number_of_threads_gives_the_same_bits():
         torch.set_num_threads(threads)
     assert torch.get_num_threads() == threads
     for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-6)    # the products differ by threads
+        torch.testing.assert_close(result, results[0], rtol=1e-6, atol=1e-6)
 
 
 def test_leading_dimensions_and_padded_widths_of_logits():
@@ -472,7 +472,7 @@ def seen() -> Iterator[Seen]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_the_gradients_and_the_workspace_whatever_the_number_of_tokens(seen, dtype):
-    workspace, vocabulary = 8_000_000, 4000
+    workspace, vocabulary = 16_000_000, 4000
     problem = Problem(1500, vocabulary, 16, 16, dtype=dtype)
     with seen:
         problem.fused(AMiD(-5.0, 0.1), workspace_bytes=workspace).loss.backward()
@@ -486,8 +486,8 @@ def test_memory_is_the_gradients_and_the_workspace_whatever_the_number_of_tokens
 def test_without_gradients_only_the_workspace_is_taken(seen):
     problem = Problem(1500, 4000, 64, 16, dtype=torch.float32)
     with seen, torch.no_grad():
-        problem.fused(AMiD(-5.0, 0.1), workspace_bytes=6_000_000)
-    assert seen.peak <= 6_000_000 + 1500 * 8 * 40
+        problem.fused(AMiD(-5.0, 0.1), workspace_bytes=12_000_000)
+    assert seen.peak <= 12_000_000 + 1500 * 8 * 40
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

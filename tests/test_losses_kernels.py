@@ -64,7 +64,7 @@ def test_ragged_widths_and_several_blocks_of_a_row(width):
 
 @pytest.mark.parametrize(("dtype", "budget"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
 def test_low_precision_logits_are_read_exactly_and_only_the_gradient_is_rounded(dtype, budget):
-    """Twice: when it is written (the interpreter cuts bf16 off instead), and times the upstream gradient."""
+    """Twice: when it is written (the interpreter cuts bf16 off there), and when the upstream gradient comes."""
     for objective in (AMiD(-5.0, 0.1), AMiD(3.0, 0.3, "total_variation", "rq")):
         check(logits(1, 3, 300, dtype=dtype), logits(2, 3, 300, dtype=dtype), objective, budget, 2e-4)
 

@@ -28,8 +28,9 @@ from amid_ds.losses.objective import KL, AMiD, LogProbs
 from amid_ds.vocab_parallel import VocabShard, joined
 
 T = TypeVar("T")
-TILE_ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}   # of a temporary: 256 kB in fp32 on a CPU, 16 MB on a GPU
+TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}   # of the tiles under way together: 512 kB of fp32, 16 MB
 TEMPORARIES = 10                       # of a tile, alive at once
+MOST_THREADS = 8                       # beyond, tiles would be too small to be worth a thread
 
 
 def log_normalisers(block: Block) -> Tensor:
@@ -231,15 +232,17 @@ def _at_labels(block: Block, columns: slice, gradient: Tensor) -> None:
 
 
 def tiling(device: torch.device) -> tuple[int, int]:
-    """Bytes that the tiles' temporaries take at most (fp32), and the most tokens for which a tile is not too narrow."""
-    cpu = device.type == "cpu"
-    elements = TILE_ELEMENTS["cpu" if cpu else "cuda"]
-    return 4 * elements * TEMPORARIES * (torch.get_num_threads() if cpu else 1), elements // 64
+    """Bytes that the tiles' temporaries take at most (fp32), and the most tokens for which a tile is not too narrow.
+
+    The same whatever the number of threads, which ranks of a group need not have in common.
+    """
+    elements = TILE_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
+    return 4 * elements * TEMPORARIES, elements // 128
 
 
 def product_elements(device: torch.device) -> int:
     """Elements of a matrix product that is made in low precision before it is added to an fp32 sum."""
-    return 16 * TILE_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
+    return 8 * TILE_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
 
 
 def _each_tile(block: Block, visit: Callable[[slice], T]) -> list[T]:
@@ -249,10 +252,10 @@ def _each_tile(block: Block, visit: Callable[[slice], T]) -> list[T]:
     that waiting for one another costs more than they do wherever the cores are shared with anything else.
     """
     width, cpu = block.student.width, block.device.type == "cpu"
-    step = max(1, TILE_ELEMENTS["cpu" if cpu else "cuda"] // max(1, block.tokens))
+    threads = min(torch.get_num_threads(), MOST_THREADS) if cpu else 1
+    step = max(1, TILE_ELEMENTS["cpu" if cpu else "cuda"] // (threads * max(1, block.tokens)))
     tiles = [slice(start, min(start + step, width)) for start in range(0, width, step)]
-    threads = torch.get_num_threads()
-    if not cpu or threads == 1 or len(tiles) < 2:
+    if threads == 1 or len(tiles) < 2:
         return [visit(columns) for columns in tiles]
     return list(_pool(threads).map(torch.no_grad()(visit), tiles))
 
@@ -260,7 +263,7 @@ def _each_tile(block: Block, visit: Callable[[slice], T]) -> list[T]:
 @functools.lru_cache(maxsize=1)
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that run torch's operations alone, each."""
-    pool = ThreadPoolExecutor(threads, "amid_ds tile")
+    pool, before = ThreadPoolExecutor(threads, "amid_ds tile"), torch.get_num_threads()
     ready = threading.Barrier(threads)
 
     def alone() -> None:
@@ -269,7 +272,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
     for task in [pool.submit(alone) for _ in range(threads)]:
         task.result()
-    torch.set_num_threads(threads)     # so the default is put back
+    torch.set_num_threads(before)      # so the default is put back
     return pool
 
 

@@ -6,7 +6,8 @@ hidden states and the head. So the gradients are made in the forward pass, with 
 recomputation; backward only multiplies them by the scalar that arrives. The trade-off: a call that will be
 differentiated pays for its gradients at once, and has no second derivative.
 
-Memory beyond inputs and gradients: the workspace (`workspace_bytes`, by default 96 MB on a CPU and 1 GiB elsewhere),
+Memory beyond inputs and gradients: the workspace (`workspace_bytes`, by default 96 MB on a CPU and 1 GiB elsewhere;
+below 8 MB on a CPU, 240 MB elsewhere, blocks are single tokens),
 a few vectors per token, and one copy of the head's and of the hidden states' gradient in fp32 where these are of lower
 precision, because sums over blocks are made in fp32. Masked tokens are dropped before any work.
 Collectives under a shard: at most three per block, of row sums; one in backward, of the hidden states' gradient; and
@@ -183,7 +184,9 @@ class _LogitLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient, = _take(ctx)
         assert gradient is not None
-        return (gradient.mul_(upstream[:, None].to(gradient.dtype)), *[None] * 6)
+        for rows in _blocks(len(upstream), 64):    # a product with fp32 of low precision makes a temporary in fp32
+            gradient[rows].mul_(upstream[rows, None])
+        return (gradient, *[None] * 6)
 
 
 class _LinearLoss(torch.autograd.Function):
