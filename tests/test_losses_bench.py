@@ -49,7 +49,7 @@ def test_the_peak_of_a_process_is_that_of_its_largest_moment():
     threads = torch.get_num_threads()
     naive, ours = (bench._resident_peak(name, shape, threads) for name in ("naive", "amid_ds torch"))
     assert naive > 4 * logits
-    assert ours < 2.6 * logits                 # the workspace of 96 MB is 2.3 times these logits
+    assert ours < 150e6 < naive                # the workspace of 96 MB, and what libraries keep
 
 
 def test_the_table_names_every_method(small, capsys):
