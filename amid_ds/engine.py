@@ -7,6 +7,7 @@ communication. What both name must agree.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import math
@@ -167,6 +168,11 @@ def accumulation_steps(recipe: Recipe, data_parallel: int) -> int:
 
 def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_size: int, world: World) -> Any:
     """The DeepSpeedEngine around a Distiller. Collective: every rank calls it with the same recipe."""
+    with _freed_memory_given_back():
+        return _build_engine(recipe, config, objective, vocab_size, world)
+
+
+def _build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_size: int, world: World) -> Any:
     deepspeed = import_deepspeed()
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
     teacher = None
@@ -200,6 +206,23 @@ def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_
             if parameter is not None:
                 deepspeed.zero.register_external_parameter(distiller.head, parameter)
     return engine
+
+
+@contextlib.contextmanager
+def _freed_memory_given_back() -> Iterator[None]:
+    """Within it glibc maps every large block on its own, so that a freed one leaves the process at once.
+
+    Loading makes each weight whole and keeps a part of it: on glibc's heap the parts keep the holes between them alive,
+    three times the partition (measured: 964 MB for 268 MB at four ranks, 318 MB in here). Afterwards blocks come from
+    the heap again, which is faster: 32 MiB is the size up to which glibc would have gone by itself.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)      # not every C library has it
+    mmap_threshold = -3
+    mallopt(mmap_threshold, 128 << 10)
+    try:
+        yield
+    finally:
+        mallopt(mmap_threshold, 32 << 20)
 
 
 def _gather_in_order(gather: Callable[..., Any], parameters: Iterable[Any], **options: Any) -> Any:

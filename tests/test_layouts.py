@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
+import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +18,7 @@ import yaml
 from test_train import comparable, plain_loop
 from transformers import AutoModelForCausalLM
 
+from amid_ds import engine
 from amid_ds.export import export
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +117,8 @@ def test_the_packaged_configs_and_mixed_dtypes_follow_fp32(pair, data, tmp_path)
         small.run(ranks, "train", recipe, *overrides, f"output_dir={tmp_path / name}", timeout=300)
         losses[name] = [line["loss"] for line in small.metrics(tmp_path / name)]
         assert losses[name] == pytest.approx(losses["fp32"], rel=5e-3), name
-    assert len({tuple(values) for values in losses.values()}) == len(runs)      # each did what its name says
+    dtypes = ("fp32", "fp32 student, bf16 teacher", "bf16 student, fp32 teacher", "bf16, offloaded")
+    assert len({tuple(losses[name]) for name in dtypes}) == len(dtypes)      # each did what its name says
 
 
 def test_a_stopped_tensor_parallel_run_carries_on_as_if_it_had_not_been(pair, data, tmp_path):
@@ -131,3 +137,47 @@ def test_a_stopped_tensor_parallel_run_carries_on_as_if_it_had_not_been(pair, da
     assert 3 <= len(small.metrics(tmp_path / "parts")) < 30
     small.run(2, "train", parts, timeout=300)
     assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
+
+
+def measured(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """A rank that loads the models, writes down by how much its anonymous memory rose at most, and ends."""
+    from amid_ds import train
+
+    def anonymous() -> int:
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        return int(line.split()[1]) << 10
+
+    def load(*arguments: object) -> None:
+        gc.collect()
+        before, highest, loaded = anonymous(), [0], threading.Event()
+
+        def watch() -> None:
+            while not loaded.wait(0.002):
+                highest[0] = max(highest[0], anonymous())
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        real(*arguments)
+        loaded.set()
+        watcher.join()
+        Path(folder, f"rank{variables['RANK']}").write_text(str(highest[0] - before))
+        os._exit(0)
+
+    real, engine._load = engine._load, load
+    assert train.engine is engine
+    small.be_a_rank(argv, variables, log)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_loading_takes_a_rank_one_shard_file_and_its_partition(ranks, data, tmp_path):
+    model = small.make_model(tmp_path / "model", "llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
+    whole = AutoModelForCausalLM.from_pretrained(model)
+    whole.save_pretrained(model, max_shard_size="60MB")
+    (model / "model.safetensors").unlink()
+    files = sorted(path.stat().st_size for path in model.glob("*.safetensors"))
+    recipe = small.make_recipe(tmp_path / "r.yaml", model, None, data, tmp_path / "run")
+    rank = functools.partial(measured, str(tmp_path))
+    assert small.Ranks(ranks, "train", recipe, be=rank).wait(200) == [0] * ranks
+    assert len(files) > 3
+    for number in range(ranks):
+        assert int((tmp_path / f"rank{number}").read_text()) <= files[-1] + sum(files) / ranks
