@@ -472,7 +472,7 @@ def seen() -> Iterator[Seen]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_memory_is_the_gradients_and_the_workspace_whatever_the_number_of_tokens(seen, dtype):
-    workspace, vocabulary = 16_000_000, 4000
+    workspace, vocabulary = 24_000_000, 4000
     problem = Problem(1500, vocabulary, 16, 16, dtype=dtype)
     with seen:
         problem.fused(AMiD(-5.0, 0.1), workspace_bytes=workspace).loss.backward()
@@ -486,8 +486,8 @@ def test_memory_is_the_gradients_and_the_workspace_whatever_the_number_of_tokens
 def test_without_gradients_only_the_workspace_is_taken(seen):
     problem = Problem(1500, 4000, 64, 16, dtype=torch.float32)
     with seen, torch.no_grad():
-        problem.fused(AMiD(-5.0, 0.1), workspace_bytes=12_000_000)
-    assert seen.peak <= 12_000_000 + 1500 * 8 * 40
+        problem.fused(AMiD(-5.0, 0.1), workspace_bytes=20_000_000)
+    assert seen.peak <= 20_000_000 + 1500 * 8 * 40
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

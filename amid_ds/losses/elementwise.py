@@ -28,7 +28,7 @@ from amid_ds.losses.objective import KL, AMiD, LogProbs
 from amid_ds.vocab_parallel import VocabShard, joined
 
 T = TypeVar("T")
-TILE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 22}   # of the tiles under way together: 512 kB of fp32, 16 MB
+TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}   # of the tiles under way together: 1 MB of fp32, 16 MB
 TEMPORARIES = 10                       # of a tile, alive at once
 MOST_THREADS = 8                       # beyond, tiles would be too small to be worth a thread
 
@@ -237,12 +237,12 @@ def tiling(device: torch.device) -> tuple[int, int]:
     The same whatever the number of threads, which ranks of a group need not have in common.
     """
     elements = TILE_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
-    return 4 * elements * TEMPORARIES, elements // 128
+    return 4 * elements * TEMPORARIES, elements // 256
 
 
 def product_elements(device: torch.device) -> int:
     """Elements of a matrix product that is made in low precision before it is added to an fp32 sum."""
-    return 8 * TILE_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
+    return 4 * TILE_ELEMENTS["cpu" if device.type == "cpu" else "cuda"]
 
 
 def _each_tile(block: Block, visit: Callable[[slice], T]) -> list[T]:

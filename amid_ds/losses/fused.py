@@ -7,7 +7,7 @@ recomputation; backward only multiplies them by the scalar that arrives. The tra
 differentiated pays for its gradients at once, and has no second derivative.
 
 Memory beyond inputs and gradients: the workspace (`workspace_bytes`, by default 96 MB on a CPU and 1 GiB elsewhere;
-below 8 MB on a CPU, 240 MB elsewhere, blocks are single tokens),
+below 13 MB on a CPU, 210 MB elsewhere, blocks are single tokens),
 a few vectors per token, and one copy of the head's and of the hidden states' gradient in fp32 where these are of lower
 precision, because sums over blocks are made in fp32. Masked tokens are dropped before any work.
 Collectives under a shard: at most three per block, of row sums; one in backward, of the hidden states' gradient; and
