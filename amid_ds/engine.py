@@ -193,8 +193,9 @@ def _build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab
     # The loop sets the learning rate of every step. At stage 0 in bf16 DeepSpeed takes a step without gradients to make
     # Adam's state: with a rate of 0 it moves nothing, and below it is made not to count.
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=recipe.train.weight_decay)
-    engine, *_ = deepspeed.initialize(model=distiller, model_parameters=trainable, optimizer=optimizer, config=config,
-                                      dist_init_required=False)
+    with _split_layer_by_layer(distiller) if shard is not None and stage_of(config) == 3 else contextlib.nullcontext():
+        engine, *_ = deepspeed.initialize(model=distiller, model_parameters=trainable, optimizer=optimizer,
+                                          config=config, dist_init_required=False)
     for values in optimizer.state.values():
         values["step"].zero_()
     if stage_of(config) == 3:
@@ -223,6 +224,38 @@ def _freed_memory_given_back() -> Iterator[None]:
         yield
     finally:
         mallopt(mmap_threshold, 32 << 20)
+
+
+@contextlib.contextmanager
+def _split_layer_by_layer(distiller: Distiller) -> Iterator[None]:
+    """Within it AutoTP's part of a layer goes into ZeRO-3's partitions before the next layer is gathered.
+
+    By itself DeepSpeed partitions all of them at the end, and a rank holds its whole tensor-parallel share of both
+    models until then.
+    """
+    from deepspeed.module_inject.auto_tp import AutoTP
+    from deepspeed.utils import groups
+
+    partitioned: Any = next(p for p in distiller.parameters() if hasattr(p, "ds_id"))
+    replace_layer = AutoTP._replace_with_config
+
+    def replace(autotp: Any, child: nn.Module, name: str) -> nn.Module:
+        before: list[Any] = list(child.parameters(recurse=False))
+        layer = replace_layer(autotp, child, name)
+        if layer is not child:
+            for parameter in before:      # AutoTP keeps the parameter, to know it by; its data would stay with it
+                parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
+        fresh: list[Any] = [p for p in layer.parameters(recurse=False) if not hasattr(p, "ds_id")]
+        for parameter in fresh:
+            parameter.ds_zero_partition_process_group = groups.get_data_parallel_group()
+        partitioned.convert_to_zero_parameters(param_list=fresh)
+        return layer
+
+    AutoTP._replace_with_config = replace
+    try:
+        yield
+    finally:
+        AutoTP._replace_with_config = replace_layer
 
 
 def _gather_in_order(gather: Callable[..., Any], parameters: Iterable[Any], **options: Any) -> Any:

@@ -18,7 +18,6 @@ import yaml
 from test_train import comparable, plain_loop
 from transformers import AutoModelForCausalLM
 
-from amid_ds import engine
 from amid_ds.export import export
 
 ROOT = Path(__file__).parent.parent
@@ -163,21 +162,21 @@ def measured(folder: str, argv: list[str], variables: dict[str, str], log: str) 
         Path(folder, f"rank{variables['RANK']}").write_text(str(highest[0] - before))
         os._exit(0)
 
-    real, engine._load = engine._load, load
-    assert train.engine is engine
+    real, train.engine.build_engine = train.engine.build_engine, load
     small.be_a_rank(argv, variables, log)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_loading_takes_a_rank_one_shard_file_and_its_partition(ranks, data, tmp_path):
+@pytest.mark.parametrize("ranks, tensor_parallel", [(2, 1), (4, 1), (4, 2)])
+def test_loading_takes_a_rank_one_shard_file_and_its_partition(ranks, tensor_parallel, pair, data, tmp_path):
     model = small.make_model(tmp_path / "model", "llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
     whole = AutoModelForCausalLM.from_pretrained(model)
     whole.save_pretrained(model, max_shard_size="60MB")
     (model / "model.safetensors").unlink()
     files = sorted(path.stat().st_size for path in model.glob("*.safetensors"))
-    recipe = small.make_recipe(tmp_path / "r.yaml", model, None, data, tmp_path / "run")
+    recipe = small.make_recipe(tmp_path / "r.yaml", pair[0], model, data, tmp_path / "run",
+                               tensor_parallel=tensor_parallel)
     rank = functools.partial(measured, str(tmp_path))
     assert small.Ranks(ranks, "train", recipe, be=rank).wait(200) == [0] * ranks
     assert len(files) > 3
-    for number in range(ranks):
-        assert int((tmp_path / f"rank{number}").read_text()) <= files[-1] + sum(files) / ranks
+    allowed = files[-1] + sum(files) / ranks + (24 << 20)      # 24 MiB: modules imported on the way, the tiny student
+    assert [number for number in range(ranks) if int((tmp_path / f"rank{number}").read_text()) > allowed] == []
