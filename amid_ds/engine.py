@@ -292,11 +292,13 @@ def _load(model: str, revision: str | None, dtype: Dtype, config: dict[str, Any]
     transformers_logging.disable_progress_bar()
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision)
     if stage_of(config) < 3:
-        return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch_dtype)
+        return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch_dtype,
+                                                    trust_remote_code=False)
     holder = _ShardedLoading({**config, "bf16": {"enabled": torch_dtype == torch.bfloat16}})
     set_hf_deepspeed_config(holder)
     try:
-        return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch_dtype)
+        return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch_dtype,
+                                                    trust_remote_code=False)
     finally:
         unset_hf_deepspeed_config()
 
@@ -316,7 +318,7 @@ def model_config(model: str, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model, revision=revision)
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"no model can be read from {model!r}: {first_line}",
