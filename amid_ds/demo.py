@@ -32,13 +32,13 @@ RANKS = 2
 VOCABULARY = 2048
 SEQ_LENGTH = 256
 HELD_OUT_ONE_IN = 20
-HELD_OUT_BYTES = 120_000
+HELD_OUT_BYTES = 80_000
 CORPUS_BYTES = 4_000_000
 TEACHER = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4, "num_attention_heads": 4}
 STUDENT = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 2, "num_attention_heads": 4}
 OBJECTIVE = {"alpha": -1.0, "lam": 0.1, "divergence": "kl", "order": "pr"}
 TRAIN = {"seq_length": SEQ_LENGTH, "micro_batch_size": 4, "global_batch_size": 8, "warmup_steps": 10}
-TEACHER_TRAIN = {**TRAIN, "steps": 240, "learning_rate": 2.0e-3}
+TEACHER_TRAIN = {**TRAIN, "steps": 200, "learning_rate": 2.0e-3}
 STUDENT_TRAIN = {**TRAIN, "steps": 160, "learning_rate": 2.0e-3}
 
 
