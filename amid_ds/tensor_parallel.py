@@ -43,11 +43,18 @@ def why_whole(model: nn.Module, tp_size: int) -> str | None:
         heads = getattr(config, name, None)
         if heads is not None and heads % tp_size:
             return f"tensor_parallel {tp_size} does not divide its {name} {heads}"
-    body: Any = model.base_model
-    for pattern, style in plan.items():
-        found = [module for name, module in body.named_modules() if re.fullmatch(_regex(pattern), name)]
-        if style != "replicated_with_grad_allreduce" and not all(isinstance(module, nn.Linear) for module in found):
-            return f"{pattern} of its plan is not a linear layer"
+    modules = dict(model.base_model.named_modules())   # type: ignore[union-attr]
+    planned = {name: style for pattern, style in plan.items()
+               for name in modules if re.fullmatch(_regex(pattern), name)}
+    split = [name for name, style in planned.items() if style in ("colwise", "rowwise")]
+    for name in split:
+        if not isinstance(modules[name], nn.Linear):
+            return f"{name} of its plan is not a linear layer"
+    # Whatever else has parameters beside a split layer works on split heads: the plan must know of it.
+    blocks = tuple({f"{name.rpartition('.')[0]}." for name in split})
+    for name, module in modules.items():
+        if f"{name}.".startswith(blocks) and name not in planned and list(module.parameters(recurse=False)):
+            return f"{name} is not in its plan"
     return None
 
 

@@ -74,7 +74,7 @@ def test_every_layout_trains_as_a_plain_loop_does_and_exports_it(name, data, tmp
         lines, weights = truth = truth or plain_loop(*models, yaml.safe_load(recipe.read_text()), tmp_path / "data")
         for expected, line in zip(lines, small.metrics(run), strict=True):
             for key, value in expected.items():
-                assert line[key] == pytest.approx(value, rel=1e-3), (run.name, line["step"], key)
+                assert line[key] == pytest.approx(value, rel=2e-4), (run.name, line["step"], key)
         exported = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / f"out{run.name}"))
         for key, parameter in exported.named_parameters():
             torch.testing.assert_close(parameter.detach(), weights[key], rtol=1e-3, atol=2e-4,
@@ -93,7 +93,7 @@ def test_zero_0_to_3_give_the_same_run_on_tensor_parallel_ranks_too(pair, data, 
         lines, weights = truth = truth or plain_loop(*pair, yaml.safe_load(recipe.read_text()), tmp_path / "data")
         for expected, line in zip(lines, small.metrics(run), strict=True):
             for key, value in expected.items():
-                assert line[key] == pytest.approx(value, rel=1e-3), (stage, line["step"], key)
+                assert line[key] == pytest.approx(value, rel=2e-4), (stage, line["step"], key)
         exported = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / f"out{stage}"))
         for key, parameter in exported.named_parameters():
             torch.testing.assert_close(parameter.detach(), weights[key], rtol=1e-3, atol=2e-4)
