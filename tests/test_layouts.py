@@ -121,19 +121,19 @@ def test_the_packaged_configs_and_mixed_dtypes_follow_fp32(pair, data, tmp_path)
 
 
 def test_a_stopped_tensor_parallel_run_carries_on_as_if_it_had_not_been(pair, data, tmp_path):
-    settings = {"train__steps": 30, "train__micro_batch_size": 4, "tensor_parallel": 2,
+    settings = {"train__steps": 14, "train__micro_batch_size": 4, "tensor_parallel": 2,
                 "data__prepared": str(tmp_path / "data")}
     whole, parts = (small.make_recipe(tmp_path / f"{name}.yaml", *pair, data, tmp_path / name, **settings)
                     for name in ("whole", "parts"))
     small.run(2, "train", whole, timeout=300)
     ranks = small.Ranks(2, "train", parts)
     deadline = time.monotonic() + 200
-    while not ((tmp_path / "parts" / "metrics.jsonl").exists() and len(small.metrics(tmp_path / "parts")) >= 3):
+    while not ((tmp_path / "parts" / "metrics.jsonl").exists() and len(small.metrics(tmp_path / "parts")) >= 2):
         assert time.monotonic() < deadline, ranks.text()
         time.sleep(0.01)
     ranks.signal(signal.SIGUSR1)
     assert ranks.wait(200) == [75, 75], ranks.text()
-    assert 3 <= len(small.metrics(tmp_path / "parts")) < 30
+    assert 2 <= len(small.metrics(tmp_path / "parts")) < 14
     small.run(2, "train", parts, timeout=300)
     assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
 
