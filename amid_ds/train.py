@@ -77,9 +77,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
             _tell(world, f"{job.run} has reached its last step {recipe.train.steps}: nothing to do")
             return
         world.main_first(lambda: prepare(recipe.data, recipe.train.seq_length, job.tokenizer, recipe.prepared_dir))
-        identity = world.together(lambda: identity_of(job))
-        if found.checkpoint is not None:
-            refuse_changes(found.checkpoint, identity, recipe.checkpoint.allow_change)
+        identity = world.together(lambda: identity_of(job, found.checkpoint))
         ds = world.together(lambda: engine.build_engine(recipe, job.deepspeed_config, job.objective, job.vocab_size,
                                                        world))
         world.together(lambda: engine.check_heads(ds, job.vocab_size))
@@ -134,14 +132,20 @@ def refuse_other_run(recipe: Recipe) -> None:
                          "checkpoint.allow_change")
 
 
-def identity_of(job: Job) -> dict[str, Any]:
-    """What a run learns from, as flat keys: the resolved recipe, and hashes of what it names. Kept in checkpoints."""
+def identity_of(job: Job, saved: Path | None) -> dict[str, Any]:
+    """What a run learns from, as flat keys: the resolved recipe, and hashes of what it names. Kept in checkpoints.
+
+    Raises InputError where the checkpoint `saved` learnt from something else.
+    """
     recipe = job.recipe
     hashes: dict[str, Any] = {"tokenizer.sha256": fingerprint(job.tokenizer),
                               "data.sha256": prepared_hash(recipe.prepared_dir)}
     if recipe.teacher is not None:
         hashes["teacher.sha256"] = model_hash(recipe.teacher.model)
-    return {**_flat(yaml.safe_load(dump_recipe(recipe))), **hashes}
+    identity = {**_flat(yaml.safe_load(dump_recipe(recipe))), **hashes}
+    if saved is not None:
+        refuse_changes(saved, identity, recipe.checkpoint.allow_change)
+    return identity
 
 
 def refuse_changes(saved: Path, identity: dict[str, Any], allowed: Sequence[str]) -> None:
