@@ -182,7 +182,6 @@ def be_a_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.environ.update(variables)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from amid_ds.cli import main
 
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))

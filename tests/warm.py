@@ -7,6 +7,7 @@ import importlib
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"     # read once, when torch is imported: what every launcher sets for a rank
 
 from amid_ds.engine import import_deepspeed
 
