@@ -7,7 +7,6 @@ communication. What both name must agree.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import math
@@ -26,6 +25,7 @@ from amid_ds.config import DivergenceSpec, Dtype, Loss, Recipe
 from amid_ds.distiller import Distiller, body_of, check_head, head_of
 from amid_ds.distributed import World
 from amid_ds.errors import InputError
+from amid_ds.host_memory import freed_memory_given_back
 from amid_ds.losses import AlphaBeta, AMiD, preset
 from amid_ds.tensor_parallel import cut_head, layer_specs, vocab_shard, why_whole
 
@@ -168,7 +168,7 @@ def accumulation_steps(recipe: Recipe, data_parallel: int) -> int:
 
 def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_size: int, world: World) -> Any:
     """The DeepSpeedEngine around a Distiller. Collective: every rank calls it with the same recipe."""
-    with _freed_memory_given_back():
+    with freed_memory_given_back():
         return _build_engine(recipe, config, objective, vocab_size, world)
 
 
@@ -207,23 +207,6 @@ def _build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab
             if parameter is not None:
                 deepspeed.zero.register_external_parameter(distiller.head, parameter)
     return engine
-
-
-@contextlib.contextmanager
-def _freed_memory_given_back() -> Iterator[None]:
-    """Within it glibc maps every large block on its own, so that a freed one leaves the process at once.
-
-    Loading makes each weight whole and keeps a part of it: on glibc's heap the parts keep the holes between them alive,
-    three times the partition (measured: 964 MB for 268 MB at four ranks, 318 MB in here). Afterwards blocks come from
-    the heap again, which is faster: 32 MiB is the size up to which glibc would have gone by itself.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)      # not every C library has it
-    mmap_threshold = -3
-    mallopt(mmap_threshold, 128 << 10)
-    try:
-        yield
-    finally:
-        mallopt(mmap_threshold, 32 << 20)
 
 
 @contextlib.contextmanager

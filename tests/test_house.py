@@ -14,7 +14,7 @@ import small
 
 ROOT = Path(__file__).parent.parent
 FLOORS = {
-    "errors": 0, "config": 0, "schedule": 0,
+    "errors": 0, "config": 0, "schedule": 0, "host_memory": 0,
     "distributed": 1, "vocab_parallel": 1,
     "losses": 2, "data": 2, "metrics": 2, "provenance": 2, "stopping": 2,
     "distiller": 3, "engine": 3, "checkpoint": 3, "export": 3, "tensor_parallel": 3,

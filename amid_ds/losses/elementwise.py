@@ -19,16 +19,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from amid_ds.host_memory import keep_freed_memory
 from amid_ds.losses.block import Block, needs_normaliser, normalised
 from amid_ds.losses.moments import ROWS, merged, sums_of
 from amid_ds.losses.objective import KL, AMiD, LogProbs
 from amid_ds.vocab_parallel import VocabShard, joined
 
 T = TypeVar("T")
-TILE_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 22}   # of the tiles under way together: 1 MB of fp32, 16 MB
+TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}   # of the tiles under way together: 2 MB of fp32, 16 MB
 TEMPORARIES = 10                       # of a tile, alive at once
 MOST_THREADS = 8                       # beyond, tiles would be too small to be worth a thread
 
@@ -165,7 +165,9 @@ def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tens
     log_lam, log_rest = math.log(lam), math.log1p(-lam)
     odds = log_rest - log_lam - x
     dominant = torch.maximum if c > 0 else torch.minimum
-    log_r = dominant(log_p + log_lam / c, log_q + log_rest / c).sub_(F.logsigmoid(odds.abs()), alpha=1 / c)
+    log_r = log_p + log_lam / c
+    dominant(log_r, log_q + log_rest / c, out=log_r)
+    log_r.add_(odds.abs().neg_().exp_().log1p_(), alpha=1 / c)
     if abs(c) < 0.5:
         log_r = torch.where(x.abs() < 1, x.clamp(-1, 1).expm1_().mul_(lam).log1p_().div_(c).add_(log_q), log_r)
     return log_r, odds.sigmoid_()
@@ -252,6 +254,8 @@ def _each_tile(block: Block, visit: Callable[[slice], T]) -> list[T]:
     that waiting for one another costs more than they do wherever the cores are shared with anything else.
     """
     width, cpu = block.student.width, block.device.type == "cpu"
+    if cpu:
+        keep_freed_memory()
     threads = min(torch.get_num_threads(), MOST_THREADS) if cpu else 1
     step = max(1, TILE_ELEMENTS["cpu" if cpu else "cuda"] // (threads * max(1, block.tokens)))
     tiles = [slice(start, min(start + step, width)) for start in range(0, width, step)]
