@@ -11,18 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from amid_ds import config
-from amid_ds.data import check_sources, prepare, read_rows, shard, train_sentencepiece
-from amid_ds.data.tokenizer import load_tokenizer
+from amid_ds.data import check_sources, prepare, read_rows, shard
 from amid_ds.errors import InputError
 
 SEQ = 16
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    train_sentencepiece((f"word{i} and number {i * 7}\n\tindented é {i}" for i in range(300)), folder, vocab_size=310)
-    return load_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="module")
