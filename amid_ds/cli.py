@@ -97,11 +97,11 @@ def _train(args: argparse.Namespace) -> None:
 
 def _prepare(args: argparse.Namespace) -> None:
     from amid_ds.config import load_recipe
-    from amid_ds.data import load_tokenizer, prepare
+    from amid_ds.data import load_tokenizer, prepare_all
 
     recipe = load_recipe(args.recipe, args.overrides)
     tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
-    prepare(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir)
+    prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir)
 
 
 def _tokenizer(args: argparse.Namespace) -> None:

@@ -46,8 +46,8 @@ class Teacher(Section):
     placement: Literal["zero3"] = "zero3"
 
 
-class Source(Section):
-    """One source of rows. The columns that are read: `text`, or `prompt` with `response`, or `messages`."""
+class Rows(Section):
+    """Where rows come from, and the columns that are read: `text`, or `prompt` with `response`, or `messages`."""
 
     path: str                                # a file, folder or glob, or a data set on the hub
     config: str | None = None                # of a data set on the hub: its configuration,
@@ -58,10 +58,9 @@ class Source(Section):
     response: str | None = None
     messages: str | None = None              # a list of {role, content}, for the tokenizer's chat template
     truncate: Literal["left", "right"] = "left"   # the side that a prompt or conversation too long for a row loses
-    weight: Positive = 1.0                   # the source's share of the rows that are read
 
     @model_validator(mode="after")
-    def _one_kind_of_row(self) -> Source:
+    def _one_kind_of_row(self) -> Rows:
         if (self.prompt is None) != (self.response is None):
             raise ValueError("`prompt` and `response` belong together: name both columns")
         kinds = [kind for kind in ("text", "prompt", "messages") if getattr(self, kind) is not None]
@@ -83,11 +82,46 @@ class Source(Section):
         return (self.messages or self.text or "text",)
 
 
+class Source(Rows):
+    """A source of rows to train on."""
+
+    weight: Positive = 1.0                   # the source's share of the rows that are read
+
+
+class EvalSet(Rows):
+    """Rows to evaluate on, under a name of their own: by default the file's, without its ending."""
+
+    name: Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_by_its_file(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("name") is None and isinstance(raw.get("path"), str):
+            name = Path(raw["path"]).name
+            return {**raw, "name": name.lstrip(".").split(".")[0]}
+        return raw
+
+
 class Data(Section):
     train: Annotated[list[Source], Field(min_length=1)]
+    eval: list[EvalSet] = []
     prepared: str | None = None              # None: inside output_dir
     workers: Annotated[int, Field(ge=0)] = 4 # processes that prepare, threads that read ahead
     on_bad_row: Literal["error", "skip"] = "error"
+
+    @field_validator("eval")
+    @classmethod
+    def _names_differ(cls, sets: list[EvalSet]) -> list[EvalSet]:
+        names = [held.name for held in sets]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two sets are called {twice[0]!r}; give each a `name` of its own")
+        return sets
+
+    def parts(self) -> dict[str, Data]:
+        """What is prepared, each by itself: the folder under the prepared data's, and the sources as data to read."""
+        evals = {f"eval/{held.name}": [Source(**held.model_dump(exclude={"name"}))] for held in self.eval}
+        return {place: self.model_copy(update={"train": sources, "eval": []})
+                for place, sources in {"": self.train, **evals}.items()}
 
 
 class AlphaBetaSpec(Section):
@@ -132,6 +166,7 @@ class Train(Section):
     gradient_clipping: NonNegative = 1.0     # 0: none
     seed: Annotated[int, Field(ge=0)] = 0
     log_every: PositiveInt = 1
+    eval_every: Annotated[int, Field(ge=0)] = 0   # steps between evaluations on data.eval; 0: at the end alone
     max_hours: Positive | None = None        # stop in order after so many hours of this life
     hang_timeout: Positive = 1800            # seconds that a collective may wait
 
@@ -168,6 +203,12 @@ class Recipe(Section):
             return {**raw, "loss": {**loss, "kd_weight": 0.0, "ce_weight": loss.get("ce_weight") or 1.0}}
         return raw
 
+    @model_validator(mode="after")
+    def _something_to_evaluate_on(self) -> Recipe:
+        if self.train.eval_every and not self.data.eval:
+            raise ValueError(f"`train.eval_every` is {self.train.eval_every}, and `data.eval` names no set; name one")
+        return self
+
     @field_validator("output_dir", "deepspeed")
     @classmethod
     def _not_empty(cls, value: str) -> str:
@@ -184,10 +225,8 @@ class Recipe(Section):
 # value is the one that changes nothing, so a recipe may already spell it out.
 NOT_YET: Mapping[str, Any] = {
     "teacher.placement": "zero3",
-    "data.eval": [],
     "data.auxiliary": None,
     "data.isolate_documents": False,
-    "train.eval_every": 0,
     "slurm.max_restarts": 20,
     "rollout": None,
 }

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from amid_ds.distributed import rows_of
 from amid_ds.errors import InputError
-from amid_ds.losses import AMiD, LMHead, linear_amid_loss
+from amid_ds.losses import AMiD, LMHead, linear_amid_loss, linear_argmax, preset
 from amid_ds.vocab_parallel import VocabShard
 
 
@@ -133,6 +134,36 @@ class Distiller(nn.Module):
         """
         hidden = body_of(self.student)(input_ids=input_ids, use_cache=False).last_hidden_state
         return self.head(hidden.flatten(0, 1), teacher_hidden, labels.flatten(), token_weights.flatten())
+
+
+    @torch.no_grad()
+    def hidden_states(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Both models' hidden states [B · L, H_s] and [B · L, H_t] of one batch, to be scored."""
+        states = [None if model is None else body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
+                  for model in (self.student, self.teacher)]
+        student, teacher = (None if hidden is None else hidden.flatten(0, 1) for hidden in states)
+        assert student is not None
+        return student, teacher
+
+    @torch.no_grad()
+    def score(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor) -> Tensor:
+        """[4] float64 sums over the labelled tokens: negative log-likelihood, KL(teacher ‖ student), tokens where both
+        have the same first choice, tokens. Both heads must be gathered. labels [B, L]."""
+        keep = (labels.flatten() != -100).nonzero()[:, 0]
+        student, target = student_hidden[keep], labels.flatten()[keep]
+        teacher = None if teacher_hidden is None else teacher_hidden[keep]
+        student_head, teacher_head = self.head.heads()
+        common: Any = {"vocab_size": self.head.vocab_size, "shard": self.head.shard}
+        out = linear_amid_loss(student, student_head, teacher, teacher_head, preset("fkl"), labels=target,
+                               token_weights=torch.ones(len(keep), device=student.device), ce_weight=1.0,
+                               kd_weight=0.0 if teacher is None else 1.0, **common)
+        assert out.ce is not None
+        sums = torch.zeros(4, dtype=torch.float64, device=student.device)
+        sums[0], sums[3] = out.ce.double().sum(), len(keep)
+        if out.kd is not None and teacher is not None and teacher_head is not None:
+            same = linear_argmax(student, student_head, **common) == linear_argmax(teacher, teacher_head, **common)
+            sums[1], sums[2] = out.kd.double().sum(), same.sum()
+        return sums
 
 
 @torch.no_grad()

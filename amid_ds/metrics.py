@@ -1,5 +1,5 @@
-"""What a run tells while it runs: metrics.jsonl, TensorBoard, and a progress bar or, without a terminal, a line now
-and then. Rank 0 writes; on every other rank the log is made with `folder=None` and does nothing.
+"""What a run tells while it runs: metrics.jsonl, eval.jsonl, TensorBoard, and a progress bar or, without a terminal, a
+line now and then. Rank 0 writes; on every other rank the log is made with `folder=None` and does nothing.
 
 A resumed run carries on in the same files: lines after the step that it resumes from are dropped first, so that no
 step is there twice.
@@ -11,13 +11,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 LINE_EVERY_SECONDS = 10      # without a terminal: the first step, the last one, and one line in so many seconds
+LINES = ("metrics.jsonl", "eval.jsonl")
 TENSORBOARD_TAGS = {"loss": "loss/total", "kd_loss": "loss/kd", "ce_loss": "loss/ce", "grad_norm": "optim/grad_norm",
                     "learning_rate": "optim/learning_rate", "alpha": "objective/alpha", "lam": "objective/lam",
                     "tokens_per_second": "perf/tokens_per_second", "tokens": "data/tokens"}
@@ -32,9 +33,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        drop_lines_after(folder / "metrics.jsonl", start)
-        self.file = open(folder / "metrics.jsonl", "ab", buffering=0)   # noqa: SIM115 - open for the run's life
-        self.unwritten = b""
+        self.steps, self.evaluations = (_Lines(folder / name, start, self.say) for name in LINES)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=not sys.stderr.isatty(),
                         dynamic_ncols=True)
@@ -49,8 +48,7 @@ class RunLog:
         self.bar.update(1)
 
     def _write(self, step: int, values: Mapping[str, float | None]) -> None:
-        self.unwritten += (json.dumps({"step": step, **values}, allow_nan=False) + "\n").encode()
-        self._write_lines()
+        self.steps.write({"step": step, **values})
         for name, value in values.items():
             if value is not None:
                 self._to_board("add_scalar", TENSORBOARD_TAGS[name], value, step)
@@ -65,17 +63,17 @@ class RunLog:
             print(f"{self.title}: step {step}/{self.total}  {text}  {tqdm.format_interval(left)} left", flush=True)
             self.last_line = now
 
-    def _write_lines(self) -> None:
-        """Whole lines or nothing: what a full disk does not take is kept and tried again with the next line."""
-        size = os.fstat(self.file.fileno()).st_size
-        try:
-            if self.file.write(self.unwritten) != len(self.unwritten):
-                raise OSError("only a part was taken")
-        except OSError as error:
-            self.file.truncate(size)
-            self.say(f"WARNING: metrics.jsonl cannot be written, its lines wait in memory: {error}")
-        else:
-            self.unwritten = b""
+    def evaluation(self, step: int, sets: Mapping[str, Mapping[str, float | None]]) -> None:
+        """The figures of every evaluation set, by name, after `step`: a line of eval.jsonl each."""
+        if self.folder is None:
+            return
+        for name, figures in sets.items():
+            self.evaluations.write({"step": step, "name": name, **figures})
+            for figure, value in figures.items():
+                if value is not None and figure != "tokens":
+                    self._to_board("add_scalar", f"eval/{name}/{figure}", value, step)
+            shown = "  ".join(f"{figure} {value:.4g}" for figure, value in figures.items() if value is not None)
+            self.say(f"step {step}/{self.total}  eval {name}: {shown}")
 
     def _to_board(self, method: str, *arguments: Any) -> None:
         """TensorBoard is a convenience: that its disk is full does not stop a run."""
@@ -99,8 +97,31 @@ class RunLog:
     def close(self) -> None:
         if self.folder is not None:
             self.bar.close()
-            self.file.close()
+            self.steps.file.close()
+            self.evaluations.file.close()
             self.board.close()
+
+
+class _Lines:
+    """A file of JSON lines, each with its step, that a resumed run carries on after `start` steps."""
+
+    def __init__(self, path: Path, start: int, say: Callable[[str], None]) -> None:
+        drop_lines_after(path, start)
+        self.file = open(path, "ab", buffering=0)   # noqa: SIM115 - open for the run's life
+        self.unwritten, self.name, self.say = b"", path.name, say
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Whole lines or nothing: what a full disk does not take is kept and tried again with the next line."""
+        self.unwritten += (json.dumps(values, allow_nan=False) + "\n").encode()
+        size = os.fstat(self.file.fileno()).st_size
+        try:
+            if self.file.write(self.unwritten) != len(self.unwritten):
+                raise OSError("only a part was taken")
+        except OSError as error:
+            self.file.truncate(size)
+            self.say(f"WARNING: {self.name} cannot be written, its lines wait in memory: {error}")
+        else:
+            self.unwritten = b""
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -25,7 +25,7 @@ from amid_ds.data import (
     check_sources,
     fingerprint,
     load_tokenizer,
-    prepare,
+    prepare_all,
     require_same_tokenizer,
 )
 from amid_ds.distiller import Distiller
@@ -36,11 +36,13 @@ from amid_ds.metrics import RunLog, write_atomically
 from amid_ds.provenance import model_hash, prepared_hash, provenance
 from amid_ds.schedule import learning_rate, step_seed
 from amid_ds.stopping import StopRequest
+from amid_ds.validation import validate
 
 TEACHER_TOKENS_PER_PASS = 16384
 # What may differ between the lives of a run, because it does not change what is learnt.
 MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared", "train.log_every",
-              "train.hang_timeout", "train.max_hours", "train.micro_batch_size", "student.activation_checkpointing")
+              "train.hang_timeout", "train.max_hours", "train.micro_batch_size", "student.activation_checkpointing",
+              "data.eval", "train.eval_every")
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         if found.checkpoint is not None and checkpoint.step_of(found.checkpoint) == recipe.train.steps:
             _tell(world, f"{job.run} has reached its last step {recipe.train.steps}: nothing to do")
             return
-        world.main_first(lambda: prepare(recipe.data, recipe.train.seq_length, job.tokenizer, recipe.prepared_dir))
+        world.main_first(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
+                                             recipe.prepared_dir))
         identity = world.together(lambda: identity_of(job, found.checkpoint))
         ds = world.together(lambda: engine.build_engine(recipe, job.deepspeed_config, job.objective, job.vocab_size,
                                                        world))
@@ -216,6 +219,8 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             values = step(job, ds, window, tokens, state, world)
             logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
             log.step(state["step"], values if logged else None)
+            if recipe.data.eval and evaluates(recipe, state["step"]):      # before the save: a resumed run has had it
+                log.evaluation(state["step"], validate(recipe, ds, world))
             if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
                 saver.start(state)
                 saved = state["step"]
@@ -229,6 +234,12 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
                     "the same command goes on from there")
             raise Stopped
         log.say(f"done: {recipe.train.steps} steps, checkpoint in {job.run / 'checkpoints'}")
+
+
+def evaluates(recipe: Recipe, step: int) -> bool:
+    """Whether the evaluation sets are due after `step`: every `eval_every` steps and after the last."""
+    every = recipe.train.eval_every
+    return step == recipe.train.steps or (every > 0 and step % every == 0)
 
 
 def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str, Any],

@@ -69,6 +69,12 @@ class PreparedInfo:
     reused: bool                    # the folder was complete already
 
 
+def prepare_all(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """`prepare` for the sources to train on, in `folder`, and for each evaluation set, in eval/NAME under it."""
+    for place, part in data.parts().items():
+        prepare(part, seq_length, tokenizer, folder / place)
+
+
 def prepare(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreparedInfo:
     """Tokenise and pack what is missing in `folder`; a complete one is reused at once.
 

@@ -110,7 +110,7 @@ def check_sources(data: config.Data) -> None:
 
     Not at data sets of the hub: every rank looks, and a thousand ranks are not to ask it at once. `prepare` will.
     """
-    for source in data.train:
+    for source in (source for part in data.parts().values() for source in part.train):
         if is_hub_id(source.path):
             continue
         first = next(cut(0, files_of(source)[0], 1 << 62))

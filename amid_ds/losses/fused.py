@@ -134,6 +134,37 @@ def linear_amid_loss(
     return LossOutput(*_LinearLoss.apply(student_hidden, head.weight, head.bias, task))
 
 
+@torch.no_grad()
+def linear_argmax(
+    hidden: Tensor,                    # [N, H]
+    head: LMHead,                      # weight [V_local, H]
+    *,
+    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
+    workspace_bytes: int | None = None,
+) -> Tensor:                           # [N] int64
+    """The id below vocab_size with the highest logit, the lowest one among equals: a model's first choice.
+
+    Blocks of tokens as in the loss, the same answer on every rank of a shard's group. A scale is taken to be above 0,
+    so neither it nor a soft cap changes the order. One collective per block. Raises InputError.
+    """
+    _check_side("the", hidden, head)
+    place = _placement({"head": head.weight.shape[0]}, vocab_size, shard, hidden.shape[0], hidden.device)
+    size = _tokens_per_block(place, [head.weight], workspace_bytes)
+    chosen = torch.empty(len(hidden), dtype=torch.int64, device=hidden.device)
+    space = torch.empty(min(size, len(hidden)) * place.valid, dtype=head.weight.dtype, device=hidden.device)
+    for rows in _blocks(len(hidden), size):
+        raw = _logits(hidden[rows], head, place.valid, space).raw
+        best = torch.full((2, len(raw)), -torch.inf, dtype=torch.float64, device=hidden.device)   # (logit, its id)
+        if place.valid:                # a shard may be empty
+            peak, index = raw.max(-1)
+            best = torch.stack([peak.double(), (index + place.shard.start).double()])
+        shards = place.shard.gather(best)
+        first = shards[:, 0].argmax(0)
+        chosen[rows] = shards[first, 1, torch.arange(len(raw), device=hidden.device)].long()
+    return chosen
+
+
 class _Place(NamedTuple):
     """Where this rank's columns lie: `valid` of them count; the group's widest shard sets everyone's block size."""
 
