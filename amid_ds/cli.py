@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     checkpoints.add_argument("run_folder", metavar="RUN")
     checkpoints.set_defaults(run=_checkpoints)
 
+    requeue = commands.add_parser("requeue", help="for batch scripts: start the job again, or say why not")
+    requeue.add_argument("status", type=int, help="the exit status of srun")
+    requeue.add_argument("recipe")
+    requeue.add_argument("overrides", nargs="*", metavar="key=value")
+    requeue.set_defaults(run=_requeue)
+
     bench = commands.add_parser("bench", help="measure against the alternatives, in one run")
     bench.add_argument("what", choices=["loss", "data", "checkpoint"])
     bench.add_argument("--json", action="store_true")
@@ -138,6 +144,12 @@ def _checkpoints(args: argparse.Namespace) -> None:
     from amid_ds.checkpoint import print_checkpoints
 
     print_checkpoints(args.run_folder)
+
+
+def _requeue(args: argparse.Namespace) -> None:
+    from amid_ds.requeue import after_life
+
+    after_life(args.status, args.recipe, args.overrides)
 
 
 def _export(args: argparse.Namespace) -> None:

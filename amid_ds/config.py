@@ -168,7 +168,7 @@ class Train(Section):
     log_every: PositiveInt = 1
     eval_every: Annotated[int, Field(ge=0)] = 0   # steps between evaluations on data.eval; 0: at the end alone
     max_hours: Positive | None = None        # stop in order after so many hours of this life
-    hang_timeout: Positive = 1800            # seconds that a collective may wait
+    hang_timeout: Positive = 1800            # seconds that a step, or a rank before the first one, may take
 
 
 class Checkpoint(Section):
@@ -179,7 +179,7 @@ class Checkpoint(Section):
 
 
 class Slurm(Section):
-    pass
+    max_restarts: Annotated[int, Field(ge=0)] = 20      # of one job, after lives that failed
 
 
 class Recipe(Section):
@@ -227,7 +227,6 @@ NOT_YET: Mapping[str, Any] = {
     "teacher.placement": "zero3",
     "data.auxiliary": None,
     "data.isolate_documents": False,
-    "slurm.max_restarts": 20,
     "rollout": None,
 }
 

@@ -140,7 +140,8 @@ class Failures:
     def __init__(self, store: dist.Store, rank: int) -> None:
         self.store, self.rank = dist.PrefixStore("amid_ds", store), rank
         self.left = threading.Event()
-        threading.Thread(target=self._watch, name="failures", daemon=True).start()
+        self.thread = threading.Thread(target=self._watch, name="failures", daemon=True)
+        self.thread.start()
 
     def tell(self, message: str) -> None:
         with contextlib.suppress(RuntimeError):      # rank 0 holds the store: it may be gone
@@ -150,6 +151,11 @@ class Failures:
         """Every rank has heard of it: nobody is left waiting."""
         with contextlib.suppress(RuntimeError):
             self.store.delete_key("failed")
+
+    def leave(self) -> None:
+        """The end. A thread that is in the store while the interpreter goes down would abort the process."""
+        self.left.set()
+        self.thread.join(self.LOOK_EVERY_S)
 
     def _watch(self) -> None:
         while not self.left.wait(self.LOOK_EVERY_S):
@@ -233,7 +239,7 @@ def joined(timeout_s: float) -> Iterator[World]:
         if dist.is_initialized():
             dist.destroy_process_group()
         if failures is not None:
-            failures.left.set()
+            failures.leave()
 
 
 def _share_cores(size: int) -> None:
@@ -249,7 +255,7 @@ def _discover() -> tuple[int, int, int]:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:                       # deepspeed, torchrun
         return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
-    if "OMPI_COMM_WORLD_SIZE" in env or "PMI_SIZE" in env:           # mpirun, srun --mpi=pmi2
+    if any(name in env for name in ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "AMID_DS_MPI_RANKS")):   # mpirun, srun --mpi
         return _discover_mpi()
     if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         hosts = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]],
@@ -266,6 +272,12 @@ def _discover_mpi() -> tuple[int, int, int]:
     from mpi4py import MPI
 
     world = MPI.COMM_WORLD
+    expected = next(int(os.environ[name]) for name in ("AMID_DS_MPI_RANKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+                    if name in os.environ)
+    if world.Get_size() != expected:      # the wrong kind of MPI: many worlds, each alone with its data
+        raise InputError(f"MPI gives this process a world of {world.Get_size()} rank(s)", f"one of {expected}",
+                         "start it with the MPI that mpi4py was built for; under Slurm with the matching "
+                         "`srun --mpi=TYPE` (pmi2 for MPICH, pmix for Open MPI; see `srun --mpi=list`)")
     local = world.Split_type(MPI.COMM_TYPE_SHARED)
     with socket.socket() as probe:
         probe.bind(("", 0))

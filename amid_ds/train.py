@@ -31,12 +31,14 @@ from amid_ds.data import (
 from amid_ds.distiller import Distiller
 from amid_ds.distributed import World, joined
 from amid_ds.errors import InputError, Stopped, TrainingError
+from amid_ds.lives import Life
 from amid_ds.losses import AMiD
 from amid_ds.metrics import RunLog, write_atomically
 from amid_ds.provenance import model_hash, prepared_hash, provenance
 from amid_ds.schedule import learning_rate, step_seed
 from amid_ds.stopping import StopRequest
 from amid_ds.validation import validate
+from amid_ds.watchdog import GRACE_S, Watchdog
 
 TEACHER_TOKENS_PER_PASS = 16384
 # What may differ between the lives of a run, because it does not change what is learnt.
@@ -69,10 +71,13 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
     timeout = 1800.0
     with contextlib.suppress(InputError):      # said by all ranks at once below
         timeout = load_recipe(recipe_path, overrides).train.hang_timeout
-    with joined(timeout) as world:
+    # A step that hangs is the watchdog's to end, before a collective gives up by itself.
+    with joined(timeout + GRACE_S) as world, Life(world.rank, world.size) as life:
         job = world.together(lambda: check(load_recipe(recipe_path, overrides), world.size))
         world = world.split(job.recipe.tensor_parallel)
+        changed = world.main_first(lambda: changes_between_lives(job.recipe))
         open_run(job, world)
+        world.together(lambda: life.begin(job.run, changed))
         recipe = job.recipe
         found = checkpoint.find(job.run / "checkpoints", world, lambda message: _tell(world, message))
         if found.checkpoint is not None and checkpoint.step_of(found.checkpoint) == recipe.train.steps:
@@ -88,7 +93,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         if found.checkpoint is not None:
             loaded = found.checkpoint
             state = world.together(lambda: checkpoint.load(ds, loaded, world))
-        loop(job, ds, {**state, "identity": identity}, found.damaged, world)
+        loop(job, ds, {**state, "identity": identity}, found.damaged, world, life)
 
 
 def _tell(world: World, message: str) -> None:
@@ -133,6 +138,16 @@ def refuse_other_run(recipe: Recipe) -> None:
                          "a new output_dir, or the recipe that the run was started with",
                          "set output_dir to another folder, take the changes back, or name the keys in "
                          "checkpoint.allow_change")
+
+
+def changes_between_lives(recipe: Recipe) -> dict[str, list[Any]]:
+    """The keys in which the recipe differs from that of the life before, each with [before, now]; {} in the first."""
+    saved = Path(recipe.output_dir) / "recipe.yaml"
+    if not saved.exists():
+        return {}
+    before, now = (_flat(yaml.safe_load(dump_recipe(r))) for r in (load_recipe(saved), recipe))
+    return {key: [before.get(key), now.get(key)] for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)}
 
 
 def identity_of(job: Job, saved: Path | None) -> dict[str, Any]:
@@ -191,7 +206,7 @@ def open_run(job: Job, world: World) -> None:
     world.main_first(write)
 
 
-def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], world: World) -> None:
+def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], world: World, life: Life) -> None:
     """Optimizer steps from `state["step"]` to the recipe's last; every orderly way out ends with a finished save."""
     recipe = job.recipe
     data = StepData(recipe.prepared_dir, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
@@ -206,8 +221,10 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
     state["student_dtype"] = "bf16" if job.deepspeed_config.get("bf16", {}).get("enabled") else "fp32"
     saver = checkpoint.Saver(ds, job.run / "checkpoints", recipe.checkpoint, world, log.alarm, damaged)
     saved = state["step"]
-    with StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log):
+    with (StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log),
+          Watchdog(recipe.train.hang_timeout, world, life) as watchdog):
         for window in data.windows(state["step"], recipe.train.steps):
+            watchdog.step(state["step"] + 1)
             reason = request.reason()
             valid = sum(int((batch.labels != -100).sum()) for batch in window)
             # The one agreement of every step: tokens of the global batch, who was asked to stop, who still writes.
@@ -216,6 +233,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
                 saver.finish()
             if stop:
                 break
+            life.stepping(state["step"] + 1)
             values = step(job, ds, window, tokens, state, world)
             logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
             log.step(state["step"], values if logged else None)
@@ -224,6 +242,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
                 saver.start(state)
                 saved = state["step"]
+        watchdog.rest()
         if state["step"] != saved:
             saver.start(state)
         saver.finish()
