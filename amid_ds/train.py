@@ -238,6 +238,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
             log.step(state["step"], values if logged else None)
             if recipe.data.eval and evaluates(recipe, state["step"]):      # before the save: a resumed run has had it
+                watchdog.step(state["step"])
                 log.evaluation(state["step"], validate(recipe, ds, world))
             if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
                 saver.start(state)
