@@ -121,7 +121,7 @@ def _slowest(world: World, work: Callable[[], Any]) -> float:
 def _resume(engine: Any, folder: Path, world: World) -> None:
     found = checkpoint.find(folder, world, print).checkpoint
     assert found is not None
-    checkpoint.load(engine, found, world)
+    checkpoint.load(engine, found)
 
 
 def _print(row: CheckpointRow) -> None:

@@ -66,8 +66,8 @@ class Saver:
             self.say("the save before this one is still being written: waiting for it")
             self.finish()
         staged = stage(self.engine)
-        self.state = {**state, "ranks": self.world.size, "tensor_parallel": self.world.tp_size,
-                      "zero_stage": self.engine.zero_optimization_stage()}
+        dtype = "bf16" if self.engine.bfloat16_enabled() else "fp32"
+        self.state = {**state, **layout(self.world, self.engine.zero_optimization_stage(), dtype)}
         self.thread = threading.Thread(target=self._write, args=(staged,), name="checkpoint", daemon=True)
         self.thread.start()
 
@@ -77,7 +77,7 @@ class Saver:
             if _device(self.folder) != self.device:
                 raise OSError(f"{self.folder} is on another file system than when the run began: a mount has gone")
             self._aside.mkdir(exist_ok=True)
-            self.written = {name: _write_file(self._aside / name, staged.pop(name)) for name in list(staged)}
+            self.written = {name: write_file(self._aside / name, staged.pop(name)) for name in list(staged)}
         except Exception as error:      # told to all ranks by `finish`, as loud as in the foreground
             self.written = f"rank {self.world.rank}: {type(error).__name__}: {error}"
 
@@ -117,13 +117,12 @@ class Saver:
         assert self.state is not None
         final = self.folder / name_of(self.state["step"])
         try:
-            write_atomically(self._aside / MANIFEST, _sealed({"state": self.state, "files": files}))
-            _flush_folder(self._aside)
+            seal(self._aside, {"state": self.state, "files": files})
             replaced = self.folder / f".{final.name}.replaced"
             if final.exists():      # a damaged one of this step, or this step once more: the new one takes its place
                 os.replace(final, replaced)
             os.replace(self._aside, final)
-            _flush_folder(self.folder)
+            flush_folder(self.folder)
             write_atomically(self.folder / "latest", final.name)
             shutil.rmtree(replaced, ignore_errors=True)
             self.damaged -= {final}
@@ -210,7 +209,7 @@ class _Hashing:
         self.file.flush()
 
 
-def _write_file(path: Path, content: Any) -> dict[str, Any]:
+def write_file(path: Path, content: Any) -> dict[str, Any]:
     with open(path, "wb") as file:
         hashing = _Hashing(file)
         torch.save(content, hashing)   # type: ignore[arg-type]
@@ -219,7 +218,7 @@ def _write_file(path: Path, content: Any) -> dict[str, Any]:
     return {"bytes": hashing.size, "xxh3_128": hashing.hash.hexdigest()}
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -242,10 +241,12 @@ def _copy_recovery_script(folder: Path) -> None:
         shutil.copy(zero_to_fp32.__file__, folder / "zero_to_fp32.py")
 
 
-def _sealed(content: dict[str, Any]) -> str:
-    """JSON with a checksum of itself."""
+def seal(folder: Path, content: dict[str, Any]) -> None:
+    """Write the manifest of a folder that is complete, with a checksum of itself."""
     text = json.dumps(content, sort_keys=True)
-    return json.dumps({"content": content, "xxh3_128": xxhash.xxh3_128(text.encode()).hexdigest()}, indent=1)
+    sealed = {"content": content, "xxh3_128": xxhash.xxh3_128(text.encode()).hexdigest()}
+    write_atomically(folder / MANIFEST, json.dumps(sealed, indent=1))
+    flush_folder(folder)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
@@ -326,23 +327,38 @@ def find(folder: Path, world: World, warn: Callable[[str], None]) -> Found:
     return Found(None, frozenset())
 
 
-def load(engine: Any, checkpoint: Path, world: World) -> dict[str, Any]:
-    """Bring weights, optimizer and state back. Collective. Returns the saved state."""
+def load(engine: Any, checkpoint: Path) -> dict[str, Any]:
+    """Bring weights, optimizer and state back in the layout that they were saved in. Collective. Returns the state."""
     state: dict[str, Any] = read_manifest(checkpoint)["state"]
-    layout = {"ranks": world.size, "tensor_parallel": world.tp_size, "zero_stage": engine.zero_optimization_stage()}
-    saved = {key: state[key] for key in layout}
-    if saved != layout:
-        raise InputError(f"{checkpoint} was saved with {_in_words(saved)}, this run has {_in_words(layout)}",
-                         "the layout that it was saved in; changing it is not supported yet",
-                         "start in that layout, or take another output_dir")
     loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
     if loaded is None:
         raise TrainingError(f"DeepSpeed could not load {checkpoint}")
     return state
 
 
-def _in_words(layout: Mapping[str, Any]) -> str:
-    return f"{layout['ranks']} rank(s), tensor_parallel {layout['tensor_parallel']}, ZeRO stage {layout['zero_stage']}"
+def require_room(folder: Path, needed: int, work: str, otherwise: str) -> None:
+    """Raise InputError where the file system of `folder` has less than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{work} needs {needed / 1e6:,.1f} MB, {folder} has {free / 1e6:,.1f} MB free",
+                         "room for it on that file system", f"make room there, or {otherwise}")
+
+
+def layout(world: World, zero_stage: int, student_dtype: str) -> dict[str, Any]:
+    """What decides how DeepSpeed lays a model out over its files."""
+    return {"ranks": world.size, "tensor_parallel": world.tp_size, "zero_stage": zero_stage,
+            "student_dtype": student_dtype}
+
+
+def layout_of(checkpoint: Path) -> dict[str, Any]:
+    """The layout that a good checkpoint was saved in."""
+    state = read_manifest(checkpoint)["state"]
+    return {key: state[key] for key in ("ranks", "tensor_parallel", "zero_stage", "student_dtype")}
+
+
+def in_words(layout: Mapping[str, Any]) -> str:
+    return (f"{layout['ranks']} rank(s), tensor_parallel {layout['tensor_parallel']}, ZeRO stage "
+            f"{layout['zero_stage']}, {layout['student_dtype']}")
 
 
 def print_checkpoints(run: str) -> None:
@@ -360,8 +376,8 @@ def print_checkpoints(run: str) -> None:
     for path in committed(folder):
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         try:
-            layout = _in_words(read_manifest(path)["state"])
+            shown = in_words(layout_of(path))
         except ValueError:
-            layout = "?"
-        table.add_row(path.name, str(step_of(path)), f"{size / 1e6:,.1f}", layout, damage(path) or "good")
+            shown = "?"
+        table.add_row(path.name, str(step_of(path)), f"{size / 1e6:,.1f}", shown, damage(path) or "good")
     Console(width=None).print(table)

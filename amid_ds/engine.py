@@ -156,10 +156,11 @@ def accumulation_steps(recipe: Recipe, data_parallel: int) -> int:
     train = recipe.train
     steps, rest = divmod(train.global_batch_size, data_parallel * train.micro_batch_size)
     if rest or not steps:
-        fitting = [n for n in range(1, 1025) if train.global_batch_size % (n * train.micro_batch_size) == 0]
+        whole, left = divmod(train.global_batch_size, train.micro_batch_size)
+        fitting = [] if left else [n * recipe.tensor_parallel for n in range(1, whole + 1) if whole % n == 0]
         numbers = ", ".join(map(str, fitting)) or "none"
         raise InputError(
-            f"train.global_batch_size {train.global_batch_size} on {data_parallel} rank(s) of "
+            f"train.global_batch_size {train.global_batch_size} on {data_parallel} data-parallel rank(s) of "
             f"train.micro_batch_size {train.micro_batch_size}",
             f"a multiple of ranks × micro-batch = {data_parallel * train.micro_batch_size}",
             f"start on one of these numbers of ranks: {numbers}; or change one of the two keys")
@@ -309,18 +310,23 @@ def model_config(model: str, revision: str | None = None) -> Any:
                          "check the path; relative paths start where the command is run") from None
 
 
-def refuse_unfit(model: str, revision: str | None = None) -> None:
-    """Raise InputError for a model that the one engine or the fused head cannot take. Judged without its weights."""
+def shell_of(model: str, revision: str | None = None) -> nn.Module:
+    """The model without its weights: every parameter on the meta device. Raises what transformers raises."""
     from transformers import AutoModelForCausalLM
 
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config(model, revision))
+
+
+def refuse_unfit(model: str, revision: str | None = None) -> None:
+    """Raise InputError for a model that the one engine or the fused head cannot take. Judged without its weights."""
     config = model_config(model, revision)
     problem = None
     if getattr(config, "quantization_config", None) is not None:
         problem = "its weights are quantized"
     else:
         try:
-            with torch.device("meta"):
-                shell = AutoModelForCausalLM.from_config(config)
+            shell: Any = shell_of(model, revision)
         except (ValueError, ImportError, KeyError) as error:
             problem = str(error).strip().splitlines()[0][:200]
         else:

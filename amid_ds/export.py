@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from amid_ds.checkpoint import committed, damage, read_manifest
 from amid_ds.config import Recipe, load_recipe
 from amid_ds.errors import InputError, TrainingError
+from amid_ds.shards import Shards
 
 
 def export(source: str | Path, out: str | Path) -> Path:
@@ -37,8 +34,8 @@ def export(source: str | Path, out: str | Path) -> Path:
     state = read_manifest(checkpoint)["state"]
     config = model_config(recipe.student.model, recipe.student.revision)
     model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[state["student_dtype"]])
-    student = whole_weights(checkpoint, {name: parameter.shape for name, parameter in model.named_parameters()},
-                            tp_size=state.get("tensor_parallel", 1))
+    shards = Shards(checkpoint, {name: parameter.shape for name, parameter in model.named_parameters()})
+    student = {name: shards.whole(name) for name in shards.shapes}
     missing, unexpected = model.load_state_dict(student, strict=False)
     model.tie_weights()
     tied = set(model.all_tied_weights_keys)
@@ -54,60 +51,6 @@ def export(source: str | Path, out: str | Path) -> Path:
         out.rmdir()
     os.replace(aside, out)
     return out
-
-
-def whole_weights(checkpoint: Path, shapes: Mapping[str, torch.Size], tp_size: int) -> dict[str, torch.Tensor]:
-    """The student's weights, put together from DeepSpeed's shards of any layout and ZeRO stage. One process.
-
-    shapes: those of the whole weights, by name. What is smaller in a tensor-parallel rank's shard was split there.
-    fp32 where ZeRO-3 keeps masters; the dtype that was trained in otherwise.
-    """
-    staged = (checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt").exists()
-    parts = _zero3_parts(checkpoint, shapes, tp_size) if staged else [
-        {name: tensor for name, tensor in _read(checkpoint / f"mp_rank_{tp:02d}_model_states.pt")["module"].items()
-         if name.startswith("student.")} for tp in range(tp_size)]
-    weights = {}
-    for full_name, first in parts[0].items():
-        name = full_name.removeprefix("student.")
-        split = [dim for dim, (part, whole) in enumerate(zip(first.shape, shapes.get(name, first.shape), strict=True))
-                 if part != whole]
-        weights[name] = torch.cat([part[full_name] for part in parts], dim=split[0]) if split else first
-    return weights
-
-
-def _zero3_parts(checkpoint: Path, shapes: Mapping[str, torch.Size], tp_size: int) -> list[dict[str, torch.Tensor]]:
-    """By tensor-parallel rank: the weights that it held, over its data-parallel peers, by name.
-
-    A rank's file has its partitions in flat rows, one for each group of `param_shapes`. What a tensor-parallel group
-    splits lies over the data-parallel ranks; what it holds whole lies over all ranks (and is given for rank 0 alone).
-    """
-    dp_size = len(list(checkpoint.glob("zero_pp_rank_*_mp_rank_00_optim_states.pt")))
-    parts: list[dict[str, torch.Tensor]] = []
-    found: dict[str, list[torch.Tensor]] = {}
-    for tp in range(tp_size):
-        held = _read(checkpoint / f"zero_pp_rank_0_mp_rank_{tp:02d}_model_states.pt")["param_shapes"]
-        files = [_read(checkpoint / f"zero_pp_rank_{dp}_mp_rank_{tp:02d}_optim_states.pt") for dp in range(dp_size)]
-        parts.append({})
-        for group, named_shapes in enumerate(held):
-            rows = [file["optimizer_state_dict"]["fp32_flat_groups"][group] for file in files]
-            offset = 0
-            for name, shape in named_shapes.items():
-                whole = shape == shapes.get(name.removeprefix("student."))
-                size = -(-shape.numel() // (dp_size * tp_size if whole else dp_size))
-                found.setdefault(name, []).extend(row[offset:offset + size] for row in rows)
-                offset += size
-                if not whole:
-                    parts[tp][name] = torch.cat(found.pop(name))[:shape.numel()].view(shape)
-    for name, pieces in found.items():      # they came tensor-parallel rank by rank; in memory neighbours alternate
-        in_order = [pieces[tp * dp_size + dp] for dp in range(dp_size) for tp in range(tp_size)]
-        shape = shapes[name.removeprefix("student.")]
-        parts[0][name] = torch.cat(in_order)[:shape.numel()].view(shape)
-    return parts
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """One of DeepSpeed's files, mapped into memory. They are ours: pickles that run code when they are read."""
-    return torch.load(file, map_location="cpu", mmap=True, weights_only=False)
 
 
 def _resolve(source: Path) -> tuple[Path, Recipe]:

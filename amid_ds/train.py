@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from amid_ds import checkpoint, engine
+from amid_ds import checkpoint, engine, reshard
 from amid_ds.config import Recipe, dump_recipe, load_recipe
 from amid_ds.data import (
     Batch,
@@ -44,7 +44,8 @@ TEACHER_TOKENS_PER_PASS = 16384
 # What may differ between the lives of a run, because it does not change what is learnt.
 MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared", "train.log_every",
               "train.hang_timeout", "train.max_hours", "train.micro_batch_size", "student.activation_checkpointing",
-              "data.eval", "train.eval_every")
+              "data.eval", "train.eval_every", "tensor_parallel",
+              "deepspeed")      # but for its dtype, which is kept as student.dtype
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,11 @@ class Job:
     @property
     def run(self) -> Path:
         return Path(self.recipe.output_dir)
+
+    @property
+    def student_dtype(self) -> str:
+        """What the student trains in; the optimizer's weights are in fp32 always."""
+        return "bf16" if self.deepspeed_config.get("bf16", {}).get("enabled") else "fp32"
 
     @property
     def vocab_size(self) -> int:
@@ -86,13 +92,15 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         world.main_first(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
                                              recipe.prepared_dir))
         identity = world.together(lambda: identity_of(job, found.checkpoint))
+        layout = checkpoint.layout(world, engine.stage_of(job.deepspeed_config), job.student_dtype)
+        whole = reshard.whole_of(found.checkpoint, layout, recipe.student, world) if found.checkpoint else None
         ds = world.together(lambda: engine.build_engine(recipe, job.deepspeed_config, job.objective, job.vocab_size,
                                                        world))
         world.together(lambda: engine.check_heads(ds, job.vocab_size))
         state: dict[str, Any] = {"step": 0, "tokens": 0}
         if found.checkpoint is not None:
             loaded = found.checkpoint
-            state = world.together(lambda: checkpoint.load(ds, loaded, world))
+            state = world.together(lambda: reshard.load(ds, whole, world) if whole else checkpoint.load(ds, loaded))
         loop(job, ds, {**state, "identity": identity}, found.damaged, world, life)
 
 
@@ -160,7 +168,7 @@ def identity_of(job: Job, saved: Path | None) -> dict[str, Any]:
                               "data.sha256": prepared_hash(recipe.prepared_dir)}
     if recipe.teacher is not None:
         hashes["teacher.sha256"] = model_hash(recipe.teacher.model)
-    identity = {**_flat(yaml.safe_load(dump_recipe(recipe))), **hashes}
+    identity = {**_flat(yaml.safe_load(dump_recipe(recipe))), **hashes, "student.dtype": job.student_dtype}
     if saved is not None:
         refuse_changes(saved, identity, recipe.checkpoint.allow_change)
     return identity
@@ -168,7 +176,8 @@ def identity_of(job: Job, saved: Path | None) -> dict[str, Any]:
 
 def refuse_changes(saved: Path, identity: dict[str, Any], allowed: Sequence[str]) -> None:
     """A run goes on with the teacher, tokenizer, data and objective of the life before, or says what has changed."""
-    lines = _differences(checkpoint.read_manifest(saved)["state"]["identity"], identity, allowed)
+    state = checkpoint.read_manifest(saved)["state"]
+    lines = _differences({**state["identity"], "student.dtype": state["student_dtype"]}, identity, allowed)
     if lines:
         raise InputError(f"what {saved} was trained with has changed since:\n{lines}",
                          "the same teacher, tokenizer, data and objective",
@@ -218,7 +227,6 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             + (f"resumed after step {state['step']}" if state["step"] else "from the start"))
     epochs = zip(recipe.data.train, data.epochs(recipe.train.steps), strict=True)
     log.say("epochs by the last step: " + ", ".join(f"{source.path} {count:.3g}" for source, count in epochs))
-    state["student_dtype"] = "bf16" if job.deepspeed_config.get("bf16", {}).get("enabled") else "fp32"
     saver = checkpoint.Saver(ds, job.run / "checkpoints", recipe.checkpoint, world, log.alarm, damaged)
     saved = state["step"]
     with (StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log),
