@@ -108,6 +108,7 @@ class Data(Section):
     prepared: str | None = None              # None: inside output_dir
     workers: Annotated[int, Field(ge=0)] = 4 # processes that prepare, threads that read ahead
     on_bad_row: Literal["error", "skip"] = "error"
+    isolate_documents: bool | None = None    # documents in a row do not see one another; None: prompts and turns alone
 
     @field_validator("eval")
     @classmethod
@@ -116,6 +117,14 @@ class Data(Section):
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two sets are called {twice[0]!r}; give each a `name` of its own")
         return sets
+
+    def isolates(self, source: Rows) -> bool:
+        """Whether the documents that share a row are kept from one another. Text flows on by default."""
+        return not source.is_text if self.isolate_documents is None else self.isolate_documents
+
+    @property
+    def isolates_any(self) -> bool:
+        return any(self.isolates(source) for part in self.parts().values() for source in part.train)
 
     def parts(self) -> dict[str, Data]:
         """What is prepared, each by itself: the folder under the prepared data's, and the sources as data to read."""
@@ -226,7 +235,6 @@ class Recipe(Section):
 NOT_YET: Mapping[str, Any] = {
     "teacher.placement": "zero3",
     "data.auxiliary": None,
-    "data.isolate_documents": False,
     "rollout": None,
 }
 

@@ -7,6 +7,7 @@ student's first micro-batch (`teach`), so its weights are gathered once per pass
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,6 +24,14 @@ from amid_ds.vocab_parallel import VocabShard
 def body_of(model: nn.Module) -> nn.Module:
     """The part of a transformers causal LM that ends in hidden states."""
     return model.base_model   # type: ignore[return-value]
+
+
+def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None) -> Tensor:
+    """Hidden states [B, L, H]. Where `positions` [B, L] start again, transformers takes another document to begin, and
+    builds the attention mask that keeps it from the ones before; None: each row is one document."""
+    more = {} if positions is None else {"position_ids": positions}     # not every architecture has positions
+    hidden: Tensor = body_of(model)(input_ids=input_ids, use_cache=False, **more).last_hidden_state
+    return hidden
 
 
 def head_of(model: nn.Module) -> LMHead:
@@ -107,8 +116,9 @@ class Distiller(nn.Module):
         return self.teacher is not None and self.kd_weight > 0
 
     @torch.no_grad()
-    def teach(self, inputs: Sequence[Tensor], rows_per_pass: int) -> list[Tensor | None]:
-        """The teacher's hidden states [B_i · L_i, H_t] of every micro-batch of the window, inputs [B_i, L_i].
+    def teach(self, inputs: Sequence[Tensor], positions: Sequence[Tensor | None],
+              rows_per_pass: int) -> list[Tensor | None]:
+        """The teacher's hidden states [B_i · L_i, H_t] of every micro-batch of the window, both arguments [B_i, L_i].
 
         `rows_per_pass` micro-batches share a forward call. It must be the same on every rank: each call gathers the
         teacher's weights, and lengths differ between ranks.
@@ -121,29 +131,27 @@ class Distiller(nn.Module):
             longest = max(ids.shape[1] for ids in group)
             # Padding on the right: a causal model's earlier positions never see it.
             padded = torch.cat([nn.functional.pad(ids, (0, longest - ids.shape[1])) for ids in group])
-            states = body_of(self.teacher)(input_ids=padded, use_cache=False).last_hidden_state
+            states = run_body(self.teacher, padded, _padded_positions(positions[start:start + rows_per_pass], group))
             for ids, part in zip(group, states.split([ids.shape[0] for ids in group]), strict=True):
                 hidden.append(part[:, :ids.shape[1]].flatten(0, 1))
         return hidden
 
-    def forward(self, input_ids: Tensor, labels: Tensor, token_weights: Tensor,
-                teacher_hidden: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """One micro-batch: input_ids, labels [B, L] (shifted, -100 ignored), token_weights [B, L] fp32.
+    def forward(self, input_ids: Tensor, labels: Tensor, token_weights: Tensor, teacher_hidden: Tensor | None,
+                positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """One micro-batch: input_ids, labels [B, L] (shifted, -100 ignored), token_weights [B, L] fp32, positions as
+        `run_body` has them.
 
         Returns three scalars: the weighted loss (with gradient), the weighted divergence and cross entropy.
         """
-        hidden = body_of(self.student)(input_ids=input_ids, use_cache=False).last_hidden_state
+        hidden = run_body(self.student, input_ids, positions)
         return self.head(hidden.flatten(0, 1), teacher_hidden, labels.flatten(), token_weights.flatten())
 
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def hidden_states(self, input_ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Both models' hidden states [B · L, H_s] and [B · L, H_t] of one batch, to be scored."""
-        states = [None if model is None else body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
-                  for model in (self.student, self.teacher)]
-        student, teacher = (None if hidden is None else hidden.flatten(0, 1) for hidden in states)
-        assert student is not None
-        return student, teacher
+        teacher = None if self.teacher is None else run_body(self.teacher, input_ids, positions).flatten(0, 1)
+        return run_body(self.student, input_ids, positions).flatten(0, 1), teacher
 
     @torch.no_grad()
     def score(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor) -> Tensor:
@@ -164,6 +172,45 @@ class Distiller(nn.Module):
             same = linear_argmax(student, student_head, **common) == linear_argmax(teacher, teacher_head, **common)
             sums[1], sums[2] = out.kd.double().sum(), same.sum()
         return sums
+
+
+def _padded_positions(positions: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Tensor | None:
+    """The positions of micro-batches [B_i, L_i] on top of one another, padded on the right like their inputs."""
+    if all(places is None for places in positions):
+        return None
+    every = torch.arange(max(ids.shape[1] for ids in inputs), device=inputs[0].device)
+    padded = [every.expand(len(ids), -1).clone() for ids in inputs]
+    for rows, places in zip(padded, positions, strict=True):
+        if places is not None:
+            rows[:, :places.shape[1]] = places
+    return torch.cat(padded)
+
+
+@torch.no_grad()
+def check_isolation(model: nn.Module, name: str, input_ids: Tensor) -> None:
+    """Refuse a model in which a document sees another one of its row, though positions start again.
+
+    Collective under ZeRO-3: every rank calls it with the same ids [2, L].
+    """
+    half = input_ids.shape[1] // 2
+    rows = torch.cat([input_ids[:, :half], input_ids[:1, :half].expand(2, -1)], 1)      # two beginnings, one end
+    positions = torch.arange(half, device=rows.device).repeat(2, 2)
+    was_training = model.training
+    model.eval()
+    problem = None
+    if "position_ids" not in inspect.signature(body_of(model).forward).parameters:
+        problem = "it takes no positions"
+    else:
+        ends = run_body(model, rows, positions)[:, half:].float()
+        alone = run_body(model, rows[:1, half:], positions[:1, half:]).float()
+        tolerance = 2e-2 if model.dtype in (torch.bfloat16, torch.float16) else 1e-3
+        if not (ends - alone).abs().max() <= tolerance * alone.abs().max():
+            problem = "a document's hidden states change with the document before it"
+    model.train(was_training)
+    if problem is not None:
+        raise InputError(f"{name} ({type(model).__name__}) does not keep the documents of one row apart: {problem}",
+                         "a model whose attention and positions start again where `position_ids` do",
+                         "set data.isolate_documents=false, or choose another model or attention implementation")
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from amid_ds.config import DivergenceSpec, Dtype, Loss, Recipe
-from amid_ds.distiller import Distiller, body_of, check_head, head_of
+from amid_ds.distiller import Distiller, body_of, check_head, check_isolation, head_of
 from amid_ds.distributed import World
 from amid_ds.errors import InputError
 from amid_ds.host_memory import freed_memory_given_back
@@ -374,10 +374,14 @@ def gathered_head(model: nn.Module | None) -> Iterator[None]:
         yield
 
 
-def check_heads(engine: Any, vocab_size: int) -> None:
-    """Compare the fused heads with both models' own logits on a few tokens, at the start of every run."""
+def check_models(engine: Any, vocab_size: int, isolated: bool) -> None:
+    """On a few tokens, at the start of every run: the fused heads give both models' own logits, and documents that are
+    to be isolated are."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (2, 16), generator=generator).to(engine.device)
     for name, model in (("student", engine.module.student), ("teacher", engine.module.teacher)):
         if model is not None:
-            check_head(model, f"the {name} {model.config.name_or_path}", ids, gathered_head)
+            title = f"the {name} {model.config.name_or_path}"
+            check_head(model, title, ids, gathered_head)
+            if isolated:
+                check_isolation(model, title, ids)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from amid_ds.config import Data, Source
 from amid_ds.data import Batch, load_tokenizer, prepare, read_rows, require_same_tokenizer
-from amid_ds.distiller import head_of, logits_of
+from amid_ds.distiller import head_of, logits_of, run_body
 from amid_ds.engine import model_config
 from amid_ds.errors import InputError
 
@@ -57,7 +57,8 @@ def evaluate(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Batc
     for batch in batches:
         keep = batch.labels.flatten() != -100
         labels = batch.labels.flatten()[keep]
-        hidden = [_hidden(m, batch.input_ids).flatten(0, 1)[keep] if m is not None else None for m in (model, teacher)]
+        hidden = [None if m is None else run_body(m, batch.input_ids, batch.positions).flatten(0, 1)[keep]
+                  for m in (model, teacher)]
         for start in range(0, len(labels), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
             log_q = _log_probabilities(model, hidden[0][part], vocab_size)   # type: ignore[index]
@@ -72,10 +73,6 @@ def evaluate(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Batc
     loss = nll / tokens
     return Scores(loss, math.exp(loss), kl / tokens if teacher is not None else None,
                   agreed / tokens if teacher is not None else None)
-
-
-def _hidden(model: nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    return model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state   # type: ignore[operator]
 
 
 def _log_probabilities(model: nn.Module, hidden: torch.Tensor, vocab_size: int) -> torch.Tensor:

@@ -96,7 +96,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         whole = reshard.whole_of(found.checkpoint, layout, recipe.student, world) if found.checkpoint else None
         ds = world.together(lambda: engine.build_engine(recipe, job.deepspeed_config, job.objective, job.vocab_size,
                                                        world))
-        world.together(lambda: engine.check_heads(ds, job.vocab_size))
+        world.together(lambda: engine.check_models(ds, job.vocab_size, recipe.data.isolates_any))
         state: dict[str, Any] = {"step": 0, "tokens": 0}
         if found.checkpoint is not None:
             loaded = found.checkpoint
@@ -286,13 +286,14 @@ def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str,
         group["lr"] = lr
     train = job.recipe.train
     per_pass = max(1, TEACHER_TOKENS_PER_PASS // (train.micro_batch_size * train.seq_length))
-    lessons = distiller.teach([batch.input_ids for batch in batches], per_pass)
+    lessons = distiller.teach([batch.input_ids for batch in batches], [batch.positions for batch in batches],
+                              per_pass)
     sums = []
     with engine.gathered_head(distiller.teacher if distiller.has_lesson else None):
         for index, batch in enumerate(batches):
             weights = (batch.labels != -100).float() / max(tokens, 1.0)
             ds.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss, kd, ce = ds(batch.input_ids, batch.labels, weights, lessons[index])
+            loss, kd, ce = ds(batch.input_ids, batch.labels, weights, lessons[index], batch.positions)
             lessons[index] = None      # its memory is free for the next micro-batch's activations
             ds.backward(loss * world.dp_size, scale_wrt_gas=False)
             sums.append(torch.stack([loss.detach(), kd, ce]))

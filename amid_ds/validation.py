@@ -44,7 +44,7 @@ def _sums(recipe: Recipe, ds: Any, name: str, world: World) -> list[float]:
     for batch in read_rows(recipe.prepared_dir / "eval" / name, recipe.train.micro_batch_size, world.dp_rank,
                            world.dp_size):
         batch = batch.to(world.device)
-        hidden = distiller.hidden_states(batch.input_ids)
+        hidden = distiller.hidden_states(batch.input_ids, batch.positions)
         with engine.gathered_head(distiller.student), engine.gathered_head(distiller.teacher):
             sums += distiller.score(*hidden, batch.labels)
     return world.sum(sums.tolist())

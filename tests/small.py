@@ -198,5 +198,14 @@ def run(size: int, *arguments: object, timeout: float = 120) -> Ranks:
     return ranks
 
 
+def documents(batch):
+    """(ids [1, n], labels [n]) of every document of a batch by itself, told apart by where positions start again."""
+    for row, (ids, labels) in enumerate(zip(batch.input_ids, batch.labels, strict=True)):
+        places = range(len(ids)) if batch.positions is None else batch.positions[row].tolist()
+        starts = [i for i, place in enumerate(places) if place == 0]
+        for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True):
+            yield ids[None, start:stop], labels[start:stop]
+
+
 def metrics(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import small
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -118,7 +119,8 @@ def test_a_text_file_is_one_document_with_its_white_space(tmp_path, tokenizer, m
 def test_the_loss_of_a_response_row_is_on_the_response_alone(tmp_path, tokenizer):
     rows = [{"q": "word1 and", "a": "number 7"}, {"q": "x", "a": "a longer word2 answer é"}]
     path = write_jsonl(tmp_path / "instructions.jsonl", rows)
-    prepare(data_of({"path": path, "prompt": "q", "response": "a"}), 64, tokenizer, tmp_path / "out")
+    data = data_of({"path": path, "prompt": "q", "response": "a"}, isolate_documents=False)
+    prepare(data, 64, tokenizer, tmp_path / "out")
     [batch] = read_rows(tmp_path / "out", 2)
     for i, row in enumerate(rows):
         prompt, response = tokenizer(row["q"])["input_ids"], tokenizer(row["a"])["input_ids"]
@@ -143,6 +145,45 @@ def test_a_long_prompt_loses_its_left_and_a_long_response_its_right(tmp_path, to
     assert batch.labels[0, -1] == end
     assert batch.input_ids[1].tolist() == [short_ids[-1], *long_ids[:SEQ - 1]]
     assert batch.labels[1].tolist() == long_ids[:SEQ]
+
+
+@pytest.mark.parametrize("waiting", [1, 64])
+def test_isolated_prompts_share_rows_each_as_it_is_in_a_row_of_its_own(tmp_path, tokenizer, monkeypatch, waiting):
+    monkeypatch.setattr(pack, "OPEN_ROWS", waiting)
+    rng = random.Random(4)
+    rows = [{"q": "word1 " * rng.randint(1, 9), "a": f"{i} " + "word2 " * rng.randint(1, 15)} for i in range(60)]
+    path = write_jsonl(tmp_path / "rows.jsonl", rows)
+    infos, documents = [], []
+    for isolate in (None, False):      # the default is to isolate prompts
+        data = data_of({"path": path, "prompt": "q", "response": "a"}, isolate_documents=isolate)
+        infos.append(prepare(data, 120, tokenizer, tmp_path / f"out{isolate}").sources[0])
+        batches = list(read_rows(tmp_path / f"out{isolate}", 3))
+        found = itertools.chain.from_iterable(map(small.documents, batches))
+        inputs = sum(batch.input_ids.numel() - batch.padding for batch in batches)
+        assert inputs == pytest.approx(infos[-1].rows * 120 * (1 - infos[-1].padding))
+        documents.append(sorted([pair for pair in zip(ids[0].tolist(), labels.tolist(), strict=True)
+                                 if pair[1] != -100] for ids, labels in found))
+    together, alone = infos
+    assert documents[0] == documents[1] and together.tokens == alone.tokens
+    assert together.rows < alone.rows / 2 and together.padding < alone.padding / 2
+    assert "% padding" in str(together)
+
+
+def test_isolated_texts_start_again_and_do_not_predict_the_next_ones_beginning(tmp_path, tokenizer, many_chunks,
+                                                                              monkeypatch):
+    monkeypatch.setattr(shard, "PIECE_BYTES", 50)      # documents are encoded in several pieces, and are one still
+    documents = texts(60)
+    path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in documents])
+    prepare(data_of({"path": path}, isolate_documents=True), SEQ, tokenizer, tmp_path / "out")
+    pairs, ends = [], 0
+    for batch in read_rows(tmp_path / "out", 2):
+        pairs += labelled(batch)
+        for ids, labels in small.documents(batch):
+            end = ids[0] == tokenizer.eos_token_id
+            assert not end[:-1].any() and (not end[-1] or labels[-1] == -100)
+            ends += end.any()
+    wanted = [pair for pair in expected_pairs(documents, tokenizer) if pair[0] != tokenizer.eos_token_id]
+    assert sorted(pairs) == sorted(wanted) and ends > 20
 
 
 @pytest.fixture
@@ -228,7 +269,7 @@ def test_steps_are_read_before_they_are_asked_for(prepared, monkeypatch):
 def test_a_row_is_named_by_its_file_and_line(prepared, tokenizer):
     data = Prepared(prepared)
     for number in range(0, len(data), 7):
-        tokens, _, place = data.row(number)
+        tokens, *_, place = data.row(number)
         path, line = re.fullmatch(r"(.*) line (\d+)", place).groups()
         with open(path, encoding="utf-8") as file:
             lines = [json.loads(text)["text"] for text in file]
@@ -265,7 +306,7 @@ def test_a_shard_that_another_job_has_made_is_left_as_it_is(prepared, tmp_path, 
     source = config.Source(path=str(tmp_path / "one.jsonl"))
     chunk = next(shard.chunks_of([[source.path]]))
     before = (prepared / "shards" / "000000.arrow").stat().st_mtime_ns
-    assert shard.Maker([source], SEQ, "error", tokenizer, "uint16", prepared / "shards").make(chunk, wait=True)
+    assert shard.Maker([source], [False], SEQ, "error", tokenizer, "uint16", prepared / "shards").make(chunk, wait=True)
     assert (prepared / "shards" / "000000.arrow").stat().st_mtime_ns == before
 
 

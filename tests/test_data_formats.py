@@ -146,7 +146,7 @@ def test_conversations_may_come_from_a_table(tmp_path, tokenizer):
     pq.write_table(pa.Table.from_pylist([{"chat": turns}] * 3), tmp_path / "a.parquet")
     info = prepare(config.Data(train=[{"path": str(tmp_path / "a.parquet"), "messages": "chat"}]), 64, tokenizer,
                    tmp_path / "out")
-    assert info.rows == 3 and info.tokens == 3 * len(tokenizer("assistantword2\n")["input_ids"])
+    assert info.sources[0].documents == 3 and info.tokens == 3 * len(tokenizer("assistantword2\n")["input_ids"])
 
 
 def test_a_data_set_of_the_hub_is_read_from_its_cache(tmp_path, tokenizer, rows, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -51,15 +52,14 @@ def recipe(pair, sets, tmp_path) -> Path:
 
 @torch.no_grad()
 def plain_figures(student: Path, teacher: Path, prepared: Path) -> dict[str, float]:
-    """One process, full logits in float64, row by row."""
+    """One process, full logits in float64, document by document."""
     model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
     vocabulary = len(AutoTokenizer.from_pretrained(student))
     nll, kl, same = [], [], []
-    for batch in read_rows(prepared, 1):
-        keep = batch.labels[0] != -100
-        log_q, log_p = (m(batch.input_ids).logits[0, keep, :vocabulary].double().log_softmax(-1)
-                        for m in (model, guide))
-        nll += (-log_q.gather(1, batch.labels[0, keep, None])[:, 0]).tolist()
+    for ids, labels in itertools.chain.from_iterable(map(small.documents, read_rows(prepared, 1))):
+        keep = labels != -100
+        log_q, log_p = (m(ids).logits[0, keep, :vocabulary].double().log_softmax(-1) for m in (model, guide))
+        nll += (-log_q.gather(1, labels[keep, None])[:, 0]).tolist()
         kl += (log_p.exp() * (log_p - log_q)).sum(-1).tolist()
         same += (log_q.argmax(-1) == log_p.argmax(-1)).tolist()
     loss = sum(nll) / len(nll)

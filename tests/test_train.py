@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -39,7 +40,8 @@ def pair(request, tmp_path_factory) -> tuple[Path, Path]:
 
 def plain_loop(student: Path, teacher: Path, recipe: dict,
                prepared: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:
-    """What the recipe means, in plain transformers and torch: one process, full logits, the formula written out."""
+    """What the recipe means, in plain transformers and torch: one process, full logits, document by document, the
+    formula written out."""
     model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
     vocabulary = len(AutoTokenizer.from_pretrained(student))
     train, loss = recipe["train"], recipe["loss"]
@@ -53,14 +55,14 @@ def plain_loop(student: Path, teacher: Path, recipe: dict,
         for group in optimizer.param_groups:
             group["lr"] = train["learning_rate"] * ((step + 1) / warm if step < warm else after)
         kd = ce = tokens = 0
-        for batch in rows.window(step):
-            keep = batch.labels.flatten() != -100
-            log_q = model(batch.input_ids).logits.flatten(0, 1)[keep, :vocabulary].double().log_softmax(-1)
+        for ids, labels in itertools.chain.from_iterable(map(small.documents, rows.window(step))):
+            keep = labels != -100
+            log_q = model(ids).logits[0, keep, :vocabulary].double().log_softmax(-1)
             with torch.no_grad():
-                log_p = guide(batch.input_ids).logits.flatten(0, 1)[keep, :vocabulary].double().log_softmax(-1)
+                log_p = guide(ids).logits[0, keep, :vocabulary].double().log_softmax(-1)
             log_r = torch.log(loss["lam"] * log_p.exp() + (1 - loss["lam"]) * log_q.exp())
             kd = kd + (log_p.exp() * (log_p - log_r)).sum()
-            ce = ce + F.nll_loss(log_q, batch.labels.flatten()[keep], reduction="sum")
+            ce = ce + F.nll_loss(log_q, labels[keep], reduction="sum")
             tokens += int(keep.sum())
         total = (kd + loss["ce_weight"] * ce) / tokens
         optimizer.zero_grad()

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -37,18 +37,31 @@ OPEN_SHARDS = 4096                   # memory-mapped at once
 class Batch:
     """One micro-batch, padded on the right to its longest row.
 
-    input_ids [B, L] int64, labels [B, L] int64: the next token of each position, -100 where there is no loss. A causal
-    model needs no attention mask: nothing attends to the padding after it.
+    input_ids [B, L] int64; labels [B, L] int64: the next token of each position, -100 where there is no loss;
+    positions [B, L] int64: each token's place in its document, from which a model also tells isolated documents apart,
+    or None where each row is one. A causal model needs no attention mask: nothing attends to the padding after it.
     """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
+    positions: torch.Tensor | None
+    padding: int                     # how many places of the B × L hold nothing
     rows: list[int]                  # which rows of the prepared data
     sources: list[str]               # where each row begins, "corpus.jsonl line 17" or "corpus.parquet row 16"
 
     def to(self, device: torch.device | str) -> Batch:
         return replace(self, input_ids=self.input_ids.to(device, non_blocking=True),
-                       labels=self.labels.to(device, non_blocking=True))
+                       labels=self.labels.to(device, non_blocking=True),
+                       positions=None if self.positions is None else self.positions.to(device, non_blocking=True))
+
+
+class Row(NamedTuple):
+    """One row as it was prepared."""
+
+    tokens: NDArray[Any]
+    learn: NDArray[np.int32]         # [start, stop, ...] of the tokens that are predicted
+    begins: NDArray[np.int32]        # where another document begins that is kept from the one before
+    source: str                      # where the row begins
 
 
 class Prepared:
@@ -70,30 +83,35 @@ class Prepared:
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def row(self, number: int) -> tuple[NDArray[Any], NDArray[np.int32], str]:
-        """(tokens, positions [start, stop, ...] that are predicted, where the row begins)."""
+    def row(self, number: int) -> Row:
         which = int(np.searchsorted(self._ends, number, side="right"))
         shard = self._shards[which]
         in_shard = number - int(self._ends[which]) + shard["rows"]
         path = self.folder / SHARDS / f"{shard['name']}.arrow"
-        tokens, learn, file, line, crc = self._open(path, shard["bytes"]).row(in_shard)
-        if checksum(tokens, learn) != crc:
+        tokens, learn, begins, file, line, crc = self._open(path, shard["bytes"]).row(in_shard)
+        if checksum(tokens, learn, begins) != crc:
             raise InputError(f"{path} is damaged: the checksum of its row {in_shard} is wrong", "what was written",
                              f"remove {path.with_suffix('.json')} and {self.folder / MANIFEST}, and prepare again")
         first_line = shard["first_line"][str(file)]
-        return tokens, learn, place(self._files[shard["source"]][file], first_line + line)
+        return Row(tokens, learn, begins, place(self._files[shard["source"]][file], first_line + line))
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         rows = [self.row(number) for number in numbers]
-        length = max(len(tokens) for tokens, *_ in rows) - 1
+        length = max(len(row.tokens) for row in rows) - 1
         input_ids = torch.zeros(len(rows), length, dtype=torch.int64)    # what pads is never looked at
+        positions = torch.arange(length).repeat(len(rows), 1)
         labels = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
-        for i, (tokens, learn, _) in enumerate(rows):
-            ids = torch.from_numpy(tokens.astype(np.int64))
+        for i, row in enumerate(rows):
+            ids = torch.from_numpy(row.tokens.astype(np.int64))
             input_ids[i, :len(ids) - 1] = ids[:-1]
-            for start, stop in zip(learn[::2], learn[1::2], strict=True):
+            for begin in row.begins:
+                positions[i, begin:] = torch.arange(length - begin)
+            for start, stop in zip(row.learn[::2], row.learn[1::2], strict=True):
                 labels[i, start - 1:stop - 1] = ids[start:stop]
-        return Batch(input_ids, labels, list(numbers), [where for *_, where in rows])
+        padding = input_ids.numel() - sum(len(row.tokens) - 1 for row in rows)
+        isolated = any(len(row.begins) for row in rows)
+        return Batch(input_ids, labels, positions if isolated else None, padding, list(numbers),
+                     [row.source for row in rows])
 
 
 class StepData:
@@ -174,7 +192,7 @@ def read_rows(folder: Path, batch_size: int, dp_rank: int = 0, dp_size: int = 1)
             yield prepared.batch(numbers)
         else:
             filler = prepared.batch([0])
-            yield Batch(filler.input_ids, torch.full_like(filler.labels, IGNORED), [], [])
+            yield replace(filler, labels=torch.full_like(filler.labels, IGNORED), rows=[], sources=[])
 
 
 class _Shard:
@@ -185,16 +203,16 @@ class _Shard:
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
             batches = list(reader)
         self._ends = np.cumsum([batch.num_rows for batch in batches])
-        self._batches = [[_list_views(batch["tokens"]), _list_views(batch["learn"]), batch["file"].to_numpy(),
-                          batch["line"].to_numpy(), batch["crc"].to_numpy()] for batch in batches]
+        self._batches = [([_list_views(batch[name]) for name in ("tokens", "learn", "begins")],
+                          [batch[name].to_numpy() for name in ("file", "line", "crc")]) for batch in batches]
 
-    def row(self, number: int) -> tuple[NDArray[Any], NDArray[np.int32], int, int, int]:
+    def row(self, number: int) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32], int, int, int]:
         place = int(np.searchsorted(self._ends, number, side="right"))
-        (tokens, token_offsets), (learn, learn_offsets), *columns = self._batches[place]
+        lists, columns = self._batches[place]
         number -= int(self._ends[place]) - len(columns[0])
+        tokens, learn, begins = (values[offsets[number]:offsets[number + 1]] for values, offsets in lists)
         file, line, crc = (int(column[number]) for column in columns)
-        return (tokens[token_offsets[number]:token_offsets[number + 1]],
-                learn[learn_offsets[number]:learn_offsets[number + 1]], file, line, crc)
+        return tokens, learn, begins, file, line, crc
 
 
 def _list_views(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:

@@ -33,7 +33,7 @@ from amid_ds.errors import InputError, TrainingError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST, PLAN, SHARDS = "manifest.json", "plan.json", "shards"
 _maker: Maker | None = None          # a worker process's own
 PARALLEL_BYTES = 16 << 20            # less than that is done sooner by one process than others can start
@@ -51,13 +51,14 @@ class SourceInfo:
     dropped: int                    # rows whose response vanished by truncation
     skipped: int                    # bad rows left out, under data.on_bad_row=skip
     shown: tuple[str, ...]          # the first ten of them
+    padding: float                  # the share of rows × seq_length that holds nothing
 
     def __str__(self) -> str:
         lost = [f"{count:,} {what}" for count, what in (
             (self.truncated, "rows cut to seq_length"), (self.dropped, "rows left out, their response having vanished"),
             (self.skipped, "bad rows left out, the first of them:")) if count]
-        return "\n    ".join([f"{self.path}: {self.documents:,} documents, {self.rows:,} rows, {self.tokens:,} tokens",
-                              *lost, *self.shown])
+        return "\n    ".join([f"{self.path}: {self.documents:,} documents, {self.rows:,} rows, {self.tokens:,} tokens "
+                              f"to predict, {self.padding:.1%} padding", *lost, *self.shown])
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ def prepare(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBa
     if not reused:
         _start(folder, plan, named=data.prepared is not None)
         largest = max(tokenizer.get_vocab().values())
-        maker = Maker(data.train, seq_length, data.on_bad_row, tokenizer, "uint16" if largest < 1 << 16 else "uint32",
-                      folder / SHARDS)
+        maker = Maker(data.train, [data.isolates(source) for source in data.train], seq_length, data.on_bad_row,
+                      tokenizer, "uint16" if largest < 1 << 16 else "uint32", folder / SHARDS)
         _make_all(maker, chunks, data.workers)
         manifest = _manifest(folder, plan, chunks, data)
         write_json(folder / MANIFEST, manifest)
@@ -183,7 +184,8 @@ def _plan(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase
     for source, paths in zip(data.train, files, strict=True):
         template = None if source.messages is None else require_chat_template(tokenizer)
         sources.append({"path": source.path, "fields": list(source.fields), "template": template,
-                        "truncate": source.truncate, "files": identity(source, paths)})
+                        "truncate": source.truncate, "isolate": data.isolates(source),
+                        "files": identity(source, paths)})
     return {"format": FORMAT, "seq_length": seq_length, "tokenizer": fingerprint(tokenizer),
             "sources": sources}
 
@@ -220,7 +222,7 @@ def _first_difference(found: Any, wanted: Any, name: str = "") -> str:
 def _manifest(folder: Path, plan: dict[str, Any], chunks: Sequence[Chunk], data: config.Data) -> dict[str, Any]:
     shards = [read_json(folder / SHARDS / f"{chunk.name}.json") for chunk in chunks]
     seen: dict[tuple[int, int], int] = {}                 # lines of (source, file) in earlier shards
-    sources = [{"path": source.path, "rows": 0, "tokens": 0, "documents": 0, "truncated": 0, "dropped": 0,
+    sources = [{"path": source.path, "rows": 0, "places": 0, "tokens": 0, "documents": 0, "truncated": 0, "dropped": 0,
                 "skipped": 0, "shown": []} for source in data.train]
     entries = []
     for chunk, shard in zip(chunks, shards, strict=True):
@@ -243,6 +245,10 @@ def _manifest(folder: Path, plan: dict[str, Any], chunks: Sequence[Chunk], data:
 
 
 def _info(folder: Path, manifest: dict[str, Any], reused: bool) -> PreparedInfo:
-    sources = tuple(SourceInfo(**{**source, "shown": tuple(source["shown"])}) for source in manifest["sources"])
+    whole = manifest["plan"]["seq_length"]
+    sources = tuple(
+        SourceInfo(padding=1 - source["places"] / (source["rows"] * whole), shown=tuple(source["shown"]),
+                   **{key: value for key, value in source.items() if key not in ("places", "shown")})
+        for source in manifest["sources"])
     return PreparedInfo(folder, sum(source.rows for source in sources), sum(source.tokens for source in sources),
                         sources, reused)

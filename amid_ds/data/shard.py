@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ from numpy.typing import NDArray
 from amid_ds import config
 from amid_ds.data.chat import Segment
 from amid_ds.data.chat import segments as conversation
-from amid_ds.data.pack import Counts, Document, Packed, pack_text, pack_turns
+from amid_ds.data.pack import Counts, Document, Packed, pack_text, pack_together, pack_turns
 from amid_ds.data.readers import PIECE_BYTES, Row, Span, by_size
 from amid_ds.data.sources import bad_row, name_of, read_span, shards_of
 from amid_ds.data.tokenizer import document_front, encode, end_of_text
@@ -63,6 +64,7 @@ class Maker:
     """All that a process needs to turn chunks into shards."""
 
     sources: Sequence[config.Source]
+    isolate: Sequence[bool]         # by source: whether its documents are kept from one another
     seq_length: int
     on_bad_row: str
     tokenizer: PreTrainedTokenizerBase
@@ -88,9 +90,10 @@ class Maker:
         source = self.sources[chunk.source]
         documents = self._encoded(self._documents(chunk, source, counts))
         if source.is_text:
-            rows = pack_text(documents, self.seq_length)
+            rows = pack_text(documents, self.seq_length, self.isolate[chunk.source])
         else:
             rows = pack_turns(documents, self.seq_length, source.truncate, counts)
+            rows = pack_together(rows, self.seq_length) if self.isolate[chunk.source] else rows
         temporary = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
         write_rows(temporary, rows, np.dtype(self.token_dtype), counts)
         size, digest = temporary.stat().st_size, _sha256(temporary)
@@ -130,7 +133,8 @@ class Maker:
                     self._bad_row(span, row, problem, counts)
                     continue
                 counts.documents += row.ends
-                yield from (Document(part, span.file, row.number) for part in parts)
+                yield from (Document(part, span.file, row.number, row.begins and index == 0)
+                            for index, part in enumerate(parts))
             counts.lines.append((span.file, lines))
 
     def _parts(self, row: Row, source: config.Source, front: list[int], end: list[int]) -> list[list[Segment]]:
@@ -173,18 +177,21 @@ def _pieces(text: str) -> list[str]:
 def write_rows(path: Path, rows: Iterable[Packed], dtype: np.dtype[Any], counts: Counts) -> None:
     """Write the rows as an Arrow stream, about BATCH_TOKENS at a time, and count them."""
     token_type = pa.list_(pa.from_numpy_dtype(dtype))
-    schema = pa.schema([("tokens", token_type), ("learn", pa.list_(pa.int32())), ("file", pa.int32()),
-                        ("line", pa.int64()), ("crc", pa.uint32())])
+    schema = pa.schema([("tokens", token_type), ("learn", pa.list_(pa.int32())),
+                        ("begins", pa.list_(pa.int32())), ("file", pa.int32()), ("line", pa.int64()),
+                        ("crc", pa.uint32())])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for batch in by_size(rows, lambda row: len(row.tokens), BATCH_TOKENS):
             counts.rows += len(batch)
             tokens = [np.array(row.tokens, dtype) for row in batch]
-            learn = [np.array(row.learn, np.int32) for row in batch]
+            learn, begins = ([np.array(places, np.int32) for places in kind]
+                             for kind in ([row.learn for row in batch], [row.begins for row in batch]))
+            counts.places += sum(len(row.tokens) - 1 for row in batch)
             counts.tokens += sum(int(np.sum(spans[1::2] - spans[::2])) for spans in learn)
             writer.write_batch(pa.record_batch([
-                _list_array(tokens), _list_array(learn),
+                _list_array(tokens), _list_array(learn), _list_array(begins),
                 pa.array([row.file for row in batch], pa.int32()), pa.array([row.line for row in batch], pa.int64()),
-                pa.array(map(checksum, tokens, learn), pa.uint32())], schema=schema))
+                pa.array(map(checksum, tokens, learn, begins), pa.uint32())], schema=schema))
 
 
 def require_size(path: Path, size: int) -> None:
@@ -195,8 +202,8 @@ def require_size(path: Path, size: int) -> None:
                          f"remove {path.with_suffix('.json')} and the manifest beside {path.parent}, and prepare again")
 
 
-def checksum(tokens: NDArray[Any], learn: NDArray[np.int32]) -> int:
-    return zlib.crc32(learn.tobytes(), zlib.crc32(tokens.tobytes()))
+def checksum(*columns: NDArray[Any]) -> int:
+    return functools.reduce(lambda crc, column: zlib.crc32(column.tobytes(), crc), columns, 0)
 
 
 def _list_array(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
