@@ -16,7 +16,7 @@ STOPPED = 75      # EX_TEMPFAIL: what a batch system may start again
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    args = _parser().parse_args(argv)
+    args = _parse(argv)
     try:
         args.run(args)
     except InputError as error:
@@ -28,6 +28,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 1
     return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """argparse takes key=value before the options alone; here they may follow them too."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _say(status: int, error: Exception) -> int:
@@ -76,6 +87,32 @@ def _parser() -> argparse.ArgumentParser:
     checkpoints = commands.add_parser("checkpoints", help="a run's checkpoints, each with its verdict")
     checkpoints.add_argument("run_folder", metavar="RUN")
     checkpoints.set_defaults(run=_checkpoints)
+
+    submit = commands.add_parser("submit", help="check a recipe, make a batch script of a template, give it to Slurm")
+    submit.add_argument("recipe")
+    submit.add_argument("--template", metavar="NAME", help="train (the default), train_deepspeed, train_mpi, prepare, "
+                        "sweep, or a file")
+    submit.add_argument("--nodes", type=int, default=1, metavar="N")
+    submit.add_argument("--ranks-per-node", type=int, default=8, metavar="R", help="one per GPU")
+    submit.add_argument("--cpus-per-rank", type=int, default=8, metavar="C")
+    submit.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before, instead "
+                        "of starting the job again")
+    submit.add_argument("--sweep", metavar="KEY=A,B,...", help="an array of jobs, one per value")
+    submit.add_argument("--at-once", type=int, default=0, metavar="M", help="of a sweep's jobs, run M at a time")
+    for name in ("time", "partition", "account", "qos", "signal"):
+        submit.add_argument(f"--{name}", help="as sbatch has it")
+    submit.add_argument("--dry-run", action="store_true", help="print the script, and submit nothing")
+    submit.add_argument("overrides", nargs="*", metavar="key=value")
+    submit.set_defaults(run=_submit)
+
+    status = commands.add_parser("status", help="how a run goes")
+    status.add_argument("run_folder", nargs="?", metavar="RUN")
+    status.set_defaults(run=_status)
+
+    doctor = commands.add_parser("doctor", help="is this environment, cluster and recipe fit to run? also under srun")
+    doctor.add_argument("recipe", nargs="?")
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    doctor.set_defaults(run=_doctor)
 
     requeue = commands.add_parser("requeue", help="for batch scripts: start the job again, or say why not")
     requeue.add_argument("status", type=int, help="the exit status of srun")
@@ -144,6 +181,27 @@ def _checkpoints(args: argparse.Namespace) -> None:
     from amid_ds.checkpoint import print_checkpoints
 
     print_checkpoints(args.run_folder)
+
+
+def _submit(args: argparse.Namespace) -> None:
+    from amid_ds.submit import OPTIONS, Wish, submit
+
+    options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
+    wish = Wish(args.template or ("sweep" if args.sweep else "train"), args.nodes, args.ranks_per_node,
+                args.cpus_per_rank, options, args.chain, args.sweep, args.at_once)
+    submit(args.recipe, args.overrides, wish, args.dry_run)
+
+
+def _status(args: argparse.Namespace) -> None:
+    from amid_ds.status import print_status
+
+    print_status(args.run_folder)
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from amid_ds.doctor import doctor
+
+    doctor(args.recipe, args.overrides)
 
 
 def _requeue(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -82,6 +83,23 @@ class World:
 
     def barrier(self) -> None:
         self.gather(None)
+
+    def measured_sum(self, ranks: Sequence[int], size_bytes: int) -> tuple[float, float]:
+        """Σ (rank + 1) over `ranks` by way of a tensor of `size_bytes`, and the bytes per second of the all-reduce, the
+        best of a few. Called by all ranks; those that are not among `ranks` get (0, 0)."""
+        group = dist.new_group(list(ranks))
+        if self.rank not in ranks:
+            return 0.0, 0.0
+        fastest = float("inf")
+        for _ in range(4):      # the first one pays for the connections
+            tensor = torch.full((size_bytes // 4,), self.rank + 1.0, device=self.device)
+            dist.barrier(group)
+            began = time.perf_counter()
+            dist.all_reduce(tensor, group=group)
+            total = float(tensor[-1])      # also waits for a GPU
+            fastest = min(fastest, time.perf_counter() - began)
+        dist.destroy_process_group(group)
+        return (total if bool((tensor == total).all()) else float("nan")), size_bytes / fastest
 
     def together(self, work: Callable[[], T]) -> T:
         """Run `work` on every rank; if it raises on any, raise on all what the lowest rank raised.

@@ -20,14 +20,19 @@ SAMPLE = 1 << 20      # bytes of a weight file's either end that go into its has
 def provenance(recipe: Recipe, tokenizer: Any, ranks: int) -> str:
     """The text of a run's provenance.json."""
     facts = {
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "git_revision": _git_revision(),
+        "versions": versions(),
+        "git_revision": code_revision(),
         "ranks": ranks,
         "student": _model(recipe.student),
         "teacher": _model(recipe.teacher) if recipe.teacher is not None else None,
         "tokenizer_sha256": fingerprint(tokenizer),
     }
     return json.dumps(facts, indent=1) + "\n"
+
+
+def versions() -> dict[str, str | None]:
+    """Of Python and of the packages that a result may depend on; None for one that is not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
 def _version(name: str) -> str | None:
@@ -37,14 +42,21 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _git_revision() -> str | None:
+def code_revision() -> str | None:
     """The revision of this code, `+changes` where the tree differs from it; None for an installed wheel."""
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    revision, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    return f"{revision}+changes" if revision and changes else revision
 
+
+def uncommitted_changes() -> str | None:
+    """What the tree of this code differs in from its revision, as a patch; None where there is no tree."""
+    return _git("diff", "HEAD")
+
+
+def _git(*arguments: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain") else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip("\n")
     except (OSError, subprocess.CalledProcessError):
         return None
 

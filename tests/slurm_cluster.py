@@ -177,6 +177,18 @@ class Cluster:
         """Pull its network cable, or plug it in again."""
         _call("ip", "-n", self.prefix + "switch", "link", "set", name, "up" if heal else "down")
 
+    def throttle(self, name: str, rate: str | None) -> None:
+        """A slow network card, such as "200mbit"; None: as fast as ever."""
+        card = ["tc", "-n", self.prefix + name, "qdisc"], ["dev", "eth0", "root"]
+        if rate is None:
+            _call(*card[0], "del", *card[1])
+        else:
+            _call(*card[0], "add", *card[1], "tbf", "rate", rate, "burst", "1mb", "latency", "100ms")
+
+    def hosts(self, nodes: str) -> list[str]:
+        """n[1-2] as n1, n2."""
+        return self.run("scontrol", "show", "hostnames", nodes).stdout.split()
+
     def mend(self) -> None:
         """Every node up and idle, no job left: what a test may leave behind."""
         self.run("scancel", "--user=root")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +15,10 @@ import slurm_cluster
 import small
 
 from amid_ds import lives, requeue
+from amid_ds.cli import main
+from amid_ds.config import load_recipe
 
 ROOT = Path(__file__).parent.parent
-LAYOUT = {"--nodes": 2, "--ntasks-per-node": 2, "--gpus-per-node": 2, "--cpus-per-task": 1}
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +40,28 @@ def models(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def whole(models, tmp_path_factory):
+    """The losses of the uninterrupted run on so many ranks."""
+    folder = tmp_path_factory.mktemp("whole")
+
+    @functools.cache
+    def run(ranks: int) -> list[tuple[int, float, float]]:
+        small.run(ranks, "train", recipe_of(models, folder, f"run{ranks}"))
+        return losses(folder / f"run{ranks}")
+    return run
+
+
 def recipe_of(models: Path, folder: Path, run: str = "run", **changes) -> Path:
-    """Steps of a fifth of a second and more, so that there is time to interfere."""
+    changes = {"train__steps": 40, "checkpoint__every": 10, "data__prepared": str(models / "data"), **changes}
     return small.make_recipe(folder / f"{run}.yaml", models / "student", models / "teacher", models / "text.jsonl",
-                             folder / run, **{"data__prepared": str(models / "data"), **changes})
+                             folder / run, **changes)
 
 
-def sbatch(cluster, folder: Path, template: str, *arguments: object, **options: object) -> str:
+def sbatch(cluster, folder: Path, template: str, *arguments: object, ranks_per_node: int = 2, **options: object) -> str:
     """A template as it stands, by hand: its EDIT lines overridden on the command line. The job's id."""
+    options = {"nodes": 2, "ntasks_per_node": ranks_per_node, "gpus_per_node": ranks_per_node, "cpus_per_task": 1,
+               **options}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
     done = cluster.run("sbatch", "--parsable", *flags, ROOT / "slurm" / template, *arguments, cwd=folder,
                        PYTHON=sys.executable)
@@ -51,8 +69,15 @@ def sbatch(cluster, folder: Path, template: str, *arguments: object, **options: 
     return done.stdout.strip()
 
 
+def submit(cluster, folder: Path, *arguments: object) -> str:
+    """`amid-ds submit` on the login node. The job's id, which it prints last."""
+    done = cluster.run(sys.executable, "-m", "amid_ds", "submit", *arguments, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
 def output(folder: Path) -> str:
-    """Every log of every job in the folder, for a look when something failed."""
+    """Every log of every job in the folder."""
     return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(folder.glob("**/*.log")))
 
 
@@ -64,17 +89,231 @@ def losses(run: Path) -> list[tuple[int, float, float]]:
     return [(line["step"], line["loss"], line["grad_norm"]) for line in small.metrics(run)]
 
 
-def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_none(cluster, models, tmp_path):
-    recipe = recipe_of(models, tmp_path, train__steps=60, checkpoint__every=1000)
-    small.run(4, "train", recipe, f"output_dir={tmp_path / 'whole'}")
-    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, nodes=2, ntasks_per_node=2, gpus_per_node=2,
-                 cpus_per_task=1)
+def finished(cluster, job: str, folder: Path, expected: list[tuple[int, float, float]], timeout: float = 300) -> str:
+    """The job has come to its end, and its run's losses are those of the uninterrupted one. All that was said."""
+    assert cluster.wait(job, timeout) == "COMPLETED", output(folder)
+    assert losses(folder / "run") == expected, output(folder)
+    return output(folder)
+
+
+def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_none(cluster, models, whole, tmp_path):
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe_of(models, tmp_path, checkpoint__every=1000))
     cluster.until(lambda: steps_of(tmp_path / "run") >= 3, what="the first steps")
     cluster.run("scancel", "--signal=USR1", job)      # what --signal sends before the time limit
-    assert cluster.wait(job) == "COMPLETED", output(tmp_path)
-    assert cluster.job(job)["Restarts"] == "1", output(tmp_path)
-    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
-    assert "stopped in order" in output(tmp_path) and "it is started again" in output(tmp_path)
+    said = finished(cluster, job, tmp_path, whole(4))
+    assert "stopped in order" in said and "it is started again" in said
+    assert cluster.job(job)["Restarts"] == "1", said
+    first, second = lives.records(tmp_path / "run")
+    assert (first.status, second.status, second.restart, second.job) == (75, 0, 1, job)
+    assert first.first_step == 1 and second.first_step > 3 and second.nodes == "n[1-2]" and second.ranks == 4
+
+
+def test_the_deepspeed_launcher_trains_across_nodes_without_ssh(cluster, models, whole, tmp_path):
+    recipe = recipe_of(models, tmp_path)
+    job = submit(cluster, tmp_path, recipe, "--template", "train_deepspeed", "--nodes", 2, "--ranks-per-node", 2,
+                 "--cpus-per-rank", 1, "--time", "10")
+    recipe.write_text("the job has a copy")
+    finished(cluster, job, tmp_path, whole(4))
+    kept, logs = tmp_path / "run" / "submissions" / "0001", tmp_path / "run" / "logs"
+    assert load_recipe(kept / "recipe.yaml").train.steps == 40
+    assert "train_deepspeed" in (kept / "code.json").read_text()
+    assert "RANKS_PER_NODE=2\n" in (kept / "job.sbatch").read_text()
+    assert {path.name for path in logs.iterdir()} == {f"{job}.log", f"{job}-n1.log", f"{job}-n2.log"}
+
+
+def test_ranks_find_each_other_through_mpi_and_a_world_of_the_wrong_size_is_refused(cluster, models, whole, tmp_path):
+    recipe = recipe_of(models, tmp_path)
+    job = sbatch(cluster, tmp_path, "train_mpi.sbatch", recipe, ranks_per_node=1)
+    finished(cluster, job, tmp_path, whole(2))
+    script = (ROOT / "slurm" / "train_mpi.sbatch").read_text()
+    (tmp_path / "wrong.sbatch").write_text(script.replace("MPI=pmi2", "MPI=none"))
+    job = sbatch(cluster, tmp_path, tmp_path / "wrong.sbatch", recipe, ranks_per_node=1)
+    assert cluster.wait(job) == "FAILED" and cluster.job(job)["ExitCode"] == "2:0"
+    assert "a world of 1 rank(s)" in output(tmp_path) and cluster.job(job)["Restarts"] == "0"
+
+
+def test_data_are_prepared_once_and_an_array_of_jobs_sweeps_a_key(cluster, models, tmp_path):
+    recipe = recipe_of(models, tmp_path, train__steps=3, data__prepared=str(tmp_path / "data"))
+    job = sbatch(cluster, tmp_path, "prepare.sbatch", recipe, nodes=1, ranks_per_node=1)
+    assert cluster.wait(job) == "COMPLETED" and (tmp_path / "data" / "manifest.json").exists(), output(tmp_path)
+    job = submit(cluster, tmp_path, recipe, "--nodes", 1, "--ranks-per-node", 1, "--sweep", "loss.lam=0.1,0.9")
+    cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "", what="the end of the array")
+    runs = [tmp_path / "run" / f"loss.lam={value}" for value in ("0.1", "0.9")]
+    assert [steps_of(run) for run in runs] == [3, 3], output(tmp_path)
+    assert [small.metrics(run)[0]["lam"] for run in runs] == [0.1, 0.9]
+
+
+def test_a_wrong_recipe_fails_in_seconds_and_is_not_started_again(cluster, models, tmp_path):
+    recipe = recipe_of(models, tmp_path)
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, "train.stepz=3", ranks_per_node=1)
+    assert cluster.wait(job) == "FAILED"
+    facts = cluster.job(job)
+    assert (facts["ExitCode"], facts["Restarts"]) == ("2:0", "0")
+    assert output(tmp_path).count("did you mean `steps`") == 1 and "Traceback" not in output(tmp_path)
+
+
+def test_a_killed_node_costs_the_steps_since_the_last_checkpoint(cluster, models, whole, tmp_path):
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe_of(models, tmp_path), ranks_per_node=1)
+    cluster.until(lambda: steps_of(tmp_path / "run") >= 12, what="steps after a checkpoint")
+    used = cluster.job(job)["NodeList"]
+    assert used == "n[1-2]"
+    cluster.kill_node("n2")
+    try:
+        said = finished(cluster, job, tmp_path, whole(2))
+        assert cluster.job(job)["NodeList"] == "n[1,3]" and "resumed after step" in said
+        told = cluster.run(sys.executable, "-m", "amid_ds", "status", tmp_path / "run").stdout
+        assert "state      done" in told and "restarts   1" in told and "nodes      n[1,3]" in told
+    finally:
+        cluster.mend()
+
+
+def test_doctor_names_the_slow_node_and_what_a_node_cannot_read(cluster, models, tmp_path):
+    recipe = recipe_of(models, tmp_path)
+    ask = ["srun", "--nodes=3", "--ntasks-per-node=1", sys.executable, "-m", "amid_ds", "doctor", recipe]
+    well = cluster.run(*ask)
+    assert well.returncode == 0 and "FAIL" not in well.stdout, well.stdout + well.stderr
+    for what in ("versions", "GPUs", "free space", "rename", "connections", "all-reduce", "bandwidth", "clocks"):
+        assert f"ok    {what}" in well.stdout
+    cluster.throttle("n3", "200mbit")
+    try:
+        ill = cluster.run(*ask, "teacher.model=nowhere/there")
+    finally:
+        cluster.throttle("n3", None)
+    assert ill.returncode == 1 and "2 of 10 looks" in ill.stderr, ill.stdout + ill.stderr
+    assert re.search(r"FAIL  bandwidth    slow: n3 .*\n      remedy: ", ill.stdout), ill.stdout
+    assert re.search(r"FAIL  teacher      .*nowhere/there.* on n1, n2, n3\n      remedy: ", ill.stdout), ill.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", ["n1", "n2"])      # the batch script's node and the other
+def test_a_node_that_is_cut_off_is_left_behind(cluster, models, whole, tmp_path, node):
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe_of(models, tmp_path, train__hang_timeout=20))
+    cluster.until(lambda: steps_of(tmp_path / "run") >= 12, what="steps after a checkpoint")
+    cluster.cut_off(node)
+    try:
+        finished(cluster, job, tmp_path, whole(4))
+        assert node not in cluster.hosts(cluster.job(job)["NodeList"])
+    finally:
+        cluster.mend()
+
+
+@pytest.mark.slow
+def test_a_killed_node_of_the_batch_script_is_left_behind(cluster, models, whole, tmp_path):
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe_of(models, tmp_path))
+    cluster.until(lambda: steps_of(tmp_path / "run") >= 12, what="steps after a checkpoint")
+    cluster.kill_node("n1")
+    try:
+        finished(cluster, job, tmp_path, whole(4))
+        assert cluster.job(job)["NodeList"] == "n[2-3]"
+    finally:
+        cluster.mend()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, rank", [(signal.SIGSTOP, 3), (signal.SIGSTOP, 0), (signal.SIGKILL, 2)])
+def test_a_rank_that_is_stopped_or_killed_is_named_and_the_job_goes_on(cluster, models, whole, tmp_path, number, rank):
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe_of(models, tmp_path, train__hang_timeout=10))
+    cluster.until(lambda: steps_of(tmp_path / "run") >= 12, what="steps after a checkpoint")
+    os.kill(cluster.processes(f"n{1 + rank // 2}", "-m amid_ds train")[rank % 2 - 2], number)
+    said = finished(cluster, job, tmp_path, whole(4))
+    host = f"n{1 + rank // 2}"
+    assert f"first to fail: rank {rank} on {host} in step" in said, said
+    if number == signal.SIGSTOP:
+        assert f"look at rank {rank} on {host} first: does not answer" in said and "all_reduce" in said, said
+    assert lives.records(tmp_path / "run")[0].failure.rank == rank
+
+
+@pytest.mark.slow
+def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, models, tmp_path):
+    recipe = recipe_of(models, tmp_path, train__steps=500)
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, time=1, signal="USR1@20")
+    cluster.until(lambda: cluster.job(job)["Restarts"] == "1", timeout=180, what="the second life")
+    cluster.until(lambda: len(lives.records(tmp_path / "run")) == 2, what="its beginning")
+    first = lives.records(tmp_path / "run")[0]
+    assert first.status == 75 and "(SIGUSR1)" in output(tmp_path)
+    cluster.run("scancel", job)
+    assert cluster.wait(job) == "CANCELLED" and cluster.job(job)["Restarts"] == "1"      # and it stays so
+
+
+@pytest.mark.slow
+def test_a_job_that_is_cancelled_saves_and_stays_cancelled(cluster, models, whole, tmp_path):
+    recipe = recipe_of(models, tmp_path)
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe)
+    cluster.until(lambda: steps_of(tmp_path / "run") >= 3, what="the first steps")
+    cluster.run("scancel", job)
+    assert cluster.wait(job) == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
+    finished(cluster, sbatch(cluster, tmp_path, "train.sbatch", recipe), tmp_path, whole(4))
+
+
+@pytest.mark.slow
+def test_a_chain_of_three_jobs_is_one_run_and_what_is_left_over_ends_at_once(cluster, models, whole, tmp_path):
+    recipe = recipe_of(models, tmp_path)
+    last = submit(cluster, tmp_path, recipe, "--nodes", 2, "--ranks-per-node", 2, "--chain", 3)
+    first, second = str(int(last) - 2), str(int(last) - 1)
+    cluster.until(lambda: steps_of(tmp_path / "run") >= 3, what="the first steps")
+    cluster.run("scancel", "--signal=USR1", first)
+    finished(cluster, last, tmp_path, whole(4))
+    assert (cluster.job(first)["JobState"], cluster.job(first)["ExitCode"]) == ("FAILED", "75:0")
+    assert cluster.job(second)["JobState"] == "COMPLETED" and "nothing to do" in output(tmp_path)
+
+
+@pytest.mark.slow
+def test_an_array_of_four_with_two_at_once(cluster, models, tmp_path):
+    recipe = recipe_of(models, tmp_path, train__steps=20)
+    job = submit(cluster, tmp_path, recipe, "--nodes", 1, "--ranks-per-node", 1, "--sweep", "train.seed=0,1,2,3",
+                 "--at-once", 2)
+    runs = [tmp_path / "run" / f"train.seed={seed}" for seed in range(4)]
+    cluster.until(lambda: steps_of(runs[0]) >= 2, what="the first steps of the first")
+    assert cluster.run("squeue", "--noheader", "--states=RUNNING").stdout.count("\n") <= 2
+    cluster.run("scancel", "--signal=USR1", f"{job}_0")      # one of them starts again, alone
+    cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "", 300, "the end of the array")
+    assert [steps_of(run) for run in runs] == [20] * 4, output(tmp_path)
+    assert [len(lives.records(run)) for run in runs] == [2, 1, 1, 1]
+
+
+def test_submit_refuses_what_sbatch_would_let_pass(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(models, tmp_path)
+    template = (ROOT / "slurm" / "train.sbatch").read_text()
+    faulty = {
+        "late": (template + "#SBATCH --exclusive\n", "--exclusive comes after the first command"),
+        "syntax": (template.replace("status=$?", "if ["), "syntax error"),
+        "folder": (template.replace("#SBATCH --requeue", "#SBATCH --requeue\n#SBATCH --error=gone/%j.err"), "gone"),
+    }
+    for name, (text, named) in faulty.items():
+        (tmp_path / f"{name}.sbatch").write_text(text)
+        assert main(["submit", str(recipe), "--template", f"{name}.sbatch", "--ranks-per-node", "2"]) == 2
+        assert named in capsys.readouterr().err
+    assert main(["submit", str(recipe), "--nodes", "3", "--ranks-per-node", "1"]) == 2      # as train would say
+    assert "train.global_batch_size 4 on 3 rank(s)" in capsys.readouterr().err
+    assert main(["submit", str(recipe), "--template", "nosuch"]) == 2 and "train_mpi" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("template", ["train", "train_deepspeed", "train_mpi", "prepare"])
+def test_a_dry_run_prints_the_script_and_leaves_nothing(template, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = recipe_of(models, tmp_path)
+    status = main(["submit", str(recipe), "--template", template, "--nodes", "2", "--ranks-per-node", "2", "--dry-run",
+                   "--partition", "fast", "--chain", "2", "train.steps=9"])
+    script = capsys.readouterr().out
+    assert status == 0 and script.startswith("#!/bin/bash\n") and not (tmp_path / "run").exists()
+    assert "#SBATCH --partition=fast\n" in script and "#SBATCH --no-requeue\n" in script and "REQUEUE=no\n" in script
+    assert f"PYTHON={sys.executable}\n" in script
+    if template != "prepare":
+        assert "#SBATCH --nodes=2\n" in script and "#SBATCH --gpus-per-node=2\n" in script
+
+
+def test_status_tells_how_a_run_goes(tmp_path, models, monkeypatch, capsys):
+    recipe = recipe_of(models, tmp_path, train__steps=4)
+    small.run(1, "train", recipe)
+    lives.append(tmp_path / "run", "ended", status=1, failure=vars(lives.Failure(3, "n2", 4, "OSError: gone", 0.0)))
+    assert main(["status", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out
+    for words in ("state      done", "step       4 of 4", "loss", "tokens/s", "restarts   0",
+                  "last error rank 3 on n2 in step 4: OSError: gone"):
+        assert words in told, told
+    assert main(["status", str(models)]) == 2 and "not the folder of a run" in capsys.readouterr().err
 
 
 def lived(status: int | None, step: int | None = 5, error: str = "RuntimeError: out of 3 bytes", came: bool = True,

@@ -1,0 +1,216 @@
+"""`amid-ds submit`: a recipe and a template become a job that Slurm will take, or a message that says why not.
+
+All that can be judged before hours of waiting in a queue is judged here: the recipe as `train` would, the job as
+`sbatch --test-only` does, and what that does not see. What is submitted is a copy: recipe, script and the code's
+revision are kept in the run's folder, so that the job runs what was checked whatever is edited meanwhile. The code
+itself is not copied: the revision, with a patch of what was not committed, is enough to find it again.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from amid_ds import lives, scheduler
+from amid_ds.config import Recipe, dump_recipe, load_recipe
+from amid_ds.errors import InputError
+from amid_ds.provenance import code_revision, uncommitted_changes
+from amid_ds.train import check
+
+CPUS_PER_RANK = 8      # where nobody says otherwise, as the templates have it
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asks for. `options`: sbatch's own, by name, such as time and partition."""
+
+    template: str = "train"
+    nodes: int = 1
+    ranks_per_node: int = 8
+    cpus_per_rank: int = CPUS_PER_RANK
+    options: Mapping[str, str] | None = None
+    chain: int = 1
+    sweep: str | None = None      # KEY=VALUE,VALUE,...
+    at_once: int = 0              # of a sweep; 0: all
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "ranks_per_node", "cpus_per_rank", "chain"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}", "a number from 1 on", "mend it")
+        if (self.sweep is None) != (self.template != "sweep"):
+            raise InputError(f"the template {self.template} with --sweep {self.sweep}",
+                             "--sweep KEY=VALUE,VALUE,... and the template sweep together", "add or drop --sweep")
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.ranks_per_node
+
+    @property
+    def swept(self) -> tuple[str, list[str]]:
+        """The key and its values; no value holds a comma outside brackets."""
+        key, _, values = (self.sweep or "=").partition("=")
+        found = [value for value in re.split(r",(?![^\[{]*[\]}])", values) if value]
+        if not key or not found:
+            raise InputError(f"--sweep {self.sweep}", "KEY=VALUE,VALUE,...", "e.g. --sweep loss.lam=0.1,0.3,0.5")
+        return key, found
+
+
+def submit(recipe_path: str, overrides: Sequence[str], wish: Wish, dry_run: bool) -> None:
+    """Check, keep copies, submit; the last line printed is the (last) job's id. A dry run prints the script alone."""
+    recipe = _checked(recipe_path, overrides, wish)
+    folder = _next_folder(Path(recipe.output_dir) / "submissions")
+    script = render(find_template(wish.template).read_text(encoding="utf-8"), _values(recipe, wish))
+    refuse_faults(script, made=Path(recipe.output_dir).resolve() / "logs")
+    if dry_run:
+        print(script, end="")
+        return
+    _keep(folder, recipe, script)
+    arguments = [str(folder / "job.sbatch"), str(folder / "recipe.yaml")]
+    (Path(recipe.output_dir) / "logs").mkdir(exist_ok=True)
+    said = scheduler.test_only(arguments)
+    jobs: list[str] = []
+    for _ in range(wish.chain):
+        dependency = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+        jobs.append(scheduler.submit([*dependency, *arguments]))
+    lives.append(Path(recipe.output_dir), "submitted", jobs=jobs, folder=str(folder))
+    print(f"recipe, script and code revision are kept in {folder}\n{said}\n"
+          f"logs: {Path(recipe.output_dir) / 'logs'}/, the job's in {jobs[0]}.log, the ranks' in {jobs[0]}-NODE.log\n"
+          f"how it goes: amid-ds status {recipe.output_dir}")
+    if len(jobs) > 1:
+        print(f"a chain of {len(jobs)} jobs, one after the other: {' '.join(jobs)}")
+    print(jobs[-1])
+
+
+def _checked(recipe_path: str, overrides: Sequence[str], wish: Wish) -> Recipe:
+    """The recipe, judged as `train` would on as many ranks, for each value of a sweep."""
+    recipe = load_recipe(recipe_path, overrides)
+    if wish.template == "prepare":
+        check(recipe, recipe.tensor_parallel)
+    elif wish.sweep is None:
+        check(recipe, wish.ranks)
+    else:
+        key, values = wish.swept
+        for value in values:
+            own = f"output_dir={_run_of(recipe, key, value)}"
+            check(load_recipe(recipe_path, [*overrides, f"{key}={value}", own]), wish.ranks)
+    return recipe
+
+
+def _run_of(recipe: Recipe, key: str, value: str) -> Path:
+    return Path(recipe.output_dir) / f"{key}={value}"
+
+
+def find_template(name: str) -> Path:
+    """One of ours by its name, or a file of the user's."""
+    inside = Path(__file__).parent / "slurm"                 # in a wheel; in a checkout the folder lies beside us
+    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "slurm"
+    for path in (folder / f"{name}.sbatch", Path(name)):
+        if path.is_file():
+            return path
+    ours = ", ".join(sorted(path.stem for path in folder.glob("*.sbatch")))
+    raise InputError(f"the template {name} is not there", f"one of {ours}; or the path of a script of your own",
+                     "check --template")
+
+
+def _values(recipe: Recipe, wish: Wish) -> dict[str, str]:
+    """What goes into the lines marked EDIT: sbatch's options by their names, the script's variables by theirs."""
+    logs = Path(recipe.output_dir).resolve() / "logs"
+    job = "%A_%a" if wish.sweep else "%j"
+    per_task = wish.cpus_per_rank * (wish.ranks_per_node if wish.template == "train_deepspeed" else 1)
+    values = {
+        "nodes": str(wish.nodes), "ntasks-per-node": str(wish.ranks_per_node),
+        "gpus-per-node": str(wish.ranks_per_node), "cpus-per-task": str(per_task),
+        "output": shlex.quote(f"{logs}/{job}.log"), "NODE_LOG": shlex.quote(f"{logs}/{job}-%N.log"),
+        "PYTHON": shlex.quote(sys.executable), "RANKS_PER_NODE": str(wish.ranks_per_node), **(wish.options or {})}
+    if wish.chain > 1:
+        values |= {"REQUEUE": "no", "requeue": ""}
+    if wish.sweep:
+        key, found = wish.swept
+        limit = f"%{wish.at_once}" if wish.at_once else ""
+        values |= {"array": f"0-{len(found) - 1}{limit}", "KEY": shlex.quote(key),
+                   "VALUES": f"({' '.join(map(shlex.quote, found))})", "RUNS": shlex.quote(recipe.output_dir)}
+    return values
+
+
+def render(template: str, values: Mapping[str, str]) -> str:
+    """The template with `values` in its lines marked EDIT. sbatch's options that have no line get one, where the
+    template's own end; `requeue` turns the line of that name around."""
+    lines, placed, last = [], set(), 0
+    for line in template.splitlines():
+        match = re.match(r"(#SBATCH --|(?:export )?)([\w-]+)=.*# EDIT", line)
+        if match and match[2] in values:
+            line = f"{match[1]}{match[2]}={values[match[2]]}"
+            placed.add(match[2])
+        elif line.strip() == "#SBATCH --requeue" and "requeue" in values:
+            line = "#SBATCH --no-requeue"
+        lines.append(line)
+        if line.startswith("#SBATCH"):
+            last = len(lines)
+    extra = [name for name in values if name in OPTIONS and name not in placed]
+    lines[last:last] = [f"#SBATCH --{name}={values[name]}" for name in extra]
+    return "\n".join(lines) + "\n"
+
+
+OPTIONS = ("time", "partition", "account", "qos", "signal")      # sbatch's own that `submit` passes on
+
+
+def refuse_faults(script: str, made: Path) -> None:
+    """Raise InputError for what `sbatch --test-only` does not see. `made` is a folder that will be there."""
+    faults = list(_faults(script, made))
+    if faults:
+        lines = "\n".join(f"    - {fault}" for fault in faults)
+        raise InputError(f"the batch script has {len(faults)} fault(s):\n{lines}",
+                         "a script that bash and sbatch understand as it was meant",
+                         "mend the template; amid-ds submit --dry-run shows the script")
+
+
+def _faults(script: str, made: Path) -> Iterator[str]:
+    syntax = subprocess.run(["bash", "-n"], input=script, capture_output=True, text=True)
+    if syntax.returncode:
+        yield f"bash: {syntax.stderr.strip()}"
+    if not script.startswith("#!"):
+        yield "line 1: sbatch wants an interpreter there, such as #!/bin/bash"
+    command = None
+    for number, line in enumerate(script.splitlines(), 1):
+        if line.startswith("#SBATCH"):
+            if command is not None:
+                yield f"line {number}: {line.strip()} comes after the first command (line {command}): sbatch ignores it"
+            yield from (f"line {number}: {fault}" for fault in _missing_folder(line, made))
+        elif command is None and line.strip() and not line.lstrip().startswith("#"):
+            command = number
+
+
+def _missing_folder(line: str, made: Path) -> Iterator[str]:
+    """The folder of a log, or to work in, that is not there: the job would end without a trace."""
+    for word in shlex.split(line, comments=False)[1:]:
+        name, _, value = word.partition("=")
+        folder = Path(value).parent if name in ("--output", "--error") else Path(value)
+        if name in ("--output", "--error", "--chdir") and value and not folder.is_dir() and folder != made:
+            yield f"the folder {folder} of {name} is not there"
+
+
+def _next_folder(parent: Path) -> Path:
+    taken = [int(path.name) for path in parent.glob("*") if path.name.isdigit()] if parent.is_dir() else []
+    return parent.resolve() / f"{max(taken, default=0) + 1:04d}"
+
+
+def _keep(folder: Path, recipe: Recipe, script: str) -> None:
+    try:
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        (folder / "job.sbatch").write_text(script, encoding="utf-8")
+        facts: dict[str, Any] = {"revision": code_revision(), "command": sys.argv}
+        (folder / "code.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        changes = uncommitted_changes()
+        if changes:
+            (folder / "code.patch").write_text(changes, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"the output folder {recipe.output_dir} cannot be written: {error}",
+                         "a folder that can be written", "set output_dir to another folder") from None
