@@ -64,9 +64,10 @@ class Wish:
 
 def submit(recipe_path: str, overrides: Sequence[str], wish: Wish, dry_run: bool) -> None:
     """Check, keep copies, submit; the last line printed is the (last) job's id. A dry run prints the script alone."""
+    template = find_template(wish.template).read_text(encoding="utf-8")
     recipe = _checked(recipe_path, overrides, wish)
     folder = _next_folder(Path(recipe.output_dir) / "submissions")
-    script = render(find_template(wish.template).read_text(encoding="utf-8"), _values(recipe, wish))
+    script = render(template, _values(recipe, wish))
     refuse_faults(script, made=Path(recipe.output_dir).resolve() / "logs")
     if dry_run:
         print(script, end="")

@@ -285,7 +285,7 @@ def test_submit_refuses_what_sbatch_would_let_pass(models, tmp_path, monkeypatch
         assert main(["submit", str(recipe), "--template", f"{name}.sbatch", "--ranks-per-node", "2"]) == 2
         assert named in capsys.readouterr().err
     assert main(["submit", str(recipe), "--nodes", "3", "--ranks-per-node", "1"]) == 2      # as train would say
-    assert "train.global_batch_size 4 on 3 rank(s)" in capsys.readouterr().err
+    assert "train.global_batch_size 4 on 3 " in capsys.readouterr().err
     assert main(["submit", str(recipe), "--template", "nosuch"]) == 2 and "train_mpi" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
