@@ -122,7 +122,7 @@ class Saver:
             if final.exists():      # a damaged one of this step, or this step once more: the new one takes its place
                 os.replace(final, replaced)
             os.replace(self._aside, final)
-            flush_folder(self.folder)
+            flush(self.folder)
             write_atomically(self.folder / "latest", final.name)
             shutil.rmtree(replaced, ignore_errors=True)
             self.damaged -= {final}
@@ -218,8 +218,9 @@ def write_file(path: Path, content: Any) -> dict[str, Any]:
     return {"bytes": hashing.size, "xxh3_128": hashing.hash.hexdigest()}
 
 
-def flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def flush(path: Path) -> None:
+    """A file's or folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -246,7 +247,7 @@ def seal(folder: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, sort_keys=True)
     sealed = {"content": content, "xxh3_128": xxhash.xxh3_128(text.encode()).hexdigest()}
     write_atomically(folder / MANIFEST, json.dumps(sealed, indent=1))
-    flush_folder(folder)
+    flush(folder)
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:

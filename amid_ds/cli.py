@@ -128,6 +128,8 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="a checkpoint or run to a folder that from_pretrained opens")
     export.add_argument("source", metavar="CHECKPOINT_OR_RUN")
     export.add_argument("out", metavar="OUT")
+    export.add_argument("--dtype", choices=["bf16", "fp32"], help="default: what the student trained in")
+    export.add_argument("--step", type=int, metavar="S", help="which checkpoint of a run; default: its newest good one")
     export.set_defaults(run=_export)
     return parser
 
@@ -213,4 +215,4 @@ def _requeue(args: argparse.Namespace) -> None:
 def _export(args: argparse.Namespace) -> None:
     from amid_ds.export import export
 
-    print(export(args.source, args.out))
+    print(export(args.source, args.out, args.dtype, args.step))

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from amid_ds.errors import InputError, Stopped, TrainingError, tell
 
 T = TypeVar("T")
+STILL_AT_IT_S = 20.0      # how often rank 0 is heard of while the others wait for it
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,38 @@ class World:
         """Run `work` on rank 0 alone, tell everyone its result. An error there is raised on every rank."""
         result = self.together(lambda: work() if self.is_main else None)
         return self.gather(result)[0]   # type: ignore[return-value]
+
+
+    def main_at_length(self, work: Callable[[], object]) -> None:
+        """Run `work` on rank 0 alone for as long as it takes. An error there is raised on every rank.
+
+        A collective waits so long and no longer: rank 0 works in a thread and says every now and then that it still is.
+        """
+        if self.size == 1:
+            work()
+            return
+        failed: list[Exception] = []
+
+        def run() -> None:
+            try:
+                work()
+            except Exception as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        if self.is_main:
+            thread.start()
+        working = True
+        while working:
+            if self.is_main:
+                thread.join(STILL_AT_IT_S)
+            working = self.gather(thread.is_alive())[0]
+
+        def tell_all() -> None:
+            if failed:
+                raise failed[0]
+
+        self.together(tell_all)
 
 
 class Failures:

@@ -1,69 +1,178 @@
 """A finished (or unfinished) run leaves as an ordinary Hugging Face folder.
 
-One process puts the student together from DeepSpeed's shards of any layout: no engine, no launcher, no accelerator.
+One process puts the student together from DeepSpeed's shards of any layout: no engine, no launcher, no accelerator, and
+no model in memory either. It works output file by output file, each from the slices of the ranks' files that belong to
+it, and so needs memory for one file and one tensor. The folder is written aside and renamed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from amid_ds.checkpoint import committed, damage, read_manifest
-from amid_ds.config import Recipe, load_recipe
-from amid_ds.errors import InputError, TrainingError
+import torch
+
+from amid_ds import checkpoint as saved
+from amid_ds.config import Recipe, dump_recipe, load_recipe
+from amid_ds.data import load_tokenizer
+from amid_ds.engine import DTYPES, import_deepspeed, shell_of
+from amid_ds.errors import InputError
 from amid_ds.shards import Shards
 
+FILE_BYTES = 2 * 10**9      # the most weights in one file, and about what memory an export takes
 
-def export(source: str | Path, out: str | Path) -> Path:
-    """A run or one of its checkpoints -> a folder that `AutoModelForCausalLM.from_pretrained` opens, with tokenizer.
 
-    One process; needs the fp32 student in host memory. Weights are in the dtype that the student trained in.
+def export(source: str | Path, out: str | Path, dtype: str | None = None, step: int | None = None) -> Path:
+    """A run (its newest good checkpoint, or that of `step`) or a checkpoint -> a folder that `from_pretrained` opens.
+
+    dtype: bf16 or fp32; None: what the student trained in. Raises InputError where there is no good checkpoint, where
+    `out` is in use, or where the disk has no room.
     """
-    from transformers import AutoModelForCausalLM
-
-    from amid_ds.data import load_tokenizer
-    from amid_ds.engine import DTYPES, import_deepspeed, model_config
-
     import_deepspeed()      # the shards name classes of its
-    checkpoint, recipe = _resolve(Path(source))
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"the output {out} is there already and not empty", "a new or empty folder",
                          "choose another name")
-    state = read_manifest(checkpoint)["state"]
-    config = model_config(recipe.student.model, recipe.student.revision)
-    model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[state["student_dtype"]])
-    shards = Shards(checkpoint, {name: parameter.shape for name, parameter in model.named_parameters()})
-    student = {name: shards.whole(name) for name in shards.shapes}
-    missing, unexpected = model.load_state_dict(student, strict=False)
-    model.tie_weights()
-    tied = set(model.all_tied_weights_keys)
-    if unexpected or set(missing) - tied - {name for name, _ in model.named_buffers()}:
-        raise TrainingError(f"{checkpoint} does not fit {recipe.student.model}: "
-                            f"missing {missing}, unexpected {unexpected}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    aside = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    model.save_pretrained(aside)
-    load_tokenizer(recipe.student.model, recipe.student.revision).save_pretrained(aside)
-    if out.exists():
-        out.rmdir()
-    os.replace(aside, out)
+    checkpoint, recipe = find(Path(source), step)
+    write(checkpoint, recipe, out, dtype)
     return out
 
 
-def _resolve(source: Path) -> tuple[Path, Recipe]:
-    """(good checkpoint, the run's recipe) of a run folder, or of a checkpoint in it."""
+def write(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None) -> None:
+    """The export of a good checkpoint, in place of what `out` held. What is in the way is gone only when it is done."""
+    state = saved.read_manifest(checkpoint)["state"]
+    name = dtype or state["student_dtype"]
+    shell: Any = shell_of(recipe.student.model, recipe.student.revision)
+    shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        needed = sum(shape.numel() for shape in shapes.values()) * DTYPES[name].itemsize
+        saved.require_room(out.parent, needed, f"exporting {checkpoint} to {out}", "choose a folder elsewhere")
+        aside = out.with_name(f".{out.name}.tmp")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        try:
+            _write_weights(checkpoint, shell, shapes, DTYPES[name], aside)
+            _write_configs(recipe, shell, DTYPES[name], aside)
+            (aside / "README.md").write_text(model_card(checkpoint, recipe, state, name), encoding="utf-8")
+            _put_in_place(aside, out)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    except OSError as error:
+        raise InputError(f"the export to {out} could not be written: {error}",
+                         "a folder that can be written, with room",
+                         "make room there, or choose a folder elsewhere; what was there is untouched") from None
+
+
+def _write_weights(checkpoint: Path, shell: Any, shapes: Mapping[str, torch.Size], dtype: torch.dtype,
+                   out: Path) -> None:
+    """Files of at most FILE_BYTES, and an index where there are several. Tied weights are there once."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+    from transformers.core_model_loading import revert_weight_conversion
+
+    buffers = shell.state_dict().keys() - shapes.keys() - set(shell.all_tied_weights_keys)
+    hollow = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    hollow |= {name: shell.get_buffer(name) for name in sorted(buffers)}
+    plan = split_torch_state_dict_into_shards(hollow, filename_pattern="model{suffix}.safetensors",
+                                              max_shard_size=FILE_BYTES)
+    where: dict[str, str] = {}
+    with tqdm(total=len(hollow), desc="exporting", unit="tensor", disable=None) as bar:
+        for file, names in plan.filename_to_tensors.items():
+            shards = Shards(checkpoint, shapes)      # for each file anew: what the last one mapped is let go
+            tensors = {}
+            for name in names:
+                tensors[name] = shards.buffer(name) if name in buffers else shards.whole(name).to(dtype)
+                bar.update()
+            tensors = revert_weight_conversion(shell, tensors)      # to the names that the model's family has on disk
+            save_file(tensors, out / file, metadata={"format": "pt"})
+            where |= dict.fromkeys(tensors, file)
+    if plan.is_sharded:
+        index = {"metadata": {**plan.metadata, "total_parameters": sum(shape.numel() for shape in shapes.values())},
+                 "weight_map": where}
+        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _write_configs(recipe: Recipe, shell: Any, dtype: torch.dtype, out: Path) -> None:
+    """config.json, generation_config.json (the one that the student came with) and the tokenizer, chat template too."""
+    from transformers.utils import cached_file
+
+    shell.config.architectures = [type(shell).__name__]
+    shell.config.dtype = dtype
+    shell.config.save_pretrained(out)
+    came_with = cached_file(recipe.student.model, "generation_config.json", revision=recipe.student.revision,
+                            _raise_exceptions_for_missing_entries=False)
+    if came_with is not None:
+        shutil.copy(came_with, out / "generation_config.json")
+    elif shell.can_generate():
+        shell.generation_config.save_pretrained(out)
+    load_tokenizer(recipe.student.model, recipe.student.revision).save_pretrained(out)
+
+
+def _put_in_place(aside: Path, out: Path) -> None:
+    for path in aside.rglob("*"):
+        if path.is_file():
+            saved.flush(path)
+    saved.flush(aside)
+    before = out.with_name(f".{out.name}.old")
+    shutil.rmtree(before, ignore_errors=True)
+    if out.exists():
+        os.replace(out, before)
+    os.replace(aside, out)
+    saved.flush(out.parent)
+    shutil.rmtree(before, ignore_errors=True)
+
+
+def model_card(checkpoint: Path, recipe: Recipe, state: Mapping[str, Any], dtype: str) -> str:
+    """The folder's README.md: what this model is, how it came about and how well it did."""
+    run = checkpoint.parent.parent
+    teacher = f", distilled from `{recipe.teacher.model}`" if recipe.teacher is not None else ""
+    lines = [_last(run / name, state["step"]) for name in ("metrics.jsonl", "eval.jsonl")]
+    metrics = [f"| {key} | {value:g} |" for key, value in (lines[0][-1] if lines[0] else {}).items()
+               if value is not None]
+    parts = ["---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation, amid-ds]\n---",
+             f"# {run.resolve().name}, step {state['step']}",
+             f"`{recipe.student.model}`{teacher}, trained by amid_ds: {state['step']} of {recipe.train.steps} steps, "
+             f"{state['tokens']:,} tokens. Weights in {dtype}.",
+             "## Metrics of the last logged step\n\n| | |\n|---|---:|\n" + "\n".join(metrics)]
+    if lines[1]:
+        parts.append("## Evaluation\n\n```json\n" + "\n".join(json.dumps(line) for line in lines[1]) + "\n```")
+    parts.append("## Provenance\n\n```json\n" + _text(run / "provenance.json").strip() + "\n```")
+    parts.append("## Recipe\n\n```yaml\n" + dump_recipe(recipe).strip() + "\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _last(path: Path, step: int) -> list[dict[str, Any]]:
+    """The lines of the last step at or before `step`: one of metrics.jsonl, one for each set of eval.jsonl."""
+    lines = [line for line in map(json.loads, _text(path).splitlines()) if line["step"] <= step]
+    return [line for line in lines if line["step"] == lines[-1]["step"]]
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def find(source: Path, step: int | None = None) -> tuple[Path, Recipe]:
+    """(good checkpoint, the run's recipe) of a run folder, or of a checkpoint in it. Reads every file of it."""
     run = source if (source / "recipe.yaml").is_file() else source.parent.parent
-    candidates = committed(source / "checkpoints")[::-1] if run == source else [source]
+    candidates = saved.committed(source / "checkpoints")[::-1] if run == source else [source]
     if not (run / "recipe.yaml").is_file() or not candidates:
         raise InputError(f"{source} holds no checkpoint",
                          "a run's folder, or a folder such as RUN/checkpoints/step_00000100",
                          "check the path; a run has a checkpoint after its first `checkpoint.every` steps")
+    steps = ", ".join(str(saved.step_of(checkpoint)) for checkpoint in candidates[::-1])
+    if step is not None:
+        candidates = [checkpoint for checkpoint in candidates if saved.step_of(checkpoint) == step]
+    if not candidates:
+        raise InputError(f"{source} holds no checkpoint of step {step}", f"one of its steps {steps}", "choose --step")
     verdicts = []
     for checkpoint in candidates:
-        wrong = damage(checkpoint)
+        wrong = saved.damage(checkpoint)
         if wrong is None:
             return checkpoint, load_recipe(run / "recipe.yaml")
         verdicts.append(f"{checkpoint.name}: {wrong}")

@@ -41,7 +41,7 @@ def whole_of(checkpoint: Path, layout: Mapping[str, Any], student: Student, worl
         if world.is_main:
             print(f"{checkpoint} was saved with {saved.in_words(before)}, this run has {saved.in_words(layout)}: "
                   "converting it once", flush=True)
-        world.main_first(lambda: convert(checkpoint, student))
+        world.main_at_length(lambda: convert(checkpoint, student))
     return folder
 
 
@@ -63,7 +63,7 @@ def convert(checkpoint: Path, student: Student) -> None:
         saved.seal(aside, {"state": saved.read_manifest(checkpoint)["state"], "files": files})
         shutil.rmtree(checkpoint / WHOLE, ignore_errors=True)      # one that is damaged
         os.replace(aside, checkpoint / WHOLE)
-        saved.flush_folder(checkpoint)
+        saved.flush(checkpoint)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise TrainingError(f"{checkpoint} could not be converted to this layout: {error}") from None

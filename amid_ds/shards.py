@@ -55,7 +55,7 @@ class Shards:
             raise TrainingError(f"{checkpoint} does not hold the parameters of this model: "
                                 f"missing {sorted(shapes.keys() - parts.keys())}, "
                                 f"unexpected {sorted(parts.keys() - shapes.keys())}")
-        self.shapes, self.parts = shapes, parts
+        self.checkpoint, self.shapes, self.parts = checkpoint, shapes, parts
 
     def whole(self, name: str, kind: str = "fp32") -> torch.Tensor:
         """A parameter's fp32 weights, or one of its moments, in its whole shape: a copy in memory."""
@@ -63,6 +63,13 @@ class Shards:
         tensors = [part.joined(kind) for part in parts]
         split = [dim for dim, (own, all_) in enumerate(zip(parts[0].shape, shape, strict=True)) if own != all_]
         return torch.cat(tensors, dim=split[0]) if split else tensors[0]
+
+
+    def buffer(self, name: str) -> torch.Tensor:
+        """What the model keeps beside its parameters; every rank has it whole."""
+        file = next(self.checkpoint.glob("*mp_rank_00_model_states.pt"))
+        tensor: torch.Tensor = _read(file)["module"][STUDENT + name]
+        return tensor
 
 
 def _stage_3(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int, tp_size: int) -> dict[str, list[Part]]:

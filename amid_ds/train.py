@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import yaml
 
-from amid_ds import checkpoint, engine, reshard
+from amid_ds import checkpoint, engine, export, reshard
 from amid_ds.config import Recipe, dump_recipe, load_recipe
 from amid_ds.data import (
     Batch,
@@ -41,6 +41,7 @@ from amid_ds.validation import validate
 from amid_ds.watchdog import GRACE_S, Watchdog
 
 TEACHER_TOKENS_PER_PASS = 16384
+MODEL = "model"      # in the run's folder: the finished student
 # What may differ between the lives of a run, because it does not change what is learnt.
 MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared", "train.log_every",
               "train.hang_timeout", "train.max_hours", "train.micro_batch_size", "student.activation_checkpointing",
@@ -88,6 +89,8 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         found = checkpoint.find(job.run / "checkpoints", world, lambda message: _tell(world, message))
         if found.checkpoint is not None and checkpoint.step_of(found.checkpoint) == recipe.train.steps:
             _tell(world, f"{job.run} has reached its last step {recipe.train.steps}: nothing to do")
+            if not world.gather((job.run / MODEL).is_dir())[0]:      # killed between its last save and its export
+                leave_model(job, world)
             return
         world.main_first(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
                                              recipe.prepared_dir))
@@ -102,6 +105,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
             loaded = found.checkpoint
             state = world.together(lambda: reshard.load(ds, whole, world) if whole else checkpoint.load(ds, loaded))
         loop(job, ds, {**state, "identity": identity}, found.damaged, world, life)
+        leave_model(job, world)
 
 
 def _tell(world: World, message: str) -> None:
@@ -262,6 +266,20 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
                     "the same command goes on from there")
             raise Stopped
         log.say(f"done: {recipe.train.steps} steps, checkpoint in {job.run / 'checkpoints'}")
+
+
+def leave_model(job: Job, world: World) -> None:
+    """The finished run's student in the run's folder, as an ordinary Hugging Face folder. Collective."""
+    last = job.run / "checkpoints" / checkpoint.name_of(job.recipe.train.steps)
+
+    def write() -> None:
+        if not last.is_dir():
+            raise TrainingError(f"the last checkpoint {last} could not be saved\n  make room, and start again: the run "
+                                "goes on from the one before")
+        export.write(last, job.recipe, job.run / MODEL)
+
+    world.main_at_length(write)
+    _tell(world, f"{job.run.name}: the model is in {job.run / MODEL}")
 
 
 def evaluates(recipe: Recipe, step: int) -> bool:

@@ -1,0 +1,234 @@
+"""A run leaves as an ordinary Hugging Face folder: its own logits, one file's memory, whole or not at all."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import json
+import runpy
+import shutil
+import signal
+import sys
+import threading
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from amid_ds import export
+from amid_ds.checkpoint import committed
+from amid_ds.cli import main
+from amid_ds.engine import import_deepspeed, shell_of
+from amid_ds.shards import Shards
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
+IDS = torch.arange(3, 23).reshape(2, 10)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("export")
+    student = small.make_model(root / "student", "llama-tied", 0, extra_rows=2)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(student)
+    GenerationConfig(do_sample=True, temperature=0.3, eos_token_id=1, pad_token_id=2).save_pretrained(student)
+    small.make_model(root / "teacher", "qwen2-tied", 1)
+    small.make_instructions(root / "rows.jsonl")
+    return root
+
+
+def leaving_logits(file: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """A rank that writes down its student's logits when its training is done."""
+    from amid_ds import train
+
+    def loop(job, ds, *others):
+        real(job, ds, *others)
+        with torch.no_grad():
+            logits = ds.module.student.eval()(IDS).logits
+        if others[2].is_main:
+            torch.save(logits, file)
+
+    real, train.loop = train.loop, loop
+    small.be_a_rank(argv, variables, log)
+
+
+@pytest.fixture(scope="module")
+def run(folder) -> Path:
+    """A finished run of two ranks in bf16, three steps with a checkpoint each, its logits beside it."""
+    recipe = small.make_recipe(folder / "r.yaml", folder / "student", folder / "teacher", folder / "rows.jsonl",
+                               folder / "run", train__steps=3, checkpoint__every=1, teacher__dtype="bf16",
+                               checkpoint__keep=3, deepspeed="ds_configs/zero3.json")
+    ranks = small.Ranks(2, "train", recipe, be=functools.partial(leaving_logits, str(folder / "logits.pt")))
+    assert ranks.wait() == [0, 0], ranks.text()
+    return folder / "run"
+
+
+def masters(run: Path, step: int, model: Path) -> dict[str, torch.Tensor]:
+    import_deepspeed()
+    shapes = {name: parameter.shape for name, parameter in shell_of(str(model)).named_parameters()}
+    shards = Shards(run / "checkpoints" / f"step_{step:08d}", shapes)
+    return {name: shards.whole(name) for name in shapes}
+
+
+@torch.no_grad()
+def logits_of(model: Path) -> torch.Tensor:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)      # as the ranks compute
+    logits = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()(IDS).logits
+    torch.set_num_threads(threads)
+    return logits
+
+
+def test_every_run_ends_with_a_folder_that_gives_the_trained_students_logits_exactly(run, folder):
+    assert torch.equal(logits_of(run / "model"), torch.load(folder / "logits.pt"))
+    assert not torch.equal(logits_of(folder / "student"), torch.load(folder / "logits.pt"))
+
+
+def test_what_the_student_came_with_is_there_and_the_card_says_where_it_comes_from(run, folder):
+    model = AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")
+    assert model.dtype == torch.bfloat16 and model.lm_head.weight is model.model.embed_tokens.weight
+    with safe_open(run / "model" / "model.safetensors", "pt") as file:
+        assert "lm_head.weight" not in file.keys() and file.metadata() == {"format": "pt"}      # noqa: SIM118
+    assert model.generation_config.temperature == 0.3
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder / "student").get_vocab()
+    card = (run / "model" / "README.md").read_text()
+    facts = json.loads((run / "provenance.json").read_text())
+    last = small.metrics(run)[-1]
+    for part in (facts["teacher"]["files_sha256"], facts["versions"]["deepspeed"], f"| loss | {last['loss']:g} |",
+                 f"{last['tokens']:,} tokens", str(folder / "teacher")):
+        assert part in card
+
+
+@pytest.mark.parametrize("step, dtype", [(None, "fp32"), (2, "bf16"), (1, None)])
+def test_any_step_leaves_in_either_dtype_from_its_fp32_weights(step, dtype, run, folder, tmp_path):
+    arguments = ([] if step is None else ["--step", str(step)]) + ([] if dtype is None else ["--dtype", dtype])
+    assert main(["export", str(run), str(tmp_path / "out"), *arguments]) == 0
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    expected = masters(run, step or 3, folder / "student")
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name].to(torch.float32 if dtype == "fp32" else torch.bfloat16)), name
+
+
+def in_small_files(source: str, out: str, notes: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """A process that exports in files of 8 MB and writes down by how much its memory rose at most."""
+    def used() -> list[int]:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return [int(line.split()[1]) << 10 for key in ("RssAnon", "VmRSS") for line in lines if line.startswith(key)]
+
+    from transformers import AutoModelForCausalLM  # noqa: F401 - what is imported anyway is not what is measured
+
+    export.FILE_BYTES = 8 * 10**6
+    export.export(source, f"{out}.first", "bf16")
+    gc.collect()
+    before, highest, done = used(), used(), threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            highest[:] = map(max, highest, used())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    export.export(source, out, "fp32")
+    done.set()
+    watcher.join()
+    Path(notes).write_text(json.dumps([high - low for high, low in zip(highest, before, strict=True)]))
+
+
+def test_an_export_of_several_files_takes_the_memory_of_about_one(folder, tmp_path):
+    model = small.make_model(tmp_path / "model", "llama", hidden_size=512, intermediate_size=2048, num_hidden_layers=6)
+    recipe = small.make_recipe(tmp_path / "r.yaml", model, None, folder / "rows.jsonl", tmp_path / "run",
+                               train__steps=1)
+    small.run(1, "train", recipe)
+    out, notes = tmp_path / "out", tmp_path / "notes"
+    process = small.Ranks(1, be=functools.partial(in_small_files, str(tmp_path / "run"), str(out), str(notes)))
+    assert process.wait() == [0]
+    files = sorted(out.glob("*.safetensors"))
+    size = sum(path.stat().st_size for path in files)
+    assert len(files) > 8 and max(path.stat().st_size for path in files) < 9e6 and size > 80e6
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == pytest.approx(size, rel=1e-3)
+    anonymous, resident = json.loads(notes.read_text())
+    assert anonymous < 8e6 + 2 * 4 * 512 * 2048 + 8e6, f"{anonymous / 1e6:.0f} MB for files of 8 MB"
+    assert resident < size / 2, f"{resident / 1e6:.0f} MB with the pages of the shards that are mapped"
+    exported = AutoModelForCausalLM.from_pretrained(out)
+    for name, tensor in masters(tmp_path / "run", 1, model).items():
+        assert torch.equal(exported.get_parameter(name).detach(), tensor), name
+
+
+def exporting(source: str, out: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    export.export(source, out)
+
+
+def test_killed_while_it_writes_there_is_nothing_and_the_next_one_is_whole(run, tmp_path):
+    out = tmp_path / "out"
+    process = small.Ranks(1, be=functools.partial(exporting, str(run), str(out)))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".out.tmp" / "model.safetensors").exists():
+        assert time.monotonic() < deadline and process.processes[0].is_alive(), process.text()
+        time.sleep(0.0005)
+    process.signal(signal.SIGKILL)
+    process.wait()
+    assert not out.exists()
+    assert main(["export", str(run), str(out)]) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert torch.equal(logits_of(out), logits_of(run / "model"))
+
+
+def test_a_finished_run_killed_before_its_export_makes_it_at_the_next_start(run, folder, tmp_path):
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    shutil.rmtree(copied / "model")
+    text = small.run(1, "train", folder / "r.yaml", f"output_dir={copied}").text()
+    assert "nothing to do" in text and torch.equal(logits_of(copied / "model"), logits_of(run / "model"))
+
+
+BAD = {      # arguments -> what the message names
+    "a folder in use": (["RUN", "ROOT"], ["already and not empty", "choose another name"]),
+    "no checkpoint at all": (["ROOT", "OUT"], ["holds no checkpoint", "RUN/checkpoints/step_00000100"]),
+    "a step that is not there": (["RUN", "OUT", "--step", "7"], ["no checkpoint of step 7", "1, 2, 3"]),
+    "a manifest that does not hold": (["COPY/checkpoints/step_00000003", "OUT"],
+                                      ["manifest is damaged", "restore one"]),
+    "too little disk": (["RUN", "OUT"], ["needs 0.0 MB", "make room there"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_message_and_nothing_is_written(case, run, folder, tmp_path, capsys, monkeypatch):
+    arguments, named = BAD[case]
+    shutil.copytree(run, tmp_path / "copy")
+    manifest = tmp_path / "copy" / "checkpoints" / "step_00000003" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"tokens": ', '"tokens": 1'))
+    before = sorted(tmp_path.rglob("*"))
+    if case == "too little disk":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=1000))
+    places = {"RUN": run, "ROOT": folder, "OUT": tmp_path / "out", "COPY": tmp_path / "copy"}
+    for name, path in places.items():
+        arguments = [argument.replace(name, str(path)) for argument in arguments]
+    assert main(["export", *arguments]) == 2
+    message = capsys.readouterr().err
+    assert message.count("amid-ds: ") == 1 and "expected:" in message and "remedy:" in message
+    assert [word for word in named if word not in message] == [], message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_deepspeeds_own_zero_to_fp32_works_on_our_checkpoints(run, folder, tmp_path, monkeypatch):
+    script = run / "checkpoints" / "zero_to_fp32.py"
+    assert (run / "checkpoints" / "latest").read_text() == committed(run / "checkpoints")[-1].name
+    monkeypatch.setattr(sys, "argv", [str(script), str(run / "checkpoints"), str(tmp_path / "out")])
+    monkeypatch.syspath_prepend(str(script.parent))
+    runpy.run_path(str(script), run_name="__main__")
+    theirs = torch.load(tmp_path / "out" / "pytorch_model.bin")
+    ours = masters(run, 3, folder / "student")
+    assert {name.removeprefix("student.") for name in theirs} >= ours.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(theirs[f"student.{name}"], tensor), name
