@@ -146,7 +146,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
-    prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir)
+    prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir, verify=True)
 
 
 def _tokenizer(args: argparse.Namespace) -> None:

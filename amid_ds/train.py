@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -235,26 +235,26 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
     saved = state["step"]
     with (StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log),
           Watchdog(recipe.train.hang_timeout, world, life) as watchdog):
-        for window in data.windows(state["step"], recipe.train.steps):
+        began = time.monotonic()
+        for reading in readings(data, state["step"], recipe.train.steps):
             watchdog.step(state["step"] + 1)
-            reason = request.reason()
-            valid = sum(int((batch.labels != -100).sum()) for batch in window)
-            # The one agreement of every step: tokens of the global batch, who was asked to stop, who still writes.
-            tokens, stop, writing = world.sum([valid, reason is not None, saver.writing])
-            if saver.pending and not writing:
+            agreed = agree(reading, request.reason() is not None, saver.writing, world)
+            if saver.pending and not agreed.writing:
                 saver.finish()
-            if stop:
+            if agreed.stop:
                 break
             life.stepping(state["step"] + 1)
-            values = step(job, ds, window, tokens, state, world)
+            values = {**step(job, ds, reading.window, agreed.tokens, state, world), "padding": agreed.padding}
+            values["data_wait"] = agreed.waited / (time.monotonic() - began)
             logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
             log.step(state["step"], values if logged else None)
             if recipe.data.eval and evaluates(recipe, state["step"]):      # before the save: a resumed run has had it
                 watchdog.step(state["step"])
-                log.evaluation(state["step"], validate(recipe, ds, world))
+                log.evaluation(state["step"], world.together(lambda: validate(recipe, ds, world)))
             if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
                 saver.start(state)
                 saved = state["step"]
+            began = time.monotonic()
         watchdog.rest()
         if state["step"] != saved:
             saver.start(state)
@@ -280,6 +280,56 @@ def leave_model(job: Job, world: World) -> None:
 
     world.main_at_length(write)
     _tell(world, f"{job.run.name}: the model is in {job.run / MODEL}")
+
+
+class Reading(NamedTuple):
+    """One step's micro-batches on this rank, the seconds that it waited for them, or why there are none."""
+
+    window: list[Batch]
+    waited: float
+    error: InputError | None = None
+
+
+def readings(data: StepData, start: int, stop: int) -> Iterator[Reading]:
+    """The steps' readings; the first that fails is the last, and is for all ranks to hear of."""
+    windows = data.windows(start, stop)
+    while True:
+        before = data.waited
+        try:
+            window = next(windows, None)
+        except InputError as error:
+            yield Reading([], 0.0, error)
+            return
+        if window is None:
+            return
+        yield Reading(window, data.waited - before)
+
+
+class Agreed(NamedTuple):
+    """What the ranks know together at the beginning of a step."""
+
+    tokens: float                    # valid ones in the global batch
+    padding: float                   # the share of the global batch's places that hold nothing
+    waited: float                    # seconds for data, mean over ranks
+    stop: bool                       # somebody was asked to stop
+    writing: bool                    # somebody still writes a checkpoint
+
+
+def agree(reading: Reading, stop: bool, writing: bool, world: World) -> Agreed:
+    """The one agreement of every step. Raises, on every rank, what any rank's data are damaged by."""
+    window = reading.window
+    valid = sum(int((batch.labels != -100).sum()) for batch in window)
+    padding, places = (sum(counts) for counts in ([batch.padding for batch in window],
+                                                  [batch.input_ids.numel() for batch in window]))
+    *sums, broken = world.sum([valid, padding, places, reading.waited, stop, writing, reading.error is not None])
+    if broken:
+        world.together(lambda: _raise(reading.error))
+    return Agreed(sums[0], sums[1] / sums[2], sums[3] / world.dp_size, sums[4] > 0, sums[5] > 0)
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
 
 
 def evaluates(recipe: Recipe, step: int) -> bool:

@@ -25,6 +25,7 @@ from amid_ds.data import (
     pack,
     preparation,
     prepare,
+    prepare_all,
     read_rows,
     shard,
 )
@@ -572,10 +573,10 @@ def test_a_shard_cut_short_is_refused(prepared, tmp_path, tokenizer):
     path.write_bytes(path.read_bytes()[:-10])
     data = data_of({"path": str(tmp_path / "one.jsonl")}, {"path": str(tmp_path / "two.jsonl")})
     for use in (lambda: prepare(data, SEQ, tokenizer, prepared), lambda: list(read_rows(prepared, 8))):
-        with pytest.raises(InputError, match=r"000002.arrow has \d+ bytes"):
+        with pytest.raises(InputError, match=r"000002.arrow is damaged: it has \d+ bytes"):
             use()
     path.unlink()
-    with pytest.raises(InputError, match=r"000002.arrow has no file"):
+    with pytest.raises(InputError, match=r"000002.arrow is damaged: it has no file"):
         list(read_rows(prepared, 8))
 
 
@@ -586,6 +587,46 @@ def test_a_flipped_bit_is_found_when_the_row_is_read(prepared):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"000002.arrow is damaged: the checksum of its row \d+ is wrong"):
         list(read_rows(prepared, 4))
+
+
+@pytest.mark.parametrize("place", range(0, 1800, 97))
+def test_damage_anywhere_in_a_shard_is_said_or_harms_nothing(prepared, place):
+    """Arrow's own header and offsets included: a clear error, or the rows as they were."""
+    before = [batch.input_ids.tolist() for batch in read_rows(prepared, 4)]
+    path = prepared / "shards" / "000002.arrow"
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0x81
+    path.write_bytes(content)
+    try:
+        assert [batch.input_ids.tolist() for batch in read_rows(prepared, 4)] == before
+    except InputError as error:
+        assert "000002.arrow is damaged" in str(error)
+
+
+def test_damage_met_by_one_rank_ends_all_with_2_and_one_message(tmp_path):
+    student = small.make_model(tmp_path / "student", "llama")
+    recipe = small.make_recipe(tmp_path / "r.yaml", student, None, small.make_text(tmp_path / "rows.jsonl"),
+                               tmp_path / "run", train__steps=20, data__workers=2)
+    small.run(1, "prepare", recipe)
+    path = tmp_path / "run" / "data" / "shards" / "000000.arrow"
+    content = bytearray(path.read_bytes())
+    content[1500] ^= 1
+    path.write_bytes(content)
+    ranks = small.Ranks(2, "train", recipe)
+    assert ranks.wait() == [2, 2], ranks.text()
+    assert "000000.arrow is damaged: the checksum of its row" in ranks.text() and "Traceback" not in ranks.text()
+    assert ranks.text(1).count("damaged") == 0      # rank 0 speaks for all
+
+
+def test_prepare_verifies_the_checksums_of_what_is_there(prepared, tmp_path, tokenizer):
+    data = data_of({"path": str(tmp_path / "one.jsonl")}, {"path": str(tmp_path / "two.jsonl")})
+    prepare_all(data, SEQ, tokenizer, prepared, verify=True)
+    path = prepared / "shards" / "000003.arrow"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"000003.arrow is damaged: it does not have the checksum"):
+        prepare_all(data, SEQ, tokenizer, prepared, verify=True)
 
 
 def test_evaluation_gives_every_rank_the_same_number_of_batches(prepared):

@@ -112,7 +112,8 @@ def llama_pair(tmp_path_factory) -> tuple[Path, Path]:
 
 
 def comparable(run: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in small.metrics(run)]
+    timed = ("tokens_per_second", "data_wait")
+    return [{k: v for k, v in line.items() if k not in timed} for line in small.metrics(run)]
 
 
 def test_a_run_killed_after_a_save_carries_on_as_if_it_had_not_been(llama_pair, data, tmp_path):
@@ -175,7 +176,8 @@ def test_activation_checkpointing_changes_no_loss(llama_pair, data, tmp_path):
 
 def test_without_a_teacher_it_is_plain_training_with_cross_entropy(llama_pair, tmp_path):
     text = small.make_text(tmp_path / "text.jsonl")
-    recipe = small.make_recipe(tmp_path / "r.yaml", llama_pair[0], None, text, tmp_path / "run", train__steps=3)
+    recipe = small.make_recipe(tmp_path / "r.yaml", llama_pair[0], None, text, tmp_path / "run", train__steps=3,
+                               train__micro_batch_size=4)
     assert "no teacher" in small.run(1, "train", recipe).text()
     model = AutoModelForCausalLM.from_pretrained(llama_pair[0])
     rows = StepData(tmp_path / "run" / "data", seed=0, global_batch_size=4, micro_batch_size=4, dp_rank=0, dp_size=1,
@@ -185,7 +187,8 @@ def test_without_a_teacher_it_is_plain_training_with_cross_entropy(llama_pair, t
     assert first["loss"] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), rows.labels.flatten()).item(), rel=1e-4)
     assert first["ce_loss"] == pytest.approx(first["loss"], rel=1e-6) and first["kd_loss"] is None
     assert set(first) == {"step", "tokens", "loss", "kd_loss", "ce_loss", "grad_norm", "learning_rate", "alpha", "lam",
-                          "tokens_per_second"}
+                          "tokens_per_second", "padding", "data_wait"}
+    assert 0 <= first["data_wait"] <= 1 and first["padding"] == pytest.approx(rows.padding / rows.input_ids.numel())
     provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert provenance["teacher"] is None and len(provenance["student"]["files_sha256"]) == 64
 

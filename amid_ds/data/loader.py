@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from amid_ds.data.order import dealt, rows_of
 from amid_ds.data.preparation import MANIFEST, SHARDS
 from amid_ds.data.readers import place
-from amid_ds.data.shard import checksum, require_size
+from amid_ds.data.shard import checksum, damaged, require_size
 from amid_ds.errors import InputError
 
 IGNORED = -100                       # a label without a loss
@@ -88,12 +88,16 @@ class Prepared:
         shard = self._shards[which]
         in_shard = number - int(self._ends[which]) + shard["rows"]
         path = self.folder / SHARDS / f"{shard['name']}.arrow"
-        tokens, learn, begins, file, line, crc = self._open(path, shard["bytes"]).row(in_shard)
-        if checksum(tokens, learn, begins) != crc:
-            raise InputError(f"{path} is damaged: the checksum of its row {in_shard} is wrong", "what was written",
-                             f"remove {path.with_suffix('.json')} and {self.folder / MANIFEST}, and prepare again")
-        first_line = shard["first_line"][str(file)]
-        return Row(tokens, learn, begins, place(self._files[shard["source"]][file], first_line + line))
+        try:
+            tokens, learn, begins, file, line, crc = self._open(path, shard["bytes"]).row(in_shard)
+            if checksum(tokens, learn, begins) != crc:
+                raise ValueError(f"the checksum of its row {in_shard} is wrong")
+            where = place(self._files[shard["source"]][file], shard["first_line"][str(file)] + line)
+        except InputError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, LookupError) as error:      # what the damage has led to
+            raise damaged(path, str(error)) from None
+        return Row(tokens, learn, begins, where)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         rows = [self.row(number) for number in numbers]

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from amid_ds import config
 from amid_ds.data.chat import require_chat_template
-from amid_ds.data.shard import SHOWN, Chunk, Maker, chunks_of, read_json, require_size, write_json
+from amid_ds.data.shard import SHOWN, Chunk, Maker, chunks_of, read_json, require_intact, require_size, write_json
 from amid_ds.data.sources import files_of, identity
 from amid_ds.data.tokenizer import end_of_text, fingerprint
 from amid_ds.errors import InputError, TrainingError
@@ -70,10 +70,18 @@ class PreparedInfo:
     reused: bool                    # the folder was complete already
 
 
-def prepare_all(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """`prepare` for the sources to train on, in `folder`, and for each evaluation set, in eval/NAME under it."""
+def prepare_all(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path,
+                verify: bool = False) -> None:
+    """`prepare` for the sources to train on, in `folder`, and for each evaluation set, in eval/NAME under it.
+
+    With `verify` every shard that was there already is read whole and compared with its checksum.
+    """
     for place, part in data.parts().items():
-        prepare(part, seq_length, tokenizer, folder / place)
+        info = prepare(part, seq_length, tokenizer, folder / place)
+        if verify and info.reused:
+            shards = (read_json(info.folder / MANIFEST) or {})["shards"]
+            for shard in tqdm(shards, desc="verify", unit="shard", disable=None):
+                require_intact(info.folder / SHARDS / f"{shard['name']}.arrow", shard["sha256"])
 
 
 def prepare(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreparedInfo:

@@ -198,8 +198,18 @@ def require_size(path: Path, size: int) -> None:
     """Raise InputError unless the shard has the bytes that the manifest says. Damage inside is the rows' affair."""
     found = f"{path.stat().st_size} bytes" if path.exists() else "no file"
     if found != f"{size} bytes":
-        raise InputError(f"{path} has {found}", f"{size} bytes, as written",
-                         f"remove {path.with_suffix('.json')} and the manifest beside {path.parent}, and prepare again")
+        raise damaged(path, f"it has {found} of {size} bytes")
+
+
+def require_intact(path: Path, sha256: str) -> None:
+    """Raise InputError unless the shard has the checksum that the manifest says. Reads it whole."""
+    if _sha256(path) != sha256:
+        raise damaged(path, "it does not have the checksum that it was written with")
+
+
+def damaged(path: Path, what: str) -> InputError:
+    return InputError(f"the shard {path} is damaged: {what}", "what was written",
+                      f"remove {path.with_suffix('.json')} and the manifest beside {path.parent}, and prepare again")
 
 
 def checksum(*columns: NDArray[Any]) -> int:
