@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     requeue.set_defaults(run=_requeue)
 
     bench = commands.add_parser("bench", help="measure against the alternatives, in one run")
-    bench.add_argument("what", choices=["loss", "data", "checkpoint"])
+    bench.add_argument("what", choices=["loss", "step", "data", "checkpoint"])
     bench.add_argument("--json", action="store_true")
     bench.set_defaults(run=_bench)
 
@@ -173,10 +173,10 @@ def _eval(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from amid_ds import bench, bench_checkpoint
+    from amid_ds import bench, bench_checkpoint, bench_step
 
-    {"loss": bench.bench_loss, "data": bench.bench_data, "checkpoint": bench_checkpoint.bench_checkpoint}[args.what](
-        args.json)
+    {"loss": bench.bench_loss, "step": bench_step.bench_step, "data": bench.bench_data,
+     "checkpoint": bench_checkpoint.bench_checkpoint}[args.what](args.json)
 
 
 def _checkpoints(args: argparse.Namespace) -> None:

@@ -43,7 +43,8 @@ class Teacher(Section):
     model: str
     revision: str | None = None
     dtype: Dtype = "auto"                    # auto: the checkpoint's
-    placement: Literal["zero3"] = "zero3"
+    placement: Literal["zero3", "replicated"] = "zero3"   # replicated: whole on every rank, never gathered
+    max_tokens_per_pass: PositiveInt | None = None        # of the window, in one forward call; None: by free memory
 
 
 class Rows(Section):
@@ -233,7 +234,6 @@ class Recipe(Section):
 # Keys that the recipe will have: refused by name, rather than as unknown, until the code behind them lands. The
 # value is the one that changes nothing, so a recipe may already spell it out.
 NOT_YET: Mapping[str, Any] = {
-    "teacher.placement": "zero3",
     "data.auxiliary": None,
     "rollout": None,
 }

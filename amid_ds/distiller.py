@@ -1,8 +1,9 @@
 """Student and frozen teacher as one nn.Module, so that one DeepSpeed engine shards, gathers and runs both.
 
-Both bodies leave hidden states; logits are never made. The teacher runs over the whole accumulation window before the
-student's first micro-batch (`teach`), so its weights are gathered once per pass and not once per micro-batch; then
-`forward` turns one micro-batch into the loss through the fused head.
+Both bodies leave hidden states; logits are never made, and of tokens that the loss masks no hidden state is kept. The
+teacher runs over the whole accumulation window before the student's first micro-batch (`teach`), so its weights are
+gathered once per pass and not once per micro-batch; then `forward` turns one micro-batch into the loss through the
+fused head.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amid_ds.data import Batch
 from amid_ds.distributed import rows_of
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD, LMHead, linear_amid_loss, linear_argmax, preset
+from amid_ds.losses.fused import IGNORE_INDEX
 from amid_ds.vocab_parallel import VocabShard
 
 
@@ -92,14 +95,26 @@ class FusedHead(nn.Module):
 
 
 class Distiller(nn.Module):
-    """{student, teacher}. Only the student trains; the teacher stays in eval mode whatever `train()` says."""
+    """{student, teacher}. Only the student trains; the teacher stays in eval mode whatever `train()` says.
+
+    `apart`: every rank holds the teacher whole. It is then an attribute and no submodule, so that the engine neither
+    shards, casts nor saves it.
+    """
+
+    teacher: nn.Module | None
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, objective: AMiD, *, kd_weight: float,
-                 ce_weight: float, vocab_size: int, shard: VocabShard | None = None) -> None:
+                 ce_weight: float, vocab_size: int, shard: VocabShard | None = None, apart: bool = False) -> None:
         super().__init__()
         self.student = student
-        self.teacher = teacher.requires_grad_(False).eval() if teacher is not None else None
+        if teacher is not None:
+            teacher.requires_grad_(False).eval()
+        if apart:
+            self.__dict__["teacher"] = teacher
+        else:
+            self.teacher = teacher
         self.kd_weight = kd_weight
+        self.wait_on_host = False      # hidden states between `teach` and the loss: in pinned memory, or on the device
         self.head = FusedHead(
             lambda: (sharded_head_of(student, shard), sharded_head_of(teacher, shard) if teacher is not None else None),
             objective, kd_weight, ce_weight, vocab_size, shard)
@@ -116,36 +131,44 @@ class Distiller(nn.Module):
         return self.teacher is not None and self.kd_weight > 0
 
     @torch.no_grad()
-    def teach(self, inputs: Sequence[Tensor], positions: Sequence[Tensor | None],
-              rows_per_pass: int) -> list[Tensor | None]:
-        """The teacher's hidden states [B_i · L_i, H_t] of every micro-batch of the window, both arguments [B_i, L_i].
+    def teach(self, batches: Sequence[Batch], rows_per_pass: int) -> list[Tensor | None]:
+        """The teacher's hidden states [n_i, H_t] at the n_i valid tokens of every micro-batch of the window.
 
         `rows_per_pass` micro-batches share a forward call. It must be the same on every rank: each call gathers the
         teacher's weights, and lengths differ between ranks.
         """
         if self.teacher is None or not self.has_lesson:
-            return [None] * len(inputs)
+            return [None] * len(batches)
         hidden: list[Tensor | None] = []
-        for start in range(0, len(inputs), rows_per_pass):
-            group = inputs[start:start + rows_per_pass]
-            longest = max(ids.shape[1] for ids in group)
+        for start in range(0, len(batches), rows_per_pass):
+            group = batches[start:start + rows_per_pass]
+            inputs = [batch.input_ids for batch in group]
+            longest = max(ids.shape[1] for ids in inputs)
             # Padding on the right: a causal model's earlier positions never see it.
-            padded = torch.cat([nn.functional.pad(ids, (0, longest - ids.shape[1])) for ids in group])
-            states = run_body(self.teacher, padded, _padded_positions(positions[start:start + rows_per_pass], group))
-            for ids, part in zip(group, states.split([ids.shape[0] for ids in group]), strict=True):
-                hidden.append(part[:, :ids.shape[1]].flatten(0, 1))
+            padded = torch.cat([nn.functional.pad(ids, (0, longest - ids.shape[1])) for ids in inputs])
+            states = run_body(self.teacher, padded, _padded_positions([batch.positions for batch in group], inputs))
+            for batch, part in zip(group, states.split([len(ids) for ids in inputs]), strict=True):
+                hidden.append(self._put_aside(part[:, :batch.labels.shape[1]][batch.labels != IGNORE_INDEX]))
         return hidden
+
+    def _put_aside(self, states: Tensor) -> Tensor:
+        """Where `states` wait. Copies follow in the order of the device's stream, so nothing waits for them here."""
+        if not self.wait_on_host:
+            return states
+        return torch.empty_like(states, device="cpu", pin_memory=True).copy_(states, non_blocking=True)
 
     def forward(self, input_ids: Tensor, labels: Tensor, token_weights: Tensor, teacher_hidden: Tensor | None,
                 positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """One micro-batch: input_ids, labels [B, L] (shifted, -100 ignored), token_weights [B, L] fp32, positions as
-        `run_body` has them.
+        """One micro-batch: input_ids, labels [B, L] (shifted, -100 ignored), token_weights [B, L] fp32, `teach`'s part
+        of it, positions as `run_body` has them.
 
         Returns three scalars: the weighted loss (with gradient), the weighted divergence and cross entropy.
         """
         hidden = run_body(self.student, input_ids, positions)
-        return self.head(hidden.flatten(0, 1), teacher_hidden, labels.flatten(), token_weights.flatten())
-
+        keep = labels != IGNORE_INDEX
+        if teacher_hidden is not None:
+            teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
+        return self.head(hidden[keep], teacher_hidden, labels[keep], token_weights[keep])
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -157,7 +180,7 @@ class Distiller(nn.Module):
     def score(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor) -> Tensor:
         """[4] float64 sums over the labelled tokens: negative log-likelihood, KL(teacher ‖ student), tokens where both
         have the same first choice, tokens. Both heads must be gathered. labels [B, L]."""
-        keep = (labels.flatten() != -100).nonzero()[:, 0]
+        keep = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
         student, target = student_hidden[keep], labels.flatten()[keep]
         teacher = None if teacher_hidden is None else teacher_hidden[keep]
         student_head, teacher_head = self.head.heads()

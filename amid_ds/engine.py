@@ -11,13 +11,16 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -102,12 +105,18 @@ def stage_conflicts(recipe: Recipe, config: dict[str, Any], name: str) -> Iterat
     elif stage == 0 and bf16 and recipe.tensor_parallel > 1:
         # DeepSpeed's optimizer of that stage gets the gradient norm of a split model wrong (0.780 for 0.883).
         yield f"zero_optimization.stage: 0 with bf16 in {name}, tensor_parallel: {recipe.tensor_parallel} needs stage 1"
-    elif stage < 3 and bf16 and recipe.teacher is not None and (
+    elif stage < 3 and bf16 and recipe.teacher is not None and not teacher_apart(recipe, config) and (
             recipe.teacher.dtype == "fp32" or (recipe.teacher.dtype == "auto" and checkpoint_dtype(
                 recipe.teacher.model, recipe.teacher.revision) == torch.float32)):
         # Below stage 3 DeepSpeed casts every parameter of the engine to bf16, the teacher's too.
-        yield (f"zero_optimization.stage: {stage} with bf16 in {name}, a teacher in fp32 needs stage 3, "
-               "or set teacher.dtype: bf16")
+        yield (f"zero_optimization.stage: {stage} with bf16 in {name}, a teacher in fp32 on tensor-parallel ranks "
+               "needs stage 3, or set teacher.placement: replicated, or teacher.dtype: bf16")
+
+
+def teacher_apart(recipe: Recipe, config: dict[str, Any]) -> bool:
+    """Whether every rank holds the teacher whole, beside the engine: asked for, or because nothing would shard it."""
+    return recipe.teacher is not None and (
+        recipe.teacher.placement == "replicated" or (stage_of(config) != 3 and recipe.tensor_parallel == 1))
 
 
 def find_deepspeed_config(name: str) -> Path:
@@ -176,16 +185,17 @@ def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_
 def _build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_size: int, world: World) -> Any:
     deepspeed = import_deepspeed()
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
-    teacher = None
+    teacher, apart = None, teacher_apart(recipe, config)
     if recipe.teacher is not None:
-        teacher = _load(recipe.teacher.model, recipe.teacher.revision, recipe.teacher.dtype, config)
+        teacher = load(recipe.teacher.model, recipe.teacher.revision, recipe.teacher.dtype, {} if apart else config)
+        teacher.to(world.device if apart else None)
     student_dtype: Dtype = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
-    student = _load(recipe.student.model, recipe.student.revision, student_dtype, config)
+    student = load(recipe.student.model, recipe.student.revision, student_dtype, config)
     if recipe.student.activation_checkpointing:
         student.gradient_checkpointing_enable(   # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False})
     distiller = Distiller(student, teacher, objective, vocab_size=vocab_size, shard=shard,
-                          kd_weight=recipe.loss.kd_weight, ce_weight=recipe.loss.ce_weight)
+                          kd_weight=recipe.loss.kd_weight, ce_weight=recipe.loss.ce_weight, apart=apart)
     if shard is not None:
         for model in filter(None, (student, teacher)):
             cut_head(model, shard, vocab_size, gathered_head)
@@ -200,8 +210,15 @@ def _build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab
     for values in optimizer.state.values():
         values["step"].zero_()
     if stage_of(config) == 3:
+        engine.gathered = Gathered()
         for held in distiller.parameters():
-            held.all_gather_coalesced = partial(_gather_in_order, held.all_gather_coalesced)   # type: ignore
+            held.all_gather_coalesced = partial(   # type: ignore[attr-defined]
+                _gather_in_order, held.all_gather_coalesced, engine.gathered)   # type: ignore[attr-defined]
+            held.all_gather = partial(   # type: ignore[attr-defined]
+                _gather_alone, held.all_gather, engine.gathered, held)   # type: ignore[attr-defined]
+        # ZeRO-3 prefetches along a trace of modules that it starts anew at every forward, and drops where one differs
+        # from the one before. The teacher runs once in a window of several: one trace spans it all (`begin_window`).
+        engine.optimizer.parameter_offload.fwd_pre_hook.remove()
         # The student's head is read by FusedHead, not by the module that owns it: tell ZeRO-3's hooks.
         head = head_of(student)
         for parameter in (head.weight, head.bias):
@@ -242,20 +259,51 @@ def _split_layer_by_layer(distiller: Distiller) -> Iterator[None]:
         AutoTP._replace_with_config = replace_layer
 
 
-def _gather_in_order(gather: Callable[..., Any], parameters: Iterable[Any], **options: Any) -> Any:
-    """DeepSpeed's gather of several parameters, its groups of ranks in the same order on every rank.
+@dataclass
+class Gathered:
+    """Bytes of weights that ZeRO-3 has put together on this rank since the engine was built."""
+
+    student: int = 0
+    teacher: int = 0
+
+    def add(self, parameters: Iterable[Any]) -> None:
+        for parameter in parameters:
+            size = parameter.ds_numel * parameter.element_size()
+            if parameter.requires_grad:
+                self.student += size
+            else:
+                self.teacher += size
+
+
+def begin_window(engine: Any) -> None:
+    """For the start of each optimizer step, before the teacher runs: here ZeRO-3's prefetch trace starts anew."""
+    if engine.zero_optimization_partition_weights():
+        engine.optimizer.parameter_offload.get_param_coordinator().reset_step()
+
+
+def _gather_in_order(gather: Callable[..., Any], gathered: Gathered, parameters: Iterable[Any], **options: Any) -> Any:
+    """DeepSpeed's gather of several parameters, counted, and its groups of ranks in the same order on every rank.
 
     Under tensor parallelism parameters lie over two groups (all ranks, the data-parallel ones). DeepSpeed takes the
     groups in the order of a Python set, that is of addresses, and NCCL may wait for ever where ranks differ in it.
     """
-    return gather(sorted(parameters, key=lambda parameter: parameter.ds_id), **options)
+    ordered = sorted(parameters, key=lambda parameter: parameter.ds_id)
+    gathered.add(ordered)
+    return gather(ordered, **options)
+
+
+def _gather_alone(gather: Callable[..., Any], gathered: Gathered, own: Any, param_list: list[Any] | None = None,
+                  **options: Any) -> Any:
+    """DeepSpeed's gather that waits, of `param_list` or of the parameter that it belongs to, counted."""
+    gathered.add([own] if param_list is None else param_list)
+    return gather(param_list, **options)
 
 
 def _autotp(distiller: Distiller, world: World) -> dict[str, Any]:
     """DeepSpeed's `tensor_parallel` block: which weights of the two bodies AutoTP splits. Says what stays whole."""
     specs = []
     for name, model in (("student", distiller.student), ("teacher", distiller.teacher)):
-        if model is None:
+        if name not in distiller._modules or model is None:      # a teacher apart from the engine is whole by request
             continue
         reason = why_whole(model, world.tp_size)
         if reason is None:
@@ -266,7 +314,7 @@ def _autotp(distiller: Distiller, world: World) -> dict[str, Any]:
     return {"autotp_size": world.tp_size, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
 
 
-def _load(model: str, revision: str | None, dtype: Dtype, config: dict[str, Any]) -> nn.Module:
+def load(model: str, revision: str | None, dtype: Dtype, config: dict[str, Any]) -> nn.Module:
     """A causal LM. Under ZeRO-3 it is loaded straight into shards: rank 0 reads, each rank keeps its part."""
     from transformers import AutoModelForCausalLM
     from transformers import logging as transformers_logging
@@ -372,6 +420,36 @@ def gathered_head(model: nn.Module | None) -> Iterator[None]:
     parameters = [p for p in (head.weight, head.bias) if p is not None] if head is not None else []
     with deepspeed.zero.GatheredParameters(parameters):
         yield
+
+
+def plan_teaching(engine: Any, recipe: Recipe, before: int | None, world: World) -> int:
+    """How many tokens of the window share one forward call of the teacher, and where its hidden states wait.
+
+    The recipe's `teacher.max_tokens_per_pass`; else what the run's life before took (`before`), because the number of
+    rows in a product changes its last digits; else what an eighth of the rank's free memory holds of a layer's
+    activations. The same on every rank. Hidden states beyond another eighth wait in pinned host memory.
+    """
+    distiller: Distiller = engine.module
+    if distiller.teacher is None or recipe.teacher is None:
+        return 0
+    config: Any = distiller.teacher.config
+    size = next(distiller.teacher.parameters()).element_size()
+    activations = 8 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
+    if config._attn_implementation == "eager":      # it makes the scores of a row with all the others, twice
+        activations += 2 * config.num_attention_heads * recipe.train.seq_length
+    budget = min(world.gather(_free_memory(world))) // 8
+    window = recipe.train.global_batch_size // world.dp_size * recipe.train.seq_length
+    distiller.wait_on_host = world.device.type == "cuda" and window * config.hidden_size * size > budget
+    fits = 1 << max(0, (budget // (activations * size)).bit_length() - 1)
+    return recipe.teacher.max_tokens_per_pass or before or min(window, fits)
+
+
+def _free_memory(world: World) -> int:
+    """Bytes that this rank may still take: the GPU's, or its share of the host's."""
+    if world.device.type == "cuda":
+        return torch.cuda.mem_get_info(world.device)[0]
+    host = socket.gethostname()
+    return psutil.virtual_memory().available // world.gather(host).count(host)
 
 
 def check_models(engine: Any, vocab_size: int, isolated: bool) -> None:

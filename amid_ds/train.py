@@ -33,6 +33,7 @@ from amid_ds.distributed import World, joined
 from amid_ds.errors import InputError, Stopped, TrainingError
 from amid_ds.lives import Life
 from amid_ds.losses import AMiD
+from amid_ds.losses.fused import IGNORE_INDEX
 from amid_ds.metrics import RunLog, write_atomically
 from amid_ds.provenance import model_hash, prepared_hash, provenance
 from amid_ds.schedule import learning_rate, step_seed
@@ -40,12 +41,11 @@ from amid_ds.stopping import StopRequest
 from amid_ds.validation import validate
 from amid_ds.watchdog import GRACE_S, Watchdog
 
-TEACHER_TOKENS_PER_PASS = 16384
 MODEL = "model"      # in the run's folder: the finished student
 # What may differ between the lives of a run, because it does not change what is learnt.
 MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared", "train.log_every",
               "train.hang_timeout", "train.max_hours", "train.micro_batch_size", "student.activation_checkpointing",
-              "data.eval", "train.eval_every", "tensor_parallel",
+              "data.eval", "train.eval_every", "teacher.max_tokens_per_pass", "teacher.placement", "tensor_parallel",
               "deepspeed")      # but for its dtype, which is kept as student.dtype
 
 
@@ -104,6 +104,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         if found.checkpoint is not None:
             loaded = found.checkpoint
             state = world.together(lambda: reshard.load(ds, whole, world) if whole else checkpoint.load(ds, loaded))
+        state["tokens_per_pass"] = engine.plan_teaching(ds, recipe, state.get("tokens_per_pass"), world)
         loop(job, ds, {**state, "identity": identity}, found.damaged, world, life)
         leave_model(job, world)
 
@@ -352,14 +353,14 @@ def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str,
     lr = learning_rate(job.recipe.train, state["step"])
     for group in ds.optimizer.param_groups:
         group["lr"] = lr
+    engine.begin_window(ds)
     train = job.recipe.train
-    per_pass = max(1, TEACHER_TOKENS_PER_PASS // (train.micro_batch_size * train.seq_length))
-    lessons = distiller.teach([batch.input_ids for batch in batches], [batch.positions for batch in batches],
-                              per_pass)
+    lessons = distiller.teach(batches,
+                              max(1, state["tokens_per_pass"] // (train.micro_batch_size * train.seq_length)))
     sums = []
     with engine.gathered_head(distiller.teacher if distiller.has_lesson else None):
         for index, batch in enumerate(batches):
-            weights = (batch.labels != -100).float() / max(tokens, 1.0)
+            weights = (batch.labels != IGNORE_INDEX).float() / max(tokens, 1.0)
             ds.set_gradient_accumulation_boundary(index == len(batches) - 1)
             loss, kd, ce = ds(batch.input_ids, batch.labels, weights, lessons[index], batch.positions)
             lessons[index] = None      # its memory is free for the next micro-batch's activations

@@ -19,7 +19,7 @@ FLOORS = {
     "losses": 2, "data": 2, "metrics": 2, "provenance": 2, "stopping": 2, "lives": 2,
     "watchdog": 2, "scheduler": 2,
     "distiller": 3, "engine": 3, "checkpoint": 3, "shards": 3, "reshard": 3, "export": 3, "tensor_parallel": 3,
-    "train": 4, "evaluate": 4, "validation": 4, "demo": 4, "bench": 4, "bench_checkpoint": 4,
+    "train": 4, "evaluate": 4, "validation": 4, "demo": 4, "bench": 4, "bench_checkpoint": 4, "bench_step": 4,
     "requeue": 4, "submit": 4, "status": 4, "doctor": 4,
     "cli": 5, "__main__": 6,
 }
