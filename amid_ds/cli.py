@@ -143,9 +143,11 @@ def _train(args: argparse.Namespace) -> None:
 def _prepare(args: argparse.Namespace) -> None:
     from amid_ds.config import load_recipe
     from amid_ds.data import load_tokenizer, prepare_all
+    from amid_ds.origin import student_of
 
     recipe = load_recipe(args.recipe, args.overrides)
-    tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
+    student = student_of(recipe)
+    tokenizer = load_tokenizer(student.model, student.revision)
     prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir, verify=True)
 
 

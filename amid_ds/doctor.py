@@ -26,6 +26,7 @@ import torch
 from amid_ds.config import Recipe, load_recipe
 from amid_ds.distributed import World, joined, launched_rank
 from amid_ds.errors import InputError, TrainingError
+from amid_ds.origin import student_of
 from amid_ds.provenance import versions
 
 MEET_S = 60.0            # how long ranks wait for each other
@@ -207,7 +208,7 @@ def models(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
             with open(path, "rb") as file:
                 file.read(1)
 
-    for name, part in (("student", recipe.student), ("teacher", recipe.teacher)):
+    for name, part in (("student", student_of(recipe)), ("teacher", recipe.teacher)):
         if part is not None:
             bad = _failures(world, lambda part=part: read(part.model, part.revision))   # type: ignore[misc]
             yield Verdict(name, not bad, _by_node(bad) or f"{part.model} can be read on every node",

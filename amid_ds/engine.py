@@ -30,6 +30,7 @@ from amid_ds.distributed import World
 from amid_ds.errors import InputError
 from amid_ds.host_memory import freed_memory_given_back
 from amid_ds.losses import AlphaBeta, AMiD, preset
+from amid_ds.origin import student_of
 from amid_ds.tensor_parallel import cut_head, layer_specs, vocab_shard, why_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -190,7 +191,8 @@ def _build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab
         teacher = load(recipe.teacher.model, recipe.teacher.revision, recipe.teacher.dtype, {} if apart else config)
         teacher.to(world.device if apart else None)
     student_dtype: Dtype = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
-    student = load(recipe.student.model, recipe.student.revision, student_dtype, config)
+    begins = student_of(recipe)
+    student = load(begins.model, begins.revision, student_dtype, config)
     if recipe.student.activation_checkpointing:
         student.gradient_checkpointing_enable(   # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False})

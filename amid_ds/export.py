@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from amid_ds import checkpoint as saved
-from amid_ds.config import Recipe, dump_recipe, load_recipe
+from amid_ds.config import Recipe, Student, dump_recipe, load_recipe
 from amid_ds.data import load_tokenizer
 from amid_ds.engine import DTYPES, import_deepspeed, shell_of
 from amid_ds.errors import InputError
+from amid_ds.origin import START, run_of, student_of
 from amid_ds.shards import Shards
 
 FILE_BYTES = 2 * 10**9      # the most weights in one file, and about what memory an export takes
@@ -46,7 +47,8 @@ def write(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None)
     """The export of a good checkpoint, in place of what `out` held. What is in the way is gone only when it is done."""
     state = saved.read_manifest(checkpoint)["state"]
     name = dtype or state["student_dtype"]
-    shell: Any = shell_of(recipe.student.model, recipe.student.revision)
+    student = student_of(recipe, checkpoint.parent.parent)
+    shell: Any = shell_of(student.model, student.revision)
     shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +59,7 @@ def write(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None)
         aside.mkdir()
         try:
             _write_weights(checkpoint, shell, shapes, DTYPES[name], aside)
-            _write_configs(recipe, shell, DTYPES[name], aside)
+            _write_configs(student, shell, DTYPES[name], aside)
             (aside / "README.md").write_text(model_card(checkpoint, recipe, state, name), encoding="utf-8")
             _put_in_place(aside, out)
         finally:
@@ -66,6 +68,16 @@ def write(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None)
         raise InputError(f"the export to {out} could not be written: {error}",
                          "a folder that can be written, with room",
                          "make room there, or choose a folder elsewhere; what was there is untouched") from None
+
+
+def start_from(recipe: Recipe) -> None:
+    """Where `student.model` names a run or a checkpoint: its fp32 weights into this run's folder, once."""
+    start = Path(recipe.output_dir) / START
+    if run_of(recipe.student.model) is not None and not start.is_dir():
+        import_deepspeed()
+        checkpoint, theirs = find(Path(recipe.student.model))
+        write(checkpoint, theirs, start, "fp32")
+        print(f"{recipe.output_dir} begins with the weights of {checkpoint}", flush=True)
 
 
 def _write_weights(checkpoint: Path, shell: Any, shapes: Mapping[str, torch.Size], dtype: torch.dtype,
@@ -98,20 +110,20 @@ def _write_weights(checkpoint: Path, shell: Any, shapes: Mapping[str, torch.Size
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write_configs(recipe: Recipe, shell: Any, dtype: torch.dtype, out: Path) -> None:
+def _write_configs(student: Student, shell: Any, dtype: torch.dtype, out: Path) -> None:
     """config.json, generation_config.json (the one that the student came with) and the tokenizer, chat template too."""
     from transformers.utils import cached_file
 
     shell.config.architectures = [type(shell).__name__]
     shell.config.dtype = dtype
     shell.config.save_pretrained(out)
-    came_with = cached_file(recipe.student.model, "generation_config.json", revision=recipe.student.revision,
+    came_with = cached_file(student.model, "generation_config.json", revision=student.revision,
                             _raise_exceptions_for_missing_entries=False)
     if came_with is not None:
         shutil.copy(came_with, out / "generation_config.json")
     elif shell.can_generate():
         shell.generation_config.save_pretrained(out)
-    load_tokenizer(recipe.student.model, recipe.student.revision).save_pretrained(out)
+    load_tokenizer(student.model, student.revision).save_pretrained(out)
 
 
 def _put_in_place(aside: Path, out: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from amid_ds.config import Recipe, Student, Teacher
 from amid_ds.data import fingerprint
+from amid_ds.origin import student_of
 
 PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "triton")
 SAMPLE = 1 << 20      # bytes of a weight file's either end that go into its hash
@@ -23,7 +24,7 @@ def provenance(recipe: Recipe, tokenizer: Any, ranks: int) -> str:
         "versions": versions(),
         "git_revision": code_revision(),
         "ranks": ranks,
-        "student": _model(recipe.student),
+        "student": {**_model(recipe.student), "files_sha256": model_hash(student_of(recipe).model)},
         "teacher": _model(recipe.teacher) if recipe.teacher is not None else None,
         "tokenizer_sha256": fingerprint(tokenizer),
     }

@@ -35,6 +35,7 @@ from amid_ds.lives import Life
 from amid_ds.losses import AMiD
 from amid_ds.losses.fused import IGNORE_INDEX
 from amid_ds.metrics import RunLog, write_atomically
+from amid_ds.origin import student_of
 from amid_ds.provenance import model_hash, prepared_hash, provenance
 from amid_ds.schedule import learning_rate, step_seed
 from amid_ds.stopping import StopRequest
@@ -82,6 +83,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
     with joined(timeout + GRACE_S) as world, Life(world.rank, world.size) as life:
         job = world.together(lambda: check(load_recipe(recipe_path, overrides), world.size))
         world = world.split(job.recipe.tensor_parallel)
+        world.main_at_length(lambda: export.start_from(job.recipe))
         changed = world.main_first(lambda: changes_between_lives(job.recipe))
         open_run(job, world)
         world.together(lambda: life.begin(job.run, changed))
@@ -96,7 +98,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
                                              recipe.prepared_dir))
         identity = world.together(lambda: identity_of(job, found.checkpoint))
         layout = checkpoint.layout(world, engine.stage_of(job.deepspeed_config), job.student_dtype)
-        whole = reshard.whole_of(found.checkpoint, layout, recipe.student, world) if found.checkpoint else None
+        whole = reshard.whole_of(found.checkpoint, layout, student_of(recipe), world) if found.checkpoint else None
         ds = world.together(lambda: engine.build_engine(recipe, job.deepspeed_config, job.objective, job.vocab_size,
                                                        world))
         world.together(lambda: engine.check_models(ds, job.vocab_size, recipe.data.isolates_any))
@@ -120,15 +122,15 @@ def check(recipe: Recipe, ranks: int) -> Job:
     objective = engine.build_objective(recipe.loss)
     refuse_other_run(recipe)
     check_sources(recipe.data)
-    student = engine.model_config(recipe.student.model, recipe.student.revision)
-    tokenizer = load_tokenizer(recipe.student.model, recipe.student.revision)
-    widths = {f"student {recipe.student.model}": student.vocab_size}
+    student = student_of(recipe)
+    tokenizer = load_tokenizer(student.model, student.revision)
+    widths = {f"student {student.model}": engine.model_config(student.model, student.revision).vocab_size}
     if recipe.teacher is not None:
         teacher = engine.model_config(recipe.teacher.model, recipe.teacher.revision)
         widths[f"teacher {recipe.teacher.model}"] = teacher.vocab_size
         require_same_tokenizer(tokenizer, load_tokenizer(recipe.teacher.model, recipe.teacher.revision),
-                               recipe.student.model, recipe.teacher.model)
-    engine.refuse_unfit(recipe.student.model, recipe.student.revision)
+                               student.model, recipe.teacher.model)
+    engine.refuse_unfit(student.model, student.revision)
     if recipe.teacher is not None:
         engine.refuse_unfit(recipe.teacher.model, recipe.teacher.revision)
     for name, width in widths.items():

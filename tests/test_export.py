@@ -232,3 +232,58 @@ def test_deepspeeds_own_zero_to_fp32_works_on_our_checkpoints(run, folder, tmp_p
     assert {name.removeprefix("student.") for name in theirs} >= ours.keys()
     for name, tensor in ours.items():
         assert torch.equal(theirs[f"student.{name}"], tensor), name
+
+
+def first_weights(file: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """A rank that writes down its student's weights and how far its optimizer is when the loop would begin."""
+    from amid_ds import train
+
+    def loop(job, ds, state, *others):
+        weights = {name: parameter.detach().clone() for name, parameter in ds.module.student.named_parameters()}
+        torch.save((weights, state["step"], len(ds.optimizer.state)), file)
+
+    train.loop, train.leave_model = loop, lambda *_: None
+    small.be_a_rank(argv, variables, log)
+
+
+@pytest.mark.parametrize("what, step", [("run", 3), ("run/checkpoints/step_00000001", 1), ("run/model", None)])
+def test_a_warm_start_takes_the_weights_of_a_run_a_checkpoint_or_an_export_alone(what, step, run, folder, tmp_path):
+    (tmp_path / "zero2.json").write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / what, folder / "teacher", folder / "rows.jsonl",
+                               tmp_path / "warm", deepspeed=str(tmp_path / "zero2.json"), teacher__dtype="bf16")
+    for life in range(2 if what == "run" else 1):      # the second time from the copy in its own folder
+        started = small.Ranks(1, "train", recipe, be=functools.partial(first_weights, str(tmp_path / "first.pt")))
+        assert started.wait() == [0], started.text()
+        assert ("begins with the weights of" in started.text()) == (step is not None and life == 0)
+        weights, done, moments = torch.load(tmp_path / "first.pt")
+        assert done == 0 and moments == 0
+        expected = masters(run, step or 3, folder / "student")
+        if step is None:
+            expected = {name: tensor.bfloat16().float() for name, tensor in expected.items()}
+        assert weights.keys() == expected.keys()
+        for name, tensor in weights.items():
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_run_that_began_with_another_resumes_and_leaves_without_it(run, folder, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(run, other)
+    recipe = small.make_recipe(tmp_path / "r.yaml", other, folder / "teacher", folder / "rows.jsonl", tmp_path / "warm",
+                               train__steps=2, checkpoint__every=1, teacher__dtype="bf16")
+    small.run(1, "train", recipe)
+    shutil.rmtree(other)
+    shutil.rmtree(tmp_path / "warm" / "checkpoints" / "step_00000002")
+    shutil.rmtree(tmp_path / "warm" / "model")
+    small.run(2, "train", recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "warm" / "model")
+    for name, tensor in masters(tmp_path / "warm", 2, folder / "student").items():
+        assert torch.equal(model.get_parameter(name).detach(), tensor), name
+
+
+def test_a_warm_start_from_a_run_without_a_checkpoint_is_refused(run, folder, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    shutil.copy(run / "recipe.yaml", tmp_path / "other" / "recipe.yaml")
+    recipe = small.make_recipe(tmp_path / "r.yaml", tmp_path / "other", folder / "teacher", folder / "rows.jsonl",
+                               tmp_path / "warm", teacher__dtype="bf16")
+    assert main(["train", str(recipe)]) == 2
+    assert "other holds no checkpoint" in capsys.readouterr().err and not (tmp_path / "warm").exists()

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "errors": 0, "config": 0, "schedule": 0, "host_memory": 0,
     "distributed": 1, "vocab_parallel": 1,
+    "origin": 1,
     "losses": 2, "data": 2, "metrics": 2, "provenance": 2, "stopping": 2, "lives": 2,
     "watchdog": 2, "scheduler": 2,
     "distiller": 3, "engine": 3, "checkpoint": 3, "shards": 3, "reshard": 3, "export": 3, "tensor_parallel": 3,
