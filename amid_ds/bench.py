@@ -8,6 +8,7 @@ allocator's peak.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import statistics
@@ -71,7 +72,7 @@ def bench_loss(as_json: bool) -> None:
 def loss_bench(shape: LossShape, rounds: int | None = None) -> list[LossRow]:
     """Every method at `shape`, `rounds` times in turn (5 on a CPU, 30 on a GPU) after one round that does not count."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    methods = _loss_methods(device)
+    methods = _loss_methods(device, shape.objective)
     inputs = _Inputs(shape, device)
     seconds: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(1 + (rounds or (5 if device == "cpu" else 30))):
@@ -116,14 +117,30 @@ class _Inputs:
         self.student_head = normal(v, h_s, 2 * h_s**-0.5).requires_grad_()
         self.teacher_head = normal(v, h_t, 2 * h_t**-0.5)
         self.weights = torch.full((n,), 1 / n, device=device)
+        self.labels = torch.randint(v, (n,), generator=generator, device=device)      # for Liger's chunked loss
         self.objective = OBJECTIVES[shape.objective]
 
 
-def _loss_methods(device: str) -> dict[str, Callable[[_Inputs], None]]:
+def _loss_methods(device: str, objective: str) -> dict[str, Callable[[_Inputs], None]]:
     methods = {"products": _products, "naive": _naive, "amid_ds torch": _fused("torch")}
     if device == "cuda":
         methods |= {"naive, torch.compile": _compiled, "amid_ds triton": _fused("triton")}
+        if objective == "jsd" and importlib.util.find_spec("liger_kernel"):      # pip install --no-deps liger-kernel
+            methods |= {"Liger, fused": _liger_fused, "Liger, chunked and compiled": _liger_chunked}
     return methods
+
+
+def _liger_fused(x: _Inputs) -> None:
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    LigerFusedLinearJSD(jsd_beta=0.5)(x.student, x.student_head, x.teacher, x.teacher_head, None).backward()
+
+
+def _liger_chunked(x: _Inputs) -> None:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5, compiled=True)
+    loss(x.student, x.student_head, x.teacher, x.teacher_head, x.labels).backward()
 
 
 def _fused(backend: str) -> Callable[[_Inputs], None]:
@@ -170,7 +187,7 @@ def _peak_bytes(name: str, shape: LossShape, device: str) -> int:
         inputs = _Inputs(shape, device)
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _loss_methods(device)[name](inputs)
+        _loss_methods(device, shape.objective)[name](inputs)
         return torch.cuda.max_memory_allocated() - before
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(_resident_peak, (name, shape, torch.get_num_threads()))
@@ -179,7 +196,7 @@ def _peak_bytes(name: str, shape: LossShape, device: str) -> int:
 def _resident_peak(name: str, shape: LossShape, threads: int) -> int:
     """In a process of its own: the resident set's peak above what the inputs and a small first call left (Linux)."""
     torch.set_num_threads(threads)
-    method = _loss_methods("cpu")[name]
+    method = _loss_methods("cpu", shape.objective)[name]
     method(_Inputs(LossShape(8, 512, 64, 64), "cpu"))
     inputs = _Inputs(shape, "cpu")
     Path("/proc/self/clear_refs").write_text("5")     # sets the high-water mark to what is resident now

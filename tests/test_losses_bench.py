@@ -23,7 +23,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> bench.LossShape:
 def test_the_methods_differ_in_nothing_but_how_they_compute(small):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     gradients = {}
-    for name, method in bench._loss_methods(device).items():
+    for name, method in bench._loss_methods(device, "amid").items():
         inputs = bench._Inputs(small, device)
         method(inputs)
         gradients[name] = inputs.student_head.grad
