@@ -216,7 +216,7 @@ class _Usual:
         recipe = _recipe(folder, world, scale, taught=True)
         config = engine.read_deepspeed_config(recipe, world.dp_size)
         self.world, self.objective = world, engine.build_objective(recipe.loss)
-        student, teacher = (engine.load(str(folder / name), None, scale.dtype, config)
+        student, teacher = (engine.load(str(folder / name), scale.dtype, config)
                             for name in ("student", "teacher"))
         teacher.requires_grad_(False).eval()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)

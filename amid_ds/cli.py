@@ -147,7 +147,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     student = student_of(recipe)
-    tokenizer = load_tokenizer(student.model, student.revision)
+    tokenizer = load_tokenizer(student.model, **student.opened_with)
     prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir, verify=True)
 
 

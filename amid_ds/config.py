@@ -32,16 +32,25 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Student(Section):
+class Model(Section):
+    """A causal language model: a folder, or an id on the hub."""
+
     model: str
     revision: str | None = None
+    trust_remote_code: bool = False          # run the Python that lies beside the weights
+
+    @property
+    def opened_with(self) -> dict[str, Any]:
+        """What transformers is told beside the name."""
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+class Student(Model):
     dtype: Dtype = "auto"                    # auto: the DeepSpeed config's
     activation_checkpointing: bool = False
 
 
-class Teacher(Section):
-    model: str
-    revision: str | None = None
+class Teacher(Model):
     dtype: Dtype = "auto"                    # auto: the checkpoint's
     placement: Literal["zero3", "replicated"] = "zero3"   # replicated: whole on every rank, never gathered
     max_tokens_per_pass: PositiveInt | None = None        # of the window, in one forward call; None: by free memory

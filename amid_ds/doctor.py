@@ -201,16 +201,16 @@ def models(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
     from amid_ds.data import load_tokenizer
     from amid_ds.engine import model_config
 
-    def read(model: str, revision: str | None) -> None:
-        model_config(model, revision)
-        load_tokenizer(model, revision)
+    def read(model: str, opened_with: dict[str, Any]) -> None:
+        model_config(model, **opened_with)
+        load_tokenizer(model, **opened_with)
         for path in Path(model).glob("*.safetensors") if Path(model).is_dir() else ():
             with open(path, "rb") as file:
                 file.read(1)
 
     for name, part in (("student", student_of(recipe)), ("teacher", recipe.teacher)):
         if part is not None:
-            bad = _failures(world, lambda part=part: read(part.model, part.revision))   # type: ignore[misc]
+            bad = _failures(world, lambda part=part: read(part.model, part.opened_with))   # type: ignore[misc]
             yield Verdict(name, not bad, _by_node(bad) or f"{part.model} can be read on every node",
                           "put it where all nodes can read it; for a hub id, load it once and set HF_HUB_OFFLINE=1")
 

@@ -108,7 +108,7 @@ def stage_conflicts(recipe: Recipe, config: dict[str, Any], name: str) -> Iterat
         yield f"zero_optimization.stage: 0 with bf16 in {name}, tensor_parallel: {recipe.tensor_parallel} needs stage 1"
     elif stage < 3 and bf16 and recipe.teacher is not None and not teacher_apart(recipe, config) and (
             recipe.teacher.dtype == "fp32" or (recipe.teacher.dtype == "auto" and checkpoint_dtype(
-                recipe.teacher.model, recipe.teacher.revision) == torch.float32)):
+                recipe.teacher.model, **recipe.teacher.opened_with) == torch.float32)):
         # Below stage 3 DeepSpeed casts every parameter of the engine to bf16, the teacher's too.
         yield (f"zero_optimization.stage: {stage} with bf16 in {name}, a teacher in fp32 on tensor-parallel ranks "
                "needs stage 3, or set teacher.placement: replicated, or teacher.dtype: bf16")
@@ -188,11 +188,12 @@ def _build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
     teacher, apart = None, teacher_apart(recipe, config)
     if recipe.teacher is not None:
-        teacher = load(recipe.teacher.model, recipe.teacher.revision, recipe.teacher.dtype, {} if apart else config)
+        teacher = load(recipe.teacher.model, recipe.teacher.dtype, {} if apart else config,
+                       **recipe.teacher.opened_with)
         teacher.to(world.device if apart else None)
     student_dtype: Dtype = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
     begins = student_of(recipe)
-    student = load(begins.model, begins.revision, student_dtype, config)
+    student = load(begins.model, student_dtype, config, **begins.opened_with)
     if recipe.student.activation_checkpointing:
         student.gradient_checkpointing_enable(   # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -316,7 +317,8 @@ def _autotp(distiller: Distiller, world: World) -> dict[str, Any]:
     return {"autotp_size": world.tp_size, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
 
 
-def load(model: str, revision: str | None, dtype: Dtype, config: dict[str, Any]) -> nn.Module:
+def load(model: str, dtype: Dtype, config: dict[str, Any], revision: str | None = None,
+         trust_remote_code: bool = False) -> nn.Module:
     """A causal LM. Under ZeRO-3 it is loaded straight into shards: rank 0 reads, each rank keeps its part."""
     from transformers import AutoModelForCausalLM
     from transformers import logging as transformers_logging
@@ -324,15 +326,15 @@ def load(model: str, revision: str | None, dtype: Dtype, config: dict[str, Any])
 
     transformers_logging.set_verbosity_error()      # its advice on generating and padding is not for us
     transformers_logging.disable_progress_bar()
-    torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision)
+    torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
     if stage_of(config) < 3:
         return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch_dtype,
-                                                    trust_remote_code=False)
+                                                    trust_remote_code=trust_remote_code)
     holder = _ShardedLoading({**config, "bf16": {"enabled": torch_dtype == torch.bfloat16}})
     set_hf_deepspeed_config(holder)
     try:
         return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch_dtype,
-                                                    trust_remote_code=False)
+                                                    trust_remote_code=trust_remote_code)
     finally:
         unset_hf_deepspeed_config()
 
@@ -347,36 +349,40 @@ class _ShardedLoading:
         return True
 
 
-def model_config(model: str, revision: str | None = None) -> Any:
+def model_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's transformers config, without its weights. Raises InputError where there is none."""
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=False)
+        return AutoConfig.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(f"the model {model!r} comes with Python code of its own", "one that transformers knows",
+                             "read its code; if you trust it, set trust_remote_code: true beside the model") from None
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"no model can be read from {model!r}: {first_line}",
                          "a folder with config.json and weights, or the id of a model on the hub",
                          "check the path; relative paths start where the command is run") from None
 
 
-def shell_of(model: str, revision: str | None = None) -> nn.Module:
+def shell_of(model: str, revision: str | None = None, trust_remote_code: bool = False) -> nn.Module:
     """The model without its weights: every parameter on the meta device. Raises what transformers raises."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config(model, revision))
+        return AutoModelForCausalLM.from_config(model_config(model, revision, trust_remote_code),
+                                                trust_remote_code=trust_remote_code)
 
 
-def refuse_unfit(model: str, revision: str | None = None) -> None:
+def refuse_unfit(model: str, revision: str | None = None, trust_remote_code: bool = False) -> None:
     """Raise InputError for a model that the one engine or the fused head cannot take. Judged without its weights."""
-    config = model_config(model, revision)
+    config = model_config(model, revision, trust_remote_code)
     problem = None
     if getattr(config, "quantization_config", None) is not None:
         problem = "its weights are quantized"
     else:
         try:
-            shell: Any = shell_of(model, revision)
+            shell: Any = shell_of(model, revision, trust_remote_code)
         except (ValueError, ImportError, KeyError) as error:
             problem = str(error).strip().splitlines()[0][:200]
         else:
@@ -389,9 +395,9 @@ def refuse_unfit(model: str, revision: str | None = None) -> None:
                          "choose such a model, or save this one's weights unquantized with save_pretrained")
 
 
-def checkpoint_dtype(model: str, revision: str | None) -> torch.dtype:
+def checkpoint_dtype(model: str, revision: str | None = None, trust_remote_code: bool = False) -> torch.dtype:
     """The dtype that the checkpoint's config names; fp32 where it names none that we run in."""
-    named = model_config(model, revision).dtype
+    named = model_config(model, revision, trust_remote_code).dtype
     return named if named in DTYPES.values() else torch.float32
 
 

@@ -48,7 +48,7 @@ def write(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None)
     state = saved.read_manifest(checkpoint)["state"]
     name = dtype or state["student_dtype"]
     student = student_of(recipe, checkpoint.parent.parent)
-    shell: Any = shell_of(student.model, student.revision)
+    shell: Any = shell_of(student.model, **student.opened_with)
     shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def _write_configs(student: Student, shell: Any, dtype: torch.dtype, out: Path) 
         shutil.copy(came_with, out / "generation_config.json")
     elif shell.can_generate():
         shell.generation_config.save_pretrained(out)
-    load_tokenizer(student.model, student.revision).save_pretrained(out)
+    load_tokenizer(student.model, **student.opened_with).save_pretrained(out)
 
 
 def _put_in_place(aside: Path, out: Path) -> None:

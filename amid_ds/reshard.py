@@ -48,7 +48,8 @@ def whole_of(checkpoint: Path, layout: Mapping[str, Any], student: Student, worl
 def convert(checkpoint: Path, student: Student) -> None:
     """Write the whole tensors aside, then rename: the folder is there whole or not at all. Needs no engine."""
     import_deepspeed()      # the shards name classes of its
-    shapes = {name: parameter.shape for name, parameter in shell_of(student.model, student.revision).named_parameters()}
+    shell = shell_of(student.model, **student.opened_with)
+    shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
     aside = checkpoint / f".{WHOLE}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     needed = sum(shape.numel() for shape in shapes.values()) * 4 * len(KINDS)

@@ -123,16 +123,16 @@ def check(recipe: Recipe, ranks: int) -> Job:
     refuse_other_run(recipe)
     check_sources(recipe.data)
     student = student_of(recipe)
-    tokenizer = load_tokenizer(student.model, student.revision)
-    widths = {f"student {student.model}": engine.model_config(student.model, student.revision).vocab_size}
+    tokenizer = load_tokenizer(student.model, **student.opened_with)
+    widths = {f"student {student.model}": engine.model_config(student.model, **student.opened_with).vocab_size}
     if recipe.teacher is not None:
-        teacher = engine.model_config(recipe.teacher.model, recipe.teacher.revision)
+        teacher = engine.model_config(recipe.teacher.model, **recipe.teacher.opened_with)
         widths[f"teacher {recipe.teacher.model}"] = teacher.vocab_size
-        require_same_tokenizer(tokenizer, load_tokenizer(recipe.teacher.model, recipe.teacher.revision),
+        require_same_tokenizer(tokenizer, load_tokenizer(recipe.teacher.model, **recipe.teacher.opened_with),
                                student.model, recipe.teacher.model)
-    engine.refuse_unfit(student.model, student.revision)
+    engine.refuse_unfit(student.model, **student.opened_with)
     if recipe.teacher is not None:
-        engine.refuse_unfit(recipe.teacher.model, recipe.teacher.revision)
+        engine.refuse_unfit(recipe.teacher.model, **recipe.teacher.opened_with)
     for name, width in widths.items():
         if width < len(tokenizer):
             raise InputError(f"the {name} has a vocabulary of {width}, the tokenizer of {len(tokenizer)}",

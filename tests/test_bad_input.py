@@ -166,3 +166,24 @@ def test_export_refuses_what_is_no_run_and_a_folder_in_use(folder, tmp_path, cap
     assert main(["export", str(tmp_path / "run"), str(folder)]) == 2
     assert "not empty" in capsys.readouterr().err
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["train"]["steps"] == 1
+
+
+def test_a_models_own_code_is_run_only_when_asked_for(tmp_path, monkeypatch):
+    """A Llama under another name, as a hub model brings it: its Python beside its weights."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    student = small.make_model(tmp_path / "student", "llama", 0)
+    (student / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n")
+    config = json.loads((student / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"],
+               "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}}
+    (student / "config.json").write_text(json.dumps(config))
+    recipe = small.make_recipe(tmp_path / "r.yaml", student, small.make_model(tmp_path / "teacher", "gpt2", 1),
+                               small.make_text(tmp_path / "rows.jsonl"), tmp_path / "run", train__steps=1)
+    refused = small.Ranks(2, "train", recipe)
+    assert refused.wait() == [2, 2]
+    assert "Python code of its own" in refused.text() and "trust_remote_code: true" in refused.text()
+    small.run(2, "train", recipe, "student.trust_remote_code=true")
+    assert len(small.metrics(tmp_path / "run")) == 1

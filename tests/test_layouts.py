@@ -63,7 +63,8 @@ def deepspeed_config(path: Path, stage: int, bf16: bool) -> Path:
 def test_every_layout_trains_as_a_plain_loop_does_and_exports_it(name, data, tmp_path):
     *roles, layouts = PAIRS[name]
     models = make_pair(tmp_path, *roles)
-    recipe = small.make_recipe(tmp_path / "r.yaml", *models, data, tmp_path / "run", train__steps=8,
+    steps = 20 if len(layouts) > 1 else 8
+    recipe = small.make_recipe(tmp_path / "r.yaml", *models, data, tmp_path / "run", train__steps=steps,
                                train__learning_rate=1e-3, data__prepared=str(tmp_path / "data"))
     truth = None
     for dp, tp, micro in layouts:
@@ -74,7 +75,8 @@ def test_every_layout_trains_as_a_plain_loop_does_and_exports_it(name, data, tmp
         lines, weights = truth = truth or plain_loop(*models, yaml.safe_load(recipe.read_text()), tmp_path / "data")
         for expected, line in zip(lines, small.metrics(run), strict=True):
             for key, value in expected.items():
-                assert line[key] == pytest.approx(value, rel=2e-4), (run.name, line["step"], key)
+                # rounding grows with the steps: AdamW divides by the root of its second moment
+                assert line[key] == pytest.approx(value, rel=2e-4 if line["step"] <= 8 else 1e-3), (run.name, line, key)
         exported = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / f"out{run.name}"))
         for key, parameter in exported.named_parameters():
             torch.testing.assert_close(parameter.detach(), weights[key], rtol=1e-3, atol=2e-4,

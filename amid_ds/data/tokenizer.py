@@ -37,7 +37,8 @@ PROBES = (
 )
 
 
-def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, revision: str | None = None,
+                   trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder, hub id or sentencepiece `.model` file. Raises InputError where there is none."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -47,7 +48,8 @@ def load_tokenizer(model: str, revision: str | None = None) -> PreTrainedTokeniz
     # names, and with it another pre-tokenizer than tokenizer.json's. What was saved is what is meant.
     generic = _named_class(Path(model)) in ("TokenizersBackend", "PreTrainedTokenizerFast")
     try:
-        return (PreTrainedTokenizerFast if generic else AutoTokenizer).from_pretrained(model, revision=revision)
+        opener = PreTrainedTokenizerFast if generic else AutoTokenizer
+        return opener.from_pretrained(model, revision=revision, trust_remote_code=trust_remote_code)
     except Exception as error:     # transformers raises whatever its many loaders raise
         raise InputError(f"no tokenizer can be opened at {model!r}: {_first_line(error)}",
                          "a folder with tokenizer.json or another tokenizer's files, or a hub id that can be reached",
