@@ -98,6 +98,12 @@ class Source(Rows):
     weight: Positive = 1.0                   # the source's share of the rows that are read
 
 
+class Auxiliary(Rows):
+    """A second corpus, whose language-model loss is added to the objective."""
+
+    weight: Positive = 1.0                   # the coefficient of that loss
+
+
 class EvalSet(Rows):
     """Rows to evaluate on, under a name of their own: by default the file's, without its ending."""
 
@@ -115,6 +121,7 @@ class EvalSet(Rows):
 class Data(Section):
     train: Annotated[list[Source], Field(min_length=1)]
     eval: list[EvalSet] = []
+    auxiliary: Auxiliary | None = None
     prepared: str | None = None              # None: inside output_dir
     workers: Annotated[int, Field(ge=0)] = 4 # processes that prepare, threads that read ahead
     on_bad_row: Literal["error", "skip"] = "error"
@@ -138,9 +145,12 @@ class Data(Section):
 
     def parts(self) -> dict[str, Data]:
         """What is prepared, each by itself: the folder under the prepared data's, and the sources as data to read."""
-        evals = {f"eval/{held.name}": [Source(**held.model_dump(exclude={"name"}))] for held in self.eval}
-        return {place: self.model_copy(update={"train": sources, "eval": []})
-                for place, sources in {"": self.train, **evals}.items()}
+        named: dict[str, Rows] = {f"eval/{held.name}": held for held in self.eval}
+        if self.auxiliary is not None:
+            named["auxiliary"] = self.auxiliary
+        apart = {place: [Source(**rows.model_dump(exclude={"name", "weight"}))] for place, rows in named.items()}
+        return {place: self.model_copy(update={"train": sources, "eval": [], "auxiliary": None})
+                for place, sources in {"": self.train, **apart}.items()}
 
 
 class AlphaBetaSpec(Section):
@@ -243,7 +253,6 @@ class Recipe(Section):
 # Keys that the recipe will have: refused by name, rather than as unknown, until the code behind them lands. The
 # value is the one that changes nothing, so a recipe may already spell it out.
 NOT_YET: Mapping[str, Any] = {
-    "data.auxiliary": None,
     "rollout": None,
 }
 

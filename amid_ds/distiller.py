@@ -82,13 +82,14 @@ class FusedHead(nn.Module):
         self.heads, self.objective, self.vocab_size, self.shard = heads, objective, vocab_size, shard
         self.kd_weight, self.ce_weight = kd_weight, ce_weight
 
-    def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor,
-                token_weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor, token_weights: Tensor,
+                ce_weight: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         student_head, teacher_head = self.heads()
         taught = teacher_hidden is not None      # else plain cross entropy, and there is no divergence to report
         out = linear_amid_loss(student_hidden, student_head, teacher_hidden, teacher_head if taught else None,
                                self.objective, token_weights=token_weights, labels=labels,
-                               kd_weight=self.kd_weight if taught else 0.0, ce_weight=self.ce_weight,
+                               kd_weight=self.kd_weight if taught else 0.0,
+                               ce_weight=self.ce_weight if ce_weight is None else ce_weight,
                                vocab_size=self.vocab_size, shard=self.shard)
         kd, ce = (out.loss.new_zeros(()) if part is None else (token_weights * part).sum() for part in (out.kd, out.ce))
         return out.loss, kd, ce
@@ -158,9 +159,9 @@ class Distiller(nn.Module):
         return torch.empty_like(states, device="cpu", pin_memory=True).copy_(states, non_blocking=True)
 
     def forward(self, input_ids: Tensor, labels: Tensor, token_weights: Tensor, teacher_hidden: Tensor | None,
-                positions: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                positions: Tensor | None = None, ce_weight: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """One micro-batch: input_ids, labels [B, L] (shifted, -100 ignored), token_weights [B, L] fp32, `teach`'s part
-        of it, positions as `run_body` has them.
+        of it, positions as `run_body` has them, another weight of the cross entropy than the run's.
 
         Returns three scalars: the weighted loss (with gradient), the weighted divergence and cross entropy.
         """
@@ -168,7 +169,7 @@ class Distiller(nn.Module):
         keep = labels != IGNORE_INDEX
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
-        return self.head(hidden[keep], teacher_hidden, labels[keep], token_weights[keep])
+        return self.head(hidden[keep], teacher_hidden, labels[keep], token_weights[keep], ce_weight)
 
     @torch.no_grad()
     def hidden_states(self, input_ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -89,6 +89,8 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> dict[str, Any]:
                          f'take these keys out of {path}, or set them to "auto", or to what the line asks for')
     for key in OWNED_BY_RECIPE:
         config.pop(key, None)
+    if recipe.data.auxiliary is not None:      # each micro-batch has one of the second corpus beside it
+        ours["gradient_accumulation_steps"] = 2 * accumulation_steps(recipe, data_parallel)
     return {**config, **ours, "steps_per_print": sys.maxsize}
 
 

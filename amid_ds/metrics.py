@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 LINE_EVERY_SECONDS = 10      # without a terminal: the first step, the last one, and one line in so many seconds
 LINES = ("metrics.jsonl", "eval.jsonl")
-TENSORBOARD_TAGS = {"loss": "loss/total", "kd_loss": "loss/kd", "ce_loss": "loss/ce", "grad_norm": "optim/grad_norm",
+TENSORBOARD_TAGS = {"loss": "loss/total", "kd_loss": "loss/kd", "ce_loss": "loss/ce",
+                    "auxiliary_loss": "loss/auxiliary", "grad_norm": "optim/grad_norm",
                     "learning_rate": "optim/learning_rate", "alpha": "objective/alpha", "lam": "objective/lam",
-                    "tokens_per_second": "perf/tokens_per_second", "tokens": "data/tokens",
-                    "padding": "data/padding", "data_wait": "data/wait"}
+                    "tokens_per_second": "perf/tokens_per_second", "tokens": "data/tokens", "padding": "data/padding",
+                    "data_wait": "data/wait"}
 
 
 class RunLog:

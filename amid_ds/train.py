@@ -173,6 +173,8 @@ def identity_of(job: Job, saved: Path | None) -> dict[str, Any]:
     recipe = job.recipe
     hashes: dict[str, Any] = {"tokenizer.sha256": fingerprint(job.tokenizer),
                               "data.sha256": prepared_hash(recipe.prepared_dir)}
+    if recipe.data.auxiliary is not None:
+        hashes["auxiliary.sha256"] = prepared_hash(recipe.prepared_dir / "auxiliary")
     if recipe.teacher is not None:
         hashes["teacher.sha256"] = model_hash(recipe.teacher.model)
     identity = {**_flat(yaml.safe_load(dump_recipe(recipe))), **hashes, "student.dtype": job.student_dtype}
@@ -225,9 +227,7 @@ def open_run(job: Job, world: World) -> None:
 def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], world: World, life: Life) -> None:
     """Optimizer steps from `state["step"]` to the recipe's last; every orderly way out ends with a finished save."""
     recipe = job.recipe
-    data = StepData(recipe.prepared_dir, seed=recipe.train.seed, global_batch_size=recipe.train.global_batch_size,
-                    micro_batch_size=recipe.train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp_size,
-                    workers=recipe.data.workers, weights=[source.weight for source in recipe.data.train])
+    data, auxiliary = step_data(recipe, world)
     log = RunLog(job.run if world.is_main else None, state["step"], recipe.train.steps, job.run.name)
     log.say(f"{world.size} rank(s), {recipe.train.global_batch_size} rows of {recipe.train.seq_length} tokens a step, "
             + ("" if recipe.teacher else "no teacher: cross entropy alone, ")
@@ -239,7 +239,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
     with (StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log),
           Watchdog(recipe.train.hang_timeout, world, life) as watchdog):
         began = time.monotonic()
-        for reading in readings(data, state["step"], recipe.train.steps):
+        for reading in readings(data, auxiliary, state["step"], recipe.train.steps):
             watchdog.step(state["step"] + 1)
             agreed = agree(reading, request.reason() is not None, saver.writing, world)
             if saver.pending and not agreed.writing:
@@ -247,7 +247,8 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             if agreed.stop:
                 break
             life.stepping(state["step"] + 1)
-            values = {**step(job, ds, reading.window, agreed.tokens, state, world), "padding": agreed.padding}
+            second = [] if auxiliary is None else [Second(reading.auxiliary, agreed.auxiliary_tokens)]
+            values = {**step(job, ds, reading.window, agreed.tokens, state, world, *second), "padding": agreed.padding}
             values["data_wait"] = agreed.waited / (time.monotonic() - began)
             logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
             log.step(state["step"], values if logged else None)
@@ -285,33 +286,55 @@ def leave_model(job: Job, world: World) -> None:
     _tell(world, f"{job.run.name}: the model is in {job.run / MODEL}")
 
 
+def step_data(recipe: Recipe, world: World) -> tuple[StepData, StepData | None]:
+    """The rows to train on and, where there is one, the auxiliary corpus: as many of its rows in every step."""
+    def of(part: str, weights: list[float]) -> StepData:
+        train = recipe.train
+        return StepData(recipe.prepared_dir / part, seed=train.seed, global_batch_size=train.global_batch_size,
+                        micro_batch_size=train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp_size,
+                        workers=recipe.data.workers, weights=weights)
+
+    return (of("", [source.weight for source in recipe.data.train]),
+            None if recipe.data.auxiliary is None else of("auxiliary", [1.0]))
+
+
 class Reading(NamedTuple):
     """One step's micro-batches on this rank, the seconds that it waited for them, or why there are none."""
 
     window: list[Batch]
+    auxiliary: list[Batch]
     waited: float
     error: InputError | None = None
 
 
-def readings(data: StepData, start: int, stop: int) -> Iterator[Reading]:
+class Second(NamedTuple):
+    """A step's micro-batches of the auxiliary corpus, and the valid tokens that the global batch has of it."""
+
+    window: list[Batch]
+    tokens: float
+
+
+def readings(data: StepData, auxiliary: StepData | None, start: int, stop: int) -> Iterator[Reading]:
     """The steps' readings; the first that fails is the last, and is for all ranks to hear of."""
-    windows = data.windows(start, stop)
+    both = [data] if auxiliary is None else [data, auxiliary]
+    windows = zip(*(each.windows(start, stop) for each in both), strict=True)
     while True:
-        before = data.waited
+        before = sum(each.waited for each in both)
         try:
-            window = next(windows, None)
+            found = next(windows, None)
         except InputError as error:
-            yield Reading([], 0.0, error)
+            yield Reading([], [], 0.0, error)
             return
-        if window is None:
+        if found is None:
             return
-        yield Reading(window, data.waited - before)
+        yield Reading(found[0], found[1] if auxiliary is not None else [], sum(each.waited for each in both) - before)
 
 
 class Agreed(NamedTuple):
     """What the ranks know together at the beginning of a step."""
 
     tokens: float                    # valid ones in the global batch
+    auxiliary_tokens: float          # and in that of the auxiliary corpus
     padding: float                   # the share of the global batch's places that hold nothing
     waited: float                    # seconds for data, mean over ranks
     stop: bool                       # somebody was asked to stop
@@ -320,14 +343,16 @@ class Agreed(NamedTuple):
 
 def agree(reading: Reading, stop: bool, writing: bool, world: World) -> Agreed:
     """The one agreement of every step. Raises, on every rank, what any rank's data are damaged by."""
-    window = reading.window
-    valid = sum(int((batch.labels != -100).sum()) for batch in window)
-    padding, places = (sum(counts) for counts in ([batch.padding for batch in window],
-                                                  [batch.input_ids.numel() for batch in window]))
-    *sums, broken = world.sum([valid, padding, places, reading.waited, stop, writing, reading.error is not None])
+    valid = [sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in window)
+             for window in (reading.window, reading.auxiliary)]
+    both = [*reading.window, *reading.auxiliary]
+    padding, places = sum(batch.padding for batch in both), sum(batch.input_ids.numel() for batch in both)
+    *tokens, padding_sum, places_sum, waited, stopping, still_writing, broken = world.sum(
+        [*valid, padding, places, reading.waited, stop, writing, reading.error is not None])
     if broken:
         world.together(lambda: _raise(reading.error))
-    return Agreed(sums[0], sums[1] / sums[2], sums[3] / world.dp_size, sums[4] > 0, sums[5] > 0)
+    return Agreed(tokens[0], tokens[1], padding_sum / places_sum, waited / world.dp_size, stopping > 0,
+                  still_writing > 0)
 
 
 def _raise(error: Exception | None) -> None:
@@ -341,15 +366,20 @@ def evaluates(recipe: Recipe, step: int) -> bool:
     return step == recipe.train.steps or (every > 0 and step % every == 0)
 
 
-def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str, Any],
-         world: World) -> dict[str, float | None]:
+def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str, Any], world: World,
+         second: Second | None = None) -> dict[str, float | None]:
     """One optimizer step over the accumulation window, `tokens` valid ones in the global batch; updates `state`.
 
-    Returns what metrics.jsonl says of it. One small collective beside DeepSpeed's.
+    The `second` corpus adds its coefficient times its mean cross entropy. Returns what metrics.jsonl says of the step.
+    One small collective beside DeepSpeed's.
     """
     began = time.monotonic()
     distiller: Distiller = ds.module
-    batches = [batch.to(world.device) for batch in window]
+    more = [] if second is None else second.window
+    batches = [batch.to(world.device) for batch in (*window, *more)]
+    # Each window is divided once by its own valid tokens.
+    coefficient = 1.0 if job.recipe.data.auxiliary is None else job.recipe.data.auxiliary.weight
+    divisors = [max(tokens, 1.0)] * len(window) + [max(second.tokens, 1.0) / coefficient for _ in more if second]
     number = state["step"] + 1
     torch.manual_seed(step_seed(job.recipe.train.seed, state["step"], world.dp_rank))
     lr = learning_rate(job.recipe.train, state["step"])
@@ -357,28 +387,32 @@ def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str,
         group["lr"] = lr
     engine.begin_window(ds)
     train = job.recipe.train
-    lessons = distiller.teach(batches,
-                              max(1, state["tokens_per_pass"] // (train.micro_batch_size * train.seq_length)))
+    per_pass = max(1, state["tokens_per_pass"] // (train.micro_batch_size * train.seq_length))
+    lessons = [*distiller.teach(batches[:len(window)], per_pass), *[None for _ in more]]
     sums = []
     with engine.gathered_head(distiller.teacher if distiller.has_lesson else None):
         for index, batch in enumerate(batches):
-            weights = (batch.labels != IGNORE_INDEX).float() / max(tokens, 1.0)
+            weights = (batch.labels != IGNORE_INDEX).float() / divisors[index]
             ds.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss, kd, ce = ds(batch.input_ids, batch.labels, weights, lessons[index], batch.positions)
+            loss, kd, ce = ds(batch.input_ids, batch.labels, weights, lessons[index], batch.positions,
+                              None if index < len(window) else 1.0)
             lessons[index] = None      # its memory is free for the next micro-batch's activations
             ds.backward(loss * world.dp_size, scale_wrt_gas=False)
             sums.append(torch.stack([loss.detach(), kd, ce]))
     per_micro = torch.stack(sums).double()
-    loss_sum, kd_sum, ce_sum = world.sum(per_micro.sum(0).tolist())
+    main, added = per_micro[:len(window)], per_micro[len(window):]
+    loss_sum, kd_sum, ce_sum, added_sum = world.sum(
+        [per_micro[:, 0].sum().item(), *main[:, 1:].sum(0).tolist(), added[:, 2].sum().item()])
     if not torch.isfinite(torch.tensor(loss_sum)):
-        _stop_on_non_finite(f"the loss of step {number} is {loss_sum}", per_micro, window, world)
+        _stop_on_non_finite(f"the loss of step {number} is {loss_sum}", per_micro, [*window, *more], world)
     norm = engine.take_step(ds, world)
     if norm is None:
-        _stop_on_non_finite(f"the gradient norm of step {number} is not finite", per_micro, window, world)
+        _stop_on_non_finite(f"the gradient norm of step {number} is not finite", per_micro, [*window, *more], world)
     state["step"], state["tokens"] = number, state["tokens"] + int(tokens)
     seconds = time.monotonic() - began
     taught = distiller.has_lesson
     return {
+        **({} if second is None else {"auxiliary_loss": added_sum / coefficient}),
         "tokens": state["tokens"], "loss": loss_sum, "kd_loss": kd_sum if taught else None, "ce_loss": ce_sum,
         "grad_norm": norm, "learning_rate": lr,
         "alpha": job.objective.alpha if taught else None, "lam": job.objective.lam if taught else None,

@@ -72,7 +72,8 @@ class PreparedInfo:
 
 def prepare_all(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path,
                 verify: bool = False) -> None:
-    """`prepare` for the sources to train on, in `folder`, and for each evaluation set, in eval/NAME under it.
+    """`prepare` for the sources to train on, in `folder`, and for each evaluation set and the auxiliary corpus, in
+    eval/NAME and auxiliary under it.
 
     With `verify` every shard that was there already is read whole and compared with its checksum.
     """
