@@ -29,10 +29,11 @@ def after_life(status: int, recipe_path: str, overrides: Sequence[str]) -> None:
     """`amid-ds requeue STATUS RECIPE`: to be run by the batch script when its ranks have ended with `status`."""
     recipe = load_recipe(recipe_path, overrides)
     run = Path(recipe.output_dir)
-    facts = scheduler.job(scheduler.own_job())
+    log = _words_of(scheduler.job(scheduler.own_job()))
+    status = status_of_the_first(status, log)
     failure = None
     if status not in (DONE, WRONG, STOPPED):
-        failure = first_failure(lives.last_words(run), _words_of(facts), status)
+        failure = first_failure(lives.last_words(run), log, status)
     if run.is_dir():
         lives.append(run, "ended", status=status, failure=asdict(failure) if failure else None)
     job, restart = lives.current()
@@ -73,6 +74,13 @@ def _same_end(one: Record, other: Record) -> bool:
         return False
     way = [(failure.step, re.sub(r"\b0x[0-9a-f]+|\d+", "#", failure.error)) for failure in (one.failure, other.failure)]
     return way[0] == way[1] and way[0][0] is not None
+
+
+def status_of_the_first(status: int, log: str) -> int:
+    """srun's own status is the highest of its tasks: those that it ended because of the first hide that one's."""
+    tasks = TASK.search(log)
+    said = re.fullmatch(r"Exited with exit code (\d+)", tasks["end"]) if tasks is not None else None
+    return int(said[1]) if said is not None and int(said[1]) in (WRONG, STOPPED) else status
 
 
 def first_failure(words: Sequence[Failure], log: str, status: int) -> Failure:

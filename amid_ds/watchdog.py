@@ -57,7 +57,12 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.left.wait(min(1.0, self.timeout_s / 10)):
-            if self.deadline is not None and time.monotonic() >= self.deadline:
+            deadline = self.deadline
+            late = time.monotonic() - deadline if deadline is not None else -1.0
+            if late > ANSWER_S:      # stopped meanwhile and woken to be ended: the others have told of it
+                _say(f"rank {self.world.rank} was stopped for {late:.0f} s and more, and ends")
+                os._exit(1)
+            if late >= 0:
                 self._end()
 
     def _end(self) -> None:
@@ -98,17 +103,18 @@ class Watchdog:
         for rank, place in sorted(places.items()):
             _say(f"  rank {rank} on {self.hosts[rank]}: {place}")
         _say(f"step {self.number} hangs; look at rank {first} on {self.hosts[first]} first: {places[first]}")
-        self.life.fail(f"step {self.number} has not ended after {self.timeout_s:g} s: {places[first]}", first,
+        self.life.fail(f"the step has not ended after {self.timeout_s:g} s: {places[first]}", first,
                        self.hosts[first])
 
 
 def _place() -> str:
     """Where the main thread stands, in one line: the innermost of our own lines, and whether it waits for its peers."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    stack = traceback.extract_stack(frame)
+    stack = list(traceback.extract_stack(frame))
     ours = [f for f in stack if f"{os.sep}amid_ds{os.sep}" in f.filename] or stack
     where = f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno} {ours[-1].name}" if ours else "nowhere"
-    waits = any(part in frame.filename for frame in stack[-4:] for part in WAITING)
+    innermost = stack[-4:]      # below it are wrappers; ZeRO's own handles have a `wait`
+    waits = innermost[-1].name == "wait" or any(part in frame.filename for frame in innermost for part in WAITING)
     return f"it {'waits for its peers' if waits else 'works'} in {where}"
 
 
