@@ -108,7 +108,6 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
             state = world.together(lambda: reshard.load(ds, whole, world) if whole else checkpoint.load(ds, loaded))
         state["tokens_per_pass"] = engine.plan_teaching(ds, recipe, state.get("tokens_per_pass"), world)
         loop(job, ds, {**state, "identity": identity}, found.damaged, world, life)
-        leave_model(job, world)
 
 
 def _tell(world: World, message: str) -> None:
@@ -270,6 +269,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
                     "the same command goes on from there")
             raise Stopped
         log.say(f"done: {recipe.train.steps} steps, checkpoint in {job.run / 'checkpoints'}")
+        leave_model(job, world)      # a request to stop waits for it
 
 
 def leave_model(job: Job, world: World) -> None:

@@ -242,7 +242,7 @@ def first_weights(file: str, argv: list[str], variables: dict[str, str], log: st
         weights = {name: parameter.detach().clone() for name, parameter in ds.module.student.named_parameters()}
         torch.save((weights, state["step"], len(ds.optimizer.state)), file)
 
-    train.loop, train.leave_model = loop, lambda *_: None
+    train.loop = loop
     small.be_a_rank(argv, variables, log)
 
 

@@ -15,8 +15,10 @@ import small
 import torch
 
 from amid_ds import checkpoint, reshard
+from amid_ds.checkpoint import require_room
 from amid_ds.cli import main
 from amid_ds.config import Student
+from amid_ds.distributed import World
 from amid_ds.engine import import_deepspeed, shell_of
 from amid_ds.errors import InputError
 from amid_ds.shards import KINDS, Shards
@@ -108,7 +110,7 @@ def saved_at_once(other: str, argv: list[str], variables: dict[str, str], log: s
     """A rank that resumes, and saves what it has into the folder `other` without a step."""
     from amid_ds import train
 
-    def loop(job, ds, state, damaged, world):
+    def loop(job, ds, state, damaged, world, *_):
         saver = checkpoint.Saver(ds, Path(other), job.recipe.checkpoint, world, print)
         saver.start(state)
         saver.finish()
@@ -241,3 +243,23 @@ def test_another_precision_than_before_is_a_change_to_be_allowed(folder, stopped
     assert ranks.wait() == [2]
     assert "student.dtype: 'fp32' before, 'bf16' now" in ranks.text()
     assert main(["checkpoints", str(run)]) == 0
+
+
+class Heard(World):
+    """A world whose collectives only count."""
+
+    def gather(self, value):
+        heard.append(value)
+        return [value]
+
+
+heard: list[object] = []
+
+
+def test_ranks_that_wait_for_a_long_conversion_hear_of_it_and_of_its_failure(monkeypatch):
+    monkeypatch.setattr("amid_ds.distributed.STILL_AT_IT_S", 0.02)
+    world = Heard(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
+    world.main_at_length(lambda: time.sleep(0.5))
+    assert heard.count(True) >= 3
+    with pytest.raises(InputError, match="no room"):
+        world.main_at_length(lambda: require_room(Path("."), 10**18, "no room:", "go elsewhere"))
