@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from amid_ds import AMiD, linear_amid_loss, preset
+from amid_ds import AMiD, demo, linear_amid_loss, preset
+from amid_ds.data import Batch
+from amid_ds.distiller import Distiller
 from amid_ds.losses.reference import naive_loss
 
 
@@ -92,9 +94,11 @@ def bench_data(as_json: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from amid_ds.data.measure import data_bench
+    from amid_ds.data.measure import DataRow, data_bench
 
     rows = data_bench()
+    trained, alone = demo_speed(), next(row for row in rows if row.of_tokenizer == 1).tokens_per_second
+    rows.append(DataRow("the demo's distillation takes", trained, trained / alone))
     if as_json:
         print(json.dumps([asdict(row) for row in rows]))
         return
@@ -102,6 +106,28 @@ def bench_data(as_json: bool = False) -> None:
     for row in rows:
         table.add_row(row.what, f"{row.tokens_per_second:,.0f}", f"{row.of_tokenizer:.2f}")
     Console().print(table)
+
+
+def demo_speed(rounds: int = 5) -> float:
+    """Tokens per second that the demo's distillation consumes, on all cores of one process without an engine."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    student, teacher = (LlamaForCausalLM(LlamaConfig(**size, vocab_size=demo.VOCABULARY, tie_word_embeddings=True))
+                        for size in (demo.STUDENT, demo.TEACHER))
+    distiller = Distiller(student, teacher, preset("skl"), kd_weight=1.0, ce_weight=0.0, vocab_size=demo.VOCABULARY)
+    optimizer = torch.optim.AdamW(student.parameters())
+    ids = torch.randint(demo.VOCABULARY, (demo.TRAIN["micro_batch_size"], demo.SEQ_LENGTH))
+    batch = Batch(ids, ids, None, 0, [], [])
+    times = []
+    for _ in range(1 + rounds):
+        begin = time.perf_counter()
+        lesson, = distiller.teach([batch], 1)
+        loss, *_ = distiller(ids, ids, torch.full_like(ids, 1 / ids.numel(), dtype=torch.float32), lesson)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - begin)
+    return ids.numel() / statistics.median(times[1:])
 
 
 class _Inputs:

@@ -231,8 +231,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
     log.say(f"{world.size} rank(s), {recipe.train.global_batch_size} rows of {recipe.train.seq_length} tokens a step, "
             + ("" if recipe.teacher else "no teacher: cross entropy alone, ")
             + (f"resumed after step {state['step']}" if state["step"] else "from the start"))
-    epochs = zip(recipe.data.train, data.epochs(recipe.train.steps), strict=True)
-    log.say("epochs by the last step: " + ", ".join(f"{source.path} {count:.3g}" for source, count in epochs))
+    log.say(f"epochs by the last step: {epochs_of(recipe, data, recipe.train.steps)}")
     saver = checkpoint.Saver(ds, job.run / "checkpoints", recipe.checkpoint, world, log.alarm, damaged)
     saved = state["step"]
     with (StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log),
@@ -268,6 +267,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             log.say(f"stopped in order after step {state['step']} ({', '.join(sorted(reasons))}); "
                     "the same command goes on from there")
             raise Stopped
+        log.say(f"epochs read: {epochs_of(recipe, data, recipe.train.steps)}")
         log.say(f"done: {recipe.train.steps} steps, checkpoint in {job.run / 'checkpoints'}")
         leave_model(job, world)      # a request to stop waits for it
 
@@ -296,6 +296,13 @@ def step_data(recipe: Recipe, world: World) -> tuple[StepData, StepData | None]:
 
     return (of("", [source.weight for source in recipe.data.train]),
             None if recipe.data.auxiliary is None else of("auxiliary", [1.0]))
+
+
+def epochs_of(recipe: Recipe, data: StepData, step: int) -> str:
+    """How often each source has been read through by `step`; one whose weight asks for more than it has comes again."""
+    epochs = zip(recipe.data.train, data.epochs(step), strict=True)
+    return ", ".join(f"{source.path} {count:.3g}" + (" (its rows come again)" if count > 1 else "")
+                     for source, count in epochs)
 
 
 class Reading(NamedTuple):

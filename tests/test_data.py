@@ -212,14 +212,13 @@ def test_a_step_reads_the_same_rows_in_any_layout(prepared, size, micro):
 def test_interrupted_runs_in_changing_layouts_read_every_row_once(prepared):
     rows = len(Prepared(prepared))
     shares = Prepared(prepared).counts        # weights in proportion to the rows: one epoch of both ends together
-    rng, steps, seen, step = random.Random(1), rows // 8, [], 0
-    while step < steps:
-        stop = min(step + rng.randint(1, steps // 6), steps)
+    rng, steps, seen = random.Random(1), rows // 8, []
+    interruptions = sorted(rng.sample(range(1, steps), 10))
+    for step, stop in itertools.pairwise([0, *interruptions, steps]):
         size = rng.choice([1, 2, 4, 8])
         for rank in range(size):
             for window in step_data(prepared, size, rank, weights=shares).windows(step, stop):
                 seen += [row for batch in window for row in batch.rows]
-        step = stop
     assert len(seen) == len(set(seen)) == steps * 8 > rows - 8
 
 
