@@ -57,6 +57,16 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser("plan", help="does a run fit, how long does it take, what crosses the network")
+    plan.add_argument("recipe")
+    plan.add_argument("--nodes", type=int, default=1, metavar="N")
+    plan.add_argument("--ranks-per-node", type=int, default=1, metavar="R")
+    plan.add_argument("--device", default="h100-80g", metavar="NAME",
+                      help="h100-80g, h200, a100-80g, cpu, or {memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}")
+    plan.add_argument("--json", action="store_true")
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.set_defaults(run=_plan)
+
     prepare = commands.add_parser("prepare", help="tokenise and pack a recipe's data once")
     prepare.add_argument("recipe")
     prepare.add_argument("overrides", nargs="*", metavar="key=value")
@@ -138,6 +148,17 @@ def _train(args: argparse.Namespace) -> None:
     from amid_ds.train import train
 
     train(args.recipe, args.overrides)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from amid_ds.config import load_recipe
+    from amid_ds.plan import find_device, make_plan, print_plan
+
+    made = make_plan(load_recipe(args.recipe, args.overrides), args.nodes, args.ranks_per_node,
+                     find_device(args.device, args.ranks_per_node))
+    print_plan(made, args.json)
+    if not made.fits:
+        raise TrainingError("the run does not fit")
 
 
 def _prepare(args: argparse.Namespace) -> None:

@@ -70,6 +70,25 @@ def layer_specs(model: nn.Module, name: str, trains: bool) -> list[dict[str, Any
     return specs
 
 
+def split_parameters(model: nn.Module, tp_size: int) -> set[str]:
+    """The names of the parameters that a tensor-parallel rank has a part of: the body's by its plan, an untied head."""
+    if tp_size == 1:
+        return set()
+    head: Any = model.get_output_embeddings()   # type: ignore[operator]
+    split = set()
+    if head.weight is not model.get_input_embeddings().weight:   # type: ignore[operator]
+        split |= {name for name, parameter in model.named_parameters() if parameter is head.weight
+                  or parameter is head.bias}
+    if why_whole(model, tp_size) is None:
+        prefix = model.base_model_prefix
+        for pattern, style in model.config.base_model_tp_plan.items():   # type: ignore[union-attr, operator]
+            own = {"colwise": r"\.(weight|bias)", "rowwise": r"\.weight"}.get(style)
+            if own is not None:
+                split |= {name for name, _ in model.named_parameters()
+                          if re.fullmatch(rf"{prefix}\.{_regex(pattern)}{own}", name)}
+    return split
+
+
 def _regex(pattern: str) -> str:
     """transformers writes `layers.*.mlp.up_proj`, with a star for the layer's number."""
     return re.escape(pattern).replace(r"\*", r"\d+")

@@ -1,0 +1,366 @@
+"""Does a run fit, how long does it take and what crosses the network, before anybody waits in a queue for the answer.
+
+Sizes follow from the recipe, the DeepSpeed config and the two models' configs: both bodies run once on torch's meta
+device, which has shapes and no numbers, and what autograd would keep and what the products would cost is counted on the
+way. Nothing is measured here. What is assumed beside sizes is in EFFICIENCY, HEADROOM and the table of devices; the
+time is a rough one, the memory is meant to be held against a run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import psutil
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from amid_ds import engine
+from amid_ds.config import Recipe, Student, Teacher
+from amid_ds.distiller import body_of, head_of
+from amid_ds.errors import InputError
+from amid_ds.losses import default_workspace_bytes
+from amid_ds.tensor_parallel import split_parameters
+
+EFFICIENCY = 0.45      # of a device's dense peak that large matrix products reach in training
+HEADROOM = 0.92        # of its memory that may be planned for: the rest goes to fragments, the context and NCCL
+ADAM_BYTES = 8         # two moments in fp32
+
+
+@dataclass(frozen=True)
+class Device:
+    """One rank's device: bytes of memory, dense bf16 FLOP/s, bytes/s that it takes in from other nodes and its own."""
+
+    name: str
+    memory: float
+    flops: float
+    bandwidth: float
+    neighbours: float
+
+
+DEVICES = {device.name: device for device in (      # by the makers' data sheets; one 400 or 200 Gb/s port per device
+    Device("h100-80g", 80e9, 989e12, 50e9, 450e9), Device("h200", 141e9, 989e12, 50e9, 450e9),
+    Device("a100-80g", 80e9, 312e12, 25e9, 300e9))}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes, FLOPs and seconds of one rank; `tokens_per_step` is of all."""
+
+    device: Device
+    ranks: int
+    tokens_per_step: int
+    micro_batches: int
+    steps: int
+    memory_per_rank: dict[str, int]
+    network_per_step: dict[str, int]      # bytes that the rank takes in
+    flops_per_step: dict[str, float]
+    seconds_per_step: float
+    checkpoint_bytes: int                 # of all ranks together
+    fits: bool
+    remedies: list[str] = field(default_factory=list)
+
+    @property
+    def hours(self) -> float:
+        return self.steps * self.seconds_per_step / 3600
+
+    @property
+    def mfu(self) -> float:
+        """FLOPs that the models need over those that the device could have done meanwhile."""
+        return sum(self.flops_per_step.values()) / (self.seconds_per_step * self.device.flops)
+
+
+def find_device(name: str, ranks_per_node: int) -> Device:
+    """A known name, `cpu` for this machine's, or a mapping {memory: …, flops: …, bandwidth: …}."""
+    if name in DEVICES:
+        return DEVICES[name]
+    if name == "cpu":
+        cores = psutil.cpu_count() or 1
+        return Device("cpu", psutil.virtual_memory().total / ranks_per_node, 1e11 * cores / ranks_per_node, 2e9, 2e9)
+    try:
+        given = yaml.safe_load(name)
+        memory, flops, bandwidth = (float(given[key]) for key in ("memory", "flops", "bandwidth"))
+    except (yaml.YAMLError, TypeError, KeyError, ValueError):
+        raise InputError(f"the device {name!r}", f"one of {', '.join(DEVICES)}, cpu, or "
+                         "{memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}",
+                         "name a device, or give its numbers") from None
+    return Device("given", memory, flops, bandwidth, bandwidth)
+
+
+def make_plan(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device) -> Plan:
+    """What `recipe` takes on nodes x ranks_per_node ranks. Raises InputError for a layout that cannot be."""
+    if nodes < 1 or ranks_per_node < 1:
+        raise InputError(f"{nodes} node(s) of {ranks_per_node} rank(s)", "at least one of each", "raise the number")
+    plan = _plan(recipe, nodes, nodes * ranks_per_node, device)
+    return plan if plan.fits else replace(plan, remedies=list(_remedies(recipe, nodes, plan)))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """One model on one rank. Elements, unless named otherwise."""
+
+    whole: int               # of the model
+    held: int                # what a tensor-parallel rank has of it before ZeRO
+    shard: int               # what ZeRO-3 leaves with a rank
+    largest_layer: int       # of what one gather puts together
+    head: int
+    width: int
+    saved_bytes: int         # kept for backward by the body, for one micro-batch
+    layer_bytes: int         # of which one layer's
+    layers: int
+    flops: float             # of the body's forward, for one micro-batch, on this rank
+    item: int                # bytes of an element
+
+
+def _plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Plan:
+    dp = engine.data_parallel(recipe, ranks)
+    config = engine.read_deepspeed_config(recipe, dp)
+    accumulation = config["gradient_accumulation_steps"]
+    train, tp = recipe.train, recipe.tensor_parallel
+    tokens = train.micro_batch_size * train.seq_length
+    bf16 = bool(config.get("bf16", {}).get("enabled"))
+    student = _sizes(recipe.student, torch.bfloat16 if bf16 else torch.float32, recipe, dp)
+    teacher = None
+    if recipe.teacher is not None and recipe.loss.kd_weight > 0:
+        named = engine.DTYPES.get(recipe.teacher.dtype)
+        teacher = _sizes(recipe.teacher, named or engine.checkpoint_dtype(
+            recipe.teacher.model, **recipe.teacher.opened_with), recipe, dp)
+    memory = _states(recipe, config, student, teacher, dp)
+    memory |= _working(recipe, config, student, teacher, tokens, accumulation, device, sum(memory.values()))
+    memory["total"] = sum(memory.values())
+    network = _network(recipe, config, student, teacher, dp, tokens, accumulation)
+    heads = 2 * tokens * accumulation / tp
+    flops = {"student": 3 * (student.flops * accumulation + heads * student.head),
+             "teacher": 0.0 if teacher is None else teacher.flops * accumulation + heads * teacher.head}
+    if recipe.student.activation_checkpointing:
+        flops["student"] += student.flops * accumulation
+    within = network.get("tensor_parallel", 0)      # neighbours, which share a node
+    between = sum(network.values()) - within
+    seconds = max(sum(flops.values()) / (device.flops * EFFICIENCY),
+                  within / device.neighbours + between / (device.bandwidth if nodes > 1 else device.neighbours))
+    return Plan(device, ranks, train.global_batch_size * train.seq_length, accumulation, train.steps, memory, network,
+                flops, seconds, student.whole * (4 + ADAM_BYTES + (student.item if bf16 else 0)),
+                memory["total"] <= HEADROOM * device.memory)
+
+
+def _states(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _Sizes | None, dp: int) -> dict[str, int]:
+    """What lies there from the first step to the last."""
+    zero = config.get("zero_optimization", {})
+    stage = engine.stage_of(config)
+    host = {what: zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("param", "optimizer")}
+    own = student.shard if stage == 3 else -(-student.held // dp) if stage else student.held
+    masters = 4 if stage or student.item == 2 else 0      # without ZeRO, fp32 weights are their own
+    parts = {"student_weights": 0 if host["param"] else (student.shard if stage == 3 else student.held) * student.item,
+             "gradients": 0 if host["optimizer"] else (own if stage >= 2 else student.held) * student.item,
+             "optimizer": 0 if host["optimizer"] else own * (masters + ADAM_BYTES)}
+    if teacher is not None:
+        alone = stage != 3 or engine.teacher_apart(recipe, config)
+        parts["teacher_weights"] = teacher.held * teacher.item if alone else \
+            0 if host["param"] else teacher.shard * teacher.item
+    return parts
+
+
+def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _Sizes | None, tokens: int,
+             accumulation: int, device: Device, states: int) -> dict[str, int]:
+    """What a step needs beside. The teacher's pass and the student's are not at the same time: the larger counts."""
+    zero = config.get("zero_optimization", {})
+    stage = engine.stage_of(config)
+    bucket = int(zero.get("reduce_bucket_size", 5e8)) if stage else 0
+    live = int(zero.get("stage3_max_live_parameters", 1e9))
+    prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
+    saved = student.saved_bytes
+    if recipe.student.activation_checkpointing:
+        saved = student.layers * tokens * student.width * student.item + student.layer_bytes
+    workspace = default_workspace_bytes(torch.device("cpu" if device.name == "cpu" else "cuda"))
+    parts = {
+        "activations": saved,
+        "gathered": min(student.held, live + student.largest_layer) * student.item if stage == 3 else 0,
+        "reduce_bucket": min(bucket, student.held) * student.item,
+        # the gradients of the head and of the hidden states are summed in fp32, then given in the weights' dtype
+        "loss_workspace": workspace + (student.head + tokens * student.width) * (4 + (2 if student.item == 2 else 0))}
+    if teacher is None:
+        return parts
+    window = tokens * accumulation
+    parts["teacher_hidden"] = window * teacher.width * teacher.item
+    per_token = 20 * teacher.width * teacher.item
+    per_pass = recipe.teacher.max_tokens_per_pass if recipe.teacher else None
+    per_pass = per_pass or max(tokens, min(window, int((device.memory - states) / 8 / per_token)))
+    gathered = 0
+    if stage == 3 and not engine.teacher_apart(recipe, config):
+        gathered = (teacher.largest_layer + min(prefetch, teacher.held)) * teacher.item
+    of_teacher = min(per_pass, window) * per_token + gathered
+    of_student = parts["activations"] + parts["gathered"] + parts["loss_workspace"]
+    parts["teacher_pass"] = max(0, of_teacher - of_student)
+    if gathered:
+        parts["teacher_head"] = teacher.head * teacher.item
+    return parts
+
+
+def _network(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _Sizes | None, dp: int, tokens: int,
+             accumulation: int) -> dict[str, int]:
+    """Bytes that one rank takes in for a step."""
+    zero, stage = config.get("zero_optimization", {}), engine.stage_of(config)
+    others = (dp - 1) / dp
+    reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
+    # A trace spans the window, so weights within the distance of their next use stay gathered from pass to pass.
+    passes = (1 if student.held <= reuse else 2 * accumulation) if stage == 3 else 1 if stage else 0
+    reductions = accumulation * (1 if stage >= 2 else 2) if stage else 2
+    parts = {"student_gathers": int(passes * student.held * student.item * others),
+             "student_reductions": int(reductions * student.held * student.item * others)}
+    if teacher is not None:
+        sharded = stage == 3 and not engine.teacher_apart(recipe, config)
+        parts["teacher_gathers"] = int((teacher.held + teacher.head) * teacher.item * others) if sharded else 0
+    if recipe.tensor_parallel > 1:
+        width = 4 * student.layers * student.width * student.item + (
+            2 * teacher.layers * teacher.width * teacher.item if teacher is not None else 0)
+        parts["tensor_parallel"] = int(accumulation * tokens * width * 2 * (1 - 1 / recipe.tensor_parallel))
+    return parts
+
+
+def _remedies(recipe: Recipe, nodes: int, plan: Plan) -> Iterator[str]:
+    """The smallest changes with which it would fit, each with its price."""
+    train = recipe.train
+    changes: list[tuple[str, dict[str, Any]]] = []
+    half = train.micro_batch_size
+    while half > 1 and half % 2 == 0:
+        half //= 2
+        smaller = train.model_copy(update={"micro_batch_size": half})
+        changes.append((f"train.micro_batch_size={half}", {"train": smaller}))
+    checkpointed = recipe.student.model_copy(update={"activation_checkpointing": True})
+    changes.append(("student.activation_checkpointing=true", {"student": checkpointed}))
+    changes += [(f"tensor_parallel={size}", {"tensor_parallel": size}) for size in (2, 4, 8)
+                if size > recipe.tensor_parallel]
+    changes.append(("deepspeed=ds_configs/zero3_offload.json", {"deepspeed": "ds_configs/zero3_offload.json"}))
+    pairs = [(f"{a} {b}", {**x, **y}) for i, (a, x) in enumerate(changes) for b, y in changes[i + 1:]
+             if not x.keys() & y.keys()]
+    for group in (changes, pairs):
+        found = False
+        for text, update in group:
+            try:
+                other = _plan(recipe.model_copy(update=update), nodes, plan.ranks, plan.device)
+            except InputError:
+                continue      # a layout that these ranks or this batch cannot have
+            if other.fits:
+                found = True
+                yield (f"{text}: {other.memory_per_rank['total'] / 1e9:.1f} GB, "
+                       f"{other.seconds_per_step / plan.seconds_per_step:.2f} x the time of a step")
+        if found:
+            return
+
+
+def _sizes(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe, dp: int) -> _Sizes:
+    shell: Any = engine.shell_of(model.model, **model.opened_with).to(dtype)
+    tp = recipe.tensor_parallel
+    split = split_parameters(shell, tp)
+    apart = isinstance(model, Teacher) and model.placement == "replicated"
+    held = shard = whole = 0
+    for name, parameter in shell.named_parameters():
+        size = parameter.numel()
+        part = -(-size // tp) if name in split and not apart else size
+        whole, held = whole + size, held + part
+        # A tensor-parallel group's common parameters are partitioned over all ranks, the others over the data-parallel.
+        shard += -(-part // dp) if part != size or tp == 1 else -(-size // (dp * tp))
+    layers = next((module for module in body_of(shell).modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
+    per_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
+    head = head_of(shell).weight
+    rows, length = recipe.train.micro_batch_size, recipe.train.seq_length
+    saved, flops = _run_on_meta(shell, rows, length)
+    one = _run_on_meta(shell, rows, length, layers=len(layers) - 1)[0] if len(layers) > 1 else 0
+    divide = tp if split else 1
+    return _Sizes(whole, held, shard, max(per_layer // divide, head.numel() // tp), head.numel() // tp, head.shape[1],
+                  saved // divide, max(0, saved - one) // divide, len(layers), flops / divide,
+                  torch.empty(0, dtype=dtype).element_size())
+
+
+class _Attention(torch.autograd.Function):
+    """What a fused attention keeps for backward: its three inputs and its output."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def _run_on_meta(shell: Any, rows: int, length: int, layers: int | None = None) -> tuple[int, float]:
+    """(bytes kept for backward, FLOPs of the forward) of the body, or its first `layers`, for [rows, length] tokens."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    attended = 0.0
+
+    def attention(_: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: Any, **___: Any) -> tuple[Tensor, None]:
+        nonlocal attended
+        attended += 2 * query.numel() * key.shape[2]      # two products, half of each masked
+        return _Attention.apply(query, key, value), None
+
+    AttentionInterface.register("planned", attention)
+    AttentionMaskInterface.register("planned", lambda *_, **__: None)
+    kept: dict[int, int] = {}
+    owned = {parameter.untyped_storage()._cdata for parameter in shell.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in owned:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    body: Any = body_of(shell)
+    stack = next((name for name, module in body.named_children() if isinstance(module, nn.ModuleList)), None)
+    every: Any = getattr(body, stack) if stack else None
+    before = shell.config._attn_implementation
+    shell.config._attn_implementation = "planned"
+    if stack and layers is not None:
+        setattr(body, stack, every[:layers])
+    try:
+        ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            states = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        del states
+        return sum(kept.values()), float(counter.get_total_flops()) + attended
+    finally:
+        shell.config._attn_implementation = before
+        if stack:
+            setattr(body, stack, every)
+
+
+def print_plan(plan: Plan, as_json: bool) -> None:
+    """The plan as a table, or as JSON alone."""
+    if as_json:
+        print(json.dumps({**asdict(plan), "hours": plan.hours, "mfu": plan.mfu}))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{plan.ranks} rank(s) of {plan.device.name}, {plan.device.memory / 1e9:.0f} GB each")
+    for heading in ("of one rank", "GB"):
+        table.add_column(heading, justify="left" if heading == "of one rank" else "right")
+    for name, size in plan.memory_per_rank.items():
+        table.add_row(name.replace("_", " "), f"{size / 1e9:,.2f}")
+    table.add_section()
+    for name, size in plan.network_per_step.items():
+        table.add_row(f"taken in per step: {name.replace('_', ' ')}", f"{size / 1e9:,.2f}")
+    console = Console()
+    console.print(table)
+    flops = {name: count / 1e12 for name, count in plan.flops_per_step.items()}
+    console.print(f"{plan.tokens_per_step:,} tokens a step in {plan.micro_batches} micro-batch(es) per rank, "
+                  f"{plan.steps:,} steps; per rank and step {flops['student']:,.1f} TFLOP of the student and "
+                  f"{flops['teacher']:,.1f} of the teacher")
+    console.print(f"about {plan.seconds_per_step:,.2f} s a step ({plan.mfu:.0%} MFU; assumed: {EFFICIENCY:.0%} of the "
+                  f"peak in products, network and arithmetic overlapped), {plan.hours:,.1f} h, "
+                  f"{plan.hours * plan.ranks:,.0f} rank-hours; a checkpoint of {plan.checkpoint_bytes / 1e9:,.1f} GB")
+    if plan.fits:
+        console.print(f"fits: {plan.memory_per_rank['total'] / 1e9:,.1f} of {plan.device.memory / 1e9:,.0f} GB")
+        return
+    console.print(f"does not fit: {plan.memory_per_rank['total'] / 1e9:,.1f} GB, and {HEADROOM:.0%} of "
+                  f"{plan.device.memory / 1e9:,.0f} GB may be planned for")
+    for remedy in plan.remedies or ["none of the usual changes makes it fit: more ranks, or a larger device"]:
+        console.print(f"  - {remedy}")

@@ -1,0 +1,136 @@
+"""The plan's numbers are those of a real engine, of real autograd, and of the formula in the textbooks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from test_teacher import be_counted
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from amid_ds.cli import main
+from amid_ds.config import load_recipe
+from amid_ds.plan import Device, _run_on_meta, make_plan
+
+H100 = Device("h100-80g", 80e9, 989e12, 50e9, 450e9)
+
+
+def config_only(folder: Path, **sizes: int) -> Path:
+    """A Llama without weights: a plan needs none."""
+    config = LlamaConfig(**sizes, num_attention_heads=sizes["hidden_size"] // 128, num_key_value_heads=8,
+                         vocab_size=128256, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("large")
+    student = config_only(root / "1b", hidden_size=2048, num_hidden_layers=16, intermediate_size=8192)
+    teacher = config_only(root / "8b", hidden_size=4096, num_hidden_layers=32, intermediate_size=14336)
+    data = small.make_text(root / "rows.jsonl")
+    return small.make_recipe(root / "r.yaml", student, teacher, data, root / "run", deepspeed="ds_configs/zero3.json",
+                             train__seq_length=4096, train__micro_batch_size=4, train__global_batch_size=64)
+
+
+def be_weighed(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """A rank that writes what its engine holds to RANK.bytes in the run's folder."""
+    from amid_ds import train
+
+    take_step = train.step
+
+    def step(job, ds, *rest):
+        values = take_step(job, ds, *rest)
+        rows = ds.optimizer.fp32_partitioned_groups_flat
+        moments = [value for state in ds.optimizer.optimizer.state.values() for key, value in state.items()
+                   if key != "step"]
+        named = dict(ds.module.named_parameters())
+        held = {who: sum(p.ds_tensor.nbytes for name, p in named.items() if name.startswith(who))
+                for who in ("student", "teacher")}
+        gradients = ds.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()
+        (job.run / f"{variables['RANK']}.bytes").write_text(json.dumps({
+            "student_weights": held["student"], "teacher_weights": held["teacher"],
+            "optimizer": sum(tensor.nbytes for tensor in [*rows, *moments]),
+            "gradients": sum(tensor.nbytes for tensor in gradients)}))
+        return values
+
+    train.step = step
+    be_counted(argv, variables, log)
+
+
+@pytest.mark.parametrize("layout", [["train.micro_batch_size=2"], ["tensor_parallel=2"],
+                                    ["deepspeed=ds_configs/zero3.json", "student.activation_checkpointing=true"]],
+                         ids=["dp 2", "tp 2", "bf16"])
+def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, tmp_path):
+    # wide enough that ZeRO-3 partitions more than it pads
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    pair = [small.make_model(tmp_path / family, family, 0, **sizes) for family in ("llama", "qwen3")]
+    recipe = small.make_recipe(tmp_path / "r.yaml", *pair, small.make_text(tmp_path / "rows.jsonl"), tmp_path / "run",
+                               train__steps=5)
+    processes = small.Ranks(2, "train", recipe, *layout, be=be_weighed)
+    assert processes.wait() == [0, 0], processes.text()
+    plan = make_plan(load_recipe(recipe, layout), 1, 2, H100)
+    held = json.loads((tmp_path / "run" / "0.bytes").read_text())
+    for part, size in held.items():
+        assert plan.memory_per_rank[part] == pytest.approx(size, rel=0.05), part
+    last = json.loads((tmp_path / "run" / "0.jsonl").read_text().splitlines()[-1])
+    others = 1 - 1 / (1 if "tensor_parallel=2" in layout else 2)
+    for who in ("student", "teacher"):      # a gather's bytes less those that the rank has itself
+        assert plan.network_per_step[f"{who}_gathers"] == pytest.approx(others * last[f"{who}_bytes"], rel=0.05), who
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_what_is_kept_for_backward_is_what_autograd_keeps(family, tmp_path):
+    sizes = {} if family == "gpt2" else {"hidden_size": 64, "intermediate_size": 256}
+    model = AutoModelForCausalLM.from_pretrained(small.make_model(tmp_path, family, 0, **sizes)).train()
+    kept: dict[int, int] = {}
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        model.base_model(input_ids=torch.zeros(3, 96, dtype=torch.long), use_cache=False)
+    planned, _ = _run_on_meta(model.to("meta"), 3, 96)
+    assert planned == pytest.approx(sum(kept.values()), rel=0.15)
+
+
+def test_flops_are_those_of_six_and_two_per_weight_and_token(large):
+    plan = make_plan(load_recipe(large), 1, 8, H100)
+    tokens = plan.tokens_per_step / plan.ranks
+
+    def per_token(width: int, layers: int, inner: int) -> float:
+        """Forward: 2 FLOPs a weight; attention's two products over half of 4096 places; the head."""
+        weights = layers * (2 * width * width + 2 * width * 8 * 128 + 3 * width * inner)
+        return 2 * weights + layers * 2 * 4096 * width + 2 * 128256 * width
+
+    assert plan.flops_per_step["student"] == pytest.approx(3 * tokens * per_token(2048, 16, 8192), rel=0.01)
+    assert plan.flops_per_step["teacher"] == pytest.approx(tokens * per_token(4096, 32, 14336), rel=0.01)
+
+
+def test_what_does_not_fit_exits_with_1_and_names_changes_that_do(large, capsys):
+    assert main(["plan", str(large), "--ranks-per-node", "8", "--json"]) == 0
+    whole = json.loads(capsys.readouterr().out)
+    assert whole["fits"] and whole["ranks"] == 8 and whole["tokens_per_step"] == 64 * 4096
+    assert sum(size for part, size in whole["memory_per_rank"].items() if part != "total") \
+        == whole["memory_per_rank"]["total"]
+    less = json.dumps({"memory": 0.6 * whole["memory_per_rank"]["total"], "flops": 1e15, "bandwidth": 5e10})
+    assert main(["plan", str(large), "--ranks-per-node", "8", "--device", less, "--json"]) == 1
+    remedies = json.loads(capsys.readouterr().out)["remedies"]
+    assert remedies
+    for remedy in remedies:
+        change = remedy.partition(":")[0].split()
+        assert main(["plan", str(large), "--ranks-per-node", "8", "--device", less, *change]) == 0, remedy
+    assert "fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong, said", [(["--device", "abacus"], "h100-80g"), (["--nodes", "0"], "at least one"),
+                                         (["student.model=nowhere"], "nowhere")])
+def test_a_plan_for_nothing_that_is_exits_with_2(large, wrong, said, capsys):
+    assert main(["plan", str(large), *wrong]) == 2
+    assert said in capsys.readouterr().err
