@@ -32,7 +32,7 @@ OWNERS = {      # who may import what costs, so that a change upstream has one p
     "mpi4py": {"distributed"},
     "argparse": {"cli"},
     "tensorboard": set(),
-    "yaml": {"config", "train", "demo"},
+    "yaml": {"config", "train", "demo", "plan"},
     "pydantic": {"config"},
     "torch.distributed": {"distributed", "vocab_parallel"},
 }
