@@ -24,7 +24,7 @@ from amid_ds.errors import InputError
 from amid_ds.origin import START, run_of, student_of
 from amid_ds.shards import Shards
 
-FILE_BYTES = 2 * 10**9      # the most weights in one file, and about what memory an export takes
+FILE_BYTES = 10**9      # the most weights in one file; an export takes about twice the memory
 
 
 def export(source: str | Path, out: str | Path, dtype: str | None = None, step: int | None = None) -> Path:
@@ -51,9 +51,10 @@ def write(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None)
     shell: Any = shell_of(student.model, **student.opened_with)
     shapes = {name: parameter.shape for name, parameter in shell.named_parameters()}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         needed = sum(shape.numel() for shape in shapes.values()) * DTYPES[name].itemsize
-        saved.require_room(out.parent, needed, f"exporting {checkpoint} to {out}", "choose a folder elsewhere")
+        there = next(parent for parent in out.absolute().parents if parent.is_dir())
+        saved.require_room(there, needed, f"exporting {checkpoint} to {out}", "choose a folder elsewhere")
+        out.parent.mkdir(parents=True, exist_ok=True)
         aside = out.with_name(f".{out.name}.tmp")
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
@@ -123,6 +124,9 @@ def _write_configs(student: Student, shell: Any, dtype: torch.dtype, out: Path) 
         shutil.copy(came_with, out / "generation_config.json")
     elif shell.can_generate():
         shell.generation_config.save_pretrained(out)
+    if student.trust_remote_code:      # a local folder's own code goes with it; the config names a hub's
+        for code in Path(student.model).glob("*.py"):
+            shutil.copy(code, out)
     load_tokenizer(student.model, **student.opened_with).save_pretrained(out)
 
 
