@@ -172,7 +172,7 @@ def test_isolated_prompts_share_rows_each_as_it_is_in_a_row_of_its_own(tmp_path,
 
 def test_isolated_texts_start_again_and_do_not_predict_the_next_ones_beginning(tmp_path, tokenizer, many_chunks,
                                                                               monkeypatch):
-    monkeypatch.setattr(shard, "PIECE_BYTES", 50)      # documents are encoded in several pieces, and are one still
+    monkeypatch.setattr("amid_ds.data.encode.PIECE_BYTES", 50)      # in several pieces each, and one document still
     documents = texts(60)
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in documents])
     prepare(data_of({"path": path}, isolate_documents=True), SEQ, tokenizer, tmp_path / "out")

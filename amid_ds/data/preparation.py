@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from amid_ds import config
 from amid_ds.data.chat import require_chat_template
-from amid_ds.data.shard import SHOWN, Chunk, Maker, chunks_of, read_json, require_intact, require_size, write_json
+from amid_ds.data.encode import SHOWN
+from amid_ds.data.shard import Chunk, Maker, chunks_of, read_json, require_intact, require_size, write_json
 from amid_ds.data.sources import files_of, identity
 from amid_ds.data.tokenizer import end_of_text, fingerprint
 from amid_ds.errors import InputError, TrainingError

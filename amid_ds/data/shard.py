@@ -16,7 +16,7 @@ import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,20 +25,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from amid_ds import config
-from amid_ds.data.chat import Segment
-from amid_ds.data.chat import segments as conversation
-from amid_ds.data.pack import Counts, Document, Packed, pack_text, pack_together, pack_turns
-from amid_ds.data.readers import PIECE_BYTES, Row, Span, by_size
-from amid_ds.data.sources import bad_row, name_of, read_span, shards_of
-from amid_ds.data.tokenizer import document_front, encode, end_of_text
+from amid_ds.data.encode import Packer
+from amid_ds.data.pack import Counts, Document, Packed
+from amid_ds.data.readers import Row, Span, by_size
+from amid_ds.data.sources import name_of, read_span, shards_of
 from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SHOWN = 10                          # that many skipped rows are named
 MIN_CHUNK, MAX_CHUNK, CHUNKS = 1 << 20, 64 << 20, 64      # bytes of input per shard; a source has about 64 and more
-BATCH_CHARACTERS = 1 << 18          # handed to the tokenizer at once
 BATCH_TOKENS = 1 << 20              # written at once
 
 
@@ -87,73 +83,31 @@ class Maker:
     def _write(self, chunk: Chunk, path: Path) -> dict[str, Any]:
         """Write the chunk's rows to `path`, whole or not at all; what the shard is made of."""
         counts = Counts()
-        source = self.sources[chunk.source]
-        documents = self._encoded(self._documents(chunk, source, counts))
-        if source.is_text:
-            rows = pack_text(documents, self.seq_length, self.isolate[chunk.source])
-        else:
-            rows = pack_turns(documents, self.seq_length, source.truncate, counts)
-            rows = pack_together(rows, self.seq_length) if self.isolate[chunk.source] else rows
+        rows = self._rows(chunk, counts)
         temporary = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
         write_rows(temporary, rows, np.dtype(self.token_dtype), counts)
         size, digest = temporary.stat().st_size, _sha256(temporary)
         os.replace(temporary, path)
         return {"source": chunk.source, **vars(counts), "bytes": size, "sha256": digest}
 
-    def _encoded(self, documents: Iterator[Document]) -> Iterator[Document]:
-        """The documents with their texts as ids, encoded many at a time."""
-        for batch in by_size(documents, Document.__len__, BATCH_CHARACTERS):
-            if self.stop is not None and self.stop.is_set():
-                raise KeyboardInterrupt
-            pieces = [_pieces(text) for document in batch for text, _ in document.segments if isinstance(text, str)]
-            ids = self._ids(itertools.chain.from_iterable(pieces))
-            of_text = (list(itertools.chain.from_iterable(itertools.islice(ids, len(cut)))) for cut in pieces)
-            for document in batch:
-                yield replace(document, segments=[(next(of_text) if isinstance(text, str) else text, learn)
-                                                  for text, learn in document.segments])
+    def _rows(self, chunk: Chunk, counts: Counts) -> Iterator[Packed]:
+        source = self.sources[chunk.source]
+        packer = Packer(source, self.isolate[chunk.source], self.seq_length, self.on_bad_row, self.tokenizer, self.stop)
 
-    def _ids(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        for batch in by_size(texts, len, BATCH_CHARACTERS):
-            yield from encode(self.tokenizer, batch)
+        def documents() -> Iterator[Document]:
+            for span in chunk.spans:
+                lines = 0
 
-    def _documents(self, chunk: Chunk, source: config.Source, counts: Counts) -> Iterator[Document]:
-        """The rows that can be used, framed by the tokenizer's own tokens; the others counted, or an error."""
-        front, end = document_front(self.tokenizer), [end_of_text(self.tokenizer)]
-        for span in chunk.spans:
-            lines = 0
-            for row in read_span(span, source):
-                lines += row.count
-                problem, parts = row.problem, []
-                if problem is None:
-                    try:
-                        parts = self._parts(row, source, front, end)
-                    except ValueError as error:
-                        problem = str(error)
-                if problem is not None:
-                    self._bad_row(span, row, problem, counts)
-                    continue
-                counts.documents += row.ends
-                yield from (Document(part, span.file, row.number, row.begins and index == 0)
-                            for index, part in enumerate(parts))
-            counts.lines.append((span.file, lines))
+                def rows(span: Span = span) -> Iterator[Row]:
+                    nonlocal lines
+                    for row in read_span(span, source):
+                        lines += row.count
+                        yield row
 
-    def _parts(self, row: Row, source: config.Source, front: list[int], end: list[int]) -> list[list[Segment]]:
-        """What the row is to be encoded as: one document, or the pieces of a long text, which are packed one by one."""
-        if source.messages is not None:
-            return [conversation(self.tokenizer, row.values[0])]
-        if source.prompt is not None:
-            return [[(front, False), (row.values[0], False), (row.values[1], True), (end, True)]]
-        parts: list[list[Segment]] = [[(piece, True)] for piece in _pieces(row.values[0])]
-        parts[0].insert(0, (front if row.begins else [], True))
-        parts[-1].append((end if row.ends else [], True))
-        return parts
+                yield from packer.documents(rows(), span.file, functools.partial(name_of, span), counts)
+                counts.lines.append((span.file, lines))
 
-    def _bad_row(self, span: Span, row: Row, problem: str, counts: Counts) -> None:
-        if self.on_bad_row == "error":
-            raise bad_row(span, row.number, problem)
-        if counts.skipped < SHOWN:
-            counts.shown.append(f"{name_of(span, row.number)}: {problem}")
-        counts.skipped += 1
+        return packer.pack(documents(), counts)
 
 
 def chunks_of(files: Sequence[Sequence[str]]) -> Iterator[Chunk]:
@@ -162,16 +116,6 @@ def chunks_of(files: Sequence[Sequence[str]]) -> Iterator[Chunk]:
         target = min(max(sum(map(os.path.getsize, paths)) // CHUNKS, MIN_CHUNK), MAX_CHUNK)
         for spans in shards_of(paths, target):
             yield Chunk(next(number), source, tuple(spans))
-
-
-def _pieces(text: str) -> list[str]:
-    """The text, a very long one in pieces that end at white space: a tokenizer's memory grows with what it is given."""
-    pieces = []
-    while len(text) > PIECE_BYTES:
-        cut = max(text.rfind("\n", 0, PIECE_BYTES), text.rfind(" ", 0, PIECE_BYTES)) + 1 or PIECE_BYTES
-        pieces.append(text[:cut])
-        text = text[cut:]
-    return [*pieces, text]
 
 
 def write_rows(path: Path, rows: Iterable[Packed], dtype: np.dtype[Any], counts: Counts) -> None:

@@ -86,17 +86,22 @@ def shards_of(files: Sequence[str], target: int) -> Iterator[list[Span]]:
 
 def read_span(span: Span, source: config.Source) -> Iterator[Row]:
     """The rows of a span, each judged."""
-    judge = _text_problem if source.messages is None else _messages_problem
     names = ("text",) if kind_of(span.path) in TEXT else source.fields
     for row in read(span, source.fields):
-        problems = (f"the field {name!r} {problem}" for name, value in zip(names, row.values, strict=False)
-                    if (problem := judge(value)))
-        problem = row.problem or next(problems, None)
-        yield row if problem is None else replace(row, problem=problem, values=())
+        yield judged(row, names, source)
 
 
-def bad_row(span: Span, number: int, problem: str) -> InputError:
-    return InputError(f"{name_of(span, number)}: {problem}", "a row that can be used",
+def judged(row: Row, names: Sequence[str], source: config.Rows) -> Row:
+    """The row, or what is wrong with it in the place of its values, which are those of the columns `names`."""
+    judge = _text_problem if source.messages is None else _messages_problem
+    problems = (f"the field {name!r} {problem}" for name, value in zip(names, row.values, strict=False)
+                if (problem := judge(value)))
+    problem = row.problem or next(problems, None)
+    return row if problem is None else replace(row, problem=problem, values=())
+
+
+def bad_row(name: str, problem: str) -> InputError:
+    return InputError(f"{name}: {problem}", "a row that can be used",
                       "mend the row, or set data.on_bad_row=skip to leave such rows out and count them")
 
 
@@ -116,7 +121,7 @@ def check_sources(data: config.Data) -> None:
         first = next(cut(0, files_of(source)[0], 1 << 62))
         for row in itertools.islice(read_span(first, source), FIRST_ROWS):
             if row.problem is not None and data.on_bad_row == "error":
-                raise bad_row(first, row.number, row.problem)
+                raise bad_row(name_of(first, row.number), row.problem)
 
 
 def texts_of(data: config.Data, characters: int) -> Iterator[str]:
@@ -141,7 +146,7 @@ def _usable(source: config.Source, on_bad_row: str) -> Iterator[tuple[Any, ...]]
                 if row.problem is None:
                     yield row.values
                 elif on_bad_row == "error":
-                    raise bad_row(span, row.number, row.problem)
+                    raise bad_row(name_of(span, row.number), row.problem)
 
 
 def _require_usable(file: str, source: config.Source) -> None:
