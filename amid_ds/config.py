@@ -96,6 +96,7 @@ class Source(Rows):
     """A source of rows to train on."""
 
     weight: Positive = 1.0                   # the source's share of the rows that are read
+    stream: bool = False                     # read and tokenised while training, by `datasets`: nothing is prepared
 
 
 class Auxiliary(Rows):
@@ -126,6 +127,17 @@ class Data(Section):
     workers: Annotated[int, Field(ge=0)] = 4 # processes that prepare, threads that read ahead
     on_bad_row: Literal["error", "skip"] = "error"
     isolate_documents: bool | None = None    # documents in a row do not see one another; None: prompts and turns alone
+
+    @field_validator("train")
+    @classmethod
+    def _all_streamed_or_none(cls, sources: list[Source]) -> list[Source]:
+        if len({source.stream for source in sources}) > 1:
+            raise ValueError("some sources have `stream: true` and some have not; stream all of them, or prepare all")
+        return sources
+
+    @property
+    def streams(self) -> bool:
+        return self.train[0].stream
 
     @field_validator("eval")
     @classmethod

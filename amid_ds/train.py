@@ -22,11 +22,15 @@ from amid_ds.config import Recipe, dump_recipe, load_recipe
 from amid_ds.data import (
     Batch,
     StepData,
+    Steps,
+    StreamData,
     check_sources,
     fingerprint,
     load_tokenizer,
+    merged_places,
     prepare_all,
     require_same_tokenizer,
+    stream_summary,
 )
 from amid_ds.distiller import Distiller
 from amid_ds.distributed import World, joined
@@ -171,7 +175,7 @@ def identity_of(job: Job, saved: Path | None) -> dict[str, Any]:
     """
     recipe = job.recipe
     hashes: dict[str, Any] = {"tokenizer.sha256": fingerprint(job.tokenizer),
-                              "data.sha256": prepared_hash(recipe.prepared_dir)}
+                              "data.sha256": None if recipe.data.streams else prepared_hash(recipe.prepared_dir)}
     if recipe.data.auxiliary is not None:
         hashes["auxiliary.sha256"] = prepared_hash(recipe.prepared_dir / "auxiliary")
     if recipe.teacher is not None:
@@ -226,12 +230,12 @@ def open_run(job: Job, world: World) -> None:
 def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], world: World, life: Life) -> None:
     """Optimizer steps from `state["step"]` to the recipe's last; every orderly way out ends with a finished save."""
     recipe = job.recipe
-    data, auxiliary = step_data(recipe, world)
+    data, auxiliary = world.together(lambda: step_data(job, state, world))
     log = RunLog(job.run if world.is_main else None, state["step"], recipe.train.steps, job.run.name)
     log.say(f"{world.size} rank(s), {recipe.train.global_batch_size} rows of {recipe.train.seq_length} tokens a step, "
             + ("" if recipe.teacher else "no teacher: cross entropy alone, ")
             + (f"resumed after step {state['step']}" if state["step"] else "from the start"))
-    log.say(f"epochs by the last step: {epochs_of(recipe, data, recipe.train.steps)}")
+    log.say(f"epochs by the last step: {epochs_of(job, data, state)}")
     saver = checkpoint.Saver(ds, job.run / "checkpoints", recipe.checkpoint, world, log.alarm, damaged)
     saved = state["step"]
     with (StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log),
@@ -254,12 +258,12 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
                 watchdog.step(state["step"])
                 log.evaluation(state["step"], world.together(lambda: validate(recipe, ds, world)))
             if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
-                saver.start(state)
+                saver.start(with_places(state, data, world))
                 saved = state["step"]
             began = time.monotonic()
         watchdog.rest()
         if state["step"] != saved:
-            saver.start(state)
+            saver.start(with_places(state, data, world))
         saver.finish()
         if state["step"] < recipe.train.steps:
             reasons = {why for why in world.gather(request.reason()) if why is not None}
@@ -267,7 +271,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             log.say(f"stopped in order after step {state['step']} ({', '.join(sorted(reasons))}); "
                     "the same command goes on from there")
             raise Stopped
-        log.say(f"epochs read: {epochs_of(recipe, data, recipe.train.steps)}")
+        log.say(f"epochs read: {epochs_of(job, data, state)}")
         log.say(f"done: {recipe.train.steps} steps, checkpoint in {job.run / 'checkpoints'}")
         leave_model(job, world)      # a request to stop waits for it
 
@@ -286,23 +290,33 @@ def leave_model(job: Job, world: World) -> None:
     _tell(world, f"{job.run.name}: the model is in {job.run / MODEL}")
 
 
-def step_data(recipe: Recipe, world: World) -> tuple[StepData, StepData | None]:
+def step_data(job: Job, state: dict[str, Any], world: World) -> tuple[Steps, StepData | None]:
     """The rows to train on and, where there is one, the auxiliary corpus: as many of its rows in every step."""
-    def of(part: str, weights: list[float]) -> StepData:
-        train = recipe.train
-        return StepData(recipe.prepared_dir / part, seed=train.seed, global_batch_size=train.global_batch_size,
-                        micro_batch_size=train.micro_batch_size, dp_rank=world.dp_rank, dp_size=world.dp_size,
-                        workers=recipe.data.workers, weights=weights)
+    train, data = job.recipe.train, job.recipe.data
+    layout: Any = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size,
+                   "dp_rank": world.dp_rank, "dp_size": world.dp_size, "workers": data.workers}
+    weights = [source.weight for source in data.train]
+    prepared = job.recipe.prepared_dir
+    return (StreamData(data, train.seq_length, job.tokenizer, state.get("streams"), **layout) if data.streams
+            else StepData(prepared, seed=train.seed, weights=weights, **layout),
+            None if data.auxiliary is None else StepData(prepared / "auxiliary", seed=train.seed, **layout))
 
-    return (of("", [source.weight for source in recipe.data.train]),
-            None if recipe.data.auxiliary is None else of("auxiliary", [1.0]))
+
+def with_places(state: dict[str, Any], data: Steps, world: World) -> dict[str, Any]:
+    """The state that a checkpoint keeps: with the places of streamed sources. Collective where there are any."""
+    if isinstance(data, StreamData):
+        state["streams"] = merged_places(world.gather(data.state(state["step"])))
+    return state
 
 
-def epochs_of(recipe: Recipe, data: StepData, step: int) -> str:
-    """How often each source has been read through by `step`; one whose weight asks for more than it has comes again."""
-    epochs = zip(recipe.data.train, data.epochs(step), strict=True)
-    return ", ".join(f"{source.path} {count:.3g}" + (" (its rows come again)" if count > 1 else "")
-                     for source, count in epochs)
+def epochs_of(job: Job, data: Steps, state: dict[str, Any]) -> str:
+    """How often each source is read through by the last step; one whose weight asks for more than it has comes again.
+    Of streamed sources: how often they have been so far, and what was left out."""
+    if isinstance(data, StepData):
+        epochs = zip(job.recipe.data.train, data.epochs(job.recipe.train.steps), strict=True)
+        return ", ".join(f"{source.path} {count:.3g}" + (" (its rows come again)" if count > 1 else "")
+                         for source, count in epochs)
+    return f"unknown, the sources are streamed; so far {stream_summary(job.recipe.data, state.get('streams'))}"
 
 
 class Reading(NamedTuple):
@@ -321,9 +335,9 @@ class Second(NamedTuple):
     tokens: float
 
 
-def readings(data: StepData, auxiliary: StepData | None, start: int, stop: int) -> Iterator[Reading]:
+def readings(data: Steps, auxiliary: StepData | None, start: int, stop: int) -> Iterator[Reading]:
     """The steps' readings; the first that fails is the last, and is for all ranks to hear of."""
-    both = [data] if auxiliary is None else [data, auxiliary]
+    both: list[Steps] = [data] if auxiliary is None else [data, auxiliary]
     windows = zip(*(each.windows(start, stop) for each in both), strict=True)
     while True:
         before = sum(each.waited for each in both)

@@ -7,6 +7,7 @@ compute that would hold the interpreter's lock, and a forked copy of an engine's
 
 from __future__ import annotations
 
+import abc
 import functools
 import itertools
 import json
@@ -100,59 +101,54 @@ class Prepared:
         return Row(tokens, learn, begins, where)
 
     def batch(self, numbers: Sequence[int]) -> Batch:
-        rows = [self.row(number) for number in numbers]
-        length = max(len(row.tokens) for row in rows) - 1
-        input_ids = torch.zeros(len(rows), length, dtype=torch.int64)    # what pads is never looked at
-        positions = torch.arange(length).repeat(len(rows), 1)
-        labels = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            ids = torch.from_numpy(row.tokens.astype(np.int64))
-            input_ids[i, :len(ids) - 1] = ids[:-1]
-            for begin in row.begins:
-                positions[i, begin:] = torch.arange(length - begin)
-            for start, stop in zip(row.learn[::2], row.learn[1::2], strict=True):
-                labels[i, start - 1:stop - 1] = ids[start:stop]
-        padding = input_ids.numel() - sum(len(row.tokens) - 1 for row in rows)
-        isolated = any(len(row.begins) for row in rows)
-        return Batch(input_ids, labels, positions if isolated else None, padding, list(numbers),
-                     [row.source for row in rows])
+        return batch_of([self.row(number) for number in numbers], list(numbers))
 
 
-class StepData:
+def batch_of(rows: Sequence[Row], numbers: list[int]) -> Batch:
+    """The rows, with their numbers, as one micro-batch."""
+    length = max(len(row.tokens) for row in rows) - 1
+    input_ids = torch.zeros(len(rows), length, dtype=torch.int64)    # what pads is never looked at
+    positions = torch.arange(length).repeat(len(rows), 1)
+    labels = torch.full((len(rows), length), IGNORED, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids = torch.from_numpy(row.tokens.astype(np.int64))
+        input_ids[i, :len(ids) - 1] = ids[:-1]
+        for begin in row.begins:
+            positions[i, begin:] = torch.arange(length - begin)
+        for start, stop in zip(row.learn[::2], row.learn[1::2], strict=True):
+            labels[i, start - 1:stop - 1] = ids[start:stop]
+    padding = input_ids.numel() - sum(len(row.tokens) - 1 for row in rows)
+    isolated = any(len(row.begins) for row in rows)
+    return Batch(input_ids, labels, positions if isolated else None, padding, numbers, [row.source for row in rows])
+
+
+class Steps(abc.ABC):
     """The micro-batches of each step of one data-parallel rank.
 
     Sample j of step s is sample s * global_batch_size + j of the run, whatever the layout; micro-batch a of rank r
-    takes the samples from (a * dp_size + r) * micro_batch_size on. `weights` are the sources' shares of the rows,
-    equal where none are given.
+    takes the samples from (a * dp_size + r) * micro_batch_size on. `weights` are the sources' shares of the rows.
     """
 
-    def __init__(self, folder: Path, *, seed: int, global_batch_size: int, micro_batch_size: int, dp_rank: int,
-                 dp_size: int, workers: int, weights: Sequence[float] | None = None) -> None:
+    def __init__(self, *, global_batch_size: int, micro_batch_size: int, dp_rank: int, dp_size: int, workers: int,
+                 weights: Sequence[float]) -> None:
         if global_batch_size % (dp_size * micro_batch_size):
             raise InputError(f"global_batch_size {global_batch_size} with {dp_size} data-parallel rank(s) of "
                              f"micro_batch_size {micro_batch_size}", "a multiple of ranks × micro_batch_size",
                              "change one of the three")
-        self.prepared = Prepared(folder)
-        self.weights = list(weights) if weights is not None else [1.0] * len(self.prepared.counts)
-        assert len(self.weights) == len(self.prepared.counts)
-        self.seed, self.global_batch_size, self.micro_batch_size = seed, global_batch_size, micro_batch_size
-        self.dp_rank, self.dp_size, self.workers = dp_rank, dp_size, workers
+        self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
+        self.dp_rank, self.dp_size, self.workers, self.weights = dp_rank, dp_size, workers, list(weights)
         self.waited = 0.0            # seconds that those who asked `windows` have waited for data, so far
 
+    @abc.abstractmethod
     def window(self, step: int) -> list[Batch]:
         """This rank's micro-batches of one optimizer step."""
+
+    def samples(self, step: int) -> list[int]:
+        """The samples of this rank in one step, in order, a micro-batch after another."""
         stride = self.dp_size * self.micro_batch_size
         first = step * self.global_batch_size + self.dp_rank * self.micro_batch_size
         starts = range(first, first + self.global_batch_size, stride)
-        samples = [start + i for start in starts for i in range(self.micro_batch_size)]
-        rows = rows_of(samples, self.prepared.counts, self.weights, self.seed).tolist()
-        return [self.prepared.batch(rows[i:i + self.micro_batch_size])
-                for i in range(0, len(rows), self.micro_batch_size)]
-
-    def epochs(self, step: int) -> list[float]:
-        """How often each source has been read through before this step; over 1, its rows come again."""
-        samples = dealt(step * self.global_batch_size, self.weights)
-        return [count / rows for count, rows in zip(samples, self.prepared.counts, strict=True)]
+        return [start + i for start in starts for i in range(self.micro_batch_size)]
 
     def windows(self, start: int, stop: int) -> Iterator[list[Batch]]:
         """window(start), ..., window(stop - 1), read ahead by `workers` threads. `waited` grows by what each took."""
@@ -180,6 +176,27 @@ class StepData:
                 yield window
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+class StepData(Steps):
+    """Steps over a prepared folder, any step at once. Equal weights where none are given."""
+
+    def __init__(self, folder: Path, *, seed: int, weights: Sequence[float] | None = None, **layout: int) -> None:
+        self.prepared, self.seed = Prepared(folder), seed
+        counts = self.prepared.counts
+        super().__init__(weights=[1.0] * len(counts) if weights is None else weights, **layout)
+        assert len(self.weights) == len(counts)
+
+    def window(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of one optimizer step."""
+        rows = rows_of(self.samples(step), self.prepared.counts, self.weights, self.seed).tolist()
+        return [self.prepared.batch(rows[i:i + self.micro_batch_size])
+                for i in range(0, len(rows), self.micro_batch_size)]
+
+    def epochs(self, step: int) -> list[float]:
+        """How often each source has been read through before this step; over 1, its rows come again."""
+        samples = dealt(step * self.global_batch_size, self.weights)
+        return [count / rows for count, rows in zip(samples, self.prepared.counts, strict=True)]
 
 
 def read_rows(folder: Path, batch_size: int, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:

@@ -27,7 +27,7 @@ from amid_ds import config
 from amid_ds.data.chat import require_chat_template
 from amid_ds.data.encode import SHOWN
 from amid_ds.data.shard import Chunk, Maker, chunks_of, read_json, require_intact, require_size, write_json
-from amid_ds.data.sources import files_of, identity
+from amid_ds.data.sources import files_of, identity, open_stream
 from amid_ds.data.tokenizer import end_of_text, fingerprint
 from amid_ds.errors import InputError, TrainingError
 
@@ -79,6 +79,10 @@ def prepare_all(data: config.Data, seq_length: int, tokenizer: PreTrainedTokeniz
     With `verify` every shard that was there already is read whole and compared with its checksum.
     """
     for place, part in data.parts().items():
+        if part.streams:
+            for source in part.train:
+                open_stream(source)              # or say why not
+            continue
         info = prepare(part, seq_length, tokenizer, folder / place)
         if verify and info.reused:
             shards = (read_json(info.folder / MANIFEST) or {})["shards"]

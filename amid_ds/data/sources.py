@@ -178,6 +178,27 @@ def _hub_files(source: config.Source) -> list[str]:
     return [file["filename"] for file in loaded.cache_files]
 
 
+def open_stream(source: config.Source) -> Any:
+    """The source as an IterableDataset. Raises InputError where there is none, or it has not the columns."""
+    import datasets
+
+    try:
+        stream: Any = datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision,
+                                            streaming=True)
+        first = next(iter(stream), None)
+    except Exception as error:     # datasets and the hub raise whatever their many loaders raise
+        raise InputError(f"the data source {source.path!r} cannot be streamed: "
+                         f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
+                         "a data set on the hub, or a folder of jsonl or parquet files",
+                         "check the path, `config`, `split` and `revision`") from None
+    lacking = [field for field in source.fields if first is not None and field not in first]
+    if first is None or lacking:
+        raise InputError(f"the data source {source.path!r} " + ("has no rows" if first is None else
+                         f"lacks the field {lacking[0]!r}; it has {', '.join(map(repr, first))}"),
+                         "rows with the columns that the recipe names", "mend the recipe's data section")
+    return stream
+
+
 def _text_problem(value: Any) -> str | None:
     if not isinstance(value, str):
         return f"holds {type_name(value)} where text is expected"
