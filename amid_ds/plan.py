@@ -24,6 +24,7 @@ from amid_ds.config import Recipe, Student, Teacher
 from amid_ds.distiller import body_of, head_of
 from amid_ds.errors import InputError
 from amid_ds.losses import default_workspace_bytes
+from amid_ds.origin import student_of
 from amid_ds.tensor_parallel import split_parameters
 
 EFFICIENCY = 0.45      # of a device's dense peak that large matrix products reach in training
@@ -123,7 +124,7 @@ def _plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Plan:
     train, tp = recipe.train, recipe.tensor_parallel
     tokens = train.micro_batch_size * train.seq_length
     bf16 = bool(config.get("bf16", {}).get("enabled"))
-    student = _sizes(recipe.student, torch.bfloat16 if bf16 else torch.float32, recipe, dp)
+    student = _sizes(student_of(recipe), torch.bfloat16 if bf16 else torch.float32, recipe, dp)
     teacher = None
     if recipe.teacher is not None and recipe.loss.kd_weight > 0:
         named = engine.DTYPES.get(recipe.teacher.dtype)
