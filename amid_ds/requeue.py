@@ -20,6 +20,7 @@ from amid_ds.errors import InputError
 from amid_ds.lives import Failure, Record
 
 DONE, WRONG, STOPPED = 0, 2, 75
+IDLE_LIVES = 5      # stopped before their first step: as many in a row are no accident
 FIRST_LINE = "amid-ds: life "      # what a batch script prints when a life begins
 # srun: error: n2: task 3: Killed
 TASK = re.compile(r"^srun: error: (?P<host>[^:\s]+): tasks? (?P<tasks>[\d,-]+): (?P<end>.*)$", re.M)
@@ -27,6 +28,7 @@ TASK = re.compile(r"^srun: error: (?P<host>[^:\s]+): tasks? (?P<tasks>[\d,-]+): 
 
 def after_life(status: int, recipe_path: str, overrides: Sequence[str]) -> None:
     """`amid-ds requeue STATUS RECIPE`: to be run by the batch script when its ranks have ended with `status`."""
+    refuse_outside_a_job()
     recipe = load_recipe(recipe_path, overrides)
     run = Path(recipe.output_dir)
     log = _words_of(scheduler.job(scheduler.own_job()))
@@ -34,11 +36,10 @@ def after_life(status: int, recipe_path: str, overrides: Sequence[str]) -> None:
     failure = None
     if status not in (DONE, WRONG, STOPPED):
         failure = first_failure(lives.last_words(run), log, status)
-    if run.is_dir():
-        lives.append(run, "ended", status=status, failure=asdict(failure) if failure else None)
-    job, restart = lives.current()
-    why_not = refusal([life for life in lives.records(run) if life.job == job] or
-                      [Record(job, restart, status=status, failure=failure)], recipe.slurm.max_restarts)
+    run.mkdir(parents=True, exist_ok=True)      # ranks that never came so far are counted too
+    lives.append(run, "ended", status=status, failure=asdict(failure) if failure else None)
+    of_this_job = [life for life in lives.records(run) if life.job == lives.current()[0]]
+    why_not = refusal(of_this_job, recipe.slurm.max_restarts)
     if why_not is None and os.environ.get("REQUEUE", "yes") == "no":
         why_not = "the script says REQUEUE=no"
     if why_not is None and failure is not None:
@@ -55,7 +56,9 @@ def refusal(job: Sequence[Record], max_restarts: int) -> str | None:
     """Why a job whose lives so far were these is not started again; None: it is."""
     status = job[-1].status
     if status == STOPPED:
-        return None
+        idle = [life.status == STOPPED and life.first_step is None for life in job[-IDLE_LIVES:]]
+        return (f"{IDLE_LIVES} lives in a row were stopped before their first step; is --time longer than --signal "
+                "takes off it?" if idle == [True] * IDLE_LIVES else None)
     if status == DONE:
         return "the run is done"
     if status == WRONG:
@@ -77,8 +80,13 @@ def _same_end(one: Record, other: Record) -> bool:
 
 
 def status_of_the_first(status: int, log: str) -> int:
-    """srun's own status is the highest of its tasks: those that it ended because of the first hide that one's."""
+    """srun's own status is the highest of its tasks: those that it ended because of the first hide that one's.
+
+    A rank that was asked to stop while it was still being loaded dies of the signal: it had nothing to save.
+    """
     tasks = TASK.search(log)
+    if tasks is not None and tasks["end"].startswith("User defined signal 1"):
+        return STOPPED
     said = re.fullmatch(r"Exited with exit code (\d+)", tasks["end"]) if tasks is not None else None
     return int(said[1]) if said is not None and int(said[1]) in (WRONG, STOPPED) else status
 

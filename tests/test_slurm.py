@@ -256,12 +256,14 @@ def test_a_rank_that_is_stopped_or_killed_is_named_and_the_job_goes_on(cluster, 
 
 @pytest.mark.slow
 def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, models, tmp_path):
-    recipe = recipe_of(models, tmp_path, train__steps=500)
-    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, time=1, signal="USR1@20")
-    cluster.until(lambda: cluster.job(job)["Restarts"] == "1", timeout=180, what="the second life")
+    recipe = recipe_of(models, tmp_path, train__steps=5000)
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, time=2, signal="USR1@40")
+    cluster.until(lambda: cluster.job(job)["Restarts"] == "1", timeout=240, what="the second life")
     cluster.until(lambda: len(lives.records(tmp_path / "run")) == 2, what="its beginning")
     first = lives.records(tmp_path / "run")[0]
     assert first.status == 75 and "(SIGUSR1)" in output(tmp_path)
+    cluster.until(lambda: lives.records(tmp_path / "run")[1].first_step is not None, what="its first step")
+    assert lives.records(tmp_path / "run")[1].first_step > first.first_step
     cluster.run("scancel", job)
     assert cluster.wait(job) == "CANCELLED" and cluster.job(job)["Restarts"] == "1"      # and it stays so
 
@@ -357,6 +359,8 @@ def lived(status: int | None, step: int | None = 5, error: str = "RuntimeError: 
     ([lived(0)], False),                                                      # done
     ([lived(2)], False),                                                      # a wrong recipe
     ([lived(75)] * 9, True),                                                  # pre-empted, however often
+    ([lived(75, came=False)] * 4, True),                                      # while it was still being loaded
+    ([lived(75, came=False)] * 5, False),                                     # each life is too short to begin
     ([lived(1)], True),
     ([lived(1), lived(1, error="RuntimeError: out of 4 bytes")], False),      # the same but for a number
     ([lived(1), lived(75), lived(1)], False),
@@ -378,6 +382,7 @@ def test_the_rank_that_failed_first_is_named_also_where_it_could_leave_no_word()
     first = requeue.first_failure(sorted(peers, key=lambda f: f.time), killed, 137)
     assert (first.rank, first.host, first.step) == (3, "n2", 7) and "Killed" in first.error
     assert requeue.status_of_the_first(137, killed) == 137
+    assert requeue.status_of_the_first(138, "srun: error: n1: tasks 0-1: User defined signal 1\n") == 75
     assert requeue.status_of_the_first(143, "srun: error: n1: task 0: Exited with exit code 2\n" + killed) == 2
     raised = lives.Failure(2, "n2", 7, "ValueError: a bad row", 9.0)
     assert requeue.first_failure([raised, *peers], "srun: error: n1: task 0: Exited with exit code 1", 1) == raised
