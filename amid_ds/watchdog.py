@@ -75,20 +75,22 @@ class Watchdog:
         asking = threading.Thread(target=self._ask, args=(places,), daemon=True)      # the store may not answer
         asking.start()
         asking.join(ANSWER_S)
-        if rank == min(places):
+        if rank == 0 or 0 not in places:
             self._name_the_culprit(dict(places))
         time.sleep(1.0)      # the first that ends makes the launcher end the others
         os._exit(1)
 
     def _ask(self, places: dict[int, str]) -> None:
+        """Rank 0, which holds the store, hears everyone; everyone hears rank 0."""
         if self.world.failures is None:
             return
         store = self.world.failures.store
+        awaited = set(range(self.world.size) if self.world.is_main else [0]) - places.keys()
         with contextlib.suppress(RuntimeError):      # rank 0, which holds the store, is gone
             store.set(f"place/{self.world.rank}", places[self.world.rank])
-            while len(places) < self.world.size:
-                for other in range(self.world.size):
-                    if other not in places and store.check([f"place/{other}"]):
+            while awaited - places.keys():
+                for other in awaited - places.keys():
+                    if store.check([f"place/{other}"]):
                         places[other] = store.get(f"place/{other}").decode()
                 time.sleep(0.1)
 
