@@ -16,7 +16,8 @@ import tempfile
 import time
 from pathlib import Path
 
-PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
+os.environ["PATH"] += ":/usr/sbin:/sbin"      # where daemons lie; not on everyone's path
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "tc", "nsenter", "unshare")
 GPUS = 4      # per node, made up: character devices that are all /dev/null
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"}
 
@@ -56,8 +57,7 @@ PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
 
 def missing() -> list[str]:
     """The programs that are not installed, or root's rights."""
-    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-    return [program for program in PROGRAMS if shutil.which(program, path=path) is None] + \
+    return [program for program in PROGRAMS if shutil.which(program) is None] + \
         ([] if os.geteuid() == 0 else ["root"])
 
 
