@@ -8,13 +8,24 @@ those are known (train.py).
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from amid_ds.errors import InputError
 
@@ -165,6 +176,72 @@ class Data(Section):
                 for place, sources in {"": self.train, **apart}.items()}
 
 
+class Course(Section):
+    """A value that changes with the step: `linear` or `cosine` between two values, or one `value`.
+
+    steps: [first, last], counted from 0; None: all of the run's. Before it the first value holds, after it the last.
+    """
+
+    steps: tuple[Annotated[int, Field(ge=0)], PositiveInt] | None = None
+    value: Finite | None = None
+    linear: tuple[Finite, Finite] | None = None
+    cosine: tuple[Finite, Finite] | None = None
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Course:
+        if sum(shape is not None for shape in (self.value, self.linear, self.cosine)) != 1:
+            raise ValueError("one of `value`, `linear` and `cosine` says how the value goes")
+        if self.steps is not None and self.steps[0] >= self.steps[1]:
+            raise ValueError(f"steps {list(self.steps)} do not go forward")
+        return self
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        return self.linear or self.cosine or (self.value or 0.0, self.value or 0.0)
+
+
+class Pieces(Section):
+    """Courses one after the other, each with its own steps; between two of them the earlier one's last value holds."""
+
+    pieces: Annotated[list[Course], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _one_after_the_other(self) -> Pieces:
+        if any(piece.steps is None for piece in self.pieces):
+            raise ValueError("each piece names its `steps`")
+        spans = [piece.steps for piece in self.pieces if piece.steps is not None]
+        for before, after in itertools.pairwise(spans):
+            if after[0] < before[1]:
+                raise ValueError(f"the pieces of steps {list(before)} and {list(after)} overlap or are out of order")
+        return self
+
+
+def values_of(scheduled: float | Course | Pieces) -> list[float]:
+    """The values that bound all those it takes."""
+    if isinstance(scheduled, Pieces):
+        return [end for piece in scheduled.pieces for end in piece.ends]
+    return list(scheduled.ends) if isinstance(scheduled, Course) else [scheduled]
+
+
+def _within(low: float, high: float, open_low: bool = False) -> AfterValidator:
+    def check(scheduled: float | Course | Pieces) -> float | Course | Pieces:
+        if not all(low < value <= high if open_low else low <= value <= high for value in values_of(scheduled)):
+            raise ValueError(f"values {'above' if open_low else 'from'} {low:g}"
+                             + ("" if high == math.inf else f" to {high:g}"))
+        return scheduled
+    return AfterValidator(check)
+
+
+def _kind_of(value: Any) -> str:
+    pieces = "pieces" in value if isinstance(value, Mapping) else isinstance(value, Pieces)
+    return KINDS[2] if pieces else KINDS[1] if isinstance(value, (Mapping, Course)) else KINDS[0]
+
+
+KINDS = ("a number", "a course", "pieces of it")      # by which a wrong value is judged
+Scheduled = Annotated[Annotated[Finite, Tag(KINDS[0])] | Annotated[Course, Tag(KINDS[1])]
+                      | Annotated[Pieces, Tag(KINDS[2])], Discriminator(_kind_of)]
+
+
 class AlphaBetaSpec(Section):
     alpha: Finite
     beta: Finite
@@ -179,18 +256,24 @@ class Loss(Section):
 
     model_config = ConfigDict(frozen=True, extra="allow")   # a preset's own keys; closed below for the objective itself
     preset: str | None = None
-    alpha: Finite = -1.0
-    lam: Share = 0.1
+    __pydantic_extra__: dict[str, Scheduled] = Field(init=False)
+    alpha: Scheduled = -1.0
+    lam: Annotated[Scheduled, _within(0, 1)] = 0.1
     divergence: str | DivergenceSpec = "kl"
     order: str | dict[str, NonNegative] = "pr"
-    temperature: Positive = 1.0
+    temperature: Annotated[Scheduled, _within(0, math.inf, open_low=True)] = 1.0
     detach_assistant: bool = False
-    kd_weight: NonNegative = 1.0
-    ce_weight: NonNegative = 0.0
+    kd_weight: Annotated[Scheduled, _within(0, math.inf)] = 1.0
+    ce_weight: Annotated[Scheduled, _within(0, math.inf)] = 0.0
+
+    @property
+    def scheduled(self) -> dict[str, Course | Pieces]:
+        """The keys that change with the step."""
+        return {name: value for name, value in self if isinstance(value, (Course, Pieces))}
 
     @model_validator(mode="after")
     def _some_weight(self) -> Loss:
-        if self.kd_weight == 0 and self.ce_weight == 0:
+        if not any(values_of(self.kd_weight) + values_of(self.ce_weight)):
             raise ValueError("kd_weight and ce_weight are both 0: nothing would be learnt; give one of them a weight")
         return self
 
@@ -370,7 +453,7 @@ def _nearest(key: str, known: Sequence[str]) -> str:
 def _readable(error: ValidationError) -> list[str]:
     lines = []
     for problem in error.errors():
-        location = problem["loc"]
+        location = [part for part in problem["loc"] if part not in KINDS]
         name = ".".join(str(part) for part in location) or "recipe"
         if problem["type"] == "extra_forbidden":
             lines.append(f"`{name}` is unknown; {_nearest(str(location[-1]), _known_keys(location[:-1]))}")

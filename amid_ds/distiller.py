@@ -126,6 +126,11 @@ class Distiller(nn.Module):
             self.teacher.eval()
         return self
 
+    def pursue(self, objective: AMiD, kd_weight: float, ce_weight: float) -> None:
+        """From now on this is what is minimised; the same on every rank."""
+        self.kd_weight = self.head.kd_weight = kd_weight
+        self.head.objective, self.head.ce_weight = objective, ce_weight
+
     @property
     def has_lesson(self) -> bool:
         """Whether a step needs the teacher at all."""

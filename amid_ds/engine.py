@@ -200,7 +200,7 @@ def _build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab
         student.gradient_checkpointing_enable(   # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False})
     distiller = Distiller(student, teacher, objective, vocab_size=vocab_size, shard=shard,
-                          kd_weight=recipe.loss.kd_weight, ce_weight=recipe.loss.ce_weight, apart=apart)
+                          kd_weight=1.0, ce_weight=0.0, apart=apart)      # until a step pursues its own
     if shard is not None:
         for model in filter(None, (student, teacher)):
             cut_head(model, shard, vocab_size, gathered_head)

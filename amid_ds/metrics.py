@@ -53,7 +53,7 @@ class RunLog:
         self.steps.write({"step": step, **values})
         for name, value in values.items():
             if value is not None:
-                self._to_board("add_scalar", TENSORBOARD_TAGS[name], value, step)
+                self._to_board("add_scalar", TENSORBOARD_TAGS.get(name, f"objective/{name}"), value, step)
         now = time.monotonic()
         losses = {"loss": values["loss"], "kd": values["kd_loss"], "ce": values["ce_loss"]}
         shown = {name: f"{value:.4f}" for name, value in losses.items() if value is not None}

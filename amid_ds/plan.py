@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from amid_ds import engine
-from amid_ds.config import Recipe, Student, Teacher
+from amid_ds.config import Recipe, Student, Teacher, values_of
 from amid_ds.distiller import body_of, head_of
 from amid_ds.errors import InputError
 from amid_ds.losses import default_workspace_bytes
@@ -126,7 +126,7 @@ def _plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Plan:
     bf16 = bool(config.get("bf16", {}).get("enabled"))
     student = _sizes(student_of(recipe), torch.bfloat16 if bf16 else torch.float32, recipe, dp)
     teacher = None
-    if recipe.teacher is not None and recipe.loss.kd_weight > 0:
+    if recipe.teacher is not None and any(values_of(recipe.loss.kd_weight)):
         named = engine.DTYPES.get(recipe.teacher.dtype)
         teacher = _sizes(recipe.teacher, named or engine.checkpoint_dtype(
             recipe.teacher.model, **recipe.teacher.opened_with), recipe, dp)

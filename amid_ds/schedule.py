@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from amid_ds.config import Train
+from amid_ds.config import Course, Loss, Pieces, Train
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -17,6 +17,35 @@ def learning_rate(train: Train, step: int) -> float:
     if train.schedule == "linear":
         return train.learning_rate * (1 - progress)
     return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def value_at(scheduled: float | Course | Pieces, step: int, total: int) -> float:
+    """What a scheduled value is in optimizer step `step` (from 0) of `total`; at the last one it has arrived."""
+    if isinstance(scheduled, Pieces):
+        begun = [piece for piece in scheduled.pieces if piece.steps is not None and piece.steps[0] <= step]
+        return value_at(begun[-1] if begun else scheduled.pieces[0], step, total)
+    if not isinstance(scheduled, Course):
+        return scheduled
+    first, last = scheduled.steps or (0, max(1, total - 1))
+    progress = min(1.0, max(0.0, (step - first) / (last - first)))
+    if scheduled.cosine is not None:
+        progress = 0.5 * (1 - math.cos(math.pi * progress))
+    start, end = scheduled.ends
+    return start + (end - start) * progress
+
+
+def loss_at(loss: Loss, step: int, total: int) -> Loss:
+    """The loss of one step, its schedules replaced by their values."""
+    return loss.model_copy(update={name: value_at(value, step, total) for name, value in loss.scheduled.items()})
+
+
+def turning_points(loss: Loss, total: int) -> list[int]:
+    """The steps between which no schedule of `loss` leaves the values that it has at them; the first and last too."""
+    found = {0, total - 1}
+    for scheduled in loss.scheduled.values():
+        for course in scheduled.pieces if isinstance(scheduled, Pieces) else [scheduled]:
+            found |= {min(step, total - 1) for step in course.steps or ()}
+    return sorted(found)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:

@@ -41,7 +41,7 @@ from amid_ds.losses.fused import IGNORE_INDEX
 from amid_ds.metrics import RunLog, write_atomically
 from amid_ds.origin import student_of
 from amid_ds.provenance import model_hash, prepared_hash, provenance
-from amid_ds.schedule import learning_rate, step_seed
+from amid_ds.schedule import learning_rate, loss_at, step_seed, turning_points
 from amid_ds.stopping import StopRequest
 from amid_ds.validation import validate
 from amid_ds.watchdog import GRACE_S, Watchdog
@@ -122,7 +122,8 @@ def _tell(world: World, message: str) -> None:
 def check(recipe: Recipe, ranks: int) -> Job:
     """Everything about a recipe that can be judged before a model is loaded or a token is prepared."""
     config = engine.read_deepspeed_config(recipe, engine.data_parallel(recipe, ranks))
-    objective = engine.build_objective(recipe.loss)
+    objective, *_ = [engine.build_objective(loss_at(recipe.loss, step, recipe.train.steps))
+                     for step in turning_points(recipe.loss, recipe.train.steps)]
     refuse_other_run(recipe)
     check_sources(recipe.data)
     student = student_of(recipe)
@@ -408,6 +409,9 @@ def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str,
         group["lr"] = lr
     engine.begin_window(ds)
     train = job.recipe.train
+    aim = loss_at(job.recipe.loss, state["step"], train.steps)
+    objective = engine.build_objective(aim)
+    distiller.pursue(objective, aim.kd_weight, aim.ce_weight)   # type: ignore[arg-type]   # loss_at gives numbers
     per_pass = max(1, state["tokens_per_pass"] // (train.micro_batch_size * train.seq_length))
     lessons = [*distiller.teach(batches[:len(window)], per_pass), *[None for _ in more]]
     sums = []
@@ -436,7 +440,8 @@ def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str,
         **({} if second is None else {"auxiliary_loss": added_sum / coefficient}),
         "tokens": state["tokens"], "loss": loss_sum, "kd_loss": kd_sum if taught else None, "ce_loss": ce_sum,
         "grad_norm": norm, "learning_rate": lr,
-        "alpha": job.objective.alpha if taught else None, "lam": job.objective.lam if taught else None,
+        "alpha": objective.alpha if taught else None, "lam": objective.lam if taught else None,
+        **{name: getattr(aim, name) for name in job.recipe.loss.scheduled if name not in ("alpha", "lam")},
         "tokens_per_second": tokens / seconds}
 
 

@@ -1,0 +1,73 @@
+"""Schedules of the loss: what a recipe asks for is what each step minimises, and what is logged."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import small
+import yaml
+
+from amid_ds.config import Course, Loss, Pieces, load_recipe
+from amid_ds.errors import InputError
+from amid_ds.schedule import loss_at, value_at
+
+TOTAL = 11
+
+
+@pytest.mark.parametrize("spec, values", [
+    ({"linear": [-5, -1]}, [-5 + 4 * n / 10 for n in range(11)]),
+    ({"linear": [0.0, 1.0], "steps": [2, 6]}, [0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1, 1, 1]),
+    ({"cosine": [1.0, 0.0]}, [(1 + math.cos(math.pi * n / 10)) / 2 for n in range(11)]),
+    ({"value": 3.0}, [3.0] * 11),
+    ({"pieces": [{"steps": [1, 3], "value": 2.0}, {"steps": [5, 7], "linear": [4.0, 0.0]}]},
+     [2, 2, 2, 2, 2, 4, 2, 0, 0, 0, 0]),
+])
+def test_a_schedule_takes_these_values(spec, values):
+    scheduled = (Pieces if "pieces" in spec else Course).model_validate(spec)
+    assert [value_at(scheduled, step, TOTAL) for step in range(TOTAL)] == pytest.approx(values)
+
+
+def test_presets_own_keys_are_scheduled_too():
+    loss = Loss.model_validate({"preset": "taid", "t": {"linear": [0.4, 1.0]}})
+    assert [loss_at(loss, step, TOTAL).model_extra["t"] for step in (0, 5, 10)] == pytest.approx([0.4, 0.7, 1.0])
+
+
+@pytest.mark.parametrize("spec, said", [
+    ({"lam": {"linear": [0.5, 1.5]}}, "from 0 to 1"),
+    ({"alpha": {"pieces": [{"steps": [0, 5], "value": 1}, {"steps": [4, 9], "value": 2}]}}, "overlap"),
+    ({"alpha": {"linear": [0, 1], "cosine": [0, 1]}}, "one of `value`, `linear` and `cosine`"),
+    ({"alpha": {"linear": [0, 1], "steps": [5, 5]}}, "do not go forward"),
+    ({"alpha": {"sawtooth": [0, 1]}}, "`loss.alpha.sawtooth` is unknown"),
+    ({"alpha": "steep"}, "`loss.alpha`: found 'steep'"),
+    ({"temperature": {"linear": [1, 0]}}, "above 0"),
+])
+def test_a_wrong_schedule_is_refused_by_name(spec, said, tmp_path):
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({
+        "student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"train": [{"path": "x"}]}, "output_dir": "out",
+        "train": {"steps": 10, "global_batch_size": 1}, "loss": spec}))
+    with pytest.raises(InputError, match=said):
+        load_recipe(tmp_path / "r.yaml")
+
+
+def test_each_step_of_a_scheduled_run_minimises_what_the_schedule_says(tmp_path):
+    pair = [small.make_model(tmp_path / name, "llama", seed) for seed, name in enumerate(("student", "teacher"))]
+    recipe = small.make_recipe(tmp_path / "r.yaml", *pair, small.make_text(tmp_path / "rows.jsonl"), tmp_path / "run",
+                               train__steps=4, train__learning_rate=1e-30)      # the student stays as it is
+    # a student that stays has the losses of its first steps under any one objective
+    scheduled = ["loss.alpha={linear: [-5, 1]}", "loss.lam={cosine: [0.1, 0.9]}",
+                 "loss.kd_weight={pieces: [{steps: [0, 1], value: 0}, {steps: [1, 2], value: 2}]}"]
+    small.run(2, "train", recipe, *scheduled)
+    for index, line in enumerate(small.metrics(tmp_path / "run")):
+        alpha, lam = -5 + 2 * index, 0.5 - 0.4 * math.cos(math.pi * index / 3)
+        weight = 0 if index < 1 else 2
+        assert line["kd_weight"] == weight
+        assert (line["alpha"], line["lam"]) == ((None, None) if weight == 0 else pytest.approx((alpha, lam)))
+        if index % 2:
+            continue
+        constant = tmp_path / f"constant{index}"
+        small.run(2, "train", recipe, f"loss.alpha={alpha}", f"loss.lam={lam}", f"loss.kd_weight={weight}",
+                  f"output_dir={constant}")
+        assert line["loss"] == pytest.approx(small.metrics(constant)[index]["loss"], rel=1e-6)
+    again = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert again.loss == load_recipe(recipe, scheduled).loss
