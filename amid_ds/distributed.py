@@ -133,6 +133,7 @@ class World:
             tell(error)
         if self.size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGUSR1, signal.SIG_IGN)      # Slurm may send it more than once
         with contextlib.suppress(RuntimeError):      # a rank that did not agree is ended by `failures`
             if self.failures is not None:
                 self.failures.tell(str(error) or type(error).__name__)

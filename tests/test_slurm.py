@@ -147,7 +147,7 @@ def test_data_are_prepared_once_and_an_array_of_jobs_sweeps_a_key(cluster, model
     recipe = recipe_of(models, tmp_path, train__steps=3, data__prepared=str(tmp_path / "data"))
     job = sbatch(cluster, tmp_path, "prepare.sbatch", recipe, nodes=1, ranks_per_node=1)
     assert cluster.wait(job) == "COMPLETED" and (tmp_path / "data" / "manifest.json").exists(), output(tmp_path)
-    job = submit(cluster, tmp_path, recipe, "--nodes", 1, "--ranks-per-node", 1, "--sweep", "loss.lam=0.1,0.9")
+    submit(cluster, tmp_path, recipe, "--nodes", 1, "--ranks-per-node", 1, "--sweep", "loss.lam=0.1,0.9")
     cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "", what="the end of the array")
     runs = [tmp_path / "run" / f"loss.lam={value}" for value in ("0.1", "0.9")]
     assert [steps_of(run) for run in runs] == [3, 3], output(tmp_path)
@@ -293,12 +293,13 @@ def test_a_chain_of_three_jobs_is_one_run_and_what_is_left_over_ends_at_once(clu
 @pytest.mark.slow
 def test_an_array_of_four_with_two_at_once(cluster, models, tmp_path):
     recipe = recipe_of(models, tmp_path, train__steps=20)
-    job = submit(cluster, tmp_path, recipe, "--nodes", 1, "--ranks-per-node", 1, "--sweep", "train.seed=0,1,2,3",
-                 "--at-once", 2)
+    submit(cluster, tmp_path, recipe, "--nodes", 1, "--ranks-per-node", 1, "--sweep", "train.seed=0,1,2,3",
+           "--at-once", 2)
     runs = [tmp_path / "run" / f"train.seed={seed}" for seed in range(4)]
     cluster.until(lambda: steps_of(runs[0]) >= 2, what="the first steps of the first")
     assert cluster.run("squeue", "--noheader", "--states=RUNNING").stdout.count("\n") <= 2
-    cluster.run("scancel", "--signal=USR1", f"{job}_0")      # one of them starts again, alone
+    # One of them starts again, alone. By its own id: given as ARRAY_TASK, scancel repeats the signal while tasks wait.
+    cluster.run("scancel", "--signal=USR1", lives.records(runs[0])[0].job)
     cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "", 300, "the end of the array")
     assert [steps_of(run) for run in runs] == [20] * 4, output(tmp_path)
     assert [len(lives.records(run)) for run in runs] == [2, 1, 1, 1]
