@@ -205,7 +205,7 @@ def test_the_resolved_recipe_reproduces_the_run(llama_pair, data, tmp_path):
 def test_a_nan_stops_the_run_with_step_rank_and_rows_named_and_no_step_taken(llama_pair, data, tmp_path, ranks):
     broken = small.make_model(tmp_path / "broken", "llama", 0)
     model = AutoModelForCausalLM.from_pretrained(broken)
-    poisoned = AutoTokenizer.from_pretrained(broken)("river").input_ids[0]
+    poisoned = AutoTokenizer.from_pretrained(broken)("with").input_ids[0]
     model.model.embed_tokens.weight.data[poisoned] = float("nan")      # only rows with that word go wrong
     model.save_pretrained(broken)
     recipe = small.make_recipe(tmp_path / "r.yaml", broken, llama_pair[1], data, tmp_path / "run", train__steps=20)
