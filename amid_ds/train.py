@@ -127,8 +127,8 @@ def check(recipe: Recipe, ranks: int) -> Job:
     refuse_other_run(recipe)
     check_sources(recipe.data)
     student = student_of(recipe)
-    tokenizer = load_tokenizer(student.model, **student.opened_with)
     widths = {f"student {student.model}": engine.model_config(student.model, **student.opened_with).vocab_size}
+    tokenizer = load_tokenizer(student.model, **student.opened_with)
     if recipe.teacher is not None:
         teacher = engine.model_config(recipe.teacher.model, **recipe.teacher.opened_with)
         widths[f"teacher {recipe.teacher.model}"] = teacher.vocab_size
