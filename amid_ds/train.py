@@ -98,8 +98,8 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
             if not world.gather((job.run / MODEL).is_dir())[0]:      # killed between its last save and its export
                 leave_model(job, world)
             return
-        world.main_first(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
-                                             recipe.prepared_dir))
+        world.main_at_length(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
+                                                 recipe.prepared_dir))
         identity = world.together(lambda: identity_of(job, found.checkpoint))
         layout = checkpoint.layout(world, engine.stage_of(job.deepspeed_config), job.student_dtype)
         whole = reshard.whole_of(found.checkpoint, layout, student_of(recipe), world) if found.checkpoint else None

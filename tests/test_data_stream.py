@@ -46,6 +46,20 @@ def test_a_share_of_the_files_gives_the_rows_that_prepare_makes_of_it(tmp_path, 
         assert [ids for row, ids in streamed if row % 4 == number] == expected[:18]
 
 
+def test_blocks_together_hold_every_document_once_and_in_order(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr(stream, "BLOCK_CHARACTERS", 400)
+    path = write(tmp_path / "corpus", 1, 30)
+    ids, previous = [], None
+    for batch in itertools.chain.from_iterable(open_steps(
+            config.Data(train=[{"path": path, "stream": True}]), tokenizer).windows(0, 30)):
+        row = [*batch.input_ids[0].tolist(), batch.labels[0][batch.labels[0] != -100][-1].item()]
+        ids += row[1:] if previous == row[0] else row      # rows of a block overlap by one token
+        previous = row[-1]
+    texts = [json.loads(line)["text"] for line in (tmp_path / "corpus" / "0.jsonl").read_text().splitlines()]
+    twice = [i for text in texts * 2 for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    assert len(ids) > len(twice) / 2 + SEQ and ids == twice[:len(ids)]      # on into the second time through
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_ten_interruptions_in_changing_layouts_change_nothing(tmp_path, tokenizer, monkeypatch, workers):
     """Over several epochs of two sources, in blocks of a few documents, the state through JSON as in a checkpoint."""

@@ -22,7 +22,7 @@ import numpy as np
 from amid_ds import config
 from amid_ds.data.encode import Packer
 from amid_ds.data.loader import Batch, Row, Steps, batch_of
-from amid_ds.data.order import deal, dealt
+from amid_ds.data.order import deal
 from amid_ds.data.pack import Counts
 from amid_ds.data.readers import Row as TextRow
 from amid_ds.data.sources import judged, open_stream
@@ -134,11 +134,6 @@ class StreamData(Steps):
             while lane.state["count"] < k // self.lanes[source]:
                 lane.take()                         # another rank's
             rows.append(lane.take())
-        given = dealt((step + 1) * self.global_batch_size, self.weights)
-        for (source, number), lane in self.open.items():
-            lanes = self.lanes[source]
-            while lane.state["count"] < (given[source] - number + lanes - 1) // lanes:
-                lane.take()                         # so that every rank has the lane's same place
         with self.lock:
             self.places[step] = {f"{source}.{number}": dict(lane.state) for (source, number), lane in self.open.items()}
         size = self.micro_batch_size
@@ -164,7 +159,8 @@ class StreamData(Steps):
 
 
 def merged_places(states: Sequence[State]) -> State:
-    """The states of all ranks as one: of a lane, the place of those who read it."""
+    """The states of all ranks as one: of a lane the furthest place that a rank has read to, which is none ahead of the
+    step. An earlier one would do: rows before the wanted one are passed over."""
     places: dict[str, State] = {}
     for state in states:
         for lane, place in state["places"].items():
