@@ -16,6 +16,7 @@ import pytest
 import slurm_cluster
 import small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 from amid_ds import lives, requeue
 from amid_ds.cli import main
@@ -269,6 +270,20 @@ def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, models, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_run_that_fails_twice_at_the_same_step_is_let_be_and_its_log_ends_with_why(cluster, models, tmp_path):
+    broken = AutoModelForCausalLM.from_pretrained(models / "student")
+    broken.model.embed_tokens.weight.data[3:] = float("nan")
+    broken.save_pretrained(tmp_path / "broken")
+    small.make_tokenizer(tmp_path / "broken")
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe_of(models, tmp_path), f"student.model={tmp_path}/broken",
+                 ranks_per_node=1)
+    assert cluster.wait(job) == "FAILED" and cluster.job(job)["Restarts"] == "1", output(tmp_path)
+    log = (tmp_path / f"slurm-amid_ds-{job}.log").read_text()
+    assert "it is not started again: two lives have ended in the same way" in log, log
+    assert re.search(r"first to fail: rank 0 on n1 in step 1: the loss of step 1 is nan.*\n$", log), log
+
+
+@pytest.mark.slow
 def test_a_job_that_is_cancelled_saves_and_stays_cancelled(cluster, models, whole, tmp_path):
     recipe = recipe_of(models, tmp_path)
     job = sbatch(cluster, tmp_path, "train.sbatch", recipe)
@@ -298,8 +313,8 @@ def test_an_array_of_four_with_two_at_once(cluster, models, tmp_path):
     runs = [tmp_path / "run" / f"train.seed={seed}" for seed in range(4)]
     cluster.until(lambda: steps_of(runs[0]) >= 2, what="the first steps of the first")
     assert cluster.run("squeue", "--noheader", "--states=RUNNING").stdout.count("\n") <= 2
-    # One of them starts again, alone. By its own id: given as ARRAY_TASK, scancel repeats the signal while tasks wait.
-    cluster.run("scancel", "--signal=USR1", lives.records(runs[0])[0].job)
+    # One of them starts again, alone. Not by scancel: while tasks of an array wait, it sends a signal again and again.
+    os.kill(max(pid for name in cluster.names for pid in cluster.processes(name, "train.seed=0 ")), signal.SIGUSR1)
     cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "", 300, "the end of the array")
     assert [steps_of(run) for run in runs] == [20] * 4, output(tmp_path)
     assert [len(lives.records(run)) for run in runs] == [2, 1, 1, 1]
