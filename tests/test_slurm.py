@@ -272,15 +272,15 @@ def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, models, tmp_pat
 @pytest.mark.slow
 def test_a_run_that_fails_twice_at_the_same_step_is_let_be_and_its_log_ends_with_why(cluster, models, tmp_path):
     broken = AutoModelForCausalLM.from_pretrained(models / "student")
-    broken.model.embed_tokens.weight.data[3:] = float("nan")
+    poisoned = small.make_tokenizer(tmp_path / "broken")("river").input_ids[0]      # only rows with that word go wrong
+    broken.model.embed_tokens.weight.data[poisoned] = float("nan")
     broken.save_pretrained(tmp_path / "broken")
-    small.make_tokenizer(tmp_path / "broken")
     job = sbatch(cluster, tmp_path, "train.sbatch", recipe_of(models, tmp_path), f"student.model={tmp_path}/broken",
                  ranks_per_node=1)
     assert cluster.wait(job) == "FAILED" and cluster.job(job)["Restarts"] == "1", output(tmp_path)
     log = (tmp_path / f"slurm-amid_ds-{job}.log").read_text()
     assert "it is not started again: two lives have ended in the same way" in log, log
-    assert re.search(r"first to fail: rank 0 on n1 in step 1: the loss of step 1 is nan.*\n$", log), log
+    assert re.search(r"first to fail: rank 0 on n1 in step \d+: the loss of step \d+ is nan.*\n$", log), log
 
 
 @pytest.mark.slow
