@@ -295,7 +295,7 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
 def _checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 24):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 

@@ -21,10 +21,11 @@ from amid_ds.config import Recipe, Student, dump_recipe, load_recipe
 from amid_ds.data import load_tokenizer
 from amid_ds.engine import DTYPES, import_deepspeed, shell_of
 from amid_ds.errors import InputError
+from amid_ds.host_memory import freed_memory_given_back
 from amid_ds.origin import START, run_of, student_of
 from amid_ds.shards import Shards
 
-FILE_BYTES = 10**9      # the most weights in one file; an export takes about twice the memory
+FILE_BYTES = 2 * 10**9      # the most weights in one file, and what memory an export takes
 
 
 def export(source: str | Path, out: str | Path, dtype: str | None = None, step: int | None = None) -> Path:
@@ -59,7 +60,8 @@ def write(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir()
         try:
-            _write_weights(checkpoint, shell, shapes, DTYPES[name], aside)
+            with freed_memory_given_back():
+                _write_weights(checkpoint, shell, shapes, DTYPES[name], aside)
             _write_configs(student, shell, DTYPES[name], aside)
             (aside / "README.md").write_text(model_card(checkpoint, recipe, state, name), encoding="utf-8")
             _put_in_place(aside, out)

@@ -158,8 +158,8 @@ def test_an_export_of_several_files_takes_the_memory_of_about_one(folder, tmp_pa
     index = json.loads((out / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == pytest.approx(size, rel=1e-3)
     anonymous, resident = json.loads(notes.read_text())
-    assert anonymous < 8e6 + 2 * 4 * 512 * 2048 + 8e6, f"{anonymous / 1e6:.0f} MB for files of 8 MB"
-    assert resident < size / 2, f"{resident / 1e6:.0f} MB with the pages of the shards that are mapped"
+    assert anonymous < 12e6, f"{anonymous / 1e6:.0f} MB for files of 8 MB"
+    assert resident < 30e6, f"{resident / 1e6:.0f} MB with the pages of the shards that are mapped"
     exported = AutoModelForCausalLM.from_pretrained(out)
     for name, tensor in masters(tmp_path / "run", 1, model).items():
         assert torch.equal(exported.get_parameter(name).detach(), tensor), name
