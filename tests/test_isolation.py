@@ -7,6 +7,7 @@ import small
 import torch
 from transformers import AutoModelForCausalLM
 
+from amid_ds.data import Batch
 from amid_ds.distiller import Distiller, check_isolation
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD
@@ -26,7 +27,7 @@ def losses_of(distiller: Distiller, ids: torch.Tensor, positions: torch.Tensor) 
     """The loss of each document of the row, alone in the sum. The teacher sees a longer row in the same pass."""
     labels = ids.roll(-1, 1)
     longer = torch.ones(1, ids.shape[1] + 3, dtype=torch.int64)
-    lesson, _ = distiller.teach([ids, longer], [positions, None], 2)
+    lesson, _ = distiller.teach([Batch(ids, labels, positions, 0, [], []), Batch(longer, longer, None, 0, [], [])], 2)
     document = (positions == 0).cumsum(1) - 1
     return [distiller(ids, labels, (document == i).float(), lesson, positions)[0].item() for i in range(len(LENGTHS))]
 
@@ -47,9 +48,9 @@ def test_changing_a_document_leaves_the_others_losses_as_they_were_to_the_last_d
         after = losses_of(distiller, other, positions)
         assert [i for i, pair in enumerate(zip(before, after, strict=True)) if pair[0] != pair[1]] == \
             ([changed] if length > 1 else [])
-        alone = torch.arange(length)[None]
-        apart = distiller(ids[:, start:start + length], ids.roll(-1, 1)[:, start:start + length], torch.ones(1, length),
-                          distiller.teach([ids[:, start:start + length]], [None], 1)[0], alone)[0].item()
+        document, labels = (tokens[:, start:start + length] for tokens in (ids, ids.roll(-1, 1)))
+        lesson, = distiller.teach([Batch(document, labels, None, 0, [], [])], 1)
+        apart = distiller(document, labels, torch.ones(1, length), lesson)[0].item()
         assert apart == pytest.approx(before[changed], rel=1e-4)
         start += length
 
