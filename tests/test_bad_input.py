@@ -53,7 +53,7 @@ CASES = {      # overrides -> what the message must name
     "unknown keys, all at once": (["train.stepz=3", "loss.lambda=0.1", "studnt.model=x"],
                                   ["`train.stepz`", "did you mean `steps`", "`loss.lambda`", "did you mean `lam`",
                                    "`studnt`", "did you mean `student`", "3 problem(s)"]),
-    "lambda outside [0, 1]": (["loss.lam=1.5"], ["loss.lam", "1.5", "less than or equal to 1"]),
+    "lambda outside [0, 1]": (["loss.lam=1.5"], ["loss.lam", "1.5", "from 0 to 1"]),
     "a NaN alpha": (["loss.alpha=.nan"], ["loss.alpha", "nan", "finite"]),
     "an unknown order": (["loss.order=pq"], ["pq", "pr"]),
     "an unknown divergence": (["loss.divergence=jsd"], ["jsd", "kl"]),
@@ -72,7 +72,6 @@ CASES = {      # overrides -> what the message must name
                                              ["train_micro_batch_size_per_gpu", "7", "1 by the recipe"]),
     "dtype against the DeepSpeed config": (["student.dtype=bf16"], ["bf16.enabled: false", "student.dtype: bf16"]),
     "a ZeRO stage that there is not": (["deepspeed=ROOT/stage7.json"], ["stage: 7", "0 to 3"]),
-    "an fp32 teacher below stage 3 in bf16": (["deepspeed=ROOT/bf16_2.json"], ["stage: 2", "teacher.dtype: bf16"]),
     "tensor_parallel that does not divide the ranks": (["tensor_parallel=2"], ["tensor_parallel 2 on 1 rank(s)"]),
     "quantized weights": (["teacher.model=ROOT/quantized"], ["quantized", "unquantized"]),
     "a model that is not a causal one": (["student.model=ROOT/encoder"], ["encoder", "t5", "causal"]),
@@ -106,6 +105,10 @@ def test_a_stage_that_a_tensor_parallel_layout_cannot_have_is_refused(folder, tm
                              tmp_path / "run", tensor_parallel=2, deepspeed=str(folder / "bf16_0.json"))
     with pytest.raises(InputError, match="tensor_parallel: 2 needs stage 1"):
         check(load_recipe(path), 2)
+    shared = ["deepspeed=" + str(folder / "bf16_2.json")]
+    with pytest.raises(InputError, match="a teacher in fp32 on tensor-parallel ranks needs stage 3"):
+        check(load_recipe(path, shared), 2)
+    check(load_recipe(path, [*shared, "teacher.placement=replicated"]), 2)
 
 
 def test_another_recipes_run_in_the_output_folder_is_refused_and_left_alone(folder, tmp_path, capsys):

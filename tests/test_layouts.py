@@ -110,6 +110,8 @@ def test_the_packaged_configs_and_mixed_dtypes_follow_fp32(pair, data, tmp_path)
         "bf16 student, fp32 teacher": (2, ["deepspeed=ds_configs/zero3.json", "teacher.dtype=fp32"]),
         "bf16, offloaded": (2, ["deepspeed=ds_configs/zero3_offload.json", "teacher.dtype=bf16"]),
         "bf16, stage 2": (2, ["deepspeed=ds_configs/zero2.json", "teacher.dtype=bf16"]),
+        "bf16, stage 2, fp32 teacher apart": (2, ["deepspeed=ds_configs/zero2.json", "tensor_parallel=1",
+                                                  "train.micro_batch_size=2"]),
         "bf16, stage 0": (1, [f"deepspeed={deepspeed_config(tmp_path / '0.json', 0, bf16=True)}", "tensor_parallel=1",
                               "teacher.dtype=bf16"]),
     }
