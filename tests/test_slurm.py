@@ -100,19 +100,23 @@ def finished(cluster, job: str, folder: Path, expected: list[tuple[int, float, f
     return output(folder)
 
 
-def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_none(cluster, models, whole, tmp_path):
-    job = sbatch(cluster, tmp_path, "train.sbatch", recipe_of(models, tmp_path, checkpoint__every=1000))
+@pytest.mark.parametrize("ranks_per_node", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_none(
+        cluster, models, whole, tmp_path, ranks_per_node):
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe_of(models, tmp_path, checkpoint__every=1000),
+                 ranks_per_node=ranks_per_node)
     cluster.until(lambda: steps_of(tmp_path / "run") >= 3, what="the first steps")
     cluster.run("scancel", "--signal=USR1", job)      # what --signal sends before the time limit
-    said = finished(cluster, job, tmp_path, whole(4))
+    said = finished(cluster, job, tmp_path, whole(2 * ranks_per_node))
     assert "stopped in order" in said and "it is started again" in said
     assert cluster.job(job)["Restarts"] == "1", said
     first, second = lives.records(tmp_path / "run")
     assert (first.status, second.status, second.restart, second.job) == (75, 0, 1, job)
     curve = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("loss/total")
-    assert [(event.step, event.value) for event in curve] == [
-        (step, pytest.approx(loss, rel=1e-6)) for step, loss, _ in whole(4)]      # one curve through both lives
-    assert first.first_step == 1 and second.first_step > 3 and second.nodes == "n[1-2]" and second.ranks == 4
+    assert [(event.step, event.value) for event in curve] == [      # one curve through both lives
+        (step, pytest.approx(loss, rel=1e-6)) for step, loss, _ in whole(2 * ranks_per_node)]
+    assert first.first_step == 1 and second.first_step > 3 and second.nodes == "n[1-2]"
+    assert second.ranks == 2 * ranks_per_node
 
 
 @pytest.mark.parametrize("ranks_per_node", [1, pytest.param(2, marks=pytest.mark.slow)])
