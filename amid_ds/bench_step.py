@@ -112,10 +112,15 @@ def _on_ranks(size: int, folder: Path, part: str, scale: Scale) -> dict[str, Any
     common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
               "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads}
     spawn = multiprocessing.get_context("spawn")
+    before = dict(os.environ)
     os.environ.update(common)                # torch reads its number of threads when a rank imports it
-    ranks = [spawn.Process(target=_be_a_rank, args=(rank, folder, part, scale)) for rank in range(size)]
-    for rank in ranks:
-        rank.start()
+    try:
+        ranks = [spawn.Process(target=_be_a_rank, args=(rank, folder, part, scale)) for rank in range(size)]
+        for rank in ranks:
+            rank.start()
+    finally:
+        os.environ.clear()                   # this process is no rank
+        os.environ.update(before)
     for rank in ranks:
         rank.join()
     if any(rank.exitcode for rank in ranks):

@@ -16,6 +16,7 @@ import yaml
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from amid_ds.cli import main
 from amid_ds.data import StepData, fingerprint, load_tokenizer
 
 PAIRS = {      # student, teacher: three families, tied and not, a teacher with a padded, wider vocabulary
@@ -74,14 +75,15 @@ def plain_loop(student: Path, teacher: Path, recipe: dict,
     return lines, {name: p.detach() for name, p in model.named_parameters()}
 
 
-def test_1_2_and_4_ranks_train_as_a_plain_loop_does_and_export_it(pair, data, tmp_path):
+def test_1_2_and_4_ranks_train_as_a_plain_loop_does_and_export_it(pair, data, tmp_path, request):
     recipe_file = small.make_recipe(tmp_path / "r.yaml", *pair, data, tmp_path / "run1",
                                     data__prepared=str(tmp_path / "data"))
     recipe = yaml.safe_load(recipe_file.read_text())
     truth = None
-    for ranks in (1, 2, 4):      # 1 rank × 4 micro-batches, 2 × 2, 4 × 1, with unequal masks
+    first = request.node.callspec.id == "llama<-gpt2"
+    for ranks in (1, 2, 4) if first else (2,):      # 1 rank × 4 micro-batches, 2 × 2, 4 × 1, with unequal masks
         run, out = tmp_path / f"run{ranks}", tmp_path / f"out{ranks}"
-        if ranks == 2:
+        if ranks == 2 and first:
             done = small.train(ranks, recipe_file, f"output_dir={run}")      # the deepspeed launcher
             assert done.returncode == 0, done.stderr
         else:
@@ -93,7 +95,7 @@ def test_1_2_and_4_ranks_train_as_a_plain_loop_does_and_export_it(pair, data, tm
         for expected, line in zip(lines, got, strict=True):
             for name, value in expected.items():
                 assert line[name] == pytest.approx(value, rel=2e-4), (ranks, line["step"], name)
-        small.run(1, "export", run, out)
+        assert main(["export", str(run), str(out)]) == 0
         exported = AutoModelForCausalLM.from_pretrained(out)
         assert fingerprint(load_tokenizer(str(out))) == fingerprint(load_tokenizer(str(pair[0])))
         for name, parameter in exported.named_parameters():
