@@ -201,12 +201,12 @@ def test_damage_is_found(how, uninterrupted, tmp_path):
 def test_soak_of_a_hundred_kills(folder, tmp_path):
     run, kills, inside = tmp_path / "run", 0, 0
     whole = tmp_path / "whole"
-    small.run(2, "train", recipe_for(folder, whole, train__steps=2000, checkpoint__every=2), timeout=1200)
-    recipe = recipe_for(folder, run, train__steps=2000, checkpoint__every=2)
+    small.run(2, "train", recipe_for(folder, whole, train__steps=600, checkpoint__every=2), timeout=1200)
+    recipe = recipe_for(folder, run, train__steps=600, checkpoint__every=2)
     while kills < 100:
-        inside += kill_and_resume(recipe, run, 10, seed=kills, last="step_00002000")
+        inside += kill_and_resume(recipe, run, 10, seed=kills, last="step_00000600")
         kills += 10
-        assert newest_name(run) < "step_00002000", "the run ended before its last kill: give it more steps"
+        assert newest_name(run) < "step_00000600", "the run ended before its last kill: give it more steps"
     small.run(2, "train", recipe, timeout=1200)
     assert comparable(run) == comparable(whole)
     print(f"{kills} kills, {inside} of them inside a save")
