@@ -451,7 +451,7 @@ def plan_teaching(engine: Any, recipe: Recipe, before: int | None, world: World)
     window = recipe.train.global_batch_size // world.dp_size * recipe.train.seq_length
     distiller.wait_on_host = world.device.type == "cuda" and window * config.hidden_size * size > budget
     fits = 1 << max(0, (budget // (activations * size)).bit_length() - 1)
-    return recipe.teacher.max_tokens_per_pass or before or min(window, fits)
+    return recipe.teacher.max_tokens_per_pass or before or fits
 
 
 def _free_memory(world: World) -> int:
