@@ -113,6 +113,17 @@ def make_recipe(path: Path, student: Path, teacher: Path | None, data: Path, out
     return path
 
 
+def never_resident(folder: Path, name: str = "zero3_fp32.json", **changes) -> Path:
+    """A packaged DeepSpeed config under which ZeRO-3 gathers every parameter whenever it is needed: by default those of
+    less than 100,000 elements, which is all that a test's models have, stay whole on every rank. (Larger ones stay from
+    pass to pass where their next use is within stage3_max_reuse_distance or what has been prefetched.)"""
+    config = json.loads((Path(__file__).parent.parent / "ds_configs" / name).read_text())
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, **changes}
+    path = folder / f"never_resident_{name}"
+    path.write_text(json.dumps(config))
+    return path
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -62,14 +62,15 @@ def be_weighed(argv: list[str], variables: dict[str, str], log: str) -> None:
 
 
 @pytest.mark.parametrize("layout", [["train.micro_batch_size=2"], ["tensor_parallel=2"],
-                                    ["deepspeed=ds_configs/zero3.json", "student.activation_checkpointing=true"]],
+                                    ["deepspeed=BF16", "student.activation_checkpointing=true"]],
                          ids=["dp 2", "tp 2", "bf16"])
 def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, tmp_path):
     # wide enough that ZeRO-3 partitions more than it pads
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     pair = [small.make_model(tmp_path / family, family, 0, **sizes) for family in ("llama", "qwen3")]
     recipe = small.make_recipe(tmp_path / "r.yaml", *pair, small.make_text(tmp_path / "rows.jsonl"), tmp_path / "run",
-                               train__steps=5)
+                               train__steps=5, deepspeed=str(small.never_resident(tmp_path)))
+    layout = [key.replace("BF16", str(small.never_resident(tmp_path, "zero3.json"))) for key in layout]
     processes = small.Ranks(2, "train", recipe, *layout, be=be_weighed)
     assert processes.wait() == [0, 0], processes.text()
     plan = make_plan(load_recipe(recipe, layout), 1, 2, H100)

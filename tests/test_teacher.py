@@ -68,7 +68,9 @@ def run(root: Path, pair, *overrides: str, ranks: int = 2) -> tuple[list[dict], 
     """(metrics, what rank 0 counted in each step) of a run of STEPS steps."""
     student, teacher, data = pair
     recipe = small.make_recipe(root.with_suffix(".yaml"), student, teacher, data, root, train__steps=STEPS,
-                               train__global_batch_size=WINDOW, data__prepared=str(root.parent / "prepared"))
+                               train__global_batch_size=WINDOW, data__prepared=str(root.parent / "prepared"),
+                               deepspeed=str(small.never_resident(root.parent, stage3_max_reuse_distance=0,
+                                                                stage3_prefetch_bucket_size=1)))
     processes = small.Ranks(ranks, "train", recipe, *overrides, be=be_counted)
     statuses = processes.wait()
     assert statuses == [0] * ranks, processes.text()
@@ -103,6 +105,7 @@ def test_prefetching_goes_on_undisturbed_over_windows_of_several_micro_batches(w
 def test_teaching_the_window_at_once_is_teaching_it_row_by_row(pair, window, tmp_path):
     one_by_one, counted = run(tmp_path / "rows", pair, "teacher.max_tokens_per_pass=1")
     assert counted[-1]["teacher_calls"] == 8
+    assert counted[-1]["teacher_bytes"] > 6 * window[1][-1]["teacher_bytes"]      # the body's eight times, the head's once
     torch.testing.assert_close(losses(window[0]), losses(one_by_one), rtol=1e-6, atol=0)
 
 
