@@ -105,7 +105,7 @@ def test_prefetching_goes_on_undisturbed_over_windows_of_several_micro_batches(w
 def test_teaching_the_window_at_once_is_teaching_it_row_by_row(pair, window, tmp_path):
     one_by_one, counted = run(tmp_path / "rows", pair, "teacher.max_tokens_per_pass=1")
     assert counted[-1]["teacher_calls"] == 8
-    assert counted[-1]["teacher_bytes"] > 6 * window[1][-1]["teacher_bytes"]      # the body's eight times, the head's once
+    assert counted[-1]["teacher_bytes"] > 6 * window[1][-1]["teacher_bytes"]      # the body, eight times
     torch.testing.assert_close(losses(window[0]), losses(one_by_one), rtol=1e-6, atol=0)
 
 
