@@ -216,15 +216,32 @@ class Pieces(Section):
         return self
 
 
-def values_of(scheduled: float | Course | Pieces) -> list[float]:
+class Adaptive(Section):
+    """TAID's update of its interpolation (arXiv 2501.16937): from the first value to the second, never slower than
+    linearly over the run, and faster while the divergence falls."""
+
+    adaptive: tuple[Share, Share] = (0.4, 1.0)
+    rate: Share = 5e-4                       # α: how far a step goes at most, as a share of what is left to 1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99     # β: of the divergence's relative change
+
+    @model_validator(mode="after")
+    def _rises(self) -> Adaptive:
+        if self.adaptive[0] > self.adaptive[1]:
+            raise ValueError(f"adaptive {list(self.adaptive)} falls, and the interpolation only rises")
+        return self
+
+
+def values_of(scheduled: float | Course | Pieces | Adaptive) -> list[float]:
     """The values that bound all those it takes."""
     if isinstance(scheduled, Pieces):
         return [end for piece in scheduled.pieces for end in piece.ends]
+    if isinstance(scheduled, Adaptive):
+        return list(scheduled.adaptive)
     return list(scheduled.ends) if isinstance(scheduled, Course) else [scheduled]
 
 
 def _within(low: float, high: float, open_low: bool = False) -> AfterValidator:
-    def check(scheduled: float | Course | Pieces) -> float | Course | Pieces:
+    def check(scheduled: float | Course | Pieces | Adaptive) -> float | Course | Pieces | Adaptive:
         if not all(low < value <= high if open_low else low <= value <= high for value in values_of(scheduled)):
             raise ValueError(f"values {'above' if open_low else 'from'} {low:g}"
                              + ("" if high == math.inf else f" to {high:g}"))
@@ -233,13 +250,15 @@ def _within(low: float, high: float, open_low: bool = False) -> AfterValidator:
 
 
 def _kind_of(value: Any) -> str:
-    pieces = "pieces" in value if isinstance(value, Mapping) else isinstance(value, Pieces)
-    return KINDS[2] if pieces else KINDS[1] if isinstance(value, (Mapping, Course)) else KINDS[0]
+    for kind, name, key in ((Pieces, KINDS[2], "pieces"), (Adaptive, KINDS[3], "adaptive")):
+        if key in value if isinstance(value, Mapping) else isinstance(value, kind):
+            return name
+    return KINDS[1] if isinstance(value, (Mapping, Course)) else KINDS[0]
 
 
-KINDS = ("a number", "a course", "pieces of it")      # by which a wrong value is judged
+KINDS = ("a number", "a course", "pieces of it", "an adaptive one")      # by which a wrong value is judged
 Scheduled = Annotated[Annotated[Finite, Tag(KINDS[0])] | Annotated[Course, Tag(KINDS[1])]
-                      | Annotated[Pieces, Tag(KINDS[2])], Discriminator(_kind_of)]
+                      | Annotated[Pieces, Tag(KINDS[2])] | Annotated[Adaptive, Tag(KINDS[3])], Discriminator(_kind_of)]
 
 
 class AlphaBetaSpec(Section):
@@ -267,9 +286,22 @@ class Loss(Section):
     ce_weight: Annotated[Scheduled, _within(0, math.inf)] = 0.0
 
     @property
-    def scheduled(self) -> dict[str, Course | Pieces]:
+    def scheduled(self) -> dict[str, Course | Pieces | Adaptive]:
         """The keys that change with the step."""
-        return {name: value for name, value in self if isinstance(value, (Course, Pieces))}
+        return {name: value for name, value in self if isinstance(value, (Course, Pieces, Adaptive))}
+
+    @property
+    def adaptive(self) -> Adaptive | None:
+        """The interpolation that the divergence drives, if any."""
+        return next((value for value in self.scheduled.values() if isinstance(value, Adaptive)), None)
+
+    @model_validator(mode="after")
+    def _only_the_interpolation_adapts(self) -> Loss:
+        interpolation = "t" if self.preset == "taid" else "lam"
+        for name, value in self.scheduled.items():
+            if isinstance(value, Adaptive) and name != interpolation:
+                raise ValueError(f"`{name}` is adaptive: only `{interpolation}`, the teacher's share, can be")
+        return self
 
     @model_validator(mode="after")
     def _some_weight(self) -> Loss:

@@ -1,10 +1,22 @@
-"""What changes from step to step, as pure functions of the step: a resumed run needs no memory of them."""
+"""What changes from step to step, as pure functions of the step: a resumed run needs no memory of them.
+
+TAID's interpolation alone follows the losses that were: its `Interpolation` is kept in the checkpoints.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import TypedDict
 
-from amid_ds.config import Course, Loss, Pieces, Train
+from amid_ds.config import Adaptive, Course, Loss, Pieces, Train
+
+
+class Interpolation(TypedDict):
+    """Where TAID's update stands: the value of the next step, the momentum, and the divergence of the step before."""
+
+    value: float
+    momentum: float
+    divergence: float | None
 
 
 def learning_rate(train: Train, step: int) -> float:
@@ -19,8 +31,12 @@ def learning_rate(train: Train, step: int) -> float:
     return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def value_at(scheduled: float | Course | Pieces, step: int, total: int) -> float:
-    """What a scheduled value is in optimizer step `step` (from 0) of `total`; at the last one it has arrived."""
+def value_at(scheduled: float | Course | Pieces | Adaptive, step: int, total: int,
+             stands: Interpolation | None = None) -> float:
+    """What a scheduled value is in optimizer step `step` (from 0) of `total`; at the last one it has arrived. An
+    adaptive one is where it `stands`; None: at its beginning."""
+    if isinstance(scheduled, Adaptive):
+        return scheduled.adaptive[0] if stands is None else stands["value"]
     if isinstance(scheduled, Pieces):
         begun = [piece for piece in scheduled.pieces if piece.steps is not None and piece.steps[0] <= step]
         return value_at(begun[-1] if begun else scheduled.pieces[0], step, total)
@@ -34,9 +50,31 @@ def value_at(scheduled: float | Course | Pieces, step: int, total: int) -> float
     return start + (end - start) * progress
 
 
-def loss_at(loss: Loss, step: int, total: int) -> Loss:
+def loss_at(loss: Loss, step: int, total: int, stands: Interpolation | None = None) -> Loss:
     """The loss of one step, its schedules replaced by their values."""
-    return loss.model_copy(update={name: value_at(value, step, total) for name, value in loss.scheduled.items()})
+    return loss.model_copy(update={name: value_at(value, step, total, stands)
+                                   for name, value in loss.scheduled.items()})
+
+
+def advanced(adaptive: Adaptive, stands: Interpolation | None, divergence: float, step: int, total: int
+             ) -> Interpolation:
+    """TAID's update (arXiv 2501.16937, section 3.2) after optimizer step `step` (from 0) of `total` and its divergence.
+
+        change = (J before - J) / J before;   m = β m + (1 - β) change
+        t = min(t_end, max(t_linear, t + rate · sigmoid(m) · (1 - t)))
+
+    J is the divergence itself; the authors' code has the cross entropy with the same gradient, whose relative change
+    is smaller. As there, the first step only leaves its divergence.
+    """
+    start, end = adaptive.adaptive
+    if stands is None or stands["divergence"] is None:
+        return {"value": start, "momentum": 0.0, "divergence": divergence}
+    before, t = stands["divergence"], stands["value"]
+    momentum = (adaptive.momentum * stands["momentum"]
+                + (1 - adaptive.momentum) * (before - divergence) / (before + 1e-15))
+    along = start + (end - start) * step / total
+    faster = t + adaptive.rate * (1 - t) * 0.5 * (1 + math.tanh(momentum / 2))      # a sigmoid that cannot overflow
+    return {"value": min(end, max(along, faster)), "momentum": momentum, "divergence": divergence}
 
 
 def turning_points(loss: Loss, total: int) -> list[int]:
@@ -44,7 +82,7 @@ def turning_points(loss: Loss, total: int) -> list[int]:
     found = {0, total - 1}
     for scheduled in loss.scheduled.values():
         for course in scheduled.pieces if isinstance(scheduled, Pieces) else [scheduled]:
-            found |= {min(step, total - 1) for step in course.steps or ()}
+            found |= {min(step, total - 1) for step in getattr(course, "steps", None) or ()}
     return sorted(found)
 
 

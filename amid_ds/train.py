@@ -41,7 +41,7 @@ from amid_ds.losses.fused import IGNORE_INDEX
 from amid_ds.metrics import RunLog, write_atomically
 from amid_ds.origin import student_of
 from amid_ds.provenance import model_hash, prepared_hash, provenance
-from amid_ds.schedule import learning_rate, loss_at, step_seed, turning_points
+from amid_ds.schedule import advanced, learning_rate, loss_at, step_seed, turning_points
 from amid_ds.stopping import StopRequest
 from amid_ds.validation import validate
 from amid_ds.watchdog import GRACE_S, Watchdog
@@ -409,7 +409,7 @@ def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str,
         group["lr"] = lr
     engine.begin_window(ds)
     train = job.recipe.train
-    aim = loss_at(job.recipe.loss, state["step"], train.steps)
+    aim = loss_at(job.recipe.loss, state["step"], train.steps, state.get("interpolation"))
     objective = engine.build_objective(aim)
     distiller.pursue(objective, aim.kd_weight, aim.ce_weight)   # type: ignore[arg-type]   # loss_at gives numbers
     per_pass = max(1, state["tokens_per_pass"] // (train.micro_batch_size * train.seq_length))
@@ -433,6 +433,8 @@ def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str,
     norm = engine.take_step(ds, world)
     if norm is None:
         _stop_on_non_finite(f"the gradient norm of step {number} is not finite", per_micro, [*window, *more], world)
+    if distiller.has_lesson and (adaptive := job.recipe.loss.adaptive) is not None:
+        state["interpolation"] = advanced(adaptive, state.get("interpolation"), kd_sum, state["step"], train.steps)
     state["step"], state["tokens"] = number, state["tokens"] + int(tokens)
     seconds = time.monotonic() - began
     taught = distiller.has_lesson

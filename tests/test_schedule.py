@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 import small
+import torch
 import yaml
+from test_train import comparable
 
 from amid_ds.config import Course, Loss, Pieces, load_recipe
 from amid_ds.errors import InputError
@@ -41,6 +44,9 @@ def test_presets_own_keys_are_scheduled_too():
     ({"alpha": {"sawtooth": [0, 1]}}, "`loss.alpha.sawtooth` is unknown"),
     ({"alpha": "steep"}, "`loss.alpha`: found 'steep'"),
     ({"temperature": {"linear": [1, 0]}}, "above 0"),
+    ({"alpha": {"adaptive": [0.4, 1.0]}}, "only `lam`"),
+    ({"preset": "taid", "t": {"adaptive": [0.9, 0.4]}}, "only rises"),
+    ({"preset": "taid", "t": {"adaptive": [0.4, 1.5]}}, "less than or equal to 1"),
 ])
 def test_a_wrong_schedule_is_refused_by_name(spec, said, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({
@@ -71,3 +77,34 @@ def test_each_step_of_a_scheduled_run_minimises_what_the_schedule_says(tmp_path)
         assert line["loss"] == pytest.approx(small.metrics(constant)[index]["loss"], rel=1e-6)
     again = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert again.loss == load_recipe(recipe, scheduled).loss
+
+
+def by_the_paper(divergences: list[float], start: float, end: float, rate: float, momentum: float, total: int):
+    """TAID's algorithm 1 as the paper has it: t of each step, given the divergence that each step came to."""
+    t, m, before, used = torch.tensor(start, dtype=torch.float64), 0.0, None, []
+    for n, divergence in enumerate(divergences):
+        used.append(t.item())
+        if before is not None:
+            m = momentum * m + (1 - momentum) * (before - divergence) / before
+            linear = torch.tensor(start + (end - start) * n / total, dtype=torch.float64)
+            faster = t + rate * torch.sigmoid(torch.tensor(m, dtype=torch.float64)) * (1 - t)
+            t = torch.maximum(linear, faster).clamp(max=end)
+        before = divergence
+    return used
+
+
+def test_taids_interpolation_follows_the_divergence_and_goes_on_where_it_was(tmp_path):
+    pair = [small.make_model(tmp_path / name, "llama", seed) for seed, name in enumerate(("student", "teacher"))]
+    recipe = small.make_recipe(
+        tmp_path / "r.yaml", *pair, small.make_text(tmp_path / "rows.jsonl"), tmp_path / "run", train__steps=8,
+        loss={"preset": "taid", "t": {"adaptive": [0.3, 0.8], "rate": 0.5, "momentum": 0.4}}, checkpoint__every=5)
+    small.run(2, "train", recipe)
+    whole = comparable(tmp_path / "run")
+    truth = by_the_paper([line["kd_loss"] for line in whole], 0.3, 0.8, 0.5, 0.4, 8)
+    assert [line["t"] for line in whole] == [line["lam"] for line in whole] == pytest.approx(truth, rel=1e-12)
+    linear = [0.3 + 0.5 * max(0, n - 1) / 8 for n in range(8)]
+    assert truth[:2] == [0.3, 0.3] and truth[4] > linear[4] + 0.05      # the divergence has a say
+    assert truth[-1] == 0.8                                             # and the end is kept
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
+    assert "resumed after step 5" in small.run(2, "train", recipe).text()
+    assert comparable(tmp_path / "run") == whole
