@@ -86,11 +86,14 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
-    evaluate = commands.add_parser("eval", help="perplexity, and KL to and agreement with a teacher")
+    evaluate = commands.add_parser("eval", help="perplexity, distance to a teacher, ROUGE-L of generations")
     evaluate.add_argument("model")
     evaluate.add_argument("--teacher", metavar="MODEL")
     evaluate.add_argument("--data", required=True, metavar="FILE")
     evaluate.add_argument("--seq-length", type=int, default=512, metavar="L")
+    evaluate.add_argument("--template", metavar="NAME", help="the prompts of instruction and input: minillm or alpaca")
+    evaluate.add_argument("--seeds", type=int, metavar="N", help="samples of each prompt; 5 where there are prompts")
+    evaluate.add_argument("--new-tokens", type=int, metavar="N", help="in a sample, at most; half of L")
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(run=_eval)
 
@@ -190,9 +193,10 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from amid_ds.evaluate import evaluate_command
+    from amid_ds.evaluate import Question, evaluate_command
 
-    evaluate_command(args.model, args.teacher, args.data, args.seq_length, args.json)
+    evaluate_command(Question(args.model, args.teacher, args.data, args.seq_length, args.template, args.seeds,
+                              args.new_tokens), args.json)
 
 
 def _bench(args: argparse.Namespace) -> None:

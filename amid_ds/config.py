@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from amid_ds.errors import InputError
+from amid_ds.templates import TEMPLATES
 
 Dtype = Literal["auto", "bf16", "fp32"]
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -68,7 +69,8 @@ class Teacher(Model):
 
 
 class Rows(Section):
-    """Where rows come from, and the columns that are read: `text`, or `prompt` with `response`, or `messages`."""
+    """Where rows come from, and the columns that are read: `text`, or `prompt` with `response`, or `messages`, or, with
+    the `template` that makes prompts of them, `instruction`, `input` and `output`."""
 
     path: str                                # a file, folder or glob, or a data set on the hub
     config: str | None = None                # of a data set on the hub: its configuration,
@@ -78,28 +80,38 @@ class Rows(Section):
     prompt: str | None = None
     response: str | None = None
     messages: str | None = None              # a list of {role, content}, for the tokenizer's chat template
+    template: str | None = None              # of templates.py, by name
     truncate: Literal["left", "right"] = "left"   # the side that a prompt or conversation too long for a row loses
 
     @model_validator(mode="after")
     def _one_kind_of_row(self) -> Rows:
         if (self.prompt is None) != (self.response is None):
             raise ValueError("`prompt` and `response` belong together: name both columns")
-        kinds = [kind for kind in ("text", "prompt", "messages") if getattr(self, kind) is not None]
+        kinds = [kind for kind in ("text", "prompt", "messages", "template") if getattr(self, kind) is not None]
         if len(kinds) > 1:
             raise ValueError(f"found {' beside '.join(f'`{kind}`' for kind in kinds)}: a source has one kind of row, "
                              "name one of them")
         return self
 
+    @field_validator("template")
+    @classmethod
+    def _known_template(cls, name: str | None) -> str | None:
+        if name is not None and name not in TEMPLATES:
+            raise ValueError(f"no such template; {nearest(name, TEMPLATES)}")
+        return name
+
     @property
     def is_text(self) -> bool:
         """Documents to be joined and packed, rather than one row each."""
-        return self.prompt is None and self.messages is None
+        return self.prompt is None and self.messages is None and self.template is None
 
     @property
     def fields(self) -> tuple[str, ...]:
         """The columns that a row is made of; `text` where the recipe names none."""
         if self.prompt is not None and self.response is not None:
             return self.prompt, self.response
+        if self.template is not None:
+            return "instruction", "input", "output"
         return (self.messages or self.text or "text",)
 
 
@@ -477,9 +489,11 @@ def _known_keys(location: Sequence[int | str]) -> list[str]:
     return list(model.model_fields) if model is not None else []
 
 
-def _nearest(key: str, known: Sequence[str]) -> str:
+def nearest(key: str, known: Iterable[str]) -> str:
+    """What was perhaps meant by `key`, for a message."""
+    known = list(known)
     match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean `{match[0]}`?" if match else f"known keys: {', '.join(known)}"
+    return f"did you mean `{match[0]}`?" if match else f"known: {', '.join(known)}"
 
 
 def _readable(error: ValidationError) -> list[str]:
@@ -488,7 +502,7 @@ def _readable(error: ValidationError) -> list[str]:
         location = [part for part in problem["loc"] if part not in KINDS]
         name = ".".join(str(part) for part in location) or "recipe"
         if problem["type"] == "extra_forbidden":
-            lines.append(f"`{name}` is unknown; {_nearest(str(location[-1]), _known_keys(location[:-1]))}")
+            lines.append(f"`{name}` is unknown; {nearest(str(location[-1]), _known_keys(location[:-1]))}")
         elif problem["type"] == "missing":
             lines.append(f"`{name}` is missing")
         else:
@@ -506,6 +520,6 @@ def _unknown_loss_keys(loss: Any) -> Iterator[str]:
     known = list(Loss.model_fields)
     for key in loss.keys() - set(known):
         if loss.get("preset") is None:
-            yield f"`loss.{key}` is unknown; {_nearest(key, known)}"
+            yield f"`loss.{key}` is unknown; {nearest(key, known)}"
         elif isinstance(loss[key], float) and not math.isfinite(loss[key]):
             yield f"`loss.{key}`: found {loss[key]!r}; a preset's numbers are finite"

@@ -157,8 +157,8 @@ def _free_port() -> int:
 
 def _evaluate(root: Path, tokenizer: Any, held_out: Path) -> dict[str, evaluate.Scores]:
     models = {name: evaluate.load_model(str(root / "models" / name)) for name in ("teacher", "distilled", "ce")}
-    return {name: evaluate.score_file(model, models["teacher"], tokenizer, str(held_out), SEQ_LENGTH)
-            for name, model in models.items()}
+    return {name: evaluate.evaluate(evaluate.Question(name, "teacher", str(held_out), SEQ_LENGTH), model,
+                                    models["teacher"], tokenizer) for name, model in models.items()}
 
 
 def _go_on(root: Path, seconds: float) -> None:

@@ -1,7 +1,8 @@
-"""How good is a model on held-out text, and how near to its teacher? One process, plain transformers models.
+"""How good is a model on held-out rows, how near to its teacher, and what does it write? Plain transformers models.
 
 Written apart from the fused loss, with both distributions in full for a few hundred tokens at a time, so that it can
-serve as a second opinion on it.
+serve as a second opinion on it. Under a launcher each rank holds both models whole and takes its share of the rows: no
+model is evaluated here that one device cannot hold (validation.py scores those, in the engine).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import dataclasses
 import json
 import math
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,25 +21,38 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from amid_ds.config import Data, Source
-from amid_ds.data import Batch, load_tokenizer, prepare, read_rows, require_same_tokenizer
+from amid_ds.config import Data, Source, nearest
+from amid_ds.data import Batch, load_tokenizer, prepare, prompt_ids, prompts_of, read_rows, require_same_tokenizer
 from amid_ds.distiller import head_of, logits_of, run_body
+from amid_ds.distributed import World, joined
 from amid_ds.engine import model_config
 from amid_ds.errors import InputError
+from amid_ds.templates import TEMPLATES
+from amid_ds.writing import SEEDS, Prompt, Sampling, judge, require_rouge
 
 TOKENS_AT_ONCE = 256      # [256, V] fp32 logits of two models: 263 MB at V = 128256
+BINS = 15                 # of confidence, for the calibration error (Guo et al., 2017)
+TIMEOUT_S = 7200.0        # how long a rank waits for the others
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Token-weighted means over a data set. `kl_to_teacher` is KL(teacher ‖ model) in nats, `top1_agreement` the share
-    of tokens where both have the same first choice; None without a teacher. `rouge_l` is None: nothing is generated."""
+    """Token-weighted means over a data set, in nats. `kl_to_teacher` is KL(teacher ‖ model), `reverse_kl` is
+    KL(model ‖ teacher), `top1_agreement` the share of tokens where both have the same first choice; None without a
+    teacher. `calibration_error`: the expected gap between the probability of the first choice and how often it is
+    right, over 15 bins of equal width. Then what `writing.Written` says of generations; None where there are none."""
 
     loss: float
     perplexity: float
     kl_to_teacher: float | None
+    reverse_kl: float | None
     top1_agreement: float | None
+    calibration_error: float
     rouge_l: float | None = None
+    rouge_l_standard_error: float | None = None
+    distinct_4: float | None = None
+    self_bleu: float | None = None
+    teacher_nll: float | None = None
 
 
 def load_model(model: str) -> nn.Module:
@@ -49,78 +63,182 @@ def load_model(model: str) -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
 
 
+def scores_of(sums: Sequence[float], taught: bool) -> Scores:
+    """Sums as `sums_of` makes them, of all ranks, as means. Raises InputError where there is no token to score."""
+    nll, kl, reverse, agreed, tokens, *bins = sums
+    if not tokens:
+        raise InputError("the data hold no token to score", "at least one token after the first", "check the file")
+    loss = nll / tokens
+    gaps = sum(abs(sure - right) for sure, right in zip(bins[:BINS], bins[BINS:], strict=True))
+    near = [value / tokens if taught else None for value in (kl, reverse, agreed)]
+    return Scores(loss, math.exp(loss), near[0], near[1], near[2], gaps / tokens)
+
+
 @torch.inference_mode()
-def evaluate(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Batch], vocab_size: int) -> Scores:
-    """Score `model` over the ids below `vocab_size`, both models renormalised over them."""
-    nll = kl = agreed = 0.0
-    tokens = 0
-    for batch in batches:
-        keep = batch.labels.flatten() != -100
-        labels = batch.labels.flatten()[keep]
+def sums_of(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Batch], vocab_size: int) -> list[float]:
+    """Sums over the labelled tokens: negative log-likelihood, KL(teacher ‖ model), KL(model ‖ teacher), tokens where
+    both have the same first choice, tokens; by bin of its probability, that probability, and whether it was right."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(5 + 2 * BINS, dtype=torch.float64, device=device)
+    for batch in (batch.to(device) for batch in batches):
+        labels = batch.labels.flatten()
+        keep = labels != -100
+        labels = labels[keep]
         hidden = [None if m is None else run_body(m, batch.input_ids, batch.positions).flatten(0, 1)[keep]
                   for m in (model, teacher)]
         for start in range(0, len(labels), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
             log_q = _log_probabilities(model, hidden[0][part], vocab_size)   # type: ignore[index]
-            nll += F.nll_loss(log_q, labels[part], reduction="sum").item()
+            sums[0] += F.nll_loss(log_q, labels[part], reduction="sum")
+            sure, choice = log_q.max(-1)
             if teacher is not None:
                 log_p = _log_probabilities(teacher, hidden[1][part], vocab_size)   # type: ignore[index]
-                kl += F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
-                agreed += (log_q.argmax(-1) == log_p.argmax(-1)).sum().item()
-        tokens += len(labels)
-    if not tokens:
-        raise InputError("the data hold no token to score", "at least one token after the first", "check the file")
-    loss = nll / tokens
-    return Scores(loss, math.exp(loss), kl / tokens if teacher is not None else None,
-                  agreed / tokens if teacher is not None else None)
+                sums[1] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+                sums[2] += F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+                sums[3] += (choice == log_p.argmax(-1)).sum()
+            sure = sure.exp().double()
+            place = (sure * BINS).long().clamp(max=BINS - 1)
+            sums[5:5 + BINS].index_add_(0, place, sure)
+            sums[5 + BINS:].index_add_(0, place, (choice == labels[part]).double())
+        sums[4] += len(labels)
+    found: list[float] = sums.tolist()
+    return found
 
 
 def _log_probabilities(model: nn.Module, hidden: torch.Tensor, vocab_size: int) -> torch.Tensor:
     return F.log_softmax(logits_of(head_of(model), hidden)[:, :vocab_size].float(), -1)
 
 
-def score_file(model: nn.Module, teacher: nn.Module | None, tokenizer: Any, path: str, seq_length: int,
-               batch_size: int = 4) -> Scores:
-    """Scores on every row of a local file (jsonl with `text`, or with `prompt` and `response`; or txt)."""
-    data = Data(train=[_source(path)])
-    with tempfile.TemporaryDirectory() as folder:
-        prepare(data, seq_length, tokenizer, Path(folder) / "data")
-        batches = list(read_rows(Path(folder) / "data", batch_size))
-        return evaluate(model, teacher, tqdm(batches, desc="evaluate", leave=False, disable=None), len(tokenizer))
+@dataclass(frozen=True)
+class Question:
+    """What `amid-ds eval` is asked. `seeds` None: as many as the papers draw, where the rows have prompts."""
+
+    model: str
+    teacher: str | None
+    data: str
+    seq_length: int = 512
+    template: str | None = None
+    seeds: int | None = None
+    new_tokens: int | None = None      # None: half of seq_length
+    batch_size: int = 4
+
+    def sampling(self, source: Source) -> Sampling | None:
+        """How to generate for the source's rows; None: not at all. Raises InputError where that cannot be done."""
+        seeds = self.seeds if self.seeds is not None else 0 if source.is_text else len(SEEDS)
+        new_tokens = self.seq_length // 2 if self.new_tokens is None else self.new_tokens
+        if seeds and source.is_text:
+            raise InputError(f"--seeds {seeds} with {self.data}, whose rows have no prompt and no reference",
+                             "prompt and response, or instruction, input and output: ROUGE-L compares with these",
+                             "give such a file, or leave --seeds out")
+        if seeds < 0 or not 0 < new_tokens < self.seq_length:
+            raise InputError(f"--seeds {seeds} --new-tokens {new_tokens}",
+                             f"at least 0 seeds, and from 1 to {self.seq_length - 1} new tokens, room for a prompt",
+                             "change --seeds, --new-tokens or --seq-length")
+        if not seeds:
+            return None
+        require_rouge()
+        return Sampling(seeds, new_tokens)
 
 
-def _source(path: str) -> Source:
-    """How to read `path`: by the columns of its first row."""
+def evaluate(question: Question, model: nn.Module, teacher: nn.Module | None, tokenizer: Any,
+             world: World | None = None) -> Scores:
+    """Every score of `model`, over the ids below the tokenizer's size, both models renormalised over them. Collective;
+    world None: this process alone."""
+    together: Any = (lambda work: work()) if world is None else world.together
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    source: Source = together(lambda: source_of(question.data, question.template))
+    sampling: Sampling | None = together(lambda: question.sampling(source))
+    with tempfile.TemporaryDirectory() as folder:      # each rank its own: nodes may share none
+        rows = Path(folder) / "data"
+        together(lambda: prepare(Data(train=[source]), question.seq_length, tokenizer, rows))
+        batches = tqdm(list(read_rows(rows, question.batch_size, rank, size)), desc="evaluate", leave=False,
+                       disable=True if rank else None)
+        sums = together(lambda: sums_of(model, teacher, batches, len(tokenizer)))
+    scores = scores_of(sums if world is None else world.sum(sums), teacher is not None)
+    if sampling is None:
+        return scores
+    prompts: list[Prompt] = together(lambda: _prompts(source, tokenizer, question.seq_length - sampling.new_tokens))
+    opinion = None if teacher is None else lambda asked, answers: likelihood(teacher, asked, answers, len(tokenizer))
+    return dataclasses.replace(scores, **dataclasses.asdict(judge(model, tokenizer, prompts, sampling, opinion, world)))
+
+
+def _prompts(source: Source, tokenizer: Any, room: int) -> list[Prompt]:
+    """The source's prompts; one longer than `room` loses its left."""
+    texts, references = zip(*prompts_of(source, "error"), strict=True)
+    return [Prompt(ids[-room:], answers) for ids, answers in zip(prompt_ids(tokenizer, texts), references, strict=True)]
+
+
+def likelihood(model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]],
+               vocab_size: int) -> tuple[float, int]:
+    """(Σ negative log-likelihood of the answers' tokens after their prompts, their number)."""
+    rows = [[*asked, *answer] for asked, answer in zip(prompts, answers, strict=True)]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+    labels = torch.full_like(ids, -100)
+    for place, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+        ids[place, :len(row)] = torch.tensor(row)
+        labels[place, len(row) - len(answer) - 1:len(row) - 1] = torch.tensor(answer, dtype=torch.long)
+    sums = sums_of(model, None, [Batch(ids, labels, None, 0, [], [])], vocab_size)
+    return sums[0], int(sums[4])
+
+
+def source_of(path: str, template: str | None = None) -> Source:
+    """How to read a file: by the columns of its first row. Instructions go through `template`, by default the first."""
     try:
         with open(path, encoding="utf-8") as file:
             row = json.loads(file.readline()) if path.endswith(".jsonl") else {}
     except (OSError, ValueError):
         row = {}      # said, with the line, by the data room
-    if isinstance(row, dict) and "text" not in row and {"prompt", "response"} <= row.keys():
+    columns = row.keys() if isinstance(row, dict) else set()
+    if template is not None or ("text" not in columns and {"instruction", "output"} <= columns):
+        name = template or next(iter(TEMPLATES))
+        if name not in TEMPLATES:
+            raise InputError(f"the prompt template {name!r}", f"one of {', '.join(TEMPLATES)}",
+                             nearest(name, TEMPLATES))
+        return Source(path=path, template=name)
+    if "text" not in columns and {"prompt", "response"} <= columns:
         return Source(path=path, prompt="prompt", response="response")
     return Source(path=path)
 
 
-def evaluate_command(model: str, teacher: str | None, path: str, seq_length: int, as_json: bool) -> None:
-    """`amid-ds eval`: print the scores, as a table or as JSON alone."""
-    tokenizer = load_tokenizer(model)
-    if teacher is not None:
-        require_same_tokenizer(tokenizer, load_tokenizer(teacher), model, teacher)
-    scores = score_file(load_model(model), load_model(teacher) if teacher else None, tokenizer, path, seq_length)
-    if as_json:
-        print(json.dumps(dataclasses.asdict(scores)))
-    else:
-        print_table({model: scores})
+def evaluate_command(question: Question, as_json: bool) -> None:
+    """`amid-ds eval`: rank 0 prints the scores, as a table or as JSON alone."""
+    with joined(TIMEOUT_S) as world:
+        model, teacher, tokenizer = world.together(lambda: _load(question, world.device))
+        scores = evaluate(question, model, teacher, tokenizer, world)
+        if world.is_main and as_json:
+            print(json.dumps(dataclasses.asdict(scores)))
+        elif world.is_main:
+            print_table({question.model: scores})
+
+
+def _load(question: Question, device: torch.device) -> tuple[nn.Module, nn.Module | None, Any]:
+    tokenizer = load_tokenizer(question.model)
+    if question.teacher is not None:
+        require_same_tokenizer(tokenizer, load_tokenizer(question.teacher), question.model, question.teacher)
+    teacher = load_model(question.teacher).to(device) if question.teacher is not None else None
+    return load_model(question.model).to(device), teacher, tokenizer
+
+
+COLUMNS = {      # heading -> how a score is shown, where it is known
+    "perplexity": ("perplexity", "{:.2f}"), "KL(teacher‖model)": ("kl_to_teacher", "{:.4f}"),
+    "KL(model‖teacher)": ("reverse_kl", "{:.4f}"), "top-1 agreement": ("top1_agreement", "{:.1%}"),
+    "calibration error": ("calibration_error", "{:.3f}"), "ROUGE-L": ("rouge_l", "{:.4f}"),
+    "± standard error": ("rouge_l_standard_error", "{:.4f}"), "distinct-4": ("distinct_4", "{:.3f}"),
+    "self-BLEU": ("self_bleu", "{:.3f}"), "teacher's NLL": ("teacher_nll", "{:.3f}")}
 
 
 def print_table(scores: dict[str, Scores]) -> None:
+    """Models by their names; columns that no model has are left out."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="held-out")
-    for title in ("model", "perplexity", "KL to teacher", "top-1 agreement"):
-        table.add_column(title, justify="left" if title == "model" else "right")
+    table.add_column("model")
+    shown = {heading: how for heading, how in COLUMNS.items()
+             if any(getattr(row, how[0]) is not None for row in scores.values())}
+    for heading in shown:
+        table.add_column(heading, justify="right")
     for name, row in scores.items():
-        table.add_row(name, f"{row.perplexity:.2f}", "-" if row.kl_to_teacher is None else f"{row.kl_to_teacher:.4f}",
-                      "-" if row.top1_agreement is None else f"{row.top1_agreement:.1%}")
+        values = [(getattr(row, field), form) for field, form in shown.values()]
+        table.add_row(name, *("-" if value is None else form.format(value) for value, form in values))
     Console().print(table)

@@ -78,6 +78,8 @@ CASES = {      # overrides -> what the message must name
     "a DeepSpeed config that is not JSON": (["deepspeed=ROOT/not.json"], ["not.json", "JSON"]),
     "a DeepSpeed config that is not there": (["deepspeed=zero9.json"], ["zero9.json", "zero3.json"]),
     "a key that later work brings to life": (["rollout={}"], ["`rollout` is not supported yet"]),
+    "an unknown template": (["data.train.0.text=null", "data.train.0.template=minilm"],
+                            ["data.train.0.template", "'minilm'", "did you mean `minillm`?"]),
     "a negative warm-up": (["train.warmup_steps=-1"], ["train.warmup_steps", "-1"]),
     "nothing to learn": (["loss.kd_weight=0", "loss.ce_weight=0"], ["both 0"]),
     "an override without a value": (["train.steps"], ["train.steps", "a.b=value"]),

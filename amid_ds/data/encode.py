@@ -68,7 +68,7 @@ class Packer:
         """What the row is to be encoded as: one document, or the pieces of a long text, which are packed one by one."""
         if self.source.messages is not None:
             return [conversation(self.tokenizer, row.values[0])]
-        if self.source.prompt is not None:
+        if not self.source.is_text:
             return [[(front, False), (row.values[0], False), (row.values[1], True), (end, True)]]
         parts: list[list[Segment]] = [[(piece, True)] for piece in _pieces(row.values[0])]
         parts[0].insert(0, (front if row.begins else [], True))

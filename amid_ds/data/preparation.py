@@ -30,6 +30,7 @@ from amid_ds.data.shard import Chunk, Maker, chunks_of, read_json, require_intac
 from amid_ds.data.sources import files_of, identity, open_stream
 from amid_ds.data.tokenizer import end_of_text, fingerprint
 from amid_ds.errors import InputError, TrainingError
+from amid_ds.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -196,7 +197,9 @@ def _plan(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase
     `on_bad_row`: shards made before a bad row was found are good under either, and what was left out is counted."""
     sources = []
     for source, paths in zip(data.train, files, strict=True):
-        template = None if source.messages is None else require_chat_template(tokenizer)
+        template: Any = None if source.template is None else list(TEMPLATES[source.template])
+        if source.messages is not None:
+            template = require_chat_template(tokenizer)
         sources.append({"path": source.path, "fields": list(source.fields), "template": template,
                         "truncate": source.truncate, "isolate": data.isolates(source),
                         "files": identity(source, paths)})

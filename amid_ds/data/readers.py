@@ -75,14 +75,14 @@ def cut(file: int, path: str, target: int) -> Iterator[Span]:
             yield Span(file, path, start, stop, stop - start)
 
 
-def read(span: Span, fields: Sequence[str]) -> Iterator[Row]:
-    """The rows of a span."""
+def read(span: Span, fields: Sequence[str], optional: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a span. Of a JSON object the `optional` fields may be missing: their values are then None."""
     kind = kind_of(span.path)
     if kind in TEXT:
         yield from _text_rows(_lines(span), span.start == 0)
     elif kind in LINES:
         for number, (line, problem, _) in enumerate(_lines(span)):
-            yield Row(number, problem=problem) if problem else _json_row(number, line, fields)
+            yield Row(number, problem=problem) if problem else _json_row(number, line, fields, optional)
     else:
         batches = _parquet_batches(span, fields) if kind in PARQUET else _arrow_batches(span, fields)
         yield from _table_rows(batches, fields)
@@ -159,7 +159,7 @@ def _text_rows(lines: Iterable[tuple[str, str | None, bool]], begins: bool) -> I
         yield Row(first, ("".join(piece),), count=len(piece), begins=begins, ends=False)
 
 
-def _json_row(number: int, text: str, fields: Sequence[str]) -> Row:
+def _json_row(number: int, text: str, fields: Sequence[str], optional: Sequence[str]) -> Row:
     if not text.strip():
         return Row(number, problem="an empty line")
     try:
@@ -168,9 +168,9 @@ def _json_row(number: int, text: str, fields: Sequence[str]) -> Row:
         return Row(number, problem=f"not JSON: {error}")
     if not isinstance(row, dict):
         return Row(number, problem=f"holds {type_name(row)} where an object is expected")
-    if missing := _lacking(row, fields):
+    if missing := _lacking(row, [field for field in fields if field not in optional]):
         return Row(number, problem=missing)
-    return Row(number, tuple(row[field] for field in fields))
+    return Row(number, tuple(row.get(field) for field in fields))
 
 
 def _lacking(names: Iterable[str], fields: Sequence[str]) -> str | None:

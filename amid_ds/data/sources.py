@@ -33,10 +33,12 @@ from amid_ds.data.readers import (
     type_name,
 )
 from amid_ds.errors import InputError
+from amid_ds.templates import fill
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 OF_DATASETS = ("dataset_dict.json", "dataset_info.json", "state.json")     # beside what `save_to_disk` writes
 FIRST_ROWS = 10               # that many are looked at before a run starts
+OPTIONAL = ("input",)         # what an instruction may do without
 
 
 def files_of(source: config.Source) -> list[str]:
@@ -87,17 +89,39 @@ def shards_of(files: Sequence[str], target: int) -> Iterator[list[Span]]:
 def read_span(span: Span, source: config.Source) -> Iterator[Row]:
     """The rows of a span, each judged."""
     names = ("text",) if kind_of(span.path) in TEXT else source.fields
-    for row in read(span, source.fields):
+    for row in read(span, source.fields, OPTIONAL if source.template is not None else ()):
         yield judged(row, names, source)
 
 
 def judged(row: Row, names: Sequence[str], source: config.Rows) -> Row:
-    """The row, or what is wrong with it in the place of its values, which are those of the columns `names`."""
+    """The row, or what is wrong with it in the place of its values, which are those of the columns `names`; of an
+    instruction they become its prompt and its responses, one or several."""
+    if source.template is not None:
+        return _prompted(row, source.template)
     judge = _text_problem if source.messages is None else _messages_problem
     problems = (f"the field {name!r} {problem}" for name, value in zip(names, row.values, strict=False)
                 if (problem := judge(value)))
     problem = row.problem or next(problems, None)
     return row if problem is None else replace(row, problem=problem, values=())
+
+
+def _prompted(row: Row, template: str) -> Row:
+    if row.problem is not None:
+        return row
+    instruction, context, output = row.values
+    outputs = output if isinstance(output, list) else [output]
+    checked = [("instruction", instruction), *(("output", text) for text in outputs or [None]),
+               *([("input", context)] if context else [])]
+    for name, value in checked:
+        if problem := _text_problem(value):
+            return replace(row, problem=f"the field {name!r} {problem}", values=())
+    return replace(row, values=(fill(template, instruction, context or ""), *outputs))
+
+
+def prompts_of(source: config.Source, on_bad_row: str) -> Iterator[tuple[str, list[str]]]:
+    """(prompt, its references) of every usable row of a source of prompts."""
+    for prompt, *references in _usable(source, on_bad_row):
+        yield prompt, references
 
 
 def bad_row(name: str, problem: str) -> InputError:

@@ -98,6 +98,12 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[in
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompts: Iterable[str]) -> list[list[int]]:
+    """Prompts as prepared rows have them: what the tokenizer puts before a text, and the prompt's own ids."""
+    front = document_front(tokenizer)
+    return [front + ids for ids in encode(tokenizer, list(prompts))]
+
+
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """sha256 over what the tokenizer produces: vocabulary with ids, special tokens' roles, the probes' ids."""
     produced = {
