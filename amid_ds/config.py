@@ -322,6 +322,13 @@ class Loss(Section):
         return self
 
 
+class Profile(Section):
+    """The optimizer steps, counted from 1, that torch's profiler traces."""
+
+    start: PositiveInt
+    steps: PositiveInt = 3
+
+
 class Train(Section):
     steps: PositiveInt
     seq_length: Annotated[int, Field(ge=2)] = 512
@@ -337,6 +344,7 @@ class Train(Section):
     eval_every: Annotated[int, Field(ge=0)] = 0   # steps between evaluations on data.eval; 0: at the end alone
     max_hours: Positive | None = None        # stop in order after so many hours of this life
     hang_timeout: Positive = 1800            # seconds that a step, or a rank before the first one, may take
+    profile: Profile | None = None           # a trace of torch's profiler per rank
 
 
 class Checkpoint(Section):

@@ -21,6 +21,7 @@ from amid_ds.distributed import rows_of
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD, LMHead, linear_amid_loss, linear_argmax, preset
 from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.meter import phase
 from amid_ds.vocab_parallel import VocabShard
 
 
@@ -86,11 +87,12 @@ class FusedHead(nn.Module):
                 ce_weight: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
         student_head, teacher_head = self.heads()
         taught = teacher_hidden is not None      # else plain cross entropy, and there is no divergence to report
-        out = linear_amid_loss(student_hidden, student_head, teacher_hidden, teacher_head if taught else None,
-                               self.objective, token_weights=token_weights, labels=labels,
-                               kd_weight=self.kd_weight if taught else 0.0,
-                               ce_weight=self.ce_weight if ce_weight is None else ce_weight,
-                               vocab_size=self.vocab_size, shard=self.shard)
+        with phase("loss"):
+            out = linear_amid_loss(student_hidden, student_head, teacher_hidden, teacher_head if taught else None,
+                                   self.objective, token_weights=token_weights, labels=labels,
+                                   kd_weight=self.kd_weight if taught else 0.0,
+                                   ce_weight=self.ce_weight if ce_weight is None else ce_weight,
+                                   vocab_size=self.vocab_size, shard=self.shard)
         kd, ce = (out.loss.new_zeros(()) if part is None else (token_weights * part).sum() for part in (out.kd, out.ce))
         return out.loss, kd, ce
 

@@ -76,6 +76,14 @@ class World:
         dist.all_reduce(tensor)
         return (tensor / self.tp_size).tolist()
 
+    def sum_beside(self, values: Sequence[float], own: Sequence[float]) -> tuple[list[float], list[list[float]]]:
+        """`sum` of `values`, and every rank's `own` numbers, by rank, in the same collective."""
+        places = [0.0] * (len(own) * self.size)
+        places[self.rank * len(own):(self.rank + 1) * len(own)] = [value * self.tp_size for value in own]
+        total = self.sum([*values, *places])
+        rows = total[len(values):]
+        return total[:len(values)], [rows[i:i + len(own)] for i in range(0, len(rows), len(own))]
+
     def gather(self, value: T) -> list[T]:
         """Every rank's `value` (anything that pickles), by rank. One collective of objects: for set-up, not steps."""
         everyone: list[Any] = [None] * self.size

@@ -152,7 +152,7 @@ def model_card(checkpoint: Path, recipe: Recipe, state: Mapping[str, Any], dtype
     teacher = f", distilled from `{recipe.teacher.model}`" if recipe.teacher is not None else ""
     lines = [_last(run / name, state["step"]) for name in ("metrics.jsonl", "eval.jsonl")]
     metrics = [f"| {key} | {value:g} |" for key, value in (lines[0][-1] if lines[0] else {}).items()
-               if value is not None]
+               if value is not None and "/" not in key]      # what was learnt, not how fast
     parts = ["---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation, amid-ds]\n---",
              f"# {run.resolve().name}, step {state['step']}",
              f"`{recipe.student.model}`{teacher}, trained by amid_ds: {state['step']} of {recipe.train.steps} steps, "

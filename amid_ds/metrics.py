@@ -41,7 +41,7 @@ class RunLog:
                         dynamic_ncols=True)
         self.began = self.last_line = time.monotonic()
 
-    def step(self, step: int, values: Mapping[str, float | None] | None) -> None:
+    def step(self, step: int, values: Mapping[str, Any] | None) -> None:
         """Optimizer step `step` (from 1) is done; `values` where it is one that is logged."""
         if self.folder is None:
             return
@@ -49,11 +49,12 @@ class RunLog:
             self._write(step, values)
         self.bar.update(1)
 
-    def _write(self, step: int, values: Mapping[str, float | None]) -> None:
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
         self.steps.write({"step": step, **values})
         for name, value in values.items():
-            if value is not None:
-                self._to_board("add_scalar", TENSORBOARD_TAGS.get(name, f"objective/{name}"), value, step)
+            if isinstance(value, (int, float)):
+                tag = name if "/" in name else TENSORBOARD_TAGS.get(name, f"objective/{name}")
+                self._to_board("add_scalar", tag, value, step)
         now = time.monotonic()
         losses = {"loss": values["loss"], "kd": values["kd_loss"], "ce": values["ce_loss"]}
         shown = {name: f"{value:.4f}" for name, value in losses.items() if value is not None}

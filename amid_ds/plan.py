@@ -100,6 +100,20 @@ def make_plan(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device) -
     return plan if plan.fits else replace(plan, remedies=list(_remedies(recipe, nodes, plan)))
 
 
+def device_here(ranks_here: int) -> Device | None:
+    """The device of this process, one of `ranks_here` on its node; None for a GPU that is not in the table."""
+    if not torch.cuda.is_available():
+        return find_device("cpu", ranks_here)
+    name = torch.cuda.get_device_name().lower()
+    return next((device for device in DEVICES.values() if device.name.split("-")[0] in name), None)
+
+
+def costs_of(recipe: Recipe, ranks: int, device: Device | None) -> tuple[dict[str, float], float | None]:
+    """A rank's planned FLOPs per step of `student` and `teacher`, and what its device could do in a second."""
+    assumed = device or find_device("cpu", 1)      # FLOPs are the same on any
+    return _plan(recipe, 1, ranks, assumed).flops_per_step, device.flops if device is not None else None
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """One model on one rank. Elements, unless named otherwise."""

@@ -38,20 +38,24 @@ from amid_ds.errors import InputError, Stopped, TrainingError
 from amid_ds.lives import Life
 from amid_ds.losses import AMiD
 from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.meter import Meter, heard, own_figures, phase
 from amid_ds.metrics import RunLog, write_atomically
 from amid_ds.origin import student_of
+from amid_ds.plan import costs_of, device_here
+from amid_ds.profile import Profiler
 from amid_ds.provenance import model_hash, prepared_hash, provenance
 from amid_ds.schedule import advanced, learning_rate, loss_at, step_seed, turning_points
 from amid_ds.stopping import StopRequest
 from amid_ds.validation import validate
+from amid_ds.watch import Watch
 from amid_ds.watchdog import GRACE_S, Watchdog
 
 MODEL = "model"      # in the run's folder: the finished student
 # What may differ between the lives of a run, because it does not change what is learnt.
 MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared", "train.log_every",
               "train.hang_timeout", "train.max_hours", "train.micro_batch_size", "student.activation_checkpointing",
-              "data.eval", "train.eval_every", "teacher.max_tokens_per_pass", "teacher.placement", "tensor_parallel",
-              "deepspeed")      # but for its dtype, which is kept as student.dtype
+              "data.eval", "train.eval_every", "train.profile", "teacher.max_tokens_per_pass", "teacher.placement",
+              "tensor_parallel", "deepspeed")      # but for its dtype, which is kept as student.dtype
 
 
 @dataclass(frozen=True)
@@ -240,29 +244,43 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
     saver = checkpoint.Saver(ds, job.run / "checkpoints", recipe.checkpoint, world, log.alarm, damaged)
     saved = state["step"]
     with (StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log),
-          Watchdog(recipe.train.hang_timeout, world, life) as watchdog):
-        began = time.monotonic()
+          Watchdog(recipe.train.hang_timeout, world, life) as watchdog,
+          Meter(world.device, *costs(job, world, watchdog.hosts, log)) as meter):
+        watch = Watch([f"rank {rank} on {host}" for rank, host in enumerate(watchdog.hosts)], log.alarm)
+        profiler = Profiler(recipe.train.profile, job.run, world.rank, meter, log.say)
+        began, lined = time.monotonic(), state["step"]
         for reading in readings(data, auxiliary, state["step"], recipe.train.steps):
             watchdog.step(state["step"] + 1)
+            profiler.step(state["step"] + 1)
             agreed = agree(reading, request.reason() is not None, saver.writing, world)
             if saver.pending and not agreed.writing:
-                saver.finish()
+                with phase("checkpoint"):
+                    saver.finish()
             if agreed.stop:
                 break
             life.stepping(state["step"] + 1)
             second = [] if auxiliary is None else [Second(reading.auxiliary, agreed.auxiliary_tokens)]
             values = {**step(job, ds, reading.window, agreed.tokens, state, world, *second), "padding": agreed.padding}
-            values["data_wait"] = agreed.waited / (time.monotonic() - began)
+            seconds = time.monotonic() - began
+            values["data_wait"] = agreed.waited / seconds
+            watch.step(state["step"], meter.peers, seconds)
             logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
+            if logged:
+                values |= meter.line(state["step"] - lined, ds.module.has_lesson)
+                values["perf/slowest_rank"] = watch.slowest
+                lined = state["step"]
             log.step(state["step"], values if logged else None)
             if recipe.data.eval and evaluates(recipe, state["step"]):      # before the save: a resumed run has had it
                 watchdog.step(state["step"])
-                log.evaluation(state["step"], world.together(lambda: validate(recipe, ds, world)))
+                with phase("evaluation"):
+                    log.evaluation(state["step"], world.together(lambda: validate(recipe, ds, world)))
             if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
-                saver.start(with_places(state, data, world))
+                with phase("checkpoint"):
+                    saver.start(with_places(state, data, world))
                 saved = state["step"]
             began = time.monotonic()
         watchdog.rest()
+        profiler.end()
         if state["step"] != saved:
             saver.start(with_places(state, data, world))
         saver.finish()
@@ -275,6 +293,20 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
         log.say(f"epochs read: {epochs_of(job, data, state)}")
         log.say(f"done: {recipe.train.steps} steps, checkpoint in {job.run / 'checkpoints'}")
         leave_model(job, world)      # a request to stop waits for it
+
+
+def costs(job: Job, world: World, hosts: list[str], log: RunLog) -> tuple[dict[str, float], float | None]:
+    """The planned FLOPs of a step on rank 0, which writes of them, and its device's peak; nothing on other ranks."""
+    if not world.is_main:
+        return {}, None
+    device = device_here(hosts.count(hosts[0]))
+    if device is None:
+        log.say(f"no peak is known of {torch.cuda.get_device_name()}: there will be no MFU")
+    try:
+        return costs_of(job.recipe, world.size, device)
+    except Exception as error:      # a model that cannot run on the meta device may still train
+        log.say(f"the FLOPs of a step cannot be counted, there will be no MFU: {error}")
+        return {}, None
 
 
 def leave_model(job: Job, world: World) -> None:
@@ -343,7 +375,8 @@ def readings(data: Steps, auxiliary: StepData | None, start: int, stop: int) -> 
     while True:
         before = sum(each.waited for each in both)
         try:
-            found = next(windows, None)
+            with phase("data"):
+                found = next(windows, None)
         except InputError as error:
             yield Reading([], [], 0.0, error)
             return
@@ -413,24 +446,30 @@ def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str,
     objective = engine.build_objective(aim)
     distiller.pursue(objective, aim.kd_weight, aim.ce_weight)   # type: ignore[arg-type]   # loss_at gives numbers
     per_pass = max(1, state["tokens_per_pass"] // (train.micro_batch_size * train.seq_length))
-    lessons = [*distiller.teach(batches[:len(window)], per_pass), *[None for _ in more]]
+    with phase("teacher"):
+        lessons = [*distiller.teach(batches[:len(window)], per_pass), *[None for _ in more]]
     sums = []
     with engine.gathered_head(distiller.teacher if distiller.has_lesson else None):
         for index, batch in enumerate(batches):
             weights = (batch.labels != IGNORE_INDEX).float() / divisors[index]
             ds.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss, kd, ce = ds(batch.input_ids, batch.labels, weights, lessons[index], batch.positions,
-                              None if index < len(window) else 1.0)
+            with phase("forward"):
+                loss, kd, ce = ds(batch.input_ids, batch.labels, weights, lessons[index], batch.positions,
+                                  None if index < len(window) else 1.0)
             lessons[index] = None      # its memory is free for the next micro-batch's activations
-            ds.backward(loss * world.dp_size, scale_wrt_gas=False)
+            with phase("backward"):
+                ds.backward(loss * world.dp_size, scale_wrt_gas=False)
             sums.append(torch.stack([loss.detach(), kd, ce]))
     per_micro = torch.stack(sums).double()
     main, added = per_micro[:len(window)], per_micro[len(window):]
-    loss_sum, kd_sum, ce_sum, added_sum = world.sum(
-        [per_micro[:, 0].sum().item(), *main[:, 1:].sum(0).tolist(), added[:, 2].sum().item()])
+    part = per_micro[:, 0].sum().item()
+    (loss_sum, kd_sum, ce_sum, added_sum), peers = world.sum_beside(
+        [part, *main[:, 1:].sum(0).tolist(), added[:, 2].sum().item()], [part, *own_figures()])
+    heard(peers)
     if not torch.isfinite(torch.tensor(loss_sum)):
         _stop_on_non_finite(f"the loss of step {number} is {loss_sum}", per_micro, [*window, *more], world)
-    norm = engine.take_step(ds, world)
+    with phase("optimizer"):
+        norm = engine.take_step(ds, world)
     if norm is None:
         _stop_on_non_finite(f"the gradient norm of step {number} is not finite", per_micro, [*window, *more], world)
     if distiller.has_lesson and (adaptive := job.recipe.loss.adaptive) is not None:

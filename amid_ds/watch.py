@@ -1,0 +1,75 @@
+"""What nobody should have to find in a curve: a loss that jumps, a rank that is slower than the others.
+
+Both are judged against the run's own recent past, so there is nothing to set. A loss that comes back and a rank that
+catches up are forgotten, and said again should they return.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+
+STEPS = 20           # of the recent past
+SPIKE = 8.0          # spreads above the recent median, where one spread is what a normal distribution's deviation is
+RISE = 0.25          # and at least this share of the median
+SLOW = 1.5           # times the median rank's own time
+SHARE = 0.05         # and by at least this share of a step
+
+
+class Watch:
+    """Looks at every step on every rank alike; `say` is called once per event. `names`: of the ranks, by number."""
+
+    def __init__(self, names: Sequence[str], say: Callable[[str], None]) -> None:
+        self.names, self.say = names, say
+        self.losses: deque[float] = deque(maxlen=STEPS)
+        self.own: deque[Sequence[float]] = deque(maxlen=STEPS)
+        self.steps_s: deque[float] = deque(maxlen=STEPS)
+        self.spiking = False
+        self.slow: set[int] = set()
+
+    @property
+    def slowest(self) -> int:
+        """The rank that has taken most time of its own in the recent steps."""
+        seconds = self._seconds()
+        return seconds.index(max(seconds))
+
+    def _seconds(self) -> list[float]:
+        return [sum(step) for step in zip(*self.own, strict=True)]
+
+    def step(self, step: int, peers: Sequence[Sequence[float]], step_s: float) -> None:
+        """Optimizer step `step` took `step_s` seconds. `peers`, by rank: its tokens' part of the loss, the seconds that
+        it had to itself (see Meter.own_seconds), and more."""
+        parts, own, *_ = zip(*peers, strict=True)
+        self._spike(step, parts)
+        self.own.append(own)
+        self.steps_s.append(step_s)
+        self._slow(step)
+
+    def _spike(self, step: int, parts: Sequence[float]) -> None:
+        past, loss = self.losses, sum(parts)
+        if len(past) == STEPS:
+            middle = statistics.median(past)
+            spread = 1.4826 * statistics.median(abs(value - middle) for value in past)
+            spiking = loss > middle + max(SPIKE * spread, RISE * abs(middle))
+            if spiking and not self.spiking:
+                worst = max(range(len(parts)), key=parts.__getitem__)
+                share = f", {parts[worst] / loss:.0%} of it" if len(parts) > 1 else ""
+                self.say(f"WARNING: the loss spikes: {loss:.4g} in step {step}, {middle:.4g} in the middle of the "
+                         f"{STEPS} before; most of it comes from {self.names[worst]}{share}")
+            self.spiking = spiking
+            if spiking:
+                return      # no part of what is normal
+        past.append(loss)
+
+    def _slow(self, step: int) -> None:
+        if len(self.own) < STEPS or len(self.names) < 2:
+            return
+        seconds = self._seconds()
+        middle = statistics.median_low(seconds)      # of two ranks: the quicker
+        for rank, own in enumerate(seconds):
+            slow = own > SLOW * middle and own - middle > SHARE * sum(self.steps_s)
+            if slow and rank not in self.slow:
+                self.say(f"WARNING: {self.names[rank]} is slow: in the {STEPS} steps up to {step} it took {own:.3g} s "
+                         f"for its data and in the loss, the median rank {middle:.3g} s")
+            (self.slow.add if slow else self.slow.discard)(rank)

@@ -1,0 +1,172 @@
+"""What a run says of itself: where its time goes, who is slow, what jumps; and a profile that shows the same phases."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import pytest
+import small
+import torch
+
+from amid_ds import meter
+from amid_ds.cli import main
+from amid_ds.config import load_recipe
+from amid_ds.meter import PHASES, Meter, phase
+from amid_ds.plan import find_device, make_plan
+from amid_ds.watch import STEPS, Watch
+
+TOTAL = STEPS + 4
+SPIKE, LAZY, SLOW_S = STEPS + 2, 0.15, 0.1
+PROFILED = (3, 2)
+
+
+def be_watched(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """A rank whose teacher, backward and optimizer step take LAZY seconds at least, after as many steps as there are
+    phases; rank 1 is slow in its loss, and what it learns in step SPIKE counts thirtyfold."""
+    import time
+
+    from amid_ds import distiller, engine, train
+
+    rank, at = int(variables["RANK"]), {"step": 0}
+    take_step, teach, take, loss = train.step, distiller.Distiller.teach, engine.take_step, distiller.linear_amid_loss
+
+    def step(*arguments):
+        at["step"] += 1
+        return take_step(*arguments)
+
+    def slowly(function):
+        def call(*arguments):
+            if at["step"] == 2:
+                time.sleep(LAZY)
+            return function(*arguments)
+        return call
+
+    def lose(*arguments, token_weights, **options):
+        if rank == 1:
+            time.sleep(SLOW_S)
+            token_weights = token_weights * (30 if at["step"] == SPIKE else 1)
+        return loss(*arguments, token_weights=token_weights, **options)
+
+    train.step, distiller.Distiller.teach, engine.take_step = step, slowly(teach), slowly(take)
+    distiller.linear_amid_loss = lose
+    small.be_a_rank(argv, variables, log)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory) -> tuple[Path, str]:
+    """(run folder, what rank 0 said)"""
+    root = tmp_path_factory.mktemp("watched")
+    pair = [small.make_model(root / family, family) for family in ("llama", "gpt2")]
+    recipe = small.make_recipe(root / "r.yaml", *pair, small.make_text(root / "rows.jsonl"), root / "run",
+                               train__steps=TOTAL, train__global_batch_size=2, checkpoint__every=7,
+                               train__profile=dict(zip(("start", "steps"), PROFILED, strict=True)))
+    ranks = small.Ranks(2, "train", recipe, be=be_watched)
+    assert ranks.wait() == [0, 0], ranks.text()
+    return root / "run", ranks.text()
+
+
+def test_every_second_belongs_to_one_phase(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0])
+    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
+    with Meter(torch.device("cpu"), {"student": 60.0, "teacher": 2.0}, 2.0) as ours:      # at 0
+        with phase("forward"):                  # from 1
+            with phase("loss"):                 # 3 to 7
+                pass
+            with pytest.raises(RuntimeError), phase("loss"):      # 15 to 31
+                raise RuntimeError
+        line = ours.line(steps=2, taught=False)                   # ended at 63; read at 127
+    spent = {"other": 1 + 64, "forward": 2 + 8 + 32, "loss": 4 + 16}
+    assert {name: line[f"time/{name}"] for name in PHASES} == {name: spent.get(name, 0) / 2 for name in PHASES}
+    assert line["time/step"] == 127 / 2 and line["perf/teacher_flops"] == 0
+    assert line["perf/mfu"] == pytest.approx(60 / (127 / 2 * 2))
+
+
+def test_time_is_found_in_the_phase_that_took_it(watched):
+    run, _ = watched
+    lines = small.metrics(run)
+    for line in lines:
+        assert sum(line[f"time/{name}"] for name in PHASES) == pytest.approx(
+            line["time/step"] + line["time/checkpoint"] + line["time/evaluation"])
+    for name in ("teacher", "optimizer"):
+        assert lines[1][f"time/{name}"] >= LAZY > statistics.median(line[f"time/{name}"] for line in lines)
+    # Rank 1 sleeps in its loss, rank 0 waits for it: in its backward, or wherever the two meet next.
+    assert all(line["time/step"] >= SLOW_S for line in lines)
+    assert statistics.median(line["time/loss"] for line in lines) < SLOW_S
+    saves = [line["step"] for line in lines if line["time/checkpoint"] > 0]
+    assert {8, 15, 22} <= set(saves) and saves[0] == 8      # in the line after the save
+    assert all(line["memory/peak"] >= line["memory/reserved"] > 2**20 for line in lines)
+
+
+def test_flops_are_the_plans_and_mfu_is_theirs(watched):
+    run, _ = watched
+    cpu = find_device("cpu", 2)
+    planned = make_plan(load_recipe(run / "recipe.yaml"), 1, 2, cpu).flops_per_step
+    for line in small.metrics(run):
+        assert {name: line[f"perf/{name}_flops"] for name in ("student", "teacher")} == planned
+        assert line["perf/mfu"] == pytest.approx(sum(planned.values()) / line["time/step"] / cpu.flops)
+
+
+def test_tensorboard_has_the_names_and_numbers_of_the_metrics(watched):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, _ = watched
+    board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    board.Reload()
+    lines = small.metrics(run)
+    for name in (name for name in lines[0] if "/" in name):
+        assert [event.value for event in board.Scalars(name)] == pytest.approx([line[name] for line in lines]), name
+    assert {name.partition("/")[0] for name in board.Tags()["scalars"]} == {
+        "loss", "optim", "objective", "perf", "time", "memory", "data"}
+
+
+def test_a_slow_rank_and_a_spike_are_said_once_with_step_and_rank(watched):
+    run, said = watched
+    slow = [line for line in said.splitlines() if "is slow" in line]
+    assert len(slow) == 1 and "WARNING: rank 1 on " in slow[0] and f"up to {STEPS} " in slow[0], said
+    spikes = [line for line in said.splitlines() if "spikes" in line]
+    assert len(spikes) == 1 and f"in step {SPIKE}," in spikes[0] and "rank 1 on" in spikes[0], said
+    assert all(line["perf/slowest_rank"] == 1 for line in small.metrics(run))
+
+
+def test_what_is_normal_is_not_said():
+    said: list[str] = []
+    watch = Watch(["rank 0", "rank 1", "rank 2"], said.append)
+    noise = torch.Generator().manual_seed(0)
+    for step in range(300):
+        loss = 3 / (1 + step / 30) + 0.1 * float(torch.randn((), generator=noise))
+        own = 0.1 + 0.02 * torch.rand(3, generator=noise)
+        watch.step(step, [[loss / 3, float(seconds), 0.0] for seconds in own], 1.0)
+    assert said == []
+
+
+def test_what_returns_is_said_again():
+    said: list[str] = []
+    watch = Watch(["rank 0", "rank 1"], said.append)
+    for step in range(1, 6 * STEPS + 1):
+        bad = (step - 1) // STEPS % 2 == 1      # a part of STEPS steps that is well, then one that is not, ...
+        watch.step(step, [[1.0, 0.1, 0.0], [8.0 if bad else 1.0, 0.5 if bad else 0.1, 0.0]], 1.0)
+    assert ["spikes" in line for line in said].count(True) == 3 == ["slow" in line for line in said].count(True)
+    assert "in step 21," in said[0] and "most of it comes from rank 1" in said[0]
+
+
+def test_a_profile_holds_our_phases_of_the_steps_asked_for_on_every_rank(watched):
+    run, said = watched
+    start, steps = PROFILED
+    assert said.count("ui.perfetto.dev") == 1
+    for rank in (0, 1):
+        trace = json.loads((run / "profile" / f"step_{start:08d}_rank_{rank}.json").read_text())
+        spans = [event for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
+        counts = {name: sum(event["name"] == name for event in spans) for name in PHASES}
+        assert counts == {**dict.fromkeys(PHASES, steps), "checkpoint": 0, "evaluation": 0, "other": 0,
+                          "data": counts["data"]}
+        assert all(event["ph"] == "X" and event["dur"] >= 0 for event in spans)
+        names = {event["name"] for event in trace["traceEvents"]}
+        assert "aten::mm" in names or "aten::addmm" in names, "operators are there too"
+
+
+def test_steps_to_profile_that_are_none_exit_with_2(watched, capsys):
+    run, _ = watched
+    assert main(["train", str(run / "recipe.yaml"), "train.profile={start: 0}"]) == 2
+    assert "train.profile.start" in capsys.readouterr().err
