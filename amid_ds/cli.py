@@ -122,6 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     status.add_argument("run_folder", nargs="?", metavar="RUN")
     status.set_defaults(run=_status)
 
+    report = commands.add_parser("report", help="a page about one run or several: curves, times, memory, evaluations")
+    report.add_argument("run_folders", nargs="+", metavar="RUN")
+    report.add_argument("-o", "--out", default="report.html", metavar="FILE")
+    report.set_defaults(run=_report)
+
     doctor = commands.add_parser("doctor", help="is this environment, cluster and recipe fit to run? also under srun")
     doctor.add_argument("recipe", nargs="?")
     doctor.add_argument("overrides", nargs="*", metavar="key=value")
@@ -225,6 +230,12 @@ def _status(args: argparse.Namespace) -> None:
     from amid_ds.status import print_status
 
     print_status(args.run_folder)
+
+
+def _report(args: argparse.Namespace) -> None:
+    from amid_ds.report import report
+
+    report(args.run_folders, args.out)
 
 
 def _doctor(args: argparse.Namespace) -> None:

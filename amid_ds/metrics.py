@@ -7,6 +7,7 @@ step is there twice.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -153,4 +154,13 @@ def write_atomically(path: Path, text: str) -> None:
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_lines(run / "metrics.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines, but for one that a crash cut short; none where there is no file."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found

@@ -39,7 +39,7 @@ def facts_of(run: Path) -> dict[str, str]:
     submitted = [event for event in lives.events(run) if event["event"] == "submitted"]
     recipes = [run / "recipe.yaml", *(Path(event["folder"]) / "recipe.yaml" for event in submitted[::-1])]
     total = next((load_recipe(path).train.steps for path in recipes if path.is_file()), None)
-    lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
+    lines = read_metrics(run)
     job = _latest_job(story, submitted)
     slurm = scheduler.job(job) if job is not None and scheduler.available() else {}
     facts = {"state": _state(run, story, total, slurm), "step": f"{lines[-1]['step'] if lines else 0} of {total}"}

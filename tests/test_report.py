@@ -1,0 +1,149 @@
+"""A report is one page that a browser opens from a file, with every figure of every run in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import small
+
+from amid_ds import lives
+from amid_ds.cli import main
+
+STOPPED, STEPS = 4, 9
+
+
+def be_stopped(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """A rank that finds a STOP file after step STOPPED."""
+    from amid_ds import train
+
+    take_step = train.step
+
+    def step(job, ds, window, tokens, state, *rest):
+        values = take_step(job, ds, window, tokens, state, *rest)
+        if state["step"] == STOPPED:
+            (job.run / "STOP").touch()
+        return values
+
+    train.step = step
+    small.be_a_rank(argv, variables, log)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Path]:
+    """A run of two lives that was evaluated, and another of one life, twice as good."""
+    root = tmp_path_factory.mktemp("runs")
+    pair = [small.make_model(root / family, family) for family in ("llama", "gpt2")]
+    rows = small.make_text(root / "rows.jsonl")
+    recipe = small.make_recipe(root / "r.yaml", *pair, rows, root / "first", train__steps=STEPS, train__eval_every=3)
+    held = f"data.eval=[{{path: {small.make_text(root / 'held.jsonl', 8, seed=5)}}}]"
+    assert small.Ranks(1, "train", recipe, held, be=be_stopped).wait() == [75]
+    small.run(1, "train", recipe, held)
+    shutil.copytree(root / "first", root / "second")
+    lines = small.metrics(root / "second")
+    (root / "second" / "metrics.jsonl").write_text(
+        "".join(json.dumps({**line, "loss": line["loss"] / 2}) + "\n" for line in lines))
+    story = [event for event in lives.events(root / "second") if event["event"] != "stepping" or event["step"] == 1]
+    (root / "second" / "lives.jsonl").write_text("".join(json.dumps(event) + "\n" for event in story))
+    return [root / "first", root / "second"]
+
+
+@pytest.fixture(scope="module")
+def page(runs) -> Path:
+    out = runs[0].parent / "report.html"
+    assert main(["report", *map(str, runs), "-o", str(out)]) == 0
+    return out
+
+
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
+    if found is None:
+        assert not os.environ.get("CI"), "no Chromium: .ci/run installs one"
+        pytest.skip("no Chromium on this machine: apt-get install chromium-headless-shell")
+    return found
+
+
+# Runs in a copy of the page: how much of each picture is neither white nor transparent.
+COUNT = """<script>onload = () => { document.title = JSON.stringify([...document.images].map(image => {
+  const canvas = document.createElement("canvas"); canvas.width = 400; canvas.height = 200
+  const pen = canvas.getContext("2d"); pen.drawImage(image, 0, 0, 400, 200)
+  const pixels = pen.getImageData(0, 0, 400, 200).data; let ink = 0
+  for (let i = 0; i < pixels.length; i += 4) ink += pixels[i + 3] > 0 && pixels[i] + pixels[i + 1] + pixels[i + 2] < 720
+  return [image.alt, image.naturalWidth, ink] })) }</script>"""
+
+
+def test_a_browser_opens_it_without_an_error_and_draws_every_figure(page, tmp_path):
+    copy = tmp_path / "copy.html"
+    copy.write_text(page.read_text().replace("</body>", COUNT + "</body>"))
+    done = subprocess.run([browser(), "--no-sandbox", "--disable-gpu", "--dump-dom", "--enable-logging=stderr",
+                           f"--user-data-dir={tmp_path / 'profile'}", copy.as_uri()],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
+    title = re.search("<title>(.*?)</title>", done.stdout)
+    assert title, done.stdout[:500]
+    pictures = json.loads(title[1].replace("&amp;", "&"))
+    assert {"Loss", "Divergence from the teacher", "Where the time went", "Memory by part", "held: perplexity"} <= {
+        alt for alt, *_ in pictures}
+    for alt, width, ink in pictures:
+        assert width > 0 and ink > 300, f"{alt} is not drawn: {ink} pixels of ink"
+
+
+def test_it_needs_nothing_but_itself(page):
+    text = page.read_text()
+    assert "http" not in re.sub("(?s)<pre>.*?</pre>", "", text) and "<script" not in text
+    assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)"', text))
+
+
+def test_curves_are_the_metrics_and_restarts_stand_where_they_were(runs, monkeypatch):
+    from amid_ds import report
+
+    drawn = {}
+    monkeypatch.setattr(report._Draw, "lines", lambda self, title, axis, curves: drawn.update({title: curves}) or {})
+    monkeypatch.setattr(report._Draw, "bars", lambda self, title, axis, parts, _: drawn.update({title: parts}) or {})
+    both = [report.read_run(run, run.name) for run in runs]
+    assert [run.restarts for run in both] == [[STOPPED + 1], []]
+    report._figures(both, report._Draw(None, both))
+    lines = small.metrics(runs[0])
+    assert drawn["Loss"]["first"] == (list(range(1, STEPS + 1)), [line["loss"] for line in lines], 1)
+    assert drawn["Loss"]["second"][1] == [line["loss"] / 2 for line in lines]
+    assert drawn["held: loss"]["first"][0] == [3, 6, 9]
+    for phase, seconds in drawn["Where the time went"]["first"].items():
+        assert seconds == pytest.approx(sum(line[f"time/{phase}"] for line in lines) / STEPS), phase
+    monkeypatch.setattr(report, "POINTS", 4)
+    assert both[0].curve("loss") == ([3, 6, 9], [pytest.approx(sum(line["loss"] for line in lines[i:i + 3]) / 3)
+                                                 for i in (0, 3, 6)], 3)
+
+
+def test_tables_and_provenance_are_in_it(runs, page):
+    text = page.read_text()
+    for run in runs:
+        evaluated = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()][-1]
+        assert f"<td>{evaluated['perplexity']:,.5g}</td>" in text
+        assert json.loads((run / "provenance.json").read_text())["tokenizer_sha256"] in text
+    assert f"started again at step {STOPPED + 1}" in text
+    assert text.count("<h3>first</h3>") == 2 == text.count("<h3>second</h3>")
+
+
+@pytest.mark.parametrize("wrong, said", [
+    ("nothing here", "not the folder of a run"), ("no metrics", "has no metrics yet"), ("no place", "cannot be written"),
+    ("no matplotlib", "pip install")])
+def test_a_report_that_cannot_be_made_exits_with_2(runs, tmp_path, wrong, said, capsys, monkeypatch):
+    run, out = runs[0], tmp_path / "r.html"
+    if wrong == "nothing here":
+        run = tmp_path
+    elif wrong == "no metrics":
+        run = tmp_path / "run"
+        run.mkdir()
+        shutil.copy(runs[0] / "recipe.yaml", run)
+    elif wrong == "no place":
+        out = tmp_path / "nowhere" / "r.html"
+    else:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["report", str(run), "-o", str(out)]) == 2
+    assert said in capsys.readouterr().err and not out.exists()
