@@ -131,8 +131,8 @@ def test_tables_and_provenance_are_in_it(runs, page):
 
 
 @pytest.mark.parametrize("wrong, said", [
-    ("nothing here", "not the folder of a run"), ("no metrics", "has no metrics yet"), ("no place", "cannot be written"),
-    ("no matplotlib", "pip install")])
+    ("nothing here", "not the folder of a run"), ("no metrics", "has no metrics yet"),
+    ("no place", "cannot be written"), ("no matplotlib", "pip install")])
 def test_a_report_that_cannot_be_made_exits_with_2(runs, tmp_path, wrong, said, capsys, monkeypatch):
     run, out = runs[0], tmp_path / "r.html"
     if wrong == "nothing here":
