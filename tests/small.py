@@ -146,6 +146,8 @@ def train(ranks: int, recipe: Path, *overrides: str, timeout: float = 240) -> su
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
+# Python 3.11's fork server does not take over sys.path, and passes without a word over what it cannot import.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["warm"])
 

@@ -97,6 +97,15 @@ def test_importing_the_package_needs_torch_alone():
     assert done.stdout.strip() == "None"
 
 
+def see_what_is_imported(argv, variables, log):
+    Path(log).write_text(" ".join(sys.modules))
+
+
+def test_a_tests_ranks_share_the_fork_servers_imports():
+    ranks = small.Ranks(1, be=see_what_is_imported)
+    assert ranks.wait() == [0] and {"warm", "deepspeed", "amid_ds.train"} <= set(ranks.text().split())
+
+
 def test_the_map_in_the_readme_names_every_module():
     readme = (ROOT / "README.md").read_text()
     missing = [name for path in rooms() if (name := str(path.relative_to(ROOT / "amid_ds"))) != "__main__.py"
