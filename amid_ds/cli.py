@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from amid_ds.distributed import launched_rank
 from amid_ds.errors import InputError, Stopped, TrainingError, tell
+
+if TYPE_CHECKING:
+    from amid_ds.combinations import Combination
+    from amid_ds.submit import Wish
 
 STOPPED = 75      # EX_TEMPFAIL: what a batch system may start again
 
@@ -105,18 +110,21 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("recipe")
     submit.add_argument("--template", metavar="NAME", help="train (the default), train_deepspeed, train_mpi, prepare, "
                         "sweep, or a file")
-    submit.add_argument("--nodes", type=int, default=1, metavar="N")
-    submit.add_argument("--ranks-per-node", type=int, default=8, metavar="R", help="one per GPU")
-    submit.add_argument("--cpus-per-rank", type=int, default=8, metavar="C")
     submit.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each after the one before, instead "
                         "of starting the job again")
-    submit.add_argument("--sweep", metavar="KEY=A,B,...", help="an array of jobs, one per value")
-    submit.add_argument("--at-once", type=int, default=0, metavar="M", help="of a sweep's jobs, run M at a time")
-    for name in ("time", "partition", "account", "qos", "signal"):
-        submit.add_argument(f"--{name}", help="as sbatch has it")
-    submit.add_argument("--dry-run", action="store_true", help="print the script, and submit nothing")
+    submit.add_argument("--sweep", metavar="KEY=A,B,...", action="append", help="an array of jobs, one per value")
+    _add_sbatch_options(submit)
     submit.add_argument("overrides", nargs="*", metavar="key=value")
     submit.set_defaults(run=_submit)
+
+    sweep = commands.add_parser("sweep", help="a recipe for each combination of values; a table and figures of them")
+    sweep.add_argument("recipe", metavar="RECIPE|FOLDER", help="a recipe; or a sweep's folder: its table again")
+    where = sweep.add_mutually_exclusive_group()
+    where.add_argument("--here", action="store_true", help="one after another on this machine (the default)")
+    where.add_argument("--slurm", action="store_true", help="an array of jobs")
+    _add_sbatch_options(sweep)
+    sweep.add_argument("overrides", nargs="*", metavar="key=a,b,...")
+    sweep.set_defaults(run=_sweep)
 
     status = commands.add_parser("status", help="how a run goes")
     status.add_argument("run_folder", nargs="?", metavar="RUN")
@@ -150,6 +158,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--step", type=int, metavar="S", help="which checkpoint of a run; default: its newest good one")
     export.set_defaults(run=_export)
     return parser
+
+
+def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--ranks-per-node", type=int, metavar="R", help="one per GPU: 8 under Slurm, else 1")
+    parser.add_argument("--cpus-per-rank", type=int, default=8, metavar="C")
+    parser.add_argument("--at-once", type=int, default=0, metavar="M", help="of a sweep's jobs, run M at a time")
+    for name in ("time", "partition", "account", "qos", "signal"):
+        parser.add_argument(f"--{name}", help="as sbatch has it")
+    parser.add_argument("--dry-run", action="store_true", help="print the script, and submit nothing")
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -218,12 +236,43 @@ def _checkpoints(args: argparse.Namespace) -> None:
 
 
 def _submit(args: argparse.Namespace) -> None:
-    from amid_ds.submit import OPTIONS, Wish, submit
+    from amid_ds.combinations import combinations
+    from amid_ds.submit import submit
+
+    sweep = combinations(args.sweep) if args.sweep else ()
+    wish = _wish(args, args.template or ("sweep" if sweep else "train"), args.chain, sweep)
+    submit(args.recipe, args.overrides, wish, args.dry_run)
+
+
+def _wish(args: argparse.Namespace, template: str, chain: int, sweep: tuple[Combination, ...]) -> Wish:
+    from amid_ds.submit import OPTIONS, RANKS_PER_NODE, Wish
 
     options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    wish = Wish(args.template or ("sweep" if args.sweep else "train"), args.nodes, args.ranks_per_node,
-                args.cpus_per_rank, options, args.chain, args.sweep, args.at_once)
-    submit(args.recipe, args.overrides, wish, args.dry_run)
+    return Wish(template, args.nodes, args.ranks_per_node or RANKS_PER_NODE, args.cpus_per_rank, options, chain, sweep,
+                args.at_once)
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from amid_ds.figures import require_matplotlib
+    from amid_ds.submit import RANKS_PER_NODE, submit
+    from amid_ds.sweep import plan_sweep, run_here, write_results
+
+    if Path(args.recipe).is_dir():
+        write_results(Path(args.recipe))
+        return
+    require_matplotlib()      # or say now that it is missing, not after the runs
+    ranks = (args.ranks_per_node or (RANKS_PER_NODE if args.slurm else 1)) * args.nodes
+    sweep = plan_sweep(args.recipe, args.overrides, ranks)
+    unfinished = sweep.unfinished()
+    if args.slurm and unfinished:
+        submit(args.recipe, sweep.fixed, _wish(args, "sweep", 1, unfinished), args.dry_run)
+    elif args.dry_run:
+        print("\n".join(run.name for run in unfinished))
+    else:
+        run_here(sweep, ranks)
+        write_results(sweep.folder)
 
 
 def _status(args: argparse.Namespace) -> None:

@@ -425,12 +425,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     )
 
 
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; loading it again gives an equal recipe."""
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """The recipe with every key's value, as YAML has them."""
     values = recipe.model_dump(mode="json")
     if recipe.loss.preset is not None:       # a preset brings its own values: only what was set beside it is kept
         values["loss"] = recipe.loss.model_dump(mode="json", exclude_unset=True)
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return values
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; loading it again gives an equal recipe."""
+    return yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +26,7 @@ from amid_ds import evaluate
 from amid_ds.data import load_tokenizer, train_sentencepiece
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.export import export
+from amid_ds.launch import command
 
 RANKS = 2
 VOCABULARY = 2048
@@ -138,21 +138,13 @@ def _train(root: Path, name: str, corpus: Path, student: Path, teacher: Path | N
     path = root / "recipes" / f"{name}.yaml"
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    command = [launcher, "--num_gpus", str(RANKS), "--module", "amid_ds", "train", str(path)]
-    print("  " + " ".join(command), flush=True)
-    status = subprocess.run([*command[:3], "--master_port", str(_free_port()), "--log_level", "error", *command[3:]],
-                            env={**os.environ, "DS_ACCELERATOR": "cpu"}).returncode      # one GPU is not two ranks'
+    line = command(RANKS, "train", str(path))
+    print("  " + " ".join(line), flush=True)
+    status = subprocess.run(line, env={**os.environ, "DS_ACCELERATOR": "cpu"}).returncode   # one GPU is not two ranks'
     if status:
         raise TrainingError(f"the training of {name} ended with status {status}; its messages are above")
     shutil.rmtree(root / "models" / name, ignore_errors=True)
     export(root / "runs" / name, root / "models" / name)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _evaluate(root: Path, tokenizer: Any, held_out: Path) -> dict[str, evaluate.Scores]:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+STOP_FILE = "STOP"      # in the run's folder
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -19,7 +20,7 @@ class StopRequest:
     """Within it the signals are noted instead of ending the process; a second Ctrl-C still ends it at once."""
 
     def __init__(self, run: Path, max_hours: float | None, is_main: bool) -> None:
-        self.stop_file = run / "STOP" if is_main else None
+        self.stop_file = run / STOP_FILE if is_main else None
         self.deadline = time.monotonic() + max_hours * 3600 if max_hours is not None and is_main else None
         self.received: list[int] = []
 

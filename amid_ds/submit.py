@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from amid_ds import lives, scheduler
+from amid_ds.combinations import Combination
 from amid_ds.config import Recipe, dump_recipe, load_recipe
 from amid_ds.errors import InputError
 from amid_ds.provenance import code_revision, uncommitted_changes
 from amid_ds.train import check
 
-CPUS_PER_RANK = 8      # where nobody says otherwise, as the templates have it
+CPUS_PER_RANK = RANKS_PER_NODE = 8      # where nobody says otherwise, as the templates have it
 
 
 @dataclass(frozen=True)
@@ -33,33 +34,24 @@ class Wish:
 
     template: str = "train"
     nodes: int = 1
-    ranks_per_node: int = 8
+    ranks_per_node: int = RANKS_PER_NODE
     cpus_per_rank: int = CPUS_PER_RANK
     options: Mapping[str, str] | None = None
     chain: int = 1
-    sweep: str | None = None      # KEY=VALUE,VALUE,...
+    sweep: tuple[Combination, ...] = ()      # an array of jobs, one for each
     at_once: int = 0              # of a sweep; 0: all
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks_per_node", "cpus_per_rank", "chain"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} {getattr(self, name)}", "a number from 1 on", "mend it")
-        if (self.sweep is None) != (self.template != "sweep"):
-            raise InputError(f"the template {self.template} with --sweep {self.sweep}",
+        if bool(self.sweep) != (self.template == "sweep"):
+            raise InputError(f"the template {self.template} " + ("for a sweep" if self.sweep else "without --sweep"),
                              "--sweep KEY=VALUE,VALUE,... and the template sweep together", "add or drop --sweep")
 
     @property
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
-
-    @property
-    def swept(self) -> tuple[str, list[str]]:
-        """The key and its values; no value holds a comma outside brackets."""
-        key, _, values = (self.sweep or "=").partition("=")
-        found = [value for value in re.split(r",(?![^\[{]*[\]}])", values) if value]
-        if not key or not found:
-            raise InputError(f"--sweep {self.sweep}", "KEY=VALUE,VALUE,...", "e.g. --sweep loss.lam=0.1,0.3,0.5")
-        return key, found
 
 
 def submit(recipe_path: str, overrides: Sequence[str], wish: Wish, dry_run: bool) -> None:
@@ -94,18 +86,11 @@ def _checked(recipe_path: str, overrides: Sequence[str], wish: Wish) -> Recipe:
     recipe = load_recipe(recipe_path, overrides)
     if wish.template == "prepare":
         check(recipe, recipe.tensor_parallel)
-    elif wish.sweep is None:
+    elif not wish.sweep:
         check(recipe, wish.ranks)
-    else:
-        key, values = wish.swept
-        for value in values:
-            own = f"output_dir={_run_of(recipe, key, value)}"
-            check(load_recipe(recipe_path, [*overrides, f"{key}={value}", own]), wish.ranks)
+    for run in wish.sweep:
+        check(load_recipe(recipe_path, [*overrides, *run.overrides(recipe.output_dir)]), wish.ranks)
     return recipe
-
-
-def _run_of(recipe: Recipe, key: str, value: str) -> Path:
-    return Path(recipe.output_dir) / f"{key}={value}"
 
 
 def find_template(name: str) -> Path:
@@ -133,10 +118,10 @@ def _values(recipe: Recipe, wish: Wish) -> dict[str, str]:
     if wish.chain > 1:
         values |= {"REQUEUE": "no", "requeue": ""}
     if wish.sweep:
-        key, found = wish.swept
         limit = f"%{wish.at_once}" if wish.at_once else ""
-        values |= {"array": f"0-{len(found) - 1}{limit}", "KEY": shlex.quote(key),
-                   "VALUES": f"({' '.join(map(shlex.quote, found))})", "RUNS": shlex.quote(recipe.output_dir)}
+        settings = [shlex.join(run.overrides(recipe.output_dir)) for run in wish.sweep]
+        values |= {"array": f"0-{len(wish.sweep) - 1}{limit}", "SETTINGS": f"({shlex.join(settings)})",
+                   "RUNS": shlex.quote(recipe.output_dir)}
     return values
 
 

@@ -154,7 +154,7 @@ def refuse_other_run(recipe: Recipe) -> None:
     saved = Path(recipe.output_dir) / "recipe.yaml"
     if not saved.exists():
         return
-    before, now = (_flat(yaml.safe_load(dump_recipe(r))) for r in (load_recipe(saved), recipe))
+    before, now = (flat(yaml.safe_load(dump_recipe(r))) for r in (load_recipe(saved), recipe))
     lines = _differences(before, now, recipe.checkpoint.allow_change)
     if lines:
         raise InputError(f"{recipe.output_dir} holds the run of another recipe:\n{lines}",
@@ -168,7 +168,7 @@ def changes_between_lives(recipe: Recipe) -> dict[str, list[Any]]:
     saved = Path(recipe.output_dir) / "recipe.yaml"
     if not saved.exists():
         return {}
-    before, now = (_flat(yaml.safe_load(dump_recipe(r))) for r in (load_recipe(saved), recipe))
+    before, now = (flat(yaml.safe_load(dump_recipe(r))) for r in (load_recipe(saved), recipe))
     return {key: [before.get(key), now.get(key)] for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)}
 
@@ -185,7 +185,7 @@ def identity_of(job: Job, saved: Path | None) -> dict[str, Any]:
         hashes["auxiliary.sha256"] = prepared_hash(recipe.prepared_dir / "auxiliary")
     if recipe.teacher is not None:
         hashes["teacher.sha256"] = model_hash(recipe.teacher.model)
-    identity = {**_flat(yaml.safe_load(dump_recipe(recipe))), **hashes, "student.dtype": job.student_dtype}
+    identity = {**flat(yaml.safe_load(dump_recipe(recipe))), **hashes, "student.dtype": job.student_dtype}
     if saved is not None:
         refuse_changes(saved, identity, recipe.checkpoint.allow_change)
     return identity
@@ -209,13 +209,13 @@ def _differences(before: dict[str, Any], now: dict[str, Any], allowed: Sequence[
     return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in changed)
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     """A nested recipe as dotted keys, lists by index."""
     if not isinstance(value, (dict, list)):
         return {prefix: value}
     leaves: dict[str, Any] = {}
     for name, child in value.items() if isinstance(value, dict) else enumerate(value):
-        leaves.update(_flat(child, f"{prefix}.{name}" if prefix else str(name)))
+        leaves.update(flat(child, f"{prefix}.{name}" if prefix else str(name)))
     return leaves
 
 

@@ -1,0 +1,133 @@
+"""`amid-ds sweep`: a run for each combination, what was cut goes on, what is finished stays, and one table of them."""
+
+from __future__ import annotations
+
+import csv
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import small
+
+from amid_ds import lives, sweep
+from amid_ds.cli import main
+from amid_ds.combinations import combinations
+from amid_ds.errors import InputError
+from amid_ds.figures import mean_and_error
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    held = small.make_text(tmp_path / "held.jsonl", rows=6, seed=3)
+    return small.make_recipe(tmp_path / "r.yaml", small.make_model(tmp_path / "student", "gpt2", 0),
+                             small.make_model(tmp_path / "teacher", "gpt2", 1),
+                             small.make_text(tmp_path / "rows.jsonl"), tmp_path / "out", train__steps=2,
+                             data__eval=[{"path": str(held)}])
+
+
+@pytest.fixture
+def started(monkeypatch) -> list[Path]:
+    """The runs that are started, in order: in processes that share the fork server's imports."""
+    runs: list[Path] = []
+
+    def wait(arguments, log, run) -> int:
+        ranks = small.Ranks(1, *arguments[arguments.index("train"):])
+        status = ranks.wait()[0]
+        log.write(ranks.text().encode())
+        runs.append(run)
+        return status
+
+    monkeypatch.setattr(sweep, "_wait", wait)
+    return runs
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    with open(folder / "sweep.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(recipe, tmp_path, started, capsys):
+    words = ["sweep", str(recipe), "loss.alpha=-5,1", "loss.lam=0.5"]
+    assert main(words) == 0
+    out = tmp_path / "out"
+    names = ["loss.alpha=-5", "loss.alpha=1"]
+    assert started == [out / name for name in names] and (out / "data" / "manifest.json").exists()
+    lines = table(out)
+    assert [line["loss.alpha"] for line in lines] == ["-5.0", "1.0"]
+    for name, line in zip(names, lines, strict=True):
+        logged = small.metrics(out / name)
+        assert {step["lam"] for step in logged} == {0.5} and f"{logged[0]['alpha']}" == line["loss.alpha"]
+        evaluation = (out / name / "eval.jsonl").read_text()
+        assert f'"kl_to_teacher": {line["kl_to_teacher"]}' in evaluation and line["step"] == "2"
+    assert (out / "sweep.md").read_text().count("\n") == 4
+    for figure in ("sweep.png", "losses.png"):
+        assert (out / figure).read_bytes().startswith(b"\x89PNG")
+        (out / figure).unlink()
+    before = (out / "sweep.csv").read_bytes()
+    shutil.rmtree(out / names[1] / "checkpoints")      # one of them did not come to its end
+    (out / "sweep.csv").unlink()
+    assert main(words) == 0 and started[2:] == [out / names[1]]
+    assert capsys.readouterr().out.count("finished already") == 1
+    (out / "sweep.csv").unlink()
+    assert main(["sweep", str(out)]) == 0 and len(started) == 3
+    assert (out / "sweep.csv").read_bytes() == before and (out / "sweep.png").exists()
+
+
+def test_a_sweep_that_is_told_to_stop_stops_its_run_in_order_and_goes_on_from_there(recipe, tmp_path, started):
+    words = ["sweep", recipe, "loss.lam=0.1,0.9", "train.steps=400", "checkpoint.every=1000"]
+    first = tmp_path / "out" / "loss.lam=0.1"
+    ranks = small.Ranks(1, *words)
+    deadline = time.monotonic() + 90
+    while not (first / "metrics.jsonl").exists() or len(small.metrics(first)) < 3:
+        assert time.monotonic() < deadline and ranks.processes[0].is_alive(), ranks.text()
+        time.sleep(0.05)
+    ranks.signal(signal.SIGTERM)
+    assert ranks.wait() == [75], ranks.text()
+    steps = len(small.metrics(first))
+    assert 3 <= steps < 400 and (first / "checkpoints" / f"step_{steps:08d}").is_dir()
+    assert not (first / "STOP").exists() and not (tmp_path / "out" / "loss.lam=0.9").exists()
+    assert [life.status for life in lives.records(first)] == [75]
+
+
+def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_run(recipe, tmp_path, started, capsys):
+    (tmp_path / "out" / "loss.lam=0.1" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out" / "loss.lam=0.1" / "recipe.yaml").mkdir()
+    assert main(["sweep", str(recipe), "loss.lam=0.1,0.9"]) in (1, 2)
+    (tmp_path / "out" / "loss.lam=0.1" / "recipe.yaml").rmdir()
+    (tmp_path / "out" / "loss.lam=0.1" / "metrics.jsonl").mkdir()
+    capsys.readouterr()
+    assert main(["sweep", str(recipe), "loss.lam=0.1,0.9"]) == 1
+    message = capsys.readouterr().err
+    assert "1 of 2 run(s) failed: loss.lam=0.1" in message and "ended with status 1" in message
+    assert len(small.metrics(tmp_path / "out" / "loss.lam=0.9")) == 2
+
+
+@pytest.mark.parametrize("words, named", [
+    (["loss.alfa=1,2"], ["`loss.alfa`", "did you mean `alpha`?"]),
+    (["loss.alpha=1"], ["no key with several values"]),
+    (["loss.alpha=1,,2"], ["KEY=VALUE,VALUE,..."]),
+    (["loss.alpha=1,1"], ["two runs", "loss.alpha=1"]),
+    (["loss.lam=0.5,1.5"], ["loss.lam", "1.5", "from 0 to 1"]),
+    (["train.global_batch_size=4,5", "train.micro_batch_size=2"], ["global_batch_size 5"]),
+], ids=["key", "none", "empty", "twice", "value", "check"])
+def test_a_sweep_that_cannot_be_run_is_refused_before_its_first_run(recipe, tmp_path, started, capsys, words, named):
+    assert main(["sweep", str(recipe), *words]) == 2
+    message = capsys.readouterr().err
+    assert "remedy:" in message and [word for word in named if word not in message] == [], message
+    assert started == [] and not (tmp_path / "out").exists()
+
+
+def test_a_comma_inside_brackets_belongs_to_the_value():
+    runs = combinations(["loss={preset: skl, lam: 0.1},{order: {pr: 0.5, qr: 0.5}, alpha: 1}", "train.seed=0,1"])
+    assert [run.settings for run in runs[1:3]] == [("loss={preset: skl, lam: 0.1}", "train.seed=1"),
+                                                   ("loss={order: {pr: 0.5, qr: 0.5}, alpha: 1}", "train.seed=0")]
+    assert all(set(run.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._=,") for run in runs)
+    with pytest.raises(InputError, match="two runs"):
+        combinations(["train.seed=1,1"])
+
+
+def test_runs_that_differ_in_their_seed_alone_are_one_point_with_a_standard_error():
+    assert mean_and_error([1.0, 2.0, 6.0]) == (3.0, pytest.approx((14 / 2 / 3) ** 0.5))
+    assert mean_and_error([2.0]) == (2.0, 0.0)
