@@ -152,11 +152,15 @@ def test_data_are_prepared_once_and_an_array_of_jobs_sweeps_a_key(cluster, model
     recipe = recipe_of(models, tmp_path, train__steps=3, data__prepared=str(tmp_path / "data"))
     job = sbatch(cluster, tmp_path, "prepare.sbatch", recipe, nodes=1, ranks_per_node=1)
     assert cluster.wait(job) == "COMPLETED" and (tmp_path / "data" / "manifest.json").exists(), output(tmp_path)
-    submit(cluster, tmp_path, recipe, "--nodes", 1, "--ranks-per-node", 1, "--sweep", "loss.lam=0.1,0.9")
+    done = cluster.run(sys.executable, "-m", "amid_ds", "sweep", recipe, "--slurm", "--ranks-per-node", 1,
+                       "loss.lam=0.1,0.9", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "", what="the end of the array")
     runs = [tmp_path / "run" / f"loss.lam={value}" for value in ("0.1", "0.9")]
     assert [steps_of(run) for run in runs] == [3, 3], output(tmp_path)
     assert [small.metrics(run)[0]["lam"] for run in runs] == [0.1, 0.9]
+    assert [line.split(",")[0] for line in (tmp_path / "run" / "sweep.csv").read_text().splitlines()] == [
+        "loss.lam", "0.1", "0.9"], output(tmp_path)      # written by the job that ended last
 
 
 def test_a_wrong_recipe_fails_in_seconds_and_is_not_started_again(cluster, models, tmp_path):
