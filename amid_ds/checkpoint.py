@@ -60,12 +60,13 @@ class Saver:
     def pending(self) -> bool:
         return self.state is not None
 
-    def start(self, state: Mapping[str, Any]) -> None:
-        """Copy what a checkpoint holds to host memory and begin to write it. `state` goes into the manifest."""
+    def start(self, state: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> None:
+        """Copy what a checkpoint holds to host memory and begin to write it. `state` goes into the manifest; `more` is
+        what this rank adds, by file name, and must not change from here on."""
         if self.pending:
             self.say("the save before this one is still being written: waiting for it")
             self.finish()
-        staged = stage(self.engine)
+        staged = {**stage(self.engine), **(more or {})}
         dtype = "bf16" if self.engine.bfloat16_enabled() else "fp32"
         self.state = {**state, **layout(self.world, self.engine.zero_optimization_stage(), dtype)}
         self.thread = threading.Thread(target=self._write, args=(staged,), name="checkpoint", daemon=True)

@@ -191,11 +191,13 @@ def _prepare(args: argparse.Namespace) -> None:
     from amid_ds.config import load_recipe
     from amid_ds.data import load_tokenizer, prepare_all
     from amid_ds.origin import student_of
+    from amid_ds.rollout import require_room
 
     recipe = load_recipe(args.recipe, args.overrides)
     student = student_of(recipe)
     tokenizer = load_tokenizer(student.model, **student.opened_with)
     prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir, verify=True)
+    require_room(recipe, print)
 
 
 def _tokenizer(args: argparse.Namespace) -> None:

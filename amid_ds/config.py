@@ -347,6 +347,36 @@ class Train(Section):
     profile: Profile | None = None           # a trace of torch's profiler per rank
 
 
+class Replay(Section):
+    """DistiLLM's adaptive off-policy scheme (arXiv 2402.03898): with the threshold's probability a step learns from
+    what the student has sampled, now or before. The threshold rises by 0.1 whenever the validation loss has risen."""
+
+    init_threshold: Share = 0.0
+    loss_eps: NonNegative = 0.1              # by how much, in nats per token, since the threshold rose last
+    capacity: PositiveInt = 1000             # completions that are kept, over all ranks
+    # The share of the threshold at which the student samples afresh once the buffer is full: a half; growing from 0 to
+    # 1 over the run; falling from 1 to 0.
+    replay_ratio: Literal["constant", "increasing", "decreasing"] = "decreasing"
+
+
+class Rollout(Section):
+    """Steps whose responses the student samples for the batch's prompts."""
+
+    share: Share | None = None               # of the steps, as GKD has it
+    adaptive: Replay | None = None           # or DistiLLM's scheme
+    temperature: NonNegative = 1.0           # 0: the most probable token
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    max_new_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 32             # prompts that a rank completes at once
+    end_of_text: str | None = None           # the token that ends a response; None: the tokenizer's own
+
+    @model_validator(mode="after")
+    def _one_scheme(self) -> Rollout:
+        if (self.share is None) == (self.adaptive is None):
+            raise ValueError("one of `share` and `adaptive` says when the student samples")
+        return self
+
+
 class Checkpoint(Section):
     every: PositiveInt = 100
     keep: Annotated[int, Field(ge=2)] = 2    # two, so that a good one is left when the newest is damaged
@@ -363,6 +393,7 @@ class Recipe(Section):
     teacher: Teacher | None = None           # None: plain training with cross entropy
     data: Data
     loss: Loss = Loss()
+    rollout: Rollout | None = None           # None: the responses are the data's
     train: Train
     tensor_parallel: PositiveInt = 1         # neighbouring ranks that share each copy of the models
     deepspeed: str = "ds_configs/zero3.json"
@@ -385,6 +416,28 @@ class Recipe(Section):
             raise ValueError(f"`train.eval_every` is {self.train.eval_every}, and `data.eval` names no set; name one")
         return self
 
+    @model_validator(mode="after")
+    def _something_to_roll_out(self) -> Recipe:
+        rollout = self.rollout
+        if rollout is None:
+            return self
+        if text := [source.path for source in self.data.train if source.is_text]:
+            raise ValueError(f"`rollout`, and {text[0]} has plain text rows: nothing in them is a prompt; name its "
+                             "columns `prompt` and `response`, or `messages`, or leave `rollout` out")
+        if self.data.streams:
+            raise ValueError("`rollout` with `stream: true`: prompts are looked at before the run; prepare the data")
+        if self.teacher is None:
+            raise ValueError("`rollout` without a `teacher`: nothing is learnt from the student's own words; name one")
+        if rollout.max_new_tokens > self.train.seq_length:
+            raise ValueError(f"`rollout.max_new_tokens` {rollout.max_new_tokens} leaves a prompt no room in "
+                             f"`train.seq_length` {self.train.seq_length}; lower the one or raise the other")
+        if rollout.adaptive is not None and not self.train.eval_every:
+            raise ValueError("`rollout.adaptive` follows the validation loss; set `data.eval` and `train.eval_every`")
+        if rollout.adaptive is not None and rollout.adaptive.capacity < self.train.global_batch_size:
+            raise ValueError(f"`rollout.adaptive.capacity` {rollout.adaptive.capacity} is less than a batch; raise it "
+                             f"to `train.global_batch_size` {self.train.global_batch_size} or more")
+        return self
+
     @field_validator("output_dir", "deepspeed")
     @classmethod
     def _not_empty(cls, value: str) -> str:
@@ -397,20 +450,12 @@ class Recipe(Section):
         return Path(self.data.prepared) if self.data.prepared else Path(self.output_dir) / "data"
 
 
-# Keys that the recipe will have: refused by name, rather than as unknown, until the code behind them lands. The
-# value is the one that changes nothing, so a recipe may already spell it out.
-NOT_YET: Mapping[str, Any] = {
-    "rollout": None,
-}
-
-
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Defaults, then the YAML file at `path`, then `a.b=c` overrides. Raises one InputError with all that is wrong."""
     raw = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(raw, override)
-    not_yet = [f"`{key}` is not supported yet; leave it out" for key in _take_not_yet(raw)]
-    problems = [*_unknown_loss_keys(raw.get("loss")), *not_yet]
+    problems = list(_unknown_loss_keys(raw.get("loss")))
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
@@ -475,17 +520,6 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise InputError(f"the override {override!r} sets a key of {'.'.join(sections)!r}, which is not a section",
                          "a.b=value where a is a section of the recipe", "check the key")
     node[leaf] = parsed
-
-
-def _take_not_yet(raw: dict[str, Any]) -> Iterator[str]:
-    """Remove the keys of NOT_YET from `raw`; yield those that ask for something."""
-    for dotted, harmless in NOT_YET.items():
-        *sections, leaf = dotted.split(".")
-        node: Any = raw
-        for section in sections:
-            node = node.get(section) if isinstance(node, dict) else None
-        if isinstance(node, dict) and leaf in node and node.pop(leaf) != harmless:
-            yield dotted
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:

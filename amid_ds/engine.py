@@ -432,6 +432,47 @@ def gathered_head(model: nn.Module | None) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def whole_student(engine: Any) -> Iterator[None]:
+    """Within it every rank holds all of the student's weights that tensor parallelism leaves it, gathered once.
+
+    ZeRO-3's hooks, which would gather and release them module by module, do nothing meanwhile, and so its trace of a
+    training step stays as it is. Collective.
+    """
+    if not engine.zero_optimization_partition_weights():
+        yield
+        return
+    deepspeed = import_deepspeed()
+    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    work = ("trace_prologue", "record_module", "fetch_sub_module", "release_sub_module")      # what the hooks ask for
+    with deepspeed.zero.GatheredParameters(partitioned(engine.module.student)):
+        vars(coordinator).update({name: _nothing for name in work})      # before the class's own
+        try:
+            yield
+        finally:
+            for name in work:
+                delattr(coordinator, name)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """What a hook asks for while all is there."""
+
+
+def partitioned(model: nn.Module) -> list[Any]:
+    """The parameters of which a rank holds a part now: not those that ZeRO-3 leaves whole because they are small."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    return [p for p in model.parameters() if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+
+
+def student_fits_whole(engine: Any, world: World) -> bool:
+    """Whether all of the student's weights take less than half of what memory every rank has left. Collective."""
+    if not engine.zero_optimization_partition_weights():
+        return True
+    size = sum(p.ds_numel * p.element_size() for p in engine.module.student.parameters())
+    return size < min(world.gather(_free_memory(world))) // 2
+
+
 def plan_teaching(engine: Any, recipe: Recipe, before: int | None, world: World) -> int:
     """How many tokens of the window share one forward call of the teacher, and where its hidden states wait.
 

@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import torch
 
-PHASES = ("data", "teacher", "forward", "loss", "backward", "optimizer", "checkpoint", "evaluation", "other")
+PHASES = ("data", "rollout", "teacher", "forward", "loss", "backward", "optimizer", "checkpoint", "evaluation", "other")
 BESIDE = ("checkpoint", "evaluation")      # time that no step takes
 
 _current: Meter | None = None

@@ -44,6 +44,7 @@ from amid_ds.origin import student_of
 from amid_ds.plan import costs_of, device_here
 from amid_ds.profile import Profiler
 from amid_ds.provenance import model_hash, prepared_hash, provenance
+from amid_ds.rollout import Rollouts, Turn, end_of, require_room
 from amid_ds.schedule import advanced, learning_rate, loss_at, step_seed, turning_points
 from amid_ds.stopping import StopRequest
 from amid_ds.validation import validate
@@ -104,6 +105,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
             return
         world.main_at_length(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
                                                  recipe.prepared_dir))
+        world.main_at_length(lambda: require_room(recipe, lambda message: _tell(world, message)))
         identity = world.together(lambda: identity_of(job, found.checkpoint))
         layout = checkpoint.layout(world, engine.stage_of(job.deepspeed_config), job.student_dtype)
         whole = reshard.whole_of(found.checkpoint, layout, student_of(recipe), world) if found.checkpoint else None
@@ -141,6 +143,8 @@ def check(recipe: Recipe, ranks: int) -> Job:
     engine.refuse_unfit(student.model, **student.opened_with)
     if recipe.teacher is not None:
         engine.refuse_unfit(recipe.teacher.model, **recipe.teacher.opened_with)
+    if recipe.rollout is not None:
+        end_of(recipe, tokenizer)
     for name, width in widths.items():
         if width < len(tokenizer):
             raise InputError(f"the {name} has a vocabulary of {width}, the tokenizer of {len(tokenizer)}",
@@ -241,6 +245,8 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             + ("" if recipe.teacher else "no teacher: cross entropy alone, ")
             + (f"resumed after step {state['step']}" if state["step"] else "from the start"))
     log.say(f"epochs by the last step: {epochs_of(job, data, state)}")
+    rollouts = None if recipe.rollout is None else world.together(
+        lambda: Rollouts(recipe, ds, job.tokenizer, state, world))
     saver = checkpoint.Saver(ds, job.run / "checkpoints", recipe.checkpoint, world, log.alarm, damaged)
     saved = state["step"]
     with (StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log),
@@ -259,9 +265,16 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             if agreed.stop:
                 break
             life.stepping(state["step"] + 1)
-            second = [] if auxiliary is None else [Second(reading.auxiliary, agreed.auxiliary_tokens)]
-            values = {**step(job, ds, reading.window, agreed.tokens, state, world, *second), "padding": agreed.padding}
+            second = None if auxiliary is None else Second(reading.auxiliary, agreed.auxiliary_tokens)
+            turn = Turn(reading.window, agreed.tokens, agreed.padding)
+            if rollouts is not None:
+                with phase("rollout"):
+                    turn = rollouts.turn(turn)
+            values = {**step(job, ds, turn.window, turn.tokens, state, world, second, turn.sampled),
+                      "padding": turn.padding, **turn.told}
             seconds = time.monotonic() - began
+            if rollouts is not None:      # the tokens learnt from, and sampled on the way
+                values["tokens_per_second"] = turn.tokens / seconds
             values["data_wait"] = agreed.waited / seconds
             watch.step(state["step"], meter.peers, seconds)
             logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
@@ -273,16 +286,19 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             if recipe.data.eval and evaluates(recipe, state["step"]):      # before the save: a resumed run has had it
                 watchdog.step(state["step"])
                 with phase("evaluation"):
-                    log.evaluation(state["step"], world.together(lambda: validate(recipe, ds, world)))
+                    figures = world.together(lambda: validate(recipe, ds, world))
+                    log.evaluation(state["step"], figures)
+                if rollouts is not None:
+                    rollouts.judge(figures)
             if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
                 with phase("checkpoint"):
-                    saver.start(with_places(state, data, world))
+                    saver.start(with_places(state, data, world), rollouts.files if rollouts is not None else {})
                 saved = state["step"]
             began = time.monotonic()
         watchdog.rest()
         profiler.end()
         if state["step"] != saved:
-            saver.start(with_places(state, data, world))
+            saver.start(with_places(state, data, world), rollouts.files if rollouts is not None else {})
         saver.finish()
         if state["step"] < recipe.train.steps:
             reasons = {why for why in world.gather(request.reason()) if why is not None}
@@ -422,10 +438,11 @@ def evaluates(recipe: Recipe, step: int) -> bool:
 
 
 def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str, Any], world: World,
-         second: Second | None = None) -> dict[str, float | None]:
+         second: Second | None = None, sampled: bool = False) -> dict[str, float | None]:
     """One optimizer step over the accumulation window, `tokens` valid ones in the global batch; updates `state`.
 
-    The `second` corpus adds its coefficient times its mean cross entropy. Returns what metrics.jsonl says of the step.
+    The `second` corpus adds its coefficient times its mean cross entropy. Where the window is `sampled`, the student's
+    own words, its cross entropy does not count. Returns what metrics.jsonl says of the step.
     One small collective beside DeepSpeed's.
     """
     began = time.monotonic()
@@ -455,7 +472,7 @@ def step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str,
             ds.set_gradient_accumulation_boundary(index == len(batches) - 1)
             with phase("forward"):
                 loss, kd, ce = ds(batch.input_ids, batch.labels, weights, lessons[index], batch.positions,
-                                  None if index < len(window) else 1.0)
+                                  1.0 if index >= len(window) else 0.0 if sampled else None)
             lessons[index] = None      # its memory is free for the next micro-batch's activations
             with phase("backward"):
                 ds.backward(loss * world.dp_size, scale_wrt_gas=False)

@@ -30,6 +30,7 @@ def folder(tmp_path_factory) -> Path:
     swapped = [small.WORDS[1], small.WORDS[0], *small.WORDS[2:]]
     small.make_model(root / "stranger", "llama", 1, words=swapped)
     small.make_text(root / "text.jsonl")
+    small.make_instructions(root / "rows.jsonl")
     (root / "empty.jsonl").write_text("")
     (root / "broken.jsonl").write_text('{"text": "the river"}\n{"text": "a stone"}\n{"text": the tree}\n')
     (root / "field.jsonl").write_text('{"text": "the river"}\n{"body": "a stone"}\n')
@@ -49,6 +50,7 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
+PROMPTS = "data.train=[{path: ROOT/rows.jsonl, prompt: prompt, response: response}]"
 CASES = {      # overrides -> what the message must name
     "unknown keys, all at once": (["train.stepz=3", "loss.lambda=0.1", "studnt.model=x"],
                                   ["`train.stepz`", "did you mean `steps`", "`loss.lambda`", "did you mean `lam`",
@@ -77,7 +79,17 @@ CASES = {      # overrides -> what the message must name
     "a model that is not a causal one": (["student.model=ROOT/encoder"], ["encoder", "t5", "causal"]),
     "a DeepSpeed config that is not JSON": (["deepspeed=ROOT/not.json"], ["not.json", "JSON"]),
     "a DeepSpeed config that is not there": (["deepspeed=zero9.json"], ["zero9.json", "zero3.json"]),
-    "a key that later work brings to life": (["rollout={}"], ["`rollout` is not supported yet"]),
+    "rollouts asked for on plain text": (["rollout={share: 0.5}"], ["text.jsonl", "plain text", "`prompt`"]),
+    "an end of text that the tokenizer lacks": ([PROMPTS, "rollout={share: 1, max_new_tokens: 9, end_of_text: zebra}"],
+                                                ["no token 'zebra'", "such as '<eos>'"]),
+    "more to generate than a row holds": ([PROMPTS, "rollout={share: 1, max_new_tokens: 25}"],
+                                          ["max_new_tokens` 25", "seq_length` 24"]),
+    "prompts without room to generate": ([PROMPTS, "rollout={share: 1, max_new_tokens: 20}", "train.seq_length=24"],
+                                         ["leave no room to generate 20 tokens", "rows.jsonl line", "seq_length to"]),
+    "rollouts by two schemes": ([PROMPTS, "rollout={share: 1, adaptive: {}}"], ["one of `share` and `adaptive`"]),
+    "an adaptive scheme without a validation loss": ([PROMPTS, "rollout={adaptive: {}, max_new_tokens: 9}"],
+                                                     ["`train.eval_every`"]),
+    "rollouts without a teacher": ([PROMPTS, "rollout={share: 1, max_new_tokens: 9}", "teacher=null"], ["`teacher`"]),
     "an unknown template": (["data.train.0.text=null", "data.train.0.template=minilm"],
                             ["data.train.0.template", "'minilm'", "did you mean `minillm`?"]),
     "a negative warm-up": (["train.warmup_steps=-1"], ["train.warmup_steps", "-1"]),

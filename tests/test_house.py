@@ -20,7 +20,7 @@ FLOORS = {
     "losses": 2, "data": 2, "metrics": 2, "provenance": 2, "stopping": 2, "lives": 2,
     "watchdog": 2, "scheduler": 2, "meter": 2, "watch": 2, "profile": 3,
     "distiller": 3, "engine": 3, "checkpoint": 3, "shards": 3, "reshard": 3, "export": 3, "tensor_parallel": 3,
-    "writing": 3, "figures": 3, "launch": 3,
+    "writing": 3, "figures": 3, "launch": 3, "generation": 3, "rollout": 4,
     "train": 4, "evaluate": 4, "validation": 4, "demo": 4, "bench": 4, "bench_checkpoint": 4, "bench_step": 4,
     "plan": 4, "requeue": 4, "submit": 4, "sweep": 4, "status": 4, "doctor": 4, "report": 4,
     "cli": 5, "__main__": 6,

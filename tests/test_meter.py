@@ -159,7 +159,7 @@ def test_a_profile_holds_our_phases_of_the_steps_asked_for_on_every_rank(watched
         trace = json.loads((run / "profile" / f"step_{start:08d}_rank_{rank}.json").read_text())
         spans = [event for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
         counts = {name: sum(event["name"] == name for event in spans) for name in PHASES}
-        assert counts == {**dict.fromkeys(PHASES, steps), "checkpoint": 0, "evaluation": 0, "other": 0,
+        assert counts == {**dict.fromkeys(PHASES, steps), "rollout": 0, "checkpoint": 0, "evaluation": 0, "other": 0,
                           "data": counts["data"]}
         assert all(event["ph"] == "X" and event["dur"] >= 0 for event in spans)
         names = {event["name"] for event in trace["traceEvents"]}

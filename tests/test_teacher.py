@@ -43,9 +43,9 @@ def be_counted(argv: list[str], variables: dict[str, str], log: str) -> None:
         count["teacher_calls"] += frozen
         return body_of(model)
 
-    def step(job, ds, window, tokens, state, world):
+    def step(job, ds, window, tokens, state, world, *more):
         before = dict(count), ds.gathered.teacher, ds.gathered.student
-        values = take_step(job, ds, window, tokens, state, world)
+        values = take_step(job, ds, window, tokens, state, world, *more)
         coordinator = ds.optimizer.parameter_offload.get_param_coordinator()
         line = {**{name: value - before[0][name] for name, value in count.items()},
                 "teacher_bytes": ds.gathered.teacher - before[1], "student_bytes": ds.gathered.student - before[2],

@@ -1,0 +1,121 @@
+"""Completions that a causal LM samples, many prompts at a time, whatever way its weights lie.
+
+A loop of our own rather than transformers' `generate`: under tensor parallelism no rank has all logits, and random
+numbers belong to a prompt (its seed) and not to the batch that it happens to be in, so that what is sampled does not
+depend on ranks and batches but for the last digits of the logits. It knows temperature and top-p, one token that ends
+a text, and models with keys and values to cache.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from amid_ds.distiller import body_of, logits_of, sharded_head_of
+from amid_ds.vocab_parallel import VocabShard
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids to go on from (one at least), how many may follow, and the seed of the random numbers that choose them."""
+
+    ids: list[int]
+    room: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a model is sampled: over the ids below `vocab_size`, up to and with the token `end`.
+
+    temperature 0 takes the most probable token. `shard`: this rank's rows of the head. `head(model)` is a context in
+    which the head can be read.
+    """
+
+    temperature: float
+    top_p: float
+    end: int
+    vocab_size: int
+    shard: VocabShard | None = None
+    head: Callable[[nn.Module], AbstractContextManager[None]] = lambda model: nullcontext()
+
+    @torch.no_grad()
+    def complete(self, model: nn.Module, prompts: Sequence[Prompt], somebody: Callable[[bool], bool],
+                 device: torch.device) -> list[list[int]]:
+        """What `model` (in eval mode) adds to each prompt, the end token included where it came to it.
+
+        `somebody(mine)` says whether any rank has something left to do: all ranks take as many steps, so they may
+        share weights. One such agreement per token, and under tensor parallelism one sum of the logits.
+        """
+        longest = max(len(prompt.ids) for prompt in prompts)
+        ids = torch.tensor([[0] * (longest - len(p.ids)) + p.ids for p in prompts], device=device)
+        seen = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
+        last = torch.tensor([len(p.ids) + p.room - 2 for p in prompts], device=device)[:, None]
+        positions = (seen.cumsum(-1) - 1).clamp(min=0)
+        chances = [torch.rand(p.room, generator=torch.Generator().manual_seed(p.seed)).tolist() for p in prompts]
+        found: list[list[int]] = [[] for _ in prompts]
+        going = [p.room > 0 for p in prompts]
+        run = _cached_body(model)
+        while somebody(any(going)):
+            hidden = run(ids, seen, positions)
+            uniform = torch.tensor([given[min(len(got), len(given) - 1)] if given else 0.0
+                                    for given, got in zip(chances, found, strict=True)], device=device)
+            chosen = self.choose(self.logits(model, hidden), uniform)
+            for row, token in enumerate(chosen.tolist()):
+                if going[row]:
+                    found[row].append(token)
+                    going[row] = token != self.end and len(found[row]) < prompts[row].room
+            ids = chosen[:, None]
+            seen = torch.cat([seen, torch.tensor(going, device=device).long()[:, None]], 1)
+            positions = torch.minimum(positions[:, -1:] + 1, last.clamp(min=0))      # who has ended stays where he is
+        return found
+
+    def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
+        """[B, H] -> the whole logits [B, vocab_size] in fp32, the same bits on every rank of the shard's group."""
+        with self.head(model):
+            own = logits_of(sharded_head_of(model, self.shard), hidden).float()
+        if self.shard is None:
+            return own[:, :self.vocab_size]
+        whole = own.new_zeros(len(own), self.vocab_size)
+        whole[:, self.shard.start:self.shard.stop] = own
+        self.shard.add_up(whole)
+        return whole
+
+    def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """[B, V] and a number in [0, 1) for each row -> ids [B].
+
+        Top-p keeps the fewest tokens, the most probable first, that have a mass of at least top_p.
+        """
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        mass = (logits.double() / self.temperature).softmax(-1)
+        order = None
+        if self.top_p < 1:
+            mass, order = torch.sort(mass, dim=-1, descending=True, stable=True)
+            mass = mass * (mass.cumsum(-1) - mass < self.top_p)
+        heights = mass.cumsum(-1)
+        place = torch.searchsorted(heights, uniform.double()[:, None] * heights[:, -1:], right=True)
+        return (place if order is None else order.gather(-1, place))[:, 0]
+
+
+def _cached_body(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """(ids [B, n], which of all tokens so far count [B, N], positions [B, n]) -> hidden states of the last [B, H]; the
+    keys and values of the tokens before are kept."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    body = body_of(model)
+    placed = "position_ids" in inspect.signature(body.forward).parameters      # else it goes by the mask
+
+    def run(ids: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
+        more: dict[str, Any] = {"position_ids": positions} if placed else {}
+        out = body(input_ids=ids, attention_mask=seen, past_key_values=cache, use_cache=True, **more)
+        return out.last_hidden_state[:, -1]
+
+    return run

@@ -1,0 +1,207 @@
+"""Rollouts: what the student samples, when, and what is learnt from it, each against something written apart."""
+
+from __future__ import annotations
+
+import collections
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import small
+import torch
+from test_train import comparable
+from transformers import AutoModelForCausalLM
+
+from amid_ds.config import Replay
+from amid_ds.generation import Prompt, Sampler
+from amid_ds.rollout import choice, judged
+
+END = 3 + small.WORDS.index("tree")
+NEW, LENGTH = 12, 40
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("rollout")
+    small.make_model(root / "student", "llama", 0)
+    small.make_model(root / "teacher", "gpt2", 1)
+    small.make_instructions(root / "rows.jsonl")
+    small.make_instructions(root / "held.jsonl", rows=8, seed=5)
+    return root
+
+
+def recipe_for(folder: Path, run: Path, **changes) -> Path:
+    settings = {
+        "data__prepared": str(folder / "data"), "train__seq_length": LENGTH, "train__eval_every": 1,
+        "data__eval": [{"path": str(folder / "held.jsonl"), "prompt": "prompt", "response": "response"}],
+        "deepspeed": str(small.never_resident(folder)), "checkpoint__every": 1, "train__learning_rate": 1e-2,
+        "loss": {"alpha": -1.0, "lam": 0.3, "order": "pr", "ce_weight": 0.0}, **changes}
+    return small.make_recipe(run.with_suffix(".yaml"), folder / "student", folder / "teacher", folder / "rows.jsonl",
+                             run, **settings)
+
+
+ALWAYS = {"adaptive": {"init_threshold": 1.0, "capacity": 1000}, "temperature": 0, "max_new_tokens": NEW,
+          "end_of_text": "tree"}
+
+
+def documents(run: Path, step: int) -> list[tuple[list[int], int]]:
+    """(ids, where the response begins) of every completion in a checkpoint's buffer."""
+    kept = torch.load(run / "checkpoints" / f"step_{step:08d}" / "rollout.pt")
+    return [(ids, start) for ids, start, _ in kept]
+
+
+def prompts_of(folder: Path, step: int) -> list[list[int]]:
+    """The prompts of one step's global batch, in order, from the prepared rows and the labels alone."""
+    from amid_ds.data import StepData
+
+    data = StepData(folder / "data", seed=0, global_batch_size=4, micro_batch_size=1, dp_rank=0, dp_size=1, workers=0)
+    return [ids[0, :int((labels != -100).nonzero()[0]) + 1].tolist()
+            for batch in data.window(step) for ids, labels in small.documents(batch)]
+
+
+LAYOUTS = {"one rank": (1, [], {}), "two ranks": (2, [], {"PER_TOKEN": "1"}), "tp 2": (2, ["tensor_parallel=2"], {})}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(layout, folder, tmp_path):
+    """And their weights are gathered once, or, where there is no room for all of them, once for each token."""
+    ranks, overrides, changes = LAYOUTS[layout]
+    run = tmp_path / "run"
+    started = small.Ranks(ranks, "train", recipe_for(folder, run, rollout=ALWAYS, train__steps=2), *overrides,
+                          changes=changes, be=be_counted)
+    assert started.wait() == [0] * ranks, started.text()
+    small.run(1, "export", run, tmp_path / "after1", "--step", 1)
+    teacher = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    buffers = documents(run, 1), documents(run, 2)
+    assert buffers[1][:len(buffers[0])] == buffers[0]
+    lengths = []
+    for step, (model, found) in enumerate([(folder / "student", buffers[0]),
+                                           (tmp_path / "after1", buffers[1][len(buffers[0]):])]):
+        student = AutoModelForCausalLM.from_pretrained(model)
+        assert [ids[:start] for ids, start in found] == prompts_of(folder, step)
+        losses = []
+        for ids, start in found:
+            truth = student.generate(torch.tensor([ids[:start]]), max_new_tokens=NEW, do_sample=False,
+                                     eos_token_id=END, pad_token_id=2)
+            assert ids == truth[0].tolist()
+            p, q = (model(torch.tensor([ids])).logits[0, start - 1:-1].softmax(-1) for model in (teacher, student))
+            losses.append((p * (p.log() - (0.3 * p + 0.7 * q).log())).sum(-1))
+        lengths.append([len(ids) - start for ids, start in found])
+        line = small.metrics(run)[step]
+        assert line["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4) and line["rollout"] == 1
+    assert len(set(lengths[0])) > 1 and max(lengths[0]) == NEW      # some came to their end before the others
+    assert line["tokens"] == sum(map(sum, lengths))
+    for step, line in enumerate((run / "0.jsonl").read_text().splitlines()):
+        gathered, weights = json.loads(line)
+        assert gathered == weights * (max(lengths[step]) if changes else 1)
+
+
+def be_counted(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """A rank that writes what each rollout gathers, and the bytes of its student; with PER_TOKEN there is no room."""
+    from amid_ds import engine, rollout
+
+    turn = rollout.Rollouts.turn
+
+    def counted(self, data):
+        before = self.ds.gathered.student
+        made = turn(self, data)
+        weights = sum(p.ds_numel * p.element_size() for p in self.ds.module.student.parameters())
+        with open(Path(self.recipe.output_dir) / f"{variables['RANK']}.jsonl", "a") as file:
+            file.write(json.dumps([self.ds.gathered.student - before, weights]) + "\n")
+        return made
+
+    rollout.Rollouts.turn = counted
+    if "PER_TOKEN" in variables:
+        engine.student_fits_whole = lambda *_: False
+    small.be_a_rank(argv, variables, log)
+
+
+def test_an_interrupted_run_with_a_replay_buffer_is_the_uninterrupted_one(folder, tmp_path):
+    rollout = {"adaptive": {"init_threshold": 0.7, "loss_eps": 0.0, "capacity": 9, "replay_ratio": "constant"},
+               "max_new_tokens": NEW, "top_p": 0.9}
+    recipe = recipe_for(folder, tmp_path / "run", rollout=rollout, train__steps=9, train__learning_rate=0.1,
+                        checkpoint__keep=9)
+    small.run(2, "train", recipe)
+    whole, last = comparable(tmp_path / "run"), documents(tmp_path / "run", 9)
+    assert {(line["rollout"], line["replay"]) for line in whole} == {(0, 0), (1, 0), (1, 1)}
+    assert whole[0]["rollout_threshold"] == 0.7 < whole[-1]["rollout_threshold"]
+    first = next(line["step"] for line in whole if line["replay"])
+    for step in range(first, 10):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+    assert f"resumed after step {first - 1}" in small.run(2, "train", recipe).text()
+    assert comparable(tmp_path / "run") == whole
+    assert documents(tmp_path / "run", 9) == last and len(last) == 9
+
+
+def published(losses, chances, batch, capacity, start, margin, ratio, total):
+    """DistiLLM's loop as its finetune.py has it, without the models: what each iteration learns from."""
+    threshold, previous, memory, told = start, losses[0], collections.deque(maxlen=capacity), []
+    for iteration in range(1, total + 1):
+        r = chances[iteration - 1]
+        if ratio == "constant":
+            sampling = threshold * 0.5
+        elif ratio == "increasing":
+            sampling = threshold * iteration / total
+        else:
+            sampling = threshold * (1 - iteration / total)
+        if r < sampling or (r < threshold and len(memory) < capacity):
+            memory.extend(range(batch))
+            told.append(("fresh", threshold))
+        elif r < threshold:
+            told.append(("replay", threshold))
+        else:
+            told.append(("data", threshold))
+        if losses[iteration] >= previous + margin:
+            threshold = min(threshold + 0.1, 1.0)
+            previous = losses[iteration]
+    return told
+
+
+@pytest.mark.parametrize("ratio", ["constant", "increasing", "decreasing"])
+def test_the_scheme_is_the_published_one(ratio):
+    draw, total = random.Random(3), 400
+    losses = [2 + draw.random() + step / 100 for step in range(total + 1)]
+    chances = [draw.random() for _ in range(total)]
+    adaptive = Replay(init_threshold=0.2, loss_eps=0.1, capacity=100, replay_ratio=ratio)
+    state, kept, told = judged(adaptive, None, losses[0]), 0, []
+    for number in range(1, total + 1):
+        what = choice(adaptive, state["threshold"], chances[number - 1], kept, number, total)
+        told.append((what, state["threshold"]))
+        kept = min(100, kept + 4 * (what == "fresh"))
+        state = judged(adaptive, state, losses[number])
+    assert told == published(losses, chances, 4, 100, 0.2, 0.1, ratio, total)
+    assert {what for what, _ in told} == {"fresh", "replay", "data"} and state["threshold"] == 1.0
+
+
+def test_sampling_follows_temperature_and_top_p(folder):
+    student = AutoModelForCausalLM.from_pretrained(folder / "student").eval()
+    prompt, draws, vocabulary = [5, 9, 4], 4000, student.config.vocab_size
+    sampler = Sampler(0.7, 0.8, END, vocabulary)
+    found = sampler.complete(student, [Prompt(prompt, 2, seed) for seed in range(draws)], bool, torch.device("cpu"))
+
+    def expected(ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            q = (student(torch.tensor([ids])).logits[0, -1].double() / 0.7).softmax(-1)
+        order = sorted(range(vocabulary), key=lambda i: -q[i])
+        kept, mass = [], 0.0
+        while mass < 0.8:
+            kept.append(order[len(kept)])
+            mass += q[kept[-1]].item()
+        nucleus = torch.zeros(vocabulary, dtype=torch.float64)
+        nucleus[kept] = q[kept] / mass
+        return nucleus
+
+    def check(tokens: list[int], truth: torch.Tensor) -> None:
+        counts = torch.bincount(torch.tensor(tokens), minlength=vocabulary).double()
+        assert (counts[truth == 0] == 0).all()
+        kept = truth > 0
+        assert 1 < kept.sum() < vocabulary      # neither greedy nor everything
+        chi = ((counts - len(tokens) * truth)[kept] ** 2 / (len(tokens) * truth[kept])).sum()
+        freedom = kept.sum() - 1
+        assert chi < freedom + 5 * (2 * freedom) ** 0.5      # five standard deviations
+
+    check([ids[0] for ids in found], expected(prompt))
+    common = collections.Counter(ids[0] for ids in found if ids[0] != END).most_common(1)[0][0]
+    check([ids[1] for ids in found if ids[0] == common], expected([*prompt, common]))
