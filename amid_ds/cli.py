@@ -102,6 +102,21 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", action="store_true")
     evaluate.set_defaults(run=_eval)
 
+    generate = commands.add_parser("generate", help="a model's answers to prompts, to train on: a recipe's teacher's, "
+                                   "or another model's; carries on by itself; also under a launcher")
+    generate.add_argument("source", metavar="RECIPE_OR_MODEL")
+    generate.add_argument("--prompts", metavar="FILE", help="rows with `prompt`, or what --template makes one of; "
+                          "default: the recipe's data.train")
+    generate.add_argument("--out", required=True, metavar="FILE", help="jsonl of `prompt` and `response`")
+    generate.add_argument("--template", metavar="NAME", help="prompts from `instruction` and `input`")
+    generate.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    generate.add_argument("--temperature", type=float, default=1.0, metavar="T", help="0: the most probable token")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts that a rank answers at once")
+    generate.add_argument("--end-of-text", metavar="TOKEN", help="default: the tokenizer's own")
+    generate.set_defaults(run=_generate)
+
     checkpoints = commands.add_parser("checkpoints", help="a run's checkpoints, each with its verdict")
     checkpoints.add_argument("run_folder", metavar="RUN")
     checkpoints.set_defaults(run=_checkpoints)
@@ -222,6 +237,12 @@ def _eval(args: argparse.Namespace) -> None:
 
     evaluate_command(Question(args.model, args.teacher, args.data, args.seq_length, args.template, args.seeds,
                               args.new_tokens), args.json)
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from amid_ds.generate import Wish, generate
+
+    generate(Wish(**{name: value for name, value in vars(args).items() if name in Wish.__dataclass_fields__}))
 
 
 def _bench(args: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ import psutil
 import torch
 from torch import nn
 
-from amid_ds.config import DivergenceSpec, Dtype, Loss, Recipe
+from amid_ds.config import DivergenceSpec, Dtype, Loss, Recipe, Teacher
 from amid_ds.distiller import Distiller, body_of, check_head, check_isolation, head_of
 from amid_ds.distributed import World
 from amid_ds.errors import InputError
@@ -120,6 +120,17 @@ def teacher_apart(recipe: Recipe, config: dict[str, Any]) -> bool:
     """Whether every rank holds the teacher whole, beside the engine: asked for, or because nothing would shard it."""
     return recipe.teacher is not None and (
         recipe.teacher.placement == "replicated" or (stage_of(config) != 3 and recipe.tensor_parallel == 1))
+
+
+def build_teacher(teacher: Teacher, config: dict[str, Any]) -> Any:
+    """A teacher by itself, sharded over all ranks by ZeRO-3 in an engine that does not train. Collective."""
+    deepspeed = import_deepspeed()
+    model = load(teacher.model, teacher.dtype, config, **teacher.opened_with)
+    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), dist_init_required=False,
+                                      config={**config, "bf16": {"enabled": bf16}})
+    engine.eval()
+    return engine
 
 
 def find_deepspeed_config(name: str) -> Path:
@@ -283,7 +294,12 @@ class Gathered:
 def begin_window(engine: Any) -> None:
     """For the start of each optimizer step, before the teacher runs: here ZeRO-3's prefetch trace starts anew."""
     if engine.zero_optimization_partition_weights():
-        engine.optimizer.parameter_offload.get_param_coordinator().reset_step()
+        _coordinator(engine).reset_step()
+
+
+def _coordinator(engine: Any) -> Any:
+    """What ZeRO-3's hooks ask; without an optimizer there is the offload alone."""
+    return getattr(engine.optimizer, "parameter_offload", engine.optimizer).get_param_coordinator()
 
 
 def _gather_in_order(gather: Callable[..., Any], gathered: Gathered, parameters: Iterable[Any], **options: Any) -> Any:
@@ -433,8 +449,8 @@ def gathered_head(model: nn.Module | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole_student(engine: Any) -> Iterator[None]:
-    """Within it every rank holds all of the student's weights that tensor parallelism leaves it, gathered once.
+def whole(engine: Any, model: nn.Module) -> Iterator[None]:
+    """Within it every rank holds all the weights of `model` that tensor parallelism leaves it, gathered once.
 
     ZeRO-3's hooks, which would gather and release them module by module, do nothing meanwhile, and so its trace of a
     training step stays as it is. Collective.
@@ -443,9 +459,9 @@ def whole_student(engine: Any) -> Iterator[None]:
         yield
         return
     deepspeed = import_deepspeed()
-    coordinator = engine.optimizer.parameter_offload.get_param_coordinator()
+    coordinator = _coordinator(engine)
     work = ("trace_prologue", "record_module", "fetch_sub_module", "release_sub_module")      # what the hooks ask for
-    with deepspeed.zero.GatheredParameters(partitioned(engine.module.student)):
+    with deepspeed.zero.GatheredParameters(partitioned(model)):
         vars(coordinator).update({name: _nothing for name in work})      # before the class's own
         try:
             yield
@@ -465,11 +481,11 @@ def partitioned(model: nn.Module) -> list[Any]:
     return [p for p in model.parameters() if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
 
 
-def student_fits_whole(engine: Any, world: World) -> bool:
-    """Whether all of the student's weights take less than half of what memory every rank has left. Collective."""
+def fits_whole(engine: Any, model: nn.Module, world: World) -> bool:
+    """Whether all the weights of `model` take less than half of what memory every rank has left. Collective."""
     if not engine.zero_optimization_partition_weights():
         return True
-    size = sum(p.ds_numel * p.element_size() for p in engine.module.student.parameters())
+    size = sum(p.ds_numel * p.element_size() for p in model.parameters())   # type: ignore[attr-defined]
     return size < min(world.gather(_free_memory(world))) // 2
 
 

@@ -53,6 +53,7 @@ class Sampler:
         `somebody(mine)` says whether any rank has something left to do: all ranks take as many steps, so they may
         share weights. One such agreement per token, and under tensor parallelism one sum of the logits.
         """
+        asked, prompts = prompts, prompts or [Prompt([self.end], 0, 0)]      # a rank that is through goes along
         longest = max(len(prompt.ids) for prompt in prompts)
         ids = torch.tensor([[0] * (longest - len(p.ids)) + p.ids for p in prompts], device=device)
         seen = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
@@ -74,7 +75,7 @@ class Sampler:
             ids = chosen[:, None]
             seen = torch.cat([seen, torch.tensor(going, device=device).long()[:, None]], 1)
             positions = torch.minimum(positions[:, -1:] + 1, last.clamp(min=0))      # who has ended stays where he is
-        return found
+        return found[:len(asked)]
 
     def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
         """[B, H] -> the whole logits [B, vocab_size] in fp32, the same bits on every rank of the shard's group."""

@@ -23,10 +23,9 @@ import torch
 
 from amid_ds import checkpoint, engine
 from amid_ds.config import Recipe, Replay
-from amid_ds.data import Batch
+from amid_ds.data import Batch, end_of_text
 from amid_ds.data.loader import IGNORED, Prepared, Row, batch_of
 from amid_ds.data.pack import Packed, pack_together
-from amid_ds.data.tokenizer import end_of_text
 from amid_ds.distributed import World
 from amid_ds.errors import InputError
 from amid_ds.generation import Prompt, Sampler
@@ -63,9 +62,10 @@ class Rollouts:
     def __init__(self, recipe: Recipe, ds: Any, tokenizer: Any, state: dict[str, Any], world: World) -> None:
         assert recipe.rollout is not None
         self.recipe, self.rollout, self.ds, self.world, self.state = recipe, recipe.rollout, ds, world, state
-        self.sampler = Sampler(self.rollout.temperature, self.rollout.top_p, end_of(recipe, tokenizer), len(tokenizer),
-                               ds.module.head.shard, self._head)
-        self.whole = engine.student_fits_whole(ds, world)
+        self.sampler = Sampler(self.rollout.temperature, self.rollout.top_p,
+                               end_of_text(tokenizer, self.rollout.end_of_text), len(tokenizer), ds.module.head.shard,
+                               self._head)
+        self.whole = engine.fits_whole(ds, ds.module.student, world)
         self.buffer: list[Document] = []
         if "rollout" in state:
             kept = torch.load(Path(recipe.output_dir) / "checkpoints" / checkpoint.name_of(state["step"]) / FILE)
@@ -142,17 +142,18 @@ class Rollouts:
         """The student's responses, `batch_size` at once; every rank takes as many passes, and steps in each."""
         size, found = self.rollout.batch_size, []
         passes = -(-max(self.world.gather(len(prompts))) // size)
-        nothing = Prompt([self.sampler.end], 0, 0)      # for a rank that is through
+        student = self.ds.module.student
         self.ds.eval()
-        with engine.whole_student(self.ds) if self.whole else contextlib.nullcontext():
+        with engine.whole(self.ds, student) if self.whole else contextlib.nullcontext():
             for number in range(passes):
-                part = prompts[number * size:(number + 1) * size]
-                found += self.sampler.complete(self.ds.module.student, part or [nothing], self._somebody,
-                                               self.world.device)[:len(part)]
+                found += self.sampler.complete(student, prompts[number * size:(number + 1) * size], self._somebody,
+                                               self.world.device)
         self.ds.train()
         return found
 
     def _somebody(self, mine: bool) -> bool:
+        if not self.whole:
+            engine.begin_window(self.ds)      # a token's gathers are ZeRO-3's trace
         return self.world.sum([mine])[0] > 0
 
     def _head(self, student: Any) -> contextlib.AbstractContextManager[None]:
@@ -212,18 +213,6 @@ def rows_of(documents: Sequence[Document], seq_length: int, together: bool) -> l
     packed = [Packed(d.ids, [d.start, len(d.ids)], 0, number) for number, d in enumerate(documents)]
     return [Row(np.array(row.tokens), np.array(row.learn, np.int32), np.array(row.begins, np.int32),
                 documents[row.line].source) for row in (pack_together(packed, seq_length) if together else packed)]
-
-
-def end_of(recipe: Recipe, tokenizer: Any) -> int:
-    """The id that ends a response. Raises InputError where the tokenizer does not have it."""
-    name = recipe.rollout.end_of_text if recipe.rollout is not None else None
-    if name is None:
-        return end_of_text(tokenizer)
-    if name not in tokenizer.get_vocab():
-        raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has no token {name!r}, and `rollout.end_of_text` "
-                         "names it", f"one token of the vocabulary, such as {tokenizer.eos_token!r}",
-                         "name a token that the tokenizer has, or leave `rollout.end_of_text` out")
-    return int(tokenizer.get_vocab()[name])
 
 
 def require_room(recipe: Recipe, say: Callable[[str], None]) -> None:

@@ -25,6 +25,7 @@ from amid_ds.data import (
     Steps,
     StreamData,
     check_sources,
+    end_of_text,
     fingerprint,
     load_tokenizer,
     merged_places,
@@ -44,7 +45,7 @@ from amid_ds.origin import student_of
 from amid_ds.plan import costs_of, device_here
 from amid_ds.profile import Profiler
 from amid_ds.provenance import model_hash, prepared_hash, provenance
-from amid_ds.rollout import Rollouts, Turn, end_of, require_room
+from amid_ds.rollout import Rollouts, Turn, require_room
 from amid_ds.schedule import advanced, learning_rate, loss_at, step_seed, turning_points
 from amid_ds.stopping import StopRequest
 from amid_ds.validation import validate
@@ -144,7 +145,7 @@ def check(recipe: Recipe, ranks: int) -> Job:
     if recipe.teacher is not None:
         engine.refuse_unfit(recipe.teacher.model, **recipe.teacher.opened_with)
     if recipe.rollout is not None:
-        end_of(recipe, tokenizer)
+        end_of_text(tokenizer, recipe.rollout.end_of_text)
     for name, width in widths.items():
         if width < len(tokenizer):
             raise InputError(f"the {name} has a vocabulary of {width}, the tokenizer of {len(tokenizer)}",

@@ -81,7 +81,7 @@ CASES = {      # overrides -> what the message must name
     "a DeepSpeed config that is not there": (["deepspeed=zero9.json"], ["zero9.json", "zero3.json"]),
     "rollouts asked for on plain text": (["rollout={share: 0.5}"], ["text.jsonl", "plain text", "`prompt`"]),
     "an end of text that the tokenizer lacks": ([PROMPTS, "rollout={share: 1, max_new_tokens: 9, end_of_text: zebra}"],
-                                                ["no token 'zebra'", "such as '<eos>'"]),
+                                                ["token 'zebra'", "such as '<eos>'"]),
     "more to generate than a row holds": ([PROMPTS, "rollout={share: 1, max_new_tokens: 25}"],
                                           ["max_new_tokens` 25", "seq_length` 24"]),
     "prompts without room to generate": ([PROMPTS, "rollout={share: 1, max_new_tokens: 20}", "train.seq_length=24"],

@@ -114,7 +114,7 @@ def be_counted(argv: list[str], variables: dict[str, str], log: str) -> None:
 
     rollout.Rollouts.turn = counted
     if "PER_TOKEN" in variables:
-        engine.student_fits_whole = lambda *_: False
+        engine.fits_whole = lambda *_: False
     small.be_a_rank(argv, variables, log)
 
 

@@ -5,9 +5,16 @@ from amid_ds.data.measure import DataRow, data_bench
 from amid_ds.data.preparation import PreparedInfo, SourceInfo, prepare, prepare_all
 from amid_ds.data.sources import check_sources, prompts_of, texts_of
 from amid_ds.data.stream import StreamData, merged_places, stream_summary
-from amid_ds.data.tokenizer import fingerprint, load_tokenizer, prompt_ids, require_same_tokenizer, train_sentencepiece
+from amid_ds.data.tokenizer import (
+    end_of_text,
+    fingerprint,
+    load_tokenizer,
+    prompt_ids,
+    require_same_tokenizer,
+    train_sentencepiece,
+)
 
 __all__ = ["Batch", "DataRow", "Prepared", "PreparedInfo", "SourceInfo", "StepData", "Steps", "StreamData",
-           "check_sources", "data_bench", "fingerprint", "load_tokenizer", "merged_places", "prepare", "prepare_all",
-           "prompt_ids", "prompts_of", "read_rows", "require_same_tokenizer", "stream_summary", "texts_of",
-           "train_sentencepiece"]
+           "check_sources", "data_bench", "end_of_text", "fingerprint", "load_tokenizer", "merged_places", "prepare",
+           "prepare_all", "prompt_ids", "prompts_of", "read_rows", "require_same_tokenizer", "stream_summary",
+           "texts_of", "train_sentencepiece"]

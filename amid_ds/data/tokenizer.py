@@ -65,8 +65,14 @@ def _named_class(folder: Path) -> str | None:
     return named if (folder / "tokenizer.json").is_file() else None
 
 
-def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id that ends a document. Raises InputError where the tokenizer has none."""
+def end_of_text(tokenizer: PreTrainedTokenizerBase, named: str | None = None) -> int:
+    """The id that ends a document: of the token `named`, or the tokenizer's own. InputError where it has none."""
+    if named is not None:
+        if named not in tokenizer.get_vocab():
+            raise InputError(f"the end-of-text token {named!r}, which the tokenizer {tokenizer.name_or_path!r} does "
+                             "not have", f"one token of its vocabulary, such as {tokenizer.eos_token!r}",
+                             "name such a token as `end_of_text`, or leave it out")
+        return int(tokenizer.get_vocab()[named])
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer {tokenizer.name_or_path!r} has no end-of-text token",
                          "an `eos_token`, which is put between documents",

@@ -1,0 +1,105 @@
+"""`amid-ds generate`: a teacher's answers ahead of time, whoever makes them and however often it is cut short."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import small
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from amid_ds.cli import main
+
+NEW = 8
+END = "with"      # a word at which some of the answers come to their end
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("generate")
+    small.make_model(root / "student", "llama", 1)
+    small.make_model(root / "teacher", "llama", 0)
+    small.make_instructions(root / "rows.jsonl", rows=43)
+    return root
+
+
+def arguments(model: Path, folder: Path, out: Path, *more: object) -> list[object]:
+    return ["generate", model, "--prompts", folder / "rows.jsonl", "--out", out, "--max-new-tokens", NEW,
+            "--batch-size", 4, "--end-of-text", END, *more]
+
+
+def test_greedy_answers_are_the_models_own_and_can_be_trained_on(folder, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    assert main(list(map(str, arguments(folder / "teacher", folder, out, "--temperature", 0)))) == 0
+    model, tokenizer = (opener.from_pretrained(folder / "teacher") for opener in (AutoModelForCausalLM, AutoTokenizer))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    asked = [json.loads(line)["prompt"] for line in (folder / "rows.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == asked
+    end = tokenizer.convert_tokens_to_ids(END)
+    for row in rows:
+        ids = tokenizer(row["prompt"], return_tensors="pt")["input_ids"]
+        answer = model.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=end, pad_token_id=2)
+        answer = answer[0, ids.shape[1]:]
+        assert row["ended"] == (answer[-1] == end)
+        assert row["response"] == tokenizer.decode(answer[answer != end], skip_special_tokens=True)
+    assert {row["ended"] for row in rows} == {True, False}
+    said = capsys.readouterr().out
+    empty = sum(not row["response"] for row in rows)
+    assert f"{len(rows)} answers" in said and (f"{empty} are empty" in said) == (empty > 0)
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", out, tmp_path / "run",
+                               data__on_bad_row="skip")
+    assert main(["prepare", str(recipe)]) == 0
+
+
+def test_killed_it_carries_on_with_every_line_once_wherever_the_weights_lie(folder, tmp_path, capsys):
+    whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
+    assert main(list(map(str, arguments(folder / "teacher", folder, whole)))) == 0      # alone, whole
+    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "rows.jsonl",
+                               tmp_path / "run", deepspeed=str(small.never_resident(tmp_path)))
+    ranks = small.Ranks(2, *arguments(recipe, folder, out))      # sharded, and gathered once
+    while not (Path(f"{out}.partial").is_file() and Path(f"{out}.partial").stat().st_size):
+        assert all(process.is_alive() for process in ranks.processes), ranks.text()
+        time.sleep(0.001)
+    ranks.signal(signal.SIGKILL)
+    ranks.wait()
+    assert not out.exists()
+    with open(f"{out}.partial", "a") as file:      # and a line that was cut short
+        file.write('{"prompt": "the riv')
+    ranks = small.Ranks(2, *arguments(recipe, folder, out), be=be_short_of_memory)      # gathered for each token
+    assert ranks.wait() == [0, 0], ranks.text()
+    assert out.read_bytes() == whole.read_bytes() and not Path(f"{out}.partial").exists()
+    again = list(map(str, arguments(folder / "teacher", folder, out)))
+    assert main(again) == 0 and "nothing to do" in capsys.readouterr().out
+    assert main([*again, "--seed", "1"]) == 2 and "was made with something else: seed" in capsys.readouterr().err
+
+
+def be_short_of_memory(argv: list[str], variables: dict[str, str], log: str) -> None:
+    from amid_ds import engine
+
+    engine.fits_whole = lambda *_: False
+    small.be_a_rank(argv, variables, log)
+
+
+BAD = {
+    "a prompt without room": (["--max-new-tokens", "125"], ["no room to generate 125", "128 positions"]),
+    "an end of text that the tokenizer lacks": (["--end-of-text", "zebra"], ["'zebra'", "such as '<eos>'"]),
+    "no such prompts": (["--prompts", "nowhere.jsonl"], ["nowhere.jsonl"]),
+    "a column that is not there": (["--prompts", "TEXT"], ["text.jsonl", "'prompt'"]),
+    "a top-p of 0": (["--top-p", "0"], ["--top-p 0.0", "(0, 1]"]),
+    "a folder that is not there": (["--out", "nowhere/out.jsonl"], ["nowhere/out.jsonl"]),
+    "a template that is not there": (["--template", "alpacca"], ["alpacca"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_exits_with_2_and_the_remedy(case, folder, tmp_path, capsys):
+    more, named = BAD[case]
+    text = small.make_text(tmp_path / "text.jsonl", rows=3)
+    argv = [*arguments(folder / "teacher", folder, tmp_path / "out.jsonl"), *more]
+    assert main([str(text) if word == "TEXT" else str(word) for word in argv]) == 2
+    message = capsys.readouterr().err
+    assert "expected:" in message and "remedy:" in message and "Traceback" not in message
+    assert [word for word in named if word not in message] == [], message
