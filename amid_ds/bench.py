@@ -24,6 +24,7 @@ from amid_ds import AMiD, demo, linear_amid_loss, preset
 from amid_ds.data import Batch
 from amid_ds.distiller import Distiller
 from amid_ds.losses.reference import naive_loss
+from amid_ds.losses.tiles import WORTH_COMPILING
 
 
 @dataclass(frozen=True)
@@ -220,10 +221,12 @@ def _peak_bytes(name: str, shape: LossShape, device: str) -> int:
 
 
 def _resident_peak(name: str, shape: LossShape, threads: int) -> int:
-    """In a process of its own: the resident set's peak above what the inputs and a small first call left (Linux)."""
+    """In a process of its own: the resident set's peak above what the inputs and a first call left (Linux).
+
+    The first call is large enough that the tiles are compiled in it: the compiler stays in the process."""
     torch.set_num_threads(threads)
     method = _loss_methods("cpu", shape.objective)[name]
-    method(_Inputs(LossShape(8, 512, 64, 64), "cpu"))
+    method(_Inputs(LossShape(-(-WORTH_COMPILING // shape.vocabulary), shape.vocabulary, 64, 64), "cpu"))
     inputs = _Inputs(shape, "cpu")
     Path("/proc/self/clear_refs").write_text("5")     # sets the high-water mark to what is resident now
     before = _status_bytes("VmRSS")

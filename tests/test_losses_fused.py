@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from amid_ds import AlphaBeta, AMiD, LMHead, amid_loss, linear_amid_loss, preset
 from amid_ds.errors import InputError
-from amid_ds.losses import elementwise, fused
+from amid_ds.losses import fused, tiles
 from amid_ds.losses.objective import DIVERGENCES, ORDERS
 from amid_ds.losses.reference import naive_loss
 
@@ -126,7 +126,7 @@ def test_blocks_and_tiles_of_any_size_agree(tokens, vocabulary, tile, block, obj
     problem = Problem(tokens, vocabulary)
     truth = problem.naive(objective)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(elementwise.TILE_ELEMENTS, "cpu", tile)
+        patch.setitem(tiles.TILE_ELEMENTS, "cpu", tile)
         patch.setattr(fused, "_tokens_per_block", lambda *_: block)
         ours = problem.fused(objective).loss
         per_token = amid_loss(problem.weight[:, :4].t()[:, :vocabulary], problem.teacher_weight[:, :4].t(), objective,
@@ -145,7 +145,7 @@ def test_any_number_of_threads_gives_the_same_loss():
         for count in (1, 2, 3):
             torch.set_num_threads(count)
             with pytest.MonkeyPatch.context() as patch:
-                patch.setitem(elementwise.TILE_ELEMENTS, "cpu", 2000)
+                patch.setitem(tiles.TILE_ELEMENTS, "cpu", 2000)
                 out = problem.fused(OBJECTIVES[1])
             results.append([out.loss.detach(), out.kd, out.ce])
     finally:

@@ -16,7 +16,7 @@ from test_losses_fused import Problem
 from torch import Tensor
 
 from amid_ds import AMiD, VocabShard, amid_loss
-from amid_ds.losses import elementwise, fused, moments
+from amid_ds.losses import elementwise, fused, moments, tiles
 
 OBJECTIVES = [AMiD(-5.0, 0.3, order="rp"), AMiD(0.5, 0.3, order={"pr": 0.5, "qr": 0.5}), AMiD(2.0, 0.6, order="rq")]
 
@@ -25,15 +25,15 @@ MUTATIONS = {
     "swap p and q": (elementwise,
                      'of = {"p": LogProbs(log_p), "q": LogProbs(log_q)',
                      'of = {"p": LogProbs(log_q), "q": LogProbs(log_p)'),
-    "skip a tile": (elementwise, "for start in range(0, width, step)]", "for start in range(step, width, step)]"),
+    "skip a tile": (tiles, "for start in range(0, width, step)]", "for start in range(step, width, step)]"),
     "forget the softmax's gradient": (elementwise, "gradient = q.p * (sum_a * sum_w_r - sum_x)",
                                       "gradient = q.p * 0"),
-    "forget the assistant's normaliser": (elementwise, "log_r = normalised(log_r, block.log_assistant)", "pass"),
+    "forget the assistant's normaliser": (elementwise, "log_r = normalised(log_r, tile.log_assistant)", "pass"),
     "take the teacher's share for the student's": (elementwise, "odds = log_rest - log_lam - x",
                                                    "odds = log_lam - log_rest - x"),
     "ignore a weight": (fused, "index = weights.nonzero()[:, 0]",
                         "weights = (weights > 0).to(dtype); index = weights.nonzero()[:, 0]"),
-    "ignore the temperature in the gradient": (elementwise, "/ block.objective.temperature)", ")"),
+    "ignore the temperature in the gradient": (elementwise, "/ tile.objective.temperature)", ")"),
     "leave out a block": (fused, "for rows in _blocks(len(index), size):",
                           "for rows in [*_blocks(len(index), size)][1:]:"),
     "forget the upstream gradient": (fused, "gradient.mul_(upstream)", "pass"),
@@ -67,7 +67,7 @@ def agrees(linear_loss: Any, head: Any = fused.LMHead) -> bool:
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_tokens_per_block", lambda *_: 3)
-    monkeypatch.setattr(elementwise, "TILE_ELEMENTS", {"cpu": 30})
+    monkeypatch.setattr(tiles, "TILE_ELEMENTS", {"cpu": 30})
 
 
 def test_what_is_not_broken_agrees():
@@ -81,8 +81,11 @@ def test_a_mutation_is_noticed(name, monkeypatch):
     if module is fused:
         broken["_tokens_per_block"] = lambda *_: 3
         assert not agrees(broken["linear_amid_loss"], broken["LMHead"])
-    else:
+    elif module is tiles:
         broken["TILE_ELEMENTS"] = {"cpu": 30}
+        monkeypatch.setattr(elementwise, "each_tile", broken["each_tile"])
+        assert not agrees(fused.linear_amid_loss)
+    else:
         monkeypatch.setattr(fused, "elementwise", types.SimpleNamespace(**broken))
         assert not agrees(fused.linear_amid_loss)
 

@@ -19,7 +19,7 @@ from test_losses_fused import Problem
 
 from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss
 from amid_ds.errors import InputError
-from amid_ds.losses import elementwise, fused
+from amid_ds.losses import fused, tiles
 
 OBJECTIVES = [AMiD(-5.0, 0.1), AMiD(0.5, 0.3, AlphaBeta(0.2, 0.7), {"pr": 0.5, "qr": 0.5}, 2.0),
               AMiD(3.0, 0.7, "total_variation", "rq"), AMiD(-1.0, 0.5, order={"rp": 0.5, "qr": 0.5}),
@@ -107,7 +107,7 @@ def sharded(rank: int, group: Any, cuts: list[int], objective: AMiD, block: int,
     hidden = problem.student
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "_tokens_per_block", lambda *_: block)
-        patch.setitem(elementwise.TILE_ELEMENTS, "cpu", tile)
+        patch.setitem(tiles.TILE_ELEMENTS, "cpu", tile)
         out = linear_amid_loss(hidden, LMHead(weight, bias, cap, 0.8), problem.teacher,
                                problem.teacher_weight[start:stop], objective, token_weights=problem.weights,
                                labels=problem.labels, ce_weight=0.4, vocab_size=VOCABULARY, shard=shard)

@@ -6,8 +6,8 @@ The arithmetic between the exchanges belongs to a backend, a module with the thr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,9 +28,9 @@ class Logits:
     def width(self) -> int:
         return self.raw.shape[1]
 
-    def read(self, columns: slice, dtype: torch.dtype) -> Tensor:
-        """The logits [n, tile] in `dtype`; a view of `raw` where nothing has to be done."""
-        return self.of(self.raw[:, columns].to(dtype))
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The logits [n, width] in `dtype`; `raw` itself where nothing has to be done."""
+        return self.of(self.raw.to(dtype))
 
     def of(self, raw: Tensor) -> Tensor:
         z = raw if self.scale == 1 else raw * self.scale
@@ -62,7 +62,7 @@ class Block:
     teacher: Logits | None             # None: cross entropy alone
     objective: AMiD | None             # None exactly where `teacher` is
     dtype: torch.dtype                 # of the arithmetic: fp32, or fp64 where an input is
-    labels: Tensor | None = None       # [n] int64, counted from this shard's first row; -1 where there is none
+    labels: Tensor | None = None       # [n] int64, counted from the first column here; negative where there is none
     kd_scale: Tensor | None = None     # [n] ∂loss/∂kd_i; None: no gradient from kd
     ce_scale: Tensor | None = None     # [n] ∂loss/∂ce_i
     gradient: Tensor | None = None     # [n, width] where the gradient goes; None: value alone
@@ -86,6 +86,19 @@ class Block:
         tempered = self.objective is not None and self.objective.temperature != 1
         models = [] if self.teacher is None else ["q", "p"]
         return models + (["z"] if self.labels is not None and (tempered or not models) else [])
+
+
+    def tile(self, columns: slice) -> Block:
+        """These columns alone, as a block whose logits, gradient and labels are theirs."""
+        def part(model: Logits | None) -> Any:
+            return None if model is None else replace(model, raw=model.raw[:, columns])
+
+        student = part(self.student)
+        gradient = self.gradient
+        if gradient is not None:       # one tensor where it was one, so that a compiled function knows
+            gradient = student.raw if gradient is self.student.raw else gradient[:, columns]
+        labels = None if self.labels is None else self.labels - columns.start
+        return replace(self, student=student, teacher=part(self.teacher), gradient=gradient, labels=labels)
 
 
 class Backend(Protocol):

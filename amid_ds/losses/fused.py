@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from amid_ds.errors import InputError
-from amid_ds.losses import elementwise
+from amid_ds.losses import elementwise, tiles
 from amid_ds.losses.block import Backend, Block, Logits, solve
 from amid_ds.losses.objective import AMiD
 from amid_ds.vocab_parallel import VocabShard
@@ -360,7 +360,7 @@ class _Gradients:
         if total.dtype == a.dtype:
             total.addmm_(a, b, beta=beta)
             return
-        step = max(1, elementwise.product_elements(total.device) // b.shape[1])
+        step = max(1, tiles.product_elements(total.device) // b.shape[1])
         for start in range(0, total.shape[0], step):
             part = torch.mm(a[start:start + step], b)
             total[start:start + step] = part if beta == 0 else total[start:start + step].add_(part)
@@ -392,10 +392,10 @@ def _tokens_per_block(place: _Place, models: list[Tensor], workspace_bytes: int 
     budget = default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes
     if budget <= 0:
         raise InputError(f"workspace_bytes={budget}", "a number of bytes above 0", "leave it out for the default")
-    tiles, most = elementwise.tiling(device)
-    products = 2 * elementwise.product_elements(device)
+    temporaries, most = tiles.tiling(device)
+    products = 2 * tiles.product_elements(device)
     per_token = max(1, place.widest) * sum(model.element_size() for model in models)
-    return min(most, max(1, (budget - tiles - products) // per_token))
+    return min(most, max(1, (budget - temporaries - products) // per_token))
 
 
 def _placement(rows: dict[str, int], vocab_size: int | None, shard: VocabShard | None, tokens: int,

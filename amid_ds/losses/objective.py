@@ -11,7 +11,6 @@ Note on α: the published code maps every α ≥ 1 to 1; this package follows th
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -31,10 +30,13 @@ class LogProbs:
 
     def __init__(self, log: Tensor) -> None:
         self.log = log
+        self._p: Tensor | None = None      # functools.cached_property takes a lock, which torch.compile cannot follow
 
-    @functools.cached_property
+    @property
     def p(self) -> Tensor:
-        return self.log.exp()
+        if self._p is None:
+            self._p = self.log.exp()
+        return self._p
 
 
 class Divergence:
@@ -169,6 +171,7 @@ class AMiD:
     detach_assistant: bool = False
     measure: Divergence = field(init=False, repr=False, compare=False)             # the divergence, resolved
     weights: tuple[tuple[str, float], ...] = field(init=False, repr=False, compare=False)   # of the orders with weight
+    log_shares: tuple[float, float] = field(init=False, repr=False, compare=False)          # log λ, log(1-λ)
 
     def __post_init__(self) -> None:
         _number("alpha", self.alpha)
@@ -181,6 +184,9 @@ class AMiD:
             raise InputError(f"detach_assistant={self.detach_assistant!r}", "True or False", "the default is False")
         object.__setattr__(self, "measure", divergence_from(self.divergence))
         object.__setattr__(self, "weights", _order_weights(self.order))
+        log_lam = math.log(self.lam) if self.lam > 0 else -math.inf
+        log_rest = math.log1p(-self.lam) if self.lam < 1 else -math.inf
+        object.__setattr__(self, "log_shares", (log_lam, log_rest))
 
 
 def preset(name: str, **parameters: Any) -> AMiD:
