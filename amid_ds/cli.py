@@ -91,6 +91,17 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
+    study = commands.add_parser("study", help="does the method do what its paper says? on this machine's CPU")
+    study.add_argument("--out", default="runs/study", metavar="DIR", help="where it is done, and goes on if it was cut")
+    study.add_argument("--seeds", type=int, default=3, metavar="N")
+    study.set_defaults(run=_study)
+
+    recipes = commands.add_parser("recipes", help="the recipes that come with the package")
+    recipes.add_argument("action", nargs="?", choices=["list", "copy"], default="list")
+    recipes.add_argument("name", nargs="?", metavar="NAME")
+    recipes.add_argument("out", nargs="?", metavar="PATH")
+    recipes.set_defaults(run=_recipes)
+
     evaluate = commands.add_parser("eval", help="perplexity, distance to a teacher, ROUGE-L of generations")
     evaluate.add_argument("model")
     evaluate.add_argument("--teacher", metavar="MODEL")
@@ -230,6 +241,21 @@ def _demo(args: argparse.Namespace) -> None:
     from amid_ds.demo import demo
 
     demo(args.out, args.seed)
+
+
+def _study(args: argparse.Namespace) -> None:
+    from amid_ds.study import study
+
+    study(args.out, args.seeds)
+
+
+def _recipes(args: argparse.Namespace) -> None:
+    from amid_ds.packaged import copy_recipe, list_recipes
+
+    if args.action == "list":
+        list_recipes()
+    else:
+        copy_recipe(args.name or "", args.out)
 
 
 def _eval(args: argparse.Namespace) -> None:

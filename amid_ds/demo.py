@@ -56,8 +56,8 @@ def demo(out: str, seed: int) -> None:
     with open(train_file, encoding="utf-8") as rows:
         train_sentencepiece((json.loads(row)["text"] for row in rows), root / "tokenizer", VOCABULARY)
     tokenizer = load_tokenizer(str(root / "tokenizer"))
-    _new_model(root / "init" / "teacher", TEACHER, tokenizer, seed)
-    _new_model(root / "init" / "student", STUDENT, tokenizer, seed + 1)
+    new_model(root / "init" / "teacher", TEACHER, tokenizer, seed)
+    new_model(root / "init" / "student", STUDENT, tokenizer, seed + 1)
     _stage(3, "teacher: trained by this project's own `train`, with cross entropy alone")
     _train(root, "teacher", train_file, root / "init" / "teacher", None, TEACHER_TRAIN, seed)
     _stage(4, "student: distilled from the teacher with AMiD")
@@ -109,7 +109,8 @@ def _sources(stdlib: Path) -> Iterator[Path]:
     return iter(sorted(found, key=lambda path: zlib.crc32(str(path.relative_to(stdlib)).encode("utf-8", "replace"))))
 
 
-def _new_model(folder: Path, size: dict[str, int], tokenizer: Any, seed: int) -> None:
+def new_model(folder: Path, size: dict[str, int], tokenizer: Any, seed: int) -> None:
+    """A Llama of this size with random weights, and the tokenizer, in `folder`."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

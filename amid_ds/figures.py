@@ -55,7 +55,7 @@ def draw_sweep(rows: Sequence[Run], path: Path) -> Path:
     names = list(dict.fromkeys(itertools.chain.from_iterable(row.figures for row in rows)))
     merits = [name for name in names if name.rpartition(".")[2] in MERITS
               and any(row.figures.get(name) is not None for row in rows)] or ["train_loss"]
-    figure = require_matplotlib()(figsize=(4 * len(merits), 3.4), layout="constrained")
+    figure = require_matplotlib()(figsize=(4 * len(merits), 6 if across is None else 3.4), layout="constrained")
     panels = figure.subplots(1, len(merits), squeeze=False)[0]
     for panel, merit in zip(panels, merits, strict=True):
         for label, points in _lines(rows, across, merit).items():

@@ -83,25 +83,29 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
 def run_here(sweep: Sweep, ranks: int) -> None:
     """What is not finished, one after another. A request to stop stops the run that is at it in order: Stopped.
     A run that fails does not keep the others from running; TrainingError names it at the end."""
-    failed = []
-    for number, run in enumerate(sweep.runs, 1):
-        folder = sweep.folder / run.name
-        title = f"[{number}/{len(sweep.runs)}] {run.name}"
-        if is_finished(folder, sweep.recipe(run)):
-            print(f"{title}: finished already", flush=True)
-            continue
-        print(f"{title}: {folder / LOG}", flush=True)
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / LOG, "ab") as log:
-            status = _wait(command(ranks, "train", sweep.recipe_path, *sweep.overrides(run)), log, folder)
-        if status:
-            failed.append(run.name)
-            print(f"{title}: ended with status {status}\n{_tail(folder / LOG)}", file=sys.stderr, flush=True)
+    failed = [run.name for number, run in enumerate(sweep.runs, 1)
+              if run_one(f"[{number}/{len(sweep.runs)}] {run.name}", sweep.recipe_path, sweep.overrides(run), ranks)]
     if failed:
         if list(sweep.folder.glob("*/recipe.yaml")):
             write_results(sweep.folder)
         raise TrainingError(f"{len(failed)} of {len(sweep.runs)} run(s) failed: {' '.join(failed)}\n"
                             f"  each says why in its {LOG}; the same command again runs these alone")
+
+
+def run_one(title: str, recipe_path: str, overrides: Sequence[str], ranks: int) -> int:
+    """A run in processes of its own, if it is not finished; its words go to a file. Its exit status, or Stopped."""
+    recipe = load_recipe(recipe_path, overrides)
+    folder = Path(recipe.output_dir)
+    if is_finished(folder, recipe):
+        print(f"{title}: finished already", flush=True)
+        return 0
+    print(f"{title}: {folder / LOG}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOG, "ab") as log:
+        status = _wait(command(ranks, "train", recipe_path, *overrides), log, folder)
+    if status:
+        print(f"{title}: ended with status {status}\n{_tail(folder / LOG)}", file=sys.stderr, flush=True)
+    return status
 
 
 def _wait(arguments: Sequence[str], log: Any, run: Path) -> int:

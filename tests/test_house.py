@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = {
     "errors": 0, "config": 0, "schedule": 0, "host_memory": 0, "templates": 0,
     "distributed": 1, "vocab_parallel": 1,
-    "origin": 1, "combinations": 1,
+    "origin": 1, "combinations": 1, "packaged": 1,
     "losses": 2, "data": 2, "metrics": 2, "provenance": 2, "stopping": 2, "lives": 2,
     "watchdog": 2, "scheduler": 2, "meter": 2, "watch": 2, "profile": 3,
     "distiller": 3, "engine": 3, "checkpoint": 3, "shards": 3, "reshard": 3, "export": 3, "tensor_parallel": 3,
@@ -24,7 +24,8 @@ FLOORS = {
     "rollout": 4, "generate": 4,
     "train": 4, "evaluate": 4, "validation": 4, "demo": 4, "bench": 4, "bench_checkpoint": 4, "bench_step": 4,
     "plan": 4, "requeue": 4, "submit": 4, "sweep": 4, "status": 4, "doctor": 4, "report": 4,
-    "cli": 5, "__main__": 6,
+    "study": 5,
+    "cli": 6, "__main__": 7,
 }
 OWNERS = {      # who may import what costs, so that a change upstream has one place to land
     "deepspeed": {"engine", "checkpoint", "reshard"},

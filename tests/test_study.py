@@ -1,0 +1,42 @@
+"""`amid-ds study`, whole but short: a few steps in place of hundreds, two objectives, everything else as it is run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import small
+
+from amid_ds import demo, study, sweep
+from amid_ds.cli import main
+
+
+@pytest.mark.slow
+def test_the_study_leaves_its_table_and_figure_and_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
+    for name, value in (("TEACHER_STEPS", 3), ("START_STEPS", 2), ("STEPS", 2), ("PROMPTS", 4), ("NEW_TOKENS", 5),
+                        ("VOCABULARY", 600)):
+        monkeypatch.setattr(study, name, value)
+    monkeypatch.setattr(demo, "CORPUS_BYTES", 300_000)
+    monkeypatch.setattr(demo, "HELD_OUT_BYTES", 8_000)
+    kept = ("cross entropy", "skew KL", "AMiD α=3")
+    monkeypatch.setattr(study, "OBJECTIVES", {name: study.OBJECTIVES[name] for name in kept})
+    started = []
+
+    def wait(arguments, log, run) -> int:
+        started.append(run.name)
+        ranks = small.Ranks(1, *arguments[arguments.index("train"):])
+        return ranks.wait()[0] or log.write(ranks.text().encode()) * 0
+
+    monkeypatch.setattr(sweep, "_wait", wait)
+    out = tmp_path / "study"
+    assert main(["study", "--out", str(out), "--seeds", "2"]) == 0
+    assert started[:2] == ["teacher", "start"] and len(started) == 8
+    lines = (out / "study.md").read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["teacher", "start", *kept]
+    assert [line.count("±") for line in lines[2:]] == [0, 0, 9, 9, 9]
+    for figure in ("study.png", "losses.png"):
+        assert (out / figure).read_bytes().startswith(b"\x89PNG")
+    scores = json.loads((out / "runs" / "teacher" / "scores.json").read_text())
+    assert scores["kl_to_teacher"] < 1e-6 and scores["reverse_kl"] < 1e-6 and scores["top1_agreement"] == 1
+    assert main(["study", "--out", str(out), "--seeds", "2"]) == 0 and len(started) == 8
+    assert capsys.readouterr().out.count("finished already") == 8
