@@ -212,6 +212,7 @@ def _build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab
             gradient_checkpointing_kwargs={"use_reentrant": False})
     distiller = Distiller(student, teacher, objective, vocab_size=vocab_size, shard=shard,
                           kd_weight=1.0, ce_weight=0.0, apart=apart)      # until a step pursues its own
+    distiller.train()      # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing
     if shard is not None:
         for model in filter(None, (student, teacher)):
             cut_head(model, shard, vocab_size, gathered_head)
