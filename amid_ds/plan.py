@@ -25,7 +25,7 @@ from amid_ds.distiller import body_of, head_of
 from amid_ds.errors import InputError
 from amid_ds.losses import default_workspace_bytes
 from amid_ds.origin import student_of
-from amid_ds.tensor_parallel import split_parameters
+from amid_ds.tensor_parallel import shrink, split_parameters
 
 EFFICIENCY = 0.45      # of a device's dense peak that large matrix products reach in training
 HEADROOM = 0.92        # of its memory that may be planned for: the rest goes to fragments, the context and NCCL
@@ -129,6 +129,8 @@ class _Sizes:
     layers: int
     flops: float             # of the body's forward, for one micro-batch, on this rank
     item: int                # bytes of an element
+    common: int              # of `held`: what a tensor-parallel group shares, which ZeRO-3 partitions over all ranks
+    summed: tuple[int, int]  # width of what AutoTP sums for a token, in forward and in backward
 
 
 def _plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Plan:
@@ -168,9 +170,11 @@ def _states(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _S
     stage = engine.stage_of(config)
     host = {what: zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("param", "optimizer")}
     own = student.shard if stage == 3 else -(-student.held // dp) if stage else student.held
+    # Stage 1 adds the micro-batches' gradients up before it reduces them.
+    once = stage == 1 and config["gradient_accumulation_steps"] == 1
     masters = 4 if stage or student.item == 2 else 0      # without ZeRO, fp32 weights are their own
     parts = {"student_weights": 0 if host["param"] else (student.shard if stage == 3 else student.held) * student.item,
-             "gradients": 0 if host["optimizer"] else (own if stage >= 2 else student.held) * student.item,
+             "gradients": 0 if host["optimizer"] else (own if stage >= 2 or once else student.held) * student.item,
              "optimizer": 0 if host["optimizer"] else own * (masters + ADAM_BYTES)}
     if teacher is not None:
         alone = stage != 3 or engine.teacher_apart(recipe, config)
@@ -187,12 +191,14 @@ def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
     bucket = int(zero.get("reduce_bucket_size", 5e8)) if stage else 0
     live = int(zero.get("stage3_max_live_parameters", 1e9))
     prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
-    saved = student.saved_bytes
-    if recipe.student.activation_checkpointing:
-        saved = student.layers * tokens * student.width * student.item + student.layer_bytes
+    saved, again = student.saved_bytes, 0
+    if recipe.student.activation_checkpointing:      # the layers' inputs, and one layer at a time made again
+        outside = student.saved_bytes - student.layers * student.layer_bytes
+        saved, again = outside + student.layers * tokens * student.width * student.item, student.layer_bytes
     workspace = default_workspace_bytes(torch.device("cpu" if device.name == "cpu" else "cuda"))
     parts = {
         "activations": saved,
+        "recomputed_layer": again,
         "gathered": min(student.held, live + student.largest_layer) * student.item if stage == 3 else 0,
         "reduce_bucket": min(bucket, student.held) * student.item,
         # the gradients of the head and of the hidden states are summed in fp32, then given in the weights' dtype
@@ -208,7 +214,7 @@ def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
     if stage == 3 and not engine.teacher_apart(recipe, config):
         gathered = (teacher.largest_layer + min(prefetch, teacher.held)) * teacher.item
     of_teacher = min(per_pass, window) * per_token + gathered
-    of_student = parts["activations"] + parts["gathered"] + parts["loss_workspace"]
+    of_student = saved + again + parts["gathered"] + parts["loss_workspace"]
     parts["teacher_pass"] = max(0, of_teacher - of_student)
     if gathered:
         parts["teacher_head"] = teacher.head * teacher.item
@@ -219,20 +225,30 @@ def _network(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
              accumulation: int) -> dict[str, int]:
     """Bytes that one rank takes in for a step."""
     zero, stage = config.get("zero_optimization", {}), engine.stage_of(config)
-    others = (dp - 1) / dp
+    tp = recipe.tensor_parallel
+
+    def from_others(model: _Sizes, elements: int) -> float:
+        """The bytes among `elements` of its weights that lie on other ranks. Stage 3 spreads common ones over all."""
+        common = min(model.common, elements) if stage == 3 else 0
+        return model.item * ((elements - common) * (1 - 1 / dp) + common * (1 - 1 / (dp * tp)))
+
     reuse = int(zero.get("stage3_max_reuse_distance", 1e9))
     # A trace spans the window, so weights within the distance of their next use stay gathered from pass to pass.
     passes = (1 if student.held <= reuse else 2 * accumulation) if stage == 3 else 1 if stage else 0
-    reductions = accumulation * (1 if stage >= 2 else 2) if stage else 2
-    parts = {"student_gathers": int(passes * student.held * student.item * others),
-             "student_reductions": int(reductions * student.held * student.item * others)}
+    # Stage 3 scatters the sums of each micro-batch, stage 2 gives them to all, stages 0 and 1 do so once for the step.
+    reductions = {3: accumulation, 2: 2 * accumulation}.get(stage, 2)
+    parts = {"student_gathers": int(passes * from_others(student, student.held)),
+             "student_reductions": int(reductions * from_others(student, student.held))}
     if teacher is not None:
         sharded = stage == 3 and not engine.teacher_apart(recipe, config)
-        parts["teacher_gathers"] = int((teacher.held + teacher.head) * teacher.item * others) if sharded else 0
-    if recipe.tensor_parallel > 1:
-        width = 4 * student.layers * student.width * student.item + (
-            2 * teacher.layers * teacher.width * teacher.item if teacher is not None else 0)
-        parts["tensor_parallel"] = int(accumulation * tokens * width * 2 * (1 - 1 / recipe.tensor_parallel))
+        whole = from_others(teacher, teacher.held) + teacher.head * teacher.item * (1 - 1 / dp)
+        parts["teacher_gathers"] = int(whole) if sharded else 0
+    if tp > 1:
+        forward, backward = student.summed
+        again = 2 if recipe.student.activation_checkpointing else 1
+        width = (again * forward + backward) * student.item + student.width * 4      # the hidden states' gradient
+        width += teacher.summed[0] * teacher.item if teacher is not None else 0
+        parts["tensor_parallel"] = int(accumulation * tokens * width * 2 * (1 - 1 / tp))
     return parts
 
 
@@ -272,23 +288,24 @@ def _sizes(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe, dp: int
     tp = recipe.tensor_parallel
     split = split_parameters(shell, tp)
     apart = isinstance(model, Teacher) and model.placement == "replicated"
-    held = shard = whole = 0
+    held = shard = whole = common = 0
     for name, parameter in shell.named_parameters():
         size = parameter.numel()
         part = -(-size // tp) if name in split and not apart else size
         whole, held = whole + size, held + part
         # A tensor-parallel group's common parameters are partitioned over all ranks, the others over the data-parallel.
-        shard += -(-part // dp) if part != size or tp == 1 else -(-size // (dp * tp))
+        shared = part == size and tp > 1
+        shard += -(-size // (dp * tp)) if shared else -(-part // dp)
+        common += size if shared else 0
+    head = head_of(shell).weight
+    summed = (0, 0) if apart else shrink(shell, tp)
     layers = next((module for module in body_of(shell).modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
     per_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
-    head = head_of(shell).weight
     rows, length = recipe.train.micro_batch_size, recipe.train.seq_length
     saved, flops = _run_on_meta(shell, rows, length)
     one = _run_on_meta(shell, rows, length, layers=len(layers) - 1)[0] if len(layers) > 1 else 0
-    divide = tp if split else 1
-    return _Sizes(whole, held, shard, max(per_layer // divide, head.numel() // tp), head.numel() // tp, head.shape[1],
-                  saved // divide, max(0, saved - one) // divide, len(layers), flops / divide,
-                  torch.empty(0, dtype=dtype).element_size())
+    return _Sizes(whole, held, shard, max(per_layer, head.numel() // tp), head.numel() // tp, head.shape[1], saved,
+                  max(0, saved - one), len(layers), flops, torch.empty(0, dtype=dtype).element_size(), common, summed)
 
 
 class _Attention(torch.autograd.Function):

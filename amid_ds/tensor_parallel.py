@@ -89,6 +89,30 @@ def split_parameters(model: nn.Module, tp_size: int) -> set[str]:
     return split
 
 
+def shrink(model: nn.Module, tp_size: int) -> tuple[int, int]:
+    """Make the body of a model on the meta device what one of `tp_size` ranks has of it.
+
+    Returns the widths that AutoTP sums over the group for each token: of what its row-wise layers give, in forward, and
+    of what its column-wise layers took, in backward, where each is summed by itself.
+    """
+    given = taken = 0
+    if tp_size == 1 or why_whole(model, tp_size) is not None:
+        return given, taken
+    for pattern, style in model.config.base_model_tp_plan.items():   # type: ignore[union-attr, operator]
+        for name, module in model.base_model.named_modules():   # type: ignore[union-attr]
+            if STYLES[style] == "skip" or not re.fullmatch(_regex(pattern), name):
+                continue
+            rows, columns = module.weight.shape
+            if STYLES[style] == "column":
+                taken, rows = taken + columns, rows // tp_size
+                if module.bias is not None:
+                    module.bias = nn.Parameter(module.bias[:rows])
+            else:
+                given, columns = given + rows, columns // tp_size
+            module.weight = nn.Parameter(module.weight[:rows, :columns].clone())
+    return given, taken
+
+
 def _regex(pattern: str) -> str:
     """transformers writes `layers.*.mlp.up_proj`, with a star for the layer's number."""
     return re.escape(pattern).replace(r"\*", r"\d+")

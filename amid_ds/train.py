@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
-from amid_ds import checkpoint, engine, export, reshard
+from amid_ds import checkpoint, engine, export, measured, reshard
 from amid_ds.config import Recipe, dump_recipe, load_recipe
 from amid_ds.data import (
     Batch,
@@ -255,7 +255,8 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
           Meter(world.device, *costs(job, world, watchdog.hosts, log)) as meter):
         watch = Watch([f"rank {rank} on {host}" for rank, host in enumerate(watchdog.hosts)], log.alarm)
         profiler = Profiler(recipe.train.profile, job.run, world.rank, meter, log.say)
-        began, lined = time.monotonic(), state["step"]
+        began, first = time.monotonic(), state["step"]
+        lined = first
         for reading in readings(data, auxiliary, state["step"], recipe.train.steps):
             watchdog.step(state["step"] + 1)
             profiler.step(state["step"] + 1)
@@ -271,8 +272,10 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             if rollouts is not None:
                 with phase("rollout"):
                     turn = rollouts.turn(turn)
-            values = {**step(job, ds, turn.window, turn.tokens, state, world, second, turn.sampled),
-                      "padding": turn.padding, **turn.told}
+            measures = world.is_main and state["step"] + 1 == first + measured.STEP
+            with measured.measured(ds, recipe, world, state["step"] + 1) if measures else contextlib.nullcontext():
+                values = step(job, ds, turn.window, turn.tokens, state, world, second, turn.sampled)
+            values |= {"padding": turn.padding, **turn.told}
             seconds = time.monotonic() - began
             if rollouts is not None:      # the tokens learnt from, and sampled on the way
                 values["tokens_per_second"] = turn.tokens / seconds

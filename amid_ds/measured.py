@@ -1,0 +1,193 @@
+"""What a rank really holds and takes in, measured in one step of every life, to be held against the plan.
+
+Rank 0 looks at the fourth step of a life, when ZeRO-3 knows its order of gathers, and leaves `measured.json` in the
+run's folder. Tensors that stay are counted where DeepSpeed keeps them, activations as what autograd
+keeps of the student's body, bytes on the network at the collectives themselves. The step is a little slower for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup, get_process_group_ranks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from amid_ds.config import Recipe, dump_recipe
+from amid_ds.distributed import World
+from amid_ds.errors import InputError
+from amid_ds.metrics import write_atomically
+
+STEP = 4             # of a life
+FILE = "measured.json"
+
+
+@contextlib.contextmanager
+def measured(ds: Any, recipe: Recipe, world: World, step: int) -> Iterator[None]:
+    """Within it optimizer step `step` is made and measured, and then written down. For rank 0 alone."""
+    probe = _Probe(ds)
+    traffic = _Traffic(world)
+    gathered = ds.gathered.teacher if hasattr(ds, "gathered") else 0
+    with probe, traffic:
+        yield
+    teacher = (ds.gathered.teacher - gathered) * (1 - 1 / world.dp_size) if hasattr(ds, "gathered") else 0
+    network = {"student_gathers": traffic.bytes["gathers"] - int(teacher),
+               "student_reductions": traffic.bytes["reductions"], "teacher_gathers": int(teacher)}
+    if world.tp_size > 1:
+        network["tensor_parallel"] = traffic.bytes["tensor_parallel"]
+    facts: dict[str, Any] = {
+        "step": step, "ranks": world.size, "host": socket.gethostname(), "device": world.device.type,
+        "recipe": dump_recipe(recipe), "memory_per_rank": {**held_bytes(ds), **probe.bytes},
+        "network_per_step": network}
+    if world.device.type == "cuda":
+        facts["memory_per_rank"]["total"] = torch.cuda.max_memory_allocated()
+    write_atomically(Path(recipe.output_dir) / FILE, json.dumps(facts, indent=1) + "\n")
+
+
+def read_measured(run: Path) -> dict[str, Any]:
+    """Raises InputError where the run has left none."""
+    try:
+        return dict(json.loads((run / FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        raise InputError(f"{run} has no {FILE}", f"the folder of a run with a life of {STEP} steps or more",
+                         "give the output_dir of such a run") from None
+
+
+def held_bytes(ds: Any) -> dict[str, int]:
+    """Bytes of what lies on this rank from step to step."""
+    distiller = ds.module
+    models = {"student": distiller.student, "teacher": distiller.teacher}
+    parts = {f"{who}_weights": _bytes(getattr(p, "ds_tensor", p) for p in model.parameters())
+             for who, model in models.items() if model is not None}
+    outer = ds.optimizer
+    inner = getattr(outer, "optimizer", outer)
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
+    masters: list[Tensor] = next((getattr(outer, name) for name in names if hasattr(outer, name)), [])
+    moments = [value for state in inner.state.values() for name, value in state.items() if name != "step"]
+    return {**parts, "optimizer": _bytes([*masters, *moments])}
+
+
+def gradient_bytes(ds: Any) -> int:
+    """Bytes of the gradients that wait for the optimizer."""
+    partitions = getattr(ds.optimizer, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", None)
+    if partitions is not None:
+        return _bytes(partitions.values())
+    averaged = getattr(ds.optimizer, "averaged_gradients", {})
+    flat = [part for group in averaged.values() if group is not None for part in group]
+    flat += list(getattr(ds.optimizer, "fp32_groups_gradients_flat", []))
+    return _bytes([*flat, *(p.grad for p in ds.module.parameters() if p.grad is not None)])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the tensors, what several of them share counted once."""
+    seen: dict[tuple[int, int], int] = {}
+    for tensor in tensors:
+        if tensor.device.type != "meta" and tensor.numel():
+            seen[tensor.data_ptr(), tensor.nbytes] = tensor.nbytes
+    return sum(seen.values())
+
+
+class _Probe:
+    """Looks at what autograd keeps while the student's body runs, and at the gradients before they are used."""
+
+    def __init__(self, ds: Any) -> None:
+        self.ds = ds
+        self.bytes: Counter[str] = Counter()
+        self.hooks: list[Any] = []
+        self.kept: dict[int, int] = {}      # bytes by storage, of the micro-batch under way
+        self.keeping = torch.autograd.graph.saved_tensors_hooks(self._keep, lambda tensor: tensor)
+        self.in_body = False
+
+    def __enter__(self) -> _Probe:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        distiller, step = self.ds.module, self.ds.step
+
+        def begins(_: Any, inputs: tuple[Any, ...]) -> None:
+            self.bytes["teacher_hidden"] += inputs[3].nbytes if inputs[3] is not None else 0
+            self._see("gradients", gradient_bytes(self.ds))
+            self.kept, self.in_body = {}, True
+            self.keeping.__enter__()
+
+        def layer_begins(_: Any, inputs: tuple[Any, ...]) -> None:      # checkpointing keeps it where autograd does not
+            if self.in_body and inputs:
+                self._keep(inputs[0])
+
+        def body_ends(*_: Any) -> None:
+            self.keeping.__exit__()
+            self.in_body = False
+            self._see("activations", sum(self.kept.values()))
+            self._see("gathered", sum(p.data.nbytes for p in distiller.student.parameters() if hasattr(p, "ds_tensor")))
+
+        def steps(*arguments: Any, **options: Any) -> Any:
+            self._see("gradients", gradient_bytes(self.ds))
+            return step(*arguments, **options)
+
+        layers = [module for module in distiller.student.modules() if isinstance(module, GradientCheckpointingLayer)
+                  and module.gradient_checkpointing]
+        self.hooks = [distiller.register_forward_pre_hook(begins), distiller.head.register_forward_pre_hook(body_ends),
+                      *(layer.register_forward_pre_hook(layer_begins) for layer in layers)]
+        self.ds.step = steps
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        del self.ds.step
+        for hook in self.hooks:
+            hook.remove()
+
+    def _see(self, part: str, size: int) -> None:
+        self.bytes[part] = max(self.bytes[part], size)
+
+    def _keep(self, tensor: Tensor) -> Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        weights = (p.data.untyped_storage().data_ptr() for p in self.ds.module.student.parameters())
+        if place not in self.kept and place not in weights:
+            self.kept[place] = tensor.untyped_storage().nbytes()
+        return tensor
+
+
+class _Traffic(TorchDispatchMode):
+    """Bytes that this rank takes in through torch's collectives, by what they are for."""
+
+    supports_higher_order_operators = True
+
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world = world
+        self.bytes: Counter[str] = Counter()
+        first = world.rank - world.tp_rank
+        self.neighbours = list(range(first, first + world.tp_size))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "namespace", "") == "c10d":
+            self._count(func._schema.name.removeprefix("c10d::"), args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, name: str, args: Any) -> None:
+        group = next(arg for arg in args if isinstance(arg, torch.ScriptObject)
+                     and arg._type().name() == "ProcessGroup")   # type: ignore[attr-defined]
+        ranks = get_process_group_ranks(ProcessGroup.unbox(group))
+        others = 1 - 1 / len(ranks)
+        first, *_ = [part for arg in args if (part := _tensors(arg))]
+        size = sum(tensor.nbytes for tensor in first)
+        taken = {"allreduce": 2 * others, "allgather": others, "reduce_scatter": others * len(ranks)}
+        kind = next((kind for kind in taken if name.strip("_").startswith(kind)), None)
+        if kind is None:
+            return
+        what = "gathers" if "gather" in name else "reductions"
+        if self.world.tp_size > 1 and ranks == self.neighbours and kind == "allreduce":
+            what = "tensor_parallel"
+        self.bytes[what] += int(size * taken[kind])
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, (list, tuple)) else []
