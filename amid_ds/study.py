@@ -30,14 +30,14 @@ from amid_ds.writing import Written, require_rouge
 VOCABULARY = 1024
 TEACHER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
 STUDENT = {"hidden_size": 80, "intermediate_size": 216, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEACHER_STEPS, START_STEPS, STEPS = 900, 200, 200
+TEACHER_STEPS, START_STEPS, STEPS = 900, 200, 150
 PROMPTS, PROMPT_CHARACTERS, NEW_TOKENS = 64, 160, 48
 OBJECTIVES = {
     "cross entropy": "{kd_weight: 0.0, ce_weight: 1.0}",
     "forward KL": "{preset: fkl}",
     "reverse KL": "{preset: rkl}",
     "skew KL": "{preset: skl, lam: 0.1}",
-    **{f"AMiD α={alpha}": f"{{alpha: {alpha}, lam: 0.1, order: pr}}" for alpha in (-5, -3, 0, 1, 3)},
+    **{f"AMiD α={alpha}": f"{{alpha: {alpha}, lam: 0.1, order: pr}}" for alpha in (-3, 0, 1, 3)},
 }
 COLUMNS = {      # of the table: heading -> what scores.json calls it
     "perplexity": "perplexity", "KL(t‖s)": "kl_to_teacher", "KL(s‖t)": "reverse_kl", "agreement": "top1_agreement",
@@ -97,7 +97,7 @@ def _places(root: Path) -> list[str]:
     """The recipe's paths, under `root`."""
     return [f"student.model={root / 'runs' / 'start' / MODEL}", f"teacher.model={root / 'runs' / 'teacher' / MODEL}",
             f"data.train.0.path={root / 'corpus' / 'train.jsonl'}", f"data.prepared={root / 'data'}",
-            f"data.eval.0.path={root / 'corpus' / 'heldout.jsonl'}"]
+            "data.eval=[]"]      # all of them are scored at the end
 
 
 def _train(root: Path, recipe: str, name: str, steps: int, *settings: str) -> None:
