@@ -9,9 +9,16 @@ import pytest
 import small
 
 from amid_ds.cli import main
+from amid_ds.config import load_recipe
 from amid_ds.packaged import FOLDER, find_recipe
 
 STAND_INS = {      # recipe -> the architecture of its models, ranks, and what a test makes smaller
+    "amid_gpt2_dolly": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2",
+                                    "rollout.max_new_tokens=8"]),
+    "distillm_gpt2_dolly": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2",
+                                        "rollout.max_new_tokens=8"]),
+    "gkd": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2", "rollout.max_new_tokens=8",
+                        "rollout.share=1.0"]),
     "pretrain": ("llama", 2, ["tensor_parallel=2", "train.global_batch_size=2"]),
     "study": ("llama", 1, ["train.global_batch_size=2", "train.micro_batch_size=2"]),
 }
@@ -21,9 +28,13 @@ STAND_INS = {      # recipe -> the architecture of its models, ranks, and what a
 def place(tmp_path_factory) -> Path:
     """What the recipes' models and data are replaced by."""
     folder = tmp_path_factory.mktemp("recipes")
-    for seed, name in enumerate(("student", "teacher")):
-        small.make_model(folder / "llama" / name, "llama", seed)
+    for family in ("gpt2", "llama"):
+        for seed, name in enumerate(("student", "teacher")):
+            small.make_model(folder / family / name, family, seed)
     small.make_text(folder / "text.jsonl")
+    rows = [{"instruction": "the river", "input": "", "output": "sings over the stone " * (1 + number % 3)}
+            for number in range(40)]
+    (folder / "instructions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -34,16 +45,20 @@ def test_every_recipe_has_its_stand_in():
 @pytest.mark.parametrize("name", STAND_INS)
 def test_a_recipe_is_parsed_planned_and_runs_two_steps(place, tmp_path, capsys, name):
     family, ranks, smaller = STAND_INS[name]
-    data = place / "text.jsonl"
+    recipe = load_recipe(find_recipe(name))
+    data = place / ("text.jsonl" if recipe.data.train[0].is_text else "instructions.jsonl")
     overrides = [f"student.model={place / family / 'student'}", f"teacher.model={place / family / 'teacher'}",
                  f"data.train.0.path={data}", f"data.eval.0.path={data}", f"data.prepared={tmp_path / 'data'}",
                  "data.workers=0", "train.steps=2", "train.seq_length=96", "train.warmup_steps=0",
                  "train.eval_every=1", "train.log_every=1", f"output_dir={tmp_path / 'run'}", *smaller]
+    if recipe.data.auxiliary is not None:
+        overrides.append(f"data.auxiliary.path={place / 'text.jsonl'}")
     assert main(["plan", str(find_recipe(name)), "--ranks-per-node", str(ranks), "--json", *overrides]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
     small.run(ranks, "train", find_recipe(name), *overrides)
     lines = small.metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2] and all(line["kd_loss"] > 0 for line in lines)
+    assert name != "gkd" or all(line["rollout"] for line in lines)
     assert (tmp_path / "run" / "model" / "config.json").exists()
 
 
@@ -51,9 +66,9 @@ def test_recipes_are_listed_copied_once_and_named_when_mistyped(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
-    assert all(line in listed for line in ("pretrain             Distillation at pretraining scale", "study "))
+    assert all(line in listed for line in ("amid_gpt2_dolly      AMiD (arXiv 2510.15982)", "gkd ", "pretrain "))
     assert main(["recipes", "copy", "pretrain"]) == 0 and capsys.readouterr().out == "pretrain.yaml\n"
     assert (tmp_path / "pretrain.yaml").read_bytes() == find_recipe("pretrain").read_bytes()
     assert main(["recipes", "copy", "pretrain"]) == 2 and "not there yet" in capsys.readouterr().err
-    assert main(["recipes", "copy", "pretrian"]) == 2
-    assert "did you mean `pretrain`?" in capsys.readouterr().err
+    assert main(["recipes", "copy", "amid_gpt2_doly"]) == 2
+    assert "did you mean `amid_gpt2_dolly`?" in capsys.readouterr().err
