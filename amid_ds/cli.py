@@ -63,11 +63,12 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     plan = commands.add_parser("plan", help="does a run fit, how long does it take, what crosses the network")
-    plan.add_argument("recipe")
+    plan.add_argument("recipe", nargs="?")
+    plan.add_argument("--check", metavar="RUN", help="instead: prediction beside measurement for a run that was made")
     plan.add_argument("--nodes", type=int, default=1, metavar="N")
     plan.add_argument("--ranks-per-node", type=int, default=1, metavar="R")
-    plan.add_argument("--device", default="h100-80g", metavar="NAME",
-                      help="h100-80g, h200, a100-80g, cpu, or {memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}")
+    plan.add_argument("--device", metavar="NAME", help="h100-80g (the default; of a run: its own), h200, a100-80g, "
+                      "cpu, or {memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}")
     plan.add_argument("--json", action="store_true")
     plan.add_argument("overrides", nargs="*", metavar="key=value")
     plan.set_defaults(run=_plan)
@@ -193,6 +194,7 @@ def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--at-once", type=int, default=0, metavar="M", help="of a sweep's jobs, run M at a time")
     for name in ("time", "partition", "account", "qos", "signal"):
         parser.add_argument(f"--{name}", help="as sbatch has it")
+    parser.add_argument("--device", metavar="NAME", help="as plan has it: what a run must fit, h100-80g by default")
     parser.add_argument("--dry-run", action="store_true", help="print the script, and submit nothing")
 
 
@@ -203,11 +205,19 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from amid_ds.config import load_recipe
-    from amid_ds.plan import find_device, make_plan, print_plan
+    from pathlib import Path
 
+    from amid_ds.config import load_recipe
+    from amid_ds.plan import DEFAULT_DEVICE, check_plan, find_device, make_plan, print_check, print_plan
+
+    if (args.recipe is None) == (args.check is None):
+        raise InputError(f"the recipe {args.recipe} and the run {args.check}", "one of the two",
+                         "amid-ds plan RECIPE, or amid-ds plan --check RUN")
+    if args.check is not None:
+        print_check(check_plan(Path(args.check), args.device), args.json)
+        return
     made = make_plan(load_recipe(args.recipe, args.overrides), args.nodes, args.ranks_per_node,
-                     find_device(args.device, args.ranks_per_node))
+                     find_device(args.device or DEFAULT_DEVICE, args.ranks_per_node))
     print_plan(made, args.json)
     if not made.fits:
         raise TrainingError("the run does not fit")
@@ -298,7 +308,7 @@ def _wish(args: argparse.Namespace, template: str, chain: int, sweep: tuple[Comb
 
     options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
     return Wish(template, args.nodes, args.ranks_per_node or RANKS_PER_NODE, args.cpus_per_rank, options, chain, sweep,
-                args.at_once)
+                args.at_once, args.device)
 
 
 def _sweep(args: argparse.Namespace) -> None:

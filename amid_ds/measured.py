@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +29,9 @@ FILE = "measured.json"
 
 
 @contextlib.contextmanager
-def measured(ds: Any, recipe: Recipe, world: World, step: int) -> Iterator[None]:
-    """Within it optimizer step `step` is made and measured, and then written down. For rank 0 alone."""
+def measured(ds: Any, recipe: Recipe, world: World, hosts: Sequence[str], step: int) -> Iterator[None]:
+    """Within it optimizer step `step` is made and measured, and then written down. For rank 0 alone; `hosts`: each
+    rank's."""
     probe = _Probe(ds)
     traffic = _Traffic(world)
     gathered = ds.gathered.teacher if hasattr(ds, "gathered") else 0
@@ -43,7 +43,8 @@ def measured(ds: Any, recipe: Recipe, world: World, step: int) -> Iterator[None]
     if world.tp_size > 1:
         network["tensor_parallel"] = traffic.bytes["tensor_parallel"]
     facts: dict[str, Any] = {
-        "step": step, "ranks": world.size, "host": socket.gethostname(), "device": world.device.type,
+        "step": step, "hosts": list(hosts),
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
         "recipe": dump_recipe(recipe), "memory_per_rank": {**held_bytes(ds), **probe.bytes},
         "network_per_step": network}
     if world.device.type == "cuda":

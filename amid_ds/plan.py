@@ -9,8 +9,10 @@ time is a rough one, the memory is meant to be held against a run.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,12 +26,15 @@ from amid_ds.config import Recipe, Student, Teacher, values_of
 from amid_ds.distiller import body_of, head_of
 from amid_ds.errors import InputError
 from amid_ds.losses import default_workspace_bytes
+from amid_ds.measured import read_measured
+from amid_ds.metrics import read_metrics
 from amid_ds.origin import student_of
 from amid_ds.tensor_parallel import shrink, split_parameters
 
 EFFICIENCY = 0.45      # of a device's dense peak that large matrix products reach in training
 HEADROOM = 0.92        # of its memory that may be planned for: the rest goes to fragments, the context and NCCL
 ADAM_BYTES = 8         # two moments in fp32
+RECENT = 20            # logged steps of a run whose median time a plan is held against
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Device:
 DEVICES = {device.name: device for device in (      # by the makers' data sheets; one 400 or 200 Gb/s port per device
     Device("h100-80g", 80e9, 989e12, 50e9, 450e9), Device("h200", 141e9, 989e12, 50e9, 450e9),
     Device("a100-80g", 80e9, 312e12, 25e9, 300e9))}
+DEFAULT_DEVICE = "h100-80g"
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,14 @@ def make_plan(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device) -
 
 def device_here(ranks_here: int) -> Device | None:
     """The device of this process, one of `ranks_here` on its node; None for a GPU that is not in the table."""
-    if not torch.cuda.is_available():
+    return device_called(torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu", ranks_here)
+
+
+def device_called(name: str, ranks_here: int) -> Device | None:
+    """The device that torch calls `name`; None where it is not in the table."""
+    if name == "cpu":
         return find_device("cpu", ranks_here)
-    name = torch.cuda.get_device_name().lower()
-    return next((device for device in DEVICES.values() if device.name.split("-")[0] in name), None)
+    return next((device for device in DEVICES.values() if device.name.split("-")[0] in name.lower()), None)
 
 
 def costs_of(recipe: Recipe, ranks: int, device: Device | None) -> tuple[dict[str, float], float | None]:
@@ -362,6 +372,60 @@ def _run_on_meta(shell: Any, rows: int, length: int, layers: int | None = None) 
         shell.config._attn_implementation = before
         if stack:
             setattr(body, stack, every)
+
+
+def fit_in_words(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device) -> str:
+    """One line: whether `recipe` fits, and what it takes."""
+    plan = _plan(recipe, nodes, nodes * ranks_per_node, device)
+    return (f"{'fits' if plan.fits else 'does not fit'} on {nodes * ranks_per_node} x {device.name} (--device): "
+            f"{plan.memory_per_rank['total'] / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB a rank, about "
+            f"{plan.seconds_per_step:,.2f} s a step, {plan.hours:,.1f} h"
+            + ("" if plan.fits else "; amid-ds plan names the changes with which it would"))
+
+
+def check_plan(run: Path, device: str | None) -> dict[str, dict[str, dict[str, float | None]]]:
+    """What was planned and what was measured in the run's folder, by part: bytes and seconds; None for what was not.
+
+    `device` as `find_device` takes it; None: the one that the run was on. Raises InputError where nothing was measured.
+    """
+    found = read_measured(run)
+    hosts = found["hosts"]
+    nodes = len(set(hosts))
+    known = find_device(device, len(hosts) // nodes) if device else device_called(found["device"], len(hosts) // nodes)
+    if known is None:
+        raise InputError(f"the run was on {found['device']}", f"one of {', '.join(DEVICES)}, or cpu",
+                         "give its numbers by --device '{memory: …, flops: …, bandwidth: …}'")
+    plan = _plan(Recipe.model_validate(yaml.safe_load(found["recipe"])), nodes, len(hosts), known)
+    times = [line["time/step"] for line in read_metrics(run) if line["step"] >= found["step"] and "time/step" in line]
+    if not times:
+        raise InputError(f"{run} has no metrics", "metrics.jsonl with the steps that were measured", "check the folder")
+    planned: dict[str, Any] = {"memory_per_rank": plan.memory_per_rank, "network_per_step": plan.network_per_step,
+                               "seconds": {"step": plan.seconds_per_step}}
+    measured = {**found, "seconds": {"step": statistics.median(times[-RECENT:])}}
+    return {what: {part: {"planned": planned[what].get(part), "measured": measured[what].get(part)}
+                   for part in {**planned[what], **measured[what]}} for what in planned}
+
+
+def print_check(checked: dict[str, dict[str, dict[str, float | None]]], as_json: bool) -> None:
+    """The prediction beside the measurement as a table, or as JSON alone."""
+    if as_json:
+        print(json.dumps(checked))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for heading in ("", "planned", "measured", "difference"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for what, parts in checked.items():
+        unit = 1 if what == "seconds" else 1e6
+        for part, pair in parts.items():
+            planned, measured = pair["planned"], pair["measured"]
+            shown = ["–" if size is None else f"{size / unit:,.3f}" for size in (planned, measured)]
+            off = f"{planned / measured - 1:+.1%}" if planned and measured else "–"
+            table.add_row(f"{part.replace('_', ' ')}, {'s' if unit == 1 else 'MB'}", *shown, off)
+        table.add_section()
+    Console().print(table)
 
 
 def print_plan(plan: Plan, as_json: bool) -> None:

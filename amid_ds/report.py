@@ -18,6 +18,7 @@ from typing import Any
 from amid_ds import lives
 from amid_ds.config import load_recipe
 from amid_ds.errors import InputError
+from amid_ds.figures import require_matplotlib
 from amid_ds.meter import BESIDE, PHASES
 from amid_ds.metrics import read_lines, read_metrics, write_atomically
 from amid_ds.plan import device_here, find_device, make_plan
@@ -80,16 +81,12 @@ def read_run(folder: Path, name: str) -> Run:
 
 def report(folders: Sequence[str], out: str) -> None:
     """`amid-ds report RUN [RUN …] -o OUT`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("matplotlib is not installed", "what a report's figures are drawn with",
-                         "pip install 'amid-ds[plots]'") from None
+    figure = require_matplotlib()
     paths = [Path(folder) for folder in folders]
     short = [path.resolve().name for path in paths]
     names = short if len(set(short)) == len(short) else [str(path) for path in paths]
     runs = [read_run(path, name) for path, name in zip(paths, names, strict=True)]
-    draw = _Draw(Figure, runs)
+    draw = _Draw(figure, runs)
     page = _page(runs, _figures(runs, draw))
     try:
         write_atomically(Path(out), page)

@@ -22,6 +22,7 @@ from amid_ds import lives, scheduler
 from amid_ds.combinations import Combination
 from amid_ds.config import Recipe, dump_recipe, load_recipe
 from amid_ds.errors import InputError
+from amid_ds.plan import DEFAULT_DEVICE, find_device, fit_in_words
 from amid_ds.provenance import code_revision, uncommitted_changes
 from amid_ds.train import check
 
@@ -40,6 +41,7 @@ class Wish:
     chain: int = 1
     sweep: tuple[Combination, ...] = ()      # an array of jobs, one for each
     at_once: int = 0              # of a sweep; 0: all
+    device: str | None = None     # that the run must fit, as plan has it; None: plan's default
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks_per_node", "cpus_per_rank", "chain"):
@@ -58,6 +60,8 @@ def submit(recipe_path: str, overrides: Sequence[str], wish: Wish, dry_run: bool
     """Check, keep copies, submit; the last line printed is the (last) job's id. A dry run prints the script alone."""
     template = find_template(wish.template).read_text(encoding="utf-8")
     recipe = _checked(recipe_path, overrides, wish)
+    if wish.template != "prepare":      # of a dry run stdout is the script alone
+        print(_fit(recipe, wish), file=sys.stderr if dry_run else sys.stdout, flush=True)
     folder = _next_folder(Path(recipe.output_dir) / "submissions")
     script = render(template, _values(recipe, wish))
     refuse_faults(script, made=Path(recipe.output_dir).resolve() / "logs")
@@ -91,6 +95,14 @@ def _checked(recipe_path: str, overrides: Sequence[str], wish: Wish) -> Recipe:
     for run in wish.sweep:
         check(load_recipe(recipe_path, [*overrides, *run.overrides(recipe.output_dir)]), wish.ranks)
     return recipe
+
+
+def _fit(recipe: Recipe, wish: Wish) -> str:
+    device = find_device(wish.device or DEFAULT_DEVICE, wish.ranks_per_node)
+    try:
+        return fit_in_words(recipe, wish.nodes, wish.ranks_per_node, device)
+    except (RuntimeError, NotImplementedError, TypeError) as error:      # a model that does not run on the meta device
+        return f"whether it fits cannot be told: {error}"
 
 
 def find_template(name: str) -> Path:

@@ -273,7 +273,8 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
                 with phase("rollout"):
                     turn = rollouts.turn(turn)
             measures = world.is_main and state["step"] + 1 == first + measured.STEP
-            with measured.measured(ds, recipe, world, state["step"] + 1) if measures else contextlib.nullcontext():
+            with (measured.measured(ds, recipe, world, watchdog.hosts, state["step"] + 1) if measures
+                  else contextlib.nullcontext()):
                 values = step(job, ds, turn.window, turn.tokens, state, world, second, turn.sampled)
             values |= {"padding": turn.padding, **turn.told}
             seconds = time.monotonic() - began

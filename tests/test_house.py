@@ -37,7 +37,7 @@ OWNERS = {      # who may import what costs, so that a change upstream has one p
     "rouge_score": {"writing"},
     "nltk": {"writing"},
     "tensorboard": set(),
-    "matplotlib": {"figures", "report"},
+    "matplotlib": {"figures"},
     "yaml": {"config", "train", "demo", "plan"},
     "pydantic": {"config"},
     "torch.distributed": {"distributed", "vocab_parallel", "measured"},

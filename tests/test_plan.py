@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from amid_ds.cli import main
 from amid_ds.config import load_recipe
-from amid_ds.plan import Device, _run_on_meta, make_plan
+from amid_ds.plan import Device, _run_on_meta, find_device, make_plan
 
 H100 = Device("h100-80g", 80e9, 989e12, 50e9, 450e9)
 
@@ -64,7 +64,7 @@ def be_weighed(argv: list[str], variables: dict[str, str], log: str) -> None:
 @pytest.mark.parametrize("layout", [["train.micro_batch_size=2"], ["tensor_parallel=2"],
                                     ["deepspeed=BF16", "student.activation_checkpointing=true"]],
                          ids=["dp 2", "tp 2", "bf16"])
-def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, tmp_path):
+def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, tmp_path, capfd):
     # wide enough that ZeRO-3 partitions more than it pads
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
     pair = [small.make_model(tmp_path / family, family, 0, **sizes) for family in ("llama", "qwen3")]
@@ -73,7 +73,7 @@ def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, tmp_path):
     layout = [key.replace("BF16", str(small.never_resident(tmp_path, "zero3.json"))) for key in layout]
     processes = small.Ranks(2, "train", recipe, *layout, be=be_weighed)
     assert processes.wait() == [0, 0], processes.text()
-    plan = make_plan(load_recipe(recipe, layout), 1, 2, H100)
+    plan = make_plan(load_recipe(recipe, layout), 1, 2, find_device("cpu", 2))
     held = json.loads((tmp_path / "run" / "0.bytes").read_text())
     for part, size in held.items():
         assert plan.memory_per_rank[part] == pytest.approx(size, rel=0.05), part
@@ -85,6 +85,12 @@ def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, tmp_path):
     assert {part: left["memory_per_rank"][part] for part in held} == held
     for part, size in left["memory_per_rank"].items():
         assert plan.memory_per_rank[part] == pytest.approx(size, rel=0.15), part
+    assert main(["plan", "--check", str(tmp_path / "run"), "--json"]) == 0
+    checked = json.loads(capfd.readouterr().out.splitlines()[-1])
+    for what in ("memory_per_rank", "network_per_step"):
+        for part, pair in checked[what].items():
+            assert pair == {"planned": getattr(plan, what).get(part), "measured": left[what].get(part)}, part
+    assert checked["seconds"]["step"]["measured"] > 0
     assert sum(plan.network_per_step.values()) == pytest.approx(sum(left["network_per_step"].values()), rel=0.05)
 
 
@@ -133,6 +139,14 @@ def test_what_does_not_fit_exits_with_1_and_names_changes_that_do(large, capsys)
         change = remedy.partition(":")[0].split()
         assert main(["plan", str(large), "--ranks-per-node", "8", "--device", less, *change]) == 0, remedy
     assert "fits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong, said", [([], "one of the two"), (["--check", "nowhere"], "no measured.json"),
+                                         (["--check", "."], "no measured.json")])
+def test_a_check_of_no_run_exits_with_2(wrong, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", *wrong]) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong, said", [(["--device", "abacus"], "h100-80g"), (["--nodes", "0"], "at least one"),

@@ -353,7 +353,8 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(template, models, tmp_pa
     recipe = recipe_of(models, tmp_path)
     status = main(["submit", str(recipe), "--template", template, "--nodes", "2", "--ranks-per-node", "2", "--dry-run",
                    "--partition", "fast", "--chain", "2", "train.steps=9"])
-    script = capsys.readouterr().out
+    script, said = capsys.readouterr()
+    assert ("fits on 4 x h100-80g (--device): " in said) == (template != "prepare"), said
     assert status == 0 and script.startswith("#!/bin/bash\n") and not (tmp_path / "run").exists()
     assert "#SBATCH --partition=fast\n" in script and "#SBATCH --no-requeue\n" in script and "REQUEUE=no\n" in script
     assert f"PYTHON={sys.executable}\n" in script
