@@ -119,20 +119,21 @@ class Question:
     seq_length: int = 512
     template: str | None = None
     seeds: int | None = None
-    new_tokens: int | None = None      # None: half of seq_length
+    new_tokens: int | None = None      # None: half of what prompt and answer have
     batch_size: int = 4
 
-    def sampling(self, source: Source) -> Sampling | None:
-        """How to generate for the source's rows; None: not at all. Raises InputError where that cannot be done."""
+    def sampling(self, source: Source, room: int) -> Sampling | None:
+        """How to generate for the source's rows, prompt and answer together within `room` tokens; None: not at all.
+        Raises InputError where that cannot be done."""
         seeds = self.seeds if self.seeds is not None else 0 if source.is_text else len(SEEDS)
-        new_tokens = self.seq_length // 2 if self.new_tokens is None else self.new_tokens
+        new_tokens = room // 2 if self.new_tokens is None else self.new_tokens
         if seeds and source.is_text:
             raise InputError(f"--seeds {seeds} with {self.data}, whose rows have no prompt and no reference",
                              "prompt and response, or instruction, input and output: ROUGE-L compares with these",
                              "give such a file, or leave --seeds out")
-        if seeds < 0 or not 0 < new_tokens < self.seq_length:
+        if seeds < 0 or not 0 < new_tokens < room:
             raise InputError(f"--seeds {seeds} --new-tokens {new_tokens}",
-                             f"at least 0 seeds, and from 1 to {self.seq_length - 1} new tokens, room for a prompt",
+                             f"at least 0 seeds, and from 1 to {room - 1} new tokens, room for a prompt",
                              "change --seeds, --new-tokens or --seq-length")
         if not seeds:
             return None
@@ -147,7 +148,9 @@ def evaluate(question: Question, model: nn.Module, teacher: nn.Module | None, to
     together: Any = (lambda work: work()) if world is None else world.together
     rank, size = (0, 1) if world is None else (world.rank, world.size)
     source: Source = together(lambda: source_of(question.data, question.template))
-    sampling: Sampling | None = together(lambda: question.sampling(source))
+    limits = [getattr(m.config, "max_position_embeddings", None) for m in (model, teacher) if m is not None]
+    room = min([question.seq_length, *filter(None, limits)])
+    sampling: Sampling | None = together(lambda: question.sampling(source, room))
     with tempfile.TemporaryDirectory() as folder:      # each rank its own: nodes may share none
         rows = Path(folder) / "data"
         together(lambda: prepare(Data(train=[source]), question.seq_length, tokenizer, rows))
@@ -157,15 +160,16 @@ def evaluate(question: Question, model: nn.Module, teacher: nn.Module | None, to
     scores = scores_of(sums if world is None else world.sum(sums), teacher is not None)
     if sampling is None:
         return scores
-    prompts: list[Prompt] = together(lambda: _prompts(source, tokenizer, question.seq_length - sampling.new_tokens))
+    prompts: list[Prompt] = together(lambda: _prompts(source, tokenizer, room - sampling.new_tokens))
     opinion = None if teacher is None else lambda asked, answers: likelihood(teacher, asked, answers, len(tokenizer))
     return dataclasses.replace(scores, **dataclasses.asdict(judge(model, tokenizer, prompts, sampling, opinion, world)))
 
 
-def _prompts(source: Source, tokenizer: Any, room: int) -> list[Prompt]:
-    """The source's prompts; one longer than `room` loses its left."""
+def _prompts(source: Source, tokenizer: Any, longest: int) -> list[Prompt]:
+    """The source's prompts; one longer than `longest` loses its left."""
     texts, references = zip(*prompts_of(source, "error"), strict=True)
-    return [Prompt(ids[-room:], answers) for ids, answers in zip(prompt_ids(tokenizer, texts), references, strict=True)]
+    encoded = prompt_ids(tokenizer, texts)
+    return [Prompt(ids[-longest:], answers) for ids, answers in zip(encoded, references, strict=True)]
 
 
 def likelihood(model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]],

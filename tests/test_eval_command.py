@@ -152,7 +152,7 @@ def test_instructions_become_the_published_prompts_and_the_first_output_is_learn
 
 @pytest.mark.parametrize("arguments, named", [
     (["--seeds", "3"], ["no reference", "--seeds 3", "rows.jsonl"]),
-    (["--new-tokens", "512"], ["--new-tokens 512", "from 1 to 511"]),
+    (["--new-tokens", "128"], ["--new-tokens 128", "from 1 to 127"]),
     (["--template", "minilm"], ["'minilm'", "did you mean `minillm`?"]),
     (["--template", "alpaca"], ["lacks the field 'instruction'"]),
 ], ids=["references", "room", "template", "columns"])
@@ -173,3 +173,9 @@ def test_more_samples_of_one_kind_are_less_diverse():
     assert writing.distinct([[1, 2, 3, 4, 5]], 4) == 1 and writing.distinct([[7] * 9], 4) == pytest.approx(1 / 6)
     same, other = writing.self_bleu([[1, 2, 3, 4, 5]] * 2), writing.self_bleu([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
     assert same == pytest.approx(1) and other < 0.3 and math.isfinite(other)
+
+
+def test_prompt_and_answer_stay_within_the_positions_that_a_model_has(tmp_path, capsys):
+    model = small.make_model(tmp_path / "gpt2", "gpt2", n_positions=32)
+    data = small.make_instructions(tmp_path / "rows.jsonl", rows=3)
+    assert scores(capsys, model, "--data", data, "--seeds", 1)["rouge_l"] is not None
