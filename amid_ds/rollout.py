@@ -29,7 +29,7 @@ from amid_ds.data.pack import Packed, pack_together
 from amid_ds.distributed import World
 from amid_ds.errors import InputError
 from amid_ds.generation import Prompt, Sampler
-from amid_ds.schedule import step_seed
+from amid_ds.schedule import step_seed, value_at
 from amid_ds.validation import validate
 
 FILE = "rollout.pt"                  # in a checkpoint: the buffer
@@ -97,6 +97,8 @@ class Rollouts:
         else:
             what = choice(adaptive, self.state["rollout"]["threshold"], chance, len(self.buffer), step + 1,
                           self.recipe.train.steps)
+        if not value_at(self.recipe.loss.kd_weight, step, self.recipe.train.steps):
+            what = "data"      # a step without the teacher would learn nothing from the student's words
         told = {"rollout": float(what != "data")}
         if adaptive is not None:
             told |= {"replay": float(what == "replay"), "rollout_threshold": self.state["rollout"]["threshold"]}

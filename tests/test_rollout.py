@@ -37,7 +37,7 @@ def recipe_for(folder: Path, run: Path, **changes) -> Path:
         "data__prepared": str(folder / "data"), "train__seq_length": LENGTH, "train__eval_every": 1,
         "data__eval": [{"path": str(folder / "held.jsonl"), "prompt": "prompt", "response": "response"}],
         "deepspeed": str(small.never_resident(folder)), "checkpoint__every": 1, "train__learning_rate": 1e-2,
-        "loss": {"alpha": -1.0, "lam": 0.3, "order": "pr", "ce_weight": 0.0}, **changes}
+        **changes}
     return small.make_recipe(run.with_suffix(".yaml"), folder / "student", folder / "teacher", folder / "rows.jsonl",
                              run, **settings)
 
@@ -118,6 +118,20 @@ def be_counted(argv: list[str], variables: dict[str, str], log: str) -> None:
     small.be_a_rank(argv, variables, log)
 
 
+@pytest.mark.slow      # the same as below, in two more layouts
+def test_a_run_with_a_replay_buffer_goes_on_in_any_layout(folder, tmp_path):
+    rollout = {"adaptive": {"init_threshold": 0.9, "capacity": 8, "replay_ratio": "constant"}, "max_new_tokens": NEW}
+    recipe = recipe_for(folder, tmp_path / "run", rollout=rollout, train__steps=6, checkpoint__every=3)
+    small.run(2, "train", recipe)
+    whole = small.metrics(tmp_path / "run")
+    for ranks, *layout in ((1,), (2, "tensor_parallel=2")):
+        shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000006")
+        assert "resumed after step 3" in small.run(ranks, "train", recipe, *layout).text()
+        for line, before in zip(small.metrics(tmp_path / "run"), whole, strict=True):
+            assert line["loss"] == pytest.approx(before["loss"], rel=1e-5)
+            assert (line["rollout"], line["replay"]) == (before["rollout"], before["replay"])
+
+
 def test_an_interrupted_run_with_a_replay_buffer_is_the_uninterrupted_one(folder, tmp_path):
     rollout = {"adaptive": {"init_threshold": 0.7, "loss_eps": 0.0, "capacity": 9, "replay_ratio": "constant"},
                "max_new_tokens": NEW, "top_p": 0.9}
@@ -173,6 +187,21 @@ def test_the_scheme_is_the_published_one(ratio):
         state = judged(adaptive, state, losses[number])
     assert told == published(losses, chances, 4, 100, 0.2, 0.1, ratio, total)
     assert {what for what, _ in told} == {"fresh", "replay", "data"} and state["threshold"] == 1.0
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3"])
+def test_prompts_of_unequal_lengths_share_a_batch_without_a_trace(family, tmp_path):
+    """Learned positions, a sliding window, rotary ones; the longest takes the model's last position."""
+    model = AutoModelForCausalLM.from_pretrained(small.make_model(tmp_path / "model", family, 3)).eval()
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = model.config.vocab_size
+    prompts = [Prompt(torch.randint(3, vocabulary, (length,), generator=draw).tolist(), room, 0)
+               for length, room in ((3, 60), (40, 5), (1, 30), (120, 8))]
+    found = Sampler(0.0, 1.0, END, vocabulary).complete(model, prompts, bool, torch.device("cpu"))
+    for prompt, ids in zip(prompts, found, strict=True):
+        truth = model.generate(torch.tensor([prompt.ids]), max_new_tokens=prompt.room, do_sample=False,
+                               eos_token_id=END, pad_token_id=2)
+        assert prompt.ids + ids == truth[0].tolist()
 
 
 def test_sampling_follows_temperature_and_top_p(folder):
