@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, get_process_group_ranks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from amid_ds.config import Recipe, dump_recipe
 from amid_ds.distributed import World
@@ -26,6 +25,12 @@ from amid_ds.metrics import write_atomically
 
 STEP = 4             # of a life
 FILE = "measured.json"
+# What a rank of n takes in for each byte of a collective's first tensors: those that a gather fills, a part of those
+# that are scattered, those that all end up with, by way of a ring.
+TAKEN: dict[str, Callable[[int], float]] = {
+    "allreduce": lambda n: 2 * (n - 1) / n,
+    **dict.fromkeys(("allgather", "all_gather_single", "_allgather_base"), lambda n: (n - 1) / n),
+    **dict.fromkeys(("reduce_scatter", "reduce_scatter_single", "_reduce_scatter_base"), lambda n: n - 1)}
 
 
 @contextlib.contextmanager
@@ -154,38 +159,40 @@ class _Probe:
         return tensor
 
 
-class _Traffic(TorchDispatchMode):
-    """Bytes that this rank takes in through torch's collectives, by what they are for."""
+class _Traffic:
+    """Bytes that this rank takes in through torch's collectives, by what they are for.
 
-    supports_higher_order_operators = True
+    Counted where torch hands a collective to its group: in a dispatch mode, which would see them too, nothing compiles.
+    """
 
     def __init__(self, world: World) -> None:
-        super().__init__()
         self.world = world
         self.bytes: Counter[str] = Counter()
         first = world.rank - world.tp_rank
         self.neighbours = list(range(first, first + world.tp_size))
+        self.handed = {name: vars(ProcessGroup)[name] for name in TAKEN if name in vars(ProcessGroup)}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "namespace", "") == "c10d":
-            self._count(func._schema.name.removeprefix("c10d::"), args)
-        return func(*args, **(kwargs or {}))
+    def __enter__(self) -> _Traffic:
+        for name in self.handed:      # some are called otherwise in other versions of torch
+            setattr(ProcessGroup, name, self._counting(name))
+        return self
 
-    def _count(self, name: str, args: Any) -> None:
-        group = next(arg for arg in args if isinstance(arg, torch.ScriptObject)
-                     and arg._type().name() == "ProcessGroup")   # type: ignore[attr-defined]
-        ranks = get_process_group_ranks(ProcessGroup.unbox(group))
-        others = 1 - 1 / len(ranks)
-        first, *_ = [part for arg in args if (part := _tensors(arg))]
-        size = sum(tensor.nbytes for tensor in first)
-        taken = {"allreduce": 2 * others, "allgather": others, "reduce_scatter": others * len(ranks)}
-        kind = next((kind for kind in taken if name.strip("_").startswith(kind)), None)
-        if kind is None:
-            return
+    def __exit__(self, *_: object) -> None:
+        for name, method in self.handed.items():
+            setattr(ProcessGroup, name, method)
+
+    def _counting(self, name: str) -> Any:
+        def call(group: ProcessGroup, tensors: Any, *rest: Any, **options: Any) -> Any:
+            self._count(name, group, sum(tensor.nbytes for tensor in _tensors(tensors)))
+            return self.handed[name].__get__(group)(tensors, *rest, **options)
+        return call
+
+    def _count(self, name: str, group: ProcessGroup, size: int) -> None:
+        ranks = get_process_group_ranks(group)
         what = "gathers" if "gather" in name else "reductions"
-        if self.world.tp_size > 1 and ranks == self.neighbours and kind == "allreduce":
+        if self.world.tp_size > 1 and ranks == self.neighbours and name == "allreduce":
             what = "tensor_parallel"
-        self.bytes[what] += int(size * taken[kind])
+        self.bytes[what] += int(size * TAKEN[name](len(ranks)))
 
 
 def _tensors(value: Any) -> list[Tensor]:

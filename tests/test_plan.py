@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from amid_ds.cli import main
 from amid_ds.config import load_recipe
+from amid_ds.distributed import World
+from amid_ds.measured import _Traffic
 from amid_ds.plan import Device, _run_on_meta, find_device, make_plan
 
 H100 = Device("h100-80g", 80e9, 989e12, 50e9, 450e9)
@@ -92,6 +94,12 @@ def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, tmp_path, cap
             assert pair == {"planned": getattr(plan, what).get(part), "measured": left[what].get(part)}, part
     assert checked["seconds"]["step"]["measured"] > 0
     assert sum(plan.network_per_step.values()) == pytest.approx(sum(left["network_per_step"].values()), rel=0.05)
+
+
+def test_a_step_that_is_measured_may_compile():
+    compiled = torch.compile(lambda x: x * 2, fullgraph=True, backend="eager")
+    with _Traffic(World(0, 1, 0, torch.device("cpu"))):
+        assert compiled(torch.ones(1)) == 2
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
