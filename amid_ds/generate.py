@@ -24,6 +24,7 @@ from tqdm import tqdm
 from amid_ds import engine
 from amid_ds.config import Recipe, Source, Teacher, load_recipe
 from amid_ds.data import end_of_text, fingerprint, load_tokenizer, prompt_ids, prompts_of
+from amid_ds.data.readers import TEXT, kind_of
 from amid_ds.distributed import World, joined
 from amid_ds.errors import InputError, Stopped
 from amid_ds.generation import Prompt, Sampler
@@ -139,6 +140,9 @@ def sources(wish: Wish, recipe: Recipe | None) -> list[Source]:
     """Where the prompts come from: the file, or the recipe's rows to train on."""
     if wish.template is not None and wish.template not in TEMPLATES:
         raise InputError(f"--template {wish.template}", f"one of {', '.join(TEMPLATES)}", "check the spelling")
+    if wish.prompts is not None and kind_of(wish.prompts) in TEXT:
+        raise InputError(f"--prompts {wish.prompts} is plain text", "rows with a `prompt`, such as JSON lines",
+                         "make each prompt a line {\"prompt\": …}")
     if wish.prompts is not None:
         column: dict[str, str] = {"text": "prompt"} if wish.template is None else {"template": wish.template}
         return [Source(path=wish.prompts, **column)]   # type: ignore[arg-type]

@@ -88,6 +88,7 @@ BAD = {
     "an end of text that the tokenizer lacks": (["--end-of-text", "zebra"], ["'zebra'", "such as '<eos>'"]),
     "no such prompts": (["--prompts", "nowhere.jsonl"], ["nowhere.jsonl"]),
     "a column that is not there": (["--prompts", "TEXT"], ["text.jsonl", "'prompt'"]),
+    "prompts in a text file": (["--prompts", "prompts.txt"], ["prompts.txt is plain text"]),
     "a top-p of 0": (["--top-p", "0"], ["--top-p 0.0", "(0, 1]"]),
     "a folder that is not there": (["--out", "nowhere/out.jsonl"], ["nowhere/out.jsonl"]),
     "a template that is not there": (["--template", "alpacca"], ["alpacca"]),

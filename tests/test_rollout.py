@@ -6,6 +6,8 @@ import collections
 import json
 import random
 import shutil
+import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -94,28 +96,52 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
     assert len(set(lengths[0])) > 1 and max(lengths[0]) == NEW      # some came to their end before the others
     assert line["tokens"] == sum(map(sum, lengths))
     for step, line in enumerate((run / "0.jsonl").read_text().splitlines()):
-        gathered, weights = json.loads(line)
+        gathered, weights, _ = json.loads(line)
         assert gathered == weights * (max(lengths[step]) if changes else 1)
 
 
 def be_counted(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """A rank that writes what each rollout gathers, and the bytes of its student; with PER_TOKEN there is no room."""
+    """A rank that writes the bytes that each rollout gathers, those of its student, and the rollout's seconds; with
+    PER_TOKEN there is no room for the whole student."""
     from amid_ds import engine, rollout
 
     turn = rollout.Rollouts.turn
 
     def counted(self, data):
         before = self.ds.gathered.student
+        self.world.barrier()
+        began = time.perf_counter()
         made = turn(self, data)
+        self.world.barrier()
+        seconds = time.perf_counter() - began
         weights = sum(p.ds_numel * p.element_size() for p in self.ds.module.student.parameters())
         with open(Path(self.recipe.output_dir) / f"{variables['RANK']}.jsonl", "a") as file:
-            file.write(json.dumps([self.ds.gathered.student - before, weights]) + "\n")
+            file.write(json.dumps([self.ds.gathered.student - before, weights, seconds]) + "\n")
         return made
 
     rollout.Rollouts.turn = counted
     if "PER_TOKEN" in variables:
         engine.fits_whole = lambda *_: False
     small.be_a_rank(argv, variables, log)
+
+
+@pytest.mark.slow      # a table rather than a claim: run it with -s
+def test_what_gathering_once_saves(folder, tmp_path):
+    student = small.make_model(tmp_path / "student", "llama", 0, hidden_size=512, intermediate_size=1536,
+                               num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8)
+    losses = []
+    for name, changes in (("once", {}), ("for each token", {"PER_TOKEN": "1"})):
+        run = tmp_path / name
+        recipe = recipe_for(folder, run, rollout={"share": 1.0, "max_new_tokens": 24}, train__steps=3,
+                            student__model=str(student), train__seq_length=LENGTH,
+                            data__prepared=str(tmp_path / "data"))
+        started = small.Ranks(2, "train", recipe, "train.eval_every=0", changes=changes, be=be_counted)
+        assert started.wait(400) == [0, 0], started.text()
+        rollouts = [json.loads(line) for line in (run / "0.jsonl").read_text().splitlines()]
+        print(f"\ngathered {name}: {rollouts[0][0] / 1e6:,.0f} MB of a student of {rollouts[0][1] / 1e6:,.0f} MB, "
+              f"{statistics.median(seconds for *_, seconds in rollouts):.1f} s a rollout (median of {len(rollouts)})")
+        losses.append([line["loss"] for line in small.metrics(run)])
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.slow      # the same as below, in two more layouts
