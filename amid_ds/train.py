@@ -281,7 +281,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             if rollouts is not None:      # the tokens learnt from, and sampled on the way
                 values["tokens_per_second"] = turn.tokens / seconds
             values["data_wait"] = agreed.waited / seconds
-            watch.step(state["step"], meter.peers, seconds)
+            watch.step(state["step"], meter.peers, seconds, turn.sampled)
             logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
             if logged:
                 values |= meter.line(state["step"] - lined, ds.module.has_lesson)

@@ -22,10 +22,10 @@ class Watch:
 
     def __init__(self, names: Sequence[str], say: Callable[[str], None]) -> None:
         self.names, self.say = names, say
-        self.losses: deque[float] = deque(maxlen=STEPS)
+        self.losses: dict[bool, deque[float]] = {sampled: deque(maxlen=STEPS) for sampled in (False, True)}
         self.own: deque[Sequence[float]] = deque(maxlen=STEPS)
         self.steps_s: deque[float] = deque(maxlen=STEPS)
-        self.spiking = False
+        self.spiking = {False: False, True: False}
         self.slow: set[int] = set()
 
     @property
@@ -37,27 +37,28 @@ class Watch:
     def _seconds(self) -> list[float]:
         return [sum(step) for step in zip(*self.own, strict=True)]
 
-    def step(self, step: int, peers: Sequence[Sequence[float]], step_s: float) -> None:
+    def step(self, step: int, peers: Sequence[Sequence[float]], step_s: float, sampled: bool = False) -> None:
         """Optimizer step `step` took `step_s` seconds. `peers`, by rank: its tokens' part of the loss, the seconds that
-        it had to itself (see Meter.own_seconds), and more."""
+        it had to itself (see Meter.own_seconds), and more. A step on the student's own words (`sampled`) has another
+        loss than one on the data: each is judged by its like."""
         parts, own, *_ = zip(*peers, strict=True)
-        self._spike(step, parts)
+        self._spike(step, parts, sampled)
         self.own.append(own)
         self.steps_s.append(step_s)
         self._slow(step)
 
-    def _spike(self, step: int, parts: Sequence[float]) -> None:
-        past, loss = self.losses, sum(parts)
+    def _spike(self, step: int, parts: Sequence[float], sampled: bool) -> None:
+        past, loss = self.losses[sampled], sum(parts)
         if len(past) == STEPS:
             middle = statistics.median(past)
             spread = 1.4826 * statistics.median(abs(value - middle) for value in past)
             spiking = loss > middle + max(SPIKE * spread, RISE * abs(middle))
-            if spiking and not self.spiking:
+            if spiking and not self.spiking[sampled]:
                 worst = max(range(len(parts)), key=parts.__getitem__)
                 share = f", {parts[worst] / loss:.0%} of it" if len(parts) > 1 else ""
                 self.say(f"WARNING: the loss spikes: {loss:.4g} in step {step}, {middle:.4g} in the middle of the "
                          f"{STEPS} before; most of it comes from {self.names[worst]}{share}")
-            self.spiking = spiking
+            self.spiking[sampled] = spiking
             if spiking:
                 return      # no part of what is normal
         past.append(loss)

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from amid_ds.config import Replay
 from amid_ds.generation import Prompt, Sampler
 from amid_ds.rollout import choice, judged
+from amid_ds.watch import Watch
 
 END = 3 + small.WORDS.index("tree")
 NEW, LENGTH = 12, 40
@@ -260,3 +261,14 @@ def test_sampling_follows_temperature_and_top_p(folder):
     check([ids[0] for ids in found], expected(prompt))
     common = collections.Counter(ids[0] for ids in found if ids[0] != END).most_common(1)[0][0]
     check([ids[1] for ids in found if ids[0] == common], expected([*prompt, common]))
+
+
+def test_a_step_on_the_data_among_many_on_the_students_words_is_no_spike():
+    said: list[str] = []
+    watch = Watch(["rank 0"], said.append)
+    for step in range(1, 301):
+        sampled = step % 5 != 0
+        spike = step in (240, 241, 242, 243, 244, 245)
+        watch.step(step, [[(0.1 if sampled else 2.0) * (3 if spike else 1), 0.1, 0.0]], 1.0, sampled)
+    assert [line.split(" in the middle")[0].rpartition(": ")[2] for line in said] == ["6 in step 240, 2",
+                                                                                      "0.3 in step 241, 0.1"]
