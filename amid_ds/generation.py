@@ -59,15 +59,16 @@ class Sampler:
         seen = torch.tensor([[0] * (longest - len(p.ids)) + [1] * len(p.ids) for p in prompts], device=device)
         last = torch.tensor([len(p.ids) + p.room - 2 for p in prompts], device=device)[:, None]
         positions = (seen.cumsum(-1) - 1).clamp(min=0)
-        chances = [torch.rand(p.room, generator=torch.Generator().manual_seed(p.seed)).tolist() for p in prompts]
+        chances = torch.zeros(len(prompts), max(1, *(p.room for p in prompts)))      # in [0, 1), one for each token
+        for row, p in enumerate(prompts):
+            chances[row, :p.room] = torch.rand(p.room, generator=torch.Generator().manual_seed(p.seed))
         found: list[list[int]] = [[] for _ in prompts]
         going = [p.room > 0 for p in prompts]
         run = _cached_body(model)
         while somebody(any(going)):
             hidden = run(ids, seen, positions)
-            uniform = torch.tensor([given[min(len(got), len(given) - 1)] if given else 0.0
-                                    for given, got in zip(chances, found, strict=True)], device=device)
-            chosen = self.choose(self.logits(model, hidden), uniform)
+            place = min(seen.shape[1] - longest, chances.shape[1] - 1)      # another rank may have further to go
+            chosen = self.choose(self.logits(model, hidden), chances[:, place].to(device))
             for row, token in enumerate(chosen.tolist()):
                 if going[row]:
                     found[row].append(token)
