@@ -35,7 +35,7 @@ def instructions(tmp_path_factory) -> Path:
     """Rows as the instruction sets are published: some without an input, some with several outputs."""
     path = tmp_path_factory.mktemp("set") / "valid.jsonl"
     rows = [{"instruction": "the river sings", "input": "over the stone", "output": "a bird runs then falls"},
-            {"instruction": "one house", "input": "", "output": ["light grows slowly", "a light holds"]},
+            {"instruction": "one house", "input": "", "output": ["light grows slowly", " ".join(small.WORDS)]},
             {"instruction": "two {red} stone", "output": "under near with"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows * 13))
     return path
