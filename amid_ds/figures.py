@@ -89,7 +89,7 @@ def label_of(row: Run, leave_out: Sequence[Hashable] = ()) -> str:
 
 def draw_losses(rows: Sequence[Run], path: Path) -> Path:
     """The loss of every run, step by step; runs that differ in their seed alone have one colour."""
-    figure = require_matplotlib()(figsize=(7, 4), layout="constrained")
+    figure = require_matplotlib()(figsize=(7, 6), layout="constrained")
     panel = figure.subplots()
     colours: dict[str, str] = {}
     for row in rows:
@@ -102,7 +102,7 @@ def draw_losses(rows: Sequence[Run], path: Path) -> Path:
                             color=colours.get(label), label=None if known else label)
         colours[label] = drawn.get_color()
     panel.set(xlabel="step", ylabel="loss")
-    panel.legend(fontsize="x-small", ncols=2)
+    figure.legend(loc="outside lower center", fontsize="x-small")
     return _saved(figure, path)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 import statistics
 from collections.abc import Mapping, Sequence
@@ -147,7 +148,8 @@ def summary(scores: Scored) -> str:
 
 def _shown(values: Sequence[float]) -> str:
     mean, error = figures.mean_and_error(values)
-    return f"{mean:.4g}" + (f" ± {error:.2g}" if len(values) > 1 else "")
+    digits = max(0, -math.floor(math.log10(error))) if error else 3      # to the first in doubt
+    return f"{mean:.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
 
 
 def draw(scores: Scored, path: Path) -> None:
