@@ -26,6 +26,7 @@ from amid_ds.config import Recipe, Student, Teacher, values_of
 from amid_ds.distiller import body_of, head_of
 from amid_ds.errors import InputError
 from amid_ds.losses import default_workspace_bytes
+from amid_ds.losses.tiles import tiling
 from amid_ds.measured import read_measured
 from amid_ds.metrics import read_metrics
 from amid_ds.origin import student_of
@@ -140,6 +141,9 @@ class _Sizes:
     flops: float             # of the body's forward, for one micro-batch, on this rank
     item: int                # bytes of an element
     common: int              # of `held`: what a tensor-parallel group shares, which ZeRO-3 partitions over all ranks
+    inner: int               # width between an MLP's layers
+    embedding: int
+    tied: bool               # the head is the embedding
     summed: tuple[int, int]  # width of what AutoTP sums for a token, in forward and in backward
 
 
@@ -157,7 +161,7 @@ def _plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Plan:
         teacher = _sizes(recipe.teacher, named or engine.checkpoint_dtype(
             recipe.teacher.model, **recipe.teacher.opened_with), recipe, dp)
     memory = _states(recipe, config, student, teacher, dp)
-    memory |= _working(recipe, config, student, teacher, tokens, accumulation, device, sum(memory.values()))
+    memory |= _working(recipe, config, student, teacher, tokens, accumulation, ranks, device, sum(memory.values()))
     memory["total"] = sum(memory.values())
     network = _network(recipe, config, student, teacher, dp, tokens, accumulation)
     heads = 2 * tokens * accumulation / tp
@@ -194,22 +198,30 @@ def _states(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _S
 
 
 def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _Sizes | None, tokens: int,
-             accumulation: int, device: Device, states: int) -> dict[str, int]:
+             accumulation: int, ranks: int, device: Device, states: int) -> dict[str, int]:
     """What a step needs beside. The teacher's pass and the student's are not at the same time: the larger counts."""
     zero = config.get("zero_optimization", {})
     stage = engine.stage_of(config)
     bucket = int(zero.get("reduce_bucket_size", 5e8)) if stage else 0
     live = int(zero.get("stage3_max_live_parameters", 1e9))
-    prefetch = int(zero.get("stage3_prefetch_bucket_size", 5e7))
     saved, again = student.saved_bytes, 0
     if recipe.student.activation_checkpointing:      # the layers' inputs, and one layer at a time made again
         outside = student.saved_bytes - student.layers * student.layer_bytes
         saved, again = outside + student.layers * tokens * student.width * student.item, student.layer_bytes
-    workspace = default_workspace_bytes(torch.device("cpu" if device.name == "cpu" else "cuda"))
+    kind = torch.device("cpu" if device.name == "cpu" else "cuda")
+    logits = tokens * student.head // student.width * (student.item + (teacher.item if teacher is not None else 0))
+    workspace = min(default_workspace_bytes(kind), logits + tiling(kind)[0])
+    gathered = min(student.held, live + student.largest_layer) * student.item if stage == 3 else 0
+
+    def spread(model: _Sizes) -> int:
+        """Elements of which other ranks hold a part, and which so come through a buffer."""
+        return model.held if ranks > recipe.tensor_parallel else model.common
+
     parts = {
         "activations": saved,
         "recomputed_layer": again,
-        "gathered": min(student.held, live + student.largest_layer) * student.item if stage == 3 else 0,
+        "gathered": gathered,
+        "gather_buffers": min(gathered, spread(student) * student.item),
         "reduce_bucket": min(bucket, student.held) * student.item,
         # the gradients of the head and of the hidden states are summed in fp32, then given in the weights' dtype
         "loss_workspace": workspace + (student.head + tokens * student.width) * (4 + (2 if student.item == 2 else 0))}
@@ -217,17 +229,21 @@ def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
         return parts
     window = tokens * accumulation
     parts["teacher_hidden"] = window * teacher.width * teacher.item
-    per_token = 20 * teacher.width * teacher.item
+    allowed = (8 * teacher.width + 4 * teacher.inner) * teacher.item      # a token's, as engine.plan_teaching has it
     per_pass = recipe.teacher.max_tokens_per_pass if recipe.teacher else None
-    per_pass = per_pass or max(tokens, min(window, int((device.memory - states) / 8 / per_token)))
-    gathered = 0
+    per_pass = per_pass or max(tokens, min(window, int((device.memory - states) / 8 / allowed)))
+    # Nothing is kept for backward: the residual stream and its norm, and what an MLP with a gate has at once.
+    of_teacher = min(per_pass, window) * (2 * teacher.width + 3 * teacher.inner) * teacher.item
+    of_student = saved + again + gathered + parts["gather_buffers"] + parts["loss_workspace"]
     if stage == 3 and not engine.teacher_apart(recipe, config):
-        gathered = (teacher.largest_layer + min(prefetch, teacher.held)) * teacher.item
-    of_teacher = min(per_pass, window) * per_token + gathered
-    of_student = saved + again + parts["gathered"] + parts["loss_workspace"]
-    parts["teacher_pass"] = max(0, of_teacher - of_student)
-    if gathered:
+        # Each module that runs prefetches a bucket more, up to what may live: all of the teacher, then the student.
+        body = teacher.held - (0 if teacher.tied else teacher.head)
+        whole = min(body, live + teacher.largest_layer)
+        of_teacher += (whole + min(whole, spread(teacher))) * teacher.item
+        of_teacher += min(spread(student), max(0, live - whole)) * student.item
         parts["teacher_head"] = teacher.head * teacher.item
+        of_student += parts["teacher_head"]
+    parts["teacher_pass"] = max(0, of_teacher - of_student)
     return parts
 
 
@@ -247,16 +263,18 @@ def _network(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
     passes = (1 if student.held <= reuse else 2 * accumulation) if stage == 3 else 1 if stage else 0
     # Stage 3 scatters the sums of each micro-batch, stage 2 gives them to all, stages 0 and 1 do so once for the step.
     reductions = {3: accumulation, 2: 2 * accumulation}.get(stage, 2)
-    parts = {"student_gathers": int(passes * from_others(student, student.held)),
+    # The embedding is let go of after a micro-batch's backward, where it comes last, and the next one begins with it.
+    anew = (accumulation - 1) * from_others(student, student.embedding) if stage == 3 and passes == 1 else 0
+    parts = {"student_gathers": int(passes * from_others(student, student.held) + anew),
              "student_reductions": int(reductions * from_others(student, student.held))}
     if teacher is not None:
         sharded = stage == 3 and not engine.teacher_apart(recipe, config)
-        whole = from_others(teacher, teacher.held) + teacher.head * teacher.item * (1 - 1 / dp)
-        parts["teacher_gathers"] = int(whole) if sharded else 0
+        again = from_others(teacher, teacher.embedding) if teacher.tied else 0      # for the body, then for the loss
+        parts["teacher_gathers"] = int(from_others(teacher, teacher.held) + again) if sharded else 0
     if tp > 1:
         forward, backward = student.summed
-        again = 2 if recipe.student.activation_checkpointing else 1
-        width = (again * forward + backward) * student.item + student.width * 4      # the hidden states' gradient
+        forwards = 2 if recipe.student.activation_checkpointing else 1
+        width = (forwards * forward + backward) * student.item + student.width * 4      # the hidden states' gradient
         width += teacher.summed[0] * teacher.item if teacher is not None else 0
         parts["tensor_parallel"] = int(accumulation * tokens * width * 2 * (1 - 1 / tp))
     return parts
@@ -307,15 +325,17 @@ def _sizes(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe, dp: int
         shared = part == size and tp > 1
         shard += -(-size // (dp * tp)) if shared else -(-part // dp)
         common += size if shared else 0
-    head = head_of(shell).weight
+    head, embedding = head_of(shell).weight, shell.get_input_embeddings().weight
     summed = (0, 0) if apart else shrink(shell, tp)
     layers = next((module for module in body_of(shell).modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
     per_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
+    inner = getattr(shell.config, "intermediate_size", None) or 4 * head.shape[1]
     rows, length = recipe.train.micro_batch_size, recipe.train.seq_length
     saved, flops = _run_on_meta(shell, rows, length)
     one = _run_on_meta(shell, rows, length, layers=len(layers) - 1)[0] if len(layers) > 1 else 0
     return _Sizes(whole, held, shard, max(per_layer, head.numel() // tp), head.numel() // tp, head.shape[1], saved,
-                  max(0, saved - one), len(layers), flops, torch.empty(0, dtype=dtype).element_size(), common, summed)
+                  max(0, saved - one), len(layers), flops, torch.empty(0, dtype=dtype).element_size(), common,
+                  inner, embedding.numel(), head is embedding, summed)
 
 
 class _Attention(torch.autograd.Function):
