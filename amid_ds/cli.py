@@ -282,10 +282,10 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from amid_ds import bench, bench_checkpoint, bench_step
+    from amid_ds.bench import checkpoint, data, loss, step
 
-    {"loss": bench.bench_loss, "step": bench_step.bench_step, "data": bench.bench_data,
-     "checkpoint": bench_checkpoint.bench_checkpoint}[args.what](args.json)
+    {"loss": loss.bench_loss, "step": step.bench_step, "data": data.bench_data,
+     "checkpoint": checkpoint.bench_checkpoint}[args.what](args.json)
 
 
 def _checkpoints(args: argparse.Namespace) -> None:

@@ -116,7 +116,6 @@ class Distiller(nn.Module):
             self.__dict__["teacher"] = teacher
         else:
             self.teacher = teacher
-        self.kd_weight = kd_weight
         self.wait_on_host = False      # hidden states between `teach` and the loss: in pinned memory, or on the device
         self.head = FusedHead(
             lambda: (sharded_head_of(student, shard), sharded_head_of(teacher, shard) if teacher is not None else None),
@@ -130,13 +129,13 @@ class Distiller(nn.Module):
 
     def pursue(self, objective: AMiD, kd_weight: float, ce_weight: float) -> None:
         """From now on this is what is minimised; the same on every rank."""
-        self.kd_weight = self.head.kd_weight = kd_weight
+        self.head.kd_weight = kd_weight
         self.head.objective, self.head.ce_weight = objective, ce_weight
 
     @property
     def has_lesson(self) -> bool:
         """Whether a step needs the teacher at all."""
-        return self.teacher is not None and self.kd_weight > 0
+        return self.teacher is not None and self.head.kd_weight > 0
 
     @torch.no_grad()
     def teach(self, batches: Sequence[Batch], rows_per_pass: int) -> list[Tensor | None]:

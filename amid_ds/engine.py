@@ -31,6 +31,7 @@ from amid_ds.errors import InputError
 from amid_ds.host_memory import freed_memory_given_back
 from amid_ds.losses import AlphaBeta, AMiD, preset
 from amid_ds.origin import student_of
+from amid_ds.packaged import folder_of
 from amid_ds.tensor_parallel import cut_head, layer_specs, vocab_shard, why_whole
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -137,8 +138,7 @@ def find_deepspeed_config(name: str) -> Path:
     """`name` as given, or, where there is no such file, the packaged one of that name."""
     if Path(name).is_file():
         return Path(name)
-    inside = Path(__file__).parent / "ds_configs"                 # in a wheel; in a checkout the folder lies beside us
-    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "ds_configs"
+    folder = folder_of("ds_configs")
     packaged = folder / Path(name).name
     if packaged.is_file() and Path(name).parent.name in ("", "ds_configs"):
         return packaged

@@ -27,6 +27,7 @@ from amid_ds.distiller import head_of, logits_of, run_body
 from amid_ds.distributed import World, joined
 from amid_ds.engine import model_config
 from amid_ds.errors import InputError
+from amid_ds.losses.fused import IGNORE_INDEX
 from amid_ds.templates import TEMPLATES
 from amid_ds.writing import SEEDS, Prompt, Sampling, judge, require_rouge
 
@@ -82,7 +83,7 @@ def sums_of(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Batch
     sums = torch.zeros(5 + 2 * BINS, dtype=torch.float64, device=device)
     for batch in (batch.to(device) for batch in batches):
         labels = batch.labels.flatten()
-        keep = labels != -100
+        keep = labels != IGNORE_INDEX
         labels = labels[keep]
         hidden = [None if m is None else run_body(m, batch.input_ids, batch.positions).flatten(0, 1)[keep]
                   for m in (model, teacher)]
@@ -177,7 +178,7 @@ def likelihood(model: nn.Module, prompts: Sequence[list[int]], answers: Sequence
     """(Σ negative log-likelihood of the answers' tokens after their prompts, their number)."""
     rows = [[*asked, *answer] for asked, answer in zip(prompts, answers, strict=True)]
     ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
-    labels = torch.full_like(ids, -100)
+    labels = torch.full_like(ids, IGNORE_INDEX)
     for place, (row, answer) in enumerate(zip(rows, answers, strict=True)):
         ids[place, :len(row)] = torch.tensor(row)
         labels[place, len(row) - len(answer) - 1:len(row) - 1] = torch.tensor(answer, dtype=torch.long)

@@ -11,9 +11,13 @@ def command(ranks: int, *arguments: str) -> list[str]:
     """The command line of `amid-ds ARGUMENTS` on `ranks` ranks, with a port of their own to meet at."""
     if ranks == 1:
         return [sys.executable, "-m", "amid_ds", *arguments]
+    launcher = str(Path(sys.executable).with_name("deepspeed"))
+    return [launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), "--log_level", "error", "--module",
+            "amid_ds", *arguments]
+
+
+def free_port() -> int:
+    """Of this machine, for ranks to meet at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [launcher, "--num_gpus", str(ranks), "--master_port", str(port), "--log_level", "error", "--module",
-            "amid_ds", *arguments]
+        return int(probe.getsockname()[1])

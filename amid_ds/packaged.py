@@ -14,6 +14,12 @@ from amid_ds.errors import InputError
 FOLDER = Path(__file__).parent / "recipes"
 
 
+def folder_of(name: str) -> Path:
+    """The folder `ds_configs` or `slurm`: in a wheel it lies inside the package, in a checkout beside it."""
+    inside = Path(__file__).parent / name
+    return inside if inside.is_dir() else Path(__file__).parent.parent / name
+
+
 def find_recipe(name: str) -> Path:
     """A packaged recipe's file. Raises InputError where there is none of that name."""
     path = FOLDER / f"{name}.yaml"

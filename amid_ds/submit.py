@@ -22,6 +22,7 @@ from amid_ds import lives, scheduler
 from amid_ds.combinations import Combination
 from amid_ds.config import Recipe, dump_recipe, load_recipe
 from amid_ds.errors import InputError
+from amid_ds.packaged import folder_of
 from amid_ds.plan import DEFAULT_DEVICE, find_device, fit_in_words
 from amid_ds.provenance import code_revision, uncommitted_changes
 from amid_ds.train import check
@@ -107,8 +108,7 @@ def _fit(recipe: Recipe, wish: Wish) -> str:
 
 def find_template(name: str) -> Path:
     """One of ours by its name, or a file of the user's."""
-    inside = Path(__file__).parent / "slurm"                 # in a wheel; in a checkout the folder lies beside us
-    folder = inside if inside.is_dir() else Path(__file__).parent.parent / "slurm"
+    folder = folder_of("slurm")
     for path in (folder / f"{name}.sbatch", Path(name)):
         if path.is_file():
             return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from amid_ds.bench_step import WAYS, Scale, _make_models, _on_ranks
+from amid_ds.bench.step import WAYS, Scale, _make_models, _on_ranks
 
 SCALE = Scale((64, 2), (128, 3), 512, 1, 32, 1, "fp32")
 

@@ -17,11 +17,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from amid_ds import config
+from amid_ds.bench.data import data_bench
 from amid_ds.data import (
     Prepared,
     StepData,
     check_sources,
-    data_bench,
     pack,
     preparation,
     prepare,
@@ -396,6 +396,7 @@ JOB = """
 import sys
 from pathlib import Path
 from amid_ds import config
+from amid_ds.bench.data import data_bench
 from amid_ds.data import load_tokenizer, preparation, prepare, shard
 shard.MIN_CHUNK, preparation.PARALLEL_BYTES = 2000, 0
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ FLOORS = {
     "distiller": 3, "engine": 3, "checkpoint": 3, "shards": 3, "reshard": 3, "export": 3, "tensor_parallel": 3,
     "writing": 3, "figures": 3, "launch": 3, "generation": 3,
     "rollout": 4, "generate": 4,
-    "train": 4, "evaluate": 4, "validation": 4, "demo": 4, "bench": 4, "bench_checkpoint": 4, "bench_step": 4,
+    "train": 4, "evaluate": 4, "validation": 4, "demo": 4, "bench": 4,
     "plan": 4, "requeue": 4, "submit": 4, "sweep": 4, "status": 4, "doctor": 4, "report": 4,
     "study": 5,
     "cli": 6, "__main__": 7,

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from amid_ds import bench
+from amid_ds.bench import loss as bench
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """From the user's files to micro-batches: sources (rows) -> pack (shards of tokens) -> order and loader (steps)."""
 
 from amid_ds.data.loader import Batch, Prepared, StepData, Steps, read_rows
-from amid_ds.data.measure import DataRow, data_bench
 from amid_ds.data.preparation import PreparedInfo, SourceInfo, prepare, prepare_all
 from amid_ds.data.sources import check_sources, prompts_of, texts_of
 from amid_ds.data.stream import StreamData, merged_places, stream_summary
@@ -14,7 +13,7 @@ from amid_ds.data.tokenizer import (
     train_sentencepiece,
 )
 
-__all__ = ["Batch", "DataRow", "Prepared", "PreparedInfo", "SourceInfo", "StepData", "Steps", "StreamData",
-           "check_sources", "data_bench", "end_of_text", "fingerprint", "load_tokenizer", "merged_places", "prepare",
+__all__ = ["Batch", "Prepared", "PreparedInfo", "SourceInfo", "StepData", "Steps", "StreamData",
+           "check_sources", "end_of_text", "fingerprint", "load_tokenizer", "merged_places", "prepare",
            "prepare_all", "prompt_ids", "prompts_of", "read_rows", "require_same_tokenizer", "stream_summary",
            "texts_of", "train_sentencepiece"]

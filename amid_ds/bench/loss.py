@@ -1,6 +1,4 @@
-"""Our numbers against the alternatives, measured in one run on one machine, so that only their ratios need be trusted.
-
-`bench loss`: the fused objective beside the naive twin and beside the four matrix products that any exact method has
+"""`bench loss`: the fused objective beside the naive twin and beside the four matrix products that any exact method has
 to make (teacher logits, student logits, gradient of the hidden states, gradient of the head). Rounds are interleaved,
 times are medians. Memory is the peak above the inputs: on a CPU the resident set of a fresh process, on a GPU the
 allocator's peak.
@@ -20,9 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from amid_ds import AMiD, demo, linear_amid_loss, preset
-from amid_ds.data import Batch
-from amid_ds.distiller import Distiller
+from amid_ds import AMiD, linear_amid_loss, preset
+from amid_ds.bench.measure import device_name, status_bytes
 from amid_ds.losses.reference import naive_loss
 from amid_ds.losses.tiles import WORTH_COMPILING
 
@@ -69,7 +66,7 @@ def bench_loss(as_json: bool) -> None:
         if not as_json:
             _print_loss(rows, shape)
     if as_json:
-        print(json.dumps({"device": _device_name(), "threads": torch.get_num_threads(), "results": results}))
+        print(json.dumps({"device": device_name(), "threads": torch.get_num_threads(), "results": results}))
 
 
 def loss_bench(shape: LossShape, rounds: int | None = None) -> list[LossRow]:
@@ -88,47 +85,6 @@ def loss_bench(shape: LossShape, rounds: int | None = None) -> list[LossRow]:
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return [LossRow(name, median[name], peaks[name], median[name] / median["naive"],
                     median[name] / median["products"], peaks[name] / peaks["naive"]) for name in methods]
-
-
-def bench_data(as_json: bool = False) -> None:
-    """`amid-ds bench data`: preparing and reading, in tokens per second, beside the tokenizer alone."""
-    from rich.console import Console
-    from rich.table import Table
-
-    from amid_ds.data.measure import DataRow, data_bench
-
-    rows = data_bench()
-    trained, alone = demo_speed(), next(row for row in rows if row.of_tokenizer == 1).tokens_per_second
-    rows.append(DataRow("the demo's distillation takes", trained, trained / alone))
-    if as_json:
-        print(json.dumps([asdict(row) for row in rows]))
-        return
-    table = Table("what", "tokens/s", "of the tokenizer", title="data, one core")
-    for row in rows:
-        table.add_row(row.what, f"{row.tokens_per_second:,.0f}", f"{row.of_tokenizer:.2f}")
-    Console().print(table)
-
-
-def demo_speed(rounds: int = 5) -> float:
-    """Tokens per second that the demo's distillation consumes, on all cores of one process without an engine."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    student, teacher = (LlamaForCausalLM(LlamaConfig(**size, vocab_size=demo.VOCABULARY, tie_word_embeddings=True))
-                        for size in (demo.STUDENT, demo.TEACHER))
-    distiller = Distiller(student, teacher, preset("skl"), kd_weight=1.0, ce_weight=0.0, vocab_size=demo.VOCABULARY)
-    optimizer = torch.optim.AdamW(student.parameters())
-    ids = torch.randint(demo.VOCABULARY, (demo.TRAIN["micro_batch_size"], demo.SEQ_LENGTH))
-    batch = Batch(ids, ids, None, 0, [], [])
-    times = []
-    for _ in range(1 + rounds):
-        begin = time.perf_counter()
-        lesson, = distiller.teach([batch], 1)
-        loss, *_ = distiller(ids, ids, torch.full_like(ids, 1 / ids.numel(), dtype=torch.float32), lesson)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        times.append(time.perf_counter() - begin)
-    return ids.numel() / statistics.median(times[1:])
 
 
 class _Inputs:
@@ -229,18 +185,9 @@ def _resident_peak(name: str, shape: LossShape, threads: int) -> int:
     method(_Inputs(LossShape(-(-WORTH_COMPILING // shape.vocabulary), shape.vocabulary, 64, 64), "cpu"))
     inputs = _Inputs(shape, "cpu")
     Path("/proc/self/clear_refs").write_text("5")     # sets the high-water mark to what is resident now
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     method(inputs)
-    return _status_bytes("VmHWM") - before
-
-
-def _status_bytes(key: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return status_bytes("VmHWM") - before
 
 
 def _print_loss(rows: list[LossRow], shape: LossShape) -> None:
@@ -249,7 +196,7 @@ def _print_loss(rows: list[LossRow], shape: LossShape) -> None:
 
     table = Table(title=f"N {shape.tokens}, V {shape.vocabulary}, H {shape.student_hidden}/{shape.teacher_hidden}, "
                         f"{shape.dtype}, {shape.objective}; forward and backward, "
-                        f"{_device_name()}, {torch.get_num_threads()} threads")
+                        f"{device_name()}, {torch.get_num_threads()} threads")
     for heading in ("method", "seconds", "× naive", "× products", "peak MB", "× naive's"):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for row in rows:

@@ -12,10 +12,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,12 +22,13 @@ from typing import Any
 import torch
 
 from amid_ds import engine, train
-from amid_ds.bench import _status_bytes
+from amid_ds.bench.measure import slowest, status_bytes
 from amid_ds.config import Dtype, Recipe
 from amid_ds.data import Batch
 from amid_ds.distiller import head_of
 from amid_ds.distributed import World, joined
 from amid_ds.errors import TrainingError
+from amid_ds.launch import free_port
 from amid_ds.losses.reference import naive_loss
 
 MICRO_BATCHES = 4
@@ -105,12 +104,9 @@ def _make_models(folder: Path, scale: Scale) -> None:
 
 def _on_ranks(size: int, folder: Path, part: str, scale: Scale) -> dict[str, Any]:
     """Run `part` on `size` fresh ranks of this machine and return what rank 0 found."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // size))
     common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-              "MASTER_PORT": str(port), "OMP_NUM_THREADS": threads}
+              "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": threads}
     spawn = multiprocessing.get_context("spawn")
     before = dict(os.environ)
     os.environ.update(common)                # torch reads its number of threads when a rank imports it
@@ -144,7 +140,7 @@ def _times(folder: Path, world: World, scale: Scale) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     for turn in range(2 + scale.rounds):        # two to warm up: ZeRO-3 records its trace in the second
         for way in WAYS:
-            elapsed = _slowest(world, steps[way])
+            elapsed = slowest(world, steps[way])
             if turn > 1:
                 seconds[way].append(elapsed)
     return {"seconds": seconds, "teacher_gather_bytes": {f"ga{n}": ours.gathered_in_a_step(n) for n in (1, 8)},
@@ -160,7 +156,7 @@ def _peak(way: str, folder: Path, world: World, scale: Scale) -> dict[str, Any]:
     else:
         Path("/proc/self/clear_refs").write_text("5")     # sets the high-water mark to what is resident now
     step()
-    peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else _status_bytes("VmHWM")
+    peak = torch.cuda.max_memory_allocated() if world.device.type == "cuda" else status_bytes("VmHWM")
     return {"peak_bytes": max(world.gather(peak))}
 
 
@@ -256,15 +252,6 @@ def _batch(index: int, world: World, scale: Scale) -> Batch:
     draw = torch.Generator().manual_seed(index * world.size + world.rank)
     ids = torch.randint(scale.vocabulary, (scale.rows, scale.length), generator=draw)
     return Batch(ids, ids.roll(-1, 1), None, 0, [], [])
-
-
-def _slowest(world: World, work: Callable[[], Any]) -> float:
-    world.barrier()
-    began = time.perf_counter()
-    work()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return max(world.gather(time.perf_counter() - began))
 
 
 def _print(result: StepResult, device: str, scale: Scale) -> None:

@@ -16,13 +16,15 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from amid_ds import config
-from amid_ds.data.loader import StepData
-from amid_ds.data.preparation import prepare
-from amid_ds.data.tokenizer import encode, load_tokenizer, train_sentencepiece
+import torch
+
+from amid_ds import config, demo, preset
+from amid_ds.data import Batch, StepData, load_tokenizer, prepare, train_sentencepiece
+from amid_ds.data.tokenizer import encode
+from amid_ds.distiller import Distiller
 
 SEQ_LENGTH, ROWS_PER_STEP, MICRO_BATCH = 512, 64, 8
 VOCABULARY = 4000
@@ -107,3 +109,42 @@ def _one_core() -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+def bench_data(as_json: bool = False) -> None:
+    """`amid-ds bench data`: preparing and reading, in tokens per second, beside the tokenizer alone."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows = data_bench()
+    trained, alone = demo_speed(), next(row for row in rows if row.of_tokenizer == 1).tokens_per_second
+    rows.append(DataRow("the demo's distillation takes", trained, trained / alone))
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    table = Table("what", "tokens/s", "of the tokenizer", title="data, one core")
+    for row in rows:
+        table.add_row(row.what, f"{row.tokens_per_second:,.0f}", f"{row.of_tokenizer:.2f}")
+    Console().print(table)
+
+
+def demo_speed(rounds: int = 5) -> float:
+    """Tokens per second that the demo's distillation consumes, on all cores of one process without an engine."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    student, teacher = (LlamaForCausalLM(LlamaConfig(**size, vocab_size=demo.VOCABULARY, tie_word_embeddings=True))
+                        for size in (demo.STUDENT, demo.TEACHER))
+    distiller = Distiller(student, teacher, preset("skl"), kd_weight=1.0, ce_weight=0.0, vocab_size=demo.VOCABULARY)
+    optimizer = torch.optim.AdamW(student.parameters())
+    ids = torch.randint(demo.VOCABULARY, (demo.TRAIN["micro_batch_size"], demo.SEQ_LENGTH))
+    batch = Batch(ids, ids, None, 0, [], [])
+    times = []
+    for _ in range(1 + rounds):
+        begin = time.perf_counter()
+        lesson, = distiller.teach([batch], 1)
+        loss, *_ = distiller(ids, ids, torch.full_like(ids, 1 / ids.numel(), dtype=torch.float32), lesson)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        times.append(time.perf_counter() - begin)
+    return ids.numel() / statistics.median(times[1:])

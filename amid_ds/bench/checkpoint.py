@@ -11,7 +11,6 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 from amid_ds import checkpoint
+from amid_ds.bench.measure import slowest
 from amid_ds.config import Checkpoint, Recipe
 from amid_ds.distributed import World, joined
 from amid_ds.engine import build_engine, build_objective, read_deepspeed_config
@@ -61,18 +61,18 @@ def _measure(world: World) -> CheckpointRow:
         for step in range(1, ROUNDS + 1):
             staged = checkpoint.stage(engine)
             size = sum(tensor.nbytes for tensor in _tensors(staged))
-            copy.append(_slowest(world, lambda staged=staged: [t.clone() for t in _tensors(staged)]))   # type: ignore[misc]
+            copy.append(slowest(world, lambda staged=staged: [t.clone() for t in _tensors(staged)]))   # type: ignore[misc]
             del staged
             began = time.perf_counter()
-            started = _slowest(world, lambda step=step: saver.start({"step": step}))   # type: ignore[misc]
+            started = slowest(world, lambda step=step: saver.start({"step": step}))   # type: ignore[misc]
             assert saver.thread is not None
             saver.thread.join()
             write.append(max(world.gather(time.perf_counter() - began)) - started)
-            still.append(started + _slowest(world, saver.finish))
-            plain.append(_slowest(world, lambda step=step: engine.save_checkpoint(   # type: ignore[misc]
+            still.append(started + slowest(world, saver.finish))
+            plain.append(slowest(world, lambda step=step: engine.save_checkpoint(   # type: ignore[misc]
                 str(folder / "plain"), tag=f"step{step}", exclude_frozen_parameters=True)))
-        load = _slowest(world, lambda: _resume(engine, folder / "ours", world))
-        agreement = _slowest(world, lambda: [world.sum([1.0, 0.0, 0.0]) for _ in range(200)]) / 200
+        load = slowest(world, lambda: _resume(engine, folder / "ours", world))
+        agreement = slowest(world, lambda: [world.sum([1.0, 0.0, 0.0]) for _ in range(200)]) / 200
         seconds = statistics.median(write)
         return CheckpointRow(world.size, size / 1e6, statistics.median(copy), statistics.median(still), seconds,
                              size / 1e6 / seconds, statistics.median(plain), load, agreement)
@@ -109,13 +109,6 @@ def _tensors(value: Any) -> list[torch.Tensor]:
         return [value]
     children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return [tensor for child in children for tensor in _tensors(child)]
-
-
-def _slowest(world: World, work: Callable[[], Any]) -> float:
-    world.barrier()
-    began = time.perf_counter()
-    work()
-    return max(world.gather(time.perf_counter() - began))
 
 
 def _resume(engine: Any, folder: Path, world: World) -> None:
