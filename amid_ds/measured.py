@@ -130,7 +130,8 @@ class _Probe:
             self.keeping.__exit__()
             self.in_body = False
             self._see("activations", sum(self.kept.values()))
-            self._see("gathered", sum(p.data.nbytes for p in distiller.student.parameters() if hasattr(p, "ds_tensor")))
+            self._see("gathered", sum(p.data.nbytes for p in distiller.student.parameters() if hasattr(p, "ds_tensor")
+                                      and p.data_ptr() != p.ds_tensor.data_ptr()))      # whole on this rank as it is
 
         def steps(*arguments: Any, **options: Any) -> Any:
             self._see("gradients", gradient_bytes(self.ds))

@@ -203,6 +203,10 @@ def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
     zero = config.get("zero_optimization", {})
     stage = engine.stage_of(config)
     bucket = int(zero.get("reduce_bucket_size", 5e8)) if stage else 0
+    if not zero.get("contiguous_gradients", True):      # else DeepSpeed allocates it whole, whatever the model
+        bucket = min(bucket, student.held)
+    elif stage in (1, 2) and zero.get("overlap_comm"):
+        bucket *= 2
     live = int(zero.get("stage3_max_live_parameters", 1e9))
     saved, again = student.saved_bytes, 0
     if recipe.student.activation_checkpointing:      # the layers' inputs, and one layer at a time made again
@@ -211,18 +215,18 @@ def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
     kind = torch.device("cpu" if device.name == "cpu" else "cuda")
     logits = tokens * student.head // student.width * (student.item + (teacher.item if teacher is not None else 0))
     workspace = min(default_workspace_bytes(kind), logits + tiling(kind)[0])
-    gathered = min(student.held, live + student.largest_layer) * student.item if stage == 3 else 0
 
     def spread(model: _Sizes) -> int:
-        """Elements of which other ranks hold a part, and which so come through a buffer."""
+        """Elements of which other ranks hold a part. What a rank has whole is not copied."""
         return model.held if ranks > recipe.tensor_parallel else model.common
 
+    gathered = min(spread(student), live + student.largest_layer) * student.item if stage == 3 else 0
     parts = {
         "activations": saved,
         "recomputed_layer": again,
         "gathered": gathered,
-        "gather_buffers": min(gathered, spread(student) * student.item),
-        "reduce_bucket": min(bucket, student.held) * student.item,
+        "gather_buffers": gathered,      # what arrives lies in a buffer first
+        "reduce_bucket": bucket * (4 if stage == 1 else student.item),
         # the gradients of the head and of the hidden states are summed in fp32, then given in the weights' dtype
         "loss_workspace": workspace + (student.head + tokens * student.width) * (4 + (2 if student.item == 2 else 0))}
     if teacher is None:
@@ -238,10 +242,9 @@ def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
     if stage == 3 and not engine.teacher_apart(recipe, config):
         # Each module that runs prefetches a bucket more, up to what may live: all of the teacher, then the student.
         body = teacher.held - (0 if teacher.tied else teacher.head)
-        whole = min(body, live + teacher.largest_layer)
-        of_teacher += (whole + min(whole, spread(teacher))) * teacher.item
-        of_teacher += min(spread(student), max(0, live - whole)) * student.item
-        parts["teacher_head"] = teacher.head * teacher.item
+        whole = min(body, spread(teacher), live + teacher.largest_layer)
+        of_teacher += 2 * whole * teacher.item + min(spread(student), max(0, live - whole)) * student.item
+        parts["teacher_head"] = min(teacher.head, spread(teacher)) * teacher.item
         of_student += parts["teacher_head"]
     parts["teacher_pass"] = max(0, of_teacher - of_student)
     return parts
