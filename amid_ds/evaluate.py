@@ -225,8 +225,8 @@ def _load(question: Question, device: torch.device) -> tuple[nn.Module, nn.Modul
 
 
 COLUMNS = {      # heading -> how a score is shown, where it is known
-    "perplexity": ("perplexity", "{:.2f}"), "KL(teacher‖model)": ("kl_to_teacher", "{:.4f}"),
-    "KL(model‖teacher)": ("reverse_kl", "{:.4f}"), "top-1 agreement": ("top1_agreement", "{:.1%}"),
+    "perplexity": ("perplexity", "{:.2f}"), "KL to teacher": ("kl_to_teacher", "{:.4f}"),
+    "reverse KL": ("reverse_kl", "{:.4f}"), "top-1 agreement": ("top1_agreement", "{:.1%}"),
     "calibration error": ("calibration_error", "{:.3f}"), "ROUGE-L": ("rouge_l", "{:.4f}"),
     "± standard error": ("rouge_l_standard_error", "{:.4f}"), "distinct-4": ("distinct_4", "{:.3f}"),
     "self-BLEU": ("self_bleu", "{:.3f}"), "teacher's NLL": ("teacher_nll", "{:.3f}")}
@@ -246,4 +246,7 @@ def print_table(scores: dict[str, Scores]) -> None:
     for name, row in scores.items():
         values = [(getattr(row, field), form) for field, form in shown.values()]
         table.add_row(name, *("-" if value is None else form.format(value) for value, form in values))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:      # a file or a pipe is as wide as the table
+        console.width = 240
+    console.print(table)
