@@ -161,12 +161,13 @@ def _plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Plan:
         teacher = _sizes(recipe.teacher, named or engine.checkpoint_dtype(
             recipe.teacher.model, **recipe.teacher.opened_with), recipe, dp)
     memory = _states(recipe, config, student, teacher, dp)
-    memory |= _working(recipe, config, student, teacher, tokens, accumulation, ranks, device, sum(memory.values()))
+    taught = engine.accumulation_steps(recipe, dp)      # an auxiliary corpus has as many micro-batches, and no teacher
+    memory |= _working(recipe, config, student, teacher, tokens, taught, ranks, device, sum(memory.values()))
     memory["total"] = sum(memory.values())
     network = _network(recipe, config, student, teacher, dp, tokens, accumulation)
-    heads = 2 * tokens * accumulation / tp
-    flops = {"student": 3 * (student.flops * accumulation + heads * student.head),
-             "teacher": 0.0 if teacher is None else teacher.flops * accumulation + heads * teacher.head}
+    head = 2 * tokens / tp
+    flops = {"student": 3 * accumulation * (student.flops + head * student.head),
+             "teacher": 0.0 if teacher is None else taught * (teacher.flops + head * teacher.head)}
     if recipe.student.activation_checkpointing:
         flops["student"] += student.flops * accumulation
     within = network.get("tensor_parallel", 0)      # neighbours, which share a node

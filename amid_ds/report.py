@@ -7,6 +7,7 @@ no script and may be sent by mail. Curves of more than POINTS steps are thinned 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import statistics
@@ -19,6 +20,7 @@ from amid_ds import lives
 from amid_ds.config import load_recipe
 from amid_ds.errors import InputError
 from amid_ds.figures import require_matplotlib
+from amid_ds.measured import read_measured
 from amid_ds.meter import BESIDE, PHASES
 from amid_ds.metrics import read_lines, read_metrics, write_atomically
 from amid_ds.plan import device_here, find_device, make_plan
@@ -42,6 +44,7 @@ class Run:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     story: list[lives.Record]
+    measured: dict[str, int]      # bytes by part; {} where no life was long enough
 
     @property
     def restarts(self) -> list[int]:
@@ -76,7 +79,10 @@ def read_run(folder: Path, name: str) -> Run:
     if not steps:
         raise InputError(f"{folder} has no metrics yet", "metrics.jsonl with a step at least",
                          "report on it once it has logged its first step")
-    return Run(name, folder, steps, read_lines(folder / "eval.jsonl"), lives.records(folder))
+    measured: dict[str, int] = {}
+    with contextlib.suppress(InputError):
+        measured = {part: size for part, size in read_measured(folder)["memory_per_rank"].items() if part != "total"}
+    return Run(name, folder, steps, read_lines(folder / "eval.jsonl"), lives.records(folder), measured)
 
 
 def report(folders: Sequence[str], out: str) -> None:
@@ -180,9 +186,11 @@ def _figures(runs: Sequence[Run], draw: _Draw) -> list[dict[str, Any]]:
         planned, note = _planned(run)
         if planned:
             parts[f"{run.name}, planned"] = {part: size / 1e9 for part, size in planned.items()}
+        if run.measured:
+            parts[f"{run.name}, measured"] = {part: size / 1e9 for part, size in run.measured.items()}
         notes += [note] if note else []
-    memory = [draw.bars("Memory by part", "GB of a rank", parts, "as amid-ds plan has it; the measured peak is a curve "
-                        "above")] if parts else []
+    memory = [draw.bars("Memory by part", "GB of a rank", parts, "as amid-ds plan has it, and the parts that a "
+                        "run measures; its peak is a curve above")] if parts else []
     return [{"title": "Curves", "figures": curves, "notes": []}, {"title": "Time", "figures": where, "notes": []},
             {"title": "Memory", "figures": memory, "notes": notes}]
 

@@ -113,6 +113,8 @@ def test_curves_are_the_metrics_and_restarts_stand_where_they_were(runs, monkeyp
     assert drawn["Loss"]["first"] == (list(range(1, STEPS + 1)), [line["loss"] for line in lines], 1)
     assert drawn["Loss"]["second"][1] == [line["loss"] / 2 for line in lines]
     assert drawn["held: loss"]["first"][0] == [3, 6, 9]
+    assert {part: size * 1e9 for part, size in drawn["Memory by part"]["first, measured"].items()} == pytest.approx(
+        json.loads((runs[0] / "measured.json").read_text())["memory_per_rank"])
     for phase, seconds in drawn["Where the time went"]["first"].items():
         assert seconds == pytest.approx(sum(line[f"time/{phase}"] for line in lines) / STEPS), phase
     monkeypatch.setattr(report, "POINTS", 4)
