@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 import small
+import torch
 
+from amid_ds import amid_loss
 from amid_ds.cli import main
 from amid_ds.config import load_recipe
+from amid_ds.engine import build_objective
 from amid_ds.packaged import FOLDER, find_recipe
+from amid_ds.schedule import loss_at
 
 STAND_INS = {      # recipe -> the architecture of its models, ranks, and what a test makes smaller
     "amid_gpt2_dolly": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2",
-                                    "rollout.max_new_tokens=8"]),
+                                    "rollout.max_new_tokens=8", "rollout.adaptive.init_threshold=1.0"]),
     "distillm_gpt2_dolly": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2",
-                                        "rollout.max_new_tokens=8"]),
+                                        "rollout.max_new_tokens=8", "rollout.adaptive.init_threshold=1.0"]),
     "gkd": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2", "rollout.max_new_tokens=8",
                         "rollout.share=1.0"]),
     "pretrain": ("llama", 2, ["tensor_parallel=2", "train.global_batch_size=2"]),
@@ -58,8 +62,25 @@ def test_a_recipe_is_parsed_planned_and_runs_two_steps(place, tmp_path, capsys, 
     small.run(ranks, "train", find_recipe(name), *overrides)
     lines = small.metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2] and all(line["kd_loss"] > 0 for line in lines)
-    assert name != "gkd" or all(line["rollout"] for line in lines)
+    assert recipe.rollout is None or all(line["rollout"] for line in lines)
     assert (tmp_path / "run" / "model" / "config.json").exists()
+
+
+def test_the_gkd_recipes_loss_is_its_scripts():
+    """0.9 KL(student ‖ m) + 0.1 KL(teacher ‖ m), m = 0.1 teacher + 0.9 student."""
+    recipe = load_recipe(find_recipe("gkd"))
+    student, teacher = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    objective = build_objective(loss_at(recipe.loss, 0, recipe.train.steps))
+    q, p = student.softmax(-1), teacher.softmax(-1)
+    m = 0.1 * p + 0.9 * q
+    truth = (0.9 * q * (q / m).log() + 0.1 * p * (p / m).log()).sum(-1)
+    torch.testing.assert_close(amid_loss(student, teacher, objective), truth)
+
+
+@pytest.mark.parametrize("name", ["amid_gpt2_dolly", "distillm_gpt2_dolly", "gkd"])
+def test_dollys_long_rows_keep_their_prompts(name):
+    data = load_recipe(find_recipe(name)).data
+    assert {rows.truncate for rows in (*data.train, *data.eval)} == {"right"}
 
 
 def test_recipes_are_listed_copied_once_and_named_when_mistyped(tmp_path, monkeypatch, capsys):
