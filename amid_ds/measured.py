@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -54,7 +55,10 @@ def measured(ds: Any, recipe: Recipe, world: World, hosts: Sequence[str], step: 
         "network_per_step": network}
     if world.device.type == "cuda":
         facts["memory_per_rank"]["total"] = torch.cuda.max_memory_allocated()
-    write_atomically(Path(recipe.output_dir) / FILE, json.dumps(facts, indent=1) + "\n")
+    try:
+        write_atomically(Path(recipe.output_dir) / FILE, json.dumps(facts, indent=1) + "\n")
+    except OSError as error:      # a full disk does not stop a run
+        print(f"amid-ds: WARNING: what step {step} took cannot be written: {error}", file=sys.stderr, flush=True)
 
 
 def read_measured(run: Path) -> dict[str, Any]:

@@ -168,11 +168,10 @@ def _plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Plan:
     head = 2 * tokens / tp
     flops = {"student": 3 * accumulation * (student.flops + head * student.head),
              "teacher": 0.0 if teacher is None else taught * (teacher.flops + head * teacher.head)}
-    if recipe.student.activation_checkpointing:
-        flops["student"] += student.flops * accumulation
+    again = student.flops * accumulation if recipe.student.activation_checkpointing else 0.0      # no part of MFU
     within = network.get("tensor_parallel", 0)      # neighbours, which share a node
     between = sum(network.values()) - within
-    seconds = max(sum(flops.values()) / (device.flops * EFFICIENCY),
+    seconds = max((sum(flops.values()) + again) / (device.flops * EFFICIENCY),
                   within / device.neighbours + between / (device.bandwidth if nodes > 1 else device.neighbours))
     return Plan(device, ranks, train.global_batch_size * train.seq_length, accumulation, train.steps, memory, network,
                 flops, seconds, student.whole * (4 + ADAM_BYTES + (student.item if bf16 else 0)),
