@@ -452,9 +452,7 @@ class Recipe(Section):
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Defaults, then the YAML file at `path`, then `a.b=c` overrides. Raises one InputError with all that is wrong."""
-    raw = _read_yaml(Path(path))
-    for override in overrides:
-        _apply_override(raw, override)
+    raw = _overridden(path, overrides)
     problems = list(_unknown_loss_keys(raw.get("loss")))
     try:
         recipe = Recipe.model_validate(raw)
@@ -481,6 +479,18 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; loading it again gives an equal recipe."""
     return yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True)
+
+
+def unresolved(path: str | Path, overrides: Sequence[str]) -> str:
+    """The YAML file at `path` with the overrides in it, and no default: it can be overridden further as the file can."""
+    return yaml.safe_dump(_overridden(path, overrides), sort_keys=False, allow_unicode=True)
+
+
+def _overridden(path: str | Path, overrides: Sequence[str]) -> dict[str, Any]:
+    raw = _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(raw, override)
+    return raw
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 All that can be judged before hours of waiting in a queue is judged here: the recipe as `train` would, the job as
 `sbatch --test-only` does, and what that does not see. What is submitted is a copy: recipe, script and the code's
-revision are kept in the run's folder, so that the job runs what was checked whatever is edited meanwhile. The code
-itself is not copied: the revision, with a patch of what was not committed, is enough to find it again.
+revision are kept in the run's folder, so that the job runs what was checked whatever is edited meanwhile. A sweep's jobs
+override that copy, and a resolved recipe cannot be overridden as the file can (its loss has every key, its defaults look
+like choices), so theirs stays unresolved. The code itself is not copied: the revision, with a patch of what was not
+committed, is enough to find it again.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 
 from amid_ds import lives, scheduler
 from amid_ds.combinations import Combination
-from amid_ds.config import Recipe, dump_recipe, load_recipe
+from amid_ds.config import Recipe, dump_recipe, load_recipe, unresolved
 from amid_ds.errors import InputError
 from amid_ds.packaged import folder_of
 from amid_ds.plan import DEFAULT_DEVICE, find_device, fit_in_words
@@ -69,7 +71,7 @@ def submit(recipe_path: str, overrides: Sequence[str], wish: Wish, dry_run: bool
     if dry_run:
         print(script, end="")
         return
-    _keep(folder, recipe, script)
+    _keep(folder, recipe, unresolved(recipe_path, overrides) if wish.sweep else dump_recipe(recipe), script)
     arguments = [str(folder / "job.sbatch"), str(folder / "recipe.yaml")]
     (Path(recipe.output_dir) / "logs").mkdir(exist_ok=True)
     said = scheduler.test_only(arguments)
@@ -199,10 +201,10 @@ def _next_folder(parent: Path) -> Path:
     return parent.resolve() / f"{max(taken, default=0) + 1:04d}"
 
 
-def _keep(folder: Path, recipe: Recipe, script: str) -> None:
+def _keep(folder: Path, recipe: Recipe, copy: str, script: str) -> None:
     try:
         folder.mkdir(parents=True)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(copy, encoding="utf-8")
         (folder / "job.sbatch").write_text(script, encoding="utf-8")
         facts: dict[str, Any] = {"revision": code_revision(), "command": sys.argv}
         (folder / "code.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+import shlex
 import shutil
 import signal
 import time
@@ -10,10 +12,12 @@ from pathlib import Path
 
 import pytest
 import small
+import yaml
 
-from amid_ds import lives, sweep
+from amid_ds import lives, submit, sweep, train
 from amid_ds.cli import main
 from amid_ds.combinations import combinations
+from amid_ds.config import load_recipe
 from amid_ds.errors import InputError
 from amid_ds.figures import mean_and_error
 
@@ -112,6 +116,29 @@ def test_a_sweep_that_cannot_be_run_is_refused_before_its_first_run(recipe, tmp_
     message = capsys.readouterr().err
     assert "remedy:" in message and [word for word in named if word not in message] == [], message
     assert started == [] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("base, swept", [
+    ({"loss": {"ce_weight": 0.5}}, "loss.preset=fkl,rkl"),      # in a resolved recipe it stands beside alpha and lam
+    ({"teacher": None}, "teacher={model: TEACHER},{model: TEACHER, dtype: fp32}"),      # or beside kd_weight 0
+], ids=["preset", "teacher"])
+def test_the_jobs_of_an_array_run_what_was_checked(recipe, tmp_path, monkeypatch, base, swept):
+    recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), **base}))
+    monkeypatch.setattr(submit.scheduler, "test_only", lambda arguments: "")
+    monkeypatch.setattr(submit.scheduler, "submit", lambda arguments: "7")
+    swept = swept.replace("TEACHER", str(tmp_path / "teacher"))
+    asked = [str(recipe), "--ranks-per-node", "1", "train.seed=3"]
+    assert main(["submit", *asked, "--sweep", swept]) == 0 and main(["sweep", *asked, "--slurm", swept]) == 0
+    out = tmp_path / "out"
+    for kept in (out / "submissions" / "0001", out / "submissions" / "0002"):
+        setting, = re.findall(r"^SETTINGS=\((.*)\)$", (kept / "job.sbatch").read_text(), re.M)
+        runs = [shlex.split(run) for run in shlex.split(setting)]
+        assert len(runs) == 2
+        for run in runs:
+            job = load_recipe(kept / "recipe.yaml", run)
+            prepared = "null" if kept.name == "0001" else str(out / "data")      # `sweep` shares what is prepared
+            assert job == load_recipe(recipe, ["train.seed=3", f"data.prepared={prepared}", *run])
+            assert train.check(job, 1) and job.loss.kd_weight == 1
 
 
 def test_a_comma_inside_brackets_belongs_to_the_value():
