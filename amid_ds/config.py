@@ -482,7 +482,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def unresolved(path: str | Path, overrides: Sequence[str]) -> str:
-    """The YAML file at `path` with the overrides in it, and no default: it can be overridden further as the file can."""
+    """The YAML file at `path` with the overrides in it, and no default: to be overridden as the file can be."""
     return yaml.safe_dump(_overridden(path, overrides), sort_keys=False, allow_unicode=True)
 
 

@@ -2,10 +2,10 @@
 
 All that can be judged before hours of waiting in a queue is judged here: the recipe as `train` would, the job as
 `sbatch --test-only` does, and what that does not see. What is submitted is a copy: recipe, script and the code's
-revision are kept in the run's folder, so that the job runs what was checked whatever is edited meanwhile. A sweep's jobs
-override that copy, and a resolved recipe cannot be overridden as the file can (its loss has every key, its defaults look
-like choices), so theirs stays unresolved. The code itself is not copied: the revision, with a patch of what was not
-committed, is enough to find it again.
+revision are kept in the run's folder, so that the job runs what was checked whatever is edited meanwhile. A sweep's
+jobs override that copy, and a resolved recipe cannot be overridden as the file can (its defaults look like choices), so
+theirs stays unresolved. The code itself is not copied: the revision, with a patch of what was not committed, is enough
+to find it again.
 """
 
 from __future__ import annotations
