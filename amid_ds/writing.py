@@ -110,7 +110,8 @@ def judge(model: nn.Module, tokenizer: Any, prompts: Sequence[Prompt], sampling:
 @torch.inference_mode()
 def sample(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling,
            seed: int) -> list[list[int]]:
-    """One answer to each prompt, without its end-of-text, of ids below the tokenizer's size alone."""
+    """One answer to each prompt, without its end-of-text, of ids below the tokenizer's size alone. Models are compared:
+    nothing is taken from a model's own generation_config."""
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
@@ -123,7 +124,12 @@ def sample(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], sampl
                               max_new_tokens=sampling.new_tokens, eos_token_id=end, pad_token_id=end,
                               suppress_tokens=list(padding) or None)
     torch.manual_seed(seed)
-    out = model.generate(ids, attention_mask=mask, generation_config=config)   # type: ignore[operator]
+    own: Any = model.generation_config      # what is not set is taken from there: penalties, least lengths
+    model.generation_config = config
+    try:
+        out = model.generate(ids, attention_mask=mask, generation_config=config)   # type: ignore[operator]
+    finally:
+        model.generation_config = own
     return [list(itertools.takewhile(lambda token: token != end, row)) for row in out[:, ids.shape[1]:].tolist()]
 
 

@@ -14,7 +14,7 @@ import pytest
 import small
 import torch
 from rouge_score import rouge_scorer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from amid_ds import writing
 from amid_ds.cli import main
@@ -125,6 +125,16 @@ def test_the_judgement_of_generations_follows_from_the_samples(pair, instruction
             log_p = teacher(torch.tensor([asked + answer])).logits[0, :, :len(tokenizer)].double().log_softmax(-1)
             nll += [-log_p[len(asked) - 1 + i, token].item() for i, token in enumerate(answer)]
     assert found["teacher_nll"] == pytest.approx(statistics.fmean(nll), rel=1e-4)
+
+
+def test_a_models_own_settings_of_generation_do_not_touch_its_samples(pair):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(pair[0]), AutoTokenizer.from_pretrained(pair[0])
+    asked = [tokenizer("the river sings")["input_ids"]] * 8, writing.Sampling(1, 12), 0
+    plain = writing.sample(model, tokenizer, *asked)
+    own = GenerationConfig(repetition_penalty=3.0, min_new_tokens=12, no_repeat_ngram_size=1, min_p=0.2)
+    model.generation_config = own
+    assert writing.sample(model, tokenizer, *asked) == plain and model.generation_config is own
+    assert min(map(len, plain)) < 12 and any(len(set(answer)) < len(answer) for answer in plain)
 
 
 def _published(row: dict) -> str:
