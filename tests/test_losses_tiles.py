@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -63,6 +66,20 @@ def test_numbers_that_change_from_step_to_step_and_other_sizes_compile_nothing_a
             out = problem.fused(AMiD(-5.0 + number / 10, 0.1 + number / 50, AlphaBeta(0.2 + number / 30, 0.7),
                                      temperature=1.5 + number / 10))
             problem.gradients(out.loss)
+
+
+def test_there_is_no_limit_to_the_objectives_of_a_process(monkeypatch):
+    monkeypatch.setattr(tiles, "_compiled", functools.cache(functools.partial(_traced, tiles._compiled.__wrapped__)))
+    shapes = itertools.product((-5.0, 0.5, 1.0), ("pr", "rq", {"qr": 0.5, "rp": 0.5}), (False, True))
+    for alpha, order, detach in shapes:
+        matches_the_naive_twin(AMiD(alpha, 0.3, order=order, detach_assistant=detach))
+
+
+def _traced(compiled: Any, visit: Any) -> Any:
+    """Compiled as far as the limit is concerned, without waiting for a C++ compiler."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+        return compiled(visit)
 
 
 @dataclass(frozen=True)

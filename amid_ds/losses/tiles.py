@@ -2,9 +2,9 @@
 
 On a CPU the tiles of a large block are worked by functions that torch.compile makes for this machine's vectors, all
 threads on one tile: one loop where plain torch takes twenty, measured 7 ns per pair of logits and thread for 16.
-Compiling takes ten seconds at first and three from then on, so a small block goes the plain way, where each tile is
-one thread's because a tile's operations are too short to be shared. Which way, its size alone decides: the last
-digits of the two differ, and a run that is resumed has to find the same ones.
+Compiling takes some ten seconds the first time on a machine and three in each later process, so a small block goes the
+plain way, where each tile is one thread's because a tile's operations are too short to be shared. Which way, its size
+alone decides: the last digits of the two differ, and a run that is resumed has to find the same ones.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ TILE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 22}   # of the tiles under way tog
 TEMPORARIES = 10                       # of a tile, alive at once
 MOST_THREADS = 8                       # beyond, tiles would be too small to be worth a thread
 WORTH_COMPILING = 1 << 22              # logits of a block on a CPU: 70 ms of one thread, the plain way
+VARIANTS = 1000                        # of a compiled function, by objective and edge sizes; at 8 dynamo would raise
 
 
 def tiling(device: torch.device) -> tuple[int, int]:
@@ -69,7 +70,8 @@ def _compiled(visit: Callable[[Block], T]) -> Callable[[Block], T]:
     def run(tile: Block) -> T:
         nonlocal function
         try:
-            return function(tile)
+            with torch._dynamo.config.patch(recompile_limit=VARIANTS, accumulated_recompile_limit=VARIANTS):
+                return function(tile)
         except torch._dynamo.exc.TorchDynamoException as error:
             _say_once(str(error).strip().splitlines()[0])
             function = visit
@@ -80,7 +82,7 @@ def _compiled(visit: Callable[[Block], T]) -> Callable[[Block], T]:
 
 @functools.cache
 def _say_once(reason: str) -> None:
-    log.warning("the loss goes on without torch.compile, at half the speed: %s", reason)
+    log.warning("the loss goes on without torch.compile, at half the speed and with other last digits: %s", reason)
 
 
 @functools.lru_cache(maxsize=1)
