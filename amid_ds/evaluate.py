@@ -26,8 +26,9 @@ from amid_ds.data import Batch, load_tokenizer, prepare, prompt_ids, prompts_of,
 from amid_ds.distiller import head_of, logits_of, run_body
 from amid_ds.distributed import World, joined
 from amid_ds.engine import model_config
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, TrainingError
 from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.metrics import perplexity
 from amid_ds.templates import TEMPLATES
 from amid_ds.writing import SEEDS, Prompt, Sampling, judge, require_rouge
 
@@ -44,7 +45,7 @@ class Scores:
     right, over 15 bins of equal width. Then what `writing.Written` says of generations; None where there are none."""
 
     loss: float
-    perplexity: float
+    perplexity: float | None      # None: more than a float holds
     kl_to_teacher: float | None
     reverse_kl: float | None
     top1_agreement: float | None
@@ -65,20 +66,25 @@ def load_model(model: str) -> nn.Module:
 
 
 def scores_of(sums: Sequence[float], taught: bool) -> Scores:
-    """Sums as `sums_of` makes them, of all ranks, as means. Raises InputError where there is no token to score."""
+    """Sums as `sums_of` makes them, of all ranks, as means. Raises InputError where there is no token to score, and
+    TrainingError where a mean is infinite: a token, or what the other model may say, has no probability at all."""
     nll, kl, reverse, agreed, tokens, *bins = sums
     if not tokens:
         raise InputError("the data hold no token to score", "at least one token after the first", "check the file")
+    if not all(map(math.isfinite, sums)):
+        raise TrainingError(f"over the data the loss is {nll / tokens}, KL(teacher ‖ model) {kl / tokens} and "
+                            f"KL(model ‖ teacher) {reverse / tokens}")
     loss = nll / tokens
     gaps = sum(abs(sure - right) for sure, right in zip(bins[:BINS], bins[BINS:], strict=True))
     near = [value / tokens if taught else None for value in (kl, reverse, agreed)]
-    return Scores(loss, math.exp(loss), near[0], near[1], near[2], gaps / tokens)
+    return Scores(loss, perplexity(loss), near[0], near[1], near[2], gaps / tokens)
 
 
 @torch.inference_mode()
 def sums_of(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Batch], vocab_size: int) -> list[float]:
     """Sums over the labelled tokens: negative log-likelihood, KL(teacher ‖ model), KL(model ‖ teacher), tokens where
-    both have the same first choice, tokens; by bin of its probability, that probability, and whether it was right."""
+    both have the same first choice, tokens; by bin of its probability, that probability, and whether it was right.
+    Raises TrainingError where a model's logits are NaN."""
     device = next(model.parameters()).device
     sums = torch.zeros(5 + 2 * BINS, dtype=torch.float64, device=device)
     for batch in (batch.to(device) for batch in batches):
@@ -107,7 +113,11 @@ def sums_of(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Batch
 
 
 def _log_probabilities(model: nn.Module, hidden: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    return F.log_softmax(logits_of(head_of(model), hidden)[:, :vocab_size].float(), -1)
+    log_p = F.log_softmax(logits_of(head_of(model), hidden)[:, :vocab_size].float(), -1)
+    if log_p.sum().isnan():
+        raise TrainingError(f"logits of {model.name_or_path} hold NaN or infinity: there is nothing to score\n"
+                            "  its weights are damaged, or too large for its dtype")
+    return log_p
 
 
 @dataclass(frozen=True)

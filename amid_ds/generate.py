@@ -92,9 +92,8 @@ def generate(wish: Wish) -> None:
             size = wish.batch_size
             for first in range(done, len(task.prompts), size * world.size):
                 mine = range(first + world.rank * size, min(first + (world.rank + 1) * size, len(task.prompts)))
-                answers = []
-                if mine or together is not None:
-                    answers = sampler.complete(model, asked(task, mine), together or bool, world.device)
+                answers = world.together(partial(sampler.complete, model, asked(task, mine), together or bool,
+                                                 world.device))
                 everyone = world.gather((answers, request.reason()))
                 lines = [answer for part, _ in everyone for answer in part]
                 world.main_first(partial(add, task, first, lines))

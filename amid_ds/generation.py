@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from amid_ds.distiller import body_of, logits_of, sharded_head_of
+from amid_ds.errors import TrainingError
 from amid_ds.vocab_parallel import VocabShard
+
+LOST = -1      # in the place of a token that cannot be chosen
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Sampler:
         """What `model` (in eval mode) adds to each prompt, the end token included where it came to it.
 
         `somebody(mine)` says whether any rank has something left to do: all ranks take as many steps, so they may
-        share weights. One such agreement per token, and under tensor parallelism one sum of the logits.
+        share weights. One such agreement per token, and under tensor parallelism one sum of the logits. Raises
+        TrainingError where logits are NaN or infinite, after the last step: other ranks are not left alone in theirs.
         """
         asked, prompts = prompts, prompts or [Prompt([self.end], 0, 0)]      # a rank that is through goes along
         longest = max(len(prompt.ids) for prompt in prompts)
@@ -63,19 +67,25 @@ class Sampler:
         for row, p in enumerate(prompts):
             chances[row, :p.room] = torch.rand(p.room, generator=torch.Generator().manual_seed(p.seed))
         found: list[list[int]] = [[] for _ in prompts]
-        going = [p.room > 0 for p in prompts]
+        going, lost = [p.room > 0 for p in prompts], None
         run = _cached_body(model)
         while somebody(any(going)):
             hidden = run(ids, seen, positions)
             place = min(seen.shape[1] - longest, chances.shape[1] - 1)      # another rank may have further to go
             chosen = self.choose(self.logits(model, hidden), chances[:, place].to(device))
             for row, token in enumerate(chosen.tolist()):
-                if going[row]:
+                if going[row] and token == LOST:
+                    going[row], lost = False, (len(prompts[row].ids), len(found[row]))
+                elif going[row]:
                     found[row].append(token)
                     going[row] = token != self.end and len(found[row]) < prompts[row].room
-            ids = chosen[:, None]
+            ids = chosen.clamp(min=0)[:, None]
             seen = torch.cat([seen, torch.tensor(going, device=device).long()[:, None]], 1)
             positions = torch.minimum(positions[:, -1:] + 1, last.clamp(min=0))      # who has ended stays where he is
+        if lost is not None:
+            raise TrainingError(f"the model's logits after a prompt of {lost[0]} tokens and {lost[1]} of its own hold "
+                                "NaN or infinity: no token can be sampled\n"
+                                "  its weights are damaged, or too large for its dtype")
         return found[:len(asked)]
 
     def logits(self, model: nn.Module, hidden: Tensor) -> Tensor:
@@ -90,12 +100,14 @@ class Sampler:
         return whole
 
     def choose(self, logits: Tensor, uniform: Tensor) -> Tensor:
-        """[B, V] and a number in [0, 1) for each row -> ids [B].
+        """[B, V] and a number in [0, 1) for each row -> ids [B]; LOST where a row's logits are no distribution's (NaN,
+        +inf, or -inf all of them).
 
         Top-p keeps the fewest tokens, the most probable first, that have a mass of at least top_p.
         """
+        most, greedy = logits.max(-1)
         if self.temperature == 0:
-            return logits.argmax(-1)
+            return torch.where(most.isfinite(), greedy, LOST)
         mass = (logits.double() / self.temperature).softmax(-1)
         order = None
         if self.top_p < 1:
@@ -103,7 +115,8 @@ class Sampler:
             mass = mass * (mass.cumsum(-1) - mass < self.top_p)
         heights = mass.cumsum(-1)
         place = torch.searchsorted(heights, uniform.double()[:, None] * heights[:, -1:], right=True)
-        return (place if order is None else order.gather(-1, place))[:, 0]
+        place = place.clamp(max=logits.shape[-1] - 1)      # beyond the last of NaN alone
+        return torch.where(most.isfinite(), (place if order is None else order.gather(-1, place))[:, 0], LOST)
 
 
 def _cached_body(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

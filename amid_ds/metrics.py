@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -25,6 +26,14 @@ TENSORBOARD_TAGS = {"loss": "loss/total", "kd_loss": "loss/kd", "ce_loss": "loss
                     "learning_rate": "optim/learning_rate", "alpha": "objective/alpha", "lam": "objective/lam",
                     "tokens_per_second": "perf/tokens_per_second", "tokens": "data/tokens", "padding": "data/padding",
                     "data_wait": "data/wait"}
+
+
+def perplexity(loss: float) -> float | None:
+    """exp(loss); None where that is more than a float, and JSON, can hold: above 709 nats."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return None
 
 
 class RunLog:

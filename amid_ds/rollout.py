@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,8 +149,9 @@ class Rollouts:
         self.ds.eval()
         with engine.whole(self.ds, student) if self.whole else contextlib.nullcontext():
             for number in range(passes):
-                found += self.sampler.complete(student, prompts[number * size:(number + 1) * size], self._somebody,
-                                               self.world.device)
+                found += self.world.together(partial(
+                    self.sampler.complete, student, prompts[number * size:(number + 1) * size], self._somebody,
+                    self.world.device))
         self.ds.train()
         return found
 

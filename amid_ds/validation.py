@@ -19,6 +19,7 @@ from amid_ds.data import read_rows
 from amid_ds.distiller import Distiller
 from amid_ds.distributed import World
 from amid_ds.errors import TrainingError
+from amid_ds.metrics import perplexity
 
 Figures = dict[str, float | None]
 
@@ -26,9 +27,9 @@ Figures = dict[str, float | None]
 def validate(recipe: Recipe, ds: Any, world: World) -> dict[str, Figures]:
     """Figures of every set in `data.eval`, by name. Collective: every rank calls it after the same step.
 
-    tokens; loss: mean negative log-likelihood in nats; perplexity; kl_to_teacher: mean KL(teacher ‖ student) in nats;
-    top1_agreement: the share of tokens where both have the same first choice. The last two are None without a teacher.
-    Raises TrainingError where the loss is not finite.
+    tokens; loss: mean negative log-likelihood in nats; perplexity, None beyond a float; kl_to_teacher: mean
+    KL(teacher ‖ student) in nats; top1_agreement: the share of tokens where both have the same first choice. The last
+    two are None without a teacher. Raises TrainingError where the loss is not finite.
     """
     ds.eval()
     try:
@@ -55,5 +56,5 @@ def _figures(name: str, sums: list[float], taught: bool) -> Figures:
     loss = nll / tokens
     if not math.isfinite(loss) or not math.isfinite(kl):
         raise TrainingError(f"on the evaluation set {name!r} the loss is {loss}, the KL to the teacher {kl / tokens}")
-    return {"tokens": int(tokens), "loss": loss, "perplexity": math.exp(loss),
+    return {"tokens": int(tokens), "loss": loss, "perplexity": perplexity(loss),
             "kl_to_teacher": kl / tokens if taught else None, "top1_agreement": agreed / tokens if taught else None}

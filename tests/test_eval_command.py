@@ -16,7 +16,7 @@ import torch
 from rouge_score import rouge_scorer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from amid_ds import writing
+from amid_ds import evaluate, metrics, validation, writing
 from amid_ds.cli import main
 from amid_ds.config import Data, Source
 from amid_ds.data import prepare, read_rows
@@ -177,6 +177,32 @@ def test_a_missing_rouge_is_named_with_the_line_that_installs_it(pair, instructi
     monkeypatch.setitem(sys.modules, "rouge_score", None)
     assert main(["eval", str(pair[0]), "--data", str(instructions)]) == 2
     assert "pip install 'rouge-score" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", ["model", "teacher"])
+def test_a_model_whose_logits_are_nan_is_named(pair, tmp_path, capsys, role):
+    data, damaged = small.make_text(tmp_path / "rows.jsonl", rows=2), tmp_path / "damaged"
+    small.make_model(damaged, "llama-tied", 0)
+    model = AutoModelForCausalLM.from_pretrained(damaged)
+    model.model.embed_tokens.weight.data[5] = math.nan
+    model.save_pretrained(damaged)
+    models = [damaged, pair[1]] if role == "model" else [pair[0], damaged]
+    assert main(["eval", str(models[0]), "--teacher", str(models[1]), "--data", str(data)]) == 1
+    message = capsys.readouterr().err
+    assert f"logits of {damaged} hold NaN" in message and "Traceback" not in message
+
+
+def test_a_perplexity_beyond_a_float_is_left_out_and_json_is_json(tmp_path):
+    for loss in (709.0, 710.0, 1e300):
+        scores = evaluate.scores_of([2 * loss, 0, 0, 0, 2, *[0] * 2 * evaluate.BINS], taught=False)
+        figures = validation._figures("held", [2 * loss, 0, 0, 2], taught=False)
+        assert scores.perplexity == figures["perplexity"] == (math.exp(709) if loss == 709 else None)
+        json.dumps(figures, allow_nan=False)
+        evaluate.print_table({"model": scores})
+    log = metrics.RunLog(tmp_path, 0, 1, "run")
+    log.evaluation(1, {"held": figures})
+    log.close()
+    assert json.loads((tmp_path / "eval.jsonl").read_text())["perplexity"] is None
 
 
 def test_more_samples_of_one_kind_are_less_diverse():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -60,8 +61,10 @@ def test_killed_it_carries_on_with_every_line_once_wherever_the_weights_lie(fold
     recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "rows.jsonl",
                                tmp_path / "run", deepspeed=str(small.never_resident(tmp_path)))
     ranks = small.Ranks(2, *arguments(recipe, folder, out))      # sharded, and gathered once
+    deadline = time.monotonic() + 90
     while not (Path(f"{out}.partial").is_file() and Path(f"{out}.partial").stat().st_size):
-        assert all(process.is_alive() for process in ranks.processes), ranks.text()
+        alive = all(process.is_alive() for process in ranks.processes)
+        assert alive and time.monotonic() < deadline, ranks.text()
         time.sleep(0.001)
     ranks.signal(signal.SIGKILL)
     ranks.wait()
@@ -81,6 +84,17 @@ def be_short_of_memory(argv: list[str], variables: dict[str, str], log: str) -> 
 
     engine.fits_whole = lambda *_: False
     small.be_a_rank(argv, variables, log)
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_a_model_whose_logits_are_nan_is_named_and_answers_nothing(folder, tmp_path, capsys, temperature):
+    model = AutoModelForCausalLM.from_pretrained(folder / "teacher")
+    model.lm_head.weight.data[5] = float("nan")
+    shutil.copytree(folder / "teacher", tmp_path / "damaged")
+    model.save_pretrained(tmp_path / "damaged")
+    out = tmp_path / "answers.jsonl"
+    assert main(list(map(str, arguments(tmp_path / "damaged", folder, out, "--temperature", temperature)))) == 1
+    assert "hold NaN or infinity" in capsys.readouterr().err and not out.exists()
 
 
 BAD = {

@@ -17,7 +17,7 @@ from test_train import comparable
 from transformers import AutoModelForCausalLM
 
 from amid_ds.config import Replay
-from amid_ds.generation import Prompt, Sampler
+from amid_ds.generation import LOST, Prompt, Sampler
 from amid_ds.rollout import choice, judged
 from amid_ds.watch import Watch
 
@@ -261,6 +261,14 @@ def test_sampling_follows_temperature_and_top_p(folder):
     check([ids[0] for ids in found], expected(prompt))
     common = collections.Counter(ids[0] for ids in found if ids[0] != END).most_common(1)[0][0]
     check([ids[1] for ids in found if ids[0] == common], expected([*prompt, common]))
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.0, 1.0), (0.7, 1.0), (0.7, 0.8)])
+def test_logits_that_are_no_distributions_choose_nothing(temperature, top_p):
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[1, nan, 0], [nan] * 3, [inf, 0, 0], [-inf] * 3, [-inf, 5, -inf]])
+    chosen = Sampler(temperature, top_p, 0, 3).choose(logits, torch.tensor([0.1, 0.1, 0.1, 0.1, 0.99]))
+    assert chosen.tolist() == [LOST] * 4 + [1]
 
 
 def test_a_step_on_the_data_among_many_on_the_students_words_is_no_spike():
