@@ -56,8 +56,9 @@ MODEL = "model"      # in the run's folder: the finished student
 # What may differ between the lives of a run, because it does not change what is learnt.
 MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared", "train.log_every",
               "train.hang_timeout", "train.max_hours", "train.micro_batch_size", "student.activation_checkpointing",
-              "data.eval", "train.eval_every", "train.profile", "teacher.max_tokens_per_pass", "teacher.placement",
-              "tensor_parallel", "deepspeed")      # but for its dtype, which is kept as student.dtype
+              "train.profile", "teacher.max_tokens_per_pass", "teacher.placement", "tensor_parallel",
+              "deepspeed")      # but for its dtype, which is kept as student.dtype
+EVALUATION = ("data.eval", "train.eval_every")      # nor these, but where rollouts listen to it
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ def refuse_changes(saved: Path, identity: dict[str, Any], allowed: Sequence[str]
 
 def _differences(before: dict[str, Any], now: dict[str, Any], allowed: Sequence[str]) -> str:
     """A line for each key that differs and may not."""
-    free = (*MAY_CHANGE, *allowed)
+    listened = any(key.startswith("rollout.adaptive.") for key in (*before, *now))
+    free = (*MAY_CHANGE, *(() if listened else EVALUATION), *allowed)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
                and not any(key == name or key.startswith(f"{name}.") for name in free)]
     return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in changed)

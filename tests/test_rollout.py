@@ -8,6 +8,7 @@ import random
 import shutil
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ import torch
 from test_train import comparable
 from transformers import AutoModelForCausalLM
 
-from amid_ds.config import Replay
+from amid_ds.config import Replay, dump_recipe, load_recipe
+from amid_ds.errors import InputError
 from amid_ds.generation import LOST, Prompt, Sampler
 from amid_ds.rollout import choice, judged
+from amid_ds.train import check
 from amid_ds.watch import Watch
 
 END = 3 + small.WORDS.index("tree")
@@ -229,6 +232,20 @@ def test_prompts_of_unequal_lengths_share_a_batch_without_a_trace(family, tmp_pa
         truth = model.generate(torch.tensor([prompt.ids]), max_new_tokens=prompt.room, do_sample=False,
                                eos_token_id=END, pad_token_id=2)
         assert prompt.ids + ids == truth[0].tolist()
+
+
+@pytest.mark.parametrize("change", ["train.eval_every=3", "data.eval.0.path=rows.jsonl"])
+def test_what_the_threshold_listens_to_does_not_change_between_lives(change, folder, tmp_path):
+    change = change.replace("rows.jsonl", str(folder / "rows.jsonl"))
+    for rollout in (ALWAYS, {"share": 0.5, "max_new_tokens": NEW}):
+        run = tmp_path / ("adaptive" if rollout is ALWAYS else "share")
+        recipe = recipe_for(folder, run, rollout=rollout)
+        run.mkdir()
+        (run / "recipe.yaml").write_text(dump_recipe(load_recipe(recipe)))
+        changed = load_recipe(recipe, [change])
+        with pytest.raises(InputError, match=change.partition("=")[0]) if rollout is ALWAYS else nullcontext():
+            check(changed, 1)
+        check(load_recipe(recipe, [change, "checkpoint.allow_change=[data.eval, train.eval_every]"]), 1)
 
 
 def test_sampling_follows_temperature_and_top_p(folder):
