@@ -9,6 +9,7 @@ time is a rough one, the memory is meant to be held against a run.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -83,26 +84,37 @@ class Plan:
 
 
 def find_device(name: str, ranks_per_node: int) -> Device:
-    """A known name, `cpu` for this machine's, or a mapping {memory: …, flops: …, bandwidth: …}."""
+    """A known name, `cpu` for this machine's, or a mapping {memory: …, flops: …, bandwidth: …} of numbers above 0.
+
+    Raises InputError for any other, and for less than one rank.
+    """
+    _require_ranks(1, ranks_per_node)
     if name in DEVICES:
         return DEVICES[name]
     if name == "cpu":
         cores = psutil.cpu_count() or 1
         return Device("cpu", psutil.virtual_memory().total / ranks_per_node, 1e11 * cores / ranks_per_node, 2e9, 2e9)
     try:
-        given = yaml.safe_load(name)
-        memory, flops, bandwidth = (float(given[key]) for key in ("memory", "flops", "bandwidth"))
-    except (yaml.YAMLError, TypeError, KeyError, ValueError):
+        numbers = {key: float(value) for key, value in yaml.safe_load(name).items()}
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, OverflowError):
+        numbers = {}
+    if numbers.keys() != {"memory", "flops", "bandwidth"} or not all(0 < number < math.inf
+                                                                     for number in numbers.values()):
         raise InputError(f"the device {name!r}", f"one of {', '.join(DEVICES)}, cpu, or "
-                         "{memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}",
-                         "name a device, or give its numbers") from None
-    return Device("given", memory, flops, bandwidth, bandwidth)
+                         "{memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}, each finite and above 0",
+                         "name a device, or give its numbers")
+    return Device("given", **numbers, neighbours=numbers["bandwidth"])
+
+
+def _require_ranks(nodes: int, ranks_per_node: int) -> None:
+    if nodes < 1 or ranks_per_node < 1:
+        raise InputError(f"{nodes} node(s) of {ranks_per_node} rank(s)", "at least one of each", "raise the number")
 
 
 def make_plan(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device) -> Plan:
-    """What `recipe` takes on nodes x ranks_per_node ranks. Raises InputError for a layout that cannot be."""
-    if nodes < 1 or ranks_per_node < 1:
-        raise InputError(f"{nodes} node(s) of {ranks_per_node} rank(s)", "at least one of each", "raise the number")
+    """What `recipe` takes on nodes x ranks_per_node ranks. Raises InputError for a layout that cannot be,
+    and for a model that does not run on torch's meta device."""
+    _require_ranks(nodes, ranks_per_node)
     plan = _plan(recipe, nodes, nodes * ranks_per_node, device)
     return plan if plan.fits else replace(plan, remedies=list(_remedies(recipe, nodes, plan)))
 
@@ -334,8 +346,13 @@ def _sizes(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe, dp: int
     per_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
     inner = getattr(shell.config, "intermediate_size", None) or 4 * head.shape[1]
     rows, length = recipe.train.micro_batch_size, recipe.train.seq_length
-    saved, flops = _run_on_meta(shell, rows, length)
-    one = _run_on_meta(shell, rows, length, layers=len(layers) - 1)[0] if len(layers) > 1 else 0
+    try:
+        saved, flops = _run_on_meta(shell, rows, length)
+        one = _run_on_meta(shell, rows, length, layers=len(layers) - 1)[0] if len(layers) > 1 else 0
+    except (RuntimeError, TypeError) as error:      # NotImplementedError is a RuntimeError
+        why = str(error).partition("\n")[0]
+        raise InputError(f"{model.model} does not run on torch's meta device, so there is no plan: {why}",
+                         "a model whose shapes do not depend on numbers", "train it without a plan") from None
     return _Sizes(whole, held, shard, max(per_layer, head.numel() // tp), head.numel() // tp, head.shape[1], saved,
                   max(0, saved - one), len(layers), flops, torch.empty(0, dtype=dtype).element_size(), common,
                   inner, embedding.numel(), head is embedding, summed)

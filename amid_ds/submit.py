@@ -104,8 +104,8 @@ def _fit(recipe: Recipe, wish: Wish) -> str:
     device = find_device(wish.device or DEFAULT_DEVICE, wish.ranks_per_node)
     try:
         return fit_in_words(recipe, wish.nodes, wish.ranks_per_node, device)
-    except (RuntimeError, NotImplementedError, TypeError) as error:      # a model that does not run on the meta device
-        return f"whether it fits cannot be told: {error}"
+    except InputError as error:      # a model that does not run on the meta device may still train
+        return f"whether it fits cannot be told: {error.found}"
 
 
 def find_template(name: str) -> Path:

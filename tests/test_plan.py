@@ -9,7 +9,7 @@ import pytest
 import small
 import torch
 from test_teacher import be_counted
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from amid_ds.cli import main
 from amid_ds.config import load_recipe
@@ -158,7 +158,21 @@ def test_a_check_of_no_run_exits_with_2(wrong, said, capsys, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("wrong, said", [(["--device", "abacus"], "h100-80g"), (["--nodes", "0"], "at least one"),
-                                         (["student.model=nowhere"], "nowhere")])
+                                         (["--device", "cpu", "--ranks-per-node", "0"], "at least one"),
+                                         (["student.model=nowhere"], "nowhere"), *[
+    (["--device", f"{{{numbers}}}"], "each finite and above 0") for numbers in (
+        "memory: 1e9, flops: 0, bandwidth: 1e9", "memory: .nan, flops: 1e12, bandwidth: 1e9",
+        "memory: 1e9, flops: -1e12, bandwidth: 1e9", "memory: 1e9, flops: 1e12, bandwidth: .inf",
+        "memory: 1e9, flops: 1e12", "memory: 1e9, flops: 1e12, bandwidth: 1e9, colour: 3")]])
 def test_a_plan_for_nothing_that_is_exits_with_2(large, wrong, said, capsys):
     assert main(["plan", str(large), *wrong]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_model_that_has_no_shapes_without_numbers_exits_with_2(large, tmp_path, capsys):
+    config = MixtralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+                           num_key_value_heads=2, vocab_size=128256, dtype="float32")
+    config.save_pretrained(tmp_path)      # experts' rows follow from numbers
+    assert main(["plan", str(large), f"teacher.model={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert "meta device" in said and str(tmp_path) in said
