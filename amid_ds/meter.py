@@ -97,7 +97,8 @@ class Meter:
 
     def own_seconds(self) -> float:
         """Seconds since the last call that this rank took where it waits for no other one: for its data and in the
-        loss. In every other phase ranks wait for the slowest, and all take as long as it does."""
+        loss. In every other phase ranks wait for the slowest, and all take as long as it does. Under tensor parallelism
+        they do so in the loss too, within their group: there a slow rank's whole group looks slow."""
         self._drain()
         before, self.own_s = self.own_s, self.seconds["data"] + self.seconds["loss"]
         return self.own_s - before

@@ -51,15 +51,16 @@ class RunLog:
                         dynamic_ncols=True)
         self.began = self.last_line = time.monotonic()
 
-    def step(self, step: int, values: Mapping[str, Any] | None) -> None:
-        """Optimizer step `step` (from 1) is done; `values` where it is one that is logged."""
+    def step(self, step: int, values: Mapping[str, Any] | None, slowest: str | None = None) -> None:
+        """Optimizer step `step` (from 1) is done; `values` where it is one that is logged. `slowest`: the rank, by
+        name, for the eye alone."""
         if self.folder is None:
             return
         if values is not None:
-            self._write(step, values)
+            self._write(step, values, slowest)
         self.bar.update(1)
 
-    def _write(self, step: int, values: Mapping[str, Any]) -> None:
+    def _write(self, step: int, values: Mapping[str, Any], slowest: str | None) -> None:
         self.steps.write({"step": step, **values})
         for name, value in values.items():
             if isinstance(value, (int, float)):
@@ -69,6 +70,8 @@ class RunLog:
         losses = {"loss": values["loss"], "kd": values["kd_loss"], "ce": values["ce_loss"]}
         shown = {name: f"{value:.4f}" for name, value in losses.items() if value is not None}
         shown["tok/s"] = f"{values['tokens_per_second']:,.0f}"
+        if slowest is not None:
+            shown["slowest"] = slowest
         self.bar.set_postfix(shown, refresh=False)
         if self.bar.disable and (step in (self.start + 1, self.total) or now - self.last_line >= LINE_EVERY_SECONDS):
             left = (now - self.began) / (step - self.start) * (self.total - step)

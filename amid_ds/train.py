@@ -255,7 +255,8 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
     with (StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log),
           Watchdog(recipe.train.hang_timeout, world, life) as watchdog,
           Meter(world.device, *costs(job, world, watchdog.hosts, log)) as meter):
-        watch = Watch([f"rank {rank} on {host}" for rank, host in enumerate(watchdog.hosts)], log.alarm)
+        watch = Watch([f"rank {rank} on {host}" for rank, host in enumerate(watchdog.hosts)], log.alarm,
+                      world.tp_size)
         profiler = Profiler(recipe.train.profile, job.run, world.rank, meter, log.say)
         began, first = time.monotonic(), state["step"]
         lined = first
@@ -289,7 +290,7 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
                 values |= meter.line(state["step"] - lined, ds.module.has_lesson)
                 values["perf/slowest_rank"] = watch.slowest
                 lined = state["step"]
-            log.step(state["step"], values if logged else None)
+            log.step(state["step"], values if logged else None, watch.slowest_name)
             if recipe.data.eval and evaluates(recipe, state["step"]):      # before the save: a resumed run has had it
                 watchdog.step(state["step"])
                 with phase("evaluation"):

@@ -1,7 +1,8 @@
 """What nobody should have to find in a curve: a loss that jumps, a rank that is slower than the others.
 
 Both are judged against the run's own recent past, so there is nothing to set. A loss that comes back and a rank that
-catches up are forgotten, and said again should they return.
+catches up are forgotten, and said again should they return. A loss that stays up is what is normal after a while: the
+next spike stands out against it. The first step of a life, in which kernels compile, says nothing of who is slow.
 """
 
 from __future__ import annotations
@@ -18,21 +19,28 @@ SHARE = 0.05         # and by at least this share of a step
 
 
 class Watch:
-    """Looks at every step on every rank alike; `say` is called once per event. `names`: of the ranks, by number."""
+    """Looks at every step on every rank alike; `say` is called once per event. `names`: of the ranks, by number; each
+    `tp_size` neighbours among them are a tensor-parallel group, which has one part of the loss."""
 
-    def __init__(self, names: Sequence[str], say: Callable[[str], None]) -> None:
-        self.names, self.say = names, say
+    def __init__(self, names: Sequence[str], say: Callable[[str], None], tp_size: int = 1) -> None:
+        self.names, self.say, self.tp_size = names, say, tp_size
         self.losses: dict[bool, deque[float]] = {sampled: deque(maxlen=STEPS) for sampled in (False, True)}
         self.own: deque[Sequence[float]] = deque(maxlen=STEPS)
         self.steps_s: deque[float] = deque(maxlen=STEPS)
         self.spiking = {False: False, True: False}
         self.slow: set[int] = set()
+        self.compiled = False      # the first step is over
 
     @property
     def slowest(self) -> int:
         """The rank that has taken most time of its own in the recent steps."""
         seconds = self._seconds()
         return seconds.index(max(seconds))
+
+    @property
+    def slowest_name(self) -> str | None:
+        """`slowest` in words; None for a rank that is alone."""
+        return self.names[self.slowest] if len(self.names) > 1 else None
 
     def _seconds(self) -> list[float]:
         return [sum(step) for step in zip(*self.own, strict=True)]
@@ -42,7 +50,11 @@ class Watch:
         it had to itself (see Meter.own_seconds), and more. A step on the student's own words (`sampled`) has another
         loss than one on the data: each is judged by its like."""
         parts, own, *_ = zip(*peers, strict=True)
-        self._spike(step, parts, sampled)
+        self._spike(step, parts[::self.tp_size], sampled)
+        if not self.compiled and self.own:
+            self.own.clear()
+            self.steps_s.clear()
+            self.compiled = True
         self.own.append(own)
         self.steps_s.append(step_s)
         self._slow(step)
@@ -57,10 +69,8 @@ class Watch:
                 worst = max(range(len(parts)), key=parts.__getitem__)
                 share = f", {parts[worst] / loss:.0%} of it" if len(parts) > 1 else ""
                 self.say(f"WARNING: the loss spikes: {loss:.4g} in step {step}, {middle:.4g} in the middle of the "
-                         f"{STEPS} before; most of it comes from {self.names[worst]}{share}")
+                         f"{STEPS} before; most of it comes from {self.names[worst * self.tp_size]}{share}")
             self.spiking[sampled] = spiking
-            if spiking:
-                return      # no part of what is normal
         past.append(loss)
 
     def _slow(self, step: int) -> None:

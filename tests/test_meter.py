@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import statistics
 from pathlib import Path
 
@@ -124,10 +125,12 @@ def test_tensorboard_has_the_names_and_numbers_of_the_metrics(watched):
 def test_a_slow_rank_and_a_spike_are_said_once_with_step_and_rank(watched):
     run, said = watched
     slow = [line for line in said.splitlines() if "is slow" in line]
-    assert len(slow) == 1 and "WARNING: rank 1 on " in slow[0] and f"up to {STEPS} " in slow[0], said
+    assert len(slow) == 1 and "WARNING: rank 1 on " in slow[0] and f"up to {STEPS + 1} " in slow[0], said
     spikes = [line for line in said.splitlines() if "spikes" in line]
     assert len(spikes) == 1 and f"in step {SPIKE}," in spikes[0] and "rank 1 on" in spikes[0], said
     assert all(line["perf/slowest_rank"] == 1 for line in small.metrics(run))
+    last = next(line for line in said.splitlines() if f"step {TOTAL}/{TOTAL}" in line)
+    assert f"slowest rank 1 on {socket.gethostname()}" in last
 
 
 def test_what_is_normal_is_not_said():
@@ -149,6 +152,31 @@ def test_what_returns_is_said_again():
         watch.step(step, [[1.0, 0.1, 0.0], [8.0 if bad else 1.0, 0.5 if bad else 0.1, 0.0]], 1.0)
     assert ["spikes" in line for line in said].count(True) == 3 == ["slow" in line for line in said].count(True)
     assert "in step 21," in said[0] and "most of it comes from rank 1" in said[0]
+
+
+def test_a_loss_that_stays_up_hides_no_later_spike():
+    said: list[str] = []
+    watch = Watch(["rank 0"], said.append)
+    for step in range(1, 101):
+        watch.step(step, [[60.0 if step == 90 else 3.0 if step > 30 else 1.0, 0.1, 0.0]], 1.0)
+    assert len(said) == 2 and "in step 31," in said[0] and "60 in step 90, 3 in the middle" in said[1], said
+
+
+def test_a_tensor_parallel_group_has_one_part_of_the_loss():
+    said: list[str] = []
+    watch = Watch([f"rank {rank}" for rank in range(4)], said.append, tp_size=2)
+    for step in range(1, STEPS + 2):
+        bad = 9.0 if step > STEPS else 1.0
+        watch.step(step, [[part, 0.1, 0.0] for part in (1.0, 1.0, bad, bad)], 1.0)
+    assert len(said) == 1 and "spikes: 10 in step" in said[0] and "comes from rank 2, 90% of it" in said[0], said
+
+
+def test_a_rank_that_compiles_longer_in_a_lifes_first_step_is_not_slow():
+    said: list[str] = []
+    watch = Watch(["rank 0", "rank 1"], said.append)
+    for step in range(1, 3 * STEPS):
+        watch.step(step, [[1.0, 0.1, 0.0], [1.0, 90.0 if step == 1 else 0.1, 0.0]], 91.0 if step == 1 else 1.0)
+    assert said == []
 
 
 def test_a_profile_holds_our_phases_of_the_steps_asked_for_on_every_rank(watched):
