@@ -22,7 +22,15 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from amid_ds.config import Data, Source, nearest
-from amid_ds.data import Batch, load_tokenizer, prepare, prompt_ids, prompts_of, read_rows, require_same_tokenizer
+from amid_ds.data import (
+    Batch,
+    answered_prompts_of,
+    load_tokenizer,
+    prepare,
+    prompt_ids,
+    read_rows,
+    require_same_tokenizer,
+)
 from amid_ds.distiller import head_of, logits_of, run_body
 from amid_ds.distributed import World, joined
 from amid_ds.engine import model_config
@@ -178,7 +186,7 @@ def evaluate(question: Question, model: nn.Module, teacher: nn.Module | None, to
 
 def _prompts(source: Source, tokenizer: Any, longest: int) -> list[Prompt]:
     """The source's prompts; one longer than `longest` loses its left."""
-    texts, references = zip(*prompts_of(source, "error"), strict=True)
+    texts, references = zip(*answered_prompts_of(source, "error"), strict=True)
     encoded = prompt_ids(tokenizer, texts)
     return [Prompt(ids[-longest:], answers) for ids, answers in zip(encoded, references, strict=True)]
 

@@ -128,7 +128,7 @@ def check(wish: Wish) -> Task:
     tokenizer = load_tokenizer(model.model, **model.opened_with)
     end = end_of_text(tokenizer, wish.end_of_text)
     prompts = [prompt for source in sources(wish, recipe)
-               for prompt, _ in prompts_of(source, recipe.data.on_bad_row if recipe is not None else "error")]
+               for prompt in prompts_of(source, recipe.data.on_bad_row if recipe is not None else "error")]
     require_room(tokenizer, prompts, wish.max_new_tokens, limit)
     if not Path(wish.out).parent.is_dir():
         raise InputError(f"the folder of --out {wish.out} is not there", "a folder to write into", "make it")

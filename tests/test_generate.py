@@ -86,6 +86,16 @@ def be_short_of_memory(argv: list[str], variables: dict[str, str], log: str) -> 
     small.be_a_rank(argv, variables, log)
 
 
+def test_instructions_need_no_output_to_be_answered(folder, tmp_path):
+    rows = [{"instruction": "the river", "input": "over the stone"}, {"instruction": "one {red} bird", "output": []}]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "answers.jsonl"
+    assert main(["generate", str(folder / "teacher"), "--prompts", str(tmp_path / "asked.jsonl"), "--template",
+                 "minillm", "--out", str(out), "--max-new-tokens", "2"]) == 0
+    prompts = [json.loads(line)["prompt"] for line in out.read_text().splitlines()]
+    assert [prompt.count("### Input:\nover the stone") for prompt in prompts] == [1, 0] and "one {red}" in prompts[1]
+
+
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_a_model_whose_logits_are_nan_is_named_and_answers_nothing(folder, tmp_path, capsys, temperature):
     model = AutoModelForCausalLM.from_pretrained(folder / "teacher")

@@ -86,10 +86,11 @@ def shards_of(files: Sequence[str], target: int) -> Iterator[list[Span]]:
     return by_size(spans, lambda span: span.size, target)
 
 
-def read_span(span: Span, source: config.Source) -> Iterator[Row]:
-    """The rows of a span, each judged."""
-    names = ("text",) if kind_of(span.path) in TEXT else source.fields
-    for row in read(span, source.fields, OPTIONAL if source.template is not None else ()):
+def read_span(span: Span, source: config.Source, fields: Sequence[str] | None = None) -> Iterator[Row]:
+    """The rows of a span, each judged; of the source's fields only those in `fields`, where given."""
+    fields = source.fields if fields is None else fields
+    names = ("text",) if kind_of(span.path) in TEXT else fields
+    for row in read(span, fields, OPTIONAL if source.template is not None else ()):
         yield judged(row, names, source)
 
 
@@ -108,9 +109,9 @@ def judged(row: Row, names: Sequence[str], source: config.Rows) -> Row:
 def _prompted(row: Row, template: str) -> Row:
     if row.problem is not None:
         return row
-    instruction, context, output = row.values
-    outputs = output if isinstance(output, list) else [output]
-    checked = [("instruction", instruction), *(("output", text) for text in outputs or [None]),
+    instruction, context, *output = row.values      # no output where prompts alone are read
+    outputs = output[0] or [None] if output and isinstance(output[0], list) else output
+    checked = [("instruction", instruction), *(("output", text) for text in outputs),
                *([("input", context)] if context else [])]
     for name, value in checked:
         if problem := _text_problem(value):
@@ -118,15 +119,22 @@ def _prompted(row: Row, template: str) -> Row:
     return replace(row, values=(fill(template, instruction, context or ""), *outputs))
 
 
-def prompts_of(source: config.Source, on_bad_row: str) -> Iterator[tuple[str, list[str]]]:
+def answered_prompts_of(source: config.Source, on_bad_row: str) -> Iterator[tuple[str, list[str]]]:
     """(prompt, its references) of every usable row of a source of prompts."""
     for prompt, *references in _usable(source, on_bad_row):
         yield prompt, references
 
 
+def prompts_of(source: config.Source, on_bad_row: str) -> Iterator[str]:
+    """The prompt of every row of a source that has a usable one; nothing else is looked at."""
+    fields = source.fields[:2 if source.template is not None else 1]
+    for prompt, in _usable(source, on_bad_row, fields):
+        yield prompt
+
+
 def bad_row(name: str, problem: str) -> InputError:
     return InputError(f"{name}: {problem}", "a row that can be used",
-                      "mend the row, or set data.on_bad_row=skip to leave such rows out and count them")
+                      "mend the row or take it out; a recipe's data.on_bad_row=skip leaves out and counts such rows")
 
 
 def name_of(span: Span, number: int) -> str:
@@ -162,11 +170,12 @@ def texts_of(data: config.Data, characters: int) -> Iterator[str]:
                 break
 
 
-def _usable(source: config.Source, on_bad_row: str) -> Iterator[tuple[Any, ...]]:
+def _usable(source: config.Source, on_bad_row: str,
+            fields: Sequence[str] | None = None) -> Iterator[tuple[Any, ...]]:
     """The values of a source's rows, in order."""
     for number, path in enumerate(files_of(source)):
         for span in cut(number, path, 1 << 62):
-            for row in read_span(span, source):
+            for row in read_span(span, source, fields):
                 if row.problem is None:
                     yield row.values
                 elif on_bad_row == "error":
