@@ -248,6 +248,8 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
             + ("" if recipe.teacher else "no teacher: cross entropy alone, ")
             + (f"resumed after step {state['step']}" if state["step"] else "from the start"))
     log.say(f"epochs by the last step: {epochs_of(job, data, state)}")
+    if recipe.rollout is None or recipe.rollout.adaptive is None:
+        state.pop("rollout", None)      # of a life before, whose buffer no checkpoint of this one has
     rollouts = None if recipe.rollout is None else world.together(
         lambda: Rollouts(recipe, ds, job.tokenizer, state, world))
     saver = checkpoint.Saver(ds, job.run / "checkpoints", recipe.checkpoint, world, log.alarm, damaged)

@@ -179,6 +179,18 @@ def test_an_interrupted_run_with_a_replay_buffer_is_the_uninterrupted_one(folder
     assert documents(tmp_path / "run", 9) == last and len(last) == 9
 
 
+@pytest.mark.slow      # three short runs
+def test_a_run_that_is_allowed_another_scheme_of_rollouts_goes_on_and_on(folder, tmp_path):
+    recipe = recipe_for(folder, tmp_path / "run", rollout={**ALWAYS, "max_new_tokens": 2}, train__steps=3,
+                        checkpoint__keep=9)
+    small.run(1, "train", recipe)
+    other = ["rollout={share: 1.0, max_new_tokens: 2}", "checkpoint.allow_change=[rollout]"]
+    for last, first in ((1, 2), (2, 3)):
+        for step in range(first, 4):
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
+        assert f"resumed after step {last}" in small.run(1, "train", recipe, *other).text()
+
+
 def published(losses, chances, batch, capacity, start, margin, ratio, total):
     """DistiLLM's loop as its finetune.py has it, without the models: what each iteration learns from."""
     threshold, previous, memory, told = start, losses[0], collections.deque(maxlen=capacity), []
