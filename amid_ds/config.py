@@ -452,7 +452,20 @@ class Recipe(Section):
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Defaults, then the YAML file at `path`, then `a.b=c` overrides. Raises one InputError with all that is wrong."""
-    raw = _overridden(path, overrides)
+    return _judged(_overridden(path, overrides), f"the recipe {path}")
+
+
+def recipe_in(text: str, name: str) -> Recipe:
+    """The recipe that `dump_recipe` wrote as `text`. Raises InputError, with `name` for it, where an older version did
+    and its keys are others by now."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raw = None
+    return _judged(raw if isinstance(raw, dict) else {}, name)
+
+
+def _judged(raw: dict[str, Any], name: str) -> Recipe:
     problems = list(_unknown_loss_keys(raw.get("loss")))
     try:
         recipe = Recipe.model_validate(raw)
@@ -462,7 +475,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         if not problems:
             return recipe
     raise InputError(
-        f"the recipe {path} has {len(problems)} problem(s):\n" + "\n".join(f"    - {line}" for line in problems),
+        f"{name} has {len(problems)} problem(s):\n" + "\n".join(f"    - {line}" for line in problems),
         "a recipe as in the README, with keys and values of these names and ranges",
         "mend the lines above; the command line's key=value comes last and wins",
     )

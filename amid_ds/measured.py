@@ -26,6 +26,7 @@ from amid_ds.metrics import write_atomically
 
 STEP = 4             # of a life
 FILE = "measured.json"
+KINDS = {"step": int, "hosts": list, "device": str, "recipe": str, "memory_per_rank": dict, "network_per_step": dict}
 # What a rank of n takes in for each byte of a collective's first tensors: those that a gather fills, a part of those
 # that are scattered, those that all end up with, by way of a ring.
 TAKEN: dict[str, Callable[[int], float]] = {
@@ -62,12 +63,25 @@ def measured(ds: Any, recipe: Recipe, world: World, hosts: Sequence[str], step: 
 
 
 def read_measured(run: Path) -> dict[str, Any]:
-    """Raises InputError where the run has left none."""
+    """Raises InputError where the run has left none, or it is damaged."""
+    expected = f"the folder of a run with a life of {STEP} steps or more"
     try:
-        return dict(json.loads((run / FILE).read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        raise InputError(f"{run} has no {FILE}", f"the folder of a run with a life of {STEP} steps or more",
-                         "give the output_dir of such a run") from None
+        found = json.loads((run / FILE).read_text(encoding="utf-8"))
+    except OSError:
+        raise InputError(f"{run} has no {FILE}", expected, "give the output_dir of such a run") from None
+    except ValueError:
+        found = None
+    if not _is_whole(found):
+        raise InputError(f"{run / FILE} is damaged", f"what a run writes in step {STEP} of a life",
+                         "remove it: the run's next life measures again")
+    return dict(found)
+
+
+def _is_whole(found: Any) -> bool:
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), kind) for key, kind in KINDS.items()):
+        return False
+    sizes = [*found["memory_per_rank"].values(), *found["network_per_step"].values()]
+    return len(found["hosts"]) > 0 and all(isinstance(size, int) for size in sizes)
 
 
 def held_bytes(ds: Any) -> dict[str, int]:

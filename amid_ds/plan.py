@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from amid_ds import engine
-from amid_ds.config import Recipe, Student, Teacher, values_of
+from amid_ds.config import Recipe, Student, Teacher, recipe_in, values_of
 from amid_ds.distiller import body_of, head_of
 from amid_ds.errors import InputError
 from amid_ds.losses import default_workspace_bytes
@@ -423,19 +423,25 @@ def fit_in_words(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device
             + ("" if plan.fits else "; amid-ds plan names the changes with which it would"))
 
 
+def plan_again(found: dict[str, Any], device: str | None = None) -> Plan:
+    """The plan, without remedies, of the run that left `found` (see read_measured), on its own ranks and device; on
+    `device` where one is given. Raises InputError where that is not in the table, or its models are elsewhere by now.
+    """
+    hosts, nodes = found["hosts"], len(set(found["hosts"]))
+    known = find_device(device, len(hosts) // nodes) if device else device_called(found["device"], len(hosts) // nodes)
+    if known is None:
+        raise InputError(f"the run was on {found['device']}", f"one of {', '.join(DEVICES)}, or cpu",
+                         "give its numbers by --device '{memory: …, flops: …, bandwidth: …}'")
+    return _plan(recipe_in(found["recipe"], "the recipe of the run that was measured"), nodes, len(hosts), known)
+
+
 def check_plan(run: Path, device: str | None) -> dict[str, dict[str, dict[str, float | None]]]:
     """What was planned and what was measured in the run's folder, by part: bytes and seconds; None for what was not.
 
     `device` as `find_device` takes it; None: the one that the run was on. Raises InputError where nothing was measured.
     """
     found = read_measured(run)
-    hosts = found["hosts"]
-    nodes = len(set(hosts))
-    known = find_device(device, len(hosts) // nodes) if device else device_called(found["device"], len(hosts) // nodes)
-    if known is None:
-        raise InputError(f"the run was on {found['device']}", f"one of {', '.join(DEVICES)}, or cpu",
-                         "give its numbers by --device '{memory: …, flops: …, bandwidth: …}'")
-    plan = _plan(Recipe.model_validate(yaml.safe_load(found["recipe"])), nodes, len(hosts), known)
+    plan = plan_again(found, device)
     times = [line["time/step"] for line in read_metrics(run) if line["step"] >= found["step"] and "time/step" in line]
     if not times:
         raise InputError(f"{run} has no metrics", "metrics.jsonl with the steps that were measured", "check the folder")

@@ -7,7 +7,6 @@ no script and may be sent by mail. Curves of more than POINTS steps are thinned 
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import statistics
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from amid_ds import lives
-from amid_ds.config import load_recipe
 from amid_ds.errors import InputError
 from amid_ds.figures import require_matplotlib
 from amid_ds.measured import read_measured
 from amid_ds.meter import BESIDE, PHASES
 from amid_ds.metrics import read_lines, read_metrics, write_atomically
-from amid_ds.plan import device_here, find_device, make_plan
+from amid_ds.plan import plan_again
 from amid_ds.status import facts_of
 
 POINTS = 1000      # of a curve
@@ -44,7 +42,8 @@ class Run:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     story: list[lives.Record]
-    measured: dict[str, int]      # bytes by part; {} where no life was long enough
+    measured: dict[str, Any]      # as read_measured has it; {} where it cannot be read
+    unmeasured: str               # and why not
 
     @property
     def restarts(self) -> list[int]:
@@ -79,10 +78,13 @@ def read_run(folder: Path, name: str) -> Run:
     if not steps:
         raise InputError(f"{folder} has no metrics yet", "metrics.jsonl with a step at least",
                          "report on it once it has logged its first step")
-    measured: dict[str, int] = {}
-    with contextlib.suppress(InputError):
-        measured = {part: size for part, size in read_measured(folder)["memory_per_rank"].items() if part != "total"}
-    return Run(name, folder, steps, read_lines(folder / "eval.jsonl"), lives.records(folder), measured)
+    measured: dict[str, Any] = {}
+    unmeasured = ""
+    try:
+        measured = read_measured(folder)
+    except InputError as error:
+        unmeasured = error.found
+    return Run(name, folder, steps, read_lines(folder / "eval.jsonl"), lives.records(folder), measured, unmeasured)
 
 
 def report(folders: Sequence[str], out: str) -> None:
@@ -185,9 +187,9 @@ def _figures(runs: Sequence[Run], draw: _Draw) -> list[dict[str, Any]]:
     for run in runs:
         planned, note = _planned(run)
         if planned:
-            parts[f"{run.name}, planned"] = {part: size / 1e9 for part, size in planned.items()}
+            parts[f"{run.name}, planned"] = _gigabytes(planned)
         if run.measured:
-            parts[f"{run.name}, measured"] = {part: size / 1e9 for part, size in run.measured.items()}
+            parts[f"{run.name}, measured"] = _gigabytes(run.measured["memory_per_rank"])
         notes += [note] if note else []
     memory = [draw.bars("Memory by part", "GB of a rank", parts, "as amid-ds plan has it, and the parts that a "
                         "run measures; its peak is a curve above")] if parts else []
@@ -196,14 +198,17 @@ def _figures(runs: Sequence[Run], draw: _Draw) -> list[dict[str, Any]]:
 
 
 def _planned(run: Run) -> tuple[dict[str, int], str]:
-    """A rank's bytes by part as planned, or why there is no plan."""
-    ranks = run.story[-1].ranks if run.story else 1
+    """A rank's bytes by part as planned for the run's own ranks and device, or why there is no plan."""
+    if not run.measured:
+        return {}, f"{run.name}: nothing was measured, and nothing is planned: {run.unmeasured}"
     try:
-        plan = make_plan(load_recipe(run.folder / "recipe.yaml"), 1, ranks or 1,
-                         device_here(1) or find_device("cpu", 1))
-    except Exception as error:      # its models may be elsewhere by now, or on no meta device
-        return {}, f"{run.name}: no plan can be made here: {str(error).splitlines()[0]}"
-    return {part: size for part, size in plan.memory_per_rank.items() if part != "total"}, ""
+        return plan_again(run.measured).memory_per_rank, ""
+    except InputError as error:      # its models may be elsewhere by now
+        return {}, f"{run.name}: no plan can be made here: {error.found}"
+
+
+def _gigabytes(memory: Mapping[str, int]) -> dict[str, float]:
+    return {part: size / 1e9 for part, size in memory.items() if part != "total"}
 
 
 def _page(runs: Sequence[Run], sections: Sequence[Mapping[str, Any]]) -> str:
@@ -221,7 +226,10 @@ def _page(runs: Sequence[Run], sections: Sequence[Mapping[str, Any]]) -> str:
 
 def _provenance(folder: Path) -> str:
     path = folder / "provenance.json"
-    return json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1) if path.is_file() else "there is none"
+    try:
+        return json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1) if path.is_file() else "there is none"
+    except (OSError, ValueError) as error:
+        return f"{path.name} cannot be read: {error}"
 
 
 def _number(value: Any) -> str:

@@ -157,6 +157,19 @@ def test_a_check_of_no_run_exits_with_2(wrong, said, capsys, tmp_path, monkeypat
     assert said in capsys.readouterr().err
 
 
+MEASURED = {"step": 4, "hosts": ["here"], "device": "cpu", "recipe": "students: {model: x}", "memory_per_rank": {},
+            "network_per_step": {}}
+
+
+@pytest.mark.parametrize("left, said", [("[1, 2]", "is damaged"), ("{}", "is damaged"), ("{", "is damaged"),
+                                        (json.dumps({**MEASURED, "hosts": []}), "is damaged"),
+                                        (json.dumps(MEASURED), "students")])
+def test_a_check_of_what_is_damaged_or_of_another_version_exits_with_2(left, said, capsys, tmp_path):
+    (tmp_path / "measured.json").write_text(left)
+    assert main(["plan", "--check", str(tmp_path)]) == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("wrong, said", [(["--device", "abacus"], "h100-80g"), (["--nodes", "0"], "at least one"),
                                          (["--device", "cpu", "--ranks-per-node", "0"], "at least one"),
                                          (["student.model=nowhere"], "nowhere"), *[

@@ -132,6 +132,29 @@ def test_tables_and_provenance_are_in_it(runs, page):
     assert text.count("<h3>first</h3>") == 2 == text.count("<h3>second</h3>")
 
 
+def test_what_is_damaged_is_said_on_the_page(runs, tmp_path, monkeypatch):
+    from amid_ds import report
+
+    copy = Path(shutil.copytree(runs[1], tmp_path / "copy"))
+    (copy / "provenance.json").write_text("{")
+    (copy / "measured.json").write_text("[1, 2]")
+    monkeypatch.setattr(report._Draw, "picture", lambda self, title, *_: {"title": title, "caption": "", "svg": ""})
+    assert main(["report", str(copy), "-o", str(tmp_path / "r.html")]) == 0
+    text = (tmp_path / "r.html").read_text()
+    assert "provenance.json cannot be read" in text and "measured.json is damaged" in text
+
+
+def test_the_plan_beside_a_measurement_is_for_the_runs_own_device_and_ranks(runs):
+    from amid_ds import report
+    from amid_ds.config import load_recipe
+    from amid_ds.plan import DEVICES, make_plan
+
+    run = report.read_run(runs[1], "second")
+    run.measured.update(device="NVIDIA H200", hosts=["a", "a", "b", "b"])
+    expected = make_plan(load_recipe(runs[1] / "recipe.yaml"), 2, 2, DEVICES["h200"]).memory_per_rank
+    assert report._planned(run) == (expected, "")
+
+
 @pytest.mark.parametrize("wrong, said", [
     ("nothing here", "not the folder of a run"), ("no metrics", "has no metrics yet"),
     ("no place", "cannot be written"), ("no matplotlib", "pip install")])
