@@ -109,11 +109,14 @@ def run_one(title: str, recipe_path: str, overrides: Sequence[str], ranks: int) 
 
 
 def _wait(arguments: Sequence[str], log: Any, run: Path) -> int:
-    """The exit status of a run. A signal becomes the run's STOP file: a launcher may die of one before its ranks."""
+    """The exit status of a run. A signal becomes the run's STOP file: a launcher may die of one before its ranks.
+    Raises Stopped, or TrainingError where the run was asked to stop and failed: what comes next is not begun."""
     process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     with _signals_to(lambda: (run / STOP_FILE).touch(), lambda: os.killpg(process.pid, signal.SIGKILL)) as asked:
         status = process.wait()
     (run / STOP_FILE).unlink(missing_ok=True)      # asked for after its last step
+    if asked and status not in (0, STOPPED):
+        raise TrainingError(f"the run in {run} was asked to stop and ended with status {status}\n{_tail(run / LOG)}")
     if asked or status == STOPPED:
         raise Stopped(f"stopped in {run}; the same command goes on from there")
     return status
@@ -121,14 +124,19 @@ def _wait(arguments: Sequence[str], log: Any, run: Path) -> int:
 
 @contextmanager
 def _signals_to(first: Callable[[], object], then: Callable[[], object]) -> Iterator[list[int]]:
-    """Within it a signal to stop calls `first`, another one `then`; yields the signals that have come."""
+    """Within it a signal to stop calls `first`, another one `then`; yields the signals that have come. What is ignored
+    stays ignored: `nohup`."""
     asked: list[int] = []
 
     def hear(number: int, _: object) -> None:
         asked.append(number)
-        (first if len(asked) == 1 else then)()
+        if len(asked) == 1:
+            first()
+        elif number != signal.SIGHUP:      # which a terminal that is closed sends, and its shell again
+            then()
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+               if signal.getsignal(number) != signal.SIG_IGN]
     before = [signal.signal(number, hear) for number in numbers]
     try:
         yield asked

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import shlex
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from amid_ds import lives, submit, sweep, train
 from amid_ds.cli import main
 from amid_ds.combinations import combinations
 from amid_ds.config import load_recipe
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, Stopped, TrainingError
 from amid_ds.figures import mean_and_error
 
 
@@ -93,6 +95,31 @@ def test_a_sweep_that_is_told_to_stop_stops_its_run_in_order_and_goes_on_from_th
     assert 3 <= steps < 400 and (first / "checkpoints" / f"step_{steps:08d}").is_dir()
     assert not (first / "STOP").exists() and not (tmp_path / "out" / "loss.lam=0.9").exists()
     assert [life.status for life in lives.records(first)] == [75]
+
+
+@pytest.mark.parametrize("status, outcome", [(75, Stopped), (0, Stopped), (1, TrainingError), (2, TrainingError)])
+def test_a_terminal_that_closes_stops_the_run_which_may_fail_at_that(tmp_path, status, outcome):
+    (tmp_path / sweep.LOG).write_text("what it said\n")
+    run = f"touch {tmp_path}/begun; while [ ! -e {tmp_path}/STOP ]; do sleep 0.01; done; sleep 0.1; exit {status}"
+
+    def close() -> None:
+        while not (tmp_path / "begun").exists():
+            time.sleep(0.01)
+        for _ in range(2):      # the kernel's, and the shell's
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.05)
+
+    before = signal.signal(signal.SIGHUP, lambda *_: None)      # else a sweep that does not hear it ends the tests
+    closing = threading.Thread(target=close)
+    closing.start()
+    try:
+        with open(tmp_path / "log", "wb") as log, pytest.raises(outcome) as raised:
+            sweep._wait(["timeout", "5", "sh", "-c", run], log, tmp_path)
+    finally:
+        closing.join()
+        signal.signal(signal.SIGHUP, before)
+    assert (outcome is Stopped) or f"ended with status {status}\n    what it said" in str(raised.value)
+    assert not (tmp_path / "STOP").exists()
 
 
 def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_run(recipe, tmp_path, started, capsys):
