@@ -216,9 +216,10 @@ def _plan(args: argparse.Namespace) -> None:
     if args.check is not None:
         print_check(check_plan(Path(args.check), args.device), args.json)
         return
-    made = make_plan(load_recipe(args.recipe, args.overrides), args.nodes, args.ranks_per_node,
+    recipe = load_recipe(args.recipe, args.overrides)
+    made = make_plan(recipe, args.nodes, args.ranks_per_node,
                      find_device(args.device or DEFAULT_DEVICE, args.ranks_per_node))
-    print_plan(made, args.json)
+    print_plan(made, recipe, args.json)
     if not made.fits:
         raise TrainingError("the run does not fit")
 

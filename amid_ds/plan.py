@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from amid_ds import engine
-from amid_ds.config import Recipe, Student, Teacher, recipe_in, values_of
+from amid_ds.config import Recipe, Student, Teacher, dump_recipe, recipe_in, resolved, values_of
+from amid_ds.data import epochs_ahead
 from amid_ds.distiller import body_of, head_of
 from amid_ds.errors import InputError
 from amid_ds.losses import default_workspace_bytes
@@ -70,7 +71,9 @@ class Plan:
     flops_per_step: dict[str, float]
     seconds_per_step: float
     checkpoint_bytes: int                 # of all ranks together
+    activations: dict[str, int]           # bytes of a rank, `without_checkpointing` and `with_checkpointing`
     fits: bool
+    epochs: list[float] | None = None     # of each source by the last step; None: it takes reading the data to know
     remedies: list[str] = field(default_factory=list)
 
     @property
@@ -116,7 +119,9 @@ def make_plan(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device) -
     and for a model that does not run on torch's meta device."""
     _require_ranks(nodes, ranks_per_node)
     plan = _plan(recipe, nodes, nodes * ranks_per_node, device)
-    return plan if plan.fits else replace(plan, remedies=list(_remedies(recipe, nodes, plan)))
+    train = recipe.train
+    epochs = epochs_ahead(recipe.data, train.seq_length, recipe.prepared_dir, train.steps * train.global_batch_size)
+    return replace(plan, epochs=epochs, remedies=[] if plan.fits else list(_remedies(recipe, nodes, plan)))
 
 
 def device_here(ranks_here: int) -> Device | None:
@@ -185,9 +190,11 @@ def _plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Plan:
     between = sum(network.values()) - within
     seconds = max((sum(flops.values()) + again) / (device.flops * EFFICIENCY),
                   within / device.neighbours + between / (device.bandwidth if nodes > 1 else device.neighbours))
+    activations = {"without_checkpointing": student.saved_bytes,
+                   "with_checkpointing": sum(_checkpointed(student, tokens))}
     return Plan(device, ranks, train.global_batch_size * train.seq_length, accumulation, train.steps, memory, network,
                 flops, seconds, student.whole * (4 + ADAM_BYTES + (student.item if bf16 else 0)),
-                memory["total"] <= HEADROOM * device.memory)
+                activations, memory["total"] <= HEADROOM * device.memory)
 
 
 def _states(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _Sizes | None, dp: int) -> dict[str, int]:
@@ -209,6 +216,12 @@ def _states(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _S
     return parts
 
 
+def _checkpointed(student: _Sizes, tokens: int) -> tuple[int, int]:
+    """Bytes of the activations that are kept, the layers' inputs, and of one layer's, which is made again at a time."""
+    outside = student.saved_bytes - student.layers * student.layer_bytes
+    return outside + student.layers * tokens * student.width * student.item, student.layer_bytes
+
+
 def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _Sizes | None, tokens: int,
              accumulation: int, ranks: int, device: Device, states: int) -> dict[str, int]:
     """What a step needs beside. The teacher's pass and the student's are not at the same time: the larger counts."""
@@ -220,10 +233,8 @@ def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
     elif stage in (1, 2) and zero.get("overlap_comm"):
         bucket *= 2
     live = int(zero.get("stage3_max_live_parameters", 1e9))
-    saved, again = student.saved_bytes, 0
-    if recipe.student.activation_checkpointing:      # the layers' inputs, and one layer at a time made again
-        outside = student.saved_bytes - student.layers * student.layer_bytes
-        saved, again = outside + student.layers * tokens * student.width * student.item, student.layer_bytes
+    saved, again = _checkpointed(student, tokens) if recipe.student.activation_checkpointing else \
+        (student.saved_bytes, 0)
     kind = torch.device("cpu" if device.name == "cpu" else "cuda")
     logits = tokens * student.head // student.width * (student.item + (teacher.item if teacher is not None else 0))
     workspace = min(default_workspace_bytes(kind), logits + tiling(kind)[0])
@@ -474,11 +485,20 @@ def print_check(checked: dict[str, dict[str, dict[str, float | None]]], as_json:
     Console().print(table)
 
 
-def print_plan(plan: Plan, as_json: bool) -> None:
-    """The plan as a table, or as JSON alone."""
+def _epochs_in_words(plan: Plan, recipe: Recipe) -> str:
+    if plan.epochs is not None:
+        return ", ".join(f"{source.path} {count:.3g}"
+                         for source, count in zip(recipe.data.train, plan.epochs, strict=True))
+    return "not known, the sources are streamed" if recipe.data.streams else \
+        "not known before the data are prepared, by amid-ds prepare or train"
+
+
+def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
+    """The resolved recipe and its plan as a table, or as JSON alone."""
     if as_json:
-        print(json.dumps({**asdict(plan), "hours": plan.hours, "mfu": plan.mfu}))
+        print(json.dumps({"recipe": resolved(recipe), **asdict(plan), "hours": plan.hours, "mfu": plan.mfu}))
         return
+    print(dump_recipe(recipe))
     from rich.console import Console
     from rich.table import Table
 
@@ -496,6 +516,10 @@ def print_plan(plan: Plan, as_json: bool) -> None:
     console.print(f"{plan.tokens_per_step:,} tokens a step in {plan.micro_batches} micro-batch(es) per rank, "
                   f"{plan.steps:,} steps; per rank and step {flops['student']:,.1f} TFLOP of the student and "
                   f"{flops['teacher']:,.1f} of the teacher")
+    console.print(f"epochs by the last step: {_epochs_in_words(plan, recipe)}", markup=False)
+    every, some = (plan.activations[f"{how}_checkpointing"] / 1e9 for how in ("without", "with"))
+    console.print(f"activations: {every:,.2f} GB without checkpointing; {some:,.2f} GB with it, a layer made "
+                  "again included")
     console.print(f"about {plan.seconds_per_step:,.2f} s a step ({plan.mfu:.0%} MFU; assumed: {EFFICIENCY:.0%} of the "
                   f"peak in products, network and arithmetic overlapped), {plan.hours:,.1f} h, "
                   f"{plan.hours * plan.ranks:,.0f} rank-hours; a checkpoint of {plan.checkpoint_bytes / 1e9:,.1f} GB")

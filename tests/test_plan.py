@@ -12,7 +12,7 @@ from test_teacher import be_counted
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from amid_ds.cli import main
-from amid_ds.config import load_recipe
+from amid_ds.config import load_recipe, resolved
 from amid_ds.distributed import World
 from amid_ds.measured import _Traffic
 from amid_ds.plan import Device, _run_on_meta, find_device, make_plan
@@ -79,6 +79,7 @@ def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, tmp_path, cap
     held = json.loads((tmp_path / "run" / "0.bytes").read_text())
     for part, size in held.items():
         assert plan.memory_per_rank[part] == pytest.approx(size, rel=0.05), part
+    assert f"epochs by the last step: {tmp_path / 'rows.jsonl'} {plan.epochs[0]:.3g}" in processes.text()
     last = json.loads((tmp_path / "run" / "0.jsonl").read_text().splitlines()[-1])
     if "tensor_parallel=2" not in layout:      # there the two ranks gather nothing but what they both hold whole
         for who in ("student", "teacher"):      # a gather's bytes less those that the rank has itself
@@ -139,6 +140,12 @@ def test_what_does_not_fit_exits_with_1_and_names_changes_that_do(large, capsys)
     assert whole["fits"] and whole["ranks"] == 8 and whole["tokens_per_step"] == 64 * 4096
     assert sum(size for part, size in whole["memory_per_rank"].items() if part != "total") \
         == whole["memory_per_rank"]["total"]
+    assert whole["epochs"] is None and whole["recipe"] == resolved(load_recipe(large))
+    assert main(["plan", str(large), "--ranks-per-node", "8", "--json", "student.activation_checkpointing=true"]) == 0
+    saving = json.loads(capsys.readouterr().out)
+    assert whole["activations"] == saving["activations"] == {
+        "without_checkpointing": whole["memory_per_rank"]["activations"],
+        "with_checkpointing": sum(saving["memory_per_rank"][part] for part in ("activations", "recomputed_layer"))}
     less = json.dumps({"memory": 0.6 * whole["memory_per_rank"]["total"], "flops": 1e15, "bandwidth": 5e10})
     assert main(["plan", str(large), "--ranks-per-node", "8", "--device", less, "--json"]) == 1
     remedies = json.loads(capsys.readouterr().out)["remedies"]
@@ -146,7 +153,9 @@ def test_what_does_not_fit_exits_with_1_and_names_changes_that_do(large, capsys)
     for remedy in remedies:
         change = remedy.partition(":")[0].split()
         assert main(["plan", str(large), "--ranks-per-node", "8", "--device", less, *change]) == 0, remedy
-    assert "fits" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "fits" in said and "epochs by the last step: not known before the data are prepared" in said
+    assert "seq_length: 4096" in said and "GB without checkpointing" in said
 
 
 @pytest.mark.parametrize("wrong, said", [([], "one of the two"), (["--check", "nowhere"], "no measured.json"),

@@ -24,10 +24,11 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
+from amid_ds import config
 from amid_ds.data.order import dealt, rows_of
 from amid_ds.data.preparation import MANIFEST, SHARDS
 from amid_ds.data.readers import place
-from amid_ds.data.shard import checksum, damaged, require_size
+from amid_ds.data.shard import checksum, damaged, read_json, require_size
 from amid_ds.errors import InputError
 
 IGNORED = -100                       # a label without a loss
@@ -197,6 +198,20 @@ class StepData(Steps):
         """How often each source has been read through before this step; over 1, its rows come again."""
         samples = dealt(step * self.global_batch_size, self.weights)
         return [count / rows for count, rows in zip(samples, self.prepared.counts, strict=True)]
+
+
+def epochs_ahead(data: config.Data, seq_length: int, folder: Path, samples: int) -> list[float] | None:
+    """How often each source will have been read through after `samples` rows of the run. None where `folder` does not
+    tell: it holds nothing that is prepared of these sources, in rows of `seq_length`, or they are streamed."""
+    try:
+        manifest = None if data.streams else read_json(folder / MANIFEST)
+    except ValueError as error:
+        raise damaged(folder / MANIFEST, str(error)) from None
+    if manifest is None or manifest["plan"]["seq_length"] != seq_length or \
+            [source["path"] for source in manifest["plan"]["sources"]] != [source.path for source in data.train]:
+        return None
+    counts = dealt(samples, [source.weight for source in data.train])
+    return [count / source["rows"] for count, source in zip(counts, manifest["sources"], strict=True)]
 
 
 def read_rows(folder: Path, batch_size: int, dp_rank: int = 0, dp_size: int = 1) -> Iterator[Batch]:
