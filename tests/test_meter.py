@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import socket
 import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ from amid_ds import meter
 from amid_ds.cli import main
 from amid_ds.config import load_recipe
 from amid_ds.meter import PHASES, Meter, phase
+from amid_ds.metrics import RunLog
 from amid_ds.plan import find_device, make_plan
 from amid_ds.watch import STEPS, Watch
 
@@ -82,6 +86,40 @@ def test_every_second_belongs_to_one_phase(monkeypatch):
     assert {name: line[f"time/{name}"] for name in PHASES} == {name: spent.get(name, 0) / 2 for name in PHASES}
     assert line["time/step"] == 127 / 2 and line["perf/teacher_flops"] == 0
     assert line["perf/mfu"] == pytest.approx(60 / (127 / 2 * 2))
+
+
+@pytest.mark.slow
+def test_what_the_meter_costs_a_step_and_a_line(tmp_path, capfd):
+    """With `-m slow` it prints the README's figures: CPU time of all threads, TensorBoard's too, around no work."""
+    steps, costs = 300, {}
+    values = {"loss": 1.0, "kd_loss": 1.0, "ce_loss": 1.0, "tokens_per_second": 1.0}
+    for way in ("lines alone", "lines and phases", "metered lines"):
+        (tmp_path / way).mkdir()
+        log = RunLog(tmp_path / way, 0, steps, "run")
+        with Meter(torch.device("cpu"), {"student": 60.0}, 2.0) as ours:
+            watch = Watch(["rank 0", "rank 1"], print)
+            began = time.process_time()
+            for step in range(1, steps + 1):
+                if way != "lines alone":
+                    mark_a_step()
+                    watch.step(step, ours.peers, 1.0)
+                more = ours.line(1, taught=True) if way == "metered lines" else {}
+                log.step(step, {**values, **more})
+            costs[way] = (time.process_time() - began) / steps * 1e3
+        log.close()
+    phases, line = (costs[way] - costs[before] for before, way in itertools.pairwise(costs))
+    with capfd.disabled():
+        print(f"\nthe meter: {phases:.2f} ms a step of 4 micro-batches, {line:.2f} ms a logged line")
+    assert all(size > 0 for size in costs.values())
+    assert {"time/step", "perf/mfu"} <= small.metrics(tmp_path / "metered lines")[-1].keys()
+
+
+def mark_a_step() -> None:
+    """What training tells the meter in a step of 4 micro-batches."""
+    for name in ("data", "teacher", *["forward", "backward"] * 4, "optimizer"):
+        with phase(name), phase("loss") if name == "forward" else contextlib.nullcontext():
+            pass
+    meter.heard([[1.0, *meter.own_figures()]] * 2)
 
 
 def test_time_is_found_in_the_phase_that_took_it(watched):
