@@ -322,6 +322,9 @@ def _sweep(args: argparse.Namespace) -> None:
     if Path(args.recipe).is_dir():
         write_results(Path(args.recipe))
         return
+    if args.nodes != 1 and not args.slurm:
+        raise InputError(f"--nodes {args.nodes} without --slurm", "one node: the runs are made on this machine",
+                         "add --slurm, or leave --nodes out")
     require_matplotlib()      # or say now that it is missing, not after the runs
     ranks = (args.ranks_per_node or (RANKS_PER_NODE if args.slurm else 1)) * args.nodes
     sweep = plan_sweep(args.recipe, args.overrides, ranks)

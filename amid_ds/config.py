@@ -353,7 +353,9 @@ class Replay(Section):
 
     init_threshold: Share = 0.0
     loss_eps: NonNegative = 0.1              # by how much, in nats per token, since the threshold rose last
-    capacity: PositiveInt = 1000             # completions that are kept, over all ranks
+    # Completions that are kept, over all ranks. A replay draws as many as the batch has prompts; where these
+    # share rows and outnumber the capacity, all that are kept: such a step learns from less than a batch.
+    capacity: PositiveInt = 1000
     # The share of the threshold at which the student samples afresh once the buffer is full: a half; growing from 0 to
     # 1 over the run; falling from 1 to 0.
     replay_ratio: Literal["constant", "increasing", "decreasing"] = "decreasing"

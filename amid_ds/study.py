@@ -21,7 +21,7 @@ from typing import Any
 from amid_ds import demo, evaluate, figures
 from amid_ds.config import load_recipe
 from amid_ds.data import load_tokenizer, train_sentencepiece
-from amid_ds.errors import TrainingError
+from amid_ds.errors import InputError, TrainingError
 from amid_ds.metrics import read_metrics, write_atomically
 from amid_ds.packaged import find_recipe
 from amid_ds.sweep import SCORES, Sweep, markdown, plan_sweep, rows_of, run_here, run_one, write_table
@@ -48,6 +48,8 @@ COLUMNS = {      # of the table: heading -> what scores.json calls it
 
 def study(out: str, seeds: int) -> None:
     """All of it under `out`; ends with the table and figure, also as study.md and study.png there."""
+    if seeds < 1:
+        raise InputError(f"--seeds {seeds}", "1 or more: every objective is trained once for each", "e.g. --seeds 3")
     require_rouge(), figures.require_matplotlib()      # or say now that one is missing
     root = Path(out)
     made = _make_inputs(root)

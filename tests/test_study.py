@@ -11,6 +11,11 @@ from amid_ds import demo, study, sweep
 from amid_ds.cli import main
 
 
+def test_a_study_without_a_seed_is_refused_before_anything_is_made(tmp_path, capsys):
+    assert main(["study", "--out", str(tmp_path / "study"), "--seeds", "0"]) == 2
+    assert "--seeds 0" in capsys.readouterr().err and not (tmp_path / "study").exists()
+
+
 @pytest.mark.slow
 def test_the_study_leaves_its_table_and_figure_and_goes_on_where_it_was_cut(tmp_path, monkeypatch, capsys):
     for name, value in (("TEACHER_STEPS", 3), ("START_STEPS", 2), ("STEPS", 2), ("PROMPTS", 4), ("NEW_TOKENS", 5),

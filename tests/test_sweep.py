@@ -137,7 +137,8 @@ def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_run(recipe, 
     (["loss.alpha=1,1"], ["two runs", "loss.alpha=1"]),
     (["loss.lam=0.5,1.5"], ["loss.lam", "1.5", "from 0 to 1"]),
     (["train.global_batch_size=4,5", "train.micro_batch_size=2"], ["global_batch_size 5"]),
-], ids=["key", "none", "empty", "twice", "value", "check"])
+    (["loss.lam=0.1,0.9", "--here", "--nodes", "2"], ["--nodes 2 without --slurm"]),
+], ids=["key", "none", "empty", "twice", "value", "check", "nodes"])
 def test_a_sweep_that_cannot_be_run_is_refused_before_its_first_run(recipe, tmp_path, started, capsys, words, named):
     assert main(["sweep", str(recipe), *words]) == 2
     message = capsys.readouterr().err
