@@ -277,8 +277,10 @@ def joined(timeout_s: float) -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         _share_cores(size)
-    # MPI's or a lone process's variables are set for whoever asks the environment later, DeepSpeed above all.
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    # MPI's or a lone process's variables are set for whoever asks the environment meanwhile, DeepSpeed above all.
+    ours = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
     timeout = timedelta(seconds=timeout_s)
     store = dist.HashStore() if size == 1 else next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
     dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank, world_size=size, timeout=timeout,
@@ -300,6 +302,10 @@ def joined(timeout_s: float) -> Iterator[World]:
             dist.destroy_process_group()
         if failures is not None:
             failures.leave()
+        for name, value in before.items():      # what this process starts next is no rank of a group that is gone
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 def _share_cores(size: int) -> None:

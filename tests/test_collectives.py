@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 import small
 import torch
 import torch.distributed as dist
+
+from amid_ds.distributed import joined
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast",
                "broadcast_object_list", "reduce_scatter", "reduce_scatter_tensor", "barrier")
@@ -42,11 +45,11 @@ def uneven(folder: str, argv: list[str], variables: dict[str, str], log: str) ->
     for name in COLLECTIVES:
         setattr(dist, name, functools.partial(counted, name, getattr(dist, name)))
 
-    def step(job, ds, window, tokens, state, world):
+    def step(job, ds, window, tokens, state, world, *rest):
         if rank >= size - world.tp_size and state["step"] == 1:
             window = [replace(batch, labels=torch.full_like(batch.labels, -100)) for batch in window]
         calls.clear()
-        values = real_step(job, ds, window, tokens, state, world)
+        values = real_step(job, ds, window, tokens, state, world, *rest)
         Path(folder, f"step{state['step']}.rank{rank}").write_text(json.dumps(calls))
         return values
 
@@ -87,3 +90,12 @@ def test_an_exception_on_one_rank_ends_all_of_them(recipe, tmp_path, where):
     assert ranks.wait(90) == [1, 1], ranks.text(0) + ranks.text(1)
     assert time.monotonic() - began < 80
     assert "no memory on this rank alone" in ranks.text(1)
+
+
+def test_a_process_that_was_a_group_of_one_is_no_rank_afterwards(monkeypatch):
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    with joined(10):
+        assert [os.environ[name] for name in names] == ["0", "1", "0"]
+    assert not os.environ.keys() & set(names)      # or what it submits next would train alone on every node

@@ -56,8 +56,8 @@ def recorded(stop_after: int, notes: str, argv: list[str], variables: dict[str, 
     """A rank that writes down which rows each of its steps reads, and asks to stop after the step `stop_after`."""
     from amid_ds import train
 
-    def step(job, ds, window, tokens, state, world):
-        values = real(job, ds, window, tokens, state, world)
+    def step(job, ds, window, tokens, state, world, *rest):
+        values = real(job, ds, window, tokens, state, world, *rest)
         if world.tp_rank == 0:
             rows = [row for batch in window for row in batch.rows]
             with open(f"{notes}.{world.rank}", "a") as file:

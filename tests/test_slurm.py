@@ -220,7 +220,8 @@ def test_a_step_that_hangs_is_told_with_every_threads_stack_and_ends(models, tmp
     assert "most recent call first" in told and "in _watch" in told      # the main thread's stack and the others'
     assert re.search(r"step \d+ hangs; look at rank 1 on .* first: does not answer", told), told
     failure = json.loads((tmp_path / "run" / "failures" / "local.0.0.json").read_text())
-    assert failure["rank"] == 1 and failure["step"] == steps_of(tmp_path / "run") + 1
+    logged = steps_of(tmp_path / "run")      # the rank may be stopped in the last step's tail, after its line
+    assert failure["rank"] == 1 and failure["step"] in (logged, logged + 1)
 
 
 @pytest.mark.slow
