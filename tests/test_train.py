@@ -189,8 +189,9 @@ def test_without_a_teacher_it_is_plain_training_with_cross_entropy(llama_pair, t
     assert first["loss"] == pytest.approx(F.cross_entropy(logits.flatten(0, 1), rows.labels.flatten()).item(), rel=1e-4)
     assert first["ce_loss"] == pytest.approx(first["loss"], rel=1e-6) and first["kd_loss"] is None
     metered = {key for key in first if key.startswith(("time/", "perf/", "memory/"))}
-    assert set(first) - metered == {"step", "tokens", "loss", "kd_loss", "ce_loss", "grad_norm", "learning_rate", "alpha",
-                                    "lam", "tokens_per_second", "padding", "data_wait"}
+    named = {"step", "tokens", "loss", "kd_loss", "ce_loss", "grad_norm", "learning_rate", "alpha", "lam",
+             "tokens_per_second", "padding", "data_wait"}
+    assert set(first) - metered == named
     assert 0 <= first["data_wait"] <= 1 and first["padding"] == pytest.approx(rows.padding / rows.input_ids.numel())
     provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
     assert provenance["teacher"] is None and len(provenance["student"]["files_sha256"]) == 64
