@@ -301,14 +301,13 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
                 if rollouts is not None:
                     rollouts.judge(figures)
             if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
-                with phase("checkpoint"):
-                    saver.start(with_places(state, data, world), rollouts.files if rollouts is not None else {})
+                save(saver, state, data, rollouts, world)
                 saved = state["step"]
             began = time.monotonic()
         watchdog.rest()
         profiler.end()
         if state["step"] != saved:
-            saver.start(with_places(state, data, world), rollouts.files if rollouts is not None else {})
+            save(saver, state, data, rollouts, world)
         saver.finish()
         if state["step"] < recipe.train.steps:
             reasons = {why for why in world.gather(request.reason()) if why is not None}
@@ -319,6 +318,12 @@ def loop(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], wor
         log.say(f"epochs read: {epochs_of(job, data, state)}")
         log.say(f"done: {recipe.train.steps} steps, checkpoint in {job.run / 'checkpoints'}")
         leave_model(job, world)      # a request to stop waits for it
+
+
+def save(saver: checkpoint.Saver, state: dict[str, Any], data: Steps, rollouts: Rollouts | None, world: World) -> None:
+    """Begin to save where the training, the data and the student's own words stand. Collective."""
+    with phase("checkpoint"):
+        saver.start(with_places(state, data, world), rollouts.files if rollouts is not None else {})
 
 
 def costs(job: Job, world: World, hosts: list[str], log: RunLog) -> tuple[dict[str, float], float | None]:

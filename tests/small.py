@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import torch
 import yaml
+
+from amid_ds.launch import free_port
 
 BIN = Path(sys.executable).parent
 WORDS = ("the a one two river stone bird tree house light runs sings falls grows holds over under near with and then "
@@ -122,12 +123,6 @@ def never_resident(folder: Path, name: str = "zero3_fp32.json", **changes) -> Pa
     path = folder / f"never_resident_{name}"
     path.write_text(json.dumps(config))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def environment() -> dict[str, str]:
