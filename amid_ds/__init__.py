@@ -3,8 +3,8 @@
 Importing it needs torch alone; deepspeed, transformers and datasets are imported where they are used.
 """
 
+from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses import AlphaBeta, AMiD, LMHead, amid_loss, linear_amid_loss, preset
-from amid_ds.vocab_parallel import VocabShard
 
 __version__ = "0.1.0"
 __all__ = ["AMiD", "AlphaBeta", "LMHead", "VocabShard", "amid_loss", "linear_amid_loss", "preset"]

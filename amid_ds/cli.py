@@ -9,12 +9,12 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from amid_ds.distributed import launched_rank
+from amid_ds.distributed.rendezvous import launched_rank
 from amid_ds.errors import InputError, Stopped, TrainingError, tell
 
 if TYPE_CHECKING:
-    from amid_ds.combinations import Combination
-    from amid_ds.submit import Wish
+    from amid_ds.cluster.submit import SubmitArgs
+    from amid_ds.config.grid import Combination
 
 STOPPED = 75      # EX_TEMPFAIL: what a batch system may start again
 
@@ -199,7 +199,7 @@ def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from amid_ds.train import train
+    from amid_ds.training.train import train
 
     train(args.recipe, args.overrides)
 
@@ -207,8 +207,15 @@ def _train(args: argparse.Namespace) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from amid_ds.config import load_recipe
-    from amid_ds.plan import DEFAULT_DEVICE, check_plan, find_device, make_plan, print_check, print_plan
+    from amid_ds.config.parse import load_recipe
+    from amid_ds.plan import (
+        DEFAULT_DEVICE,
+        check_plan,
+        find_device,
+        make_plan,
+        print_check,
+        print_plan,
+    )
 
     if (args.recipe is None) == (args.check is None):
         raise InputError(f"the recipe {args.recipe} and the run {args.check}", "one of the two",
@@ -225,22 +232,22 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    from amid_ds.config import load_recipe
+    from amid_ds.config.parse import load_recipe
     from amid_ds.data import load_tokenizer, prepare_all
-    from amid_ds.origin import student_of
-    from amid_ds.rollout import require_room
+    from amid_ds.run.warm_start import resolve_student
+    from amid_ds.training.rollout import check_prompt_lengths
 
     recipe = load_recipe(args.recipe, args.overrides)
-    student = student_of(recipe)
-    tokenizer = load_tokenizer(student.model, **student.opened_with)
+    student = resolve_student(recipe)
+    tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
     prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir, verify=True)
-    require_room(recipe, print)
+    check_prompt_lengths(recipe, print)
 
 
 def _tokenizer(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from amid_ds.config import load_recipe
+    from amid_ds.config.parse import load_recipe
     from amid_ds.data import texts_of, train_sentencepiece
 
     data = load_recipe(args.recipe, args.overrides).data
@@ -249,19 +256,19 @@ def _tokenizer(args: argparse.Namespace) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
-    from amid_ds.demo import demo
+    from amid_ds.experiments.demo import demo
 
     demo(args.out, args.seed)
 
 
 def _study(args: argparse.Namespace) -> None:
-    from amid_ds.study import study
+    from amid_ds.experiments.study import study
 
     study(args.out, args.seeds)
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from amid_ds.packaged import copy_recipe, list_recipes
+    from amid_ds.config.library import copy_recipe, list_recipes
 
     if args.action == "list":
         list_recipes()
@@ -270,16 +277,17 @@ def _recipes(args: argparse.Namespace) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from amid_ds.evaluate import Question, evaluate_command
+    from amid_ds.eval.evaluate import EvalArgs, evaluate_command
 
-    evaluate_command(Question(args.model, args.teacher, args.data, args.seq_length, args.template, args.seeds,
+    evaluate_command(EvalArgs(args.model, args.teacher, args.data, args.seq_length, args.template, args.seeds,
                               args.new_tokens), args.json)
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from amid_ds.generate import Wish, generate
+    from amid_ds.eval.generate import GenerateArgs, generate
 
-    generate(Wish(**{name: value for name, value in vars(args).items() if name in Wish.__dataclass_fields__}))
+    generate(GenerateArgs(**{name: value for name, value in vars(args).items()
+                             if name in GenerateArgs.__dataclass_fields__}))
 
 
 def _bench(args: argparse.Namespace) -> None:
@@ -290,34 +298,34 @@ def _bench(args: argparse.Namespace) -> None:
 
 
 def _checkpoints(args: argparse.Namespace) -> None:
-    from amid_ds.checkpoint import print_checkpoints
+    from amid_ds.checkpoint.manifest import print_checkpoints
 
     print_checkpoints(args.run_folder)
 
 
 def _submit(args: argparse.Namespace) -> None:
-    from amid_ds.combinations import combinations
-    from amid_ds.submit import submit
+    from amid_ds.cluster.submit import submit
+    from amid_ds.config.grid import sweep_combinations
 
-    sweep = combinations(args.sweep) if args.sweep else ()
+    sweep = sweep_combinations(args.sweep) if args.sweep else ()
     wish = _wish(args, args.template or ("sweep" if sweep else "train"), args.chain, sweep)
     submit(args.recipe, args.overrides, wish, args.dry_run)
 
 
-def _wish(args: argparse.Namespace, template: str, chain: int, sweep: tuple[Combination, ...]) -> Wish:
-    from amid_ds.submit import OPTIONS, RANKS_PER_NODE, Wish
+def _wish(args: argparse.Namespace, template: str, chain: int, sweep: tuple[Combination, ...]) -> SubmitArgs:
+    from amid_ds.cluster.submit import OPTIONS, RANKS_PER_NODE, SubmitArgs
 
     options = {name: getattr(args, name) for name in OPTIONS if getattr(args, name) is not None}
-    return Wish(template, args.nodes, args.ranks_per_node or RANKS_PER_NODE, args.cpus_per_rank, options, chain, sweep,
+    return SubmitArgs(template, args.nodes, args.ranks_per_node or RANKS_PER_NODE, args.cpus_per_rank, options, chain, sweep,
                 args.at_once, args.device)
 
 
 def _sweep(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from amid_ds.figures import require_matplotlib
-    from amid_ds.submit import RANKS_PER_NODE, submit
-    from amid_ds.sweep import plan_sweep, run_here, write_results
+    from amid_ds.cluster.submit import RANKS_PER_NODE, submit
+    from amid_ds.experiments.plots import require_matplotlib
+    from amid_ds.experiments.sweep import plan_sweep, run_here, write_results
 
     if Path(args.recipe).is_dir():
         write_results(Path(args.recipe))
@@ -339,30 +347,30 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _status(args: argparse.Namespace) -> None:
-    from amid_ds.status import print_status
+    from amid_ds.cluster.status import print_status
 
     print_status(args.run_folder)
 
 
 def _report(args: argparse.Namespace) -> None:
-    from amid_ds.report import report
+    from amid_ds.experiments.report import report
 
     report(args.run_folders, args.out)
 
 
 def _doctor(args: argparse.Namespace) -> None:
-    from amid_ds.doctor import doctor
+    from amid_ds.cluster.doctor import doctor
 
     doctor(args.recipe, args.overrides)
 
 
 def _requeue(args: argparse.Namespace) -> None:
-    from amid_ds.requeue import after_life
+    from amid_ds.cluster.requeue import requeue_or_explain
 
-    after_life(args.status, args.recipe, args.overrides)
+    requeue_or_explain(args.status, args.recipe, args.overrides)
 
 
 def _export(args: argparse.Namespace) -> None:
-    from amid_ds.export import export
+    from amid_ds.checkpoint.export import export
 
     print(export(args.source, args.out, args.dtype, args.step))

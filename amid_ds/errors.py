@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -29,3 +31,10 @@ def tell(error: Exception) -> None:
     if str(error) and not getattr(error, "told", False):
         error.told = True   # type: ignore[attr-defined]
         print(f"amid-ds: {error}", file=sys.stderr, flush=True)
+
+
+def suggest(key: str, known: Iterable[str]) -> str:
+    """What was perhaps meant by `key`, for a message."""
+    known = list(known)
+    match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean `{match[0]}`?" if match else f"known: {', '.join(known)}"

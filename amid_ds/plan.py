@@ -22,17 +22,19 @@ import yaml
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from amid_ds import engine
-from amid_ds.config import Recipe, Student, Teacher, dump_recipe, recipe_in, resolved, values_of
+from amid_ds.config.parse import dump_recipe, parse_recipe, resolved
+from amid_ds.config.recipe import Recipe, Student, Teacher, bounding_values
 from amid_ds.data import epochs_ahead
-from amid_ds.distiller import body_of, head_of
+from amid_ds.engine import ds_config
 from amid_ds.errors import InputError
 from amid_ds.losses import default_workspace_bytes
 from amid_ds.losses.tiles import tiling
-from amid_ds.measured import read_measured
-from amid_ds.metrics import read_metrics
-from amid_ds.origin import student_of
-from amid_ds.tensor_parallel import shrink, split_parameters
+from amid_ds.models import loading
+from amid_ds.models.heads import body_of, head_of
+from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
+from amid_ds.monitor.memory_probe import read_measurements
+from amid_ds.run.log import read_metrics
+from amid_ds.run.warm_start import resolve_student
 
 EFFICIENCY = 0.45      # of a device's dense peak that large matrix products reach in training
 HEADROOM = 0.92        # of its memory that may be planned for: the rest goes to fragments, the context and NCCL
@@ -165,20 +167,20 @@ class _Sizes:
 
 
 def _plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Plan:
-    dp = engine.data_parallel(recipe, ranks)
-    config = engine.read_deepspeed_config(recipe, dp)
+    dp = ds_config.data_parallel_size(recipe, ranks)
+    config = ds_config.read_deepspeed_config(recipe, dp)
     accumulation = config["gradient_accumulation_steps"]
     train, tp = recipe.train, recipe.tensor_parallel
     tokens = train.micro_batch_size * train.seq_length
     bf16 = bool(config.get("bf16", {}).get("enabled"))
-    student = _sizes(student_of(recipe), torch.bfloat16 if bf16 else torch.float32, recipe, dp)
+    student = _sizes(resolve_student(recipe), torch.bfloat16 if bf16 else torch.float32, recipe, dp)
     teacher = None
-    if recipe.teacher is not None and any(values_of(recipe.loss.kd_weight)):
-        named = engine.DTYPES.get(recipe.teacher.dtype)
-        teacher = _sizes(recipe.teacher, named or engine.checkpoint_dtype(
-            recipe.teacher.model, **recipe.teacher.opened_with), recipe, dp)
+    if recipe.teacher is not None and any(bounding_values(recipe.loss.kd_weight)):
+        named = loading.DTYPES.get(recipe.teacher.dtype)
+        teacher = _sizes(recipe.teacher, named or loading.checkpoint_dtype(
+            recipe.teacher.model, **recipe.teacher.hub_kwargs), recipe, dp)
     memory = _states(recipe, config, student, teacher, dp)
-    taught = engine.accumulation_steps(recipe, dp)      # an auxiliary corpus has as many micro-batches, and no teacher
+    taught = ds_config.accumulation_steps(recipe, dp)      # an auxiliary corpus has as many micro-batches, and no teacher
     memory |= _working(recipe, config, student, teacher, tokens, taught, ranks, device, sum(memory.values()))
     memory["total"] = sum(memory.values())
     network = _network(recipe, config, student, teacher, dp, tokens, accumulation)
@@ -200,7 +202,7 @@ def _plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Plan:
 def _states(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _Sizes | None, dp: int) -> dict[str, int]:
     """What lies there from the first step to the last."""
     zero = config.get("zero_optimization", {})
-    stage = engine.stage_of(config)
+    stage = ds_config.zero_stage(config)
     host = {what: zero.get(f"offload_{what}", {}).get("device", "none") != "none" for what in ("param", "optimizer")}
     own = student.shard if stage == 3 else -(-student.held // dp) if stage else student.held
     # Stage 1 adds the micro-batches' gradients up before it reduces them.
@@ -210,7 +212,7 @@ def _states(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _S
              "gradients": 0 if host["optimizer"] else (own if stage >= 2 or once else student.held) * student.item,
              "optimizer": 0 if host["optimizer"] else own * (masters + ADAM_BYTES)}
     if teacher is not None:
-        alone = stage != 3 or engine.teacher_apart(recipe, config)
+        alone = stage != 3 or ds_config.teacher_is_replicated(recipe, config)
         parts["teacher_weights"] = teacher.held * teacher.item if alone else \
             0 if host["param"] else teacher.shard * teacher.item
     return parts
@@ -226,7 +228,7 @@ def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
              accumulation: int, ranks: int, device: Device, states: int) -> dict[str, int]:
     """What a step needs beside. The teacher's pass and the student's are not at the same time: the larger counts."""
     zero = config.get("zero_optimization", {})
-    stage = engine.stage_of(config)
+    stage = ds_config.zero_stage(config)
     bucket = int(zero.get("reduce_bucket_size", 5e8)) if stage else 0
     if not zero.get("contiguous_gradients", True):      # else DeepSpeed allocates it whole, whatever the model
         bucket = min(bucket, student.held)
@@ -262,7 +264,7 @@ def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
     # Nothing is kept for backward: the residual stream and its norm, and what an MLP with a gate has at once.
     of_teacher = min(per_pass, window) * (2 * teacher.width + 3 * teacher.inner) * teacher.item
     of_student = saved + again + gathered + parts["gather_buffers"] + parts["loss_workspace"]
-    if stage == 3 and not engine.teacher_apart(recipe, config):
+    if stage == 3 and not ds_config.teacher_is_replicated(recipe, config):
         # Each module that runs prefetches a bucket more, up to what may live: all of the teacher, then the student.
         body = teacher.held - (0 if teacher.tied else teacher.head)
         whole = min(body, spread(teacher), live + teacher.largest_layer)
@@ -276,7 +278,7 @@ def _working(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
 def _network(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _Sizes | None, dp: int, tokens: int,
              accumulation: int) -> dict[str, int]:
     """Bytes that one rank takes in for a step."""
-    zero, stage = config.get("zero_optimization", {}), engine.stage_of(config)
+    zero, stage = config.get("zero_optimization", {}), ds_config.zero_stage(config)
     tp = recipe.tensor_parallel
 
     def from_others(model: _Sizes, elements: int) -> float:
@@ -294,7 +296,7 @@ def _network(recipe: Recipe, config: dict[str, Any], student: _Sizes, teacher: _
     parts = {"student_gathers": int(passes * from_others(student, student.held) + anew),
              "student_reductions": int(reductions * from_others(student, student.held))}
     if teacher is not None:
-        sharded = stage == 3 and not engine.teacher_apart(recipe, config)
+        sharded = stage == 3 and not ds_config.teacher_is_replicated(recipe, config)
         again = from_others(teacher, teacher.embedding) if teacher.tied else 0      # for the body, then for the loss
         parts["teacher_gathers"] = int(from_others(teacher, teacher.held) + again) if sharded else 0
     if tp > 1:
@@ -338,7 +340,7 @@ def _remedies(recipe: Recipe, nodes: int, plan: Plan) -> Iterator[str]:
 
 
 def _sizes(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe, dp: int) -> _Sizes:
-    shell: Any = engine.shell_of(model.model, **model.opened_with).to(dtype)
+    shell: Any = loading.meta_model(model.model, **model.hub_kwargs).to(dtype)
     tp = recipe.tensor_parallel
     split = split_parameters(shell, tp)
     apart = isinstance(model, Teacher) and model.placement == "replicated"
@@ -352,7 +354,7 @@ def _sizes(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe, dp: int
         shard += -(-size // (dp * tp)) if shared else -(-part // dp)
         common += size if shared else 0
     head, embedding = head_of(shell).weight, shell.get_input_embeddings().weight
-    summed = (0, 0) if apart else shrink(shell, tp)
+    summed = (0, 0) if apart else shrink_to_tp_rank(shell, tp)
     layers = next((module for module in body_of(shell).modules() if isinstance(module, nn.ModuleList)), nn.ModuleList())
     per_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
     inner = getattr(shell.config, "intermediate_size", None) or 4 * head.shape[1]
@@ -443,7 +445,7 @@ def plan_again(found: dict[str, Any], device: str | None = None) -> Plan:
     if known is None:
         raise InputError(f"the run was on {found['device']}", f"one of {', '.join(DEVICES)}, or cpu",
                          "give its numbers by --device '{memory: …, flops: …, bandwidth: …}'")
-    return _plan(recipe_in(found["recipe"], "the recipe of the run that was measured"), nodes, len(hosts), known)
+    return _plan(parse_recipe(found["recipe"], "the recipe of the run that was measured"), nodes, len(hosts), known)
 
 
 def check_plan(run: Path, device: str | None) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -451,7 +453,7 @@ def check_plan(run: Path, device: str | None) -> dict[str, dict[str, dict[str, f
 
     `device` as `find_device` takes it; None: the one that the run was on. Raises InputError where nothing was measured.
     """
-    found = read_measured(run)
+    found = read_measurements(run)
     plan = plan_again(found, device)
     times = [line["time/step"] for line in read_metrics(run) if line["step"] >= found["step"] and "time/step" in line]
     if not times:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from amid_ds.launch import free_port
+from amid_ds.distributed.launch import free_port
 
 BIN = Path(sys.executable).parent
 WORDS = ("the a one two river stone bird tree house light runs sings falls grows holds over under near with and then "

@@ -14,10 +14,10 @@ import yaml
 from transformers import T5Config
 
 from amid_ds.cli import main
-from amid_ds.config import load_recipe
-from amid_ds.distiller import check_head
+from amid_ds.config.parse import load_recipe
 from amid_ds.errors import InputError
-from amid_ds.train import check
+from amid_ds.models.heads import check_head
+from amid_ds.training.job import check_recipe
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +118,11 @@ def test_a_stage_that_a_tensor_parallel_layout_cannot_have_is_refused(folder, tm
     path = small.make_recipe(tmp_path / "r.yaml", folder / "student", folder / "teacher", folder / "text.jsonl",
                              tmp_path / "run", tensor_parallel=2, deepspeed=str(folder / "bf16_0.json"))
     with pytest.raises(InputError, match="tensor_parallel: 2 needs stage 1"):
-        check(load_recipe(path), 2)
+        check_recipe(load_recipe(path), 2)
     shared = ["deepspeed=" + str(folder / "bf16_2.json")]
     with pytest.raises(InputError, match="a teacher in fp32 on tensor-parallel ranks needs stage 3"):
-        check(load_recipe(path, shared), 2)
-    check(load_recipe(path, [*shared, "teacher.placement=replicated"]), 2)
+        check_recipe(load_recipe(path, shared), 2)
+    check_recipe(load_recipe(path, [*shared, "teacher.placement=replicated"]), 2)
 
 
 def test_another_recipes_run_in_the_output_folder_is_refused_and_left_alone(folder, tmp_path, capsys):

@@ -14,7 +14,7 @@ import pytest
 import small
 import torch
 
-from amid_ds.checkpoint import committed, damage, read_manifest
+from amid_ds.checkpoint.manifest import list_checkpoints, read_manifest, verify
 
 STEPS = 30
 LAST = f"step_{STEPS:08d}"
@@ -50,7 +50,7 @@ def comparable(run: Path) -> list[dict]:
 
 def masters(checkpoint: Path) -> list[torch.Tensor]:
     """fp32 weights and moments of every rank, in file order."""
-    from amid_ds.engine import import_deepspeed
+    from amid_ds.engine.backend import import_deepspeed
 
     import_deepspeed()
     found = []
@@ -63,7 +63,7 @@ def masters(checkpoint: Path) -> list[torch.Tensor]:
 
 
 def newest_name(run: Path) -> str:
-    return max((path.name for path in committed(run / "checkpoints")), default="")
+    return max((path.name for path in list_checkpoints(run / "checkpoints")), default="")
 
 
 def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int, last: str = LAST) -> int:
@@ -74,7 +74,7 @@ def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int, last: str = 
     draw = random.Random(seed)
     inside = 0
     for number in range(kills):
-        before = len(committed(run / "checkpoints"))
+        before = len(list_checkpoints(run / "checkpoints"))
         newest = newest_name(run)
         ranks = small.Ranks(2, "train", recipe)
         deadline = time.monotonic() + 90
@@ -92,7 +92,7 @@ def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int, last: str = 
         for rank in range(2):      # the launcher's part: when one rank dies, the others go
             ranks.processes[rank].kill()
         ranks.wait(30)
-        assert len(committed(run / "checkpoints")) >= min(2, before), "a kill has cost a committed checkpoint"
+        assert len(list_checkpoints(run / "checkpoints")) >= min(2, before), "a kill has cost a committed checkpoint"
         if newest_name(run) == last:
             break
     return inside
@@ -190,11 +190,11 @@ DAMAGES = ["a file missing", "truncated", "one bit flipped", "a rank's file swap
 def test_damage_is_found(how, uninterrupted, tmp_path):
     checkpoint = tmp_path / "step_00000030"
     shutil.copytree(uninterrupted / "checkpoints" / checkpoint.name, checkpoint)
-    assert damage(checkpoint) is None
+    assert verify(checkpoint) is None
     break_it(checkpoint, how)
-    assert damage(checkpoint) is not None
+    assert verify(checkpoint) is not None
     if "manifest" not in how:      # ranks share the reading: one of them finds it
-        assert [damage(checkpoint, rank, 3) is not None for rank in range(3)].count(True) >= 1
+        assert [verify(checkpoint, rank, 3) is not None for rank in range(3)].count(True) >= 1
 
 
 @pytest.mark.slow
@@ -226,14 +226,14 @@ def test_a_damaged_newest_is_named_loudly_and_the_one_before_is_used(uninterrupt
     text = small.run(2, "train", recipe).text()
     assert "WARNING" in text and "step_00000029 is damaged" in text and "resumed after step 28" in text
     assert comparable(run) == comparable(uninterrupted)
-    assert [path.name for path in committed(run / "checkpoints")] == ["step_00000028", "step_00000029", "step_00000030"]
-    assert [damage(path) for path in committed(run / "checkpoints")] == [None, None, None]
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000028", "step_00000029", "step_00000030"]
+    assert [verify(path) for path in list_checkpoints(run / "checkpoints")] == [None, None, None]
 
 
 def test_with_no_good_checkpoint_the_run_stops_with_1_and_does_not_start_over(uninterrupted, folder, tmp_path):
     run = tmp_path / "run"
     recipe = continued(uninterrupted, folder, run)
-    for path in committed(run / "checkpoints"):
+    for path in list_checkpoints(run / "checkpoints"):
         break_it(path, "manifest gone")
     ranks = small.Ranks(2, "train", recipe)
     assert ranks.wait() == [1, 1]
@@ -279,13 +279,13 @@ def test_the_teacher_is_in_no_checkpoint(uninterrupted, folder, tmp_path):
     def size(checkpoint: Path) -> int:
         return sum(path.stat().st_size for path in checkpoint.glob("*.pt"))
 
-    assert size(committed(uninterrupted / "checkpoints")[0]) <= 1.02 * size(tmp_path / "run/checkpoints/step_00000001")
+    assert size(list_checkpoints(uninterrupted / "checkpoints")[0]) <= 1.02 * size(tmp_path / "run/checkpoints/step_00000001")
 
 
 def test_keep_every_keeps_milestones_and_keep_the_newest(folder, tmp_path):
     recipe = recipe_for(folder, tmp_path / "run", train__steps=9, checkpoint__keep=2, checkpoint__keep_every=3)
     small.run(1, "train", recipe)
-    assert [path.name[-1] for path in committed(tmp_path / "run" / "checkpoints")] == ["3", "6", "8", "9"]
+    assert [path.name[-1] for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["3", "6", "8", "9"]
 
 
 @pytest.mark.parametrize("how", ["STOP file", "max_hours"])
@@ -352,14 +352,14 @@ def test_the_training_goes_on_when_a_save_fails_and_the_next_interval_tries_agai
     run = tmp_path / "run"
     recipe = recipe_for(folder, run, train__steps=60, checkpoint__every=15)
     ranks = small.Ranks(2, "train", recipe)
-    wait_for(lambda: len(committed(run / "checkpoints")) == 1, ranks)
+    wait_for(lambda: len(list_checkpoints(run / "checkpoints")) == 1, ranks)
     getattr(disk, how)()
     wait_for(lambda: "SAVE FAILED" in ranks.text(), ranks)
-    good = committed(run / "checkpoints")
-    assert good and [damage(path) for path in good] == [None] * len(good)
+    good = list_checkpoints(run / "checkpoints")
+    assert good and [verify(path) for path in good] == [None] * len(good)
     disk.mend()
     assert ranks.wait() == [0, 0], ranks.text()
-    assert read_manifest(committed(run / "checkpoints")[-1])["state"]["step"] == 60
+    assert read_manifest(list_checkpoints(run / "checkpoints")[-1])["state"]["step"] == 60
     assert [line["step"] for line in small.metrics(run)] == list(range(1, 61))
 
 
@@ -368,7 +368,7 @@ def test_after_three_failures_in_a_row_the_run_stops_with_1(how, disk, folder, t
     run = tmp_path / "run"
     recipe = recipe_for(folder, run, train__steps=2000, checkpoint__every=5)
     ranks = small.Ranks(2, "train", recipe)
-    wait_for(lambda: len(committed(run / "checkpoints")) >= 1, ranks)
+    wait_for(lambda: len(list_checkpoints(run / "checkpoints")) >= 1, ranks)
     getattr(disk, how)()
     assert ranks.wait() == [1, 1], ranks.text()
     assert "(3 in a row)" in ranks.text() and "Traceback" not in ranks.text()
@@ -376,4 +376,4 @@ def test_after_three_failures_in_a_row_the_run_stops_with_1(how, disk, folder, t
         assert not list((run / "checkpoints").iterdir()), "something was written where the mount had been"
     else:
         disk.mend()
-        assert [damage(path) for path in committed(run / "checkpoints")].count(None) >= 1
+        assert [verify(path) for path in list_checkpoints(run / "checkpoints")].count(None) >= 1

@@ -15,7 +15,7 @@ import small
 import torch
 import torch.distributed as dist
 
-from amid_ds.distributed import joined
+from amid_ds.distributed.rendezvous import init_distributed
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast",
                "broadcast_object_list", "reduce_scatter", "reduce_scatter_tensor", "barrier")
@@ -33,9 +33,9 @@ def recipe(tmp_path_factory):
 
 def uneven(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that writes down the collectives of each step. In step 2 the last data-parallel rank has no token."""
-    from amid_ds import train
+    from amid_ds.training import trainer
 
-    rank, size, real_step = int(variables["RANK"]), int(variables["WORLD_SIZE"]), train.step
+    rank, size, real_step = int(variables["RANK"]), int(variables["WORLD_SIZE"]), trainer.train_step
     calls: list[list] = []
 
     def counted(name, real, *args, **kwargs):
@@ -53,7 +53,7 @@ def uneven(folder: str, argv: list[str], variables: dict[str, str], log: str) ->
         Path(folder, f"step{state['step']}.rank{rank}").write_text(json.dumps(calls))
         return values
 
-    train.step = step
+    trainer.train_step = step
     small.be_a_rank(argv, variables, log)
 
 
@@ -72,13 +72,14 @@ def test_two_ranks_make_the_same_collectives_in_the_same_order_in_every_step_of_
 
 def fails(where: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank of which number 1 fails at `where`, alone."""
-    from amid_ds import engine, train
+    from amid_ds.engine import engine
+    from amid_ds.training import trainer
 
     def broken(*args, **kwargs):
         raise MemoryError("no memory on this rank alone")
 
     if variables["RANK"] == "1":
-        setattr(*{"loading": (engine, "cut_head"), "a step": (train.engine, "take_step")}[where], broken)
+        setattr(*{"loading": (engine, "cut_head"), "a step": (trainer.engine, "take_step")}[where], broken)
     small.be_a_rank(argv, variables, log)
 
 
@@ -96,6 +97,6 @@ def test_a_process_that_was_a_group_of_one_is_no_rank_afterwards(monkeypatch):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     for name in names:
         monkeypatch.delenv(name, raising=False)
-    with joined(10):
+    with init_distributed(10):
         assert [os.environ[name] for name in names] == ["0", "1", "0"]
     assert not os.environ.keys() & set(names)      # or what it submits next would train alone on every node

@@ -16,8 +16,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from amid_ds import config
 from amid_ds.bench.data import data_bench
+from amid_ds.config import recipe
 from amid_ds.data import (
     Prepared,
     StepData,
@@ -53,7 +53,7 @@ def write_jsonl(path, rows):
 
 
 def data_of(*sources, **keys):
-    return config.Data(train=list(sources), **keys)
+    return recipe.Data(train=list(sources), **keys)
 
 
 def labelled(batch):
@@ -303,7 +303,7 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer, m
 
 
 def test_a_shard_that_another_job_has_made_is_left_as_it_is(prepared, tmp_path, tokenizer):
-    source = config.Source(path=str(tmp_path / "one.jsonl"))
+    source = recipe.Source(path=str(tmp_path / "one.jsonl"))
     chunk = next(shard.chunks_of([[source.path]]))
     before = (prepared / "shards" / "000000.arrow").stat().st_mtime_ns
     assert shard.Maker([source], [False], SEQ, "error", tokenizer, "uint16", prepared / "shards").make(chunk, wait=True)

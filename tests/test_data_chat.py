@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from amid_ds import config
+from amid_ds.config import recipe
 from amid_ds.data import prepare, read_rows, train_sentencepiece
 from amid_ds.data.tokenizer import load_tokenizer
 from amid_ds.errors import InputError
@@ -44,7 +44,7 @@ def rows_of(tmp_path, tokenizer, template, *conversations, seq_length=500, trunc
     path.write_text("".join(json.dumps({"turns": turns}) + "\n" for turns in conversations), encoding="utf-8")
     tokenizer.chat_template = template
     source = {"path": str(path), "messages": "turns", "truncate": truncate}
-    info = prepare(config.Data(train=[source], on_bad_row=on_bad_row), seq_length, tokenizer, tmp_path / "out")
+    info = prepare(recipe.Data(train=[source], on_bad_row=on_bad_row), seq_length, tokenizer, tmp_path / "out")
     return list(read_rows(tmp_path / "out", 1)), info.sources[0]
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from amid_ds import config
+from amid_ds.config import recipe
 from amid_ds.data import check_sources, prepare, read_rows, shard
 from amid_ds.errors import InputError
 
@@ -59,7 +59,7 @@ WRITERS = {
 
 def taught(path, tokenizer, out):
     """(documents, every pair of tokens that the prepared source teaches)."""
-    info = prepare(config.Data(train=[{"path": str(path)}]), SEQ, tokenizer, out)
+    info = prepare(recipe.Data(train=[{"path": str(path)}]), SEQ, tokenizer, out)
     pairs = [pair for batch in read_rows(out, 1) for pair in
              zip(batch.input_ids[0].tolist(), batch.labels[0].tolist(), strict=True)]
     return info.sources[0].documents, pairs
@@ -69,7 +69,7 @@ def taught(path, tokenizer, out):
 def test_every_format_teaches_the_same_tokens(tmp_path, tokenizer, rows, name):
     WRITERS[name](tmp_path / name, rows)
     (tmp_path / "reference.jsonl").write_bytes(lines_of(rows))
-    check_sources(config.Data(train=[{"path": str(tmp_path / name)}]))
+    check_sources(recipe.Data(train=[{"path": str(tmp_path / name)}]))
     assert taught(tmp_path / name, tokenizer, tmp_path / "out") == \
         taught(tmp_path / "reference.jsonl", tokenizer, tmp_path / "expected")
 
@@ -107,9 +107,9 @@ def test_a_row_of_a_table_is_named_by_its_number(tmp_path, tokenizer, rows, monk
     for name in ("a.parquet", "stream.arrow", "file.arrow"):
         WRITERS[name](tmp_path / name, bad)
         with pytest.raises(InputError, match=f"{name} row 70: the field 'text' holds null where text is expected"):
-            prepare(config.Data(train=[{"path": str(tmp_path / name)}]), SEQ, tokenizer, tmp_path / "out")
+            prepare(recipe.Data(train=[{"path": str(tmp_path / name)}]), SEQ, tokenizer, tmp_path / "out")
     WRITERS["a.parquet"](tmp_path / "a.parquet", rows)
-    prepare(config.Data(train=[{"path": str(tmp_path / "a.parquet")}]), SEQ, tokenizer, tmp_path / "out")
+    prepare(recipe.Data(train=[{"path": str(tmp_path / "a.parquet")}]), SEQ, tokenizer, tmp_path / "out")
     for batch in read_rows(tmp_path / "out", 1):
         row = rows[int(re.fullmatch(r".*a.parquet row (\d+)", batch.sources[0])[1])]
         assert tokenizer.decode(batch.input_ids[0, :4]).split("</s>")[0].strip("\ufffd") in row["text"]
@@ -121,7 +121,7 @@ def test_a_compressed_file_cut_short_is_named_with_its_line(tmp_path, tokenizer,
     WRITERS[name](tmp_path / name, rows)
     content = (tmp_path / name).read_bytes()
     (tmp_path / name).write_bytes(content[:int(len(content) * keep)])
-    data = config.Data(train=[{"path": str(tmp_path / name)}])
+    data = recipe.Data(train=[{"path": str(tmp_path / name)}])
     with pytest.raises(InputError, match=rf"{name} line \d+: the file is damaged or cut short: Truncated"):
         prepare(data, SEQ, tokenizer, tmp_path / "out")
 
@@ -130,21 +130,21 @@ def test_a_compressed_file_cut_short_is_named_with_its_line(tmp_path, tokenizer,
 def test_a_file_that_is_not_of_its_kind_is_named(tmp_path, name):
     (tmp_path / name).write_bytes(b"something else" * 100)
     with pytest.raises(InputError, match=f"{name} (cannot be read|line 1: the file is damaged)"):
-        check_sources(config.Data(train=[{"path": str(tmp_path / name)}]))
+        check_sources(recipe.Data(train=[{"path": str(tmp_path / name)}]))
 
 
 @pytest.mark.parametrize("name", ["a.parquet", "stream.arrow", "file.arrow"])
 def test_a_table_without_the_column_is_refused_with_those_it_has(tmp_path, rows, name):
     WRITERS[name](tmp_path / name, rows)
     with pytest.raises(InputError, match=f"{name} lacks the field 'body'; it has 'id', 'text'"):
-        check_sources(config.Data(train=[{"path": str(tmp_path / name), "text": "body"}], on_bad_row="skip"))
+        check_sources(recipe.Data(train=[{"path": str(tmp_path / name), "text": "body"}], on_bad_row="skip"))
 
 
 def test_conversations_may_come_from_a_table(tmp_path, tokenizer):
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] + '\n' }}{% endfor %}"
     turns = [{"role": "user", "content": "word1"}, {"role": "assistant", "content": "word2"}]
     pq.write_table(pa.Table.from_pylist([{"chat": turns}] * 3), tmp_path / "a.parquet")
-    info = prepare(config.Data(train=[{"path": str(tmp_path / "a.parquet"), "messages": "chat"}]), 64, tokenizer,
+    info = prepare(recipe.Data(train=[{"path": str(tmp_path / "a.parquet"), "messages": "chat"}]), 64, tokenizer,
                    tmp_path / "out")
     assert info.sources[0].documents == 3 and info.tokens == 3 * len(tokenizer("assistantword2\n")["input_ids"])
 
@@ -160,7 +160,7 @@ def test_a_data_set_of_the_hub_is_read_from_its_cache(tmp_path, tokenizer, rows,
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = {"path": "owner/name", "config": "small", "split": "test", "revision": "abc123"}
-    info = prepare(config.Data(train=[source]), SEQ, tokenizer, tmp_path / "out")
+    info = prepare(recipe.Data(train=[source]), SEQ, tokenizer, tmp_path / "out")
     assert asked[0] == ("owner/name", "small", {"split": "test", "revision": "abc123"})
     assert info.sources[0].documents == 120
 
@@ -171,11 +171,11 @@ def test_what_is_neither_here_nor_on_the_hub_is_refused(tmp_path, tokenizer, mon
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(InputError, match=r"'owner/name' is no file or folder here, and no data set .*: no network\n"):
-        prepare(config.Data(train=[{"path": "owner/name"}]), SEQ, tokenizer, tmp_path / "out")
-    check_sources(config.Data(train=[{"path": "owner/name"}]))      # does not ask: every rank would
+        prepare(recipe.Data(train=[{"path": "owner/name"}]), SEQ, tokenizer, tmp_path / "out")
+    check_sources(recipe.Data(train=[{"path": "owner/name"}]))      # does not ask: every rank would
     with pytest.raises(InputError, match=r"'owner/name\.jsonl' is not there"):
-        check_sources(config.Data(train=[{"path": "owner/name.jsonl"}]))
+        check_sources(recipe.Data(train=[{"path": "owner/name.jsonl"}]))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     with pytest.raises(InputError, match=r"'owner/name' is not there"):
-        check_sources(config.Data(train=[{"path": "owner/name"}]))
+        check_sources(recipe.Data(train=[{"path": "owner/name"}]))

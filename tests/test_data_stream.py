@@ -9,7 +9,7 @@ import pytest
 import small
 from test_train import comparable
 
-from amid_ds import config
+from amid_ds.config import recipe
 from amid_ds.data import StreamData, merged_places, prepare, read_rows, stream, stream_summary
 from amid_ds.errors import InputError
 
@@ -37,10 +37,10 @@ def rows_in(windows):
 
 
 def test_a_share_of_the_files_gives_the_rows_that_prepare_makes_of_it(tmp_path, tokenizer):
-    data = config.Data(train=[{"path": write(tmp_path / "corpus", 4, 30), "stream": True}])
+    data = recipe.Data(train=[{"path": write(tmp_path / "corpus", 4, 30), "stream": True}])
     streamed = rows_in(open_steps(data, tokenizer).windows(0, 9))
     for number in range(4):
-        prepare(config.Data(train=[{"path": str(tmp_path / "corpus" / f"{number}.jsonl")}]), SEQ, tokenizer,
+        prepare(recipe.Data(train=[{"path": str(tmp_path / "corpus" / f"{number}.jsonl")}]), SEQ, tokenizer,
                 tmp_path / f"out{number}")
         expected = [batch.input_ids[0].tolist() for batch in read_rows(tmp_path / f"out{number}", 1)]
         assert [ids for row, ids in streamed if row % 4 == number] == expected[:18]
@@ -51,7 +51,7 @@ def test_blocks_together_hold_every_document_once_and_in_order(tmp_path, tokeniz
     path = write(tmp_path / "corpus", 1, 30)
     ids, previous = [], None
     for batch in itertools.chain.from_iterable(open_steps(
-            config.Data(train=[{"path": path, "stream": True}]), tokenizer).windows(0, 30)):
+            recipe.Data(train=[{"path": path, "stream": True}]), tokenizer).windows(0, 30)):
         row = [*batch.input_ids[0].tolist(), batch.labels[0][batch.labels[0] != -100][-1].item()]
         ids += row[1:] if previous == row[0] else row      # rows of a block overlap by one token
         previous = row[-1]
@@ -64,7 +64,7 @@ def test_blocks_together_hold_every_document_once_and_in_order(tmp_path, tokeniz
 def test_ten_interruptions_in_changing_layouts_change_nothing(tmp_path, tokenizer, monkeypatch, workers):
     """Over several epochs of two sources, in blocks of a few documents, the state through JSON as in a checkpoint."""
     monkeypatch.setattr(stream, "BLOCK_CHARACTERS", 400)
-    data = config.Data(train=[{"path": write(tmp_path / "one", 5, 7), "stream": True, "weight": 2.0},
+    data = recipe.Data(train=[{"path": write(tmp_path / "one", 5, 7), "stream": True, "weight": 2.0},
                               {"path": write(tmp_path / "two", 2, 9, seed=1), "stream": True}])
     steps = 60
     whole = rows_in(open_steps(data, tokenizer).windows(0, steps))
@@ -86,10 +86,10 @@ def test_ten_interruptions_in_changing_layouts_change_nothing(tmp_path, tokenize
 def test_bad_rows_are_named_or_counted_and_an_empty_share_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "corpus", 1, 3)
     (tmp_path / "corpus" / "0.jsonl").write_text('{"text": "word1 word2"}\n{"text": ""}\n{"text": "word3 word4"}\n')
-    strict = config.Data(train=[{"path": path, "stream": True}])
+    strict = recipe.Data(train=[{"path": path, "stream": True}])
     with pytest.raises(InputError, match="share 0 of 1 row 1: the field 'text' is empty"):
         open_steps(strict, tokenizer).window(0)
-    lenient = config.Data(train=[{"path": path, "stream": True}], on_bad_row="skip")
+    lenient = recipe.Data(train=[{"path": path, "stream": True}], on_bad_row="skip")
     steps = open_steps(lenient, tokenizer)
     list(steps.windows(0, 2))
     assert stream_summary(lenient, steps.state(2)).endswith(" bad rows left out")
@@ -103,10 +103,10 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, tokenizer):
     for source, message in (({"path": str(tmp_path / "nowhere")}, "cannot be streamed"),
                             ({"path": path, "text": "body"}, "lacks the field 'body'; it has 'text'")):
         with pytest.raises(InputError, match=message):
-            open_steps(config.Data(train=[{**source, "stream": True}]), tokenizer)
+            open_steps(recipe.Data(train=[{**source, "stream": True}]), tokenizer)
     with pytest.raises(ValueError, match="stream all of them, or prepare all"):
-        config.Data(train=[{"path": path, "stream": True}, {"path": path}])
-    four = config.Data(train=[{"path": write(tmp_path / "four", 4, 3), "stream": True}])
+        recipe.Data(train=[{"path": path, "stream": True}, {"path": path}])
+    four = recipe.Data(train=[{"path": write(tmp_path / "four", 4, 3), "stream": True}])
     steps = open_steps(four, tokenizer)
     steps.window(0)
     (tmp_path / "four" / "3.jsonl").unlink()

@@ -6,8 +6,8 @@ import json
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_ds import demo
 from amid_ds.cli import main
+from amid_ds.experiments import demo
 
 
 def test_the_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):

@@ -16,10 +16,12 @@ import torch
 from rouge_score import rouge_scorer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from amid_ds import evaluate, metrics, validation, writing
 from amid_ds.cli import main
-from amid_ds.config import Data, Source
+from amid_ds.config.recipe import Data, Source
 from amid_ds.data import prepare, read_rows
+from amid_ds.eval import evaluate, text_metrics
+from amid_ds.run.log import RunLog
+from amid_ds.training import validation
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +93,12 @@ def test_two_ranks_score_and_write_what_one_does(pair, instructions, tmp_path, c
 def test_the_judgement_of_generations_follows_from_the_samples(pair, instructions, tmp_path, capsys, monkeypatch):
     drawn: dict[int, list[list[int]]] = {}
 
-    def watched(model, tokenizer, prompts, sampling, seed, own=writing.sample):
+    def watched(model, tokenizer, prompts, sampling, seed, own=text_metrics.sample_responses):
         drawn.setdefault(seed, []).extend(own(model, tokenizer, prompts, sampling, seed))
         assert all(len(answer) <= 6 and max(answer, default=0) < len(tokenizer) for answer in drawn[seed])
         return drawn[seed]
 
-    monkeypatch.setattr(writing, "sample", watched)
+    monkeypatch.setattr(text_metrics, "sample_responses", watched)
     few = tmp_path / "few.jsonl"
     few.write_text("".join(instructions.read_text().splitlines(keepends=True)[:9]))
     found = scores(capsys, pair[0], "--teacher", pair[1], "--data", few, "--seq-length", 64, "--new-tokens", 6,
@@ -129,11 +131,11 @@ def test_the_judgement_of_generations_follows_from_the_samples(pair, instruction
 
 def test_a_models_own_settings_of_generation_do_not_touch_its_samples(pair):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(pair[0]), AutoTokenizer.from_pretrained(pair[0])
-    asked = [tokenizer("the river sings")["input_ids"]] * 8, writing.Sampling(1, 12), 0
-    plain = writing.sample(model, tokenizer, *asked)
+    asked = [tokenizer("the river sings")["input_ids"]] * 8, text_metrics.Sampling(1, 12), 0
+    plain = text_metrics.sample_responses(model, tokenizer, *asked)
     own = GenerationConfig(repetition_penalty=3.0, min_new_tokens=12, no_repeat_ngram_size=1, min_p=0.2)
     model.generation_config = own
-    assert writing.sample(model, tokenizer, *asked) == plain and model.generation_config is own
+    assert text_metrics.sample_responses(model, tokenizer, *asked) == plain and model.generation_config is own
     assert min(map(len, plain)) < 12 and any(len(set(answer)) < len(answer) for answer in plain)
 
 
@@ -194,20 +196,20 @@ def test_a_model_whose_logits_are_nan_is_named(pair, tmp_path, capsys, role):
 
 def test_a_perplexity_beyond_a_float_is_left_out_and_json_is_json(tmp_path):
     for loss in (709.0, 710.0, 1e300):
-        scores = evaluate.scores_of([2 * loss, 0, 0, 0, 2, *[0] * 2 * evaluate.BINS], taught=False)
+        scores = evaluate.score_model([2 * loss, 0, 0, 0, 2, *[0] * 2 * evaluate.CALIBRATION_BINS], taught=False)
         figures = validation._figures("held", [2 * loss, 0, 0, 2], taught=False)
         assert scores.perplexity == figures["perplexity"] == (math.exp(709) if loss == 709 else None)
         json.dumps(figures, allow_nan=False)
         evaluate.print_table({"model": scores})
-    log = metrics.RunLog(tmp_path, 0, 1, "run")
+    log = RunLog(tmp_path, 0, 1, "run")
     log.evaluation(1, {"held": figures})
     log.close()
     assert json.loads((tmp_path / "eval.jsonl").read_text())["perplexity"] is None
 
 
 def test_more_samples_of_one_kind_are_less_diverse():
-    assert writing.distinct([[1, 2, 3, 4, 5]], 4) == 1 and writing.distinct([[7] * 9], 4) == pytest.approx(1 / 6)
-    same, other = writing.self_bleu([[1, 2, 3, 4, 5]] * 2), writing.self_bleu([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
+    assert text_metrics.distinct([[1, 2, 3, 4, 5]], 4) == 1 and text_metrics.distinct([[7] * 9], 4) == pytest.approx(1 / 6)
+    same, other = text_metrics.self_bleu([[1, 2, 3, 4, 5]] * 2), text_metrics.self_bleu([[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]])
     assert same == pytest.approx(1) and other < 0.3 and math.isfinite(other)
 
 

@@ -13,7 +13,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_ds.config import load_recipe
+from amid_ds.config.parse import load_recipe
 from amid_ds.data import read_rows
 from amid_ds.errors import InputError
 from amid_ds.losses import LMHead, linear_argmax

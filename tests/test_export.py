@@ -21,11 +21,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from amid_ds import export
-from amid_ds.checkpoint import committed
+from amid_ds.checkpoint import export
+from amid_ds.checkpoint.manifest import list_checkpoints
+from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.cli import main
-from amid_ds.engine import import_deepspeed, shell_of
-from amid_ds.shards import Shards
+from amid_ds.engine.backend import import_deepspeed
+from amid_ds.models.loading import meta_model
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
 IDS = torch.arange(3, 23).reshape(2, 10)
@@ -46,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
 
 def leaving_logits(file: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that writes down its student's logits when its training is done."""
-    from amid_ds import train
+    from amid_ds.training import trainer
 
     def loop(job, ds, *others):
         real(job, ds, *others)
@@ -55,7 +56,7 @@ def leaving_logits(file: str, argv: list[str], variables: dict[str, str], log: s
         if others[2].is_main:
             torch.save(logits, file)
 
-    real, train.loop = train.loop, loop
+    real, trainer.run_training = trainer.run_training, loop
     small.be_a_rank(argv, variables, log)
 
 
@@ -72,8 +73,8 @@ def run(folder) -> Path:
 
 def masters(run: Path, step: int, model: Path) -> dict[str, torch.Tensor]:
     import_deepspeed()
-    shapes = {name: parameter.shape for name, parameter in shell_of(str(model)).named_parameters()}
-    shards = Shards(run / "checkpoints" / f"step_{step:08d}", shapes)
+    shapes = {name: parameter.shape for name, parameter in meta_model(str(model)).named_parameters()}
+    shards = ZeroShards(run / "checkpoints" / f"step_{step:08d}", shapes)
     return {name: shards.whole(name) for name in shapes}
 
 
@@ -223,7 +224,7 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, run, folder, tmp_
 
 def test_deepspeeds_own_zero_to_fp32_works_on_our_checkpoints(run, folder, tmp_path, monkeypatch):
     script = run / "checkpoints" / "zero_to_fp32.py"
-    assert (run / "checkpoints" / "latest").read_text() == committed(run / "checkpoints")[-1].name
+    assert (run / "checkpoints" / "latest").read_text() == list_checkpoints(run / "checkpoints")[-1].name
     monkeypatch.setattr(sys, "argv", [str(script), str(run / "checkpoints"), str(tmp_path / "out")])
     monkeypatch.syspath_prepend(str(script.parent))
     runpy.run_path(str(script), run_name="__main__")
@@ -236,13 +237,13 @@ def test_deepspeeds_own_zero_to_fp32_works_on_our_checkpoints(run, folder, tmp_p
 
 def first_weights(file: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that writes down its student's weights and how far its optimizer is when the loop would begin."""
-    from amid_ds import train
+    from amid_ds.training import trainer
 
     def loop(job, ds, state, *others):
         weights = {name: parameter.detach().clone() for name, parameter in ds.module.student.named_parameters()}
         torch.save((weights, state["step"], len(ds.optimizer.state)), file)
 
-    train.loop = loop
+    trainer.run_training = loop
     small.be_a_rank(argv, variables, log)
 
 

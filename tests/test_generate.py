@@ -80,7 +80,7 @@ def test_killed_it_carries_on_with_every_line_once_wherever_the_weights_lie(fold
 
 
 def be_short_of_memory(argv: list[str], variables: dict[str, str], log: str) -> None:
-    from amid_ds import engine
+    from amid_ds.engine import engine
 
     engine.fits_whole = lambda *_: False
     small.be_a_rank(argv, variables, log)

@@ -8,9 +8,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from amid_ds.data import Batch
-from amid_ds.distiller import Distiller, check_isolation
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD
+from amid_ds.models.distiller import Distiller
+from amid_ds.models.heads import check_isolation
 
 FAMILIES = ("llama", "llama-tied", "qwen3", "gemma2", "qwen2-tied", "gpt2")
 LENGTHS = (5, 13, 1, 9)      # of the documents in the row; Gemma's window of 8 ends inside one of them

@@ -18,7 +18,7 @@ import yaml
 from test_train import comparable, plain_loop
 from transformers import AutoModelForCausalLM
 
-from amid_ds.export import export
+from amid_ds.checkpoint.export import export
 
 ROOT = Path(__file__).parent.parent
 STUDENT = ("llama-tied", 0, dict(num_key_value_heads=4, num_hidden_layers=1))
@@ -144,7 +144,7 @@ def test_a_stopped_tensor_parallel_run_carries_on_as_if_it_had_not_been(pair, da
 
 def measured(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that loads the models, writes down by how much its anonymous memory rose at most, and ends."""
-    from amid_ds import train
+    from amid_ds.training import trainer
 
     def anonymous() -> int:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
@@ -166,7 +166,7 @@ def measured(folder: str, argv: list[str], variables: dict[str, str], log: str) 
         Path(folder, f"rank{variables['RANK']}").write_text(str(highest[0] - before))
         os._exit(0)
 
-    real, train.engine.build_engine = train.engine.build_engine, load
+    real, trainer.engine.build_engine = trainer.engine.build_engine, load
     small.be_a_rank(argv, variables, log)
 
 

@@ -14,16 +14,16 @@ import pytest
 import small
 import torch
 
-from amid_ds import meter
 from amid_ds.cli import main
-from amid_ds.config import load_recipe
-from amid_ds.meter import PHASES, Meter, phase
-from amid_ds.metrics import RunLog
+from amid_ds.config.parse import load_recipe
+from amid_ds.monitor import step_timer
+from amid_ds.monitor.anomalies import RECENT_STEPS, AnomalyMonitor
+from amid_ds.monitor.step_timer import PHASES, StepTimer, phase
 from amid_ds.plan import find_device, make_plan
-from amid_ds.watch import STEPS, Watch
+from amid_ds.run.log import RunLog
 
-TOTAL = STEPS + 4
-SPIKE, LAZY, SLOW_S = STEPS + 2, 0.15, 0.1
+TOTAL = RECENT_STEPS + 4
+SPIKE, LAZY, SLOW_S = RECENT_STEPS + 2, 0.15, 0.1
 PROFILED = (3, 2)
 
 
@@ -32,10 +32,12 @@ def be_watched(argv: list[str], variables: dict[str, str], log: str) -> None:
     phases; rank 1 is slow in its loss, and what it learns in step SPIKE counts thirtyfold."""
     import time
 
-    from amid_ds import distiller, engine, train
+    from amid_ds.engine import engine
+    from amid_ds.models import distiller
+    from amid_ds.training import trainer
 
     rank, at = int(variables["RANK"]), {"step": 0}
-    take_step, teach, take, loss = train.step, distiller.Distiller.teach, engine.take_step, distiller.linear_amid_loss
+    take_step, teach, take, loss = trainer.train_step, distiller.Distiller.teach, engine.optimizer_step, distiller.linear_amid_loss
 
     def step(*arguments):
         at["step"] += 1
@@ -54,7 +56,7 @@ def be_watched(argv: list[str], variables: dict[str, str], log: str) -> None:
             token_weights = token_weights * (30 if at["step"] == SPIKE else 1)
         return loss(*arguments, token_weights=token_weights, **options)
 
-    train.step, distiller.Distiller.teach, engine.take_step = step, slowly(teach), slowly(take)
+    trainer.train_step, distiller.Distiller.teach, engine.optimizer_step = step, slowly(teach), slowly(take)
     distiller.linear_amid_loss = lose
     small.be_a_rank(argv, variables, log)
 
@@ -74,8 +76,8 @@ def watched(tmp_path_factory) -> tuple[Path, str]:
 
 def test_every_second_belongs_to_one_phase(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0])
-    monkeypatch.setattr(meter.time, "perf_counter", lambda: next(clock))
-    with Meter(torch.device("cpu"), {"student": 60.0, "teacher": 2.0}, 2.0) as ours:      # at 0
+    monkeypatch.setattr(step_timer.time, "perf_counter", lambda: next(clock))
+    with StepTimer(torch.device("cpu"), {"student": 60.0, "teacher": 2.0}, 2.0) as ours:      # at 0
         with phase("forward"):                  # from 1
             with phase("loss"):                 # 3 to 7
                 pass
@@ -96,8 +98,8 @@ def test_what_the_meter_costs_a_step_and_a_line(tmp_path, capfd):
     for way in ("lines alone", "lines and phases", "metered lines"):
         (tmp_path / way).mkdir()
         log = RunLog(tmp_path / way, 0, steps, "run")
-        with Meter(torch.device("cpu"), {"student": 60.0}, 2.0) as ours:
-            watch = Watch(["rank 0", "rank 1"], print)
+        with StepTimer(torch.device("cpu"), {"student": 60.0}, 2.0) as ours:
+            watch = AnomalyMonitor(["rank 0", "rank 1"], print)
             began = time.process_time()
             for step in range(1, steps + 1):
                 if way != "lines alone":
@@ -119,7 +121,7 @@ def mark_a_step() -> None:
     for name in ("data", "teacher", *["forward", "backward"] * 4, "optimizer"):
         with phase(name), phase("loss") if name == "forward" else contextlib.nullcontext():
             pass
-    meter.heard([[1.0, *meter.own_figures()]] * 2)
+    step_timer.set_peer_stats([[1.0, *step_timer.local_stats()]] * 2)
 
 
 def test_time_is_found_in_the_phase_that_took_it(watched):
@@ -163,7 +165,7 @@ def test_tensorboard_has_the_names_and_numbers_of_the_metrics(watched):
 def test_a_slow_rank_and_a_spike_are_said_once_with_step_and_rank(watched):
     run, said = watched
     slow = [line for line in said.splitlines() if "is slow" in line]
-    assert len(slow) == 1 and "WARNING: rank 1 on " in slow[0] and f"up to {STEPS + 1} " in slow[0], said
+    assert len(slow) == 1 and "WARNING: rank 1 on " in slow[0] and f"up to {RECENT_STEPS + 1} " in slow[0], said
     spikes = [line for line in said.splitlines() if "spikes" in line]
     assert len(spikes) == 1 and f"in step {SPIKE}," in spikes[0] and "rank 1 on" in spikes[0], said
     assert all(line["perf/slowest_rank"] == 1 for line in small.metrics(run))
@@ -173,7 +175,7 @@ def test_a_slow_rank_and_a_spike_are_said_once_with_step_and_rank(watched):
 
 def test_what_is_normal_is_not_said():
     said: list[str] = []
-    watch = Watch(["rank 0", "rank 1", "rank 2"], said.append)
+    watch = AnomalyMonitor(["rank 0", "rank 1", "rank 2"], said.append)
     noise = torch.Generator().manual_seed(0)
     for step in range(300):
         loss = 3 / (1 + step / 30) + 0.1 * float(torch.randn((), generator=noise))
@@ -184,9 +186,9 @@ def test_what_is_normal_is_not_said():
 
 def test_what_returns_is_said_again():
     said: list[str] = []
-    watch = Watch(["rank 0", "rank 1"], said.append)
-    for step in range(1, 6 * STEPS + 1):
-        bad = (step - 1) // STEPS % 2 == 1      # a part of STEPS steps that is well, then one that is not, ...
+    watch = AnomalyMonitor(["rank 0", "rank 1"], said.append)
+    for step in range(1, 6 * RECENT_STEPS + 1):
+        bad = (step - 1) // RECENT_STEPS % 2 == 1      # a part of STEPS steps that is well, then one that is not, ...
         watch.step(step, [[1.0, 0.1, 0.0], [8.0 if bad else 1.0, 0.5 if bad else 0.1, 0.0]], 1.0)
     assert ["spikes" in line for line in said].count(True) == 3 == ["slow" in line for line in said].count(True)
     assert "in step 21," in said[0] and "most of it comes from rank 1" in said[0]
@@ -194,7 +196,7 @@ def test_what_returns_is_said_again():
 
 def test_a_loss_that_stays_up_hides_no_later_spike():
     said: list[str] = []
-    watch = Watch(["rank 0"], said.append)
+    watch = AnomalyMonitor(["rank 0"], said.append)
     for step in range(1, 101):
         watch.step(step, [[60.0 if step == 90 else 3.0 if step > 30 else 1.0, 0.1, 0.0]], 1.0)
     assert len(said) == 2 and "in step 31," in said[0] and "60 in step 90, 3 in the middle" in said[1], said
@@ -202,17 +204,17 @@ def test_a_loss_that_stays_up_hides_no_later_spike():
 
 def test_a_tensor_parallel_group_has_one_part_of_the_loss():
     said: list[str] = []
-    watch = Watch([f"rank {rank}" for rank in range(4)], said.append, tp_size=2)
-    for step in range(1, STEPS + 2):
-        bad = 9.0 if step > STEPS else 1.0
+    watch = AnomalyMonitor([f"rank {rank}" for rank in range(4)], said.append, tp_size=2)
+    for step in range(1, RECENT_STEPS + 2):
+        bad = 9.0 if step > RECENT_STEPS else 1.0
         watch.step(step, [[part, 0.1, 0.0] for part in (1.0, 1.0, bad, bad)], 1.0)
     assert len(said) == 1 and "spikes: 10 in step" in said[0] and "comes from rank 2, 90% of it" in said[0], said
 
 
 def test_a_rank_that_compiles_longer_in_a_lifes_first_step_is_not_slow():
     said: list[str] = []
-    watch = Watch(["rank 0", "rank 1"], said.append)
-    for step in range(1, 3 * STEPS):
+    watch = AnomalyMonitor(["rank 0", "rank 1"], said.append)
+    for step in range(1, 3 * RECENT_STEPS):
         watch.step(step, [[1.0, 0.1, 0.0], [1.0, 90.0 if step == 1 else 0.1, 0.0]], 91.0 if step == 1 else 1.0)
     assert said == []
 

@@ -12,9 +12,9 @@ from test_teacher import be_counted
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from amid_ds.cli import main
-from amid_ds.config import load_recipe, resolved
-from amid_ds.distributed import World
-from amid_ds.measured import _Traffic
+from amid_ds.config.parse import load_recipe, resolved
+from amid_ds.distributed.world import World
+from amid_ds.monitor.memory_probe import _Traffic
 from amid_ds.plan import Device, _run_on_meta, find_device, make_plan
 
 H100 = Device("h100-80g", 80e9, 989e12, 50e9, 450e9)
@@ -40,9 +40,9 @@ def large(tmp_path_factory) -> Path:
 
 def be_weighed(argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that writes what its engine holds to RANK.bytes in the run's folder."""
-    from amid_ds import train
+    from amid_ds.training import trainer
 
-    take_step = train.step
+    take_step = trainer.train_step
 
     def step(job, ds, *rest):
         values = take_step(job, ds, *rest)
@@ -59,7 +59,7 @@ def be_weighed(argv: list[str], variables: dict[str, str], log: str) -> None:
             "gradients": sum(tensor.nbytes for tensor in gradients)}))
         return values
 
-    train.step = step
+    trainer.train_step = step
     be_counted(argv, variables, log)
 
 

@@ -9,8 +9,8 @@ import pytest
 import small
 
 from amid_ds.cli import main
-from amid_ds.config import load_recipe
-from amid_ds.engine import find_deepspeed_config
+from amid_ds.config.parse import load_recipe
+from amid_ds.engine.ds_config import find_deepspeed_config
 from amid_ds.plan import find_device, make_plan
 
 WORDS = [f"w{number}" for number in range(31997)]
@@ -41,9 +41,9 @@ def be_profiled(argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that writes the most that it had allocated in step PROFILED, beyond what it had before, to peak.json."""
     import torch
 
-    from amid_ds import train
+    from amid_ds.training import trainer
 
-    take_step = train.step
+    take_step = trainer.train_step
 
     def step(job, ds, window, tokens, state, *rest):
         if state["step"] + 1 != PROFILED or variables["RANK"] != "0":
@@ -59,7 +59,7 @@ def be_profiled(argv: list[str], variables: dict[str, str], log: str) -> None:
         (job.run / "peak.json").write_text(json.dumps(peak))
         return values
 
-    train.step = step
+    trainer.train_step = step
     small.be_a_rank(argv, variables, log)
 
 

@@ -11,10 +11,10 @@ import torch
 
 from amid_ds import amid_loss
 from amid_ds.cli import main
-from amid_ds.config import load_recipe
-from amid_ds.engine import build_objective
-from amid_ds.packaged import FOLDER, find_recipe
-from amid_ds.schedule import loss_at
+from amid_ds.config.library import RECIPES_FOLDER, find_recipe
+from amid_ds.config.parse import load_recipe
+from amid_ds.config.schedule import loss_at
+from amid_ds.training.objective import build_objective
 
 STAND_INS = {      # recipe -> the architecture of its models, ranks, and what a test makes smaller
     "amid_gpt2_dolly": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2",
@@ -43,7 +43,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def test_every_recipe_has_its_stand_in():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(STAND_INS)
+    assert {path.stem for path in RECIPES_FOLDER.glob("*.yaml")} == set(STAND_INS)
 
 
 @pytest.mark.parametrize("name", STAND_INS)

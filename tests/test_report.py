@@ -13,17 +13,17 @@ from pathlib import Path
 import pytest
 import small
 
-from amid_ds import lives
 from amid_ds.cli import main
+from amid_ds.run import attempts
 
 STOPPED, STEPS = 4, 9
 
 
 def be_stopped(argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that finds a STOP file after step STOPPED."""
-    from amid_ds import train
+    from amid_ds.training import trainer
 
-    take_step = train.step
+    take_step = trainer.train_step
 
     def step(job, ds, window, tokens, state, *rest):
         values = take_step(job, ds, window, tokens, state, *rest)
@@ -31,7 +31,7 @@ def be_stopped(argv: list[str], variables: dict[str, str], log: str) -> None:
             (job.run / "STOP").touch()
         return values
 
-    train.step = step
+    trainer.train_step = step
     small.be_a_rank(argv, variables, log)
 
 
@@ -49,7 +49,7 @@ def runs(tmp_path_factory) -> list[Path]:
     lines = small.metrics(root / "second")
     (root / "second" / "metrics.jsonl").write_text(
         "".join(json.dumps({**line, "loss": line["loss"] / 2}) + "\n" for line in lines))
-    story = [event for event in lives.events(root / "second") if event["event"] != "stepping" or event["step"] == 1]
+    story = [event for event in attempts.read_events(root / "second") if event["event"] != "stepping" or event["step"] == 1]
     (root / "second" / "lives.jsonl").write_text("".join(json.dumps(event) + "\n" for event in story))
     return [root / "first", root / "second"]
 
@@ -101,12 +101,12 @@ def test_it_needs_nothing_but_itself(page):
 
 
 def test_curves_are_the_metrics_and_restarts_stand_where_they_were(runs, monkeypatch):
-    from amid_ds import report
+    from amid_ds.experiments import report
 
     drawn = {}
     monkeypatch.setattr(report._Draw, "lines", lambda self, title, axis, curves: drawn.update({title: curves}) or {})
     monkeypatch.setattr(report._Draw, "bars", lambda self, title, axis, parts, _: drawn.update({title: parts}) or {})
-    both = [report.read_run(run, run.name) for run in runs]
+    both = [report.read_reported_run(run, run.name) for run in runs]
     assert [run.restarts for run in both] == [[STOPPED + 1], []]
     report._figures(both, report._Draw(None, both))
     lines = small.metrics(runs[0])
@@ -133,7 +133,7 @@ def test_tables_and_provenance_are_in_it(runs, page):
 
 
 def test_what_is_damaged_is_said_on_the_page(runs, tmp_path, monkeypatch):
-    from amid_ds import report
+    from amid_ds.experiments import report
 
     copy = Path(shutil.copytree(runs[1], tmp_path / "copy"))
     (copy / "provenance.json").write_text("{")
@@ -145,11 +145,11 @@ def test_what_is_damaged_is_said_on_the_page(runs, tmp_path, monkeypatch):
 
 
 def test_the_plan_beside_a_measurement_is_for_the_runs_own_device_and_ranks(runs):
-    from amid_ds import report
-    from amid_ds.config import load_recipe
+    from amid_ds.config.parse import load_recipe
+    from amid_ds.experiments import report
     from amid_ds.plan import DEVICES, make_plan
 
-    run = report.read_run(runs[1], "second")
+    run = report.read_reported_run(runs[1], "second")
     run.measured.update(device="NVIDIA H200", hosts=["a", "a", "b", "b"])
     expected = make_plan(load_recipe(runs[1] / "recipe.yaml"), 2, 2, DEVICES["h200"]).memory_per_rank
     assert report._planned(run) == (expected, "")

@@ -14,15 +14,18 @@ import pytest
 import small
 import torch
 
-from amid_ds import checkpoint, reshard
-from amid_ds.checkpoint import require_room
+from amid_ds.checkpoint import reshard
+from amid_ds.checkpoint.manifest import list_checkpoints, read_manifest, verify
+from amid_ds.checkpoint.saver import Saver
+from amid_ds.checkpoint.zero_shards import TENSOR_KINDS, ZeroShards
 from amid_ds.cli import main
-from amid_ds.config import Student
+from amid_ds.config.recipe import Student
 from amid_ds.data import Prepared
-from amid_ds.distributed import World
-from amid_ds.engine import import_deepspeed, shell_of
+from amid_ds.distributed.world import World
+from amid_ds.engine.backend import import_deepspeed
 from amid_ds.errors import InputError
-from amid_ds.shards import KINDS, Shards
+from amid_ds.files import require_disk_space
+from amid_ds.models.loading import meta_model
 
 STEPS = 26
 CHAIN = [(2, 1, 3, 3), (4, 2, 3, 6), (2, 2, 2, STEPS)]      # ranks, tensor_parallel, ZeRO stage; that life's last step
@@ -54,7 +57,7 @@ def recipe_for(folder: Path, run: Path, student: str = "student", **changes) -> 
 
 def recorded(stop_after: int, notes: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that writes down which rows each of its steps reads, and asks to stop after the step `stop_after`."""
-    from amid_ds import train
+    from amid_ds.training import trainer
 
     def step(job, ds, window, tokens, state, world, *rest):
         values = real(job, ds, window, tokens, state, world, *rest)
@@ -66,7 +69,7 @@ def recorded(stop_after: int, notes: str, argv: list[str], variables: dict[str, 
             (job.run / "STOP").touch()
         return values
 
-    real, train.step = train.step, step
+    real, trainer.train_step = trainer.train_step, step
     small.be_a_rank(argv, variables, log)
 
 
@@ -110,22 +113,22 @@ def test_a_run_moved_through_layouts_is_the_uninterrupted_run(chain, folder, tmp
 
 def saved_at_once(other: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that resumes, and saves what it has into the folder `other` without a step."""
-    from amid_ds import train
+    from amid_ds.training import trainer
 
     def loop(job, ds, state, damaged, world, *_):
-        saver = checkpoint.Saver(ds, Path(other), job.recipe.checkpoint, world, print)
+        saver = Saver(ds, Path(other), job.recipe.checkpoint, world, print)
         saver.start(state)
         saver.finish()
 
-    train.loop = loop
+    trainer.run_training = loop
     small.be_a_rank(argv, variables, log)
 
 
 def tensors_of(path: Path, model: Path) -> dict[tuple[str, str], torch.Tensor]:
     import_deepspeed()
-    shapes = {name: parameter.shape for name, parameter in shell_of(str(model)).named_parameters()}
-    shards = Shards(path, shapes)
-    return {(name, kind): shards.whole(name, kind) for name in shapes for kind in KINDS}
+    shapes = {name: parameter.shape for name, parameter in meta_model(str(model)).named_parameters()}
+    shards = ZeroShards(path, shapes)
+    return {(name, kind): shards.whole(name, kind) for name in shapes for kind in TENSOR_KINDS}
 
 
 def adam_steps(value: object) -> set[float]:
@@ -160,7 +163,7 @@ def test_weights_and_moments_arrive_bit_for_bit_in_any_layout(name, folder, tmp_
     recipe = recipe_for(folder, tmp_path / "run", student, train__steps=4,
                         checkpoint__allow_change=["student.dtype"])
     live(recipe, tmp_path / "rows", ranks, tp, folder / f"{config}.json", stop_after=2)
-    first, = checkpoint.committed(tmp_path / "run" / "checkpoints")
+    first, = list_checkpoints(tmp_path / "run" / "checkpoints")
     before = tensors_of(first, folder / student)
     assert not equal(before, {key: torch.zeros_like(tensor) for key, tensor in before.items()})
     for ranks, tp, config in others:
@@ -171,7 +174,7 @@ def test_weights_and_moments_arrive_bit_for_bit_in_any_layout(name, folder, tmp_
         assert equal(tensors_of(other / first.name, folder / student), before), other.name
         files = [torch.load(path, weights_only=False) for path in (other / first.name).glob("*states.pt")]
         assert adam_steps(files) == {2.0}
-        state, moved = (checkpoint.read_manifest(path)["state"] for path in (first, other / first.name))
+        state, moved = (read_manifest(path)["state"] for path in (first, other / first.name))
         assert state["tokens"] == moved["tokens"] and state["step"] == moved["step"] == 2
 
 
@@ -192,7 +195,7 @@ def test_the_whole_tensors_are_those_of_deepspeeds_own_conversion(config, folder
     if config != "fp32_3":
         run = tmp_path / "run"
         small.run(2, "train", recipe_for(folder, run, train__steps=2), f"deepspeed={folder / config}.json")
-    saved, = checkpoint.committed(run / "checkpoints")
+    saved, = list_checkpoints(run / "checkpoints")
     universal = tmp_path / "universal"
     ds_to_universal.main(Namespace(input_folder=str(saved), output_folder=str(universal), num_extract_workers=1,
                                    num_merge_workers=1, keep_temp_folder=False, strict=True,
@@ -219,10 +222,10 @@ def test_killed_while_it_converts_the_next_start_converts_anew_and_the_one_after
         time.sleep(0.0005)
     ranks.signal(signal.SIGKILL)
     ranks.wait()
-    assert checkpoint.damage(kept) is None and not (kept / "whole").exists()
+    assert verify(kept) is None and not (kept / "whole").exists()
     assert "converting it once" in small.run(1, "train", recipe).text()
     assert [line["step"] for line in small.metrics(run)] == [1, 2, 3, 4]
-    assert checkpoint.damage(kept / "whole") is None and not (kept / ".whole.tmp").exists()
+    assert verify(kept / "whole") is None and not (kept / ".whole.tmp").exists()
     shutil.rmtree(run / "checkpoints" / "step_00000004")
     assert "converting it once" not in small.run(1, "train", recipe).text()
 
@@ -270,9 +273,9 @@ heard: list[object] = []
 
 
 def test_ranks_that_wait_for_a_long_conversion_hear_of_it_and_of_its_failure(monkeypatch):
-    monkeypatch.setattr("amid_ds.distributed.STILL_AT_IT_S", 0.02)
+    monkeypatch.setattr("amid_ds.distributed.world.HEARTBEAT_S", 0.02)
     world = Heard(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
     world.main_at_length(lambda: time.sleep(0.5))
     assert heard.count(True) >= 3
     with pytest.raises(InputError, match="no room"):
-        world.main_at_length(lambda: require_room(Path("."), 10**18, "no room:", "go elsewhere"))
+        world.main_at_length(lambda: require_disk_space(Path("."), 10**18, "no room:", "go elsewhere"))

@@ -17,12 +17,13 @@ import torch
 from test_train import comparable
 from transformers import AutoModelForCausalLM
 
-from amid_ds.config import Replay, dump_recipe, load_recipe
+from amid_ds.config.parse import dump_recipe, load_recipe
+from amid_ds.config.recipe import Replay
 from amid_ds.errors import InputError
-from amid_ds.generation import LOST, Prompt, Sampler
-from amid_ds.rollout import choice, judged
-from amid_ds.train import check
-from amid_ds.watch import Watch
+from amid_ds.models.sampler import NO_TOKEN, Sampler, SamplerPrompt
+from amid_ds.monitor.anomalies import AnomalyMonitor
+from amid_ds.training.job import check_recipe
+from amid_ds.training.rollout import choose_source, updated_threshold
 
 END = 3 + small.WORDS.index("tree")
 NEW, LENGTH = 12, 40
@@ -107,7 +108,8 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
 def be_counted(argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that writes the bytes that each rollout gathers, those of its student, and the rollout's seconds; with
     PER_TOKEN there is no room for the whole student."""
-    from amid_ds import engine, rollout
+    from amid_ds.engine import engine
+    from amid_ds.training import rollout
 
     turn = rollout.Rollouts.turn
 
@@ -221,12 +223,12 @@ def test_the_scheme_is_the_published_one(ratio):
     losses = [2 + draw.random() + step / 100 for step in range(total + 1)]
     chances = [draw.random() for _ in range(total)]
     adaptive = Replay(init_threshold=0.2, loss_eps=0.1, capacity=100, replay_ratio=ratio)
-    state, kept, told = judged(adaptive, None, losses[0]), 0, []
+    state, kept, told = updated_threshold(adaptive, None, losses[0]), 0, []
     for number in range(1, total + 1):
-        what = choice(adaptive, state["threshold"], chances[number - 1], kept, number, total)
+        what = choose_source(adaptive, state["threshold"], chances[number - 1], kept, number, total)
         told.append((what, state["threshold"]))
         kept = min(100, kept + 4 * (what == "fresh"))
-        state = judged(adaptive, state, losses[number])
+        state = updated_threshold(adaptive, state, losses[number])
     assert told == published(losses, chances, 4, 100, 0.2, 0.1, ratio, total)
     assert {what for what, _ in told} == {"fresh", "replay", "data"} and state["threshold"] == 1.0
 
@@ -237,7 +239,7 @@ def test_prompts_of_unequal_lengths_share_a_batch_without_a_trace(family, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(small.make_model(tmp_path / "model", family, 3)).eval()
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
-    prompts = [Prompt(torch.randint(3, vocabulary, (length,), generator=draw).tolist(), room, 0)
+    prompts = [SamplerPrompt(torch.randint(3, vocabulary, (length,), generator=draw).tolist(), room, 0)
                for length, room in ((3, 60), (40, 5), (1, 30), (120, 8))]
     found = Sampler(0.0, 1.0, END, vocabulary).complete(model, prompts, bool, torch.device("cpu"))
     for prompt, ids in zip(prompts, found, strict=True):
@@ -256,15 +258,15 @@ def test_what_the_threshold_listens_to_does_not_change_between_lives(change, fol
         (run / "recipe.yaml").write_text(dump_recipe(load_recipe(recipe)))
         changed = load_recipe(recipe, [change])
         with pytest.raises(InputError, match=change.partition("=")[0]) if rollout is ALWAYS else nullcontext():
-            check(changed, 1)
-        check(load_recipe(recipe, [change, "checkpoint.allow_change=[data.eval, train.eval_every]"]), 1)
+            check_recipe(changed, 1)
+        check_recipe(load_recipe(recipe, [change, "checkpoint.allow_change=[data.eval, train.eval_every]"]), 1)
 
 
 def test_sampling_follows_temperature_and_top_p(folder):
     student = AutoModelForCausalLM.from_pretrained(folder / "student").eval()
     prompt, draws, vocabulary = [5, 9, 4], 4000, student.config.vocab_size
     sampler = Sampler(0.7, 0.8, END, vocabulary)
-    found = sampler.complete(student, [Prompt(prompt, 2, seed) for seed in range(draws)], bool, torch.device("cpu"))
+    found = sampler.complete(student, [SamplerPrompt(prompt, 2, seed) for seed in range(draws)], bool, torch.device("cpu"))
 
     def expected(ids: list[int]) -> torch.Tensor:
         with torch.no_grad():
@@ -297,12 +299,12 @@ def test_logits_that_are_no_distributions_choose_nothing(temperature, top_p):
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[1, nan, 0], [nan] * 3, [inf, 0, 0], [-inf] * 3, [-inf, 5, -inf]])
     chosen = Sampler(temperature, top_p, 0, 3).choose(logits, torch.tensor([0.1, 0.1, 0.1, 0.1, 0.99]))
-    assert chosen.tolist() == [LOST] * 4 + [1]
+    assert chosen.tolist() == [NO_TOKEN] * 4 + [1]
 
 
 def test_a_step_on_the_data_among_many_on_the_students_words_is_no_spike():
     said: list[str] = []
-    watch = Watch(["rank 0"], said.append)
+    watch = AnomalyMonitor(["rank 0"], said.append)
     for step in range(1, 301):
         sampled = step % 5 != 0
         spike = step in (240, 241, 242, 243, 244, 245)

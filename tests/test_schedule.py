@@ -11,9 +11,10 @@ import torch
 import yaml
 from test_train import comparable
 
-from amid_ds.config import Course, Loss, Pieces, load_recipe
+from amid_ds.config.parse import load_recipe
+from amid_ds.config.recipe import Loss, Piecewise, Schedule
+from amid_ds.config.schedule import loss_at, value_at
 from amid_ds.errors import InputError
-from amid_ds.schedule import loss_at, value_at
 
 TOTAL = 11
 
@@ -27,7 +28,7 @@ TOTAL = 11
      [2, 2, 2, 2, 2, 4, 2, 0, 0, 0, 0]),
 ])
 def test_a_schedule_takes_these_values(spec, values):
-    scheduled = (Pieces if "pieces" in spec else Course).model_validate(spec)
+    scheduled = (Piecewise if "pieces" in spec else Schedule).model_validate(spec)
     assert [value_at(scheduled, step, TOTAL) for step in range(TOTAL)] == pytest.approx(values)
 
 

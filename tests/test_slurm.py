@@ -18,9 +18,10 @@ import small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from amid_ds import lives, requeue
 from amid_ds.cli import main
-from amid_ds.config import load_recipe
+from amid_ds.cluster import requeue
+from amid_ds.config.parse import load_recipe
+from amid_ds.run import attempts
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,7 +111,7 @@ def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_no
     said = finished(cluster, job, tmp_path, whole(2 * ranks_per_node))
     assert "stopped in order" in said and "it is started again" in said
     assert cluster.job(job)["Restarts"] == "1", said
-    first, second = lives.records(tmp_path / "run")
+    first, second = attempts.read_attempts(tmp_path / "run")
     assert (first.status, second.status, second.restart, second.job) == (75, 0, 1, job)
     curve = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("loss/total")
     assert [(event.step, event.value) for event in curve] == [      # one curve through both lives
@@ -261,7 +262,7 @@ def test_a_rank_that_is_stopped_or_killed_is_named_and_the_job_goes_on(cluster, 
     if number == signal.SIGSTOP:
         assert f"look at rank {rank} on {host} first: does not answer" in said, said
         assert f"rank {3 - rank} on n{2 - rank // 2}: it waits for its peers in " in said, said
-    assert lives.records(tmp_path / "run")[0].failure.rank == rank
+    assert attempts.read_attempts(tmp_path / "run")[0].failure.rank == rank
 
 
 @pytest.mark.slow
@@ -269,11 +270,11 @@ def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, models, tmp_pat
     recipe = recipe_of(models, tmp_path, train__steps=5000)
     job = sbatch(cluster, tmp_path, "train.sbatch", recipe, time=2, signal="USR1@40")
     cluster.until(lambda: cluster.job(job)["Restarts"] == "1", timeout=240, what="the second life")
-    cluster.until(lambda: len(lives.records(tmp_path / "run")) == 2, what="its beginning")
-    first = lives.records(tmp_path / "run")[0]
+    cluster.until(lambda: len(attempts.read_attempts(tmp_path / "run")) == 2, what="its beginning")
+    first = attempts.read_attempts(tmp_path / "run")[0]
     assert first.status == 75 and "(SIGUSR1)" in output(tmp_path)
-    cluster.until(lambda: lives.records(tmp_path / "run")[1].first_step is not None, what="its first step")
-    assert lives.records(tmp_path / "run")[1].first_step > first.first_step
+    cluster.until(lambda: attempts.read_attempts(tmp_path / "run")[1].first_step is not None, what="its first step")
+    assert attempts.read_attempts(tmp_path / "run")[1].first_step > first.first_step
     cluster.run("scancel", job)
     assert cluster.wait(job) == "CANCELLED" and cluster.job(job)["Restarts"] == "1"      # and it stays so
 
@@ -326,7 +327,7 @@ def test_an_array_of_four_with_two_at_once(cluster, models, tmp_path):
     os.kill(max(pid for name in cluster.names for pid in cluster.processes(name, "train.seed=0 ")), signal.SIGUSR1)
     cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "", 300, "the end of the array")
     assert [steps_of(run) for run in runs] == [20] * 4, output(tmp_path)
-    assert [len(lives.records(run)) for run in runs] == [2, 1, 1, 1]
+    assert [len(attempts.read_attempts(run)) for run in runs] == [2, 1, 1, 1]
 
 
 def test_submit_refuses_what_sbatch_would_let_pass(models, tmp_path, monkeypatch, capsys):
@@ -366,7 +367,7 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(template, models, tmp_pa
 def test_status_tells_how_a_run_goes(tmp_path, models, monkeypatch, capsys):
     recipe = recipe_of(models, tmp_path, train__steps=4)
     small.run(1, "train", recipe)
-    lives.append(tmp_path / "run", "ended", status=1, failure=vars(lives.Failure(3, "n2", 4, "OSError: gone", 0.0)))
+    attempts.append_event(tmp_path / "run", "ended", status=1, failure=vars(attempts.Failure(3, "n2", 4, "OSError: gone", 0.0)))
     assert main(["status", str(tmp_path / "run")]) == 0
     told = capsys.readouterr().out
     for words in ("state      done", "step       4 of 4", "loss", "tokens/s", "restarts   0",
@@ -376,9 +377,9 @@ def test_status_tells_how_a_run_goes(tmp_path, models, monkeypatch, capsys):
 
 
 def lived(status: int | None, step: int | None = 5, error: str = "RuntimeError: out of 3 bytes", came: bool = True,
-          ) -> lives.Record:
-    failure = lives.Failure(0, "n1", step, error, 0.0) if status not in (0, 2, 75, None) else None
-    return lives.Record("1", 0, first_step=1 if came else None, status=status, failure=failure)
+          ) -> attempts.AttemptRecord:
+    failure = attempts.Failure(0, "n1", step, error, 0.0) if status not in (0, 2, 75, None) else None
+    return attempts.AttemptRecord("1", 0, first_step=1 if came else None, status=status, failure=failure)
 
 
 @pytest.mark.parametrize("job, again", [
@@ -403,14 +404,14 @@ def test_what_starts_again_and_what_does_not(job, again):
 
 
 def test_the_rank_that_failed_first_is_named_also_where_it_could_leave_no_word():
-    peers = [lives.Failure(rank, "n1", 7, "RuntimeError: Connection closed by peer", 10.0 + rank) for rank in (1, 0)]
+    peers = [attempts.Failure(rank, "n1", 7, "RuntimeError: Connection closed by peer", 10.0 + rank) for rank in (1, 0)]
     killed = "srun: error: n2: task 3: Killed\nsrun: error: n1: tasks 0-1: Exited with exit code 1\n"
     first = requeue.first_failure(sorted(peers, key=lambda f: f.time), killed, 137)
     assert (first.rank, first.host, first.step) == (3, "n2", 7) and "Killed" in first.error
-    assert requeue.status_of_the_first(137, killed) == 137
-    assert requeue.status_of_the_first(138, "srun: error: n1: tasks 0-1: User defined signal 1\n") == 75
-    assert requeue.status_of_the_first(143, "srun: error: n1: task 0: Exited with exit code 2\n" + killed) == 2
-    raised = lives.Failure(2, "n2", 7, "ValueError: a bad row", 9.0)
+    assert requeue.first_exit_status(137, killed) == 137
+    assert requeue.first_exit_status(138, "srun: error: n1: tasks 0-1: User defined signal 1\n") == 75
+    assert requeue.first_exit_status(143, "srun: error: n1: task 0: Exited with exit code 2\n" + killed) == 2
+    raised = attempts.Failure(2, "n2", 7, "ValueError: a bad row", 9.0)
     assert requeue.first_failure([raised, *peers], "srun: error: n1: task 0: Exited with exit code 1", 1) == raised
     assert requeue.first_failure([], "srun: error: n2: task 1: Exited with exit code 127", 127).host == "n2"
 
@@ -420,14 +421,14 @@ def test_the_story_of_a_run_is_read_as_it_was_written(tmp_path, monkeypatch):
         monkeypatch.setenv("SLURM_JOB_ID", "7")
         monkeypatch.setenv("SLURM_RESTART_COUNT", restart) if restart else monkeypatch.delenv(
             "SLURM_RESTART_COUNT", raising=False)
-        with pytest.raises(RuntimeError), lives.Life(rank=0, size=2) as life:
+        with pytest.raises(RuntimeError), attempts.Attempt(rank=0, size=2) as life:
             life.begin(tmp_path, {"train.log_every": [1, 2]})
             life.stepping(3)
             life.stepping(4)
             raise RuntimeError("out of memory\nmore of it")
     with open(tmp_path / "lives.jsonl", "a") as file:
         file.write('{"event": "beg')      # a crash in the middle of a line
-    first, second = lives.records(tmp_path)
+    first, second = attempts.read_attempts(tmp_path)
     assert (first.job, first.restart, second.restart, second.status) == ("7", 0, 1, 1)
     assert first.first_step == 3 and first.changed == {"train.log_every": [1, 2]}
     assert (second.failure.step, second.failure.error) == (4, "RuntimeError: out of memory")

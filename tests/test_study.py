@@ -7,8 +7,8 @@ import json
 import pytest
 import small
 
-from amid_ds import demo, study, sweep
 from amid_ds.cli import main
+from amid_ds.experiments import demo, study, sweep
 
 
 def test_a_study_without_a_seed_is_refused_before_anything_is_made(tmp_path, capsys):

@@ -16,12 +16,14 @@ import pytest
 import small
 import yaml
 
-from amid_ds import lives, submit, sweep, train
 from amid_ds.cli import main
-from amid_ds.combinations import combinations
-from amid_ds.config import load_recipe
+from amid_ds.cluster import submit
+from amid_ds.config.grid import sweep_combinations
+from amid_ds.config.parse import load_recipe
 from amid_ds.errors import InputError, Stopped, TrainingError
-from amid_ds.figures import mean_and_error
+from amid_ds.experiments import sweep
+from amid_ds.experiments.plots import mean_and_error
+from amid_ds.run import attempts
 
 
 @pytest.fixture
@@ -94,12 +96,12 @@ def test_a_sweep_that_is_told_to_stop_stops_its_run_in_order_and_goes_on_from_th
     steps = len(small.metrics(first))
     assert 3 <= steps < 400 and (first / "checkpoints" / f"step_{steps:08d}").is_dir()
     assert not (first / "STOP").exists() and not (tmp_path / "out" / "loss.lam=0.9").exists()
-    assert [life.status for life in lives.records(first)] == [75]
+    assert [life.status for life in attempts.read_attempts(first)] == [75]
 
 
 @pytest.mark.parametrize("status, outcome", [(75, Stopped), (0, Stopped), (1, TrainingError), (2, TrainingError)])
 def test_a_terminal_that_closes_stops_the_run_which_may_fail_at_that(tmp_path, status, outcome):
-    (tmp_path / sweep.LOG).write_text("what it said\n")
+    (tmp_path / sweep.TRAIN_LOG).write_text("what it said\n")
     run = f"touch {tmp_path}/begun; while [ ! -e {tmp_path}/STOP ]; do sleep 0.01; done; sleep 0.1; exit {status}"
 
     def close() -> None:
@@ -166,16 +168,16 @@ def test_the_jobs_of_an_array_run_what_was_checked(recipe, tmp_path, monkeypatch
             job = load_recipe(kept / "recipe.yaml", run)
             prepared = "null" if kept.name == "0001" else str(out / "data")      # `sweep` shares what is prepared
             assert job == load_recipe(recipe, ["train.seed=3", f"data.prepared={prepared}", *run])
-            assert train.check(job, 1) and job.loss.kd_weight == 1
+            assert job.check_recipe(job, 1) and job.loss.kd_weight == 1
 
 
 def test_a_comma_inside_brackets_belongs_to_the_value():
-    runs = combinations(["loss={preset: skl, lam: 0.1},{order: {pr: 0.5, qr: 0.5}, alpha: 1}", "train.seed=0,1"])
+    runs = sweep_combinations(["loss={preset: skl, lam: 0.1},{order: {pr: 0.5, qr: 0.5}, alpha: 1}", "train.seed=0,1"])
     assert [run.settings for run in runs[1:3]] == [("loss={preset: skl, lam: 0.1}", "train.seed=1"),
                                                    ("loss={order: {pr: 0.5, qr: 0.5}, alpha: 1}", "train.seed=0")]
     assert all(set(run.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._=,") for run in runs)
     with pytest.raises(InputError, match="two runs"):
-        combinations(["train.seed=1,1"])
+        sweep_combinations(["train.seed=1,1"])
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_point_with_a_standard_error():

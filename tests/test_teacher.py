@@ -23,13 +23,16 @@ def pair(tmp_path_factory):
 
 def be_counted(argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank that writes what each optimizer step cost to RANK.jsonl in the run's folder."""
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+    from deepspeed.runtime.zero.partitioned_param_coordinator import (
+        PartitionedParameterCoordinator as Coordinator,
+    )
 
-    from amid_ds import distiller, train
+    from amid_ds.models import distiller, heads
+    from amid_ds.training import trainer
 
     count = {"invalidations": 0, "losses": 0, "loss_rows": 0, "teacher_calls": 0}
-    invalidate, loss, take_step, body_of = (Coordinator._invalidate_trace, distiller.linear_amid_loss, train.step,
-                                            distiller.body_of)
+    invalidate, loss, take_step, body_of = (Coordinator._invalidate_trace, distiller.linear_amid_loss, trainer.train_step,
+                                            heads.body_of)
 
     def counted(name, function, rows=lambda *_: 0):
         def call(*arguments, **options):
@@ -60,7 +63,7 @@ def be_counted(argv: list[str], variables: dict[str, str], log: str) -> None:
 
     Coordinator._invalidate_trace = counted("invalidations", invalidate)
     distiller.linear_amid_loss = counted("losses", loss, lambda hidden, *_: hidden.shape[0])
-    distiller.body_of, train.step = body, step
+    heads.body_of, trainer.train_step = body, step
     small.be_a_rank(argv, variables, log)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers as t
 
-from amid_ds.tensor_parallel import layer_specs, vocab_shard, why_whole
+from amid_ds.models.tensor_parallel import layer_specs, tp_unsupported_reason, vocab_shard
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              vocab_size=40, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=1)
@@ -22,7 +22,7 @@ def shell(family: str) -> torch.nn.Module:
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3", "Gemma2", "Mistral"])
 def test_every_linear_layer_of_a_planned_body_is_split_and_nothing_else(family):
     model = shell(family)
-    assert why_whole(model, 2) is None
+    assert tp_unsupported_reason(model, 2) is None
     found = {}
     for spec in layer_specs(model, "student", trains=True):
         for name, _ in torch.nn.ModuleDict({"student": model}).named_parameters():
@@ -39,13 +39,13 @@ def test_every_linear_layer_of_a_planned_body_is_split_and_nothing_else(family):
 
 
 def test_a_body_that_its_plan_does_not_split_evenly_stays_whole_and_says_why():
-    assert "num_key_value_heads 2" in why_whole(shell("Llama"), 4)
-    assert "moe_tp_experts" in why_whole(shell("Mixtral"), 2)
-    assert "no tensor-parallel plan" in why_whole(shell("StableLm"), 2)
+    assert "num_key_value_heads 2" in tp_unsupported_reason(shell("Llama"), 4)
+    assert "moe_tp_experts" in tp_unsupported_reason(shell("Mixtral"), 2)
+    assert "no tensor-parallel plan" in tp_unsupported_reason(shell("StableLm"), 2)
     forgetful = shell("Qwen3")      # as if transformers had forgotten the norm on split heads
     plan = forgetful.config.base_model_tp_plan
     forgetful.config.base_model_tp_plan = {pattern: plan[pattern] for pattern in plan if not pattern.endswith("q_norm")}
-    assert why_whole(forgetful, 2) == "layers.0.self_attn.q_norm is not in its plan"
+    assert tp_unsupported_reason(forgetful, 2) == "layers.0.self_attn.q_norm is not in its plan"
 
 
 def test_the_rows_of_the_common_vocabulary_cover_it_without_a_gap():

@@ -10,9 +10,14 @@ import sentencepiece
 from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from amid_ds import config
 from amid_ds.cli import main
-from amid_ds.data import fingerprint, load_tokenizer, require_same_tokenizer, texts_of, train_sentencepiece
+from amid_ds.data import (
+    fingerprint,
+    load_tokenizer,
+    require_same_tokenizer,
+    texts_of,
+    train_sentencepiece,
+)
 from amid_ds.data.tokenizer import PROBES, document_front, encode
 from amid_ds.errors import InputError
 
@@ -144,7 +149,7 @@ def test_a_tokenizer_is_trained_on_a_recipes_data(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == out
     tokenizer = load_tokenizer(out)
     assert len(tokenizer) == 900 and len(tokenizer("zqzqzqzqzqzqzqzq")["input_ids"]) == 1
-    data = config.Data(**recipe["data"])
+    data = recipe.Data(**recipe["data"])
     some = list(texts_of(data, 400_000))
     assert some[-2:] == ["x = 1", "zq" * 5000] and some[:-2] == texts[:len(some) - 2]
     assert sum(map(len, some[:-3])) < 300_000 <= sum(map(len, some[:-2]))

@@ -9,10 +9,10 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"     # read once, when torch is imported: what every launcher sets for a rank
 
-from amid_ds.engine import import_deepspeed
+from amid_ds.engine.backend import import_deepspeed
 
 import_deepspeed()
-for name in ("amid_ds.bench", "amid_ds.cli", "amid_ds.demo", "amid_ds.evaluate", "amid_ds.train", "datasets", "pandas",
+for name in ("amid_ds.bench", "amid_ds.cli", "amid_ds.experiments.demo", "amid_ds.eval.evaluate", "amid_ds.training.trainer", "datasets", "pandas",
              "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.compile_fx", "torch.utils.tensorboard",
              "transformers.integrations.deepspeed", "transformers.models.llama.modeling_llama",
              "transformers.models.gpt2.modeling_gpt2", "transformers.models.qwen2.modeling_qwen2"):

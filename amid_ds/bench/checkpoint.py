@@ -17,11 +17,15 @@ from typing import Any
 
 import torch
 
-from amid_ds import checkpoint
 from amid_ds.bench.measure import slowest
-from amid_ds.config import Checkpoint, Recipe
-from amid_ds.distributed import World, joined
-from amid_ds.engine import build_engine, build_objective, read_deepspeed_config
+from amid_ds.checkpoint.manifest import find_latest_valid, load_checkpoint
+from amid_ds.checkpoint.saver import Saver, stage
+from amid_ds.config.recipe import CheckpointPolicy, Recipe
+from amid_ds.distributed.rendezvous import init_distributed
+from amid_ds.distributed.world import World
+from amid_ds.engine.build import build_engine
+from amid_ds.engine.ds_config import read_deepspeed_config
+from amid_ds.training.objective import build_objective
 
 HIDDEN, LAYERS, VOCABULARY = 512, 10, 16000
 ROUNDS = 5
@@ -44,7 +48,7 @@ class CheckpointRow:
 
 def bench_checkpoint(as_json: bool) -> None:
     """`amid-ds bench checkpoint`."""
-    with joined(600) as world:
+    with init_distributed(600) as world:
         row = _measure(world)
         if world.is_main and as_json:
             print(json.dumps(asdict(row)))
@@ -56,10 +60,10 @@ def _measure(world: World) -> CheckpointRow:
     folder = Path(world.main_first(tempfile.mkdtemp))
     try:
         engine = _engine(folder, world)
-        saver = checkpoint.Saver(engine, folder / "ours", Checkpoint(), world, print)
+        saver = Saver(engine, folder / "ours", CheckpointPolicy(), world, print)
         copy, still, write, plain = [], [], [], []
         for step in range(1, ROUNDS + 1):
-            staged = checkpoint.stage(engine)
+            staged = stage(engine)
             size = sum(tensor.nbytes for tensor in _tensors(staged))
             copy.append(slowest(world, lambda staged=staged: [t.clone() for t in _tensors(staged)]))   # type: ignore[misc]
             del staged
@@ -112,9 +116,9 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 def _resume(engine: Any, folder: Path, world: World) -> None:
-    found = checkpoint.find(folder, world, print).checkpoint
+    found = find_latest_valid(folder, world, print).checkpoint
     assert found is not None
-    checkpoint.load(engine, found)
+    load_checkpoint(engine, found)
 
 
 def _print(row: CheckpointRow) -> None:

@@ -21,10 +21,12 @@ from pathlib import Path
 
 import torch
 
-from amid_ds import config, demo, preset
+from amid_ds import preset
+from amid_ds.config import recipe
 from amid_ds.data import Batch, StepData, load_tokenizer, prepare, train_sentencepiece
 from amid_ds.data.tokenizer import encode
-from amid_ds.distiller import Distiller
+from amid_ds.experiments import demo
+from amid_ds.models.distiller import Distiller
 
 SEQ_LENGTH, ROWS_PER_STEP, MICRO_BATCH = 512, 64, 8
 VOCABULARY = 4000
@@ -47,7 +49,7 @@ def data_bench(rounds: int = 3, megabytes: float = 4.0, threads: int = 4) -> lis
         (root / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
         train_sentencepiece(texts, root / "tokenizer", VOCABULARY)
         tokenizer = load_tokenizer(str(root / "tokenizer"))
-        data = config.Data(train=[config.Source(path=str(root / "corpus.jsonl"))], workers=1)
+        data = recipe.Data(train=[recipe.Source(path=str(root / "corpus.jsonl"))], workers=1)
 
         def tokenize() -> int:
             batches = (texts[start:start + 16] for start in range(0, len(texts), 16))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from amid_ds.distributed import World
+from amid_ds.distributed.world import World
 
 
 def slowest(world: World, work: Callable[[], Any]) -> float:

@@ -21,15 +21,19 @@ from typing import Any
 
 import torch
 
-from amid_ds import engine, train
 from amid_ds.bench.measure import slowest, status_bytes
-from amid_ds.config import Dtype, Recipe
+from amid_ds.config.recipe import Dtype, Recipe
 from amid_ds.data import Batch
-from amid_ds.distiller import head_of
-from amid_ds.distributed import World, joined
+from amid_ds.distributed.launch import free_port
+from amid_ds.distributed.rendezvous import init_distributed
+from amid_ds.distributed.world import World
+from amid_ds.engine import backend, build, ds_config, engine, gather
 from amid_ds.errors import TrainingError
-from amid_ds.launch import free_port
 from amid_ds.losses.reference import naive_loss
+from amid_ds.models import loading
+from amid_ds.models.heads import head_of
+from amid_ds.training import job, trainer
+from amid_ds.training.objective import build_objective
 
 MICRO_BATCHES = 4
 
@@ -99,7 +103,7 @@ def _make_models(folder: Path, scale: Scale) -> None:
         config = LlamaConfig(hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
                              num_attention_heads=max(1, width // 64), vocab_size=scale.vocabulary,
                              tie_word_embeddings=True)
-        LlamaForCausalLM(config).to(engine.DTYPES[scale.dtype]).save_pretrained(folder / name)
+        LlamaForCausalLM(config).to(loading.DTYPES[scale.dtype]).save_pretrained(folder / name)
 
 
 def _on_ranks(size: int, folder: Path, part: str, scale: Scale) -> dict[str, Any]:
@@ -126,7 +130,7 @@ def _on_ranks(size: int, folder: Path, part: str, scale: Scale) -> dict[str, Any
 
 def _be_a_rank(rank: int, folder: Path, part: str, scale: Scale) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    with joined(1800) as world:
+    with init_distributed(1800) as world:
         found = _times(folder, world, scale) if part == "times" else _peak(part, folder, world, scale)
         if world.is_main:
             (folder / f"{part}.json").write_text(json.dumps(found))
@@ -166,30 +170,30 @@ class _Ours:
 
     def __init__(self, folder: Path, world: World, scale: Scale, taught: bool) -> None:
         self.world, self.scale, self.recipe = world, scale, _recipe(folder, world, scale, taught)
-        config = engine.read_deepspeed_config(self.recipe, world.dp_size)
-        objective = engine.build_objective(self.recipe.loss)
-        self.ds = engine.build_engine(self.recipe, config, objective, scale.vocabulary, world)
-        self.job = train.Job(self.recipe, config, objective, None)
+        config = ds_config.read_deepspeed_config(self.recipe, world.dp_size)
+        objective = build_objective(self.recipe.loss)
+        self.ds = build.build_engine(self.recipe, config, objective, scale.vocabulary, world)
+        self.job = job.Job(self.recipe, config, objective, None)
         self.window = [_batch(index, world, scale) for index in range(MICRO_BATCHES)]
         self.state = {"step": 0, "tokens": 0,
-                      "tokens_per_pass": engine.plan_teaching(self.ds, self.recipe, None, world)}
+                      "tokens_per_pass": engine.choose_teacher_batch(self.ds, self.recipe, None, world)}
 
     def step(self) -> None:
         self._step(self.window)
 
     def _step(self, window: list[Batch]) -> None:
         valid = sum(batch.labels.numel() for batch in window) * self.world.size
-        train.step(self.job, self.ds, window, valid, self.state, self.world)
+        trainer.train_step(self.job, self.ds, window, valid, self.state, self.world)
 
     @torch.no_grad()
     def teacher_forward(self) -> None:
         """The teacher's body over the window, and its head: what a forward of the model by itself computes."""
         distiller = self.ds.module
-        engine.begin_window(self.ds)
+        engine.start_step(self.ds)
         batches = [batch.to(self.world.device) for batch in self.window]
         per_pass = max(1, self.state["tokens_per_pass"] // batches[0].labels.numel())
         lessons = distiller.teach(batches, per_pass)
-        with engine.gathered_head(distiller.teacher):
+        with gather.gathered_head(distiller.teacher):
             weight = head_of(distiller.teacher).weight
             for hidden in lessons:
                 for rows in hidden.split(256):
@@ -214,11 +218,11 @@ class _Usual:
     """Two ZeRO-3 engines, full logits of both models for every micro-batch, the objective written out."""
 
     def __init__(self, folder: Path, world: World, scale: Scale) -> None:
-        deepspeed = engine.import_deepspeed()
+        deepspeed = backend.import_deepspeed()
         recipe = _recipe(folder, world, scale, taught=True)
-        config = engine.read_deepspeed_config(recipe, world.dp_size)
-        self.world, self.objective = world, engine.build_objective(recipe.loss)
-        student, teacher = (engine.load(str(folder / name), scale.dtype, config)
+        config = ds_config.read_deepspeed_config(recipe, world.dp_size)
+        self.world, self.objective = world, build_objective(recipe.loss)
+        student, teacher = (loading.load_causal_lm(str(folder / name), scale.dtype, ds_config.sharded_loading(config))
                             for name in ("student", "teacher"))
         teacher.requires_grad_(False).eval()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)

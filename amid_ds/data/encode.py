@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from amid_ds import config
+from amid_ds.config import recipe
 from amid_ds.data.chat import Segment
 from amid_ds.data.chat import segments as conversation
 from amid_ds.data.pack import Counts, Document, Packed, pack_text, pack_together, pack_turns
@@ -26,7 +26,7 @@ BATCH_CHARACTERS = 1 << 18          # handed to the tokenizer at once
 class Packer:
     """How the rows of one source become rows of tokens."""
 
-    source: config.Rows
+    source: recipe.Rows
     isolate: bool                   # documents that share a row are kept from one another
     seq_length: int
     on_bad_row: str

@@ -24,7 +24,7 @@ import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 
-from amid_ds import config
+from amid_ds.config import recipe
 from amid_ds.data.order import dealt, rows_of
 from amid_ds.data.preparation import MANIFEST, SHARDS
 from amid_ds.data.readers import place
@@ -200,7 +200,7 @@ class StepData(Steps):
         return [count / rows for count, rows in zip(samples, self.prepared.counts, strict=True)]
 
 
-def epochs_ahead(data: config.Data, seq_length: int, folder: Path, samples: int) -> list[float] | None:
+def epochs_ahead(data: recipe.Data, seq_length: int, folder: Path, samples: int) -> list[float] | None:
     """How often each source will have been read through after `samples` rows of the run. None where `folder` does not
     tell: it holds nothing that is prepared of these sources, in rows of `seq_length`, or they are streamed."""
     try:

@@ -23,14 +23,22 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from amid_ds import config
+from amid_ds.config import recipe
+from amid_ds.config.prompt_templates import TEMPLATES
 from amid_ds.data.chat import require_chat_template
 from amid_ds.data.encode import SHOWN
-from amid_ds.data.shard import Chunk, Maker, chunks_of, read_json, require_intact, require_size, write_json
+from amid_ds.data.shard import (
+    Chunk,
+    Maker,
+    chunks_of,
+    read_json,
+    require_intact,
+    require_size,
+    write_json,
+)
 from amid_ds.data.sources import files_of, identity, open_stream
 from amid_ds.data.tokenizer import end_of_text, fingerprint
 from amid_ds.errors import InputError, TrainingError
-from amid_ds.templates import TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,7 +80,7 @@ class PreparedInfo:
     reused: bool                    # the folder was complete already
 
 
-def prepare_all(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path,
+def prepare_all(data: recipe.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path,
                 verify: bool = False) -> None:
     """`prepare` for the sources to train on, in `folder`, and for each evaluation set and the auxiliary corpus, in
     eval/NAME and auxiliary under it.
@@ -91,7 +99,7 @@ def prepare_all(data: config.Data, seq_length: int, tokenizer: PreTrainedTokeniz
                 require_intact(info.folder / SHARDS / f"{shard['name']}.arrow", shard["sha256"])
 
 
-def prepare(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreparedInfo:
+def prepare(data: recipe.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreparedInfo:
     """Tokenise and pack what is missing in `folder`; a complete one is reused at once.
 
     A folder prepared from other data, with another tokenizer or seq_length is made anew where the run owns it, and
@@ -191,7 +199,7 @@ def _work(chunk: Chunk, wait: bool) -> int | None:
     return _maker.make(chunk, wait)
 
 
-def _plan(data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
+def _plan(data: recipe.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
           files: Sequence[Sequence[str]]) -> dict[str, Any]:
     """All that the shards' bytes depend on. A source's weight is not among it: mixing is done when reading. Nor is
     `on_bad_row`: shards made before a bad row was found are good under either, and what was left out is counted."""
@@ -236,7 +244,7 @@ def _first_difference(found: Any, wanted: Any, name: str = "") -> str:
     return f"`{name}` is {found!r} there and {wanted!r} in this recipe"
 
 
-def _manifest(folder: Path, plan: dict[str, Any], chunks: Sequence[Chunk], data: config.Data) -> dict[str, Any]:
+def _manifest(folder: Path, plan: dict[str, Any], chunks: Sequence[Chunk], data: recipe.Data) -> dict[str, Any]:
     shards = [read_json(folder / SHARDS / f"{chunk.name}.json") for chunk in chunks]
     seen: dict[tuple[int, int], int] = {}                 # lines of (source, file) in earlier shards
     sources = [{"path": source.path, "rows": 0, "places": 0, "tokens": 0, "documents": 0, "truncated": 0, "dropped": 0,

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from amid_ds import config
+from amid_ds.config import recipe
 from amid_ds.data.encode import Packer
 from amid_ds.data.pack import Counts, Document, Packed
 from amid_ds.data.readers import Row, Span, by_size
@@ -59,7 +59,7 @@ class Chunk:
 class Maker:
     """All that a process needs to turn chunks into shards."""
 
-    sources: Sequence[config.Source]
+    sources: Sequence[recipe.Source]
     isolate: Sequence[bool]         # by source: whether its documents are kept from one another
     seq_length: int
     on_bad_row: str

@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from amid_ds import config
+from amid_ds.config import recipe
+from amid_ds.config.prompt_templates import fill_template
 from amid_ds.data.readers import (
     COMPRESSED,
     KINDS,
@@ -33,7 +34,6 @@ from amid_ds.data.readers import (
     type_name,
 )
 from amid_ds.errors import InputError
-from amid_ds.templates import fill
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 OF_DATASETS = ("dataset_dict.json", "dataset_info.json", "state.json")     # beside what `save_to_disk` writes
@@ -41,7 +41,7 @@ FIRST_ROWS = 10               # that many are looked at before a run starts
 OPTIONAL = ("input",)         # what an instruction may do without
 
 
-def files_of(source: config.Source) -> list[str]:
+def files_of(source: recipe.Source) -> list[str]:
     """The files of a source, sorted. Raises InputError where there is none, or one is empty or of no known kind."""
     path = source.path
     if os.path.isdir(path):
@@ -70,7 +70,7 @@ def is_hub_id(path: str) -> bool:
             and not os.path.exists(path) and not os.path.isdir(owner))
 
 
-def identity(source: config.Source, files: Sequence[str]) -> list[list[Any]]:
+def identity(source: recipe.Source, files: Sequence[str]) -> list[list[Any]]:
     """What tells whether the source's files are still the same: name, size and time of change.
 
     A data set of the hub is known by the end of its cache's path, which holds its commit, wherever the cache is.
@@ -86,7 +86,7 @@ def shards_of(files: Sequence[str], target: int) -> Iterator[list[Span]]:
     return by_size(spans, lambda span: span.size, target)
 
 
-def read_span(span: Span, source: config.Source, fields: Sequence[str] | None = None) -> Iterator[Row]:
+def read_span(span: Span, source: recipe.Source, fields: Sequence[str] | None = None) -> Iterator[Row]:
     """The rows of a span, each judged; of the source's fields only those in `fields`, where given."""
     fields = source.fields if fields is None else fields
     names = ("text",) if kind_of(span.path) in TEXT else fields
@@ -94,7 +94,7 @@ def read_span(span: Span, source: config.Source, fields: Sequence[str] | None = 
         yield judged(row, names, source)
 
 
-def judged(row: Row, names: Sequence[str], source: config.Rows) -> Row:
+def judged(row: Row, names: Sequence[str], source: recipe.Rows) -> Row:
     """The row, or what is wrong with it in the place of its values, which are those of the columns `names`; of an
     instruction they become its prompt and its responses, one or several."""
     if source.template is not None:
@@ -116,16 +116,16 @@ def _prompted(row: Row, template: str) -> Row:
     for name, value in checked:
         if problem := _text_problem(value):
             return replace(row, problem=f"the field {name!r} {problem}", values=())
-    return replace(row, values=(fill(template, instruction, context or ""), *outputs))
+    return replace(row, values=(fill_template(template, instruction, context or ""), *outputs))
 
 
-def answered_prompts_of(source: config.Source, on_bad_row: str) -> Iterator[tuple[str, list[str]]]:
+def answered_prompts_of(source: recipe.Source, on_bad_row: str) -> Iterator[tuple[str, list[str]]]:
     """(prompt, its references) of every usable row of a source of prompts."""
     for prompt, *references in _usable(source, on_bad_row):
         yield prompt, references
 
 
-def prompts_of(source: config.Source, on_bad_row: str) -> Iterator[str]:
+def prompts_of(source: recipe.Source, on_bad_row: str) -> Iterator[str]:
     """The prompt of every row of a source that has a usable one; nothing else is looked at."""
     fields = source.fields[:2 if source.template is not None else 1]
     for prompt, in _usable(source, on_bad_row, fields):
@@ -142,7 +142,7 @@ def name_of(span: Span, number: int) -> str:
     return place(span.path, rows_before(span) + number)
 
 
-def check_sources(data: config.Data) -> None:
+def check_sources(data: recipe.Data) -> None:
     """Look at every source's files and first rows, before anything costly is done. Raises InputError.
 
     Not at data sets of the hub: every rank looks, and a thousand ranks are not to ask it at once. `prepare` will.
@@ -156,7 +156,7 @@ def check_sources(data: config.Data) -> None:
                 raise bad_row(name_of(first, row.number), row.problem)
 
 
-def texts_of(data: config.Data, characters: int) -> Iterator[str]:
+def texts_of(data: recipe.Data, characters: int) -> Iterator[str]:
     """About `characters` of text: the beginning of every source, as much of it as its weight says."""
     whole = sum(source.weight for source in data.train)
     for source in data.train:
@@ -170,7 +170,7 @@ def texts_of(data: config.Data, characters: int) -> Iterator[str]:
                 break
 
 
-def _usable(source: config.Source, on_bad_row: str,
+def _usable(source: recipe.Source, on_bad_row: str,
             fields: Sequence[str] | None = None) -> Iterator[tuple[Any, ...]]:
     """The values of a source's rows, in order."""
     for number, path in enumerate(files_of(source)):
@@ -182,7 +182,7 @@ def _usable(source: config.Source, on_bad_row: str,
                     raise bad_row(name_of(span, row.number), row.problem)
 
 
-def _require_usable(file: str, source: config.Source) -> None:
+def _require_usable(file: str, source: recipe.Source) -> None:
     if kind_of(file) is None:
         raise InputError(f"the data file {file!r} is of a kind that is not known", f"one of {_known()}",
                          "convert it, or rename it if it is one of these")
@@ -197,7 +197,7 @@ def _known() -> str:
     return f"{', '.join(KINDS)} (text and JSON also with {' or '.join(COMPRESSED)})"
 
 
-def _hub_files(source: config.Source) -> list[str]:
+def _hub_files(source: recipe.Source) -> list[str]:
     """The Arrow files of a data set of the hub in the cache of `datasets`, brought there if need be."""
     import datasets
 
@@ -211,7 +211,7 @@ def _hub_files(source: config.Source) -> list[str]:
     return [file["filename"] for file in loaded.cache_files]
 
 
-def open_stream(source: config.Source) -> Any:
+def open_stream(source: recipe.Source) -> Any:
     """The source as an IterableDataset. Raises InputError where there is none, or it has not the columns."""
     import datasets
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from amid_ds import config
+from amid_ds.config import recipe
 from amid_ds.data.encode import Packer
 from amid_ds.data.loader import Batch, Row, Steps, batch_of
 from amid_ds.data.order import deal
@@ -108,7 +108,7 @@ class Lane:
 class StreamData(Steps):
     """Steps over streamed sources, from the one after `state` on, each asked for once and in order."""
 
-    def __init__(self, data: config.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, state: State | None,
+    def __init__(self, data: recipe.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, state: State | None,
                  *, workers: int, **layout: int) -> None:
         # One thread reads ahead: a lane is read in order.
         super().__init__(weights=[source.weight for source in data.train], workers=min(workers, 1), **layout)
@@ -169,7 +169,7 @@ def merged_places(states: Sequence[State]) -> State:
     return {"lanes": states[0]["lanes"], "places": places}
 
 
-def stream_summary(data: config.Data, state: State | None) -> str:
+def stream_summary(data: recipe.Data, state: State | None) -> str:
     """How often each source has been read through, and what was left out of the blocks that are finished."""
     lines = []
     for number, source in enumerate(data.train):

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses.objective import AMiD
-from amid_ds.vocab_parallel import VocabShard
 
 
 @dataclass(frozen=True)

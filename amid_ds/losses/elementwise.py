@@ -18,11 +18,11 @@ import math
 import torch
 from torch import Tensor
 
+from amid_ds.distributed.vocab_parallel import VocabShard, merge_logsumexp
 from amid_ds.losses.block import Block, needs_normaliser, normalised
 from amid_ds.losses.moments import ROWS, merged, sums_of
 from amid_ds.losses.objective import KL, AMiD, LogProbs
 from amid_ds.losses.tiles import each_tile
-from amid_ds.vocab_parallel import VocabShard, joined
 
 
 def log_normalisers(block: Block) -> Tensor:
@@ -135,7 +135,7 @@ def _joined(block: Block, parts: list[Tensor], rows: int) -> Tensor:
     """The tiles' log-sum-exps [rows, 2, n] put together; a shard without columns has none, its peak is -inf."""
     if not parts:
         parts = [torch.full((rows, 2, block.tokens), -math.inf, dtype=block.dtype, device=block.device)]
-    return joined(torch.stack(parts)) if len(parts) > 1 else parts[0]
+    return merge_logsumexp(torch.stack(parts)) if len(parts) > 1 else parts[0]
 
 
 def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tensor | float]:

@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.errors import InputError
 from amid_ds.losses import elementwise, tiles
 from amid_ds.losses.block import Backend, Block, Logits, solve
 from amid_ds.losses.objective import AMiD
-from amid_ds.vocab_parallel import VocabShard
 
 IGNORE_INDEX = -100
 

@@ -18,10 +18,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses.block import Block, needs_normaliser
 from amid_ds.losses.moments import ROWS, merged, sums_of
 from amid_ds.losses.objective import KL, AlphaBeta, AMiD, SquaredHellinger, TotalVariation
-from amid_ds.vocab_parallel import VocabShard
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MEASURES = {KL: 0, AlphaBeta: 1, TotalVariation: 2, SquaredHellinger: 3}

@@ -17,15 +17,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from amid_ds.distributed.vocab_parallel import merge_logsumexp
 from amid_ds.losses.objective import AMiD
-from amid_ds.vocab_parallel import joined
 
 ROWS = 9
 
 
 def merged(parts: Tensor) -> Tensor:
     """[m, 9, n] of m parts -> [9, n] of their union; an empty part has L = -inf and otherwise zeros."""
-    total = joined(parts[:, :2])
+    total = merge_logsumexp(parts[:, :2])
     share = (parts[:, 0] - total[0] + parts[:, 1] - total[1]).exp()      # of each part in Σ r̃
     return torch.cat([total, (parts[:, 2:5] * share[:, None]).sum(0), parts[:, 5:].sum(0)])
 

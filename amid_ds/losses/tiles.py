@@ -19,8 +19,8 @@ from typing import TypeVar
 
 import torch
 
-from amid_ds.host_memory import keep_freed_memory
 from amid_ds.losses.block import Block
+from amid_ds.losses.host_memory import keep_freed_memory
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)

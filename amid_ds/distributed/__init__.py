@@ -1,0 +1,1 @@
+"""Ranks from any launcher, and the collectives that training makes outside DeepSpeed."""

@@ -1,0 +1,1 @@
+"""Many runs: the demo, the study, sweeps and reports."""
