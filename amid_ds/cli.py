@@ -9,30 +9,29 @@ import argparse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from amid_ds.distributed.rank_logging import set_up_logging
 from amid_ds.distributed.rendezvous import launched_rank
-from amid_ds.errors import InputError, Stopped, TrainingError, tell
+from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError, exit_status, report_error
 
 if TYPE_CHECKING:
     from amid_ds.cluster.submit import SubmitArgs
     from amid_ds.config.grid import Combination
 
-STOPPED = 75      # EX_TEMPFAIL: what a batch system may start again
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     args = _parse(argv)
+    set_up_logging()
     try:
         args.run(args)
-    except InputError as error:
-        return _say(2, error)
-    except TrainingError as error:
-        return _say(1, error)
-    except Stopped:
-        return STOPPED
+    except (InputError, TrainingError, Stopped) as error:
+        # The ranks have agreed on the error before it gets here, so one of them reports it.
+        if launched_rank() == 0 and not isinstance(error, Stopped):
+            report_error(error)
+        return exit_status(error)
     except KeyboardInterrupt:
-        return 1
-    return 0
+        return ExitStatus.FAILED
+    return ExitStatus.DONE
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -44,12 +43,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if rest:
         args.overrides += rest
     return args
-
-
-def _say(status: int, error: Exception) -> int:
-    if launched_rank() == 0:      # ranks have agreed on the message before it gets here
-        tell(error)
-    return status
 
 
 def _parser() -> argparse.ArgumentParser:

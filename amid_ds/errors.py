@@ -1,20 +1,36 @@
-"""What a user did wrong, said so that it can be mended at 3 a.m.: what was found, what was expected, and the remedy."""
+"""Errors that end a command, and the exit statuses that they become.
+
+A message must be enough to fix the problem at 3 a.m.: it names what was found, what was expected
+and the remedy.
+"""
 
 from __future__ import annotations
 
 import difflib
+import enum
 import sys
 from collections.abc import Iterable
 
 
+class ExitStatus(enum.IntEnum):
+    """The exit status of a rank and of every command; a launcher may turn it into its own."""
+
+    DONE = 0
+    FAILED = 1
+    BAD_INPUT = 2
+    # EX_TEMPFAIL: stopped in good order; a batch system may start the command again.
+    RESTART = 75
+
+
 class InputError(ValueError):
-    """The input is wrong: exit status 2, one message, no traceback. Every message has its three parts."""
+    """The input is wrong: exit status 2, one message in three parts, no traceback."""
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"{found}\n  expected: {expected}\n  remedy:   {remedy}")
         self.found, self.expected, self.remedy = found, expected, remedy
 
-    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:   # ranks send it to one another
+    # Ranks send the error to one another, so it must survive pickling.
+    def __reduce__(self) -> tuple[type[InputError], tuple[str, str, str]]:
         return (InputError, (self.found, self.expected, self.remedy))
 
 
@@ -26,15 +42,24 @@ class Stopped(Exception):
     """The run was asked to stop and did so in good order: exit status 75, start it again to go on."""
 
 
-def tell(error: Exception) -> None:
-    """The one message on stderr; an error that has been told is not told again on its way out."""
-    if str(error) and not getattr(error, "told", False):
-        error.told = True   # type: ignore[attr-defined]
+def exit_status(error: BaseException | None) -> ExitStatus:
+    """The exit status that an error, or the end without one, becomes."""
+    if error is None:
+        return ExitStatus.DONE
+    if isinstance(error, InputError):
+        return ExitStatus.BAD_INPUT
+    return ExitStatus.RESTART if isinstance(error, Stopped) else ExitStatus.FAILED
+
+
+def report_error(error: Exception) -> None:
+    """Print the error's message on stderr, once however often it is reported on its way out."""
+    if str(error) and not getattr(error, "reported", False):
+        error.reported = True   # type: ignore[attr-defined]
         print(f"amid-ds: {error}", file=sys.stderr, flush=True)
 
 
 def suggest(key: str, known: Iterable[str]) -> str:
-    """What was perhaps meant by `key`, for a message."""
+    """A sentence for a message about an unknown `key`: the nearest known one, or all of them."""
     known = list(known)
     match = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"did you mean `{match[0]}`?" if match else f"known: {', '.join(known)}"

@@ -1,5 +1,8 @@
-"""Files that are whole or not there at all: atomic replacement, JSON lines that survive a
-crash, flushing, free space."""
+"""Files and folders that are whole or not there at all, and JSON lines that survive a crash.
+
+Everything is written next to its final name, flushed to disk and renamed into it, so a reader, or
+the next start after a crash, sees the old content or the new one and nothing in between.
+"""
 
 from __future__ import annotations
 
@@ -13,46 +16,57 @@ from typing import Any
 from amid_ds.errors import InputError
 
 
-def truncate_jsonl(path: Path, step: int) -> None:
-    """Keep the lines of `path` up to `step`; a last line that a crash cut short goes too. Replaced in one rename."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
-    replace_text(path, "".join(kept))
-
-
 def replace_text(path: Path, text: str) -> None:
-    """`path` holds either what it held or all of `text`, also after a crash."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w", encoding="utf-8") as file:
+    """Write `text` to `path` in one rename: `path` holds what it held before or all of `text`."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(staging, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(aside, path)
+    os.replace(staging, path)
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines, but for one that a crash cut short; none where there is no file."""
-    found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+def replace_folder(staging: Path, path: Path) -> None:
+    """Move the finished folder `staging` to `path`; the folder that was there is removed last.
+
+    Both lie in the same parent folder. Every file is flushed to disk before the rename.
+    """
+    for file in staging.rglob("*"):
+        if file.is_file():
+            fsync(file)
+    fsync(staging)
+    previous = path.with_name(f".{path.name}.old")
+    shutil.rmtree(previous, ignore_errors=True)
+    if path.exists():
+        os.replace(path, previous)
+    os.replace(staging, path)
+    fsync(path.parent)
+    shutil.rmtree(previous, ignore_errors=True)
 
 
 def fsync(path: Path) -> None:
-    """A file's or folder's content to the disk."""
+    """Flush the content of a file or folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON lines, without one that a crash cut short; [] without a file."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def truncate_jsonl(path: Path, step: int) -> None:
+    """Keep the lines of `path` whose `step` is at most `step`; a line cut short by a crash goes too."""
+    if path.exists():
+        kept = [line for line in read_jsonl(path) if line["step"] <= step]
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def require_disk_space(folder: Path, needed: int, work: str, otherwise: str) -> None:

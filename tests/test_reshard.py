@@ -275,7 +275,7 @@ heard: list[object] = []
 def test_ranks_that_wait_for_a_long_conversion_hear_of_it_and_of_its_failure(monkeypatch):
     monkeypatch.setattr("amid_ds.distributed.world.HEARTBEAT_S", 0.02)
     world = Heard(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
-    world.main_at_length(lambda: time.sleep(0.5))
+    world.run_on_main(lambda: time.sleep(0.5))
     assert heard.count(True) >= 3
     with pytest.raises(InputError, match="no room"):
-        world.main_at_length(lambda: require_disk_space(Path("."), 10**18, "no room:", "go elsewhere"))
+        world.run_on_main(lambda: require_disk_space(Path("."), 10**18, "no room:", "go elsewhere"))

@@ -57,7 +57,7 @@ def bench_checkpoint(as_json: bool) -> None:
 
 
 def _measure(world: World) -> CheckpointRow:
-    folder = Path(world.main_first(tempfile.mkdtemp))
+    folder = Path(world.run_on_main(tempfile.mkdtemp))
     try:
         engine = _engine(folder, world)
         saver = Saver(engine, folder / "ours", CheckpointPolicy(), world, print)
@@ -95,7 +95,7 @@ def _engine(folder: Path, world: World) -> Any:
                              num_attention_heads=8, vocab_size=VOCABULARY, tie_word_embeddings=True)
         LlamaForCausalLM(config).save_pretrained(folder / "model")
 
-    world.main_first(make)
+    world.run_on_main(make)
     recipe = Recipe.model_validate({
         "student": {"model": str(folder / "model")}, "data": {"train": [{"path": "none"}]}, "output_dir": str(folder),
         "train": {"steps": 1, "global_batch_size": world.size}, "deepspeed": "zero3_fp32.json"})

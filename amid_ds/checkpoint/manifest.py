@@ -98,7 +98,7 @@ def find_latest_valid(folder: Path, world: World, warn: Callable[[str], None]) -
     throw away what may still be rescued.
     """
     passed: list[Path] = []
-    for checkpoint in world.main_first(lambda: list_checkpoints(folder))[::-1]:
+    for checkpoint in world.run_on_main(lambda: list_checkpoints(folder))[::-1]:
         wrong = [found for found in world.gather(verify(checkpoint, world.rank, world.size)) if found]
         if not wrong:
             return ResumePoint(checkpoint, frozenset(passed))

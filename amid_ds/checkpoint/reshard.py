@@ -50,7 +50,7 @@ def ensure_consolidated(checkpoint: Path, layout: Mapping[str, Any], student: St
         if world.is_main:
             print(f"{checkpoint} was saved with {describe_layout(before)}, this run has {describe_layout(layout)}: "
                   "converting it once", flush=True)
-        world.main_at_length(lambda: convert(checkpoint, student))
+        world.run_on_main(lambda: convert(checkpoint, student))
     return folder
 
 

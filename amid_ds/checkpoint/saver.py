@@ -51,7 +51,7 @@ class Saver:
         self.state: dict[str, Any] | None = None      # of the save that is under way
         self.thread: threading.Thread | None = None
         self.written: dict[str, dict[str, Any]] | str = {}
-        world.main_first(self._clean_up)
+        world.run_on_main(self._clean_up)
         self.device = _device(folder)
 
     @property

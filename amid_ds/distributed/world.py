@@ -21,7 +21,7 @@ import torch.distributed as dist
 from amid_ds.distributed.failures import (
     FailureMonitor,
 )
-from amid_ds.errors import InputError, Stopped, TrainingError, tell
+from amid_ds.errors import InputError, Stopped, TrainingError, report_error
 
 T = TypeVar("T")
 HEARTBEAT_S = 20.0      # how often rank 0 is heard of while the others wait for it
@@ -137,7 +137,7 @@ class World:
         must not be among them, nor may a rank that is on its way out die of SIGTERM, which would hide its status.
         """
         if self.is_main:
-            tell(error)
+            report_error(error)
         if self.size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)      # Slurm may send it more than once
@@ -148,42 +148,38 @@ class World:
             if self.failures is not None:
                 self.failures.take_back()
 
-    def main_first(self, work: Callable[[], T]) -> T:
-        """Run `work` on rank 0 alone, tell everyone its result. An error there is raised on every rank."""
-        result = self.run_checked(lambda: work() if self.is_main else None)
-        return self.gather(result)[0]   # type: ignore[return-value]
+    def run_on_main(self, work: Callable[[], T]) -> T:
+        """Run `work` on rank 0 alone, for as long as it takes, and return its result on every rank.
 
-
-    def main_at_length(self, work: Callable[[], object]) -> None:
-        """Run `work` on rank 0 alone for as long as it takes. An error there is raised on every rank.
-
-        A collective waits so long and no longer: rank 0 works in a thread and says every now and then that it still is.
+        An error is raised on every rank. `work` makes no collective. A collective waits no longer
+        than its timeout, so rank 0 works in a thread and all ranks exchange a heartbeat meanwhile.
         """
         if self.size == 1:
-            work()
-            return
-        failed: list[Exception] = []
+            return self.run_checked(work)
+        outcome: list[tuple[T | None, Exception | None]] = []
 
         def run() -> None:
             try:
-                work()
+                outcome.append((work(), None))
             except Exception as error:
-                failed.append(error)
+                outcome.append((None, error))
 
-        thread = threading.Thread(target=run, daemon=True)
+        thread = threading.Thread(target=run, name="main rank", daemon=True)
         if self.is_main:
             thread.start()
-        working = True
-        while working:
+        running = True
+        while running:
             if self.is_main:
                 thread.join(HEARTBEAT_S)
-            working = self.gather(thread.is_alive())[0]
+            running = self.gather(thread.is_alive())[0]
 
-        def tell_all() -> None:
-            if failed:
-                raise failed[0]
+        def finish() -> T | None:
+            result, error = outcome[0] if self.is_main else (None, None)
+            if error is not None:
+                raise error
+            return result
 
-        self.run_checked(tell_all)
+        return self.gather(self.run_checked(finish))[0]   # type: ignore[return-value]
 
 
 def _foreign(rank: int, error: Exception) -> TrainingError:

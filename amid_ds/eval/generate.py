@@ -85,7 +85,7 @@ def generate(wish: GenerateArgs) -> None:
     """`amid-ds generate`: every rank of every launcher comes through here. Raises InputError or Stopped."""
     with init_distributed(GENERATE_TIMEOUT_S) as world:
         task = world.run_checked(lambda: check_generate(wish))
-        done = world.main_first(lambda: begin(task))
+        done = world.run_on_main(lambda: begin(task))
         if done is None:
             _tell(world, f"{task.out} is complete: nothing to do")
             return
@@ -99,14 +99,14 @@ def generate(wish: GenerateArgs) -> None:
                                                  world.device))
                 everyone = world.gather((answers, request.reason()))
                 lines = [answer for part, _ in everyone for answer in part]
-                world.main_first(partial(add, task, first, lines))
+                world.run_on_main(partial(add, task, first, lines))
                 bar.update(len(lines))
                 reasons = sorted({why for _, why in everyone if why is not None})
                 if reasons and first + len(lines) < len(task.prompts):
                     request.honoured()
                     _tell(world, f"stopped in order ({', '.join(reasons)}); the same command goes on from there")
                     raise Stopped
-        _tell(world, world.main_first(lambda: finish(task)))
+        _tell(world, world.run_on_main(lambda: finish(task)))
 
 
 def _tell(world: World, message: str) -> None:

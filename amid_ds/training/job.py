@@ -126,7 +126,7 @@ def open_run(job: Job, world: World) -> None:
         except OSError as error:
             raise InputError(f"the output folder {job.run} cannot be written: {error}", "a folder that can be written",
                              "set output_dir to another folder") from None
-    world.main_first(write)
+    world.run_on_main(write)
 
 
 def leave_model(job: Job, world: World) -> None:
@@ -139,5 +139,5 @@ def leave_model(job: Job, world: World) -> None:
                                 "goes on from the one before")
         export.write_export(last, job.recipe, job.run / FINAL_MODEL)
 
-    world.main_at_length(write)
+    world.run_on_main(write)
     tell_main(world, f"{job.run.name}: the model is in {job.run / FINAL_MODEL}")

@@ -49,8 +49,8 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
     with init_distributed(timeout + GRACE_S) as world, Attempt(world.rank, world.size) as life:
         job = world.run_checked(lambda: check_recipe(load_recipe(recipe_path, overrides), world.size))
         world = world.split(job.recipe.tensor_parallel)
-        world.main_at_length(lambda: export.start_from(job.recipe))
-        changed = world.main_first(lambda: changes_since_last_attempt(job.recipe))
+        world.run_on_main(lambda: export.start_from(job.recipe))
+        changed = world.run_on_main(lambda: changes_since_last_attempt(job.recipe))
         open_run(job, world)
         world.run_checked(lambda: life.begin(job.run, changed))
         recipe = job.recipe
@@ -60,9 +60,9 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
             if not world.gather((job.run / FINAL_MODEL).is_dir())[0]:      # killed between its last save and its export
                 leave_model(job, world)
             return
-        world.main_at_length(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
+        world.run_on_main(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
                                                  recipe.prepared_dir))
-        world.main_at_length(lambda: check_prompt_lengths(recipe, lambda message: tell_main(world, message)))
+        world.run_on_main(lambda: check_prompt_lengths(recipe, lambda message: tell_main(world, message)))
         identity = world.run_checked(lambda: identity_of(job, found.checkpoint))
         layout = current_layout(world, ds_config.zero_stage(job.deepspeed_config), job.student_dtype)
         whole = reshard.ensure_consolidated(found.checkpoint, layout, resolve_student(recipe), world) if found.checkpoint else None

@@ -1,0 +1,37 @@
+"""Progress messages of the package, once per job and not once per rank.
+
+Modules log to `logging.getLogger(__name__)`. INFO and WARNING come from rank 0 alone, on stdout and
+above a progress bar; ERROR comes from every rank, on stderr. The results of a command (a table, a
+path, JSON) are printed and not logged.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from tqdm import tqdm
+
+from amid_ds.distributed.rendezvous import launched_rank
+
+PACKAGE_LOGGER = logging.getLogger("amid_ds")
+
+
+class _RankHandler(logging.Handler):
+    """Writes through tqdm, so that a message and a progress bar do not share a line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.ERROR:
+            tqdm.write(f"amid-ds: {record.getMessage()}", file=sys.stderr)
+            sys.stderr.flush()
+        elif launched_rank() == 0:
+            prefix = "WARNING: " if record.levelno >= logging.WARNING else ""
+            tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stdout)
+            sys.stdout.flush()
+
+
+def set_up_logging() -> None:
+    """Send the package's log messages to this process's streams. Called by the command line, once."""
+    if not any(isinstance(handler, _RankHandler) for handler in PACKAGE_LOGGER.handlers):
+        PACKAGE_LOGGER.addHandler(_RankHandler())
+        PACKAGE_LOGGER.setLevel(logging.INFO)
