@@ -1,55 +1,114 @@
-"""A checkpoint's manifest: its state and the size and checksum of every file; listing,
-verifying and choosing checkpoints."""
+"""A checkpoint's manifest: the run's state, the shards' layout, and every file's size and checksum.
+
+The manifest is written last, so a folder that has a good one is complete, and a file that differs
+from what was written is found before anything is loaded from it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, TypedDict
 
+import torch
 import xxhash
 
+from amid_ds.checkpoint.state import Layout, TrainState
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
-from amid_ds.files import (
-    fsync,
-    replace_text,
-)
+from amid_ds.files import fsync, replace_text
+from amid_ds.run.folder import RunFolder
 
-MANIFEST = "manifest.json"       # state, layout, and every file's size and checksum; written last
+MANIFEST_FILE = "manifest.json"
+CHUNK_BYTES = 1 << 20
+
+logger = logging.getLogger(__name__)
+
+
+class FileRecord(TypedDict):
+    """Size and checksum of a file as it was written."""
+
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint says of itself.
+
+    identity: what the run learns from, as flat keys (training/compatibility.py). files: by name.
+    """
+
+    state: TrainState
+    layout: Layout
+    identity: Mapping[str, object]
+    files: Mapping[str, FileRecord]
+
+    def write(self, folder: Path) -> None:
+        """Write the manifest of a folder that is complete, with a checksum of itself."""
+        state = {**self.state.to_json(), "identity": self.identity, **asdict(self.layout)}
+        content = {"state": state, "files": self.files}
+        signed = {"content": content, "xxh3_128": _text_checksum(content)}
+        replace_text(folder / MANIFEST_FILE, json.dumps(signed, indent=1))
+        fsync(folder)
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> Manifest:
+        """The manifest of a checkpoint. Raises ValueError, with the reason, where it is missing or damaged."""
+        try:
+            signed = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
+            content = signed["content"]
+            if signed["xxh3_128"] != _text_checksum(content):
+                raise ValueError
+            state = content["state"]
+            layout = Layout(**{name: state[name] for name in Layout.__dataclass_fields__})
+            return cls(TrainState.from_json(state), layout, state["identity"], content["files"])
+        except OSError as error:
+            raise ValueError(f"no manifest: {error.strerror}") from None
+        except (ValueError, KeyError, TypeError):
+            raise ValueError("the manifest is damaged") from None
+
+
+def _text_checksum(content: object) -> str:
+    return str(xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest())
+
+
+class _HashingFile:
+    """A file that computes the checksum of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.size = file, xxhash.xxh3_128(), 0
+
+    def write(self, data: bytes) -> int:
+        self.hash.update(data)
+        self.size += len(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def write_file(path: Path, content: object) -> FileRecord:
+    """Save `content` with torch.save, flushed to disk; returns its size and checksum."""
+    with open(path, "wb") as file:
+        hashing = _HashingFile(file)
+        torch.save(content, hashing)   # type: ignore[arg-type]
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": hashing.size, "xxh3_128": hashing.hash.hexdigest()}
 
 
 def checkpoint_name(step: int) -> str:
+    """The folder's name of the checkpoint after optimizer step `step`."""
     return f"step_{step:08d}"
 
 
-def write_manifest(folder: Path, content: dict[str, Any]) -> None:
-    """Write the manifest of a folder that is complete, with a checksum of itself."""
-    text = json.dumps(content, sort_keys=True)
-    sealed = {"content": content, "xxh3_128": xxhash.xxh3_128(text.encode()).hexdigest()}
-    replace_text(folder / MANIFEST, json.dumps(sealed, indent=1))
-    fsync(folder)
-
-
-def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """{"state", "files"} of a checkpoint. Raises ValueError, saying what is wrong, where it is gone or damaged."""
-    try:
-        sealed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
-        content: dict[str, Any] = sealed["content"]
-        text = json.dumps(content, sort_keys=True)
-        intact = sealed["xxh3_128"] == xxhash.xxh3_128(text.encode()).hexdigest()
-    except OSError as error:
-        raise ValueError(f"no manifest: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ValueError("the manifest is damaged") from None
-    if not intact:
-        raise ValueError("the manifest is damaged")
-    return content
-
-
 def checkpoint_step(checkpoint: Path) -> int:
+    """The optimizer step of a checkpoint, by its folder's name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
@@ -59,82 +118,60 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint; None where every file is as it was written. Reads every `parts`-th file whole,
-    from `part` on, so that ranks can share the work."""
+    """What is wrong with a checkpoint; None where every file is as it was written.
+
+    Reads every `parts`-th file whole, from `part` on, so that ranks can share the work.
+    """
     try:
-        files = read_manifest(checkpoint)["files"]
+        files = Manifest.read(checkpoint).files
     except ValueError as error:
         return str(error)
-    for name, facts in list(files.items())[part::parts]:
+    for name, record in list(files.items())[part::parts]:
         path = checkpoint / name
         size = path.stat().st_size if path.is_file() else None
-        if size != facts["bytes"]:
-            return f"{name} is missing" if size is None else f"{name} has {size} bytes of {facts['bytes']}"
-        if _checksum(path) != facts["xxh3_128"]:
+        if size is None:
+            return f"{name} is missing"
+        if size != record["bytes"]:
+            return f"{name} has {size} bytes of {record['bytes']}"
+        if _file_checksum(path) != record["xxh3_128"]:
             return f"{name} does not have the checksum that it was written with"
     return None
 
 
-def _checksum(path: Path) -> str:
+def _file_checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """The checkpoint to resume from (None: there is none at all) and the newer ones that were passed over."""
+    """The checkpoint to resume from (None: there is none at all) and the damaged newer ones."""
 
     checkpoint: Path | None
     damaged: frozenset[Path]
 
 
-def find_latest_valid(folder: Path, world: World, warn: Callable[[str], None]) -> ResumePoint:
+def find_latest_valid(folder: Path, world: World) -> ResumePoint:
     """The newest checkpoint that is good. Collective; each rank reads its share of the files.
 
-    Each damaged one is named loudly. Raises TrainingError where there are some and none is good: starting over would
-    throw away what may still be rescued.
+    Each damaged one is named in a warning. Raises TrainingError where there are some and none is
+    good: starting over would throw away what may still be rescued.
     """
-    passed: list[Path] = []
+    damaged: list[Path] = []
     for checkpoint in world.run_on_main(lambda: list_checkpoints(folder))[::-1]:
-        wrong = [found for found in world.gather(verify(checkpoint, world.rank, world.size)) if found]
-        if not wrong:
-            return ResumePoint(checkpoint, frozenset(passed))
-        warn(f"WARNING: the checkpoint {checkpoint} is damaged and passed over: {wrong[0]}")
-        passed.append(checkpoint)
-    if passed:
-        raise TrainingError(f"none of the {len(passed)} checkpoint(s) in {folder} is good; the newest: "
-                            f"{verify(passed[0])}\n  the run does not start over by itself: restore one, or move the "
-                            f"folder away to begin again")
+        problems = [problem for problem in world.gather(verify(checkpoint, world.rank, world.size)) if problem]
+        if not problems:
+            return ResumePoint(checkpoint, frozenset(damaged))
+        logger.warning("the checkpoint %s is damaged and passed over: %s", checkpoint, problems[0])
+        damaged.append(checkpoint)
+    if damaged:
+        raise TrainingError(
+            f"none of the {len(damaged)} checkpoint(s) in {folder} is good; the newest: {verify(damaged[0])}\n"
+            "  the run does not start over by itself: restore one, or move the folder away to begin again")
     return ResumePoint(None, frozenset())
-
-
-def load_checkpoint(engine: Any, checkpoint: Path) -> dict[str, Any]:
-    """Bring weights, optimizer and state back in the layout that they were saved in. Collective. Returns the state."""
-    state: dict[str, Any] = read_manifest(checkpoint)["state"]
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
-    if loaded is None:
-        raise TrainingError(f"DeepSpeed could not load {checkpoint}")
-    return state
-
-
-def current_layout(world: World, zero_stage: int, student_dtype: str) -> dict[str, Any]:
-    """What decides how DeepSpeed lays a model out over its files."""
-    return {"ranks": world.size, "tensor_parallel": world.tp_size, "zero_stage": zero_stage,
-            "student_dtype": student_dtype}
-
-
-def layout_of(checkpoint: Path) -> dict[str, Any]:
-    """The layout that a good checkpoint was saved in."""
-    state = read_manifest(checkpoint)["state"]
-    return {key: state[key] for key in ("ranks", "tensor_parallel", "zero_stage", "student_dtype")}
-
-
-def describe_layout(layout: Mapping[str, Any]) -> str:
-    return (f"{layout['ranks']} rank(s), tensor_parallel {layout['tensor_parallel']}, ZeRO stage "
-            f"{layout['zero_stage']}, {layout['student_dtype']}")
 
 
 def print_checkpoints(run: str) -> None:
@@ -142,18 +179,18 @@ def print_checkpoints(run: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    folder = Path(run) / "checkpoints"
-    if not (Path(run) / "recipe.yaml").is_file():
+    folder = RunFolder(Path(run))
+    if not folder.exists:
         raise InputError(f"{run} is not the folder of a run", "a folder with recipe.yaml and checkpoints/",
                          "check the path")
-    table = Table(title=str(folder))
+    table = Table(title=str(folder.checkpoints))
     for column in ("checkpoint", "step", "MB", "layout", "verdict"):
         table.add_column(column, justify="right" if column in ("step", "MB") else "left", overflow="fold")
-    for path in list_checkpoints(folder):
+    for path in list_checkpoints(folder.checkpoints):
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         try:
-            shown = describe_layout(layout_of(path))
+            layout = str(Manifest.read(path).layout)
         except ValueError:
-            shown = "?"
-        table.add_row(path.name, str(checkpoint_step(path)), f"{size / 1e6:,.1f}", shown, verify(path) or "good")
+            layout = "?"
+        table.add_row(path.name, str(checkpoint_step(path)), f"{size / 1e6:,.1f}", layout, verify(path) or "good")
     Console(width=None).print(table)

@@ -29,3 +29,10 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
+
+
+def recovery_script() -> Path:
+    """DeepSpeed's script that turns its shards into fp32 weights; its users expect it beside them."""
+    from deepspeed.utils import zero_to_fp32
+
+    return Path(zero_to_fp32.__file__)

@@ -1,11 +1,10 @@
-"""Recipe and DeepSpeed config to one DeepSpeed engine around student and teacher, both loaded
-sharded."""
+"""Recipe and DeepSpeed config to one engine around student and teacher, both loaded sharded."""
 
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,102 +12,109 @@ from torch import nn
 
 from amid_ds.config.recipe import Dtype, Recipe, Teacher
 from amid_ds.distributed.world import World
-from amid_ds.engine.backend import (
-    import_deepspeed,
-)
+from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import (
+    DeepSpeedConfig,
     sharded_loading,
     teacher_is_replicated,
     zero_stage,
 )
-from amid_ds.engine.gather import (
-    GatheredBytes,
-    gather_in_order,
-    gather_one,
-    gathered_head,
-)
-from amid_ds.losses import AMiD
+from amid_ds.engine.engine import Engine
+from amid_ds.engine.gather import GatheredBytes, count_and_order_gathers, gathered_head
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_of
-from amid_ds.models.loading import (
-    load_causal_lm,
-)
+from amid_ds.models.loading import load_causal_lm
 from amid_ds.models.tensor_parallel import cut_head, layer_specs, tp_unsupported_reason, vocab_shard
 from amid_ds.run.warm_start import resolve_student
 
+logger = logging.getLogger(__name__)
 
-def build_teacher(teacher: Teacher, config: dict[str, Any]) -> Any:
+
+def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World) -> Engine:
     """A teacher by itself, sharded over all ranks by ZeRO-3 in an engine that does not train. Collective."""
     deepspeed = import_deepspeed()
     model = load_causal_lm(teacher.model, teacher.dtype, sharded_loading(config), **teacher.hub_kwargs)
     bf16 = next(model.parameters()).dtype == torch.bfloat16
-    engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), dist_init_required=False,
-                                      config={**config, "bf16": {"enabled": bf16}})
-    engine.eval()
-    return engine
+    deepspeed_engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), dist_init_required=False,
+                                                config={**config, "bf16": {"enabled": bf16}})
+    deepspeed_engine.eval()
+    return Engine(deepspeed_engine, world)
 
 
-def build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_size: int, world: World) -> Any:
-    """The DeepSpeedEngine around a Distiller. Collective: every rank calls it with the same recipe."""
+def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World) -> Engine:
+    """The engine around a Distiller. Collective: every rank calls it with the same recipe."""
     with freed_memory_given_back():
-        return _build_engine(recipe, config, objective, vocab_size, world)
+        distiller, config = _build_distiller(recipe, config, vocab_size, world)
+        return _initialize(distiller, recipe.train.weight_decay, config, world)
 
 
-def _build_engine(recipe: Recipe, config: dict[str, Any], objective: AMiD, vocab_size: int, world: World) -> Any:
-    deepspeed = import_deepspeed()
+def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int,
+                     world: World) -> tuple[Distiller, DeepSpeedConfig]:
+    """Both models, loaded and their heads cut; and the config with DeepSpeed's tensor-parallel block."""
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
-    teacher, apart = None, teacher_is_replicated(recipe, config)
+    replicated = teacher_is_replicated(recipe, config)
+    teacher = None
     if recipe.teacher is not None:
-        teacher = load_causal_lm(recipe.teacher.model, recipe.teacher.dtype, None if apart else sharded_loading(config),
-                       **recipe.teacher.hub_kwargs)
-        teacher.to(world.device if apart else None)
-    student_dtype: Dtype = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
-    begins = resolve_student(recipe)
-    student = load_causal_lm(begins.model, student_dtype, sharded_loading(config), **begins.hub_kwargs)
-    if recipe.student.activation_checkpointing:
-        student.gradient_checkpointing_enable(   # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False})
-    distiller = Distiller(student, teacher, objective, vocab_size=vocab_size, shard=shard,
-                          kd_weight=1.0, ce_weight=0.0, apart=apart)      # until a step pursues its own
-    distiller.train()      # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing
+        teacher = load_causal_lm(recipe.teacher.model, recipe.teacher.dtype,
+                                 None if replicated else sharded_loading(config), **recipe.teacher.hub_kwargs)
+        if replicated:
+            teacher.to(world.device)
+    student = _load_student(recipe, config)
+    distiller = Distiller(student, teacher, vocab_size=vocab_size, shard=shard, replicated=replicated)
+    # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing.
+    distiller.train()
     if shard is not None:
         for model in filter(None, (student, teacher)):
             cut_head(model, shard, vocab_size, gathered_head)
         config = {**config, "tensor_parallel": _autotp(distiller, world)}
+    return distiller, config
+
+
+def _load_student(recipe: Recipe, config: DeepSpeedConfig) -> nn.Module:
+    dtype: Dtype = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
+    origin = resolve_student(recipe)
+    student = load_causal_lm(origin.model, dtype, sharded_loading(config), **origin.hub_kwargs)
+    if recipe.student.activation_checkpointing:
+        student.gradient_checkpointing_enable(   # type: ignore[operator]
+            gradient_checkpointing_kwargs={"use_reentrant": False})
+    return student
+
+
+def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConfig, world: World) -> Engine:
+    """DeepSpeed's engine around the distiller, its hooks set for our order of modules."""
+    deepspeed = import_deepspeed()
+    zero3 = zero_stage(config) == 3
     trainable = [p for p in distiller.parameters() if p.requires_grad]
-    # The loop sets the learning rate of every step. At stage 0 in bf16 DeepSpeed takes a step without gradients to make
-    # Adam's state: with a rate of 0 it moves nothing, and below it is made not to count.
-    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=recipe.train.weight_decay)
-    with _split_layer_by_layer(distiller) if shard is not None and zero_stage(config) == 3 else contextlib.nullcontext():
-        engine, *_ = deepspeed.initialize(model=distiller, model_parameters=trainable, optimizer=optimizer,
-                                          config=config, dist_init_required=False)
+    # lr=0 because DeepSpeed's bf16 stage 0 runs one empty Adam step to create its state; lr 0 moves
+    # no weight, and the loop below resets Adam's counter. Each step sets its own learning rate.
+    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=weight_decay)
+    split_early = _split_layer_by_layer(distiller) if zero3 and world.tp_size > 1 else contextlib.nullcontext()
+    with split_early:
+        deepspeed_engine, *_ = deepspeed.initialize(model=distiller, model_parameters=trainable, optimizer=optimizer,
+                                                    config=config, dist_init_required=False)
     for values in optimizer.state.values():
         values["step"].zero_()
-    if zero_stage(config) == 3:
-        engine.gathered = GatheredBytes()
-        for held in distiller.parameters():
-            held.all_gather_coalesced = partial(   # type: ignore[attr-defined]
-                gather_in_order, held.all_gather_coalesced, engine.gathered)   # type: ignore[attr-defined]
-            held.all_gather = partial(   # type: ignore[attr-defined]
-                gather_one, held.all_gather, engine.gathered, held)   # type: ignore[attr-defined]
-        # ZeRO-3 prefetches along a trace of modules that it starts anew at every forward, and drops where one differs
-        # from the one before. The teacher runs once in a window of several: one trace spans it all (`begin_window`).
-        engine.optimizer.parameter_offload.fwd_pre_hook.remove()
-        # The student's head is read by FusedHead, not by the module that owns it: tell ZeRO-3's hooks.
-        head = head_of(student)
+    gathered_bytes = GatheredBytes()
+    if zero3:
+        gathered_bytes = count_and_order_gathers(distiller)
+        # ZeRO-3 restarts its prefetch trace at each forward and drops it when the module order
+        # changes. Ours repeats per optimizer step only: Engine.start_step restarts it instead.
+        deepspeed_engine.optimizer.parameter_offload.fwd_pre_hook.remove()
+        # FusedHead reads the student's head, not the module that owns it: tell ZeRO-3's hooks.
+        head = head_of(distiller.student)
         for parameter in (head.weight, head.bias):
             if parameter is not None:
                 deepspeed.zero.register_external_parameter(distiller.head, parameter)
-    return engine
+    return Engine(deepspeed_engine, world, gathered_bytes)
 
 
 @contextlib.contextmanager
 def _split_layer_by_layer(distiller: Distiller) -> Iterator[None]:
-    """Within it AutoTP's part of a layer goes into ZeRO-3's partitions before the next layer is gathered.
+    """A context in which AutoTP's part of a layer is partitioned by ZeRO-3 before the next layer is gathered.
 
-    By itself DeepSpeed partitions all of them at the end, and a rank holds its whole tensor-parallel share of both
-    models until then.
+    By itself DeepSpeed partitions all of them at the end, and a rank holds its whole tensor-parallel
+    share of both models until then.
     """
     from deepspeed.module_inject.auto_tp import AutoTP
     from deepspeed.utils import groups
@@ -120,7 +126,8 @@ def _split_layer_by_layer(distiller: Distiller) -> Iterator[None]:
         before: list[Any] = list(child.parameters(recurse=False))
         layer = replace_layer(autotp, child, name)
         if layer is not child:
-            for parameter in before:      # AutoTP keeps the parameter, to know it by; its data would stay with it
+            for parameter in before:
+                # AutoTP keeps the parameter to identify it by; its data would stay with it.
                 parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
         fresh: list[Any] = [p for p in layer.parameters(recurse=False) if not hasattr(p, "ds_id")]
         for parameter in fresh:
@@ -135,16 +142,18 @@ def _split_layer_by_layer(distiller: Distiller) -> Iterator[None]:
         AutoTP._replace_with_config = replace_layer
 
 
-def _autotp(distiller: Distiller, world: World) -> dict[str, Any]:
-    """DeepSpeed's `tensor_parallel` block: which weights of the two bodies AutoTP splits. Says what stays whole."""
+def _autotp(distiller: Distiller, world: World) -> dict[str, object]:
+    """DeepSpeed's `tensor_parallel` block: the weights of the two bodies that AutoTP splits."""
     specs = []
     for name, model in (("student", distiller.student), ("teacher", distiller.teacher)):
-        if name not in distiller._modules or model is None:      # a teacher apart from the engine is whole by request
+        # A replicated teacher is no submodule, and stays whole by request.
+        if name not in distiller._modules or model is None:
             continue
         reason = tp_unsupported_reason(model, world.tp_size)
         if reason is None:
             specs += layer_specs(model, name, trains=name == "student")
-        elif world.is_main:
-            print(f"tensor_parallel {world.tp_size}: the {name}'s body stays whole on every rank, its head is split: "
-                  f"{reason}", flush=True)
-    return {"autotp_size": world.tp_size, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
+        else:
+            logger.info("tensor_parallel %d: the %s's body stays whole on every rank, its head is split: %s",
+                        world.tp_size, name, reason)
+    return {"autotp_size": world.tp_size,
+            "partition_config": {"use_default_specs": False, "layer_specs": specs}}

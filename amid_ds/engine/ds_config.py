@@ -10,24 +10,25 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from amid_ds.config.library import packaged_folder
 from amid_ds.config.recipe import Recipe
 from amid_ds.errors import InputError
-from amid_ds.models.loading import (
-    checkpoint_dtype,
-)
+from amid_ds.models.loading import checkpoint_dtype
+
+# DeepSpeed's own JSON, whose keys and values are its documentation's.
+DeepSpeedConfig: TypeAlias = Mapping[str, Any]
 
 OWNED_BY_RECIPE = {"optimizer": "train.learning_rate and train.weight_decay", "scheduler": "train.schedule",
                    "train_batch_size": "train.global_batch_size", "tensor_parallel": "tensor_parallel",
                    "activation_checkpointing": "student.activation_checkpointing"}
 
 
-def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> dict[str, Any]:
-    """The DeepSpeed config with the recipe's numbers filled in. Raises InputError where the two contradict."""
+def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig:
+    """The DeepSpeed config with the recipe's numbers in it. Raises InputError where the two contradict."""
     path = find_deepspeed_config(recipe.deepspeed)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -35,64 +36,85 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(config).__name__}, not a mapping")
     except (OSError, ValueError) as error:
         raise InputError(f"the DeepSpeed config {path} cannot be read: {error}", "a JSON object",
-                         "mend the file, or start from one in ds_configs/") from None
+                         "fix the file, or start from one in ds_configs/") from None
+    accumulation = accumulation_steps(recipe, data_parallel)
     ours = {"train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
-            "gradient_accumulation_steps": accumulation_steps(recipe, data_parallel),
+            "gradient_accumulation_steps": accumulation,
             "gradient_clipping": recipe.train.gradient_clipping}
-    conflicts = [f"{key}: {config[key]} in {path.name}, {value} by the recipe" for key, value in ours.items()
-                 if config.get(key, "auto") not in ("auto", value)]
-    conflicts += [f"{key}: {json.dumps(config[key])} in {path.name}, {owner} in the recipe"
-                  for key, owner in OWNED_BY_RECIPE.items() if config.get(key, "auto") != "auto"]
-    conflicts += stage_conflicts(recipe, config, path.name)
-    if config.get("fp16", {}).get("enabled"):
-        conflicts.append(f"fp16.enabled: true in {path.name}, the recipe knows bf16 and fp32")
-    bf16 = bool(config.get("bf16", {}).get("enabled"))
-    if recipe.student.dtype != "auto" and (recipe.student.dtype == "bf16") != bf16:
-        conflicts.append(f"bf16.enabled: {str(bf16).lower()} in {path.name}, "
-                         f"student.dtype: {recipe.student.dtype} in the recipe")
-    if conflicts:
+    if conflicts := list(_conflicts(recipe, config, ours, path.name)):
         lines = "\n".join(f"    - {conflict}" for conflict in conflicts)
         raise InputError(f"recipe and DeepSpeed config contradict each other:\n{lines}",
-                         'each value in one place; batch sizes, clipping, optimizer and schedule in the recipe',
+                         "each value in one place; batch sizes, clipping, optimizer and schedule in the recipe",
                          f'take these keys out of {path}, or set them to "auto", or to what the line asks for')
-    for key in OWNED_BY_RECIPE:
-        config.pop(key, None)
-    if recipe.data.auxiliary is not None:      # each micro-batch has one of the second corpus beside it
-        ours["gradient_accumulation_steps"] = 2 * accumulation_steps(recipe, data_parallel)
-    return {**config, **ours, "steps_per_print": sys.maxsize}
+    if recipe.data.auxiliary is not None:
+        # Each micro-batch is followed by one of the auxiliary corpus.
+        ours["gradient_accumulation_steps"] = 2 * accumulation
+    kept = {key: value for key, value in config.items() if key not in OWNED_BY_RECIPE}
+    return {**kept, **ours, "steps_per_print": sys.maxsize}
 
 
-def zero_stage(config: Mapping[str, Any]) -> Any:
-    """The ZeRO stage of a DeepSpeed config: 0 to 3, or what else is written there."""
-    return config.get("zero_optimization", {}).get("stage", 0)
+def _conflicts(recipe: Recipe, config: DeepSpeedConfig, ours: Mapping[str, float], name: str) -> Iterator[str]:
+    """A line for each key in which the config of the file `name` contradicts the recipe."""
+    for key, value in ours.items():
+        if config.get(key, "auto") not in ("auto", value):
+            yield f"{key}: {config[key]} in {name}, {value} by the recipe"
+    for key, owner in OWNED_BY_RECIPE.items():
+        if config.get(key, "auto") != "auto":
+            yield f"{key}: {json.dumps(config[key])} in {name}, {owner} in the recipe"
+    yield from _zero_stage_conflicts(recipe, config, name)
+    if config.get("fp16", {}).get("enabled"):
+        yield f"fp16.enabled: true in {name}, the recipe knows bf16 and fp32"
+    bf16 = uses_bf16(config)
+    if recipe.student.dtype != "auto" and (recipe.student.dtype == "bf16") != bf16:
+        yield (f"bf16.enabled: {str(bf16).lower()} in {name}, "
+               f"student.dtype: {recipe.student.dtype} in the recipe")
 
 
-def sharded_loading(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The config under which transformers loads a model straight into ZeRO-3's shards; None below stage 3."""
-    return config if zero_stage(config) == 3 else None
-
-
-def stage_conflicts(recipe: Recipe, config: dict[str, Any], name: str) -> Iterator[str]:
-    """What is wrong with the ZeRO stage in itself or for the recipe's layout."""
-    stage = zero_stage(config)
-    bf16 = bool(config.get("bf16", {}).get("enabled"))
+def _zero_stage_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Iterator[str]:
+    """A line for a ZeRO stage that is wrong in itself or for the recipe's layout."""
+    stage, bf16 = zero_stage(config), uses_bf16(config)
     if stage not in (0, 1, 2, 3):
         yield f"zero_optimization.stage: {stage!r} in {name}, the stages are 0 to 3"
     elif stage == 0 and bf16 and recipe.tensor_parallel > 1:
         # DeepSpeed's optimizer of that stage gets the gradient norm of a split model wrong (0.780 for 0.883).
-        yield f"zero_optimization.stage: 0 with bf16 in {name}, tensor_parallel: {recipe.tensor_parallel} needs stage 1"
-    elif stage < 3 and bf16 and recipe.teacher is not None and not teacher_is_replicated(recipe, config) and (
-            recipe.teacher.dtype == "fp32" or (recipe.teacher.dtype == "auto" and checkpoint_dtype(
-                recipe.teacher.model, **recipe.teacher.hub_kwargs) == torch.float32)):
+        yield (f"zero_optimization.stage: 0 with bf16 in {name}, tensor_parallel: {recipe.tensor_parallel} "
+               "needs stage 1")
+    elif stage < 3 and bf16 and _engine_has_fp32_teacher(recipe, config):
         # Below stage 3 DeepSpeed casts every parameter of the engine to bf16, the teacher's too.
-        yield (f"zero_optimization.stage: {stage} with bf16 in {name}, a teacher in fp32 on tensor-parallel ranks "
-               "needs stage 3, or set teacher.placement: replicated, or teacher.dtype: bf16")
+        yield (f"zero_optimization.stage: {stage} with bf16 in {name}, a teacher in fp32 on tensor-parallel "
+               "ranks needs stage 3, or set teacher.placement: replicated, or teacher.dtype: bf16")
 
 
-def teacher_is_replicated(recipe: Recipe, config: dict[str, Any]) -> bool:
-    """Whether every rank holds the teacher whole, beside the engine: asked for, or because nothing would shard it."""
-    return recipe.teacher is not None and (
-        recipe.teacher.placement == "replicated" or (zero_stage(config) != 3 and recipe.tensor_parallel == 1))
+def _engine_has_fp32_teacher(recipe: Recipe, config: DeepSpeedConfig) -> bool:
+    teacher = recipe.teacher
+    if teacher is None or teacher_is_replicated(recipe, config):
+        return False
+    if teacher.dtype == "auto":
+        return checkpoint_dtype(teacher.model, **teacher.hub_kwargs) == torch.float32
+    return teacher.dtype == "fp32"
+
+
+def zero_stage(config: DeepSpeedConfig) -> Any:
+    """The ZeRO stage that the config names: 0 to 3, or the wrong value that is written there."""
+    return config.get("zero_optimization", {}).get("stage", 0)
+
+
+def uses_bf16(config: DeepSpeedConfig) -> bool:
+    """True where the student trains in bf16; the optimizer's weights are in fp32 either way."""
+    return bool(config.get("bf16", {}).get("enabled"))
+
+
+def sharded_loading(config: DeepSpeedConfig) -> DeepSpeedConfig | None:
+    """The config under which transformers loads a model straight into ZeRO-3's shards; None below stage 3."""
+    return config if zero_stage(config) == 3 else None
+
+
+def teacher_is_replicated(recipe: Recipe, config: DeepSpeedConfig) -> bool:
+    """True where every rank holds the teacher whole, outside the engine: asked for, or because nothing shards it."""
+    if recipe.teacher is None:
+        return False
+    nothing_shards_it = zero_stage(config) != 3 and recipe.tensor_parallel == 1
+    return recipe.teacher.placement == "replicated" or nothing_shards_it
 
 
 def find_deepspeed_config(name: str) -> Path:
@@ -109,7 +131,7 @@ def find_deepspeed_config(name: str) -> Path:
 
 
 def data_parallel_size(recipe: Recipe, ranks: int) -> int:
-    """How many ranks see different tokens. Raises InputError where tensor_parallel does not divide `ranks`."""
+    """The number of ranks that see different tokens. Raises InputError where tensor_parallel does not divide `ranks`."""
     size = recipe.tensor_parallel
     if ranks % size:
         fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)

@@ -1,100 +1,193 @@
-"""Recipe + DeepSpeed config -> one engine that holds student and teacher, both loaded sharded. The owner of deepspeed.
-
-The recipe owns batch sizes, clipping, optimizer and schedule; the DeepSpeed config owns precision, ZeRO and
-communication. What both name must agree.
-"""
+"""One DeepSpeed engine around student and teacher, behind a dozen methods in the trainer's own terms."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-import socket
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-import psutil
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from amid_ds.config.recipe import Recipe
+from amid_ds.data import Batch
 from amid_ds.distributed.world import World
-from amid_ds.engine.gather import (
-    gathered_head,
-    param_coordinator,
-)
-from amid_ds.models.distiller import Distiller
+from amid_ds.engine import gather, memory, restore, staging
+from amid_ds.errors import TrainingError
+from amid_ds.models.distiller import Distiller, MicroBatchLoss, StepObjective
 from amid_ds.models.heads import check_head, check_isolation
 
 
-def start_step(engine: Any) -> None:
-    """For the start of each optimizer step, before the teacher runs: here ZeRO-3's prefetch trace starts anew."""
-    if engine.zero_optimization_partition_weights():
-        param_coordinator(engine).reset_step()
+class TeacherBatch(NamedTuple):
+    """How the teacher works through an accumulation window: tokens that share a forward call, and
+    whether its hidden states wait in pinned host memory. The same on every rank."""
+
+    tokens_per_pass: int
+    on_host: bool
 
 
-def optimizer_step(engine: Any, world: World) -> float | None:
-    """The optimizer step; the gradients' global norm before clipping, or None: it is not finite, no step was taken.
+class Engine:
+    """The only face of DeepSpeed: what a training step, a checkpoint and generation ask of it.
 
-    Collective. DeepSpeed refuses the step itself, but for stage 0 in fp32, where it neither looks nor tells the norm.
+    module: the `Distiller`, or for generation a causal LM by itself.
+    gathered_bytes: bytes of weights that ZeRO-3 has gathered on this rank so far, counted in training.
     """
-    if engine.zero_optimization() or engine.bfloat16_enabled():
-        engine.step()
-        return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
-    trained = [p for p in engine.module.parameters() if p.grad is not None]
-    whole, split = (sum(float(p.grad.double().square().sum()) for p in trained
-                        if hasattr(p, "tensor_model_parallel") == wanted) for wanted in (False, True))
-    # Every rank has the gradients of the whole step: world.sum counts each of the dp_size copies.
-    norm = math.sqrt(whole + world.sum([split])[0] * world.tp_size / world.dp_size)
-    if math.isfinite(norm):
+
+    def __init__(self, deepspeed_engine: Any, world: World,
+                 gathered_bytes: gather.GatheredBytes | None = None) -> None:
+        self._deepspeed, self.world = deepspeed_engine, world
+        self.gathered_bytes = gathered_bytes or gather.GatheredBytes()
+        self.module: nn.Module = deepspeed_engine.module
+        self.is_partitioned = bool(deepspeed_engine.zero_optimization_partition_weights())
+        self.zero_stage = int(deepspeed_engine.zero_optimization_stage())
+        self.student_dtype = "bf16" if deepspeed_engine.bfloat16_enabled() else "fp32"
+
+    @property
+    def distiller(self) -> Distiller:
+        """The engine's module where it trains: student, teacher and the fused head."""
+        assert isinstance(self.module, Distiller)
+        return self.module
+
+    def start_step(self, learning_rate: float) -> None:
+        """Begin an optimizer step, before the teacher runs."""
+        for group in self._deepspeed.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.reset_prefetch()
+
+    def reset_prefetch(self) -> None:
+        """Start ZeRO-3's prefetch trace anew: at each optimizer step, at each token of a generation.
+
+        DeepSpeed itself would restart it at every forward, and drop it where the order of modules
+        differs. Our order (teacher once, then the student's micro-batches) repeats per step only.
+        """
+        if self.is_partitioned:
+            gather.param_coordinator(self._deepspeed).reset_step()
+
+    def forward(self, batch: Batch, token_weights: Tensor, teacher_hidden: Tensor | None,
+                objective: StepObjective, last: bool) -> MicroBatchLoss:
+        """The loss of one micro-batch, see `Distiller.forward`; `last` of the accumulation window or not."""
+        self._deepspeed.set_gradient_accumulation_boundary(last)
+        loss: MicroBatchLoss = self._deepspeed(batch.input_ids, batch.labels, token_weights, teacher_hidden,
+                                               batch.positions, objective=objective)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of the sum over ranks of `loss`.
+
+        DeepSpeed averages gradients over the data-parallel ranks, hence the factor.
+        """
+        self._deepspeed.backward(loss * self.world.dp_size, scale_wrt_gas=False)
+
+    def optimizer_step(self) -> float | None:
+        """The gradients' global norm before clipping, after the step; None: not finite, no step taken.
+
+        Collective. DeepSpeed refuses such a step itself, except at stage 0 in fp32, where it neither
+        checks nor reports the norm.
+        """
+        engine = self._deepspeed
+        if engine.zero_optimization() or engine.bfloat16_enabled():
+            engine.step()
+            return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
+        trained = [p for p in self.module.parameters() if p.grad is not None]
+        whole, split = (sum(float(p.grad.double().square().sum()) for p in trained   # type: ignore[union-attr]
+                            if hasattr(p, "tensor_model_parallel") == wanted) for wanted in (False, True))
+        # Every rank has the gradients of the whole step: world.sum counts each of the dp_size copies.
+        norm = math.sqrt(whole + self.world.sum([split])[0] * self.world.tp_size / self.world.dp_size)
+        if not math.isfinite(norm):
+            return None
         engine.step()
         return norm
-    return None
 
+    def teacher_hidden_states(self, batches: Sequence[Batch], micro_batch_tokens: int,
+                              teacher_batch: TeacherBatch) -> list[Tensor]:
+        """The teacher's hidden states of every micro-batch; see `Distiller.teacher_hidden_states`."""
+        rows = max(1, teacher_batch.tokens_per_pass // micro_batch_tokens)
+        return self.distiller.teacher_hidden_states(batches, rows, teacher_batch.on_host)
 
-def fits_whole(engine: Any, model: nn.Module, world: World) -> bool:
-    """Whether all the weights of `model` take less than half of what memory every rank has left. Collective."""
-    if not engine.zero_optimization_partition_weights():
-        return True
-    size = sum(p.ds_numel * p.element_size() for p in model.parameters())   # type: ignore[attr-defined]
-    return size < min(world.gather(_free_memory(world))) // 2
+    @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """A context in which the student is in eval mode."""
+        self._deepspeed.eval()
+        try:
+            yield
+        finally:
+            self._deepspeed.train()
 
+    def gathered_head(self, model: nn.Module | None) -> contextlib.AbstractContextManager[None]:
+        """A context in which every rank can read the whole head of `model`. Collective."""
+        return gather.gathered_head(model)
 
-def choose_teacher_batch(engine: Any, recipe: Recipe, before: int | None, world: World) -> int:
-    """How many tokens of the window share one forward call of the teacher, and where its hidden states wait.
+    def gathered(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """A context in which every rank holds all the weights of `model` that tensor parallelism leaves it.
 
-    The recipe's `teacher.max_tokens_per_pass`; else what the run's life before took (`before`), because the number of
-    rows in a product changes its last digits; else what an eighth of the rank's free memory holds of a layer's
-    activations. The same on every rank. Hidden states beyond another eighth wait in pinned host memory.
-    """
-    distiller: Distiller = engine.module
-    if distiller.teacher is None or recipe.teacher is None:
-        return 0
-    config: Any = distiller.teacher.config
-    size = next(distiller.teacher.parameters()).element_size()
-    activations = 8 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None) or 4 * config.hidden_size)
-    if config._attn_implementation == "eager":      # it makes the scores of a row with all the others, twice
-        activations += 2 * config.num_attention_heads * recipe.train.seq_length
-    budget = min(world.gather(_free_memory(world))) // 8
-    window = recipe.train.global_batch_size // world.dp_size * recipe.train.seq_length
-    distiller.wait_on_host = world.device.type == "cuda" and window * config.hidden_size * size > budget
-    fits = 1 << max(0, (budget // (activations * size)).bit_length() - 1)
-    return recipe.teacher.max_tokens_per_pass or before or fits
+        Gathered once, however often the model runs in it. Collective.
+        """
+        return gather.gathered_model(self._deepspeed, model) if self.is_partitioned else contextlib.nullcontext()
 
+    def fits_gathered(self, model: nn.Module) -> bool:
+        """True where all the weights of `model` take less than half of every rank's free memory. Collective."""
+        if not self.is_partitioned:
+            return True
+        size = sum(gather.full_numel(p) * p.element_size() for p in model.parameters())
+        return size < memory.least_free_memory(self.world) // 2
 
-def _free_memory(world: World) -> int:
-    """Bytes that this rank may still take: the GPU's, or its share of the host's."""
-    if world.device.type == "cuda":
-        return torch.cuda.mem_get_info(world.device)[0]
-    host = socket.gethostname()
-    return psutil.virtual_memory().available // world.gather(host).count(host)
+    def choose_teacher_batch(self, recipe: Recipe, previous: int | None) -> TeacherBatch:
+        """The window's tokens that share one forward call of the teacher. Collective.
 
+        That is the recipe's `teacher.max_tokens_per_pass`; else what the run's attempt before took
+        (`previous`), because the number of rows in a product changes its last digits; else what an
+        eighth of the free memory holds of a layer's activations. Hidden states beyond another
+        eighth wait in pinned host memory.
+        """
+        teacher = self.distiller.teacher
+        if teacher is None or recipe.teacher is None:
+            return TeacherBatch(0, False)
+        config: Any = teacher.config
+        size = next(teacher.parameters()).element_size()
+        activations = 8 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None)
+                                                    or 4 * config.hidden_size)
+        if config._attn_implementation == "eager":
+            # It makes the scores of a row with all the others, twice.
+            activations += 2 * config.num_attention_heads * recipe.train.seq_length
+        budget = memory.least_free_memory(self.world) // 8
+        window = recipe.train.global_batch_size // self.world.dp_size * recipe.train.seq_length
+        on_host = self.world.device.type == "cuda" and window * config.hidden_size * size > budget
+        fits = 1 << max(0, (budget // (activations * size)).bit_length() - 1)
+        return TeacherBatch(recipe.teacher.max_tokens_per_pass or previous or fits, on_host)
 
-def check_models(engine: Any, vocab_size: int, isolated: bool) -> None:
-    """On a few tokens, at the start of every run: the fused heads give both models' own logits, and documents that are
-    to be isolated are."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab_size, (2, 16), generator=generator).to(engine.device)
-    for name, model in (("student", engine.module.student), ("teacher", engine.module.teacher)):
-        if model is not None:
-            title = f"the {name} {model.config.name_or_path}"
-            check_head(model, title, ids, gathered_head)
-            if isolated:
-                check_isolation(model, title, ids)
+    def check_models(self, vocab_size: int, isolated: bool) -> None:
+        """Raise InputError unless the fused heads give both models' own logits on a few tokens, and,
+        where documents are to be isolated, they are. Collective."""
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(vocab_size, (2, 16), generator=generator).to(self.world.device)
+        for name, model in (("student", self.distiller.student), ("teacher", self.distiller.teacher)):
+            if model is not None:
+                title = f"the {name} {model.config.name_or_path}"   # type: ignore[union-attr]
+                check_head(model, title, ids, self.gathered_head)
+                if isolated:
+                    check_isolation(model, title, ids)
+
+    def stage_checkpoint(self) -> dict[str, object]:
+        """What this rank has to write to a checkpoint, by file name, copied to host memory. Collective."""
+        return staging.stage_checkpoint(self._deepspeed)
+
+    def load_checkpoint(self, checkpoint: Path) -> None:
+        """Restore weights and optimizer in the layout that they were saved in. Collective."""
+        loaded, _ = self._deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name,
+                                                    load_module_strict=False)
+        if loaded is None:
+            raise TrainingError(f"DeepSpeed could not load {checkpoint}")
+
+    def load_tensors(self, read: Callable[[str], Mapping[str, Tensor]], step: int) -> None:
+        """Restore weights and optimizer from whole tensors; see `restore.load_tensors`. Collective."""
+        restore.load_tensors(self._deepspeed, read, step, self.world)
+
+    def resident_bytes(self) -> dict[str, int]:
+        """Bytes that stay on this rank from step to step: weights of both models, optimizer states."""
+        return memory.resident_bytes(self._deepspeed)
+
+    def gradient_bytes(self) -> int:
+        """Bytes of the gradients that wait for the optimizer on this rank."""
+        return memory.gradient_bytes(self._deepspeed)

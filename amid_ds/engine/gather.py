@@ -1,18 +1,16 @@
-"""ZeRO-3's gathers: counted, ordered alike on every rank, and held while a head or a model is
-read."""
+"""ZeRO-3's gathers: counted, in the same order on every rank, and held while a head or a model is read."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from amid_ds.engine.backend import (
-    import_deepspeed,
-)
+from amid_ds.engine.backend import import_deepspeed
 from amid_ds.models.heads import head_of
 
 
@@ -24,6 +22,7 @@ class GatheredBytes:
     teacher: int = 0
 
     def add(self, parameters: Iterable[Any]) -> None:
+        """Count one gather of `parameters`; the teacher's are those without a gradient."""
         for parameter in parameters:
             size = parameter.ds_numel * parameter.element_size()
             if parameter.requires_grad:
@@ -32,32 +31,41 @@ class GatheredBytes:
                 self.teacher += size
 
 
-def param_coordinator(engine: Any) -> Any:
-    """What ZeRO-3's hooks ask; without an optimizer there is the offload alone."""
-    return getattr(engine.optimizer, "parameter_offload", engine.optimizer).get_param_coordinator()
+def count_and_order_gathers(model: nn.Module) -> GatheredBytes:
+    """Wrap the gathers of every ZeRO-3 parameter of `model`; returns the bytes that they will count."""
+    gathered_bytes = GatheredBytes()
+    for parameter in model.parameters():
+        zero_parameter: Any = parameter
+        zero_parameter.all_gather_coalesced = partial(
+            _gather_in_order, zero_parameter.all_gather_coalesced, gathered_bytes)
+        zero_parameter.all_gather = partial(
+            _gather_and_wait, zero_parameter.all_gather, gathered_bytes, zero_parameter)
+    return gathered_bytes
 
 
-def gather_in_order(gather: Callable[..., Any], gathered: GatheredBytes, parameters: Iterable[Any], **options: Any) -> Any:
-    """DeepSpeed's gather of several parameters, counted, and its groups of ranks in the same order on every rank.
+def _gather_in_order(gather: Callable[..., Any], gathered_bytes: GatheredBytes, parameters: Iterable[Any],
+                     **options: Any) -> Any:
+    """DeepSpeed's gather of several parameters, its groups of ranks in the same order on every rank.
 
-    Under tensor parallelism parameters lie over two groups (all ranks, the data-parallel ones). DeepSpeed takes the
-    groups in the order of a Python set, that is of addresses, and NCCL may wait for ever where ranks differ in it.
+    Under tensor parallelism parameters lie over two groups (all ranks, the data-parallel ones).
+    DeepSpeed takes the groups in the order of a Python set, that is of addresses, and NCCL may wait
+    for ever where ranks differ in it.
     """
     ordered = sorted(parameters, key=lambda parameter: parameter.ds_id)
-    gathered.add(ordered)
+    gathered_bytes.add(ordered)
     return gather(ordered, **options)
 
 
-def gather_one(gather: Callable[..., Any], gathered: GatheredBytes, own: Any, param_list: list[Any] | None = None,
-                  **options: Any) -> Any:
-    """DeepSpeed's gather that waits, of `param_list` or of the parameter that it belongs to, counted."""
-    gathered.add([own] if param_list is None else param_list)
+def _gather_and_wait(gather: Callable[..., Any], gathered_bytes: GatheredBytes, own: Any,
+                     param_list: list[Any] | None = None, **options: Any) -> Any:
+    """DeepSpeed's blocking gather of `param_list`, or of the parameter that the method belongs to."""
+    gathered_bytes.add([own] if param_list is None else param_list)
     return gather(param_list, **options)
 
 
 @contextlib.contextmanager
 def gathered_head(model: nn.Module | None) -> Iterator[None]:
-    """Within it the whole head of `model` can be read on every rank, gathered once however often it is read."""
+    """A context in which every rank can read the whole head of `model`, gathered once. Collective."""
     deepspeed = import_deepspeed()
     head = head_of(model) if model is not None else None
     parameters = [p for p in (head.weight, head.bias) if p is not None] if head is not None else []
@@ -66,33 +74,41 @@ def gathered_head(model: nn.Module | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def gathered(engine: Any, model: nn.Module) -> Iterator[None]:
-    """Within it every rank holds all the weights of `model` that tensor parallelism leaves it, gathered once.
+def gathered_model(deepspeed_engine: Any, model: nn.Module) -> Iterator[None]:
+    """A context in which every rank holds all the weights of `model`, gathered once. Collective.
 
-    ZeRO-3's hooks, which would gather and release them module by module, do nothing meanwhile, and so its trace of a
-    training step stays as it is. Collective.
+    ZeRO-3's hooks, which would gather and release them module by module, do nothing meanwhile, so
+    its prefetch trace of a training step stays as it is.
     """
-    if not engine.zero_optimization_partition_weights():
-        yield
-        return
-    deepspeed = import_deepspeed()
-    coordinator = param_coordinator(engine)
-    work = ("trace_prologue", "record_module", "fetch_sub_module", "release_sub_module")      # what the hooks ask for
-    with deepspeed.zero.GatheredParameters(partitioned(model)):
-        vars(coordinator).update({name: _nothing for name in work})      # before the class's own
+    coordinator = param_coordinator(deepspeed_engine)
+    hooks = ("trace_prologue", "record_module", "fetch_sub_module", "release_sub_module")
+    with import_deepspeed().zero.GatheredParameters(partitioned_parameters(model)):
+        # Attributes of the instance hide the class's methods.
+        vars(coordinator).update({name: _do_nothing for name in hooks})
         try:
             yield
         finally:
-            for name in work:
+            for name in hooks:
                 delattr(coordinator, name)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """What a hook asks for while all is there."""
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """The hook of a coordinator whose weights are all gathered."""
 
 
-def partitioned(model: nn.Module) -> list[Any]:
-    """The parameters of which a rank holds a part now: not those that ZeRO-3 leaves whole because they are small."""
+def param_coordinator(deepspeed_engine: Any) -> Any:
+    """The object that ZeRO-3's hooks ask for weights; without an optimizer the offload alone has it."""
+    optimizer = deepspeed_engine.optimizer
+    return getattr(optimizer, "parameter_offload", optimizer).get_param_coordinator()
+
+
+def partitioned_parameters(model: nn.Module) -> list[Any]:
+    """The parameters of which this rank holds a part now, without those that ZeRO-3 keeps whole as small."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     return [p for p in model.parameters() if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+
+
+def full_numel(parameter: Any) -> int:
+    """Elements of the whole parameter, however much of it this rank holds now."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -1,26 +1,38 @@
-"""The recipe's loss as an AMiD objective."""
+"""From the recipe's loss to what one optimizer step minimises."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from amid_ds.config.recipe import DivergenceSpec, Loss
+from amid_ds.config.schedule import TaidState, loss_at
 from amid_ds.errors import InputError
 from amid_ds.losses import AlphaBeta, AMiD, preset
+from amid_ds.models.distiller import StepObjective
 
 
-def build_objective(loss: Loss) -> AMiD:
-    """The recipe's objective. Raises InputError for a preset, divergence or order that does not exist."""
-    own = {"preset", "kd_weight", "ce_weight"}
-    values: dict[str, Any] = {key: value for key, value in loss if key not in own}
+def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = None) -> StepObjective:
+    """The objective of optimizer step `step` (from 0) of `total`, every schedule replaced by its value.
+
+    taid: the state of TAID's interpolation; None: not started yet. Raises InputError for a preset,
+    divergence, order or value that does not exist.
+    """
+    now = loss_at(loss, step, total, taid)
+    scheduled = {name: getattr(now, name) for name in loss.scheduled}
+    # loss_at leaves numbers where the recipe has schedules.
+    return StepObjective(_amid(now), now.kd_weight, now.ce_weight, scheduled)   # type: ignore[arg-type]
+
+
+def _amid(loss: Loss) -> AMiD:
+    """The AMiD objective of a loss without schedules."""
+    not_amids = {"preset", "kd_weight", "ce_weight"}
+    values = {key: value for key, value in loss if key not in not_amids}
     if isinstance(loss.divergence, DivergenceSpec):
         values["divergence"] = AlphaBeta(loss.divergence.alpha_beta.alpha, loss.divergence.alpha_beta.beta)
     try:
         if loss.preset is None:
             return AMiD(**values)
-        return preset(loss.preset, **{key: values[key] for key in loss.model_fields_set - own})
+        return preset(loss.preset, **{key: values[key] for key in loss.model_fields_set - not_amids})
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"the recipe's loss: {error}", "an objective as in the README",
-                         "mend the `loss:` section") from None
+                         "fix the `loss:` section") from None

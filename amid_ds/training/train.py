@@ -3,75 +3,71 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Sequence
-from typing import Any
 
 from amid_ds.checkpoint import export, reshard
-from amid_ds.checkpoint.manifest import (
-    checkpoint_step,
-    current_layout,
-    find_latest_valid,
-    load_checkpoint,
-)
+from amid_ds.checkpoint.manifest import ResumePoint, checkpoint_step, find_latest_valid
+from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.parse import load_recipe
-from amid_ds.data import (
-    prepare_all,
-)
+from amid_ds.config.recipe import Train
+from amid_ds.data import prepare_all
 from amid_ds.distributed.rendezvous import init_distributed
-from amid_ds.engine import build, ds_config, engine
+from amid_ds.distributed.world import World
+from amid_ds.engine.build import build_engine
 from amid_ds.errors import InputError
 from amid_ds.monitor.hang_watchdog import GRACE_S
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.warm_start import resolve_student
-from amid_ds.training.compatibility import (
-    changes_since_last_attempt,
-)
-from amid_ds.training.job import (
-    FINAL_MODEL,
-    check_recipe,
-    identity_of,
-    leave_model,
-    open_run,
-    tell_main,
-)
+from amid_ds.training.compatibility import changes_since_last_attempt
+from amid_ds.training.job import Job, check_recipe, export_final_model, identity_of, open_run
 from amid_ds.training.rollout import check_prompt_lengths
-from amid_ds.training.trainer import (
-    run_training,
-)
+from amid_ds.training.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def train(recipe_path: str, overrides: Sequence[str]) -> None:
-    """`amid-ds train`: every rank of every launcher comes through here. Raises InputError, TrainingError or Stopped."""
-    timeout = 1800.0
-    with contextlib.suppress(InputError):      # said by all ranks at once below
+    """Train by a recipe; every rank of every launcher calls this. Raises InputError, TrainingError or Stopped."""
+    timeout = Train.model_fields["hang_timeout"].default
+    # A recipe that is wrong is reported by all ranks at once, below.
+    with contextlib.suppress(InputError):
         timeout = load_recipe(recipe_path, overrides).train.hang_timeout
-    # A step that hangs is the watchdog's to end, before a collective gives up by itself.
-    with init_distributed(timeout + GRACE_S) as world, Attempt(world.rank, world.size) as life:
+    # The hang watchdog ends a step that hangs, before a collective gives up by itself.
+    with init_distributed(timeout + GRACE_S) as world, Attempt(world.rank, world.size) as attempt:
         job = world.run_checked(lambda: check_recipe(load_recipe(recipe_path, overrides), world.size))
         world = world.split(job.recipe.tensor_parallel)
         world.run_on_main(lambda: export.start_from(job.recipe))
         changed = world.run_on_main(lambda: changes_since_last_attempt(job.recipe))
         open_run(job, world)
-        world.run_checked(lambda: life.begin(job.run, changed))
-        recipe = job.recipe
-        found = find_latest_valid(job.run / "checkpoints", world, lambda message: tell_main(world, message))
-        if found.checkpoint is not None and checkpoint_step(found.checkpoint) == recipe.train.steps:
-            tell_main(world, f"{job.run} has reached its last step {recipe.train.steps}: nothing to do")
-            if not world.gather((job.run / FINAL_MODEL).is_dir())[0]:      # killed between its last save and its export
-                leave_model(job, world)
+        world.run_checked(lambda: attempt.begin(job.run.path, changed))
+        resume = find_latest_valid(job.run.checkpoints, world)
+        if _is_finished(job, resume):
+            logger.info("%s has reached its last step %d: nothing to do", job.run.path, job.recipe.train.steps)
+            # Missing where the attempt before was killed between its last save and its export.
+            if not world.gather(job.run.model.is_dir())[0]:
+                export_final_model(job, world)
             return
-        world.run_on_main(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
-                                                 recipe.prepared_dir))
-        world.run_on_main(lambda: check_prompt_lengths(recipe, lambda message: tell_main(world, message)))
-        identity = world.run_checked(lambda: identity_of(job, found.checkpoint))
-        layout = current_layout(world, ds_config.zero_stage(job.deepspeed_config), job.student_dtype)
-        whole = reshard.ensure_consolidated(found.checkpoint, layout, resolve_student(recipe), world) if found.checkpoint else None
-        ds = world.run_checked(lambda: build.build_engine(recipe, job.deepspeed_config, job.objective, job.vocab_size,
-                                                       world))
-        world.run_checked(lambda: engine.check_models(ds, job.vocab_size, recipe.data.isolates_any))
-        state: dict[str, Any] = {"step": 0, "tokens": 0}
-        if found.checkpoint is not None:
-            loaded = found.checkpoint
-            state = world.run_checked(lambda: reshard.load_consolidated(ds, whole, world) if whole else load_checkpoint(ds, loaded))
-        state["tokens_per_pass"] = engine.choose_teacher_batch(ds, recipe, state.get("tokens_per_pass"), world)
-        run_training(job, ds, {**state, "identity": identity}, found.damaged, world, life)
+        build_trainer(job, resume, world, attempt).run()
+
+
+def _is_finished(job: Job, resume: ResumePoint) -> bool:
+    return resume.checkpoint is not None and checkpoint_step(resume.checkpoint) == job.recipe.train.steps
+
+
+def build_trainer(job: Job, resume: ResumePoint, world: World, attempt: Attempt) -> Trainer:
+    """Prepared data, the engine, and the state to go on from, put together. Collective."""
+    recipe = job.recipe
+    world.run_on_main(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer, recipe.prepared_dir))
+    world.run_on_main(lambda: check_prompt_lengths(recipe))
+    identity = world.run_checked(lambda: identity_of(job, resume.checkpoint))
+    consolidated = None
+    if resume.checkpoint is not None:
+        consolidated = reshard.ensure_consolidated(resume.checkpoint, job.layout(world), resolve_student(recipe), world)
+    engine = world.run_checked(lambda: build_engine(recipe, job.deepspeed_config, job.vocab_size, world))
+    world.run_checked(lambda: engine.check_models(job.vocab_size, recipe.data.isolates_any))
+    state = TrainState()
+    if resume.checkpoint is not None:
+        checkpoint = resume.checkpoint
+        state = world.run_checked(lambda: reshard.load_checkpoint(engine, checkpoint, consolidated))
+    return Trainer(job, engine, state, identity, resume.damaged, attempt)

@@ -1,325 +1,331 @@
-"""The training job, top to bottom: check everything, build one engine, resume, step, save.
+"""The training loop: fetch, reduce step info, roll out, step, monitor, evaluate, save.
 
-A step's loss is the sum over its valid tokens divided by the number N of valid tokens in the whole global batch, so it
-does not depend on ranks, micro-batches or masks. DeepSpeed averages gradients over the data-parallel ranks R; with
-token weights 1/N and the loss times R, its (1/R) Σ_ranks Σ_micro ∇(R · Σ_i loss_i / N) is ∇ Σ_i loss_i / N.
+A step's loss is the sum over its valid tokens divided by the number N of valid tokens in the whole
+global batch, so it does not depend on ranks, micro-batches or masks. DeepSpeed averages gradients over
+the data-parallel ranks R; with token weights 1/N and the loss times R (`Engine.backward`), its
+(1/R) Σ_ranks Σ_micro ∇(R · Σ_i loss_i / N) is ∇ Σ_i loss_i / N.
 """
 
 from __future__ import annotations
 
-import contextlib
+import logging
+import math
+import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from amid_ds.checkpoint.saver import Saver
-from amid_ds.config.recipe import Recipe
-from amid_ds.config.schedule import learning_rate, loss_at, step_seed, taid_update
-from amid_ds.data import (
-    Batch,
-    StepData,
-    Steps,
-    StreamData,
-    merged_places,
-    stream_summary,
-)
-from amid_ds.distributed.world import World
-from amid_ds.engine import engine, gather
-from amid_ds.errors import InputError, Stopped, TrainingError
+from amid_ds.checkpoint.state import TrainState
+from amid_ds.config.schedule import learning_rate, step_seed, taid_update
+from amid_ds.data import Batch, StreamData, merged_places
+from amid_ds.engine.engine import Engine
+from amid_ds.errors import Stopped, TrainingError
 from amid_ds.losses.fused import IGNORE_INDEX
-from amid_ds.models.distiller import Distiller
-from amid_ds.monitor import memory_probe
-from amid_ds.monitor.anomalies import AnomalyMonitor
-from amid_ds.monitor.hang_watchdog import HangWatchdog
-from amid_ds.monitor.profiler import Profiler
-from amid_ds.monitor.step_timer import StepTimer, local_stats, phase, set_peer_stats
+from amid_ds.models.distiller import StepObjective
+from amid_ds.monitor.monitors import Monitors, PlannedCosts
+from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
 from amid_ds.monitor.stop_request import StopRequest
 from amid_ds.plan import costs_of, device_here
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.log import RunLog
-from amid_ds.training.job import (
-    Job,
-    leave_model,
+from amid_ds.training.fetch import (
+    AuxiliaryBatch,
+    FetchedStep,
+    StepInfo,
+    describe_epochs,
+    fetch_steps,
+    open_step_data,
+    reduce_step_info,
 )
-from amid_ds.training.objective import build_objective
+from amid_ds.training.job import Job, export_final_model
+from amid_ds.training.objective import objective_at
 from amid_ds.training.rollout import Rollouts, StepBatch
 from amid_ds.training.validation import validate
 
+logger = logging.getLogger(__name__)
 
-def run_training(job: Job, ds: Any, state: dict[str, Any], damaged: frozenset[Path], world: World, life: Attempt) -> None:
-    """Optimizer steps from `state["step"]` to the recipe's last; every orderly way out ends with a finished save."""
-    recipe = job.recipe
-    data, auxiliary = world.run_checked(lambda: step_data(job, state, world))
-    log = RunLog(job.run if world.is_main else None, state["step"], recipe.train.steps, job.run.name)
-    log.say(f"{world.size} rank(s), {recipe.train.global_batch_size} rows of {recipe.train.seq_length} tokens a step, "
-            + ("" if recipe.teacher else "no teacher: cross entropy alone, ")
-            + (f"resumed after step {state['step']}" if state["step"] else "from the start"))
-    log.say(f"epochs by the last step: {epochs_of(job, data, state)}")
-    if recipe.rollout is None or recipe.rollout.adaptive is None:
-        state.pop("rollout", None)      # of a life before, whose buffer no checkpoint of this one has
-    rollouts = None if recipe.rollout is None else world.run_checked(
-        lambda: Rollouts(recipe, ds, job.tokenizer, state, world))
-    saver = Saver(ds, job.run / "checkpoints", recipe.checkpoint, world, log.alarm, damaged)
-    saved = state["step"]
-    with (StopRequest(job.run, recipe.train.max_hours, world.is_main) as request, contextlib.closing(log),
-          HangWatchdog(recipe.train.hang_timeout, world, life) as watchdog,
-          StepTimer(world.device, *planned_costs(job, world, watchdog.hosts, log)) as meter):
-        watch = AnomalyMonitor([f"rank {rank} on {host}" for rank, host in enumerate(watchdog.hosts)], log.alarm,
-                      world.tp_size)
-        profiler = Profiler(recipe.train.profile, job.run, world.rank, meter, log.say)
-        began, first = time.monotonic(), state["step"]
-        lined = first
-        for reading in fetch_steps(data, auxiliary, state["step"], recipe.train.steps):
-            watchdog.step(state["step"] + 1)
-            profiler.step(state["step"] + 1)
-            agreed = reduce_step_info(reading, request.reason() is not None, saver.writing, world)
-            if saver.pending and not agreed.writing:
-                with phase("checkpoint"):
-                    saver.finish()
-            if agreed.stop:
-                break
-            life.stepping(state["step"] + 1)
-            second = None if auxiliary is None else AuxiliaryBatch(reading.auxiliary, agreed.auxiliary_tokens)
-            turn = StepBatch(reading.window, agreed.tokens, agreed.padding)
-            if rollouts is not None:
-                with phase("rollout"):
-                    turn = rollouts.turn(turn)
-            measures = world.is_main and state["step"] + 1 == first + memory_probe.PROBED_STEP
-            with (memory_probe.probe_step(ds, recipe, world, watchdog.hosts, state["step"] + 1) if measures
-                  else contextlib.nullcontext()):
-                values = train_step(job, ds, turn.window, turn.tokens, state, world, second, turn.sampled)
-            values |= {"padding": turn.padding, **turn.told}
-            seconds = time.monotonic() - began
-            if rollouts is not None:      # the tokens learnt from, and sampled on the way
-                values["tokens_per_second"] = turn.tokens / seconds
-            values["data_wait"] = agreed.waited / seconds
-            watch.step(state["step"], meter.peers, seconds, turn.sampled)
-            logged = state["step"] % recipe.train.log_every == 0 or state["step"] == recipe.train.steps
-            if logged:
-                values |= meter.line(state["step"] - lined, ds.module.has_lesson)
-                values["perf/slowest_rank"] = watch.slowest
-                lined = state["step"]
-            log.step(state["step"], values if logged else None, watch.slowest_name)
-            if recipe.data.eval and evaluates(recipe, state["step"]):      # before the save: a resumed run has had it
-                watchdog.step(state["step"])
-                with phase("evaluation"):
-                    figures = world.run_checked(lambda: validate(recipe, ds, world))
-                    log.evaluation(state["step"], figures)
-                if rollouts is not None:
-                    rollouts.judge(figures)
-            if state["step"] % recipe.checkpoint.every == 0 or state["step"] == recipe.train.steps:
-                save(saver, state, data, rollouts, world)
-                saved = state["step"]
-            began = time.monotonic()
-        watchdog.rest()
-        profiler.end()
-        if state["step"] != saved:
-            save(saver, state, data, rollouts, world)
-        saver.finish()
-        if state["step"] < recipe.train.steps:
-            reasons = {why for why in world.gather(request.reason()) if why is not None}
-            request.honoured()
-            log.say(f"stopped in order after step {state['step']} ({', '.join(sorted(reasons))}); "
-                    "the same command goes on from there")
+Metrics = dict[str, float | None]
+
+
+class _MicroBatch(NamedTuple):
+    """A micro-batch of a step with its own objective and token divisor; no teacher without hidden states."""
+
+    batch: Batch
+    divisor: float
+    objective: StepObjective
+
+
+class _StepSums(NamedTuple):
+    """Sums of a step over all ranks: its loss, divergence and cross entropy, and the auxiliary corpus's mean
+    cross entropy."""
+
+    loss: float
+    kd: float
+    ce: float
+    auxiliary: float
+
+
+class Trainer:
+    """One attempt of a run, from `state` to the recipe's last step. All ranks make the same calls."""
+
+    def __init__(self, job: Job, engine: Engine, state: TrainState, identity: Mapping[str, object],
+                 damaged: frozenset[Path], attempt: Attempt) -> None:
+        self.job, self.recipe, self.engine, self.world = job, job.recipe, engine, engine.world
+        self.state, self.attempt = state, attempt
+        self.teacher_batch = engine.choose_teacher_batch(job.recipe, state.teacher_tokens_per_pass)
+        state.teacher_tokens_per_pass = self.teacher_batch.tokens_per_pass
+        self.data, self.auxiliary = self.world.run_checked(lambda: open_step_data(job, state, self.world))
+        self.rollouts = self._open_rollouts()
+        self.saver = Saver(engine, job.run.checkpoints, self.recipe.checkpoint, identity, damaged)
+        self.saved_step = state.step
+
+    def run(self) -> None:
+        """Make every step that is left; each orderly way out ends with a finished save.
+
+        Raises Stopped where the run was asked to stop, InputError for damaged data, TrainingError for
+        a NaN or where checkpoints cannot be saved.
+        """
+        with self._open_log() as self.log, self._open_stop_request() as self.stop, self._open_monitors() as monitors:
+            self._log_start()
+            for fetched in fetch_steps(self.data, self.auxiliary, self.state.step, self.recipe.train.steps):
+                monitors.step_begin(self.state.step + 1)
+                info = self._reduce_info(fetched)
+                if info.stop:
+                    break
+                monitors.step_agreed()
+                batch = self._roll_out(StepBatch(fetched.window, info.tokens, info.padding))
+                with monitors.train_step(self.engine):
+                    metrics = self.train_step(batch, self._auxiliary_batch(fetched, info))
+                self._log_step(metrics, batch, info, monitors)
+                self._evaluate(monitors)
+                self._save_if_due()
+                monitors.restart_clock()
+            monitors.rest()
+            self._finish()
+
+    def train_step(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None = None) -> Metrics:
+        """Make one optimizer step and update the state; returns the step's metrics.
+
+        The auxiliary corpus adds its coefficient times its mean cross entropy. Where the batch is
+        sampled by the student, its cross entropy does not count. One small collective beside
+        DeepSpeed's. Raises TrainingError, before the optimizer step, for a NaN or Inf.
+        """
+        began = time.monotonic()
+        recipe, step = self.recipe, self.state.step
+        objective = objective_at(recipe.loss, step, recipe.train.steps, self.state.taid)
+        rate = learning_rate(recipe.train, step)
+        torch.manual_seed(step_seed(recipe.train.seed, step, self.world.dp_rank))
+        self.engine.start_step(rate)
+        micro_batches = self._micro_batches(batch, auxiliary, objective)
+        losses = self._forward_backward(micro_batches, len(batch.window), objective)
+        sums = self._reduce(losses, len(batch.window))
+        self._require_finite(f"the loss of step {step + 1} is {sums.loss}", sums.loss, losses, micro_batches)
+        with phase("optimizer"):
+            norm = self.engine.optimizer_step()
+        self._require_finite(f"the gradient norm of step {step + 1} is not finite", norm, losses, micro_batches)
+        uses_teacher = self.engine.distiller.uses_teacher(objective)
+        if uses_teacher and recipe.loss.adaptive is not None:
+            self.state.taid = taid_update(recipe.loss.adaptive, self.state.taid, sums.kd, step, recipe.train.steps)
+        self.state.step, self.state.tokens = step + 1, self.state.tokens + int(batch.tokens)
+        metrics: Metrics = {} if auxiliary is None else {"auxiliary_loss": sums.auxiliary}
+        return metrics | {
+            "tokens": self.state.tokens, "loss": sums.loss, "kd_loss": sums.kd if uses_teacher else None,
+            "ce_loss": sums.ce, "grad_norm": norm, "learning_rate": rate,
+            "alpha": objective.amid.alpha if uses_teacher else None,
+            "lam": objective.amid.lam if uses_teacher else None,
+            **{name: value for name, value in objective.scheduled.items() if name not in ("alpha", "lam")},
+            "tokens_per_second": batch.tokens / (time.monotonic() - began)}
+
+    def _micro_batches(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None,
+                       objective: StepObjective) -> list[_MicroBatch]:
+        """The step's micro-batches, those of the auxiliary corpus last; each window is divided once by its own
+        valid tokens."""
+        own = replace(objective, ce_weight=0.0) if batch.sampled else objective
+        micro_batches = [_MicroBatch(each.to(self.world.device), max(batch.tokens, 1.0), own)
+                         for each in batch.window]
+        if auxiliary is not None:
+            assert self.recipe.data.auxiliary is not None
+            cross_entropy = replace(objective, kd_weight=0.0, ce_weight=1.0)
+            divisor = max(auxiliary.tokens, 1.0) / self.recipe.data.auxiliary.weight
+            micro_batches += [_MicroBatch(each.to(self.world.device), divisor, cross_entropy)
+                              for each in auxiliary.window]
+        return micro_batches
+
+    def _forward_backward(self, micro_batches: list[_MicroBatch], with_teacher: int,
+                          objective: StepObjective) -> Tensor:
+        """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy; gradients are accumulated.
+
+        The teacher runs first, over the first `with_teacher` micro-batches at once.
+        """
+        distiller, train = self.engine.distiller, self.recipe.train
+        teacher_hidden: list[Tensor | None] = [None] * len(micro_batches)
+        uses_teacher = distiller.uses_teacher(objective)
+        if uses_teacher:
+            with phase("teacher"):
+                teacher_hidden[:with_teacher] = self.engine.teacher_hidden_states(
+                    [each.batch for each in micro_batches[:with_teacher]],
+                    train.micro_batch_size * train.seq_length, self.teacher_batch)
+        losses = []
+        with self.engine.gathered_head(distiller.teacher if uses_teacher else None):
+            for index, (batch, divisor, own) in enumerate(micro_batches):
+                token_weights = (batch.labels != IGNORE_INDEX).float() / divisor
+                with phase("forward"):
+                    last = index == len(micro_batches) - 1
+                    loss = self.engine.forward(batch, token_weights, teacher_hidden[index], own, last)
+                # Its memory is free for the next micro-batch's activations.
+                teacher_hidden[index] = None
+                with phase("backward"):
+                    self.engine.backward(loss.loss)
+                losses.append(torch.stack([loss.loss.detach(), loss.kd, loss.ce]))
+        return torch.stack(losses).double()
+
+    def _reduce(self, losses: Tensor, with_teacher: int) -> _StepSums:
+        """The step's sums over all ranks, in one collective that also spreads each rank's own statistics."""
+        main, added = losses[:with_teacher], losses[with_teacher:]
+        own_loss = losses[:, 0].sum().item()
+        (loss, kd, ce, auxiliary), peers = self.world.sum_beside(
+            [own_loss, *main[:, 1:].sum(0).tolist(), added[:, 2].sum().item()], [own_loss, *local_stats()])
+        set_peer_stats(peers)
+        weight = self.recipe.data.auxiliary.weight if self.recipe.data.auxiliary is not None else 1.0
+        return _StepSums(loss, kd, ce, auxiliary / weight)
+
+    def _require_finite(self, problem: str, value: float | None, losses: Tensor,
+                        micro_batches: list[_MicroBatch]) -> None:
+        """Raise TrainingError, on every rank alike, unless the reduced `value` is a finite number.
+
+        The message names the ranks and rows behind it. The weights are those of the step before.
+        """
+        if value is not None and math.isfinite(value):
+            return
+        bad = [index for index, finite in enumerate(losses[:, 0].isfinite().tolist()) if not finite]
+        report = self.world.gather([source for index in bad for source in micro_batches[index].batch.sources])
+        lines = [f"    - rank {rank}: {', '.join(sources)}" for rank, sources in enumerate(report) if sources]
+        if not lines:
+            # Every loss was finite and the sum of the gradients was not: any rank's rows may be behind it.
+            everyone = self.world.gather([source for each in micro_batches for source in each.batch.sources])
+            lines = [f"    - rank {rank} (its losses were finite): {', '.join(sources)}"
+                     for rank, sources in enumerate(everyone)]
+        raise TrainingError(f"{problem}; no optimizer step was taken. Where it arose:\n" + "\n".join(lines))
+
+    def _reduce_info(self, fetched: FetchedStep) -> StepInfo:
+        """The step's agreement; a save that every rank has written is committed."""
+        info = reduce_step_info(fetched, self.stop.reason() is not None, self.saver.writing, self.world)
+        if self.saver.pending and not info.writing:
+            with phase("checkpoint"):
+                self.saver.finish()
+        return info
+
+    def _auxiliary_batch(self, fetched: FetchedStep, info: StepInfo) -> AuxiliaryBatch | None:
+        if self.auxiliary is None:
+            return None
+        return AuxiliaryBatch(fetched.auxiliary, info.auxiliary_tokens)
+
+    def _open_rollouts(self) -> Rollouts | None:
+        rollout = self.recipe.rollout
+        if rollout is None or rollout.adaptive is None:
+            # Left by an attempt with another scheme; no checkpoint of this one has its buffer.
+            self.state.rollout = None
+        if rollout is None:
+            return None
+        return self.world.run_checked(
+            lambda: Rollouts(self.recipe, self.engine, self.job.tokenizer, self.state))
+
+    def _roll_out(self, batch: StepBatch) -> StepBatch:
+        """The batch that the step learns from: the data's, or one of student samples."""
+        if self.rollouts is None:
+            return batch
+        with phase("rollout"):
+            return self.rollouts.batch_for_step(batch)
+
+    def _evaluate(self, monitors: Monitors) -> None:
+        """Evaluate where that is due, before the save: a resumed run has had it."""
+        train, step = self.recipe.train, self.state.step
+        due = step == train.steps or (train.eval_every > 0 and step % train.eval_every == 0)
+        if not self.recipe.data.eval or not due:
+            return
+        monitors.evaluation_begin()
+        with phase("evaluation"):
+            metrics = self.world.run_checked(lambda: validate(self.recipe, self.engine))
+            self.log.evaluation(step, metrics)
+        if self.rollouts is not None:
+            self.rollouts.update_threshold(metrics)
+
+    def _save_if_due(self) -> None:
+        if self.state.step % self.recipe.checkpoint.every == 0 or self.state.step == self.recipe.train.steps:
+            self._save()
+
+    def _save(self) -> None:
+        """Begin to save the state that the last step has left. Collective."""
+        with phase("checkpoint"):
+            if isinstance(self.data, StreamData):
+                self.state.streams = merged_places(self.world.gather(self.data.state(self.state.step)))
+            self.saver.start(self.state, self.rollouts.checkpoint_files if self.rollouts is not None else {})
+        self.saved_step = self.state.step
+
+    def _finish(self) -> None:
+        """Save the last step, wait for it, and export the model; or raise Stopped where steps are left."""
+        if self.state.step != self.saved_step:
+            self._save()
+        self.saver.finish()
+        if self.state.step < self.recipe.train.steps:
+            reasons = {reason for reason in self.world.gather(self.stop.reason()) if reason is not None}
+            self.stop.honoured()
+            logger.info("stopped in order after step %d (%s); the same command goes on from there",
+                        self.state.step, ", ".join(sorted(reasons)))
             raise Stopped
-        log.say(f"epochs read: {epochs_of(job, data, state)}")
-        log.say(f"done: {recipe.train.steps} steps, checkpoint in {job.run / 'checkpoints'}")
-        leave_model(job, world)      # a request to stop waits for it
+        logger.info("epochs read: %s", describe_epochs(self.job, self.data, self.state))
+        logger.info("done: %d steps, checkpoint in %s", self.state.step, self.job.run.checkpoints)
+        # A request to stop waits for it.
+        export_final_model(self.job, self.world)
 
+    def _log_step(self, metrics: Metrics, batch: StepBatch, info: StepInfo, monitors: Monitors) -> None:
+        """Close the step for the monitors, and log its metrics every `log_every` steps and at the last one."""
+        train, step = self.recipe.train, self.state.step
+        seconds = monitors.step_end(batch.sampled)
+        metrics |= {"padding": batch.padding, **batch.metrics, "data_wait": info.waited / seconds}
+        if self.rollouts is not None:
+            # The tokens learnt from, over a time that includes their sampling.
+            metrics["tokens_per_second"] = batch.tokens / seconds
+        logged = step % train.log_every == 0 or step == train.steps
+        if logged:
+            metrics |= monitors.metrics(uses_teacher=metrics["kd_loss"] is not None)
+        self.log.step(step, metrics if logged else None, monitors.slowest_name)
 
-def save(saver: Saver, state: dict[str, Any], data: Steps, rollouts: Rollouts | None, world: World) -> None:
-    """Begin to save where the training, the data and the student's own words stand. Collective."""
-    with phase("checkpoint"):
-        saver.start(with_stream_states(state, data, world), rollouts.files if rollouts is not None else {})
+    def _open_log(self) -> RunLog:
+        return RunLog(self.job.run if self.world.is_main else None, self.state.step, self.recipe.train.steps)
 
+    def _open_stop_request(self) -> StopRequest:
+        return StopRequest(self.job.run, self.recipe.train.max_hours, self.world.is_main)
 
-def planned_costs(job: Job, world: World, hosts: list[str], log: RunLog) -> tuple[dict[str, float], float | None]:
-    """The planned FLOPs of a step on rank 0, which writes of them, and its device's peak; nothing on other ranks."""
-    if not world.is_main:
-        return {}, None
-    device = device_here(hosts.count(hosts[0]))
-    if device is None:
-        log.say(f"no peak is known of {torch.cuda.get_device_name()}: there will be no MFU")
-    try:
-        return costs_of(job.recipe, world.size, device)
-    except Exception as error:      # a model that cannot run on the meta device may still train
-        log.say(f"the FLOPs of a step cannot be counted, there will be no MFU: {error}")
-        return {}, None
+    def _open_monitors(self) -> Monitors:
+        hosts = self.world.gather(socket.gethostname())
+        costs = self._planned_costs(hosts)
+        return Monitors(self.recipe, self.world, self.attempt, hosts, costs, self.state.step)
 
-
-def step_data(job: Job, state: dict[str, Any], world: World) -> tuple[Steps, StepData | None]:
-    """The rows to train on and, where there is one, the auxiliary corpus: as many of its rows in every step."""
-    train, data = job.recipe.train, job.recipe.data
-    layout: Any = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size,
-                   "dp_rank": world.dp_rank, "dp_size": world.dp_size, "workers": data.workers}
-    weights = [source.weight for source in data.train]
-    prepared = job.recipe.prepared_dir
-    return (StreamData(data, train.seq_length, job.tokenizer, state.get("streams"), **layout) if data.streams
-            else StepData(prepared, seed=train.seed, weights=weights, **layout),
-            None if data.auxiliary is None else StepData(prepared / "auxiliary", seed=train.seed, **layout))
-
-
-def with_stream_states(state: dict[str, Any], data: Steps, world: World) -> dict[str, Any]:
-    """The state that a checkpoint keeps: with the places of streamed sources. Collective where there are any."""
-    if isinstance(data, StreamData):
-        state["streams"] = merged_places(world.gather(data.state(state["step"])))
-    return state
-
-
-def epochs_of(job: Job, data: Steps, state: dict[str, Any]) -> str:
-    """How often each source is read through by the last step; one whose weight asks for more than it has comes again.
-    Of streamed sources: how often they have been so far, and what was left out."""
-    if isinstance(data, StepData):
-        epochs = zip(job.recipe.data.train, data.epochs(job.recipe.train.steps), strict=True)
-        return ", ".join(f"{source.path} {count:.3g}" + (" (its rows come again)" if count > 1 else "")
-                         for source, count in epochs)
-    return f"unknown, the sources are streamed; so far {stream_summary(job.recipe.data, state.get('streams'))}"
-
-
-class FetchedStep(NamedTuple):
-    """One step's micro-batches on this rank, the seconds that it waited for them, or why there are none."""
-
-    window: list[Batch]
-    auxiliary: list[Batch]
-    waited: float
-    error: InputError | None = None
-
-
-class AuxiliaryBatch(NamedTuple):
-    """A step's micro-batches of the auxiliary corpus, and the valid tokens that the global batch has of it."""
-
-    window: list[Batch]
-    tokens: float
-
-
-def fetch_steps(data: Steps, auxiliary: StepData | None, start: int, stop: int) -> Iterator[FetchedStep]:
-    """The steps' readings; the first that fails is the last, and is for all ranks to hear of."""
-    both: list[Steps] = [data] if auxiliary is None else [data, auxiliary]
-    windows = zip(*(each.windows(start, stop) for each in both), strict=True)
-    while True:
-        before = sum(each.waited for each in both)
+    def _planned_costs(self, hosts: list[str]) -> PlannedCosts:
+        """The planned FLOPs of a step and the device's peak on rank 0, which logs them; none on other ranks."""
+        if not self.world.is_main:
+            return PlannedCosts({}, None)
+        device = device_here(hosts.count(hosts[0]))
+        if device is None:
+            logger.info("no peak is known of %s: there will be no MFU", torch.cuda.get_device_name())
         try:
-            with phase("data"):
-                found = next(windows, None)
-        except InputError as error:
-            yield FetchedStep([], [], 0.0, error)
-            return
-        if found is None:
-            return
-        yield FetchedStep(found[0], found[1] if auxiliary is not None else [], sum(each.waited for each in both) - before)
+            return PlannedCosts(*costs_of(self.recipe, self.world.size, device))
+        except Exception as error:
+            # A model that cannot run on the meta device may still train.
+            logger.info("the FLOPs of a step cannot be counted, there will be no MFU: %s", error)
+            return PlannedCosts({}, None)
 
-
-class StepInfo(NamedTuple):
-    """What the ranks know together at the beginning of a step."""
-
-    tokens: float                    # valid ones in the global batch
-    auxiliary_tokens: float          # and in that of the auxiliary corpus
-    padding: float                   # the share of the global batch's places that hold nothing
-    waited: float                    # seconds for data, mean over ranks
-    stop: bool                       # somebody was asked to stop
-    writing: bool                    # somebody still writes a checkpoint
-
-
-def reduce_step_info(reading: FetchedStep, stop: bool, writing: bool, world: World) -> StepInfo:
-    """The one agreement of every step. Raises, on every rank, what any rank's data are damaged by."""
-    valid = [sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in window)
-             for window in (reading.window, reading.auxiliary)]
-    both = [*reading.window, *reading.auxiliary]
-    padding, places = sum(batch.padding for batch in both), sum(batch.input_ids.numel() for batch in both)
-    *tokens, padding_sum, places_sum, waited, stopping, still_writing, broken = world.sum(
-        [*valid, padding, places, reading.waited, stop, writing, reading.error is not None])
-    if broken:
-        world.run_checked(lambda: _raise(reading.error))
-    return StepInfo(tokens[0], tokens[1], padding_sum / places_sum, waited / world.dp_size, stopping > 0,
-                  still_writing > 0)
-
-
-def _raise(error: Exception | None) -> None:
-    if error is not None:
-        raise error
-
-
-def evaluates(recipe: Recipe, step: int) -> bool:
-    """Whether the evaluation sets are due after `step`: every `eval_every` steps and after the last."""
-    every = recipe.train.eval_every
-    return step == recipe.train.steps or (every > 0 and step % every == 0)
-
-
-def train_step(job: Job, ds: Any, window: list[Batch], tokens: float, state: dict[str, Any], world: World,
-         second: AuxiliaryBatch | None = None, sampled: bool = False) -> dict[str, float | None]:
-    """One optimizer step over the accumulation window, `tokens` valid ones in the global batch; updates `state`.
-
-    The `second` corpus adds its coefficient times its mean cross entropy. Where the window is `sampled`, the student's
-    own words, its cross entropy does not count. Returns what metrics.jsonl says of the step.
-    One small collective beside DeepSpeed's.
-    """
-    began = time.monotonic()
-    distiller: Distiller = ds.module
-    more = [] if second is None else second.window
-    batches = [batch.to(world.device) for batch in (*window, *more)]
-    # Each window is divided once by its own valid tokens.
-    coefficient = 1.0 if job.recipe.data.auxiliary is None else job.recipe.data.auxiliary.weight
-    divisors = [max(tokens, 1.0)] * len(window) + [max(second.tokens, 1.0) / coefficient for _ in more if second]
-    number = state["step"] + 1
-    torch.manual_seed(step_seed(job.recipe.train.seed, state["step"], world.dp_rank))
-    lr = learning_rate(job.recipe.train, state["step"])
-    for group in ds.optimizer.param_groups:
-        group["lr"] = lr
-    engine.start_step(ds)
-    train = job.recipe.train
-    aim = loss_at(job.recipe.loss, state["step"], train.steps, state.get("interpolation"))
-    objective = build_objective(aim)
-    distiller.pursue(objective, aim.kd_weight, aim.ce_weight)   # type: ignore[arg-type]   # loss_at gives numbers
-    per_pass = max(1, state["tokens_per_pass"] // (train.micro_batch_size * train.seq_length))
-    with phase("teacher"):
-        lessons = [*distiller.teach(batches[:len(window)], per_pass), *[None for _ in more]]
-    sums = []
-    with gather.gathered_head(distiller.teacher if distiller.has_lesson else None):
-        for index, batch in enumerate(batches):
-            weights = (batch.labels != IGNORE_INDEX).float() / divisors[index]
-            ds.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            with phase("forward"):
-                loss, kd, ce = ds(batch.input_ids, batch.labels, weights, lessons[index], batch.positions,
-                                  1.0 if index >= len(window) else 0.0 if sampled else None)
-            lessons[index] = None      # its memory is free for the next micro-batch's activations
-            with phase("backward"):
-                ds.backward(loss * world.dp_size, scale_wrt_gas=False)
-            sums.append(torch.stack([loss.detach(), kd, ce]))
-    per_micro = torch.stack(sums).double()
-    main, added = per_micro[:len(window)], per_micro[len(window):]
-    part = per_micro[:, 0].sum().item()
-    (loss_sum, kd_sum, ce_sum, added_sum), peers = world.sum_beside(
-        [part, *main[:, 1:].sum(0).tolist(), added[:, 2].sum().item()], [part, *local_stats()])
-    set_peer_stats(peers)
-    if not torch.isfinite(torch.tensor(loss_sum)):
-        _stop_on_non_finite(f"the loss of step {number} is {loss_sum}", per_micro, [*window, *more], world)
-    with phase("optimizer"):
-        norm = engine.optimizer_step(ds, world)
-    if norm is None:
-        _stop_on_non_finite(f"the gradient norm of step {number} is not finite", per_micro, [*window, *more], world)
-    if distiller.has_lesson and (adaptive := job.recipe.loss.adaptive) is not None:
-        state["interpolation"] = taid_update(adaptive, state.get("interpolation"), kd_sum, state["step"], train.steps)
-    state["step"], state["tokens"] = number, state["tokens"] + int(tokens)
-    seconds = time.monotonic() - began
-    taught = distiller.has_lesson
-    return {
-        **({} if second is None else {"auxiliary_loss": added_sum / coefficient}),
-        "tokens": state["tokens"], "loss": loss_sum, "kd_loss": kd_sum if taught else None, "ce_loss": ce_sum,
-        "grad_norm": norm, "learning_rate": lr,
-        "alpha": objective.alpha if taught else None, "lam": objective.lam if taught else None,
-        **{name: getattr(aim, name) for name in job.recipe.loss.scheduled if name not in ("alpha", "lam")},
-        "tokens_per_second": tokens / seconds}
-
-
-def _stop_on_non_finite(what: str, per_micro: torch.Tensor, window: list[Batch], world: World) -> None:
-    """Name the rank and the rows behind a NaN or Inf, on every rank alike. The weights are those of the step before."""
-    bad = [index for index, finite in enumerate(per_micro[:, 0].isfinite().tolist()) if not finite]
-    report = world.gather([source for index in bad for source in window[index].sources])
-    lines = [f"    - rank {rank}: {', '.join(sources)}" for rank, sources in enumerate(report) if sources]
-    if not lines:      # every loss was finite: the gradients' sum was not, and any rank's rows may be behind it
-        every = world.gather([source for batch in window for source in batch.sources])
-        lines = [f"    - rank {rank} (its losses were finite): {', '.join(s)}" for rank, s in enumerate(every)]
-    raise TrainingError(f"{what}; no optimizer step was taken. Where it arose:\n" + "\n".join(lines))
+    def _log_start(self) -> None:
+        train = self.recipe.train
+        begin = f"resumed after step {self.state.step}" if self.state.step else "from the start"
+        teacher = "" if self.recipe.teacher is not None else "no teacher: cross entropy alone, "
+        logger.info("%d rank(s), %d rows of %d tokens a step, %s%s", self.world.size, train.global_batch_size,
+                    train.seq_length, teacher, begin)
+        logger.info("epochs by the last step: %s", describe_epochs(self.job, self.data, self.state))

@@ -1,0 +1,61 @@
+"""Where a run stands, and the layout that its shards were saved in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from amid_ds.config.schedule import TaidState
+
+
+class RolloutState(TypedDict):
+    """DistiLLM's adaptive scheme: the threshold, and the validation loss that it was last compared with."""
+
+    threshold: float
+    loss: float
+
+
+# The names of a state's fields in a manifest, where these differ.
+_MANIFEST_NAMES = {"teacher_tokens_per_pass": "tokens_per_pass", "taid": "interpolation"}
+
+
+@dataclass
+class TrainState:
+    """Everything beside weights, optimizer and the recipe that the next step depends on.
+
+    step: optimizer steps done. tokens: valid tokens learnt from. teacher_tokens_per_pass: tokens that
+    share a forward call of the teacher (None: not chosen yet). taid, rollout, streams: the state of
+    TAID's interpolation, of adaptive rollouts, and of streamed sources by their number; None without.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    teacher_tokens_per_pass: int | None = None
+    taid: TaidState | None = None
+    rollout: RolloutState | None = None
+    streams: Any = None
+
+    def to_json(self) -> dict[str, object]:
+        """The fields as a manifest has them, without those that are None."""
+        return {_MANIFEST_NAMES.get(name, name): value for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainState:
+        """The state that `to_json` gave; further keys of a manifest are ignored."""
+        fields = {name: values.get(_MANIFEST_NAMES.get(name, name)) for name in cls.__dataclass_fields__}
+        return cls(**fields)   # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What decides how DeepSpeed lays a model out over its files."""
+
+    ranks: int
+    tensor_parallel: int
+    zero_stage: int
+    student_dtype: str
+
+    def __str__(self) -> str:
+        return (f"{self.ranks} rank(s), tensor_parallel {self.tensor_parallel}, "
+                f"ZeRO stage {self.zero_stage}, {self.student_dtype}")

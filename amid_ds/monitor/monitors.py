@@ -1,0 +1,121 @@
+"""Everything that watches a step, in one place: hang watchdog, profiler, timer, anomalies, memory probe.
+
+    with Monitors(recipe, world, attempt, hosts, costs, first_step) as monitors:
+        for step in ...:
+            monitors.step_begin(step)
+            # ... agree with the other ranks whether to go on
+            monitors.step_agreed()
+            with monitors.train_step(engine):
+                ...
+            seconds = monitors.step_end(sampled)
+            # ... log `monitors.metrics(uses_teacher)`, evaluate, save
+            monitors.restart_clock()
+        monitors.rest()
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
+
+from amid_ds.config.recipe import Recipe
+from amid_ds.distributed.world import World
+from amid_ds.monitor.anomalies import AnomalyMonitor
+from amid_ds.monitor.hang_watchdog import HangWatchdog
+from amid_ds.monitor.memory_probe import PROBED_STEP, probe_step
+from amid_ds.monitor.profiler import Profiler
+from amid_ds.monitor.step_timer import StepTimer
+from amid_ds.run.attempts import Attempt
+from amid_ds.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from amid_ds.engine.engine import Engine
+
+
+class PlannedCosts(NamedTuple):
+    """FLOPs of a rank's `student` and `teacher` in a step, and its device's peak in FLOP/s (None: not known)."""
+
+    flops: Mapping[str, float]
+    peak_flops: float | None
+
+
+class Monitors:
+    """What watches the steps of one attempt on this rank. Use it as a context; made by all ranks.
+
+    hosts: each rank's. first_step: optimizer steps done before this attempt.
+    """
+
+    def __init__(self, recipe: Recipe, world: World, attempt: Attempt, hosts: Sequence[str], costs: PlannedCosts,
+                 first_step: int) -> None:
+        self.recipe, self.world, self.attempt, self.hosts = recipe, world, attempt, hosts
+        self.step, self.first_step, self.logged_step = first_step, first_step, first_step
+        names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
+        self.watchdog = HangWatchdog(recipe.train.hang_timeout, world, attempt, hosts)
+        self.timer = StepTimer(world.device, costs.flops, costs.peak_flops)
+        self.anomalies = AnomalyMonitor(names, world.tp_size)
+        self.profiler = Profiler(recipe.train.profile, RunFolder(Path(recipe.output_dir)), world.rank, self.timer)
+        self._stack = contextlib.ExitStack()
+        self._began = time.monotonic()
+
+    def __enter__(self) -> Monitors:
+        self._stack.enter_context(self.watchdog)
+        self._stack.enter_context(self.timer)
+        self.restart_clock()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+    def restart_clock(self) -> None:
+        """The next step's time starts now."""
+        self._began = time.monotonic()
+
+    def step_begin(self, step: int) -> None:
+        """Optimizer step `step` (from 1) begins, unless the ranks agree to stop."""
+        self.step = step
+        self.watchdog.step(step)
+        self.profiler.step(step)
+
+    def step_agreed(self) -> None:
+        """Every rank has come to the step and goes on."""
+        self.attempt.stepping(self.step)
+
+    def train_step(self, engine: Engine) -> contextlib.AbstractContextManager[None]:
+        """The context of the train step itself: on rank 0 the fourth one of an attempt is measured."""
+        if self.world.is_main and self.step == self.first_step + PROBED_STEP:
+            return probe_step(engine, self.recipe, self.hosts, self.step)
+        return contextlib.nullcontext()
+
+    def step_end(self, sampled: bool) -> float:
+        """The step's seconds; looks for a loss that jumps and a rank that is slow.
+
+        sampled: the step learnt from student samples.
+        """
+        seconds = time.monotonic() - self._began
+        self.anomalies.step(self.step, self.timer.peers, seconds, sampled)
+        return seconds
+
+    def metrics(self, uses_teacher: bool) -> dict[str, float | None]:
+        """Times, FLOPs and memory since the last call, for a line of metrics.jsonl."""
+        line = self.timer.line(self.step - self.logged_step, uses_teacher)
+        self.logged_step = self.step
+        return {**line, "perf/slowest_rank": self.anomalies.slowest}
+
+    @property
+    def slowest_name(self) -> str | None:
+        """The slowest rank and its host; None for a rank that is alone."""
+        return self.anomalies.slowest_name
+
+    def evaluation_begin(self) -> None:
+        """An evaluation after the step begins; it may take as long as a step."""
+        self.watchdog.step(self.step)
+
+    def rest(self) -> None:
+        """The last step is over: what comes now may take its time."""
+        self.watchdog.rest()
+        self.profiler.end()

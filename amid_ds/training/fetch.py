@@ -1,0 +1,112 @@
+"""The data of each step on this rank, and the one agreement that all ranks make about it before the step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from amid_ds.checkpoint.state import TrainState
+from amid_ds.data import Batch, StepData, Steps, StreamData, stream_summary
+from amid_ds.distributed.world import World
+from amid_ds.errors import InputError
+from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.monitor.step_timer import phase
+from amid_ds.training.job import Job
+
+
+class FetchedStep(NamedTuple):
+    """One step's micro-batches on this rank (of the sources and of the auxiliary corpus), the seconds
+    that it waited for them, or the error because of which there are none."""
+
+    window: list[Batch]
+    auxiliary: list[Batch]
+    waited: float
+    error: InputError | None = None
+
+
+class AuxiliaryBatch(NamedTuple):
+    """A step's micro-batches of the auxiliary corpus on this rank, and its valid tokens in the global batch."""
+
+    window: list[Batch]
+    tokens: float
+
+
+class StepInfo(NamedTuple):
+    """What the ranks know together at the beginning of a step.
+
+    tokens, auxiliary_tokens: valid ones in the global batch. padding: the share of the global batch's
+    positions that hold nothing. waited: seconds for data, mean over ranks. stop: a rank was asked to
+    stop. writing: a rank still writes a checkpoint.
+    """
+
+    tokens: float
+    auxiliary_tokens: float
+    padding: float
+    waited: float
+    stop: bool
+    writing: bool
+
+
+def open_step_data(job: Job, state: TrainState, world: World) -> tuple[Steps, StepData | None]:
+    """The rows to train on and, where the recipe has one, the auxiliary corpus: as many of its rows in every step."""
+    train, data = job.recipe.train, job.recipe.data
+    layout: Any = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size,
+                   "dp_rank": world.dp_rank, "dp_size": world.dp_size, "workers": data.workers}
+    prepared = job.recipe.prepared_dir
+    steps: Steps
+    if data.streams:
+        steps = StreamData(data, train.seq_length, job.tokenizer, state.streams, **layout)
+    else:
+        weights = [source.weight for source in data.train]
+        steps = StepData(prepared, seed=train.seed, weights=weights, **layout)
+    if data.auxiliary is None:
+        return steps, None
+    return steps, StepData(prepared / "auxiliary", seed=train.seed, **layout)
+
+
+def fetch_steps(data: Steps, auxiliary: StepData | None, start: int, stop: int) -> Iterator[FetchedStep]:
+    """Yield each step's data. On InputError yield one last item that carries it, so that
+    `reduce_step_info` can raise it on every rank."""
+    both: list[Steps] = [data] if auxiliary is None else [data, auxiliary]
+    windows = zip(*(each.windows(start, stop) for each in both), strict=True)
+    while True:
+        waited_before = sum(each.waited for each in both)
+        try:
+            with phase("data"):
+                window = next(windows, None)
+        except InputError as error:
+            yield FetchedStep([], [], 0.0, error)
+            return
+        if window is None:
+            return
+        waited = sum(each.waited for each in both) - waited_before
+        yield FetchedStep(window[0], window[1] if auxiliary is not None else [], waited)
+
+
+def reduce_step_info(fetched: FetchedStep, stop: bool, writing: bool, world: World) -> StepInfo:
+    """The one agreement of every step: one collective. Raises, on every rank, the error in any rank's data."""
+    valid = [sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in window)
+             for window in (fetched.window, fetched.auxiliary)]
+    batches = [*fetched.window, *fetched.auxiliary]
+    padding, positions = sum(batch.padding for batch in batches), sum(batch.input_ids.numel() for batch in batches)
+    (tokens, auxiliary_tokens, padding_sum, positions_sum, waited, stopping, still_writing, broken) = world.sum(
+        [*valid, padding, positions, fetched.waited, stop, writing, fetched.error is not None])
+    if broken:
+        world.run_checked(lambda: _raise(fetched.error))
+    return StepInfo(tokens, auxiliary_tokens, padding_sum / positions_sum, waited / world.dp_size,
+                    stopping > 0, still_writing > 0)
+
+
+def _raise(error: Exception | None) -> None:
+    if error is not None:
+        raise error
+
+
+def describe_epochs(job: Job, data: Steps, state: TrainState) -> str:
+    """The number of times that each source is read by the last step; of streamed sources, that it has been read so
+    far and what was left out."""
+    if isinstance(data, StepData):
+        epochs = zip(job.recipe.data.train, data.epochs(job.recipe.train.steps), strict=True)
+        return ", ".join(f"{source.path} {count:.3g}" + (" (its rows come again)" if count > 1 else "")
+                         for source, count in epochs)
+    return f"unknown, the sources are streamed; so far {stream_summary(job.recipe.data, state.streams)}"
