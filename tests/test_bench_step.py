@@ -1,4 +1,4 @@
-"""`bench step`: its numbers are of what it says, at a scale that says nothing of speed."""
+"""`bench step`: it measures what its table says, at a scale that says nothing of speed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ def test_the_four_ways_are_measured_and_the_teacher_is_gathered_once_a_window(tm
     _make_models(tmp_path, SCALE)
     times = _on_ranks(2, tmp_path, "times", SCALE)
     peak = _on_ranks(2, tmp_path, "distillation", SCALE)["peak_bytes"]
-    assert not (os.environ.keys() - before) & {"WORLD_SIZE", "RANK", "MASTER_ADDR"}      # who measures is no rank
-    # of a Llama whose every weight is above ZeRO-3's threshold for gathering or not: embedding, projections, norms
+    # who measures is no rank
+    assert not (os.environ.keys() - before) & {"WORLD_SIZE", "RANK", "MASTER_ADDR"}
+    # of a Llama whose every weight is above ZeRO-3's threshold for gathering or not: embedding,
+    # projections, norms
     layer = 4 * 128 * 128 + 3 * 128 * 512
     teacher = 4 * (512 * 128 + 3 * (layer + 2 * 128) + 128)
     assert times["teacher_shard_bytes"] == teacher / 2
     assert times["largest_layer_bytes"] == 4 * (layer + 2 * 128)
     assert times["teacher_gather_bytes"]["ga8"] <= 1.05 * times["teacher_gather_bytes"]["ga1"]
-    assert {way: len(seconds) for way, seconds in times["seconds"].items()} == dict.fromkeys(WAYS, SCALE.rounds)
+    assert {way: len(seconds)
+            for way, seconds in times["seconds"].items()} == dict.fromkeys(WAYS, SCALE.rounds)
     assert peak > teacher

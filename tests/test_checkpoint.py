@@ -1,4 +1,4 @@
-"""Promises about checkpoints, each by something killed, corrupted or filled."""
+"""What a checkpoint guarantees, tested by killed runs, corrupted files and full disks."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import small
 import torch
+from support.data import write_instructions
+from support.models import make_model
+from support.ranks import Ranks, run_ranks
+from support.runs import comparable_metrics, count_steps, read_metrics, write_recipe
 
 from amid_ds.checkpoint.manifest import list_checkpoints, read_manifest, verify
 
@@ -21,45 +25,44 @@ LAST = f"step_{STEPS:08d}"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("checkpoint")
-    small.make_model(root / "student", "gpt2", 0, resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1)
-    small.make_model(root / "teacher", "llama", 1)
-    small.make_instructions(root / "rows.jsonl")
-    return root
-
-
-def recipe_for(folder: Path, run: Path, **changes) -> Path:
-    settings = {"train__steps": STEPS, "checkpoint__every": 1, "checkpoint__keep": 3,
-                "data__prepared": str(folder / "data"), **changes}
-    return small.make_recipe(run.with_suffix(".yaml"), folder / "student", folder / "teacher", folder / "rows.jsonl",
-                             run, **settings)
+def pair(shared_model) -> tuple[Path, Path]:
+    """A student with dropout, so that a resume has to restore the random state too; a teacher."""
+    dropout = dict(resid_pdrop=0.1, attn_pdrop=0.1, embd_pdrop=0.1)
+    return shared_model("gpt2", 0, **dropout), shared_model("llama", 1)
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(folder, tmp_path_factory) -> Path:
+def recipe_for(pair, instructions_file, tmp_path_factory) -> Callable[..., Path]:
+    """recipe_for(run, **changes): a recipe with a checkpoint at every step."""
+    prepared = tmp_path_factory.mktemp("prepared") / "data"
+
+    def write(run: Path, **changes) -> Path:
+        settings = {"train__steps": STEPS, "checkpoint__every": 1, "checkpoint__keep": 3,
+                    "data__prepared": str(prepared), **changes}
+        return write_recipe(run.with_suffix(".yaml"), *pair, instructions_file, run, **settings)
+    return write
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(recipe_for, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
-    small.run(2, "train", recipe_for(folder, run))
+    run_ranks(2, "train", recipe_for(run))
     return run
 
 
-def comparable(run: Path) -> list[dict]:
-    timed = ("tokens_per_second", "data_wait")
-    return [{k: v for k, v in line.items() if k not in timed and "/" not in k} for line in small.metrics(run)]
-
-
-def masters(checkpoint: Path) -> list[torch.Tensor]:
+def fp32_state(checkpoint: Path) -> list[torch.Tensor]:
     """fp32 weights and moments of every rank, in file order."""
     from amid_ds.engine.backend import import_deepspeed
 
     import_deepspeed()
-    found = []
+    tensors = []
     for path in sorted(checkpoint.glob("*optim_states.pt")):
         state = torch.load(path, weights_only=False)["optimizer_state_dict"]
-        found += list(state["fp32_flat_groups"])
-        found += [value for group in state["optimizer_state_dict"]["state"].values() for value in group.values()
-                  if torch.is_tensor(value)]
-    return found
+        tensors += list(state["fp32_flat_groups"])
+        tensors += [value for group in state["optimizer_state_dict"]["state"].values()
+                    for value in group.values()
+                    if torch.is_tensor(value)]
+    return tensors
 
 
 def newest_name(run: Path) -> str:
@@ -67,53 +70,62 @@ def newest_name(run: Path) -> str:
 
 
 def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int, last: str = LAST) -> int:
-    """Start, kill -9 one rank or all at a random moment, start again; returns how many died inside a save.
+    """Start, kill -9 one rank or all at a random moment, restart; return the kills inside a save.
 
-    Every other kill waits for a save to begin: the hidden folder of a save is there for some milliseconds.
+    Every other kill waits for a save to begin: its hidden folder exists for some milliseconds.
     """
     draw = random.Random(seed)
     inside = 0
     for number in range(kills):
         before = len(list_checkpoints(run / "checkpoints"))
         newest = newest_name(run)
-        ranks = small.Ranks(2, "train", recipe)
+        ranks = Ranks(2, "train", recipe)
         deadline = time.monotonic() + 90
-        while time.monotonic() < deadline and newest_name(run) == newest and ranks.processes[0].is_alive():
-            time.sleep(0.002)      # at least one step further in every life
+
+        def wait_for(condition, interval: float, ranks=ranks, deadline=deadline) -> None:
+            while (time.monotonic() < deadline and not condition()
+                   and ranks.processes[0].is_alive()):
+                time.sleep(interval)
+
+        # At least one step further in every attempt.
+        wait_for(lambda newest=newest: newest_name(run) != newest, 0.002)
         if number % 2:
-            while time.monotonic() < deadline and not list((run / "checkpoints").glob(".step_*.tmp")) \
-                    and ranks.processes[0].is_alive():
-                time.sleep(0.0005)
+            wait_for(lambda: list((run / "checkpoints").glob(".step_*.tmp")), 0.0005)
         else:
             time.sleep(draw.random() * 0.3)
         hidden = bool(list((run / "checkpoints").glob(".step_*.tmp")))
         ranks.signal(signal.SIGKILL, *([0, 1] if draw.random() < 0.5 else [draw.randrange(2)]))
         inside += hidden
-        for rank in range(2):      # the launcher's part: when one rank dies, the others go
+        # the launcher's part: when one rank dies, the others go
+        for rank in range(2):
             ranks.processes[rank].kill()
         ranks.wait(30)
-        assert len(list_checkpoints(run / "checkpoints")) >= min(2, before), "a kill has cost a committed checkpoint"
+        assert len(list_checkpoints(run / "checkpoints")) >= min(2, before), (
+            "a kill has cost a committed checkpoint")
         if newest_name(run) == last:
             break
     return inside
 
 
-def test_killed_at_random_moments_a_run_is_still_the_uninterrupted_run(folder, uninterrupted, tmp_path):
+def test_killed_at_random_moments_a_run_is_still_the_uninterrupted_run(recipe_for, uninterrupted,
+                                                                       tmp_path):
     kills = inside = 0
-    for attempt in range(4):      # each of at most as many lives as there are steps
+    # each has at most as many attempts as there are steps
+    for attempt in range(4):
         run = tmp_path / f"run{attempt}"
-        recipe = recipe_for(folder, run)
+        recipe = recipe_for(run)
         inside += kill_and_resume(recipe, run, 5, seed=attempt)
         kills += 5
         if attempt == 0:
-            small.run(2, "train", recipe)
-            assert comparable(run) == comparable(uninterrupted)
-            last = [masters(path / "checkpoints" / LAST) for path in (run, uninterrupted)]
+            run_ranks(2, "train", recipe)
+            assert comparable_metrics(run) == comparable_metrics(uninterrupted)
+            last = [fp32_state(path / "checkpoints" / LAST) for path in (run, uninterrupted)]
             for ours, theirs in zip(*last, strict=True):
                 assert torch.equal(ours, theirs)
-            assert not list((run / "checkpoints").glob(".step_*")), "what was half-written is not swept away"
+            assert not list((run / "checkpoints").glob(".step_*")), (
+                "what was half-written is not swept away")
         else:
-            steps = [line["step"] for line in small.metrics(run)]
+            steps = [line["step"] for line in read_metrics(run)]
             assert steps == list(range(1, len(steps) + 1))
     assert kills == 20 and inside >= 5
 
@@ -126,37 +138,40 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_resume_is_exact_in_other_precisions_and_layouts(layout, folder, tmp_path):
+def test_a_resume_is_exact_in_other_precisions_and_layouts(layout, recipe_for, tmp_path):
     ranks, changes = LAYOUTS[layout]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    small.run(ranks, "train", recipe_for(folder, whole, train__steps=6, checkpoint__every=3, **changes))
+    run_ranks(ranks, "train", recipe_for(whole, train__steps=6, checkpoint__every=3, **changes))
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "step_00000006")
-    text = small.run(ranks, "train", recipe_for(folder, cut, train__steps=6, checkpoint__every=3, **changes)).text()
+    text = run_ranks(ranks, "train",
+                     recipe_for(cut, train__steps=6, checkpoint__every=3, **changes)).output()
     assert "resumed after step 3" in text
-    assert comparable(cut) == comparable(whole)
-    last = [masters(run / "checkpoints" / "step_00000006") for run in (cut, whole)]
+    assert comparable_metrics(cut) == comparable_metrics(whole)
+    last = [fp32_state(run / "checkpoints" / "step_00000006") for run in (cut, whole)]
     for ours, theirs in zip(*last, strict=True):
         assert torch.equal(ours, theirs)
 
 
-def test_tensorboard_carries_on_with_no_step_missing_and_none_twice(uninterrupted, folder, tmp_path):
+def test_tensorboard_carries_on_with_no_step_missing_and_none_twice(uninterrupted, recipe_for,
+                                                                    tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = tmp_path / "run"
-    small.run(2, "train", continued(uninterrupted, folder, run))
+    run_ranks(2, "train", continued(uninterrupted, recipe_for, run))
     board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     assert [event.step for event in board.Scalars("loss/total")] == list(range(1, STEPS + 1))
     assert [event.value for event in board.Scalars("loss/total")] == pytest.approx(
-        [line["loss"] for line in small.metrics(run)])
+        [line["loss"] for line in read_metrics(run)])
 
 
-def test_a_second_ctrl_c_ends_the_run_at_once(folder, tmp_path):
+def test_a_second_ctrl_c_ends_the_run_at_once(recipe_for, tmp_path):
     run = tmp_path / "run"
-    ranks = small.Ranks(1, "train", recipe_for(folder, run, train__steps=3000, checkpoint__every=1000))
-    wait_for(lambda: (run / "metrics.jsonl").exists() and len(small.metrics(run)) > 2, ranks)
-    for _ in range(2):      # the second within the step that the first one waits for, or just after its save
+    ranks = Ranks(1, "train", recipe_for(run, train__steps=3000, checkpoint__every=1000))
+    ranks.wait_until(lambda: count_steps(run) > 2)
+    # the second within the step that the first one waits for, or just after its save
+    for _ in range(2):
         ranks.signal(signal.SIGINT)
     assert ranks.wait(30)[0] in (1, 75)
 
@@ -182,8 +197,8 @@ def break_it(checkpoint: Path, how: str) -> None:
         (checkpoint / "manifest.json").write_text(text.replace('"tokens": ', '"tokens": 1'))
 
 
-DAMAGES = ["a file missing", "truncated", "one bit flipped", "a rank's file swapped with another's", "manifest gone",
-           "manifest changed"]
+DAMAGES = ["a file missing", "truncated", "one bit flipped", "a rank's file swapped with another's",
+           "manifest gone", "manifest changed"]
 
 
 @pytest.mark.parametrize("how", DAMAGES)
@@ -193,115 +208,126 @@ def test_damage_is_found(how, uninterrupted, tmp_path):
     assert verify(checkpoint) is None
     break_it(checkpoint, how)
     assert verify(checkpoint) is not None
-    if "manifest" not in how:      # ranks share the reading: one of them finds it
+    # ranks share the reading: one of them finds it
+    if "manifest" not in how:
         assert [verify(checkpoint, rank, 3) is not None for rank in range(3)].count(True) >= 1
 
 
 @pytest.mark.slow
-def test_soak_of_a_hundred_kills(folder, tmp_path):
+def test_soak_of_a_hundred_kills(recipe_for, tmp_path):
     run, kills, inside = tmp_path / "run", 0, 0
     whole = tmp_path / "whole"
-    small.run(2, "train", recipe_for(folder, whole, train__steps=600, checkpoint__every=2), timeout=1200)
-    recipe = recipe_for(folder, run, train__steps=600, checkpoint__every=2)
+    run_ranks(2, "train", recipe_for(whole, train__steps=600, checkpoint__every=2), timeout=1200)
+    recipe = recipe_for(run, train__steps=600, checkpoint__every=2)
     while kills < 100:
         inside += kill_and_resume(recipe, run, 10, seed=kills, last="step_00000600")
         kills += 10
-        assert newest_name(run) < "step_00000600", "the run ended before its last kill: give it more steps"
-    small.run(2, "train", recipe, timeout=1200)
-    assert comparable(run) == comparable(whole)
+        assert newest_name(run) < "step_00000600", (
+            "the run ended before its last kill: give it more steps")
+    run_ranks(2, "train", recipe, timeout=1200)
+    assert comparable_metrics(run) == comparable_metrics(whole)
     print(f"{kills} kills, {inside} of them inside a save")
 
 
-def continued(uninterrupted: Path, folder: Path, run: Path, **changes) -> Path:
-    """A copy of the uninterrupted run, cut back to steps 28 and 29 of 30, and the recipe that goes on with it."""
+def continued(uninterrupted: Path, recipe_for: Callable[..., Path], run: Path, **changes) -> Path:
+    """Copy the uninterrupted run without its last checkpoint; return the recipe that resumes it."""
     shutil.copytree(uninterrupted, run)
     shutil.rmtree(run / "checkpoints" / LAST)
-    return recipe_for(folder, run, **changes)
+    return recipe_for(run, **changes)
 
 
-def test_a_damaged_newest_is_named_loudly_and_the_one_before_is_used(uninterrupted, folder, tmp_path):
+def test_a_damaged_newest_is_named_loudly_and_the_one_before_is_used(uninterrupted, recipe_for,
+                                                                     tmp_path):
     run = tmp_path / "run"
-    recipe = continued(uninterrupted, folder, run)
+    recipe = continued(uninterrupted, recipe_for, run)
     break_it(run / "checkpoints" / "step_00000029", "one bit flipped")
-    text = small.run(2, "train", recipe).text()
-    assert "WARNING" in text and "step_00000029 is damaged" in text and "resumed after step 28" in text
-    assert comparable(run) == comparable(uninterrupted)
-    assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["step_00000028", "step_00000029", "step_00000030"]
+    text = run_ranks(2, "train", recipe).output()
+    assert "WARNING" in text and "step_00000029 is damaged" in text
+    assert "resumed after step 28" in text
+    assert comparable_metrics(run) == comparable_metrics(uninterrupted)
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == [
+        "step_00000028", "step_00000029", "step_00000030"]
     assert [verify(path) for path in list_checkpoints(run / "checkpoints")] == [None, None, None]
 
 
-def test_with_no_good_checkpoint_the_run_stops_with_1_and_does_not_start_over(uninterrupted, folder, tmp_path):
+def test_with_no_good_checkpoint_the_run_stops_with_1_and_does_not_start_over(uninterrupted,
+                                                                              recipe_for, tmp_path):
     run = tmp_path / "run"
-    recipe = continued(uninterrupted, folder, run)
+    recipe = continued(uninterrupted, recipe_for, run)
     for path in list_checkpoints(run / "checkpoints"):
         break_it(path, "manifest gone")
-    ranks = small.Ranks(2, "train", recipe)
+    ranks = Ranks(2, "train", recipe)
     assert ranks.wait() == [1, 1]
-    assert "does not start over" in ranks.text() and "Traceback" not in ranks.text()
-    assert comparable(run) == comparable(uninterrupted), "the metrics of the damaged run were touched"
-    listing = small.run(1, "checkpoints", run).text()
+    assert "does not start over" in ranks.output() and "Traceback" not in ranks.output()
+    assert comparable_metrics(run) == comparable_metrics(uninterrupted), (
+        "the metrics of the damaged run were touched")
+    listing = run_ranks(1, "checkpoints", run).output()
     assert listing.count("manifest") == 2
 
 
-def test_the_listing_tells_good_from_damaged(uninterrupted, folder, tmp_path):
+def test_the_listing_tells_good_from_damaged(uninterrupted, recipe_for, tmp_path):
     run = tmp_path / "run"
-    continued(uninterrupted, folder, run)
+    continued(uninterrupted, recipe_for, run)
     break_it(run / "checkpoints" / "step_00000028", "truncated")
-    lines = small.run(1, "checkpoints", run).text()
+    lines = run_ranks(1, "checkpoints", run).output()
     assert "good" in lines and "bytes" in lines and "2 rank(s)" in lines and "29" in lines
 
 
 @pytest.mark.parametrize("changed, named", [("teacher", "teacher.sha256"), ("data", "data.sha256")])
-def test_a_resume_with_another_teacher_or_other_data_is_refused_unless_allowed(changed, named, uninterrupted, folder,
-                                                                              tmp_path):
+def test_a_resume_with_another_teacher_or_other_data_is_refused_unless_allowed(
+        changed, named, uninterrupted, recipe_for, pair, instructions_file, tmp_path):
     run = tmp_path / "run"
     other = tmp_path / "other"
     other.mkdir()
-    shutil.copytree(folder / "teacher", other / "teacher")
-    shutil.copy(folder / "rows.jsonl", other / "rows.jsonl")
-    small.make_instructions(other / "rows.jsonl", rows=50, seed=7) if changed == "data" else \
-        small.make_model(other / "teacher", "llama", 9)
-    recipe = small.make_recipe(tmp_path / "r.yaml", folder / "student", other / "teacher", other / "rows.jsonl", run,
-                               train__steps=STEPS, checkpoint__every=1)
-    continued(uninterrupted, folder, run)
+    shutil.copytree(pair[1], other / "teacher")
+    shutil.copy(instructions_file, other / "rows.jsonl")
+    write_instructions(other / "rows.jsonl", rows=50, seed=7) if changed == "data" else \
+        make_model(other / "teacher", "llama", 9)
+    recipe = write_recipe(tmp_path / "r.yaml", pair[0], other / "teacher", other / "rows.jsonl",
+                          run, train__steps=STEPS, checkpoint__every=1)
+    continued(uninterrupted, recipe_for, run)
     moved = ["data.train.0.path", "teacher.model"]
-    ranks = small.Ranks(2, "train", recipe, f"checkpoint.allow_change=[{', '.join(moved)}]")
+    ranks = Ranks(2, "train", recipe, f"checkpoint.allow_change=[{', '.join(moved)}]")
     assert ranks.wait() == [2, 2]
-    assert named in ranks.text() and "before" in ranks.text()
-    small.run(2, "train", recipe, f"checkpoint.allow_change=[{', '.join([*moved, named])}]")
+    assert named in ranks.output() and "before" in ranks.output()
+    run_ranks(2, "train", recipe, f"checkpoint.allow_change=[{', '.join([*moved, named])}]")
 
 
-def test_the_teacher_is_in_no_checkpoint(uninterrupted, folder, tmp_path):
-    alone = small.make_recipe(tmp_path / "r.yaml", folder / "student", None, folder / "rows.jsonl", tmp_path / "run",
-                              train__steps=1)
-    small.run(2, "train", alone)
+def test_the_teacher_is_in_no_checkpoint(uninterrupted, pair, instructions_file, tmp_path):
+    alone = write_recipe(tmp_path / "r.yaml", pair[0], None, instructions_file, tmp_path / "run",
+                         train__steps=1)
+    run_ranks(2, "train", alone)
 
     def size(checkpoint: Path) -> int:
         return sum(path.stat().st_size for path in checkpoint.glob("*.pt"))
 
-    assert size(list_checkpoints(uninterrupted / "checkpoints")[0]) <= 1.02 * size(tmp_path / "run/checkpoints/step_00000001")
+    assert size(list_checkpoints(uninterrupted / "checkpoints")[0]) <= 1.02 * size(
+        tmp_path / "run/checkpoints/step_00000001")
 
 
-def test_keep_every_keeps_milestones_and_keep_the_newest(folder, tmp_path):
-    recipe = recipe_for(folder, tmp_path / "run", train__steps=9, checkpoint__keep=2, checkpoint__keep_every=3)
-    small.run(1, "train", recipe)
-    assert [path.name[-1] for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["3", "6", "8", "9"]
+def test_keep_every_keeps_milestones_and_keep_the_newest(recipe_for, tmp_path):
+    recipe = recipe_for(tmp_path / "run", train__steps=9, checkpoint__keep=2,
+                        checkpoint__keep_every=3)
+    run_ranks(1, "train", recipe)
+    assert [path.name[-1]
+            for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["3", "6", "8", "9"]
 
 
 @pytest.mark.parametrize("how", ["STOP file", "max_hours"])
-def test_a_stop_file_and_the_time_limit_stop_in_order(how, folder, uninterrupted, tmp_path):
+def test_a_stop_file_and_the_time_limit_stop_in_order(how, recipe_for, uninterrupted, tmp_path):
     run = tmp_path / "run"
     limit = 0.5 / 3600 if how == "max_hours" else None
-    recipe = recipe_for(folder, run, train__steps=STEPS, checkpoint__every=1000)
+    recipe = recipe_for(run, train__steps=STEPS, checkpoint__every=1000)
     changes = [f"train.max_hours={limit}"] if limit else []
     if how == "STOP file":
         run.mkdir()
         (run / "STOP").touch()
-    ranks = small.Ranks(2, "train", recipe, *changes)
-    assert ranks.wait() == [75, 75], ranks.text()
-    assert ("STOP" if how == "STOP file" else "max_hours") in ranks.text() and not (run / "STOP").exists()
-    small.run(2, "train", recipe)
-    assert comparable(run) == comparable(uninterrupted)
+    ranks = Ranks(2, "train", recipe, *changes)
+    assert ranks.wait() == [75, 75], ranks.output()
+    assert ("STOP" if how == "STOP file" else "max_hours") in ranks.output()
+    assert not (run / "STOP").exists()
+    run_ranks(2, "train", recipe)
+    assert comparable_metrics(run) == comparable_metrics(uninterrupted)
 
 
 class SmallDisk:
@@ -320,7 +346,7 @@ class SmallDisk:
             while True:
                 file.write(b"x" * 4096)
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         self._mount("-o", "remount,rw", str(self.folder))
         (self.folder / "filler").unlink(missing_ok=True)
 
@@ -340,40 +366,35 @@ def disk(tmp_path):
     disk.vanish()
 
 
-def wait_for(condition, ranks: small.Ranks, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline and ranks.processes[0].is_alive(), ranks.text()
-        time.sleep(0.002)
-
-
 @pytest.mark.parametrize("how", ["fill", "make_read_only"])
-def test_the_training_goes_on_when_a_save_fails_and_the_next_interval_tries_again(how, disk, folder, tmp_path):
+def test_the_training_goes_on_when_a_save_fails_and_the_next_interval_tries_again(
+        how, disk, recipe_for, tmp_path):
     run = tmp_path / "run"
-    recipe = recipe_for(folder, run, train__steps=60, checkpoint__every=15)
-    ranks = small.Ranks(2, "train", recipe)
-    wait_for(lambda: len(list_checkpoints(run / "checkpoints")) == 1, ranks)
+    recipe = recipe_for(run, train__steps=60, checkpoint__every=15)
+    ranks = Ranks(2, "train", recipe)
+    ranks.wait_until(lambda: len(list_checkpoints(run / "checkpoints")) == 1, interval=0.002)
     getattr(disk, how)()
-    wait_for(lambda: "SAVE FAILED" in ranks.text(), ranks)
+    ranks.wait_until(lambda: "SAVE FAILED" in ranks.output(), interval=0.002)
     good = list_checkpoints(run / "checkpoints")
     assert good and [verify(path) for path in good] == [None] * len(good)
-    disk.mend()
-    assert ranks.wait() == [0, 0], ranks.text()
+    disk.repair()
+    assert ranks.wait() == [0, 0], ranks.output()
     assert read_manifest(list_checkpoints(run / "checkpoints")[-1])["state"]["step"] == 60
-    assert [line["step"] for line in small.metrics(run)] == list(range(1, 61))
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 61))
 
 
 @pytest.mark.parametrize("how", ["fill", "vanish"])
-def test_after_three_failures_in_a_row_the_run_stops_with_1(how, disk, folder, tmp_path):
+def test_after_three_failures_in_a_row_the_run_stops_with_1(how, disk, recipe_for, tmp_path):
     run = tmp_path / "run"
-    recipe = recipe_for(folder, run, train__steps=2000, checkpoint__every=5)
-    ranks = small.Ranks(2, "train", recipe)
-    wait_for(lambda: len(list_checkpoints(run / "checkpoints")) >= 1, ranks)
+    recipe = recipe_for(run, train__steps=2000, checkpoint__every=5)
+    ranks = Ranks(2, "train", recipe)
+    ranks.wait_until(lambda: len(list_checkpoints(run / "checkpoints")) >= 1, interval=0.002)
     getattr(disk, how)()
-    assert ranks.wait() == [1, 1], ranks.text()
-    assert "(3 in a row)" in ranks.text() and "Traceback" not in ranks.text()
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert "(3 in a row)" in ranks.output() and "Traceback" not in ranks.output()
     if how == "vanish":
-        assert not list((run / "checkpoints").iterdir()), "something was written where the mount had been"
+        assert not list((run / "checkpoints").iterdir()), (
+            "something was written where the mount had been")
     else:
-        disk.mend()
+        disk.repair()
         assert [verify(path) for path in list_checkpoints(run / "checkpoints")].count(None) >= 1

@@ -1,4 +1,4 @@
-"""Whatever happens on one rank, the others go on or end: equal collectives under uneven data, and failures told."""
+"""If one rank fails, the others end too; with uneven data all ranks make the same collectives."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import small
 import torch
 import torch.distributed as dist
+from support.ranks import Ranks, rank_main
+from support.runs import read_metrics, write_recipe
 
 from amid_ds.distributed.rendezvous import init_distributed
 
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast",
-               "broadcast_object_list", "reduce_scatter", "reduce_scatter_tensor", "barrier")
+COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object",
+               "broadcast", "broadcast_object_list", "reduce_scatter", "reduce_scatter_tensor",
+               "barrier")
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
+def recipe(shared_model, instructions_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("collectives")
-    student = small.make_model(folder / "student", "llama-tied", 0, num_hidden_layers=1)
-    teacher = small.make_model(folder / "teacher", "llama", 1, num_hidden_layers=1)
-    rows = small.make_instructions(folder / "rows.jsonl")
-    return functools.partial(small.make_recipe, folder / "r.yaml", student, teacher, rows, train__steps=3,
-                             data__prepared=str(folder / "data"))
+    student = shared_model("llama-tied", 0, num_hidden_layers=1)
+    teacher = shared_model("llama", 1, num_hidden_layers=1)
+    return functools.partial(write_recipe, folder / "r.yaml", student, teacher, instructions_file,
+                             train__steps=3, data__prepared=str(folder / "data"))
 
 
-def uneven(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
-    """A rank that writes down the collectives of each step. In step 2 the last data-parallel rank has no token."""
+def uneven_rank(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that records its collectives; in step 2 the last dp rank has no token."""
     from amid_ds.training import trainer
 
     rank, size, real_step = int(variables["RANK"]), int(variables["WORLD_SIZE"]), trainer.train_step
@@ -47,31 +48,36 @@ def uneven(folder: str, argv: list[str], variables: dict[str, str], log: str) ->
 
     def step(job, ds, window, tokens, state, world, *rest):
         if rank >= size - world.tp_size and state["step"] == 1:
-            window = [replace(batch, labels=torch.full_like(batch.labels, -100)) for batch in window]
+            window = [replace(batch, labels=torch.full_like(batch.labels, -100))
+                      for batch in window]
         calls.clear()
         values = real_step(job, ds, window, tokens, state, world, *rest)
         Path(folder, f"step{state['step']}.rank{rank}").write_text(json.dumps(calls))
         return values
 
     trainer.train_step = step
-    small.be_a_rank(argv, variables, log)
+    rank_main(argv, variables, log)
 
 
-def test_two_ranks_make_the_same_collectives_in_the_same_order_in_every_step_of_uneven_data(recipe, tmp_path):
+def test_two_ranks_make_the_same_collectives_in_the_same_order_in_every_step_of_uneven_data(
+        recipe, tmp_path):
     run = recipe(out=tmp_path / "run")
-    ranks = small.Ranks(4, "train", run, "tensor_parallel=2", be=functools.partial(uneven, str(tmp_path)))
-    assert ranks.wait() == [0] * 4, ranks.text()
+    ranks = Ranks(4, "train", run, "tensor_parallel=2",
+                  target=functools.partial(uneven_rank, str(tmp_path)))
+    assert ranks.wait() == [0] * 4, ranks.output()
     for step in (1, 2, 3):
         calls = [json.loads((tmp_path / f"step{step}.rank{rank}").read_text()) for rank in range(4)]
         assert len(calls[0]) > 20
-        for pair in itertools.combinations(range(4), 2):      # what both take part in, in the order of each
-            first, second = ([call for call in calls[rank] if set(pair) <= set(call[1])] for rank in pair)
+        # what both take part in, in the order of each
+        for pair in itertools.combinations(range(4), 2):
+            first, second = ([call for call in calls[rank] if set(pair) <= set(call[1])]
+                             for rank in pair)
             assert first == second, (step, pair)
-    assert all(line["loss"] > 0 for line in small.metrics(tmp_path / "run"))
+    assert all(line["loss"] > 0 for line in read_metrics(tmp_path / "run"))
 
 
-def fails(where: str, argv: list[str], variables: dict[str, str], log: str) -> None:
-    """A rank of which number 1 fails at `where`, alone."""
+def failing_rank(where: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank; rank 1 alone fails at `where`."""
     from amid_ds.engine import engine
     from amid_ds.training import trainer
 
@@ -79,18 +85,20 @@ def fails(where: str, argv: list[str], variables: dict[str, str], log: str) -> N
         raise MemoryError("no memory on this rank alone")
 
     if variables["RANK"] == "1":
-        setattr(*{"loading": (engine, "cut_head"), "a step": (trainer.engine, "take_step")}[where], broken)
-    small.be_a_rank(argv, variables, log)
+        setattr(*{"loading": (engine, "cut_head"), "a step": (trainer.engine, "take_step")}[where],
+                broken)
+    rank_main(argv, variables, log)
 
 
 @pytest.mark.parametrize("where", ["loading", "a step"])
 def test_an_exception_on_one_rank_ends_all_of_them(recipe, tmp_path, where):
     run = recipe(out=tmp_path / "run")
-    ranks = small.Ranks(2, "train", run, "tensor_parallel=2", be=functools.partial(fails, where))
+    ranks = Ranks(2, "train", run, "tensor_parallel=2",
+                  target=functools.partial(failing_rank, where))
     began = time.monotonic()
-    assert ranks.wait(90) == [1, 1], ranks.text(0) + ranks.text(1)
+    assert ranks.wait(90) == [1, 1], ranks.output(0) + ranks.output(1)
     assert time.monotonic() - began < 80
-    assert "no memory on this rank alone" in ranks.text(1)
+    assert "no memory on this rank alone" in ranks.output(1)
 
 
 def test_a_process_that_was_a_group_of_one_is_no_rank_afterwards(monkeypatch):
@@ -99,4 +107,5 @@ def test_a_process_that_was_a_group_of_one_is_no_rank_afterwards(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with init_distributed(10):
         assert [os.environ[name] for name in names] == ["0", "1", "0"]
-    assert not os.environ.keys() & set(names)      # or what it submits next would train alone on every node
+    # or what it submits next would train alone on every node
+    assert not os.environ.keys() & set(names)

@@ -1,4 +1,4 @@
-"""From files to micro-batches: every token once, labels where they belong, bad input named by file and line."""
+"""From files to micro-batches: every token once, correct labels, bad input named by its line."""
 
 import itertools
 import json
@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 
 import pytest
-import small
 import torch
+from support.data import split_documents
+from support.ranks import Ranks, run_ranks
+from support.runs import write_recipe
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -43,7 +45,8 @@ def many_chunks(monkeypatch):
 
 def texts(count, seed=0):
     rng = random.Random(seed)
-    return [" ".join(f"word{rng.randrange(999)}" for _ in range(rng.randint(1, 60))) + "\n" * rng.randrange(3)
+    return [" ".join(f"word{rng.randrange(999)}" for _ in range(rng.randint(1, 60)))
+            + "\n" * rng.randrange(3)
             for _ in range(count)]
 
 
@@ -63,14 +66,16 @@ def labelled(batch):
 
 
 def expected_pairs(documents, tokenizer):
-    """Each token of the joined documents with the one after it: what a text source has to teach."""
-    stream = [i for text in documents for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    """The pairs that a text source trains on: each token of all documents and the next."""
+    stream = [i for text in documents
+              for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     return list(itertools.pairwise(stream))
 
 
 def test_text_rows_teach_every_token_once_and_in_order(tmp_path, tokenizer):
     documents = texts(40)
-    path = write_jsonl(tmp_path / "corpus.jsonl", [{"id": i, "body": text} for i, text in enumerate(documents)])
+    path = write_jsonl(tmp_path / "corpus.jsonl",
+                       [{"id": i, "body": text} for i, text in enumerate(documents)])
     info = prepare(data_of({"path": path, "text": "body"}), SEQ, tokenizer, tmp_path / "out")
     batches = list(read_rows(tmp_path / "out", 3))
     pairs = [pair for batch in batches for pair in labelled(batch)]
@@ -81,16 +86,18 @@ def test_text_rows_teach_every_token_once_and_in_order(tmp_path, tokenizer):
 
 
 def test_shards_together_hold_the_whole_corpus(tmp_path, tokenizer, many_chunks):
-    """Cut into many shards, only the pair across each shard's border is not taught."""
+    """Cut into many shards, only the pair across each shard's border is missing."""
     documents = texts(200)
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in documents])
     prepare(data_of({"path": path}), SEQ, tokenizer, tmp_path / "out")
     shards = len(list((tmp_path / "out" / "shards").glob("*.arrow")))
     batches = read_rows(tmp_path / "out", 1)
-    pairs, wanted = [pair for batch in batches for pair in labelled(batch)], expected_pairs(documents, tokenizer)
+    pairs = [pair for batch in batches for pair in labelled(batch)]
+    wanted = expected_pairs(documents, tokenizer)
     assert shards > 10 and len(pairs) == len(wanted) - (shards - 1)
     at = 0
-    for pair in pairs:                        # in order, skipping nothing but a pair that begins with an end of text
+    # in order, skipping nothing but a pair that begins with an end of text
+    for pair in pairs:
         while wanted[at] != pair:
             assert wanted[at][0] == tokenizer.eos_token_id
             at += 1
@@ -109,7 +116,8 @@ def test_a_text_file_is_one_document_with_its_white_space(tmp_path, tokenizer, m
     info = prepare(data_of({"path": str(folder)}), SEQ, tokenizer, tmp_path / "out")
     batches = list(read_rows(tmp_path / "out", 1))
     ids, previous = [], None
-    for batch in batches:                     # rows overlap by one token within a shard
+    # rows overlap by one token within a shard
+    for batch in batches:
         row = [*batch.input_ids[0].tolist(), batch.labels[0, -1].item()]
         ids += row[1:] if previous == row[0] else row
         previous = row[-1]
@@ -136,54 +144,61 @@ def test_a_long_prompt_loses_its_left_and_a_long_response_its_right(tmp_path, to
     long, short = " ".join(texts(5)), "word1"
     rows = [{"q": long, "a": short}, {"q": short, "a": long}, {"q": "x", "a": "y"}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
-    info = prepare(data_of({"path": path, "prompt": "q", "response": "a"}), SEQ, tokenizer, tmp_path / "out")
+    info = prepare(data_of({"path": path, "prompt": "q", "response": "a"}), SEQ, tokenizer,
+                   tmp_path / "out")
     assert info.sources[0].truncated == 2
     [batch] = read_rows(tmp_path / "out", 3)
-    long_ids, short_ids, end = tokenizer(long)["input_ids"], tokenizer(short)["input_ids"], tokenizer.eos_token_id
+    long_ids, short_ids = tokenizer(long)["input_ids"], tokenizer(short)["input_ids"]
     assert batch.input_ids.shape == (3, SEQ)
     assert batch.input_ids[0].tolist() == [*long_ids, *short_ids][-SEQ:]
     assert labelled(batch)[:len(short_ids)][-1][1] == short_ids[-1]
-    assert batch.labels[0, -1] == end
+    assert batch.labels[0, -1] == tokenizer.eos_token_id
     assert batch.input_ids[1].tolist() == [short_ids[-1], *long_ids[:SEQ - 1]]
     assert batch.labels[1].tolist() == long_ids[:SEQ]
 
 
 @pytest.mark.parametrize("waiting", [1, 64])
-def test_isolated_prompts_share_rows_each_as_it_is_in_a_row_of_its_own(tmp_path, tokenizer, monkeypatch, waiting):
+def test_isolated_prompts_share_rows_each_as_it_is_in_a_row_of_its_own(tmp_path, tokenizer,
+                                                                       monkeypatch, waiting):
     monkeypatch.setattr(pack, "OPEN_ROWS", waiting)
     rng = random.Random(4)
-    rows = [{"q": "word1 " * rng.randint(1, 9), "a": f"{i} " + "word2 " * rng.randint(1, 15)} for i in range(60)]
+    rows = [{"q": "word1 " * rng.randint(1, 9), "a": f"{i} " + "word2 " * rng.randint(1, 15)}
+            for i in range(60)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     infos, documents = [], []
-    for isolate in (None, False):      # the default is to isolate prompts
+    # the default is to isolate prompts
+    for isolate in (None, False):
         data = data_of({"path": path, "prompt": "q", "response": "a"}, isolate_documents=isolate)
         infos.append(prepare(data, 120, tokenizer, tmp_path / f"out{isolate}").sources[0])
         batches = list(read_rows(tmp_path / f"out{isolate}", 3))
-        found = itertools.chain.from_iterable(map(small.documents, batches))
+        isolated_documents = itertools.chain.from_iterable(map(split_documents, batches))
         inputs = sum(batch.input_ids.numel() - batch.padding for batch in batches)
         assert inputs == pytest.approx(infos[-1].rows * 120 * (1 - infos[-1].padding))
         documents.append(sorted([pair for pair in zip(ids[0].tolist(), labels.tolist(), strict=True)
-                                 if pair[1] != -100] for ids, labels in found))
+                                 if pair[1] != -100] for ids, labels in isolated_documents))
     together, alone = infos
     assert documents[0] == documents[1] and together.tokens == alone.tokens
     assert together.rows < alone.rows / 2 and together.padding < alone.padding / 2
     assert "% padding" in str(together)
 
 
-def test_isolated_texts_start_again_and_do_not_predict_the_next_ones_beginning(tmp_path, tokenizer, many_chunks,
-                                                                              monkeypatch):
-    monkeypatch.setattr("amid_ds.data.encode.PIECE_BYTES", 50)      # in several pieces each, and one document still
+def test_isolated_texts_start_again_and_do_not_predict_the_next_ones_beginning(tmp_path, tokenizer,
+                                                                               many_chunks,
+                                                                               monkeypatch):
+    # in several pieces each, and one document still
+    monkeypatch.setattr("amid_ds.data.encode.PIECE_BYTES", 50)
     documents = texts(60)
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in documents])
     prepare(data_of({"path": path}, isolate_documents=True), SEQ, tokenizer, tmp_path / "out")
     pairs, ends = [], 0
     for batch in read_rows(tmp_path / "out", 2):
         pairs += labelled(batch)
-        for ids, labels in small.documents(batch):
+        for ids, labels in split_documents(batch):
             end = ids[0] == tokenizer.eos_token_id
             assert not end[:-1].any() and (not end[-1] or labels[-1] == -100)
             ends += end.any()
-    wanted = [pair for pair in expected_pairs(documents, tokenizer) if pair[0] != tokenizer.eos_token_id]
+    wanted = [pair for pair in expected_pairs(documents, tokenizer)
+              if pair[0] != tokenizer.eos_token_id]
     assert sorted(pairs) == sorted(wanted) and ends > 20
 
 
@@ -196,8 +211,8 @@ def prepared(tmp_path, tokenizer, many_chunks):
 
 
 def step_data(folder, size=1, rank=0, micro=1, workers=0, **keys):
-    return StepData(folder, seed=3, global_batch_size=8, micro_batch_size=micro, dp_rank=rank, dp_size=size,
-                    workers=workers, **keys)
+    return StepData(folder, seed=3, global_batch_size=8, micro_batch_size=micro, dp_rank=rank,
+                    dp_size=size, workers=workers, **keys)
 
 
 @pytest.mark.parametrize(("size", "micro"), [(1, 8), (2, 4), (4, 1), (8, 1)])
@@ -205,13 +220,15 @@ def test_a_step_reads_the_same_rows_in_any_layout(prepared, size, micro):
     alone = step_data(prepared)
     for step in (0, 1, 10**6):
         ranks = [step_data(prepared, size, rank, micro).window(step) for rank in range(size)]
-        together = [row for window in zip(*ranks, strict=True) for batch in window for row in batch.rows]
+        together = [row for window in zip(*ranks, strict=True) for batch in window
+                    for row in batch.rows]
         assert together == [batch.rows[0] for batch in alone.window(step)]
 
 
 def test_interrupted_runs_in_changing_layouts_read_every_row_once(prepared):
     rows = len(Prepared(prepared))
-    shares = Prepared(prepared).counts        # weights in proportion to the rows: one epoch of both ends together
+    # weights in proportion to the rows: one epoch of both ends together
+    shares = Prepared(prepared).counts
     rng, steps, seen = random.Random(1), rows // 8, []
     interruptions = sorted(rng.sample(range(1, steps), 10))
     for step, stop in itertools.pairwise([0, *interruptions, steps]):
@@ -237,7 +254,8 @@ def test_a_source_with_more_weight_than_rows_comes_again_and_says_so(prepared):
 
 def test_threads_read_ahead_without_changing_the_order(prepared):
     plain = [[batch.rows for batch in window] for window in step_data(prepared).windows(5, 25)]
-    ahead = [[batch.rows for batch in window] for window in step_data(prepared, workers=3).windows(5, 25)]
+    ahead = [[batch.rows for batch in window]
+             for window in step_data(prepared, workers=3).windows(5, 25)]
     assert plain == ahead and len(plain) == 20
 
 
@@ -253,7 +271,8 @@ def test_the_time_waited_for_data_is_counted(prepared, monkeypatch):
     monkeypatch.setattr(StepData, "window", window)
     data = step_data(prepared)
     for _ in data.windows(0, 5):
-        clock[0] += 100.0                     # what the reader does meanwhile is no waiting
+        # what the reader does meanwhile is no waiting
+        clock[0] += 100.0
     assert data.waited == 10.0
 
 
@@ -269,8 +288,8 @@ def test_steps_are_read_before_they_are_asked_for(prepared, monkeypatch):
 def test_a_row_is_named_by_its_file_and_line(prepared, tokenizer):
     data = Prepared(prepared)
     for number in range(0, len(data), 7):
-        tokens, *_, place = data.row(number)
-        path, line = re.fullmatch(r"(.*) line (\d+)", place).groups()
+        tokens, *_, location = data.row(number)
+        path, line = re.fullmatch(r"(.*) line (\d+)", location).groups()
         with open(path, encoding="utf-8") as file:
             lines = [json.loads(text)["text"] for text in file]
         head = tokenizer.decode(tokens[:6].tolist()).split("</s>")[0]
@@ -281,36 +300,44 @@ def test_a_row_is_named_by_its_file_and_line(prepared, tokenizer):
 def test_a_row_that_begins_with_a_document_is_named_by_it():
     documents = [pack.Document([([1, 2, 3], True), ([9], True)], 0, line) for line in range(3)]
     rows = list(pack.pack_text(documents, 4))
-    assert [(row.line, row.tokens) for row in rows] == [(0, [1, 2, 3, 9, 1]), (1, [1, 2, 3, 9, 1]), (2, [1, 2, 3, 9])]
+    assert [(row.line, row.tokens) for row in rows] == [(0, [1, 2, 3, 9, 1]), (1, [1, 2, 3, 9, 1]),
+                                                        (2, [1, 2, 3, 9])]
 
 
-def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer, many_chunks, monkeypatch):
-    """With Llama's way of putting <s> first: once per document, also where a document is read in many pieces."""
+def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer, many_chunks,
+                                                          monkeypatch):
+    """As Llama puts <s> first: once per document, also if a document is read in many pieces."""
     monkeypatch.setattr("amid_ds.data.readers.PIECE_BYTES", 50)
     tokenizer.save_pretrained(tmp_path / "framing")
     framing = load_tokenizer(str(tmp_path / "framing"))
-    framing.backend_tokenizer.post_processor = processors.TemplateProcessing("<pad> $0", special_tokens=[("<pad>", 2)])
+    framing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "<pad> $0", special_tokens=[("<pad>", 2)])
     text = "\n".join(texts(100))
     (tmp_path / "a.txt").write_text(text)
     prepare(data_of({"path": str(tmp_path / "a.txt")}), SEQ, framing, tmp_path / "out")
     assert len(list((tmp_path / "out" / "shards").glob("*.arrow"))) > 5
     ids = [batch.input_ids[0].tolist() for batch in read_rows(tmp_path / "out", 1)]
-    assert ids[0] == [2, *tokenizer(text)["input_ids"]][:SEQ] and sum(row.count(2) for row in ids) == 1
+    assert ids[0] == [2, *tokenizer(text)["input_ids"]][:SEQ]
+    assert sum(row.count(2) for row in ids) == 1
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": "word1", "a": "word2"}])
-    prepare(data_of({"path": path, "prompt": "q", "response": "a"}), 4096, framing, tmp_path / "rows")
+    prepare(data_of({"path": path, "prompt": "q", "response": "a"}), 4096, framing,
+            tmp_path / "rows")
     [batch] = read_rows(tmp_path / "rows", 1)
-    assert batch.input_ids[0].tolist() == [2, *tokenizer("word1")["input_ids"], *tokenizer("word2")["input_ids"]]
+    assert batch.input_ids[0].tolist() == [2, *tokenizer("word1")["input_ids"],
+                                           *tokenizer("word2")["input_ids"]]
 
 
 def test_a_shard_that_another_job_has_made_is_left_as_it_is(prepared, tmp_path, tokenizer):
     source = recipe.Source(path=str(tmp_path / "one.jsonl"))
     chunk = next(shard.chunks_of([[source.path]]))
     before = (prepared / "shards" / "000000.arrow").stat().st_mtime_ns
-    assert shard.Maker([source], [False], SEQ, "error", tokenizer, "uint16", prepared / "shards").make(chunk, wait=True)
+    assert shard.Maker([source], [False], SEQ, "error", tokenizer, "uint16",
+                       prepared / "shards").make(chunk, wait=True)
     assert (prepared / "shards" / "000000.arrow").stat().st_mtime_ns == before
 
 
-def test_a_row_of_a_text_file_is_named_by_the_line_of_its_piece(tmp_path, tokenizer, many_chunks, monkeypatch):
+def test_a_row_of_a_text_file_is_named_by_the_line_of_its_piece(tmp_path, tokenizer, many_chunks,
+                                                                monkeypatch):
     monkeypatch.setattr("amid_ds.data.readers.PIECE_BYTES", 50)
     lines = [f"{i} {text}\n" for i, text in enumerate(texts(100))]
     (tmp_path / "a.txt").write_text("".join(lines))
@@ -330,11 +357,13 @@ def test_a_row_cut_inside_a_learnt_segment_learns_what_follows_its_first_token()
 
 def test_a_complete_folder_is_reused_and_a_killed_job_goes_on(prepared, tmp_path, tokenizer):
     data = data_of({"path": str(tmp_path / "one.jsonl")}, {"path": str(tmp_path / "two.jsonl")})
-    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in (prepared / "shards").iterdir()}
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns)
+              for path in (prepared / "shards").iterdir()}
     assert prepare(data, SEQ, tokenizer, prepared).reused
     manifest = (prepared / "manifest.json").read_bytes()
-    (prepared / "manifest.json").unlink()                 # killed before the end, with two shards missing,
-    (prepared / "shards" / "000001.json").unlink()        # one of them written but not counted
+    # Killed before the end, with two shards missing, one of them written but not counted.
+    (prepared / "manifest.json").unlink()
+    (prepared / "shards" / "000001.json").unlink()
     (prepared / "shards" / "000003.json").unlink()
     (prepared / "shards" / "000003.arrow").unlink()
     assert not prepare(data, SEQ, tokenizer, prepared).reused
@@ -352,12 +381,14 @@ def test_eight_workers_write_the_bytes_of_one(tmp_path, tokenizer, many_chunks, 
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in texts(150)])
     for workers in (1, 8):
         prepare(data_of({"path": path}, workers=workers), SEQ, tokenizer, tmp_path / f"by{workers}")
-    one, eight = ({path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+    one, eight = ({path.relative_to(tmp_path / name): path.read_bytes()
+                   for path in (tmp_path / name).rglob("*.*")}
                   for name in ("by1", "by8"))
     assert len(one) > 20 and one == eight
 
 
-def test_a_bad_row_found_by_a_worker_process_stops_them_all(tmp_path, tokenizer, many_chunks, monkeypatch):
+def test_a_bad_row_found_by_a_worker_process_stops_them_all(tmp_path, tokenizer, many_chunks,
+                                                            monkeypatch):
     monkeypatch.setattr(preparation, "PARALLEL_BYTES", 0)
     rows = [{"text": text} for text in texts(150)]
     path = write_jsonl(tmp_path / "corpus.jsonl", [*rows[:100], {"text": 5}, *rows[100:]])
@@ -372,21 +403,28 @@ def test_two_jobs_share_the_work_on_one_folder(tmp_path, tokenizer, many_chunks)
     prepare(data_of({"path": path}), SEQ, tokenizer, tmp_path / "alone")
     (out / "shards").mkdir(parents=True)
     lock = out / "shards" / "000001.lock"
-    other = subprocess.Popen([sys.executable, "-c", "import fcntl, sys; file = open(sys.argv[1], 'wb'); "
-                              "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); sys.stdin.read()", lock],
+    other = subprocess.Popen([sys.executable, "-c",
+                              "import fcntl, sys; file = open(sys.argv[1], 'wb'); "
+                              "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); "
+                              "sys.stdin.read()", lock],
                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout.readline() == b"held\n"
+
+    def made() -> int:
+        return len(list((out / "shards").glob("*.json")))
+
     ours = threading.Thread(target=prepare, args=(data_of({"path": path}), SEQ, tokenizer, out))
     ours.start()
     try:
         shards = len(list((tmp_path / "alone" / "shards").glob("*.json")))
         deadline = time.monotonic() + 30
-        while len(list((out / "shards").glob("*.json"))) < shards - 1 and time.monotonic() < deadline:
+        while made() < shards - 1 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert len(list((out / "shards").glob("*.json"))) == shards - 1
+        assert made() == shards - 1
         assert not (out / "shards" / "000001.json").exists() and ours.is_alive()
     finally:
-        other.communicate()                   # the other job dies without having made it
+        # the other job dies without having made it
+        other.communicate()
     ours.join()
     assert {path.name: path.read_bytes() for path in (out / "shards").iterdir()} == \
         {path.name: path.read_bytes() for path in (tmp_path / "alone" / "shards").iterdir()}
@@ -409,11 +447,13 @@ if __name__ == "__main__":
 def start_job(tmp_path, path, tokenizer, workers):
     script = tmp_path / "job.py"
     script.write_text(JOB)
-    return subprocess.Popen([sys.executable, script, path, tokenizer.name_or_path, tmp_path / "out", str(workers)])
+    return subprocess.Popen([sys.executable, script, path, tokenizer.name_or_path, tmp_path / "out",
+                             str(workers)])
 
 
 def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*.*")
+            if path.is_file()}
 
 
 def test_jobs_at_once_on_one_folder_write_the_bytes_of_one(tmp_path, tokenizer, many_chunks):
@@ -430,38 +470,42 @@ def test_a_killed_job_leaves_no_process_and_what_it_finished(tmp_path, tokenizer
     shards = tmp_path / "out" / "shards"
     while len(list(shards.glob("*.json"))) < 3:
         assert job.poll() is None
-    workers = [process for process in Path("/proc").glob("[0-9]*") if str(job.pid) in ancestors(process)]
+    workers = [process for process in Path("/proc").glob("[0-9]*")
+               if str(job.pid) in ancestors(process)]
     job.kill()
     job.wait()
     finished = {path: path.stat().st_mtime_ns for path in shards.glob("*.json")}
     deadline = time.monotonic() + 60
     while any(map(alive, workers)):
         assert time.monotonic() < deadline
-    prepare(data_of({"path": path}, prepared=str(tmp_path / "out")), SEQ, tokenizer, tmp_path / "out")
+    prepare(data_of({"path": path}, prepared=str(tmp_path / "out")), SEQ, tokenizer,
+            tmp_path / "out")
     prepare(data_of({"path": path}), SEQ, tokenizer, tmp_path / "alone")
-    assert len(workers) >= 2 and len(finished) < len(list((tmp_path / "alone" / "shards").glob("*.json")))
+    assert len(workers) >= 2
+    assert len(finished) < len(list((tmp_path / "alone" / "shards").glob("*.json")))
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
     assert all(path.stat().st_mtime_ns == time for path, time in finished.items())
 
 
 def alive(process):
     try:
-        return (process / "cmdline").read_bytes() != b""      # empty: a zombie that nobody has waited for yet
+        # empty: a zombie that nobody has waited for yet
+        return (process / "cmdline").read_bytes() != b""
     except OSError:
         return False
 
 
 def ancestors(process):
     """The process ids above a process, as texts."""
-    found = []
+    ids = []
     while True:
         try:
             parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
         except OSError:
-            return found
+            return ids
         if parent == "0":
-            return found
-        found.append(parent)
+            return ids
+        ids.append(parent)
         process = Path("/proc") / parent
 
 
@@ -472,7 +516,8 @@ def test_shards_made_before_a_bad_row_was_found_stay(tmp_path, tokenizer, many_c
     with pytest.raises(InputError, match="line 101"):
         prepare(data_of({"path": path}, prepared=str(out)), SEQ, tokenizer, out)
     finished = {path: path.stat().st_mtime_ns for path in (out / "shards").glob("*.json")}
-    assert prepare(data_of({"path": path}, prepared=str(out), on_bad_row="skip"), SEQ, tokenizer, out).rows
+    assert prepare(data_of({"path": path}, prepared=str(out), on_bad_row="skip"), SEQ, tokenizer,
+                   out).rows
     assert finished and all(path.stat().st_mtime_ns == time for path, time in finished.items())
     with pytest.raises(InputError, match=r"without 1 bad rows, such as .*corpus.jsonl line 101"):
         prepare(data_of({"path": path}, prepared=str(out)), SEQ, tokenizer, out)
@@ -490,7 +535,8 @@ def test_a_folder_of_other_data_is_refused_by_name_or_made_anew(tmp_path, tokeni
     prepare(data_of({"path": path}), SEQ, tokenizer, out)
     with pytest.raises(InputError, match="`seq_length` is 16 there and 8 in this recipe"):
         prepare(data_of({"path": path}, prepared=str(out)), 8, tokenizer, out)
-    (out / "manifest.json").unlink()          # nor may an unfinished one be mixed with
+    # nor may an unfinished one be mixed with
+    (out / "manifest.json").unlink()
     with pytest.raises(InputError, match="`seq_length` is 16 there and 8 in this recipe"):
         prepare(data_of({"path": path}, prepared=str(out)), 8, tokenizer, out)
     prepare(data_of({"path": path}), SEQ, tokenizer, out)
@@ -516,7 +562,8 @@ BAD_LINES = [
 
 @pytest.mark.parametrize(("line", "message"), BAD_LINES)
 @pytest.mark.parametrize("number", [2, 150])
-def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, many_chunks, line, message, number):
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, tokenizer, many_chunks, line, message,
+                                             number):
     lines = [json.dumps({"text": text}).encode() for text in texts(200)]
     lines.insert(number - 1, line)
     path = tmp_path / "corpus.jsonl"
@@ -534,18 +581,20 @@ def test_skipped_rows_are_counted_and_the_first_ten_shown(tmp_path, tokenizer, m
     lines = [line for text in good for line in (text, '{"text": 1}')]
     path = tmp_path / "corpus.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8")
-    info = prepare(data_of({"path": str(path)}, on_bad_row="skip"), SEQ, tokenizer, tmp_path / "out").sources[0]
+    info = prepare(data_of({"path": str(path)}, on_bad_row="skip"), SEQ, tokenizer,
+                   tmp_path / "out").sources[0]
     assert (info.documents, info.skipped, len(info.shown)) == (150, 150, 10)
     assert info.shown[3] == f"{path} line 8: the field 'text' holds a number where text is expected"
-    said = capsys.readouterr().err
-    assert "150 bad rows left out" in said and said.count("holds a number") == 10
+    printed = capsys.readouterr().err
+    assert "150 bad rows left out" in printed and printed.count("holds a number") == 10
 
 
 def test_a_source_that_is_missing_empty_or_unknown_is_refused(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     (tmp_path / "table.xlsx").write_text("x")
     (tmp_path / "bare").mkdir()
-    for name, message in [("nowhere.jsonl", "not there"), ("empty.jsonl", "is empty"), ("table.xlsx", "not known"),
+    for name, message in [("nowhere.jsonl", "not there"), ("empty.jsonl", "is empty"),
+                          ("table.xlsx", "not known"),
                           ("bare", "no files of a known kind"), ("*.txt", "no files")]:
         with pytest.raises(InputError, match=message):
             check_sources(data_of({"path": str(tmp_path / name)}))
@@ -555,7 +604,8 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_error(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
     check_sources(data_of({"path": str(path)}))
-    path.write_bytes(b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')       # but inside a file the mark is no white space
+    # but inside a file the mark is no white space
+    path.write_bytes(b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
     with pytest.raises(InputError, match="line 2: not JSON"):
         check_sources(data_of({"path": str(path)}))
 
@@ -572,7 +622,8 @@ def test_a_shard_cut_short_is_refused(prepared, tmp_path, tokenizer):
     path = prepared / "shards" / "000002.arrow"
     path.write_bytes(path.read_bytes()[:-10])
     data = data_of({"path": str(tmp_path / "one.jsonl")}, {"path": str(tmp_path / "two.jsonl")})
-    for use in (lambda: prepare(data, SEQ, tokenizer, prepared), lambda: list(read_rows(prepared, 8))):
+    for use in (lambda: prepare(data, SEQ, tokenizer, prepared),
+                lambda: list(read_rows(prepared, 8))):
         with pytest.raises(InputError, match=r"000002.arrow is damaged: it has \d+ bytes"):
             use()
     path.unlink()
@@ -585,17 +636,18 @@ def test_a_flipped_bit_is_found_when_the_row_is_read(prepared):
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
-    with pytest.raises(InputError, match=r"000002.arrow is damaged: the checksum of its row \d+ is wrong"):
+    with pytest.raises(InputError,
+                       match=r"000002.arrow is damaged: the checksum of its row \d+ is wrong"):
         list(read_rows(prepared, 4))
 
 
-@pytest.mark.parametrize("place", range(0, 1800, 97))
-def test_damage_anywhere_in_a_shard_is_said_or_harms_nothing(prepared, place):
+@pytest.mark.parametrize("offset", range(0, 1800, 97))
+def test_damage_anywhere_in_a_shard_is_said_or_harms_nothing(prepared, offset):
     """Arrow's own header and offsets included: a clear error, or the rows as they were."""
     before = [batch.input_ids.tolist() for batch in read_rows(prepared, 4)]
     path = prepared / "shards" / "000002.arrow"
     content = bytearray(path.read_bytes())
-    content[place] ^= 0x81
+    content[offset] ^= 0x81
     path.write_bytes(content)
     try:
         assert [batch.input_ids.tolist() for batch in read_rows(prepared, 4)] == before
@@ -603,19 +655,20 @@ def test_damage_anywhere_in_a_shard_is_said_or_harms_nothing(prepared, place):
         assert "000002.arrow is damaged" in str(error)
 
 
-def test_damage_met_by_one_rank_ends_all_with_2_and_one_message(tmp_path):
-    student = small.make_model(tmp_path / "student", "llama")
-    recipe = small.make_recipe(tmp_path / "r.yaml", student, None, small.make_text(tmp_path / "rows.jsonl"),
-                               tmp_path / "run", train__steps=20, data__workers=2)
-    small.run(1, "prepare", recipe)
+def test_damage_met_by_one_rank_ends_all_with_2_and_one_message(shared_model, text_file, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", shared_model("llama"), None, text_file,
+                          tmp_path / "run", train__steps=20, data__workers=2)
+    run_ranks(1, "prepare", recipe)
     path = tmp_path / "run" / "data" / "shards" / "000000.arrow"
     content = bytearray(path.read_bytes())
     content[1500] ^= 1
     path.write_bytes(content)
-    ranks = small.Ranks(2, "train", recipe)
-    assert ranks.wait() == [2, 2], ranks.text()
-    assert "000000.arrow is damaged: the checksum of its row" in ranks.text() and "Traceback" not in ranks.text()
-    assert ranks.text(1).count("damaged") == 0      # rank 0 speaks for all
+    ranks = Ranks(2, "train", recipe)
+    assert ranks.wait() == [2, 2], ranks.output()
+    assert "000000.arrow is damaged: the checksum of its row" in ranks.output()
+    assert "Traceback" not in ranks.output()
+    # rank 0 speaks for all
+    assert ranks.output(1).count("damaged") == 0
 
 
 def test_prepare_verifies_the_checksums_of_what_is_there(prepared, tmp_path, tokenizer):
@@ -634,7 +687,8 @@ def test_evaluation_gives_every_rank_the_same_number_of_batches(prepared):
     assert len({len(batches) for batches in ranks}) == 1
     rows = sorted(row for batches in ranks for batch in batches for row in batch.rows)
     assert rows == list(range(len(Prepared(prepared))))
-    assert all((batch.labels == -100).all() for batches in ranks for batch in batches if not batch.rows)
+    assert all((batch.labels == -100).all() for batches in ranks for batch in batches
+               if not batch.rows)
 
 
 def test_a_batch_that_ranks_do_not_divide_is_refused(prepared):
@@ -651,7 +705,8 @@ def test_tokens_of_a_large_vocabulary_keep_their_ids(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "word1 word2 word3"}])
     prepare(data_of({"path": path}), SEQ, large, tmp_path / "out")
     [batch] = read_rows(tmp_path / "out", 1)
-    assert batch.input_ids.tolist() == [[65_535, 65_536, 151_642]] and batch.labels.tolist() == [[65_536, 151_642, 1]]
+    assert batch.input_ids.tolist() == [[65_535, 65_536, 151_642]]
+    assert batch.labels.tolist() == [[65_536, 151_642, 1]]
 
 
 def test_the_bench_measures_every_part():

@@ -1,4 +1,4 @@
-"""The order of the samples: each row once per epoch, shares by weight, a function of the sample's number alone."""
+"""The order of the samples: each row once per epoch, shares by weight, a function of the number."""
 
 from collections import Counter
 
@@ -21,8 +21,10 @@ def test_permute_depends_on_its_key_and_leaves_little_in_place():
     size = 10_000
     one, two = (permute(np.arange(size), size, np.full(size, key, np.uint64)) for key in (1, 2))
     for out in (one, two):
-        assert np.sum(out == np.arange(size)) < 10          # a random permutation leaves one
-        assert np.sum(np.diff(out) == 1) < 10               # and keeps one pair of neighbours
+        # a random permutation leaves one
+        assert np.sum(out == np.arange(size)) < 10
+        # and keeps one pair of neighbours
+        assert np.sum(np.diff(out) == 1) < 10
     assert np.sum(one == two) < 10
 
 
@@ -53,7 +55,8 @@ def test_deal_keeps_to_the_weights_at_every_moment(weights, samples):
 
 
 def test_every_epoch_of_every_source_reads_each_row_once():
-    rows = rows_of(range(400), [30, 70], [3.0, 7.0], seed=5)     # four epochs of either
+    # four epochs of either
+    rows = rows_of(range(400), [30, 70], [3.0, 7.0], seed=5)
     for epoch in range(4):
         assert sorted(rows[100 * epoch:100 * epoch + 100].tolist()) == list(range(100))
     assert not np.array_equal(rows[:100], rows[100:200])
@@ -63,6 +66,7 @@ def test_every_epoch_of_every_source_reads_each_row_once():
 def test_rows_do_not_depend_on_what_was_asked_for_before(cut):
     counts, weights = [30, 50, 1], [1.0, 2.5, 0.1]
     whole = rows_of(range(400), counts, weights, seed=1)
-    parts = np.concatenate([rows_of(range(cut), counts, weights, 1), rows_of(range(cut, 400), counts, weights, 1)])
+    parts = np.concatenate([rows_of(range(cut), counts, weights, 1),
+                            rows_of(range(cut, 400), counts, weights, 1)])
     assert np.array_equal(whole, parts)
     assert not np.array_equal(whole, rows_of(range(400), counts, weights, seed=2))

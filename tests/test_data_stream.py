@@ -1,4 +1,4 @@
-"""Streamed sources: the rows that `prepare` makes of each share, in the same steps on any ranks and over resumes."""
+"""Streamed sources: the rows of `prepare`, in the same steps on any ranks and over resumes."""
 
 import itertools
 import json
@@ -6,8 +6,9 @@ import random
 import shutil
 
 import pytest
-import small
-from test_train import comparable
+from support.data import write_texts
+from support.ranks import run_ranks
+from support.runs import comparable_metrics, write_recipe
 
 from amid_ds.config import recipe
 from amid_ds.data import StreamData, merged_places, prepare, read_rows, stream, stream_summary
@@ -20,15 +21,16 @@ def write(folder, files, documents, seed=0):
     rng = random.Random(seed)
     folder.mkdir()
     for number in range(files):
-        rows = [{"text": f"{number} {i} " + " ".join(f"word{rng.randrange(999)}" for _ in range(rng.randint(1, 30)))}
+        rows = [{"text": f"{number} {i} "
+                 + " ".join(f"word{rng.randrange(999)}" for _ in range(rng.randint(1, 30)))}
                 for i in range(documents)]
         (folder / f"{number}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
 
 
 def open_steps(data, tokenizer, rank=0, size=1, state=None, workers=0, micro=1):
-    return StreamData(data, SEQ, tokenizer, state, global_batch_size=8, micro_batch_size=micro, dp_rank=rank,
-                      dp_size=size, workers=workers)
+    return StreamData(data, SEQ, tokenizer, state, global_batch_size=8, micro_batch_size=micro,
+                      dp_rank=rank, dp_size=size, workers=workers)
 
 
 def rows_in(windows):
@@ -40,9 +42,10 @@ def test_a_share_of_the_files_gives_the_rows_that_prepare_makes_of_it(tmp_path, 
     data = recipe.Data(train=[{"path": write(tmp_path / "corpus", 4, 30), "stream": True}])
     streamed = rows_in(open_steps(data, tokenizer).windows(0, 9))
     for number in range(4):
-        prepare(recipe.Data(train=[{"path": str(tmp_path / "corpus" / f"{number}.jsonl")}]), SEQ, tokenizer,
-                tmp_path / f"out{number}")
-        expected = [batch.input_ids[0].tolist() for batch in read_rows(tmp_path / f"out{number}", 1)]
+        prepare(recipe.Data(train=[{"path": str(tmp_path / "corpus" / f"{number}.jsonl")}]), SEQ,
+                tokenizer, tmp_path / f"out{number}")
+        expected = [batch.input_ids[0].tolist()
+                    for batch in read_rows(tmp_path / f"out{number}", 1)]
         assert [ids for row, ids in streamed if row % 4 == number] == expected[:18]
 
 
@@ -53,39 +56,47 @@ def test_blocks_together_hold_every_document_once_and_in_order(tmp_path, tokeniz
     for batch in itertools.chain.from_iterable(open_steps(
             recipe.Data(train=[{"path": path, "stream": True}]), tokenizer).windows(0, 30)):
         row = [*batch.input_ids[0].tolist(), batch.labels[0][batch.labels[0] != -100][-1].item()]
-        ids += row[1:] if previous == row[0] else row      # rows of a block overlap by one token
+        # rows of a block overlap by one token
+        ids += row[1:] if previous == row[0] else row
         previous = row[-1]
-    texts = [json.loads(line)["text"] for line in (tmp_path / "corpus" / "0.jsonl").read_text().splitlines()]
-    twice = [i for text in texts * 2 for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    assert len(ids) > len(twice) / 2 + SEQ and ids == twice[:len(ids)]      # on into the second time through
+    texts = [json.loads(line)["text"]
+             for line in (tmp_path / "corpus" / "0.jsonl").read_text().splitlines()]
+    twice = [i for text in texts * 2
+             for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    # on into the second time through
+    assert len(ids) > len(twice) / 2 + SEQ and ids == twice[:len(ids)]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ten_interruptions_in_changing_layouts_change_nothing(tmp_path, tokenizer, monkeypatch, workers):
-    """Over several epochs of two sources, in blocks of a few documents, the state through JSON as in a checkpoint."""
+def test_ten_interruptions_in_changing_layouts_change_nothing(tmp_path, tokenizer, monkeypatch,
+                                                              workers):
+    """Over several epochs of two sources, in small blocks; the state passes through JSON."""
     monkeypatch.setattr(stream, "BLOCK_CHARACTERS", 400)
-    data = recipe.Data(train=[{"path": write(tmp_path / "one", 5, 7), "stream": True, "weight": 2.0},
+    data = recipe.Data(train=[{"path": write(tmp_path / "one", 5, 7), "stream": True,
+                               "weight": 2.0},
                               {"path": write(tmp_path / "two", 2, 9, seed=1), "stream": True}])
     steps = 60
     whole = rows_in(open_steps(data, tokenizer).windows(0, steps))
-    rng, state, found = random.Random(2), None, []
+    rng, state, rows_of_all = random.Random(2), None, []
     for start, stop in itertools.pairwise([0, *sorted(rng.sample(range(1, steps), 10)), steps]):
         size = rng.choice([1, 2, 4, 8])
         ranks = [open_steps(data, tokenizer, rank, size, state, workers) for rank in range(size)]
-        windows = [rank.windows(start, stop + 3) for rank in ranks]      # what is read ahead is not read
+        # what is read ahead is not read
+        windows = [rank.windows(start, stop + 3) for rank in ranks]
         for _ in range(start, stop):
             per_rank = [rows_in([next(each)]) for each in windows]
-            found += [rows[i] for i in range(8 // size) for rows in per_rank]
+            rows_of_all += [rows[i] for i in range(8 // size) for rows in per_rank]
         state = json.loads(json.dumps(merged_places([rank.state(stop) for rank in ranks])))
         for each in windows:
             each.close()
-    assert found == whole
-    assert min(place["epoch"] for place in state["places"].values()) >= 1      # it went round
+    assert rows_of_all == whole
+    assert min(position["epoch"] for position in state["places"].values()) >= 1      # it went round
 
 
 def test_bad_rows_are_named_or_counted_and_an_empty_share_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "corpus", 1, 3)
-    (tmp_path / "corpus" / "0.jsonl").write_text('{"text": "word1 word2"}\n{"text": ""}\n{"text": "word3 word4"}\n')
+    (tmp_path / "corpus" / "0.jsonl").write_text(
+        '{"text": "word1 word2"}\n{"text": ""}\n{"text": "word3 word4"}\n')
     strict = recipe.Data(train=[{"path": path, "stream": True}])
     with pytest.raises(InputError, match="share 0 of 1 row 1: the field 'text' is empty"):
         open_steps(strict, tokenizer).window(0)
@@ -101,7 +112,8 @@ def test_bad_rows_are_named_or_counted_and_an_empty_share_is_refused(tmp_path, t
 def test_what_cannot_be_streamed_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "corpus", 1, 3)
     for source, message in (({"path": str(tmp_path / "nowhere")}, "cannot be streamed"),
-                            ({"path": path, "text": "body"}, "lacks the field 'body'; it has 'text'")):
+                            ({"path": path, "text": "body"},
+                             "lacks the field 'body'; it has 'text'")):
         with pytest.raises(InputError, match=message):
             open_steps(recipe.Data(train=[{**source, "stream": True}]), tokenizer)
     with pytest.raises(ValueError, match="stream all of them, or prepare all"):
@@ -114,20 +126,20 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, tokenizer):
         open_steps(four, tokenizer, state=steps.state(1))
 
 
-def test_a_run_on_streamed_data_goes_on_on_other_ranks_as_if_it_had_not_stopped(tmp_path):
+def test_a_run_on_streamed_data_goes_on_on_other_ranks_as_if_it_had_not_stopped(shared_model,
+                                                                                tmp_path):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(2):
-        small.make_text(folder / f"{number}.jsonl", seed=number)
-    student = small.make_model(tmp_path / "student", "llama")
-    recipe = small.make_recipe(tmp_path / "r.yaml", student, None, folder / "0.jsonl", tmp_path / "run",
-                               data__train=[{"path": str(folder), "stream": True}], data__workers=1,
-                               checkpoint={"every": 2, "keep": 3}, train__steps=6)
-    small.run(2, "train", recipe)
-    whole = comparable(tmp_path / "run")
+        write_texts(folder / f"{number}.jsonl", seed=number)
+    recipe = write_recipe(tmp_path / "r.yaml", shared_model("llama"), None, folder / "0.jsonl",
+                          tmp_path / "run", data__train=[{"path": str(folder), "stream": True}],
+                          data__workers=1, checkpoint={"every": 2, "keep": 3}, train__steps=6)
+    run_ranks(2, "train", recipe)
+    whole = comparable_metrics(tmp_path / "run")
     for step in (4, 6):
         shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step_{step:08d}")
-    assert "resumed after step 2" in small.run(1, "train", recipe).text()
-    assert [line["loss"] for line in comparable(tmp_path / "run")] == pytest.approx(
+    assert "resumed after step 2" in run_ranks(1, "train", recipe).output()
+    assert [line["loss"] for line in comparable_metrics(tmp_path / "run")] == pytest.approx(
         [line["loss"] for line in whole], rel=1e-4)
     assert not (tmp_path / "run" / "data").exists()

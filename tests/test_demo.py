@@ -1,4 +1,4 @@
-"""`amid-ds demo`, whole but short: a few steps in place of hundreds, everything else as a newcomer gets it."""
+"""`amid-ds demo`, complete but short: a few steps instead of hundreds, all else as it is run."""
 
 from __future__ import annotations
 

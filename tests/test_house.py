@@ -1,4 +1,4 @@
-"""The house rules: floors, one owner per dependency, the linters, and what `import amid_ds` needs."""
+"""The rules of the house: layout, one owner per dependency, unique names, typed state, documents, linters."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ import graphlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
-import small
+from support.ranks import Ranks
+from support.runs import BIN
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "amid_ds"
 # Bottom up: a module imports from its own folder and from those above it in this list.
-ORDER = ["errors", "files", "config", "distributed", "losses", "data", "run", "monitor", "models", "engine", "checkpoint",
-         "plan", "eval", "training", "cluster", "experiments", "bench", "cli", "__main__"]
-ENTRIES = 22        # directly under amid_ds/
-# Who may import what costs, so that a change upstream has one place to land.
+ORDER = ["errors", "files", "config", "distributed", "losses", "data", "run", "monitor", "models",
+         "engine", "checkpoint", "planning", "eval", "training", "cluster", "experiments", "bench",
+         "cli", "__main__"]
+MOST_ENTRIES = 22
+MOST_LINES = 400
+# `dict[str, Any]` per 1,000 lines of code.
+MOST_UNTYPED_DICTS = 2.0
+# Who may import a dependency, so that a change upstream has one place to land.
 OWNERS = {
-    "deepspeed": {"engine", "checkpoint"},
+    "deepspeed": {"engine"},
     "datasets": {"data"},
     "sentencepiece": {"data"},
     "triton": {"losses"},
@@ -29,20 +36,28 @@ OWNERS = {
     "nltk": {"eval"},
     "tensorboard": set(),
     "matplotlib": {"experiments"},
-    "yaml": {"config", "training", "experiments", "plan"},
+    "yaml": {"config", "experiments", "planning"},
     "pydantic": {"config"},
     "torch.distributed": {"distributed", "monitor"},
 }
+# DeepSpeed's private names; the keys of its files are known to checkpoint/zero_shards.py.
+DEEPSPEED_INTERNALS = re.compile(r"ds_tensor|ds_numel|ds_shape|ds_id|_DeepSpeed|zero_optimization_|fp32_partitioned"
+                                 r"|param_coordinator|single_partition_of_fp32")
+# The two backends of the loss implement one protocol under the same names.
+LOSS_BACKENDS = {"losses/elementwise.py", "losses/kernels.py"}
 
 
 def modules() -> list[Path]:
-    return sorted(path for path in (ROOT / "amid_ds").rglob("*.py") if path != ROOT / "amid_ds" / "__init__.py")
+    return sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
 
 
 def folder_of(path: Path) -> str:
     """The folder under amid_ds/ that a module lies in; a module directly under it is its own."""
-    parts = path.relative_to(ROOT / "amid_ds").parts
-    return parts[0].removesuffix(".py")
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imports(path: Path) -> list[str]:
@@ -51,24 +66,24 @@ def imports(path: Path) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             node.body = []
-    found = []
+    names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found += [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names]
-    return found
+            names += [node.module or ""] + [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
 
 
-@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", modules(), ids=relative)
 def test_a_module_imports_from_its_own_folder_or_those_below(path):
     folder = folder_of(path)
-    assert folder in ORDER, f"{folder} has no place in ORDER"
+    assert folder in ORDER, f"{folder} is not in ORDER"
     for name in imports(path):
         match = re.match(r"amid_ds\.(\w+)", name)
         if match and match[1] in ORDER:
-            assert ORDER.index(match[1]) <= ORDER.index(folder), f"{folder} imports {match[1]}, which stands above it"
+            assert ORDER.index(match[1]) <= ORDER.index(folder), f"{folder} imports {match[1]}, which is above it"
 
 
 def test_no_two_modules_import_each_other():
@@ -81,8 +96,55 @@ def test_no_two_modules_import_each_other():
 
 @pytest.mark.parametrize("package", OWNERS)
 def test_a_dependency_is_imported_by_its_owners_alone(package):
-    users = {folder_of(path) for path in modules() for name in imports(path) if f"{name}.".startswith(f"{package}.")}
+    users = {folder_of(path) for path in modules() for name in imports(path)
+             if f"{name}.".startswith(f"{package}.")}
     assert users <= OWNERS[package]
+
+
+def test_the_package_has_few_entries():
+    listed = subprocess.run(["git", "ls-files", "amid_ds"], cwd=ROOT, capture_output=True, text=True, check=True)
+    entries = {line.split("/")[1] for line in listed.stdout.split()}
+    assert len(entries) <= MOST_ENTRIES, sorted(entries)
+
+
+def test_no_module_is_long():
+    assert [relative(path) for path in modules() if len(path.read_text().splitlines()) > MOST_LINES] == []
+
+
+def test_a_public_name_is_defined_once():
+    """So that a search for a name ends at one definition."""
+    where: dict[str, list[str]] = {}
+    for path in modules():
+        defined = set()
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                defined.add(node.name)
+            elif isinstance(node, ast.Assign):
+                defined |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+            elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                defined.add(node.target.id)
+        # `logger` is each module's own, T any module's type variable.
+        for name in defined - {"logger", "T", "__all__"}:
+            if not name.startswith("_"):
+                where.setdefault(name, []).append(relative(path))
+    assert {name: paths for name, paths in where.items()
+            if len(paths) > 1 and not set(paths) <= LOSS_BACKENDS} == {}
+
+
+def test_state_is_typed():
+    lines = sum(len(path.read_text().splitlines()) for path in modules())
+    uses = Counter({relative(path): path.read_text().count("dict[str, Any]") for path in modules()})
+    assert sum(uses.values()) <= MOST_UNTYPED_DICTS * lines / 1000, uses.most_common(8)
+
+
+@pytest.mark.parametrize("path", [path for path in modules() if folder_of(path) != "engine"
+                                  and relative(path) != "checkpoint/zero_shards.py"], ids=relative)
+def test_deepspeeds_internals_are_named_in_the_engine_alone(path):
+    text = path.read_text()
+    assert DEEPSPEED_INTERNALS.findall(text) == []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.arg) and node.arg in ("ds", "engine") and node.annotation is not None:
+            assert ast.unparse(node.annotation) not in ("Any", "object"), f"{node.arg} in line {node.lineno}"
 
 
 def test_importing_the_package_needs_torch_alone():
@@ -92,24 +154,62 @@ def test_importing_the_package_needs_torch_alone():
     assert done.stdout.strip() == "None"
 
 
-def see_what_is_imported(argv, variables, log):
+def write_imported_modules(argv, variables, log):
     Path(log).write_text(" ".join(sys.modules))
 
 
 def test_a_tests_ranks_share_the_fork_servers_imports():
-    ranks = small.Ranks(1, be=see_what_is_imported)
-    assert ranks.wait() == [0] and {"warm", "deepspeed", "amid_ds.training.trainer"} <= set(ranks.text().split())
+    ranks = Ranks(1, target=write_imported_modules)
+    assert ranks.wait() == [0]
+    assert {"support.rank_imports", "deepspeed", "amid_ds.training.trainer"} <= set(ranks.output().split())
 
 
-def test_the_package_has_few_entries():
-    listed = subprocess.run(["git", "ls-files", "amid_ds"], cwd=ROOT, capture_output=True, text=True, check=True)
-    entries = {line.split("/")[1] for line in listed.stdout.split()}
-    assert len(entries) <= ENTRIES, sorted(entries)
+def test_a_test_module_imports_no_other_test_module():
+    shared = {f"support.{path.stem}" for path in (ROOT / "tests" / "support").glob("*.py")}
+    for path in (ROOT / "tests").glob("*.py"):
+        names = imports(path)
+        assert not [name for name in names if name.startswith("test_")], path.name
+        own = {".".join(name.split(".")[:2]) for name in names if name.startswith("support.")}
+        assert own <= shared, path.name
+
+
+def documents() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [ROOT / line for line in listed.stdout.split()]
+
+
+def test_the_map_names_every_folder_and_module():
+    text = (PACKAGE / "README.md").read_text()
+    missing = [relative(path) for path in modules()
+               if path.name != "__init__.py" and f"`{relative(path)}`" not in text]
+    assert missing == []
+    named = set(re.findall(r"`([a-z_0-9]+(?:/[a-z_0-9]+)*\.py)`", text))
+    assert sorted(name for name in named if not (PACKAGE / name).exists() and not (ROOT / name).exists()) == []
+
+
+def test_the_front_page_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.encode()) <= 12_000 and len(text.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_links_of_a_document_lead_somewhere(document):
+    text = re.sub(r"```.*?```", "", document.read_text(), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in link:
+            continue
+        name, _, anchor = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, link
 
 
 @pytest.mark.parametrize("command", [["ruff", "check", "."], ["mypy"]], ids=["ruff", "mypy"])
 def test_the_linters_are_clean(command):
-    done = subprocess.run([str(small.BIN / command[0]), *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -1,4 +1,4 @@
-"""Every layout gives the same run: data- and tensor-parallel ranks, ZeRO stages, dtypes, against a plain loop."""
+"""Every layout gives the reference loop's run: ranks, tensor parallelism, ZeRO stages, dtypes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 
 import pytest
-import small
 import torch
 import yaml
-from test_train import comparable, plain_loop
+from support.models import make_model
+from support.ranks import Ranks, rank_main, run_ranks
+from support.reference_loop import reference_loop
+from support.runs import comparable_metrics, count_steps, read_metrics, write_recipe
 from transformers import AutoModelForCausalLM
 
 from amid_ds.checkpoint.export import export
@@ -23,35 +24,31 @@ from amid_ds.checkpoint.export import export
 ROOT = Path(__file__).parent.parent
 STUDENT = ("llama-tied", 0, dict(num_key_value_heads=4, num_hidden_layers=1))
 TEACHER = ("qwen3", 1, dict(num_key_value_heads=4, hidden_size=48, extra_rows=3))
-PAIRS = {      # student, teacher, [(data-parallel, tensor-parallel, micro-batch)] of a global batch of 4; 31 ids
-    "llama-tied<-qwen3": (STUDENT, TEACHER, [(1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 4)]),
-    "qwen3<-gemma2": (("qwen3", 2, dict(num_key_value_heads=2, extra_rows=2)), ("gemma2", 3, {}), [(2, 2, 2)]),
+# student, teacher, [(data-parallel, tensor-parallel, micro-batch)] of a global batch of 4; 31 ids
+PAIRS = {
+    "llama-tied<-qwen3": (STUDENT, TEACHER,
+                          [(1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 4)]),
+    "qwen3<-gemma2": (("qwen3", 2, dict(num_key_value_heads=2, extra_rows=2)), ("gemma2", 3, {}),
+                      [(2, 2, 2)]),
     "gemma2<-llama": (("gemma2", 4, dict(num_key_value_heads=4)), ("llama", 5, {}), [(1, 4, 4)]),
-    "gpt2<-llama-tied": (("gpt2", 6, {}), ("llama-tied", 7, dict(num_attention_heads=8)), [(1, 2, 1)]),
+    "gpt2<-llama-tied": (("gpt2", 6, {}), ("llama-tied", 7, dict(num_attention_heads=8)),
+                         [(1, 2, 1)]),
     "qwen2-tied<-gpt2": (("qwen2-tied", 8, {}), ("gpt2", 9, dict(extra_rows=33)), [(2, 2, 1)]),
 }
-WHOLE = {      # what tensor parallelism leaves whole, and why
+# bodies that tensor parallelism does not split, and why
+WHOLE = {
     "gemma2<-llama": "the teacher's body stays whole on every rank, its head is split: "
-                     "tensor_parallel 4 does not divide its num_key_value_heads 2",
-    "gpt2<-llama-tied": "the student's body stays whole on every rank, its head is split: GPT2LMHeadModel has no "
-                        "tensor-parallel plan in transformers",
+    "tensor_parallel 4 does not divide its num_key_value_heads 2",
+    "gpt2<-llama-tied": "the student's body stays whole on every rank, its head is split: "
+                        "GPT2LMHeadModel has no "
+    "tensor-parallel plan in transformers",
     "qwen2-tied<-gpt2": "the teacher's body stays whole",
 }
 
 
-def make_pair(folder: Path, student: tuple, teacher: tuple) -> tuple[Path, Path]:
-    return tuple(small.make_model(folder / role, family, seed, **changes)      # type: ignore[return-value]
-                 for role, (family, seed, changes) in (("student", student), ("teacher", teacher)))
-
-
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return small.make_instructions(tmp_path_factory.mktemp("data") / "rows.jsonl")
-
-
-@pytest.fixture(scope="module")
-def pair(tmp_path_factory) -> tuple[Path, Path]:
-    return make_pair(tmp_path_factory.mktemp("pair"), STUDENT, TEACHER)
+def pair(shared_model) -> list[Path]:
+    return [shared_model(family, seed, **changes) for family, seed, changes in (STUDENT, TEACHER)]
 
 
 def deepspeed_config(path: Path, stage: int, bf16: bool) -> Path:
@@ -60,40 +57,47 @@ def deepspeed_config(path: Path, stage: int, bf16: bool) -> Path:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_every_layout_trains_as_a_plain_loop_does_and_exports_it(name, data, tmp_path):
+def test_every_layout_trains_as_a_plain_loop_does_and_exports_it(name, shared_model,
+                                                                 instructions_file, tmp_path):
     *roles, layouts = PAIRS[name]
-    models = make_pair(tmp_path, *roles)
+    models = [shared_model(family, seed, **changes) for family, seed, changes in roles]
     steps = 20 if len(layouts) > 1 else 8
-    recipe = small.make_recipe(tmp_path / "r.yaml", *models, data, tmp_path / "run", train__steps=steps,
-                               train__learning_rate=1e-3, data__prepared=str(tmp_path / "data"))
+    recipe = write_recipe(tmp_path / "r.yaml", *models, instructions_file, tmp_path / "run",
+                          train__steps=steps, train__learning_rate=1e-3,
+                          data__prepared=str(tmp_path / "data"))
     truth = None
     for dp, tp, micro in layouts:
         run = tmp_path / f"dp{dp}tp{tp}"
-        ranks = small.run(dp * tp, "train", recipe, f"output_dir={run}", f"tensor_parallel={tp}",
+        ranks = run_ranks(dp * tp, "train", recipe, f"output_dir={run}", f"tensor_parallel={tp}",
                           f"train.micro_batch_size={micro}", timeout=300)
-        assert (tp == 1 or WHOLE.get(name, "") in ranks.text()) and ("stays whole" in ranks.text()) == (name in WHOLE)
-        lines, weights = truth = truth or plain_loop(*models, yaml.safe_load(recipe.read_text()), tmp_path / "data")
-        for expected, line in zip(lines, small.metrics(run), strict=True):
+        assert (tp == 1 or WHOLE.get(name, "") in ranks.output())
+        assert ("stays whole" in ranks.output()) == (name in WHOLE)
+        lines, weights = truth = truth or reference_loop(
+            *models, yaml.safe_load(recipe.read_text()), tmp_path / "data")
+        for expected, line in zip(lines, read_metrics(run), strict=True):
             for key, value in expected.items():
                 # rounding grows with the steps: AdamW divides by the root of its second moment
-                assert line[key] == pytest.approx(value, rel=2e-4 if line["step"] <= 8 else 1e-3), (run.name, line, key)
+                tolerance = 2e-4 if line["step"] <= 8 else 1e-3
+                assert line[key] == pytest.approx(value, rel=tolerance), (run.name, line, key)
         exported = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / f"out{run.name}"))
         for key, parameter in exported.named_parameters():
             torch.testing.assert_close(parameter.detach(), weights[key], rtol=1e-3, atol=2e-4,
                                        msg=lambda m, k=key, r=run: f"{r.name} {k}: {m}")
 
 
-def test_zero_0_to_3_give_the_same_run_on_tensor_parallel_ranks_too(pair, data, tmp_path):
-    recipe = small.make_recipe(tmp_path / "r.yaml", *pair, data, tmp_path / "run",
-                               data__prepared=str(tmp_path / "data"))
+def test_zero_0_to_3_give_the_same_run_on_tensor_parallel_ranks_too(pair, instructions_file,
+                                                                    tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", *pair, instructions_file, tmp_path / "run",
+                          data__prepared=str(tmp_path / "data"))
     truth = None
     for stage in range(4):
         run = tmp_path / f"stage{stage}"
         config = deepspeed_config(tmp_path / f"{stage}.json", stage, bf16=False)
-        small.run(4, "train", recipe, f"output_dir={run}", "tensor_parallel=2", f"deepspeed={config}",
-                  "train.micro_batch_size=2", timeout=300)
-        lines, weights = truth = truth or plain_loop(*pair, yaml.safe_load(recipe.read_text()), tmp_path / "data")
-        for expected, line in zip(lines, small.metrics(run), strict=True):
+        run_ranks(4, "train", recipe, f"output_dir={run}", "tensor_parallel=2",
+                  f"deepspeed={config}", "train.micro_batch_size=2", timeout=300)
+        lines, weights = truth = truth or reference_loop(*pair, yaml.safe_load(recipe.read_text()),
+                                                         tmp_path / "data")
+        for expected, line in zip(lines, read_metrics(run), strict=True):
             for key, value in expected.items():
                 assert line[key] == pytest.approx(value, rel=2e-4), (stage, line["step"], key)
         exported = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / f"out{stage}"))
@@ -101,53 +105,58 @@ def test_zero_0_to_3_give_the_same_run_on_tensor_parallel_ranks_too(pair, data, 
             torch.testing.assert_close(parameter.detach(), weights[key], rtol=1e-3, atol=2e-4)
 
 
-def test_the_packaged_configs_and_mixed_dtypes_follow_fp32(pair, data, tmp_path):
-    recipe = small.make_recipe(tmp_path / "r.yaml", *pair, data, tmp_path / "run", tensor_parallel=2,
-                               data__prepared=str(tmp_path / "data"), train__steps=4, train__micro_batch_size=4)
+def test_the_packaged_configs_and_mixed_dtypes_follow_fp32(pair, instructions_file, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", *pair, instructions_file, tmp_path / "run",
+                          tensor_parallel=2, data__prepared=str(tmp_path / "data"), train__steps=4,
+                          train__micro_batch_size=4)
     runs = {      # ranks, overrides
         "fp32": (2, []),
         "fp32 student, bf16 teacher": (2, ["teacher.dtype=bf16"]),
-        "bf16 student, fp32 teacher": (2, ["deepspeed=ds_configs/zero3.json", "teacher.dtype=fp32"]),
+        "bf16 student, fp32 teacher": (2,
+                                       ["deepspeed=ds_configs/zero3.json", "teacher.dtype=fp32"]),
         "bf16, offloaded": (2, ["deepspeed=ds_configs/zero3_offload.json", "teacher.dtype=bf16"]),
         "bf16, stage 2": (2, ["deepspeed=ds_configs/zero2.json", "teacher.dtype=bf16"]),
-        "bf16, stage 2, fp32 teacher apart": (2, ["deepspeed=ds_configs/zero2.json", "tensor_parallel=1",
-                                                  "train.micro_batch_size=2"]),
-        "bf16, stage 0": (1, [f"deepspeed={deepspeed_config(tmp_path / '0.json', 0, bf16=True)}", "tensor_parallel=1",
+        "bf16, stage 2, fp32 teacher": (2, ["deepspeed=ds_configs/zero2.json", "tensor_parallel=1",
+                                            "train.micro_batch_size=2"]),
+        "bf16, stage 0": (1, [f"deepspeed={deepspeed_config(tmp_path / '0.json', 0, bf16=True)}",
+                              "tensor_parallel=1",
                               "teacher.dtype=bf16"]),
     }
     losses = {}
     for name, (ranks, overrides) in runs.items():
-        small.run(ranks, "train", recipe, *overrides, f"output_dir={tmp_path / name}", timeout=300)
-        losses[name] = [line["loss"] for line in small.metrics(tmp_path / name)]
+        run_ranks(ranks, "train", recipe, *overrides, f"output_dir={tmp_path / name}", timeout=300)
+        losses[name] = [line["loss"] for line in read_metrics(tmp_path / name)]
         assert losses[name] == pytest.approx(losses["fp32"], rel=5e-3), name
     dtypes = ("fp32", "fp32 student, bf16 teacher", "bf16 student, fp32 teacher", "bf16, offloaded")
-    assert len({tuple(losses[name]) for name in dtypes}) == len(dtypes)      # each did what its name says
+    # each did what its name says
+    assert len({tuple(losses[name]) for name in dtypes}) == len(dtypes)
 
 
-def test_a_stopped_tensor_parallel_run_carries_on_as_if_it_had_not_been(pair, data, tmp_path):
+def test_a_stopped_tensor_parallel_run_carries_on_as_if_it_had_not_been(pair, instructions_file,
+                                                                        tmp_path):
     settings = {"train__steps": 14, "train__micro_batch_size": 4, "tensor_parallel": 2,
                 "data__prepared": str(tmp_path / "data")}
-    whole, parts = (small.make_recipe(tmp_path / f"{name}.yaml", *pair, data, tmp_path / name, **settings)
+    whole, parts = (write_recipe(tmp_path / f"{name}.yaml", *pair, instructions_file,
+                                 tmp_path / name, **settings)
                     for name in ("whole", "parts"))
-    small.run(2, "train", whole, timeout=300)
-    ranks = small.Ranks(2, "train", parts)
-    deadline = time.monotonic() + 200
-    while not ((tmp_path / "parts" / "metrics.jsonl").exists() and len(small.metrics(tmp_path / "parts")) >= 2):
-        assert time.monotonic() < deadline, ranks.text()
-        time.sleep(0.01)
+    run_ranks(2, "train", whole, timeout=300)
+    ranks = Ranks(2, "train", parts)
+    ranks.wait_until(lambda: count_steps(tmp_path / "parts") >= 2, 200)
     ranks.signal(signal.SIGUSR1)
-    assert ranks.wait(200) == [75, 75], ranks.text()
-    assert 2 <= len(small.metrics(tmp_path / "parts")) < 14
-    small.run(2, "train", parts, timeout=300)
-    assert comparable(tmp_path / "parts") == comparable(tmp_path / "whole")
+    assert ranks.wait(200) == [75, 75], ranks.output()
+    assert 2 <= len(read_metrics(tmp_path / "parts")) < 14
+    run_ranks(2, "train", parts, timeout=300)
+    assert comparable_metrics(tmp_path / "parts") == comparable_metrics(tmp_path / "whole")
 
 
-def measured(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
-    """A rank that loads the models, writes down by how much its anonymous memory rose at most, and ends."""
+def memory_measuring_rank(folder: str, argv: list[str], variables: dict[str, str],
+                          log: str) -> None:
+    """Run as a rank that loads the models, records the peak rise of its memory, and exits."""
     from amid_ds.training import trainer
 
     def anonymous() -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines()
+                    if line.startswith("RssAnon"))
         return int(line.split()[1]) << 10
 
     def load(*arguments: object) -> None:
@@ -167,20 +176,24 @@ def measured(folder: str, argv: list[str], variables: dict[str, str], log: str) 
         os._exit(0)
 
     real, trainer.engine.build_engine = trainer.engine.build_engine, load
-    small.be_a_rank(argv, variables, log)
+    rank_main(argv, variables, log)
 
 
 @pytest.mark.parametrize("ranks, tensor_parallel", [(2, 1), (4, 1), (4, 2)])
-def test_loading_takes_a_rank_one_shard_file_and_its_partition(ranks, tensor_parallel, pair, data, tmp_path):
-    model = small.make_model(tmp_path / "model", "llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
+def test_loading_takes_a_rank_one_shard_file_and_its_partition(ranks, tensor_parallel, pair,
+                                                               instructions_file, tmp_path):
+    model = make_model(tmp_path / "model", "llama", hidden_size=1024, intermediate_size=4096,
+                       num_hidden_layers=4)
     whole = AutoModelForCausalLM.from_pretrained(model)
     whole.save_pretrained(model, max_shard_size="60MB")
     (model / "model.safetensors").unlink()
     files = sorted(path.stat().st_size for path in model.glob("*.safetensors"))
-    recipe = small.make_recipe(tmp_path / "r.yaml", pair[0], model, data, tmp_path / "run",
-                               tensor_parallel=tensor_parallel)
-    rank = functools.partial(measured, str(tmp_path))
-    assert small.Ranks(ranks, "train", recipe, be=rank).wait(200) == [0] * ranks
+    recipe = write_recipe(tmp_path / "r.yaml", pair[0], model, instructions_file, tmp_path / "run",
+                          tensor_parallel=tensor_parallel)
+    rank = functools.partial(memory_measuring_rank, str(tmp_path))
+    assert Ranks(ranks, "train", recipe, target=rank).wait(200) == [0] * ranks
     assert len(files) > 3
-    allowed = files[-1] + sum(files) / ranks + (24 << 20)      # 24 MiB: modules imported on the way, the tiny student
-    assert [number for number in range(ranks) if int((tmp_path / f"rank{number}").read_text()) > allowed] == []
+    # 24 MiB: modules imported on the way, the tiny student
+    allowed = files[-1] + sum(files) / ranks + (24 << 20)
+    assert [number for number in range(ranks)
+            if int((tmp_path / f"rank{number}").read_text()) > allowed] == []

@@ -1,4 +1,4 @@
-"""`bench loss` measures what it says; its times are nobody's test."""
+"""`bench loss` measures what its table says; its times are not tested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from amid_ds.bench import loss as bench
 def small(monkeypatch: pytest.MonkeyPatch) -> bench.LossShape:
     shape = bench.LossShape(16, 500, 8, 12)
     monkeypatch.setattr(loss, "LOSS_SHAPES", {"cpu": [shape], "cuda": [shape]})
-    if not torch.cuda.is_available():          # a process of its own for each costs seconds
+    # a process of its own for each costs seconds
+    if not torch.cuda.is_available():
         monkeypatch.setattr(loss, "_peak_bytes", lambda *_: 1000)
     return shape
 
@@ -29,7 +30,8 @@ def test_the_methods_differ_in_nothing_but_how_they_compute(small):
         method(inputs)
         gradients[name] = inputs.student_head.grad
     for name, gradient in gradients.items():
-        if name != "products":                 # which have nothing between them
+        # which have nothing between them
+        if name != "products":
             torch.testing.assert_close(gradient, gradients["naive"])
 
 
@@ -48,9 +50,11 @@ def test_the_peak_of_a_process_is_that_of_its_largest_moment():
     shape = bench.LossShape(512, 20_000, 8, 8)
     logits = shape.tokens * shape.vocabulary * 4
     threads = torch.get_num_threads()
-    naive, ours = (bench._resident_peak(name, shape, threads) for name in ("naive", "amid_ds torch"))
+    naive, ours = (bench._resident_peak(name, shape, threads)
+                   for name in ("naive", "amid_ds torch"))
     assert naive > 4 * logits
-    assert ours < 150e6 < naive                # the workspace of 96 MB, and what libraries keep
+    # the workspace of 96 MB, and what libraries keep
+    assert ours < 150e6 < naive
 
 
 def test_the_table_names_every_method(small, capsys):

@@ -1,5 +1,7 @@
-"""The Triton kernels against the naive twin in fp64: on a GPU where there is one, else under Triton's interpreter
-(conftest.py sets TRITON_INTERPRET)."""
+"""The Triton kernels against the naive twin in fp64.
+
+On a GPU if there is one, else under Triton's interpreter (conftest.py sets TRITON_INTERPRET).
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from test_losses_fused import MEASURES, Problem, distance
+from support.losses import EVERY_DIVERGENCE, LossProblem, relative_error
 from torch import Tensor
 
 from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss
@@ -21,12 +23,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
 
-def logits(seed: int, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 2.0) -> Tensor:
+def logits(seed: int, *shape: int, dtype: torch.dtype = torch.float32,
+           scale: float = 2.0) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=draw) * scale).to(dtype).to(DEVICE)
 
 
-def check(student: Tensor, teacher: Tensor, objective: AMiD, budget: float, value: float, **options: Any) -> None:
+def check(student: Tensor, teacher: Tensor, objective: AMiD, budget: float, value: float,
+          **options: Any) -> None:
     """Value and gradient of the kernels within `value` and `budget` of the truth."""
     student = student.requires_grad_()
     exact = student.detach().double().requires_grad_()
@@ -35,18 +39,22 @@ def check(student: Tensor, teacher: Tensor, objective: AMiD, budget: float, valu
     ours = amid_loss(student, teacher, objective, backend="triton", **options)
     truth = naive_loss(exact[..., :size], teacher.double()[..., :size], objective)
     torch.testing.assert_close(ours.double(), truth.detach(), rtol=value, atol=value * 1e-2)
-    found, = torch.autograd.grad((ours * weights).sum(), student)
-    expected, = torch.autograd.grad((truth * weights).sum(), exact) if truth.requires_grad else (exact * 0,)
-    assert found.dtype == student.dtype
-    assert distance(found, expected) < budget
+    actual, = torch.autograd.grad((ours * weights).sum(), student)
+    if truth.requires_grad:
+        expected, = torch.autograd.grad((truth * weights).sum(), exact)
+    else:
+        expected = torch.zeros_like(exact)
+    assert actual.dtype == student.dtype
+    assert relative_error(actual, expected) < budget
 
 
-@pytest.mark.parametrize("measure", MEASURES, ids=str)
+@pytest.mark.parametrize("measure", EVERY_DIVERGENCE, ids=str)
 @pytest.mark.parametrize("alpha", [-10.0, -5.0, -1.0, 0.999, 1.0, 1.01, 3.0])
 def test_every_divergence_and_order_is_within_the_fp32_budget(measure, alpha):
     budget = 1e-3 if isinstance(measure, AlphaBeta) else 2e-4
     for order in [*ORDERS, {"pr": 0.5, "qr": 0.25, "rp": 1.0, "rq": 2.0}]:
-        check(logits(1, 3, 37), logits(2, 3, 37), AMiD(alpha, 0.3, measure, order, 1.5), budget, 2e-4)
+        check(logits(1, 3, 37), logits(2, 3, 37), AMiD(alpha, 0.3, measure, order, 1.5), budget,
+              2e-4)
 
 
 @pytest.mark.parametrize("lam", [0.0, 1e-6, 1.0])
@@ -59,14 +67,16 @@ def test_the_ends_of_lam_and_the_detached_assistant(lam):
 
 @pytest.mark.parametrize("width", [2, 15, 2048, 2049, 5000])
 def test_ragged_widths_and_several_blocks_of_a_row(width):
-    check(logits(1, 2, width + 3), logits(2, 2, width + 9), AMiD(-5.0, 0.1, order="qr"), 2e-4, 2e-4, vocab_size=width)
+    check(logits(1, 2, width + 3), logits(2, 2, width + 9), AMiD(-5.0, 0.1, order="qr"), 2e-4, 2e-4,
+          vocab_size=width)
 
 
 @pytest.mark.parametrize(("dtype", "budget"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
 def test_low_precision_logits_are_read_exactly_and_only_the_gradient_is_rounded(dtype, budget):
-    """Twice: when it is written (the interpreter cuts bf16 off there), and when the upstream gradient comes."""
+    """Rounded when written (the interpreter truncates bf16) and by the upstream gradient."""
     for objective in (AMiD(-5.0, 0.1), AMiD(3.0, 0.3, "total_variation", "rq")):
-        check(logits(1, 3, 300, dtype=dtype), logits(2, 3, 300, dtype=dtype), objective, budget, 2e-4)
+        check(logits(1, 3, 300, dtype=dtype), logits(2, 3, 300, dtype=dtype), objective, budget,
+              2e-4)
 
 
 @pytest.mark.parametrize("alpha", [-10.0, 1.0, 1 + 1e-6, 3.0, 10.0])
@@ -82,42 +92,46 @@ def test_extreme_logits_stay_finite_and_right(alpha):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("objective", [AMiD(-5.0, 0.1),
-                                       AMiD(0.5, 0.3, AlphaBeta(0.2, 0.7), {"pr": 0.5, "qr": 0.5}, 2.0)], ids=str)
+                                       AMiD(0.5, 0.3, AlphaBeta(0.2, 0.7), {"pr": 0.5, "qr": 0.5},
+                                            2.0)], ids=str)
 def test_the_linear_loss_is_that_of_plain_torch(dtype, objective):
-    problem = Problem(tokens=13, vocabulary=83).to(dtype)
+    problem = LossProblem(tokens=13, vocabulary=83).to(dtype)
     results = []
     for backend in ("torch", "triton"):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(fused, "_tokens_per_block", lambda *_: 4)
             out = on_device(problem, objective, backend)
         results.append([out.loss, out.kd, out.ce, *problem.gradients(out.loss)])
-    for found, expected in zip(results[1], results[0], strict=True):
+    for actual, expected in zip(results[1], results[0], strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 2**-7 if dtype == torch.bfloat16 else 2**-10
-        torch.testing.assert_close(found.float(), expected.float(), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
-def on_device(problem: Problem, objective: AMiD, backend: str) -> fused.LossOutput:
-    tensors = (*problem.leaves(), problem.teacher, problem.teacher_weight, problem.weights, problem.labels)
+def on_device(problem: LossProblem, objective: AMiD, backend: str) -> fused.LossOutput:
+    tensors = (*problem.leaves(), problem.teacher, problem.teacher_weight, problem.weights,
+               problem.labels)
     student, weight, bias, teacher, head, weights, labels = (x.to(DEVICE) for x in tensors)
-    return linear_amid_loss(student, LMHead(weight, bias, 3.0, 0.7), teacher, head, objective, token_weights=weights,
-                            labels=labels, ce_weight=0.4, vocab_size=problem.vocab_size, backend=backend)
+    return linear_amid_loss(student, LMHead(weight, bias, 3.0, 0.7), teacher, head, objective,
+                            token_weights=weights, labels=labels, ce_weight=0.4,
+                            vocab_size=problem.vocab_size, backend=backend)
 
 
 def test_cross_entropy_alone():
-    problem = Problem(dtype=torch.float32)
+    problem = LossProblem(dtype=torch.float32)
     student, weight, weights, labels = (
         x.to(DEVICE) for x in (problem.student, problem.weight, problem.weights, problem.labels))
-    out = linear_amid_loss(student, weight, None, None, None, token_weights=weights, labels=labels, ce_weight=1.0,
-                           kd_weight=0.0, backend="triton")
+    out = linear_amid_loss(student, weight, None, None, None, token_weights=weights, labels=labels,
+                           ce_weight=1.0, kd_weight=0.0, backend="triton")
     truth = (weights * F.cross_entropy(student @ weight.t(), labels, reduction="none")).sum()
     torch.testing.assert_close(out.loss, truth)
-    for found, expected in zip(*(torch.autograd.grad(x, [problem.student, problem.weight]) for x in (out.loss, truth)),
-                               strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    leaves = [problem.student, problem.weight]
+    for actual, expected in zip(torch.autograd.grad(out.loss, leaves),
+                                torch.autograd.grad(truth, leaves), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 class TwoRanks(VocabShard):
-    """A shard whose peer's rows were noted in a first round: two ranks in one process, one after the other."""
+    """Two ranks in one process, by turns: a peer's rows are those of the round before."""
 
     def gather(self, local: Tensor) -> Tensor:
         mine, theirs = self.noted
@@ -127,31 +141,34 @@ class TwoRanks(VocabShard):
         return torch.stack(parts if self.start == 0 else parts[::-1])
 
 
-@pytest.mark.parametrize("objective", [AMiD(-5.0, 0.1, order={"pr": 0.5, "qr": 0.2, "rp": 1.0, "rq": 0.3}),
-                                       AMiD(3.0, 0.4, "squared_hellinger")], ids=str)
+@pytest.mark.parametrize("objective",
+                         [AMiD(-5.0, 0.1, order={"pr": 0.5, "qr": 0.2, "rp": 1.0, "rq": 0.3}),
+                          AMiD(3.0, 0.4, "squared_hellinger")], ids=str)
 def test_shards_are_put_together_in_two_collectives_for_kl_and_three_otherwise(objective):
-    """What a rank sends after its n-th exchange is right once the first n are: as many rounds as exchanges, and one."""
+    """A rank's n-th exchange is right once the first n − 1 are: exchanges + 1 rounds suffice."""
     student, teacher = logits(1, 3, 61), logits(2, 3, 61)
     cuts, rounds = [0, 17, 61], 2 if objective.measure.name == "kl" else 3
     sent: list[list[Tensor]] = [[], []]
     for _ in range(rounds + 1):
-        heard = [list(sent[0]), list(sent[1])]
+        received = [list(sent[0]), list(sent[1])]
         results = []
         for rank in (0, 1):
             sent[rank] = []
             shard = TwoRanks(cuts[rank], cuts[rank + 1], group="peers")   # type: ignore[arg-type]
-            object.__setattr__(shard, "noted", (sent[rank], heard[1 - rank]))
+            object.__setattr__(shard, "noted", (sent[rank], received[1 - rank]))
             shard._widest.extend([44, 61])
             part = student[:, cuts[rank]:cuts[rank + 1]].clone().requires_grad_()
-            loss = amid_loss(part, teacher[:, cuts[rank]:cuts[rank + 1]], objective, shard=shard, backend="triton")
+            loss = amid_loss(part, teacher[:, cuts[rank]:cuts[rank + 1]], objective, shard=shard,
+                             backend="triton")
             results.append((loss.detach(), torch.autograd.grad(loss.sum(), part)[0]))
     assert [len(calls) for calls in sent] == [rounds, rounds]
     whole = student.clone().requires_grad_()
     loss = amid_loss(whole, teacher, objective)
     expected, = torch.autograd.grad(loss.sum(), whole)
-    for found, _ in results:
-        torch.testing.assert_close(found, loss.detach(), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(torch.cat([gradient for _, gradient in results], -1), expected, rtol=1e-4, atol=1e-6)
+    for actual, _ in results:
+        torch.testing.assert_close(actual, loss.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.cat([gradient for _, gradient in results], -1), expected,
+                               rtol=1e-4, atol=1e-6)
 
 
 def test_fp64_and_unknown_divergences_are_refused_by_name():
@@ -170,7 +187,7 @@ def test_triton_without_a_gpu_is_refused(monkeypatch):
 
 
 def test_a_head_wrapped_for_the_kernels_may_be_frozen():
-    problem = Problem(dtype=torch.float32)
+    problem = LossProblem(dtype=torch.float32)
     problem.weight.requires_grad_(False)
     on_device(problem, AMiD(), "triton").loss.backward()
     assert problem.weight.grad is None and problem.student.grad is not None

@@ -1,7 +1,7 @@
-"""The tests can fail: the implementation broken in the ways that matter, one at a time, is told from the naive twin.
+"""The tests can fail: each of ten ways to break the implementation differs from the naive twin.
 
-A mutation is a replacement in the source of one module. It has to be found there, so that it stays a mutation when the
-code moves on.
+A mutation is a replacement in the source of one module. The replaced text must be there exactly
+once, so a mutation cannot silently become none when the code changes.
 """
 
 from __future__ import annotations
@@ -12,23 +12,26 @@ from typing import Any
 
 import pytest
 import torch
-from test_losses_fused import Problem
+from support.losses import LossProblem
 from torch import Tensor
 
 from amid_ds import AMiD, VocabShard, amid_loss
 from amid_ds.losses import elementwise, fused, moments, tiles
 
-OBJECTIVES = [AMiD(-5.0, 0.3, order="rp"), AMiD(0.5, 0.3, order={"pr": 0.5, "qr": 0.5}), AMiD(2.0, 0.6, order="rq")]
+OBJECTIVES = [AMiD(-5.0, 0.3, order="rp"), AMiD(0.5, 0.3, order={"pr": 0.5, "qr": 0.5}),
+              AMiD(2.0, 0.6, order="rq")]
 
 MUTATIONS = {
     "drop log Z's gradient": (elementwise, "gradient -= w_r.mul_(sum_a)", "pass"),
     "swap p and q": (elementwise,
                      'of = {"p": LogProbs(log_p), "q": LogProbs(log_q)',
                      'of = {"p": LogProbs(log_q), "q": LogProbs(log_p)'),
-    "skip a tile": (tiles, "for start in range(0, width, step)]", "for start in range(step, width, step)]"),
+    "skip a tile": (tiles, "for start in range(0, width, step)]",
+                    "for start in range(step, width, step)]"),
     "forget the softmax's gradient": (elementwise, "gradient = q.p * (sum_a * sum_w_r - sum_x)",
                                       "gradient = q.p * 0"),
-    "forget the assistant's normaliser": (elementwise, "log_r = normalised(log_r, tile.log_assistant)", "pass"),
+    "forget the assistant's normaliser": (elementwise,
+                                          "log_r = normalised(log_r, tile.log_assistant)", "pass"),
     "take the teacher's share for the student's": (elementwise, "odds = log_rest - log_lam - x",
                                                    "odds = log_lam - log_rest - x"),
     "ignore a weight": (fused, "index = weights.nonzero()[:, 0]",
@@ -46,19 +49,22 @@ def mutant(module: types.ModuleType, old: str, new: str) -> dict[str, Any]:
     assert source.count(old) == 1, f"{old!r} is in {module.__name__} {source.count(old)} times"
     changed = types.ModuleType(module.__name__)
     changed.__dict__.update(__file__=module.__file__, __package__=module.__package__)
-    exec(compile(source.replace(old, new), f"<{module.__name__}, mutated>", "exec"), changed.__dict__)
+    exec(compile(source.replace(old, new), f"<{module.__name__}, mutated>", "exec"),
+         changed.__dict__)
     return changed.__dict__
 
 
 def agrees(linear_loss: Any, head: Any = fused.LMHead) -> bool:
-    """Whether the loss and its gradients are the naive twin's, on blocks, tiles and objectives that use everything."""
+    """True if the loss and its gradients are the naive twin's, over several blocks and tiles."""
     for objective in (*OBJECTIVES, AMiD(-5.0, 0.1, temperature=2.0)):
-        problem = Problem()
+        problem = LossProblem()
         truth = problem.naive(objective)
         ours = linear_loss(problem.student, head(problem.weight, problem.bias), problem.teacher,
-                           problem.teacher_weight, objective, token_weights=problem.weights, labels=problem.labels,
-                           ce_weight=0.4, kd_weight=0.9, vocab_size=problem.vocab_size).loss
-        pairs = zip([ours, *problem.gradients(3 * ours)], [truth, *problem.gradients(3 * truth)], strict=True)
+                           problem.teacher_weight, objective, token_weights=problem.weights,
+                           labels=problem.labels, ce_weight=0.4, kd_weight=0.9,
+                           vocab_size=problem.vocab_size).loss
+        pairs = zip([ours, *problem.gradients(3 * ours)], [truth, *problem.gradients(3 * truth)],
+                    strict=True)
         if not all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in pairs):
             return False
     return True
@@ -91,14 +97,14 @@ def test_a_mutation_is_noticed(name, monkeypatch):
 
 
 class Doubled(VocabShard):
-    """Two ranks in one process, that hold the same columns of a vocabulary in which every id stands twice."""
+    """Two ranks in one process with the same columns of a vocabulary that has every id twice."""
 
     def gather(self, local: Tensor) -> Tensor:
         return torch.stack([local, local])
 
 
 def test_a_forgotten_shards_sum_is_noticed(monkeypatch):
-    student, teacher = torch.randn(3, 9, dtype=torch.float64), torch.randn(3, 9, dtype=torch.float64)
+    student, teacher = (torch.randn(3, 9, dtype=torch.float64) for _ in range(2))
 
     def sharded(objective: AMiD) -> Tensor:
         shard = Doubled(0, 9, group="a peer")   # type: ignore[arg-type]

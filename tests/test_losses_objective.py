@@ -1,4 +1,4 @@
-"""The objective as data: presets against their papers' formulas, the properties of the family, bad values."""
+"""The objective as data: presets against their papers' formulas, properties, refusals."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ MEASURES = ["kl", AlphaBeta(0.2, 0.7), "total_variation", "squared_hellinger"]
 alphas = st.one_of(st.sampled_from([-10.0, -5.0, -1.0, 0.0, 1.0, 3.0, 10.0]), st.floats(-10, 10))
 lams = st.one_of(st.sampled_from([0.0, 1e-6, 0.5, 1.0]), st.floats(0, 1))
 orders = st.sampled_from([*ORDERS, {"pr": 0.5, "qr": 0.5}, {"rp": 0.3, "rq": 2.0, "qr": 1.0}])
-objectives = st.builds(AMiD, alphas, lams, st.sampled_from(MEASURES), orders, st.sampled_from([1.0, 0.5, 3.0]))
+objectives = st.builds(AMiD, alphas, lams, st.sampled_from(MEASURES), orders,
+                       st.sampled_from([1.0, 0.5, 3.0]))
 seeds = st.integers(0, 10_000)
 quick = settings(max_examples=60, deadline=None, derandomize=True)
 
 
 def logits(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * scale
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed),
+                       dtype=torch.float64) * scale
 
 
 def softmax(z: Tensor) -> Tensor:
@@ -48,7 +50,8 @@ def taid(t: float, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def abkd(x: float, y: float, p: Tensor, q: Tensor) -> Tensor:
-    return -(p**x * q**y - x / (x + y) * p ** (x + y) - y / (x + y) * q ** (x + y)).sum(-1) / (x * y)
+    return -(p**x * q**y - x / (x + y) * p ** (x + y)
+             - y / (x + y) * q ** (x + y)).sum(-1) / (x * y)
 
 
 def gjsd(beta: float, p: Tensor, q: Tensor) -> Tensor:
@@ -64,7 +67,8 @@ PAPERS = {
     "gkd": ({"beta": 0.3}, lambda s, t: gjsd(0.3, softmax(t), softmax(s))),
     "taid": ({"t": 0.4}, lambda s, t: taid(0.4, s, t)),
     "abkd": ({"alpha": 0.2, "beta": 0.7}, lambda s, t: abkd(0.2, 0.7, softmax(t), softmax(s))),
-    "amid": ({"alpha": 3.0, "lam": 0.3}, lambda s, t: kl(softmax(t), harmonic(0.3, softmax(t), softmax(s)))),
+    "amid": ({"alpha": 3.0, "lam": 0.3},
+             lambda s, t: kl(softmax(t), harmonic(0.3, softmax(t), softmax(s)))),
 }
 
 
@@ -76,7 +80,8 @@ def harmonic(lam: float, p: Tensor, q: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", PAPERS)
 def test_preset_is_its_papers_formula_in_value_and_gradient(name):
     parameters, formula = PAPERS[name]
-    student, teacher, weights = logits(1, 5, 17).requires_grad_(), logits(2, 5, 17), logits(3, 5).abs()
+    student, teacher = logits(1, 5, 17).requires_grad_(), logits(2, 5, 17)
+    weights = logits(3, 5).abs()
     ours = amid_loss(student, teacher, preset(name, **parameters))
     truth = formula(student, teacher)
     torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
@@ -117,12 +122,16 @@ def test_a_divergence_between_different_models_is_above_zero(alpha, lam, measure
 
 @given(objectives, seeds, st.floats(-50, 50))
 @quick
-def test_the_loss_does_not_change_when_logits_are_shifted_or_the_vocabulary_is_permuted(objective, seed, shift):
+def test_the_loss_does_not_change_when_logits_are_shifted_or_the_vocabulary_is_permuted(objective,
+                                                                                        seed,
+                                                                                        shift):
     student, teacher = logits(seed, 4, 9), logits(seed + 1, 4, 9)
     loss = amid_loss(student, teacher, objective)
-    torch.testing.assert_close(amid_loss(student + shift, teacher - shift, objective), loss, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(amid_loss(student + shift, teacher - shift, objective), loss,
+                               rtol=1e-9, atol=1e-11)
     order = torch.randperm(9, generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(amid_loss(student[:, order], teacher[:, order], objective), loss, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(amid_loss(student[:, order], teacher[:, order], objective), loss,
+                               rtol=1e-9, atol=1e-11)
 
 
 @given(alphas, st.sampled_from(MEASURES), seeds)
@@ -139,14 +148,16 @@ def test_the_ends_of_lam_are_the_models_themselves(alpha, measure, seed):
     torch.testing.assert_close(loss(0.0, "rp"), loss(1.0, "qr"))    # D(q‖p) both
 
 
-@given(st.floats(0.01, 0.99), st.sampled_from(ORDERS), seeds, st.sampled_from([1e-3, 1e-5, 1e-9, 1e-14]))
+@given(st.floats(0.01, 0.99), st.sampled_from(ORDERS), seeds,
+       st.sampled_from([1e-3, 1e-5, 1e-9, 1e-14]))
 @quick
 def test_the_loss_is_continuous_through_alpha_one(lam, order, seed, step):
     def loss(alpha: float) -> Tensor:
         return amid_loss(logits(seed, 4, 9), logits(seed + 1, 4, 9), AMiD(alpha, lam, "kl", order))
 
     for alpha in (1 - step, 1 + step):
-        torch.testing.assert_close(loss(alpha), loss(1.0), rtol=20 * step + 1e-11, atol=20 * step + 1e-13)
+        torch.testing.assert_close(loss(alpha), loss(1.0), rtol=20 * step + 1e-11,
+                                   atol=20 * step + 1e-13)
 
 
 @given(alphas, lams, st.sampled_from(MEASURES), seeds)
@@ -156,7 +167,8 @@ def test_a_mapping_of_orders_is_their_weighted_sum(alpha, lam, measure, seed):
     weights = {"pr": 0.5, "qr": 0.0, "rp": 2.0, "rq": 0.25}
     parts = sum(weight * amid_loss(student, teacher, AMiD(alpha, lam, measure, order))
                 for order, weight in weights.items())
-    torch.testing.assert_close(amid_loss(student, teacher, AMiD(alpha, lam, measure, weights)), parts)
+    torch.testing.assert_close(amid_loss(student, teacher, AMiD(alpha, lam, measure, weights)),
+                               parts)
 
 
 @given(alphas, st.floats(0.01, 0.99), seeds)
@@ -202,7 +214,7 @@ def test_an_objective_is_frozen_and_can_be_replaced_in_part():
     assert (moved.alpha, moved.weights) == (2.0, (("pr", 1.0), ("rq", 0.5)))
 
 
-@pytest.mark.parametrize(("make", "found"), [
+@pytest.mark.parametrize(("make", "message"), [
     (lambda: AMiD(alpha=float("nan")), "alpha=nan"),
     (lambda: AMiD(alpha=float("inf")), "alpha=inf"),
     (lambda: AMiD(alpha="1"), "alpha='1'"),
@@ -229,7 +241,7 @@ def test_an_objective_is_frozen_and_can_be_replaced_in_part():
     (lambda: preset("taid"), "'t'"),
     (lambda: preset("gkd", beta=1.0), "beta=1.0"),
 ])
-def test_a_bad_value_is_refused_with_what_was_found_and_what_to_do(make, found):
-    with pytest.raises(InputError, match=found) as error:
+def test_a_bad_value_is_refused_with_what_was_found_and_what_to_do(make, message):
+    with pytest.raises(InputError, match=message) as error:
         make()
     assert error.value.expected and error.value.remedy

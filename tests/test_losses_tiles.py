@@ -1,4 +1,4 @@
-"""Tiles of large blocks are worked by compiled functions: the same numbers, for every objective and any sizes."""
+"""Compiled tiles of large blocks: the same numbers, for any objective and size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_losses_fused import MEASURES, OBJECTIVES, Problem, distance
+from support.losses import EVERY_DIVERGENCE, OBJECTIVES, LossProblem, relative_error
 from torch import Tensor
 
 from amid_ds import AlphaBeta, AMiD
@@ -18,8 +18,9 @@ from amid_ds.losses import elementwise, fused, tiles
 from amid_ds.losses.objective import Divergence, LogProbs, Terms
 
 WHOLE_FAMILY = [AMiD(alpha, lam, measure, order, 1.5, detach)
-                for measure in MEASURES for order in ("pr", "rq", {"qr": 0.5, "rp": 0.5})
-                for alpha, lam, detach in ((-5.0, 0.1, False), (1.0, 0.4, True), (1.5, 0.3, False), (3.0, 0.0, False))
+                for measure in EVERY_DIVERGENCE for order in ("pr", "rq", {"qr": 0.5, "rp": 0.5})
+                for alpha, lam, detach in ((-5.0, 0.1, False), (1.0, 0.4, True), (1.5, 0.3, False),
+                                           (3.0, 0.0, False))
                 if not (measure == "total_variation" and lam == 0)]
 
 
@@ -34,14 +35,16 @@ def compile_all(monkeypatch):
     torch._dynamo.reset()
 
 
-def matches_the_naive_twin(objective: AMiD, dtype: torch.dtype = torch.float64, softcap: float | None = None) -> None:
-    problem = Problem(dtype=torch.float64)
+def matches_the_naive_twin(objective: AMiD, dtype: torch.dtype = torch.float64,
+                           softcap: float | None = None) -> None:
+    problem = LossProblem(dtype=torch.float64)
     truth = problem.naive(objective, softcap)
     mine = problem.to(dtype)
     ours = mine.fused(objective, softcap).loss
     tolerance = 1e-9 if dtype == torch.float64 else 2e-4
     pairs = zip([ours, *mine.gradients(ours)], [truth, *problem.gradients(truth)], strict=True)
-    assert max(distance(found.detach(), expected.detach()) for found, expected in pairs) < tolerance
+    assert max(relative_error(actual.detach(), expected.detach())
+               for actual, expected in pairs) < tolerance
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES[:2], ids=str)
@@ -61,16 +64,20 @@ def test_the_whole_family_compiled_matches_the_naive_twin(objective):
 
 def test_numbers_that_change_from_step_to_step_and_other_sizes_compile_nothing_anew():
     for number in range(12):
-        with torch._dynamo.config.patch(error_on_recompile=number > 1):      # the second call may see what varies
-            problem = Problem(40 + number, 61 + 3 * number, dtype=torch.float32)
-            out = problem.fused(AMiD(-5.0 + number / 10, 0.1 + number / 50, AlphaBeta(0.2 + number / 30, 0.7),
+        # the second call may see what varies
+        with torch._dynamo.config.patch(error_on_recompile=number > 1):
+            problem = LossProblem(40 + number, 61 + 3 * number, dtype=torch.float32)
+            out = problem.fused(AMiD(-5.0 + number / 10, 0.1 + number / 50,
+                                     AlphaBeta(0.2 + number / 30, 0.7),
                                      temperature=1.5 + number / 10))
             problem.gradients(out.loss)
 
 
 def test_there_is_no_limit_to_the_objectives_of_a_process(monkeypatch):
-    monkeypatch.setattr(tiles, "_compiled", functools.cache(functools.partial(_traced, tiles._compiled.__wrapped__)))
-    shapes = itertools.product((-5.0, 0.5, 1.0), ("pr", "rq", {"qr": 0.5, "rp": 0.5}), (False, True))
+    monkeypatch.setattr(tiles, "_compiled",
+                        functools.cache(functools.partial(_traced, tiles._compiled.__wrapped__)))
+    shapes = itertools.product((-5.0, 0.5, 1.0), ("pr", "rq", {"qr": 0.5, "rp": 0.5}),
+                               (False, True))
     for alpha, order, detach in shapes:
         matches_the_naive_twin(AMiD(alpha, 0.3, order=order, detach_assistant=detach))
 
@@ -117,7 +124,7 @@ def test_only_large_blocks_on_a_cpu_are_compiled(monkeypatch):
     monkeypatch.setattr(tiles, "WORTH_COMPILING", 1000)
     asked = []
     monkeypatch.setattr(tiles, "_compiled", lambda visit: asked.append(visit) or visit)
-    Problem(4, 100).fused(OBJECTIVES[0])
+    LossProblem(4, 100).fused(OBJECTIVES[0])
     assert asked == []
-    Problem(16, 100).fused(OBJECTIVES[0])
+    LossProblem(16, 100).fused(OBJECTIVES[0])
     assert elementwise._kl_moments_tile in asked

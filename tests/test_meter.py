@@ -1,4 +1,4 @@
-"""What a run says of itself: where its time goes, who is slow, what jumps; and a profile that shows the same phases."""
+"""A run's own measurements: time by phase, slow ranks, spikes of the loss, a profile of a step."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
-import small
 import torch
+from support.ranks import Ranks, rank_main
+from support.runs import read_metrics, write_recipe
 
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
@@ -27,9 +28,11 @@ SPIKE, LAZY, SLOW_S = RECENT_STEPS + 2, 0.15, 0.1
 PROFILED = (3, 2)
 
 
-def be_watched(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """A rank whose teacher, backward and optimizer step take LAZY seconds at least, after as many steps as there are
-    phases; rank 1 is slow in its loss, and what it learns in step SPIKE counts thirtyfold."""
+def lazy_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank whose teacher and optimizer take at least LAZY seconds in step 2.
+
+    Rank 1 is also slow in its loss, and its loss of step SPIKE counts thirtyfold.
+    """
     import time
 
     from amid_ds.engine import engine
@@ -37,7 +40,8 @@ def be_watched(argv: list[str], variables: dict[str, str], log: str) -> None:
     from amid_ds.training import trainer
 
     rank, at = int(variables["RANK"]), {"step": 0}
-    take_step, teach, take, loss = trainer.train_step, distiller.Distiller.teach, engine.optimizer_step, distiller.linear_amid_loss
+    take_step, teach, take = trainer.train_step, distiller.Distiller.teach, engine.optimizer_step
+    loss = distiller.linear_amid_loss
 
     def step(*arguments):
         at["step"] += 1
@@ -58,20 +62,20 @@ def be_watched(argv: list[str], variables: dict[str, str], log: str) -> None:
 
     trainer.train_step, distiller.Distiller.teach, engine.optimizer_step = step, slowly(teach), slowly(take)
     distiller.linear_amid_loss = lose
-    small.be_a_rank(argv, variables, log)
+    rank_main(argv, variables, log)
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory) -> tuple[Path, str]:
-    """(run folder, what rank 0 said)"""
+def watched(shared_model, text_file, tmp_path_factory) -> tuple[Path, str]:
+    """(run folder, output of rank 0)"""
     root = tmp_path_factory.mktemp("watched")
-    pair = [small.make_model(root / family, family) for family in ("llama", "gpt2")]
-    recipe = small.make_recipe(root / "r.yaml", *pair, small.make_text(root / "rows.jsonl"), root / "run",
-                               train__steps=TOTAL, train__global_batch_size=2, checkpoint__every=7,
-                               train__profile=dict(zip(("start", "steps"), PROFILED, strict=True)))
-    ranks = small.Ranks(2, "train", recipe, be=be_watched)
-    assert ranks.wait() == [0, 0], ranks.text()
-    return root / "run", ranks.text()
+    pair = [shared_model(family) for family in ("llama", "gpt2")]
+    recipe = write_recipe(root / "r.yaml", *pair, text_file, root / "run",
+                          train__steps=TOTAL, train__global_batch_size=2, checkpoint__every=7,
+                          train__profile=dict(zip(("start", "steps"), PROFILED, strict=True)))
+    ranks = Ranks(2, "train", recipe, target=lazy_rank)
+    assert ranks.wait() == [0, 0], ranks.output()
+    return root / "run", ranks.output()
 
 
 def test_every_second_belongs_to_one_phase(monkeypatch):
@@ -83,16 +87,18 @@ def test_every_second_belongs_to_one_phase(monkeypatch):
                 pass
             with pytest.raises(RuntimeError), phase("loss"):      # 15 to 31
                 raise RuntimeError
-        line = ours.line(steps=2, taught=False)                   # ended at 63; read at 127
+        # ended at 63; read at 127
+        line = ours.line(steps=2, taught=False)
     spent = {"other": 1 + 64, "forward": 2 + 8 + 32, "loss": 4 + 16}
-    assert {name: line[f"time/{name}"] for name in PHASES} == {name: spent.get(name, 0) / 2 for name in PHASES}
+    assert {name: line[f"time/{name}"] for name in PHASES} == {
+        name: spent.get(name, 0) / 2 for name in PHASES}
     assert line["time/step"] == 127 / 2 and line["perf/teacher_flops"] == 0
     assert line["perf/mfu"] == pytest.approx(60 / (127 / 2 * 2))
 
 
 @pytest.mark.slow
 def test_what_the_meter_costs_a_step_and_a_line(tmp_path, capfd):
-    """With `-m slow` it prints the README's figures: CPU time of all threads, TensorBoard's too, around no work."""
+    """Prints the README's numbers: CPU time of all threads, TensorBoard's too, around no work."""
     steps, costs = 300, {}
     values = {"loss": 1.0, "kd_loss": 1.0, "ce_loss": 1.0, "tokens_per_second": 1.0}
     for way in ("lines alone", "lines and phases", "metered lines"):
@@ -111,32 +117,35 @@ def test_what_the_meter_costs_a_step_and_a_line(tmp_path, capfd):
         log.close()
     phases, line = (costs[way] - costs[before] for before, way in itertools.pairwise(costs))
     with capfd.disabled():
-        print(f"\nthe meter: {phases:.2f} ms a step of 4 micro-batches, {line:.2f} ms a logged line")
+        print(f"\nthe meter: {phases:.2f} ms a step of 4 micro-batches, "
+              f"{line:.2f} ms a logged line")
     assert all(size > 0 for size in costs.values())
-    assert {"time/step", "perf/mfu"} <= small.metrics(tmp_path / "metered lines")[-1].keys()
+    assert {"time/step", "perf/mfu"} <= read_metrics(tmp_path / "metered lines")[-1].keys()
 
 
 def mark_a_step() -> None:
-    """What training tells the meter in a step of 4 micro-batches."""
+    """Call the meter as training does in a step of 4 micro-batches."""
     for name in ("data", "teacher", *["forward", "backward"] * 4, "optimizer"):
         with phase(name), phase("loss") if name == "forward" else contextlib.nullcontext():
             pass
     step_timer.set_peer_stats([[1.0, *step_timer.local_stats()]] * 2)
 
 
-def test_time_is_found_in_the_phase_that_took_it(watched):
+def test_time_is_counted_in_the_phase_that_took_it(watched):
     run, _ = watched
-    lines = small.metrics(run)
+    lines = read_metrics(run)
     for line in lines:
         assert sum(line[f"time/{name}"] for name in PHASES) == pytest.approx(
             line["time/step"] + line["time/checkpoint"] + line["time/evaluation"])
     for name in ("teacher", "optimizer"):
-        assert lines[1][f"time/{name}"] >= LAZY > statistics.median(line[f"time/{name}"] for line in lines)
-    # Rank 1 sleeps in its loss, rank 0 waits for it: in its backward, or wherever the two meet next.
+        median = statistics.median(line[f"time/{name}"] for line in lines)
+        assert lines[1][f"time/{name}"] >= LAZY > median
+    # Rank 1 sleeps in its loss; rank 0 waits for it in its backward, or where the two meet next.
     assert all(line["time/step"] >= SLOW_S for line in lines)
     assert statistics.median(line["time/loss"] for line in lines) < SLOW_S
     saves = [line["step"] for line in lines if line["time/checkpoint"] > 0]
-    assert {8, 15, 22} <= set(saves) and saves[0] == 8      # in the line after the save
+    # in the line after the save
+    assert {8, 15, 22} <= set(saves) and saves[0] == 8
     assert all(line["memory/peak"] >= line["memory/reserved"] > 2**20 for line in lines)
 
 
@@ -144,9 +153,10 @@ def test_flops_are_the_plans_and_mfu_is_theirs(watched):
     run, _ = watched
     cpu = find_device("cpu", 2)
     planned = make_plan(load_recipe(run / "recipe.yaml"), 1, 2, cpu).flops_per_step
-    for line in small.metrics(run):
+    for line in read_metrics(run):
         assert {name: line[f"perf/{name}_flops"] for name in ("student", "teacher")} == planned
-        assert line["perf/mfu"] == pytest.approx(sum(planned.values()) / line["time/step"] / cpu.flops)
+        assert line["perf/mfu"] == pytest.approx(
+            sum(planned.values()) / line["time/step"] / cpu.flops)
 
 
 def test_tensorboard_has_the_names_and_numbers_of_the_metrics(watched):
@@ -155,79 +165,88 @@ def test_tensorboard_has_the_names_and_numbers_of_the_metrics(watched):
     run, _ = watched
     board = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
     board.Reload()
-    lines = small.metrics(run)
+    lines = read_metrics(run)
     for name in (name for name in lines[0] if "/" in name):
-        assert [event.value for event in board.Scalars(name)] == pytest.approx([line[name] for line in lines]), name
+        assert [event.value for event in board.Scalars(name)] == pytest.approx(
+            [line[name] for line in lines]), name
     assert {name.partition("/")[0] for name in board.Tags()["scalars"]} == {
         "loss", "optim", "objective", "perf", "time", "memory", "data"}
 
 
-def test_a_slow_rank_and_a_spike_are_said_once_with_step_and_rank(watched):
-    run, said = watched
-    slow = [line for line in said.splitlines() if "is slow" in line]
-    assert len(slow) == 1 and "WARNING: rank 1 on " in slow[0] and f"up to {RECENT_STEPS + 1} " in slow[0], said
-    spikes = [line for line in said.splitlines() if "spikes" in line]
-    assert len(spikes) == 1 and f"in step {SPIKE}," in spikes[0] and "rank 1 on" in spikes[0], said
-    assert all(line["perf/slowest_rank"] == 1 for line in small.metrics(run))
-    last = next(line for line in said.splitlines() if f"step {TOTAL}/{TOTAL}" in line)
+def test_a_slow_rank_and_a_spike_are_reported_once_with_step_and_rank(watched):
+    run, output = watched
+    slow = [line for line in output.splitlines() if "is slow" in line]
+    assert len(slow) == 1 and "WARNING: rank 1 on " in slow[0], output
+    assert f"up to {RECENT_STEPS + 1} " in slow[0], output
+    spikes = [line for line in output.splitlines() if "spikes" in line]
+    assert len(spikes) == 1 and f"in step {SPIKE}," in spikes[0], output
+    assert "rank 1 on" in spikes[0], output
+    assert all(line["perf/slowest_rank"] == 1 for line in read_metrics(run))
+    last = next(line for line in output.splitlines() if f"step {TOTAL}/{TOTAL}" in line)
     assert f"slowest rank 1 on {socket.gethostname()}" in last
 
 
-def test_what_is_normal_is_not_said():
-    said: list[str] = []
-    watch = AnomalyMonitor(["rank 0", "rank 1", "rank 2"], said.append)
+def test_normal_noise_is_not_reported():
+    warnings: list[str] = []
+    watch = AnomalyMonitor(["rank 0", "rank 1", "rank 2"], warnings.append)
     noise = torch.Generator().manual_seed(0)
     for step in range(300):
         loss = 3 / (1 + step / 30) + 0.1 * float(torch.randn((), generator=noise))
         own = 0.1 + 0.02 * torch.rand(3, generator=noise)
         watch.step(step, [[loss / 3, float(seconds), 0.0] for seconds in own], 1.0)
-    assert said == []
+    assert warnings == []
 
 
-def test_what_returns_is_said_again():
-    said: list[str] = []
-    watch = AnomalyMonitor(["rank 0", "rank 1"], said.append)
+def test_a_spike_that_returns_is_reported_again():
+    warnings: list[str] = []
+    watch = AnomalyMonitor(["rank 0", "rank 1"], warnings.append)
     for step in range(1, 6 * RECENT_STEPS + 1):
-        bad = (step - 1) // RECENT_STEPS % 2 == 1      # a part of STEPS steps that is well, then one that is not, ...
+        # STEPS good steps, then STEPS bad ones, and so on.
+        bad = (step - 1) // RECENT_STEPS % 2 == 1
         watch.step(step, [[1.0, 0.1, 0.0], [8.0 if bad else 1.0, 0.5 if bad else 0.1, 0.0]], 1.0)
-    assert ["spikes" in line for line in said].count(True) == 3 == ["slow" in line for line in said].count(True)
-    assert "in step 21," in said[0] and "most of it comes from rank 1" in said[0]
+    assert ["spikes" in line for line in warnings].count(True) == 3
+    assert ["slow" in line for line in warnings].count(True) == 3
+    assert "in step 21," in warnings[0] and "most of it comes from rank 1" in warnings[0]
 
 
 def test_a_loss_that_stays_up_hides_no_later_spike():
-    said: list[str] = []
-    watch = AnomalyMonitor(["rank 0"], said.append)
+    warnings: list[str] = []
+    watch = AnomalyMonitor(["rank 0"], warnings.append)
     for step in range(1, 101):
         watch.step(step, [[60.0 if step == 90 else 3.0 if step > 30 else 1.0, 0.1, 0.0]], 1.0)
-    assert len(said) == 2 and "in step 31," in said[0] and "60 in step 90, 3 in the middle" in said[1], said
+    assert len(warnings) == 2 and "in step 31," in warnings[0], warnings
+    assert "60 in step 90, 3 in the middle" in warnings[1], warnings
 
 
 def test_a_tensor_parallel_group_has_one_part_of_the_loss():
-    said: list[str] = []
-    watch = AnomalyMonitor([f"rank {rank}" for rank in range(4)], said.append, tp_size=2)
+    warnings: list[str] = []
+    watch = AnomalyMonitor([f"rank {rank}" for rank in range(4)], warnings.append, tp_size=2)
     for step in range(1, RECENT_STEPS + 2):
         bad = 9.0 if step > RECENT_STEPS else 1.0
         watch.step(step, [[part, 0.1, 0.0] for part in (1.0, 1.0, bad, bad)], 1.0)
-    assert len(said) == 1 and "spikes: 10 in step" in said[0] and "comes from rank 2, 90% of it" in said[0], said
+    assert len(warnings) == 1 and "spikes: 10 in step" in warnings[0], warnings
+    assert "comes from rank 2, 90% of it" in warnings[0], warnings
 
 
-def test_a_rank_that_compiles_longer_in_a_lifes_first_step_is_not_slow():
-    said: list[str] = []
-    watch = AnomalyMonitor(["rank 0", "rank 1"], said.append)
+def test_a_rank_that_compiles_longer_in_an_attempts_first_step_is_not_slow():
+    warnings: list[str] = []
+    watch = AnomalyMonitor(["rank 0", "rank 1"], warnings.append)
     for step in range(1, 3 * RECENT_STEPS):
-        watch.step(step, [[1.0, 0.1, 0.0], [1.0, 90.0 if step == 1 else 0.1, 0.0]], 91.0 if step == 1 else 1.0)
-    assert said == []
+        watch.step(step, [[1.0, 0.1, 0.0], [1.0, 90.0 if step == 1 else 0.1, 0.0]],
+                   91.0 if step == 1 else 1.0)
+    assert warnings == []
 
 
 def test_a_profile_holds_our_phases_of_the_steps_asked_for_on_every_rank(watched):
-    run, said = watched
+    run, output = watched
     start, steps = PROFILED
-    assert said.count("ui.perfetto.dev") == 1
+    assert output.count("ui.perfetto.dev") == 1
     for rank in (0, 1):
         trace = json.loads((run / "profile" / f"step_{start:08d}_rank_{rank}.json").read_text())
         spans = [event for event in trace["traceEvents"] if event.get("cat") == "user_annotation"]
         counts = {name: sum(event["name"] == name for event in spans) for name in PHASES}
-        assert counts == {**dict.fromkeys(PHASES, steps), "rollout": 0, "checkpoint": 0, "evaluation": 0, "other": 0,
+        assert counts == {**dict.fromkeys(PHASES, steps), "rollout": 0, "checkpoint": 0,
+                          "evaluation": 0, "other": 0,
                           "data": counts["data"]}
         assert all(event["ph"] == "X" and event["dur"] >= 0 for event in spans)
         names = {event["name"] for event in trace["traceEvents"]}

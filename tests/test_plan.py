@@ -1,4 +1,4 @@
-"""The plan's numbers are those of a real engine, of real autograd, and of the formula in the textbooks."""
+"""The plan's numbers are those of a real engine, of real autograd, and of the textbook formula."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import small
 import torch
-from test_teacher import be_counted
+from support.counting_rank import counting_rank
+from support.ranks import Ranks
+from support.runs import write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from amid_ds.cli import main
@@ -22,24 +23,27 @@ H100 = Device("h100-80g", 80e9, 989e12, 50e9, 450e9)
 
 def config_only(folder: Path, **sizes: int) -> Path:
     """A Llama without weights: a plan needs none."""
-    config = LlamaConfig(**sizes, num_attention_heads=sizes["hidden_size"] // 128, num_key_value_heads=8,
-                         vocab_size=128256, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(**sizes, num_attention_heads=sizes["hidden_size"] // 128,
+                         num_key_value_heads=8, vocab_size=128256, dtype="bfloat16",
+                         architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
-def large(tmp_path_factory) -> Path:
+def large(text_file, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("large")
-    student = config_only(root / "1b", hidden_size=2048, num_hidden_layers=16, intermediate_size=8192)
-    teacher = config_only(root / "8b", hidden_size=4096, num_hidden_layers=32, intermediate_size=14336)
-    data = small.make_text(root / "rows.jsonl")
-    return small.make_recipe(root / "r.yaml", student, teacher, data, root / "run", deepspeed="ds_configs/zero3.json",
-                             train__seq_length=4096, train__micro_batch_size=4, train__global_batch_size=64)
+    student = config_only(root / "1b", hidden_size=2048, num_hidden_layers=16,
+                          intermediate_size=8192)
+    teacher = config_only(root / "8b", hidden_size=4096, num_hidden_layers=32,
+                          intermediate_size=14336)
+    return write_recipe(root / "r.yaml", student, teacher, text_file, root / "run",
+                        deepspeed="ds_configs/zero3.json", train__seq_length=4096,
+                        train__micro_batch_size=4, train__global_batch_size=64)
 
 
-def be_weighed(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """A rank that writes what its engine holds to RANK.bytes in the run's folder."""
+def weighing_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that writes its engine's resident bytes to RANK.bytes in the run's folder."""
     from amid_ds.training import trainer
 
     take_step = trainer.train_step
@@ -47,7 +51,8 @@ def be_weighed(argv: list[str], variables: dict[str, str], log: str) -> None:
     def step(job, ds, *rest):
         values = take_step(job, ds, *rest)
         rows = ds.optimizer.fp32_partitioned_groups_flat
-        moments = [value for state in ds.optimizer.optimizer.state.values() for key, value in state.items()
+        moments = [value for state in ds.optimizer.optimizer.state.values()
+                   for key, value in state.items()
                    if key != "step"]
         named = dict(ds.module.named_parameters())
         held = {who: sum(p.ds_tensor.nbytes for name, p in named.items() if name.startswith(who))
@@ -60,30 +65,36 @@ def be_weighed(argv: list[str], variables: dict[str, str], log: str) -> None:
         return values
 
     trainer.train_step = step
-    be_counted(argv, variables, log)
+    counting_rank(argv, variables, log)
 
 
 @pytest.mark.parametrize("layout", [["train.micro_batch_size=2"], ["tensor_parallel=2"],
                                     ["deepspeed=BF16", "student.activation_checkpointing=true"]],
                          ids=["dp 2", "tp 2", "bf16"])
-def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, tmp_path, capfd):
+def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, shared_model, text_file,
+                                                           tmp_path, capfd):
     # wide enough that ZeRO-3 partitions more than it pads
-    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
-    pair = [small.make_model(tmp_path / family, family, 0, **sizes) for family in ("llama", "qwen3")]
-    recipe = small.make_recipe(tmp_path / "r.yaml", *pair, small.make_text(tmp_path / "rows.jsonl"), tmp_path / "run",
-                               train__steps=5, deepspeed=str(small.never_resident(tmp_path)))
-    layout = [key.replace("BF16", str(small.never_resident(tmp_path, "zero3.json"))) for key in layout]
-    processes = small.Ranks(2, "train", recipe, *layout, be=be_weighed)
-    assert processes.wait() == [0, 0], processes.text()
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+             "num_key_value_heads": 2}
+    pair = [shared_model(family, 0, **sizes) for family in ("llama", "qwen3")]
+    recipe = write_recipe(tmp_path / "r.yaml", *pair, text_file, tmp_path / "run",
+                          train__steps=5, deepspeed=str(write_gathering_config(tmp_path)))
+    layout = [key.replace("BF16", str(write_gathering_config(tmp_path, "zero3.json")))
+              for key in layout]
+    processes = Ranks(2, "train", recipe, *layout, target=weighing_rank)
+    assert processes.wait() == [0, 0], processes.output()
     plan = make_plan(load_recipe(recipe, layout), 1, 2, find_device("cpu", 2))
     held = json.loads((tmp_path / "run" / "0.bytes").read_text())
     for part, size in held.items():
         assert plan.memory_per_rank[part] == pytest.approx(size, rel=0.05), part
-    assert f"epochs by the last step: {tmp_path / 'rows.jsonl'} {plan.epochs[0]:.3g}" in processes.text()
+    assert f"epochs by the last step: {text_file} {plan.epochs[0]:.3g}" in processes.output()
     last = json.loads((tmp_path / "run" / "0.jsonl").read_text().splitlines()[-1])
-    if "tensor_parallel=2" not in layout:      # there the two ranks gather nothing but what they both hold whole
-        for who in ("student", "teacher"):      # a gather's bytes less those that the rank has itself
-            assert plan.network_per_step[f"{who}_gathers"] == pytest.approx(last[f"{who}_bytes"] / 2, rel=0.05), who
+    # tensor-parallel ranks gather only what both hold whole
+    if "tensor_parallel=2" not in layout:
+        # a gather's bytes less those that the rank has itself
+        for who in ("student", "teacher"):
+            assert plan.network_per_step[f"{who}_gathers"] == pytest.approx(
+                last[f"{who}_bytes"] / 2, rel=0.05), who
     left = json.loads((tmp_path / "run" / "measured.json").read_text())
     assert {part: left["memory_per_rank"][part] for part in held} == held
     for part, size in left["memory_per_rank"].items():
@@ -92,9 +103,11 @@ def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, tmp_path, cap
     checked = json.loads(capfd.readouterr().out.splitlines()[-1])
     for what in ("memory_per_rank", "network_per_step"):
         for part, pair in checked[what].items():
-            assert pair == {"planned": getattr(plan, what).get(part), "measured": left[what].get(part)}, part
+            assert pair == {"planned": getattr(plan, what).get(part),
+                            "measured": left[what].get(part)}, part
     assert checked["seconds"]["step"]["measured"] > 0
-    assert sum(plan.network_per_step.values()) == pytest.approx(sum(left["network_per_step"].values()), rel=0.05)
+    assert sum(plan.network_per_step.values()) == pytest.approx(
+        sum(left["network_per_step"].values()), rel=0.05)
 
 
 def test_a_step_that_is_measured_may_compile():
@@ -104,9 +117,9 @@ def test_a_step_that_is_measured_may_compile():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_what_is_kept_for_backward_is_what_autograd_keeps(family, tmp_path):
+def test_what_is_kept_for_backward_is_what_autograd_keeps(family, shared_model):
     sizes = {} if family == "gpt2" else {"hidden_size": 64, "intermediate_size": 256}
-    model = AutoModelForCausalLM.from_pretrained(small.make_model(tmp_path, family, 0, **sizes)).train()
+    model = AutoModelForCausalLM.from_pretrained(shared_model(family, 0, **sizes)).train()
     kept: dict[int, int] = {}
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -126,12 +139,14 @@ def test_flops_are_those_of_six_and_two_per_weight_and_token(large):
     tokens = plan.tokens_per_step / plan.ranks
 
     def per_token(width: int, layers: int, inner: int) -> float:
-        """Forward: 2 FLOPs a weight; attention's two products over half of 4096 places; the head."""
+        """2 FLOPs a weight; attention's two products over half of 4096 positions; the head."""
         weights = layers * (2 * width * width + 2 * width * 8 * 128 + 3 * width * inner)
         return 2 * weights + layers * 2 * 4096 * width + 2 * 128256 * width
 
-    assert plan.flops_per_step["student"] == pytest.approx(3 * tokens * per_token(2048, 16, 8192), rel=0.01)
-    assert plan.flops_per_step["teacher"] == pytest.approx(tokens * per_token(4096, 32, 14336), rel=0.01)
+    assert plan.flops_per_step["student"] == pytest.approx(
+        3 * tokens * per_token(2048, 16, 8192), rel=0.01)
+    assert plan.flops_per_step["teacher"] == pytest.approx(
+        tokens * per_token(4096, 32, 14336), rel=0.01)
 
 
 def test_what_does_not_fit_exits_with_1_and_names_changes_that_do(large, capsys):
@@ -141,60 +156,78 @@ def test_what_does_not_fit_exits_with_1_and_names_changes_that_do(large, capsys)
     assert sum(size for part, size in whole["memory_per_rank"].items() if part != "total") \
         == whole["memory_per_rank"]["total"]
     assert whole["epochs"] is None and whole["recipe"] == resolved(load_recipe(large))
-    assert main(["plan", str(large), "--ranks-per-node", "8", "--json", "student.activation_checkpointing=true"]) == 0
+    assert main(["plan", str(large), "--ranks-per-node", "8", "--json",
+                 "student.activation_checkpointing=true"]) == 0
     saving = json.loads(capsys.readouterr().out)
     assert whole["activations"] == saving["activations"] == {
         "without_checkpointing": whole["memory_per_rank"]["activations"],
-        "with_checkpointing": sum(saving["memory_per_rank"][part] for part in ("activations", "recomputed_layer"))}
-    less = json.dumps({"memory": 0.6 * whole["memory_per_rank"]["total"], "flops": 1e15, "bandwidth": 5e10})
+        "with_checkpointing": sum(saving["memory_per_rank"][part]
+                                  for part in ("activations", "recomputed_layer"))}
+    less = json.dumps({"memory": 0.6 * whole["memory_per_rank"]["total"], "flops": 1e15,
+                       "bandwidth": 5e10})
     assert main(["plan", str(large), "--ranks-per-node", "8", "--device", less, "--json"]) == 1
     remedies = json.loads(capsys.readouterr().out)["remedies"]
     assert remedies
     for remedy in remedies:
         change = remedy.partition(":")[0].split()
-        assert main(["plan", str(large), "--ranks-per-node", "8", "--device", less, *change]) == 0, remedy
-    said = capsys.readouterr().out
-    assert "fits" in said and "epochs by the last step: not known before the data are prepared" in said
-    assert "seq_length: 4096" in said and "GB without checkpointing" in said
+        assert main(["plan", str(large), "--ranks-per-node", "8", "--device", less,
+                     *change]) == 0, remedy
+    printed = capsys.readouterr().out
+    assert "fits" in printed
+    assert "epochs by the last step: not known before the data are prepared" in printed
+    assert "seq_length: 4096" in printed and "GB without checkpointing" in printed
 
 
-@pytest.mark.parametrize("wrong, said", [([], "one of the two"), (["--check", "nowhere"], "no measured.json"),
-                                         (["--check", "."], "no measured.json")])
-def test_a_check_of_no_run_exits_with_2(wrong, said, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("wrong, message",
+                         [([], "one of the two"), (["--check", "nowhere"], "no measured.json"),
+                          (["--check", "."], "no measured.json")])
+def test_a_check_of_no_run_exits_with_2(wrong, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["plan", *wrong]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-MEASURED = {"step": 4, "hosts": ["here"], "device": "cpu", "recipe": "students: {model: x}", "memory_per_rank": {},
+MEASURED = {"step": 4, "hosts": ["here"], "device": "cpu", "recipe": "students: {model: x}",
+            "memory_per_rank": {},
             "network_per_step": {}}
 
 
-@pytest.mark.parametrize("left, said", [("[1, 2]", "is damaged"), ("{}", "is damaged"), ("{", "is damaged"),
-                                        (json.dumps({**MEASURED, "hosts": []}), "is damaged"),
-                                        (json.dumps(MEASURED), "students")])
-def test_a_check_of_what_is_damaged_or_of_another_version_exits_with_2(left, said, capsys, tmp_path):
+@pytest.mark.parametrize("left, message",
+                         [("[1, 2]", "is damaged"), ("{}", "is damaged"), ("{", "is damaged"),
+                          (json.dumps({**MEASURED, "hosts": []}), "is damaged"),
+                          (json.dumps(MEASURED), "students")])
+def test_a_check_of_what_is_damaged_or_of_another_version_exits_with_2(left, message, capsys,
+                                                                       tmp_path):
     (tmp_path / "measured.json").write_text(left)
     assert main(["plan", "--check", str(tmp_path)]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong, said", [(["--device", "abacus"], "h100-80g"), (["--nodes", "0"], "at least one"),
-                                         (["--device", "cpu", "--ranks-per-node", "0"], "at least one"),
-                                         (["student.model=nowhere"], "nowhere"), *[
-    (["--device", f"{{{numbers}}}"], "each finite and above 0") for numbers in (
-        "memory: 1e9, flops: 0, bandwidth: 1e9", "memory: .nan, flops: 1e12, bandwidth: 1e9",
-        "memory: 1e9, flops: -1e12, bandwidth: 1e9", "memory: 1e9, flops: 1e12, bandwidth: .inf",
-        "memory: 1e9, flops: 1e12", "memory: 1e9, flops: 1e12, bandwidth: 1e9, colour: 3")]])
-def test_a_plan_for_nothing_that_is_exits_with_2(large, wrong, said, capsys):
+BAD_DEVICES = ["memory: 1e9, flops: 0, bandwidth: 1e9",
+               "memory: .nan, flops: 1e12, bandwidth: 1e9",
+               "memory: 1e9, flops: -1e12, bandwidth: 1e9",
+               "memory: 1e9, flops: 1e12, bandwidth: .inf",
+               "memory: 1e9, flops: 1e12",
+               "memory: 1e9, flops: 1e12, bandwidth: 1e9, colour: 3"]
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (["--device", "abacus"], "h100-80g"),
+    (["--nodes", "0"], "at least one"),
+    (["--device", "cpu", "--ranks-per-node", "0"], "at least one"),
+    (["student.model=nowhere"], "nowhere"),
+    *[(["--device", f"{{{device}}}"], "each finite and above 0") for device in BAD_DEVICES]])
+def test_a_plan_for_nothing_that_is_exits_with_2(large, wrong, message, capsys):
     assert main(["plan", str(large), *wrong]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_model_that_has_no_shapes_without_numbers_exits_with_2(large, tmp_path, capsys):
-    config = MixtralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-                           num_key_value_heads=2, vocab_size=128256, dtype="float32")
-    config.save_pretrained(tmp_path)      # experts' rows follow from numbers
+    config = MixtralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                           num_attention_heads=4, num_key_value_heads=2, vocab_size=128256,
+                           dtype="float32")
+    # experts' rows follow from numbers
+    config.save_pretrained(tmp_path)
     assert main(["plan", str(large), f"teacher.model={tmp_path}"]) == 2
-    said = capsys.readouterr().err
-    assert "meta device" in said and str(tmp_path) in said
+    printed = capsys.readouterr().err
+    assert "meta device" in printed and str(tmp_path) in printed

@@ -1,4 +1,4 @@
-"""The plan against measured runs: pairs, layouts, lengths and micro-batches. With `-m slow -n0` it prints a table."""
+"""The plan against measured runs of many pairs and layouts; `-m slow -n 0` prints a table."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-import small
+from support.models import make_model
+from support.ranks import Ranks, rank_main
+from support.runs import write_recipe
 
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
@@ -16,14 +18,18 @@ from amid_ds.plan import find_device, make_plan
 WORDS = [f"w{number}" for number in range(31997)]
 PROFILED = 5
 STATES = {"student_weights", "gradients", "optimizer", "teacher_weights"}
-SIZES = {      # family, width, layers, vocabulary
-    "0.6 M": ("llama", 64, 2, 4000), "5 M": ("llama", 256, 4, 4000), "14 M": ("qwen3", 384, 6, 4000),
+# family, width, layers, vocabulary
+SIZES = {
+    "0.6 M": ("llama", 64, 2, 4000), "5 M": ("llama", 256, 4, 4000),
+    "14 M": ("qwen3", 384, 6, 4000),
     "48 M": ("llama-tied", 512, 8, 32000), "140 M": ("llama-tied", 768, 13, 32000)}
-GRID = [      # student, teacher, ranks, the rest
+# student, teacher, ranks, the rest
+GRID = [
     ("0.6 M", "5 M", 2, ""), ("5 M", "14 M", 2, ""), ("5 M", "14 M", 2, "tensor_parallel=2"),
     ("5 M", "14 M", 4, "tensor_parallel=2"), ("5 M", "14 M", 2, "train.global_batch_size=8"),
     ("5 M", "14 M", 2, "train.micro_batch_size=2 train.seq_length=128"),
-    ("5 M", "14 M", 2, "train.micro_batch_size=2 train.seq_length=512 student.activation_checkpointing=true"),
+    ("5 M", "14 M", 2,
+     "train.micro_batch_size=2 train.seq_length=512 student.activation_checkpointing=true"),
     ("5 M", "14 M", 1, "train.micro_batch_size=2"), ("5 M", "14 M", 2, "deepspeed=zero1_fp32.json"),
     ("5 M", "14 M", 2, "deepspeed=stage_2.json"), ("48 M", "140 M", 2, ""),
     ("48 M", "140 M", 2, "train.seq_length=512")]
@@ -31,14 +37,15 @@ GRID = [      # student, teacher, ranks, the rest
 
 def make(folder: Path, size: str) -> Path:
     family, width, layers, vocabulary = SIZES[size]
-    return small.make_model(
+    return make_model(
         folder / size.replace(" ", ""), family, words=WORDS[:vocabulary - 3], hidden_size=width,
-        num_hidden_layers=layers, intermediate_size=4 * width, num_attention_heads=max(4, width // 64),
-        num_key_value_heads=max(2, width // 128), max_position_embeddings=512)
+        num_hidden_layers=layers, intermediate_size=4 * width,
+        num_attention_heads=max(4, width // 64), num_key_value_heads=max(2, width // 128),
+        max_position_embeddings=512)
 
 
-def be_profiled(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """A rank that writes the most that it had allocated in step PROFILED, beyond what it had before, to peak.json."""
+def profiling_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that writes to peak.json the peak of what step PROFILED allocates."""
     import torch
 
     from amid_ds.training import trainer
@@ -50,7 +57,8 @@ def be_profiled(argv: list[str], variables: dict[str, str], log: str) -> None:
             return take_step(job, ds, window, tokens, state, *rest)
         with torch.profiler.profile(profile_memory=True) as profile:
             values = take_step(job, ds, window, tokens, state, *rest)
-        given = sorted((event.start_ns(), event.nbytes()) for event in profile.profiler.kineto_results.events()
+        given = sorted((event.start_ns(), event.nbytes())
+                       for event in profile.profiler.kineto_results.events()
                        if event.name() == "[memory]")
         now = peak = 0
         for _, size in given:
@@ -60,7 +68,7 @@ def be_profiled(argv: list[str], variables: dict[str, str], log: str) -> None:
         return values
 
     trainer.train_step = step
-    small.be_a_rank(argv, variables, log)
+    rank_main(argv, variables, log)
 
 
 def off(planned: float, measured: float) -> float:
@@ -74,26 +82,33 @@ def test_what_a_step_takes_is_what_was_planned(student, teacher, ranks, changes,
     config["zero_optimization"]["stage"] = 2
     (tmp_path / "stage_2.json").write_text(json.dumps(config))
     rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(json.dumps({"text": " ".join(WORDS[(7 * row + 3 * place) % 400] for place in range(200))})
-                            + "\n" for row in range(200)))
-    recipe = small.make_recipe(tmp_path / "r.yaml", make(tmp_path, student), make(tmp_path, teacher), rows,
-                               tmp_path / "run", train__steps=PROFILED + 1, train__seq_length=256)
-    processes = small.Ranks(ranks, "train", recipe, *changes.replace("stage_2", str(tmp_path / "stage_2")).split(),
-                            be=be_profiled)
-    assert processes.wait(900) == [0] * ranks, processes.text()
+    rows.write_text("".join(
+        json.dumps({"text": " ".join(WORDS[(7 * row + 3 * index) % 400] for index in range(200))})
+        + "\n" for row in range(200)))
+    recipe = write_recipe(tmp_path / "r.yaml", make(tmp_path, student), make(tmp_path, teacher),
+                          rows, tmp_path / "run", train__steps=PROFILED + 1, train__seq_length=256)
+    processes = Ranks(ranks, "train", recipe,
+                      *changes.replace("stage_2", str(tmp_path / "stage_2")).split(),
+                      target=profiling_rank)
+    assert processes.wait(900) == [0] * ranks, processes.output()
     assert main(["plan", "--check", str(tmp_path / "run")]) == 0
-    plan = make_plan(load_recipe(tmp_path / "run" / "recipe.yaml"), 1, ranks, find_device("cpu", ranks))
-    found = json.loads((tmp_path / "run" / "measured.json").read_text())
-    parts = {part: off(plan.memory_per_rank[part], size) for part, size in found["memory_per_rank"].items()}
-    # The states are measured by themselves; at stage 3 DeepSpeed's bucket of gradients is there from the start.
+    plan = make_plan(load_recipe(tmp_path / "run" / "recipe.yaml"), 1, ranks,
+                     find_device("cpu", ranks))
+    measured = json.loads((tmp_path / "run" / "measured.json").read_text())
+    parts = {part: off(plan.memory_per_rank[part], size)
+             for part, size in measured["memory_per_rank"].items()}
+    # The states are measured by themselves; at stage 3 DeepSpeed's bucket of gradients is there
+    # from the start.
     lasting = {*STATES, "total"} | (set() if "deepspeed" in changes else {"reduce_bucket"})
     working = sum(size for part, size in plan.memory_per_rank.items() if part not in lasting)
     peak = json.loads((tmp_path / "run" / "peak.json").read_text())
-    network = off(sum(plan.network_per_step.values()), sum(found["network_per_step"].values()))
+    network = off(sum(plan.network_per_step.values()), sum(measured["network_per_step"].values()))
     worst = max(parts, key=lambda part: abs(parts[part]))
     with capfd.disabled():
-        print(f"\n| {student} ← {teacher} | {ranks} | {changes or ' '} | {parts[worst]:+.1%} ({worst}) | "
+        print(f"\n| {student} ← {teacher} | {ranks} | {changes or ' '} | {parts[worst]:+.1%} "
+              f"({worst}) | "
               f"{peak / 1e6:,.0f} | {off(working, peak):+.1%} | {network:+.2%} |")
     assert all(abs(difference) < 0.15 for difference in parts.values()), parts
     assert abs(network) < 0.05
-    assert abs(off(working, peak)) < 0.2      # the loss's tiles are counted as for a large one
+    # the loss's tiles are counted as for a large one
+    assert abs(off(working, peak)) < 0.2

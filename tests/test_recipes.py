@@ -1,4 +1,4 @@
-"""The packaged recipes: listed, copied, and each of them parsed, planned and run for two steps by small stand-ins."""
+"""The packaged recipes: each one is parsed, planned and run for two steps on small models."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-import small
 import torch
+from support.data import write_jsonl
+from support.ranks import run_ranks
+from support.runs import read_metrics
 
 from amid_ds import amid_loss
 from amid_ds.cli import main
@@ -16,30 +18,29 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.schedule import loss_at
 from amid_ds.training.objective import build_objective
 
-STAND_INS = {      # recipe -> the architecture of its models, ranks, and what a test makes smaller
+# recipe -> the architecture of its models, ranks, and what a test makes smaller
+STAND_INS = {
     "amid_gpt2_dolly": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2",
-                                    "rollout.max_new_tokens=8", "rollout.adaptive.init_threshold=1.0"]),
+                                    "rollout.max_new_tokens=8",
+                                    "rollout.adaptive.init_threshold=1.0"]),
     "distillm_gpt2_dolly": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2",
-                                        "rollout.max_new_tokens=8", "rollout.adaptive.init_threshold=1.0"]),
-    "gkd": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2", "rollout.max_new_tokens=8",
-                        "rollout.share=1.0"]),
+                                        "rollout.max_new_tokens=8",
+                                        "rollout.adaptive.init_threshold=1.0"]),
+    "gkd": ("gpt2", 1,
+            ["train.global_batch_size=2", "train.micro_batch_size=2", "rollout.max_new_tokens=8",
+             "rollout.share=1.0"]),
     "pretrain": ("llama", 2, ["tensor_parallel=2", "train.global_batch_size=2"]),
     "study": ("llama", 1, ["train.global_batch_size=2", "train.micro_batch_size=2"]),
 }
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    """What the recipes' models and data are replaced by."""
-    folder = tmp_path_factory.mktemp("recipes")
-    for family in ("gpt2", "llama"):
-        for seed, name in enumerate(("student", "teacher")):
-            small.make_model(folder / family / name, family, seed)
-    small.make_text(folder / "text.jsonl")
-    rows = [{"instruction": "the river", "input": "", "output": "sings over the stone " * (1 + number % 3)}
+def instructions(tmp_path_factory) -> Path:
+    """Instructions in the columns of the published sets."""
+    rows = [{"instruction": "the river", "input": "",
+             "output": "sings over the stone " * (1 + number % 3)}
             for number in range(40)]
-    (folder / "instructions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return write_jsonl(tmp_path_factory.mktemp("recipes") / "instructions.jsonl", rows)
 
 
 def test_every_recipe_has_its_stand_in():
@@ -47,20 +48,24 @@ def test_every_recipe_has_its_stand_in():
 
 
 @pytest.mark.parametrize("name", STAND_INS)
-def test_a_recipe_is_parsed_planned_and_runs_two_steps(place, tmp_path, capsys, name):
+def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, text_file, instructions,
+                                                       tmp_path, capsys, name):
     family, ranks, smaller = STAND_INS[name]
     recipe = load_recipe(find_recipe(name))
-    data = place / ("text.jsonl" if recipe.data.train[0].is_text else "instructions.jsonl")
-    overrides = [f"student.model={place / family / 'student'}", f"teacher.model={place / family / 'teacher'}",
-                 f"data.train.0.path={data}", f"data.eval.0.path={data}", f"data.prepared={tmp_path / 'data'}",
-                 "data.workers=0", "train.steps=2", "train.seq_length=96", "train.warmup_steps=0",
-                 "train.eval_every=1", "train.log_every=1", f"output_dir={tmp_path / 'run'}", *smaller]
+    data = text_file if recipe.data.train[0].is_text else instructions
+    overrides = [f"student.model={shared_model(family, 0)}",
+                 f"teacher.model={shared_model(family, 1)}", f"data.train.0.path={data}",
+                 f"data.eval.0.path={data}", f"data.prepared={tmp_path / 'data'}", "data.workers=0",
+                 "train.steps=2", "train.seq_length=96", "train.warmup_steps=0",
+                 "train.eval_every=1", "train.log_every=1", f"output_dir={tmp_path / 'run'}",
+                 *smaller]
     if recipe.data.auxiliary is not None:
-        overrides.append(f"data.auxiliary.path={place / 'text.jsonl'}")
-    assert main(["plan", str(find_recipe(name)), "--ranks-per-node", str(ranks), "--json", *overrides]) == 0
+        overrides.append(f"data.auxiliary.path={text_file}")
+    assert main(["plan", str(find_recipe(name)), "--ranks-per-node", str(ranks), "--json",
+                 *overrides]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
-    small.run(ranks, "train", find_recipe(name), *overrides)
-    lines = small.metrics(tmp_path / "run")
+    run_ranks(ranks, "train", find_recipe(name), *overrides)
+    lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == [1, 2] and all(line["kd_loss"] > 0 for line in lines)
     assert recipe.rollout is None or all(line["rollout"] for line in lines)
     assert (tmp_path / "run" / "model" / "config.json").exists()
@@ -69,7 +74,8 @@ def test_a_recipe_is_parsed_planned_and_runs_two_steps(place, tmp_path, capsys, 
 def test_the_gkd_recipes_loss_is_its_scripts():
     """0.9 KL(student ‖ m) + 0.1 KL(teacher ‖ m), m = 0.1 teacher + 0.9 student."""
     recipe = load_recipe(find_recipe("gkd"))
-    student, teacher = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student, teacher = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0),
+                                   dtype=torch.float64)
     objective = build_objective(loss_at(recipe.loss, 0, recipe.train.steps))
     q, p = student.softmax(-1), teacher.softmax(-1)
     m = 0.1 * p + 0.9 * q
@@ -87,8 +93,10 @@ def test_recipes_are_listed_copied_once_and_named_when_mistyped(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     assert main(["recipes"]) == 0
     listed = capsys.readouterr().out
-    assert all(line in listed for line in ("amid_gpt2_dolly      AMiD (arXiv 2510.15982)", "gkd ", "pretrain "))
-    assert main(["recipes", "copy", "pretrain"]) == 0 and capsys.readouterr().out == "pretrain.yaml\n"
+    assert all(line in listed
+               for line in ("amid_gpt2_dolly      AMiD (arXiv 2510.15982)", "gkd ", "pretrain "))
+    assert main(["recipes", "copy", "pretrain"]) == 0
+    assert capsys.readouterr().out == "pretrain.yaml\n"
     assert (tmp_path / "pretrain.yaml").read_bytes() == find_recipe("pretrain").read_bytes()
     assert main(["recipes", "copy", "pretrain"]) == 2 and "not there yet" in capsys.readouterr().err
     assert main(["recipes", "copy", "amid_gpt2_doly"]) == 2

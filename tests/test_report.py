@@ -1,4 +1,4 @@
-"""A report is one page that a browser opens from a file, with every figure of every run in it."""
+"""A report is one page that a browser opens from a file, with every plot of every run in it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import small
+from support.data import write_texts
+from support.ranks import Ranks, rank_main, run_ranks
+from support.runs import read_metrics, write_recipe
 
 from amid_ds.cli import main
 from amid_ds.run import attempts
@@ -19,8 +21,8 @@ from amid_ds.run import attempts
 STOPPED, STEPS = 4, 9
 
 
-def be_stopped(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """A rank that finds a STOP file after step STOPPED."""
+def stopping_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that finds a STOP file after step STOPPED."""
     from amid_ds.training import trainer
 
     take_step = trainer.train_step
@@ -32,25 +34,27 @@ def be_stopped(argv: list[str], variables: dict[str, str], log: str) -> None:
         return values
 
     trainer.train_step = step
-    small.be_a_rank(argv, variables, log)
+    rank_main(argv, variables, log)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> list[Path]:
-    """A run of two lives that was evaluated, and another of one life, twice as good."""
+def runs(shared_model, text_file, tmp_path_factory) -> list[Path]:
+    """An evaluated run of two attempts, and one of a single attempt with half the loss."""
     root = tmp_path_factory.mktemp("runs")
-    pair = [small.make_model(root / family, family) for family in ("llama", "gpt2")]
-    rows = small.make_text(root / "rows.jsonl")
-    recipe = small.make_recipe(root / "r.yaml", *pair, rows, root / "first", train__steps=STEPS, train__eval_every=3)
-    held = f"data.eval=[{{path: {small.make_text(root / 'held.jsonl', 8, seed=5)}}}]"
-    assert small.Ranks(1, "train", recipe, held, be=be_stopped).wait() == [75]
-    small.run(1, "train", recipe, held)
+    pair = [shared_model(family) for family in ("llama", "gpt2")]
+    recipe = write_recipe(root / "r.yaml", *pair, text_file, root / "first", train__steps=STEPS,
+                          train__eval_every=3)
+    held = f"data.eval=[{{path: {write_texts(root / 'held.jsonl', 8, seed=5)}}}]"
+    assert Ranks(1, "train", recipe, held, target=stopping_rank).wait() == [75]
+    run_ranks(1, "train", recipe, held)
     shutil.copytree(root / "first", root / "second")
-    lines = small.metrics(root / "second")
+    lines = read_metrics(root / "second")
     (root / "second" / "metrics.jsonl").write_text(
         "".join(json.dumps({**line, "loss": line["loss"] / 2}) + "\n" for line in lines))
-    story = [event for event in attempts.read_events(root / "second") if event["event"] != "stepping" or event["step"] == 1]
-    (root / "second" / "lives.jsonl").write_text("".join(json.dumps(event) + "\n" for event in story))
+    kept_events = [event for event in attempts.read_events(root / "second")
+                   if event["event"] != "stepping" or event["step"] == 1]
+    (root / "second" / "lives.jsonl").write_text("".join(json.dumps(event) + "\n"
+                                                         for event in kept_events))
     return [root / "first", root / "second"]
 
 
@@ -62,34 +66,38 @@ def page(runs) -> Path:
 
 
 def browser() -> str:
-    found = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), None)
-    if found is None:
+    names = ("chromium-headless-shell", "chromium", "google-chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
         assert not os.environ.get("CI"), "no Chromium: .ci/run installs one"
         pytest.skip("no Chromium on this machine: apt-get install chromium-headless-shell")
-    return found
+    return program
 
 
 # Runs in a copy of the page: how much of each picture is neither white nor transparent.
-COUNT = """<script>onload = () => { document.title = JSON.stringify([...document.images].map(image => {
+COUNT = """<script>onload = () => {
+ document.title = JSON.stringify([...document.images].map(image => {
   const canvas = document.createElement("canvas"); canvas.width = 400; canvas.height = 200
   const pen = canvas.getContext("2d"); pen.drawImage(image, 0, 0, 400, 200)
   const pixels = pen.getImageData(0, 0, 400, 200).data; let ink = 0
-  for (let i = 0; i < pixels.length; i += 4) ink += pixels[i + 3] > 0 && pixels[i] + pixels[i + 1] + pixels[i + 2] < 720
+  for (let i = 0; i < pixels.length; i += 4)
+    ink += pixels[i + 3] > 0 && pixels[i] + pixels[i + 1] + pixels[i + 2] < 720
   return [image.alt, image.naturalWidth, ink] })) }</script>"""
 
 
 def test_a_browser_opens_it_without_an_error_and_draws_every_figure(page, tmp_path):
     copy = tmp_path / "copy.html"
     copy.write_text(page.read_text().replace("</body>", COUNT + "</body>"))
-    done = subprocess.run([browser(), "--no-sandbox", "--disable-gpu", "--dump-dom", "--enable-logging=stderr",
+    done = subprocess.run([browser(), "--no-sandbox", "--disable-gpu", "--dump-dom",
+                           "--enable-logging=stderr",
                            f"--user-data-dir={tmp_path / 'profile'}", copy.as_uri()],
                           capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "CONSOLE" not in done.stderr, done.stderr
     title = re.search("<title>(.*?)</title>", done.stdout)
     assert title, done.stdout[:500]
     pictures = json.loads(title[1].replace("&amp;", "&"))
-    assert {"Loss", "Divergence from the teacher", "Where the time went", "Memory by part", "held: perplexity"} <= {
-        alt for alt, *_ in pictures}
+    assert {"Loss", "Divergence from the teacher", "Where the time went", "Memory by part",
+            "held: perplexity"} <= {alt for alt, *_ in pictures}
     for alt, width, ink in pictures:
         assert width > 0 and ink > 300, f"{alt} is not drawn: {ink} pixels of ink"
 
@@ -100,26 +108,34 @@ def test_it_needs_nothing_but_itself(page):
     assert all(source.startswith("data:") for source in re.findall(r'(?:src|href)="([^"]*)"', text))
 
 
-def test_curves_are_the_metrics_and_restarts_stand_where_they_were(runs, monkeypatch):
+def test_curves_are_the_metrics_and_restarts_are_at_their_steps(runs, monkeypatch):
     from amid_ds.experiments import report
 
     drawn = {}
-    monkeypatch.setattr(report._Draw, "lines", lambda self, title, axis, curves: drawn.update({title: curves}) or {})
-    monkeypatch.setattr(report._Draw, "bars", lambda self, title, axis, parts, _: drawn.update({title: parts}) or {})
+
+    def record(self, title, axis, values, *_):
+        drawn[title] = values
+        return {}
+
+    monkeypatch.setattr(report._Draw, "lines", record)
+    monkeypatch.setattr(report._Draw, "bars", record)
     both = [report.read_reported_run(run, run.name) for run in runs]
     assert [run.restarts for run in both] == [[STOPPED + 1], []]
     report._figures(both, report._Draw(None, both))
-    lines = small.metrics(runs[0])
-    assert drawn["Loss"]["first"] == (list(range(1, STEPS + 1)), [line["loss"] for line in lines], 1)
+    lines = read_metrics(runs[0])
+    losses = [line["loss"] for line in lines]
+    assert drawn["Loss"]["first"] == (list(range(1, STEPS + 1)), losses, 1)
     assert drawn["Loss"]["second"][1] == [line["loss"] / 2 for line in lines]
     assert drawn["held: loss"]["first"][0] == [3, 6, 9]
-    assert {part: size * 1e9 for part, size in drawn["Memory by part"]["first, measured"].items()} == pytest.approx(
-        json.loads((runs[0] / "measured.json").read_text())["memory_per_rank"])
+    assert {part: size * 1e9
+            for part, size in drawn["Memory by part"]["first, measured"].items()} == pytest.approx(
+                json.loads((runs[0] / "measured.json").read_text())["memory_per_rank"])
     for phase, seconds in drawn["Where the time went"]["first"].items():
         assert seconds == pytest.approx(sum(line[f"time/{phase}"] for line in lines) / STEPS), phase
     monkeypatch.setattr(report, "POINTS", 4)
-    assert both[0].curve("loss") == ([3, 6, 9], [pytest.approx(sum(line["loss"] for line in lines[i:i + 3]) / 3)
-                                                 for i in (0, 3, 6)], 3)
+    assert both[0].curve("loss") == (
+        [3, 6, 9], [pytest.approx(sum(line["loss"] for line in lines[i:i + 3]) / 3)
+                    for i in (0, 3, 6)], 3)
 
 
 def test_tables_and_provenance_are_in_it(runs, page):
@@ -138,7 +154,8 @@ def test_what_is_damaged_is_said_on_the_page(runs, tmp_path, monkeypatch):
     copy = Path(shutil.copytree(runs[1], tmp_path / "copy"))
     (copy / "provenance.json").write_text("{")
     (copy / "measured.json").write_text("[1, 2]")
-    monkeypatch.setattr(report._Draw, "picture", lambda self, title, *_: {"title": title, "caption": "", "svg": ""})
+    monkeypatch.setattr(report._Draw, "picture",
+                        lambda self, title, *_: {"title": title, "caption": "", "svg": ""})
     assert main(["report", str(copy), "-o", str(tmp_path / "r.html")]) == 0
     text = (tmp_path / "r.html").read_text()
     assert "provenance.json cannot be read" in text and "measured.json is damaged" in text
@@ -151,14 +168,16 @@ def test_the_plan_beside_a_measurement_is_for_the_runs_own_device_and_ranks(runs
 
     run = report.read_reported_run(runs[1], "second")
     run.measured.update(device="NVIDIA H200", hosts=["a", "a", "b", "b"])
-    expected = make_plan(load_recipe(runs[1] / "recipe.yaml"), 2, 2, DEVICES["h200"]).memory_per_rank
+    expected = make_plan(load_recipe(runs[1] / "recipe.yaml"), 2, 2,
+                         DEVICES["h200"]).memory_per_rank
     assert report._planned(run) == (expected, "")
 
 
-@pytest.mark.parametrize("wrong, said", [
+@pytest.mark.parametrize("wrong, message", [
     ("nothing here", "not the folder of a run"), ("no metrics", "has no metrics yet"),
     ("no place", "cannot be written"), ("no matplotlib", "pip install")])
-def test_a_report_that_cannot_be_made_exits_with_2(runs, tmp_path, wrong, said, capsys, monkeypatch):
+def test_a_report_that_cannot_be_made_exits_with_2(runs, tmp_path, wrong, message, capsys,
+                                                   monkeypatch):
     run, out = runs[0], tmp_path / "r.html"
     if wrong == "nothing here":
         run = tmp_path
@@ -171,4 +190,4 @@ def test_a_report_that_cannot_be_made_exits_with_2(runs, tmp_path, wrong, said, 
     else:
         monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["report", str(run), "-o", str(out)]) == 2
-    assert said in capsys.readouterr().err and not out.exists()
+    assert message in capsys.readouterr().err and not out.exists()

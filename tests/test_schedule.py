@@ -1,4 +1,4 @@
-"""Schedules of the loss: what a recipe asks for is what each step minimises, and what is logged."""
+"""Schedules of the loss: each step minimises and logs what the recipe says."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 import shutil
 
 import pytest
-import small
 import torch
 import yaml
-from test_train import comparable
+from support.ranks import run_ranks
+from support.runs import comparable_metrics, read_metrics, write_recipe
 
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Loss, Piecewise, Schedule
@@ -34,12 +34,14 @@ def test_a_schedule_takes_these_values(spec, values):
 
 def test_presets_own_keys_are_scheduled_too():
     loss = Loss.model_validate({"preset": "taid", "t": {"linear": [0.4, 1.0]}})
-    assert [loss_at(loss, step, TOTAL).model_extra["t"] for step in (0, 5, 10)] == pytest.approx([0.4, 0.7, 1.0])
+    assert [loss_at(loss, step, TOTAL).model_extra["t"]
+            for step in (0, 5, 10)] == pytest.approx([0.4, 0.7, 1.0])
 
 
-@pytest.mark.parametrize("spec, said", [
+@pytest.mark.parametrize("spec, message", [
     ({"lam": {"linear": [0.5, 1.5]}}, "from 0 to 1"),
-    ({"alpha": {"pieces": [{"steps": [0, 5], "value": 1}, {"steps": [4, 9], "value": 2}]}}, "overlap"),
+    ({"alpha": {"pieces": [{"steps": [0, 5], "value": 1}, {"steps": [4, 9], "value": 2}]}},
+     "overlap"),
     ({"alpha": {"linear": [0, 1], "cosine": [0, 1]}}, "one of `value`, `linear` and `cosine`"),
     ({"alpha": {"linear": [0, 1], "steps": [5, 5]}}, "do not go forward"),
     ({"alpha": {"sawtooth": [0, 1]}}, "`loss.alpha.sawtooth` is unknown"),
@@ -49,39 +51,43 @@ def test_presets_own_keys_are_scheduled_too():
     ({"preset": "taid", "t": {"adaptive": [0.9, 0.4]}}, "only rises"),
     ({"preset": "taid", "t": {"adaptive": [0.4, 1.5]}}, "less than or equal to 1"),
 ])
-def test_a_wrong_schedule_is_refused_by_name(spec, said, tmp_path):
+def test_a_wrong_schedule_is_refused_by_name(spec, message, tmp_path):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({
-        "student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"train": [{"path": "x"}]}, "output_dir": "out",
+        "student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"train": [{"path": "x"}]},
+        "output_dir": "out",
         "train": {"steps": 10, "global_batch_size": 1}, "loss": spec}))
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=message):
         load_recipe(tmp_path / "r.yaml")
 
 
-def test_each_step_of_a_scheduled_run_minimises_what_the_schedule_says(tmp_path):
-    pair = [small.make_model(tmp_path / name, "llama", seed) for seed, name in enumerate(("student", "teacher"))]
-    recipe = small.make_recipe(tmp_path / "r.yaml", *pair, small.make_text(tmp_path / "rows.jsonl"), tmp_path / "run",
-                               train__steps=4, train__learning_rate=1e-30)      # the student stays as it is
+def test_each_step_of_a_scheduled_run_minimises_what_the_schedule_says(llama_pair, text_file,
+                                                                       tmp_path):
+    # the student stays as it is
+    recipe = write_recipe(tmp_path / "r.yaml", *llama_pair, text_file, tmp_path / "run",
+                          train__steps=4, train__learning_rate=1e-30)
     # a student that stays has the losses of its first steps under any one objective
     scheduled = ["loss.alpha={linear: [-5, 1]}", "loss.lam={cosine: [0.1, 0.9]}",
                  "loss.kd_weight={pieces: [{steps: [0, 1], value: 0}, {steps: [1, 2], value: 2}]}"]
-    small.run(2, "train", recipe, *scheduled)
-    for index, line in enumerate(small.metrics(tmp_path / "run")):
+    run_ranks(2, "train", recipe, *scheduled)
+    for index, line in enumerate(read_metrics(tmp_path / "run")):
         alpha, lam = -5 + 2 * index, 0.5 - 0.4 * math.cos(math.pi * index / 3)
         weight = 0 if index < 1 else 2
         assert line["kd_weight"] == weight
-        assert (line["alpha"], line["lam"]) == ((None, None) if weight == 0 else pytest.approx((alpha, lam)))
+        assert (line["alpha"], line["lam"]) == ((None, None) if weight == 0
+                                                else pytest.approx((alpha, lam)))
         if index % 2:
             continue
         constant = tmp_path / f"constant{index}"
-        small.run(2, "train", recipe, f"loss.alpha={alpha}", f"loss.lam={lam}", f"loss.kd_weight={weight}",
-                  f"output_dir={constant}")
-        assert line["loss"] == pytest.approx(small.metrics(constant)[index]["loss"], rel=1e-6)
+        run_ranks(2, "train", recipe, f"loss.alpha={alpha}", f"loss.lam={lam}",
+                  f"loss.kd_weight={weight}", f"output_dir={constant}")
+        assert line["loss"] == pytest.approx(read_metrics(constant)[index]["loss"], rel=1e-6)
     again = load_recipe(tmp_path / "run" / "recipe.yaml")
     assert again.loss == load_recipe(recipe, scheduled).loss
 
 
-def by_the_paper(divergences: list[float], start: float, end: float, rate: float, momentum: float, total: int):
-    """TAID's algorithm 1 as the paper has it: t of each step, given the divergence that each step came to."""
+def by_the_paper(divergences: list[float], start: float, end: float, rate: float, momentum: float,
+                 total: int):
+    """The t of each step by TAID's algorithm 1 as published, given each step's divergence."""
     t, m, before, used = torch.tensor(start, dtype=torch.float64), 0.0, None, []
     for n, divergence in enumerate(divergences):
         used.append(t.item())
@@ -94,18 +100,21 @@ def by_the_paper(divergences: list[float], start: float, end: float, rate: float
     return used
 
 
-def test_taids_interpolation_follows_the_divergence_and_goes_on_where_it_was(tmp_path):
-    pair = [small.make_model(tmp_path / name, "llama", seed) for seed, name in enumerate(("student", "teacher"))]
-    recipe = small.make_recipe(
-        tmp_path / "r.yaml", *pair, small.make_text(tmp_path / "rows.jsonl"), tmp_path / "run", train__steps=8,
-        loss={"preset": "taid", "t": {"adaptive": [0.3, 0.8], "rate": 0.5, "momentum": 0.4}}, checkpoint__every=5)
-    small.run(1, "train", recipe)
-    whole = comparable(tmp_path / "run")
+def test_taids_interpolation_follows_the_divergence_and_goes_on_where_it_was(llama_pair, text_file,
+                                                                             tmp_path):
+    recipe = write_recipe(
+        tmp_path / "r.yaml", *llama_pair, text_file, tmp_path / "run", train__steps=8,
+        loss={"preset": "taid", "t": {"adaptive": [0.3, 0.8], "rate": 0.5, "momentum": 0.4}},
+        checkpoint__every=5)
+    run_ranks(1, "train", recipe)
+    whole = comparable_metrics(tmp_path / "run")
     truth = by_the_paper([line["kd_loss"] for line in whole], 0.3, 0.8, 0.5, 0.4, 8)
-    assert [line["t"] for line in whole] == [line["lam"] for line in whole] == pytest.approx(truth, rel=1e-12)
+    assert [line["t"] for line in whole] == [line["lam"]
+                                             for line in whole] == pytest.approx(truth, rel=1e-12)
     linear = [0.3 + 0.5 * max(0, n - 1) / 8 for n in range(8)]
-    assert truth[:2] == [0.3, 0.3] and truth[4] > linear[4] + 0.05      # the divergence has a say
+    # the divergence has a say
+    assert truth[:2] == [0.3, 0.3] and truth[4] > linear[4] + 0.05
     assert truth[-1] == 0.8                                             # and the end is kept
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
-    assert "resumed after step 5" in small.run(1, "train", recipe).text()
-    assert comparable(tmp_path / "run") == whole
+    assert "resumed after step 5" in run_ranks(1, "train", recipe).output()
+    assert comparable_metrics(tmp_path / "run") == whole

@@ -1,4 +1,4 @@
-"""`amid-ds sweep`: a run for each combination, what was cut goes on, what is finished stays, and one table of them."""
+"""`amid-ds sweep`: each combination is run once, also over interruptions, and is in one table."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-import small
 import yaml
+from support.data import write_texts
+from support.ranks import Ranks
+from support.runs import count_steps, read_metrics, write_recipe
 
 from amid_ds.cli import main
 from amid_ds.cluster import submit
@@ -27,12 +29,12 @@ from amid_ds.run import attempts
 
 
 @pytest.fixture
-def recipe(tmp_path) -> Path:
-    held = small.make_text(tmp_path / "held.jsonl", rows=6, seed=3)
-    return small.make_recipe(tmp_path / "r.yaml", small.make_model(tmp_path / "student", "gpt2", 0),
-                             small.make_model(tmp_path / "teacher", "gpt2", 1),
-                             small.make_text(tmp_path / "rows.jsonl"), tmp_path / "out", train__steps=2,
-                             data__eval=[{"path": str(held)}])
+def recipe(shared_model, text_file, tmp_path) -> Path:
+    held = write_texts(tmp_path / "held.jsonl", rows=6, seed=3)
+    return write_recipe(tmp_path / "r.yaml", shared_model("gpt2", 0),
+                        shared_model("gpt2", 1),
+                        text_file, tmp_path / "out", train__steps=2,
+                        data__eval=[{"path": str(held)}])
 
 
 @pytest.fixture
@@ -41,9 +43,9 @@ def started(monkeypatch) -> list[Path]:
     runs: list[Path] = []
 
     def wait(arguments, log, run) -> int:
-        ranks = small.Ranks(1, *arguments[arguments.index("train"):])
+        ranks = Ranks(1, *arguments[arguments.index("train"):])
         status = ranks.wait()[0]
-        log.write(ranks.text().encode())
+        log.write(ranks.output().encode())
         runs.append(run)
         return status
 
@@ -56,7 +58,8 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(recipe, tmp_path, started, capsys):
+def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(recipe, tmp_path,
+                                                                              started, capsys):
     words = ["sweep", str(recipe), "loss.alpha=-5,1", "loss.lam=0.5"]
     assert main(words) == 0
     out = tmp_path / "out"
@@ -65,8 +68,9 @@ def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(re
     lines = table(out)
     assert [line["loss.alpha"] for line in lines] == ["-5.0", "1.0"]
     for name, line in zip(names, lines, strict=True):
-        logged = small.metrics(out / name)
-        assert {step["lam"] for step in logged} == {0.5} and f"{logged[0]['alpha']}" == line["loss.alpha"]
+        logged = read_metrics(out / name)
+        assert {step["lam"] for step in logged} == {0.5}
+        assert f"{logged[0]['alpha']}" == line["loss.alpha"]
         evaluation = (out / name / "eval.jsonl").read_text()
         assert f'"kl_to_teacher": {line["kl_to_teacher"]}' in evaluation and line["step"] == "2"
     assert (out / "sweep.md").read_text().count("\n") == 4
@@ -74,7 +78,8 @@ def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(re
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
         (out / figure).unlink()
     before = (out / "sweep.csv").read_bytes()
-    shutil.rmtree(out / names[1] / "checkpoints")      # one of them did not come to its end
+    # one of them did not come to its end
+    shutil.rmtree(out / names[1] / "checkpoints")
     (out / "sweep.csv").unlink()
     assert main(words) == 0 and started[2:] == [out / names[1]]
     assert capsys.readouterr().out.count("finished already") == 1
@@ -83,35 +88,36 @@ def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(re
     assert (out / "sweep.csv").read_bytes() == before and (out / "sweep.png").exists()
 
 
-def test_a_sweep_that_is_told_to_stop_stops_its_run_in_order_and_goes_on_from_there(recipe, tmp_path, started):
+def test_a_stopped_sweep_stops_its_run_in_order_and_starts_no_other(recipe, tmp_path, started):
     words = ["sweep", recipe, "loss.lam=0.1,0.9", "train.steps=400", "checkpoint.every=1000"]
     first = tmp_path / "out" / "loss.lam=0.1"
-    ranks = small.Ranks(1, *words)
-    deadline = time.monotonic() + 90
-    while not (first / "metrics.jsonl").exists() or len(small.metrics(first)) < 3:
-        assert time.monotonic() < deadline and ranks.processes[0].is_alive(), ranks.text()
-        time.sleep(0.05)
+    ranks = Ranks(1, *words)
+    ranks.wait_until(lambda: count_steps(first) >= 3, 90)
     ranks.signal(signal.SIGTERM)
-    assert ranks.wait() == [75], ranks.text()
-    steps = len(small.metrics(first))
+    assert ranks.wait() == [75], ranks.output()
+    steps = len(read_metrics(first))
     assert 3 <= steps < 400 and (first / "checkpoints" / f"step_{steps:08d}").is_dir()
     assert not (first / "STOP").exists() and not (tmp_path / "out" / "loss.lam=0.9").exists()
-    assert [life.status for life in attempts.read_attempts(first)] == [75]
+    assert [attempt.status for attempt in attempts.read_attempts(first)] == [75]
 
 
-@pytest.mark.parametrize("status, outcome", [(75, Stopped), (0, Stopped), (1, TrainingError), (2, TrainingError)])
+@pytest.mark.parametrize("status, outcome",
+                         [(75, Stopped), (0, Stopped), (1, TrainingError), (2, TrainingError)])
 def test_a_terminal_that_closes_stops_the_run_which_may_fail_at_that(tmp_path, status, outcome):
     (tmp_path / sweep.TRAIN_LOG).write_text("what it said\n")
-    run = f"touch {tmp_path}/begun; while [ ! -e {tmp_path}/STOP ]; do sleep 0.01; done; sleep 0.1; exit {status}"
+    run = (f"touch {tmp_path}/begun; while [ ! -e {tmp_path}/STOP ]; do sleep 0.01; done; "
+           f"sleep 0.1; exit {status}")
 
     def close() -> None:
         while not (tmp_path / "begun").exists():
             time.sleep(0.01)
-        for _ in range(2):      # the kernel's, and the shell's
+        # the kernel's, and the shell's
+        for _ in range(2):
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.05)
 
-    before = signal.signal(signal.SIGHUP, lambda *_: None)      # else a sweep that does not hear it ends the tests
+    # else a sweep that does not hear it ends the tests
+    before = signal.signal(signal.SIGHUP, lambda *_: None)
     closing = threading.Thread(target=close)
     closing.start()
     try:
@@ -120,16 +126,19 @@ def test_a_terminal_that_closes_stops_the_run_which_may_fail_at_that(tmp_path, s
     finally:
         closing.join()
         signal.signal(signal.SIGHUP, before)
-    assert (outcome is Stopped) or f"ended with status {status}\n    what it said" in str(raised.value)
+    if outcome is not Stopped:
+        assert f"ended with status {status}\n    what it said" in str(raised.value)
     assert not (tmp_path / "STOP").exists()
 
 
-def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_run(recipe, tmp_path, started, capsys):
-    (tmp_path / "out" / "loss.lam=0.1" / "metrics.jsonl").mkdir(parents=True)      # a folder where it wants a file
+def test_a_run_that_fails_is_named_with_its_output_and_the_others_run(recipe, tmp_path, started,
+                                                                      capsys):
+    # a folder where it wants a file
+    (tmp_path / "out" / "loss.lam=0.1" / "metrics.jsonl").mkdir(parents=True)
     assert main(["sweep", str(recipe), "loss.lam=0.1,0.9"]) == 1
     message = capsys.readouterr().err
     assert "1 of 2 run(s) failed: loss.lam=0.1" in message and "ended with status 1" in message
-    assert len(small.metrics(tmp_path / "out" / "loss.lam=0.9")) == 2
+    assert len(read_metrics(tmp_path / "out" / "loss.lam=0.9")) == 2
 
 
 @pytest.mark.parametrize("words, named", [
@@ -141,7 +150,8 @@ def test_a_run_that_fails_is_named_with_what_it_said_and_the_others_run(recipe, 
     (["train.global_batch_size=4,5", "train.micro_batch_size=2"], ["global_batch_size 5"]),
     (["loss.lam=0.1,0.9", "--here", "--nodes", "2"], ["--nodes 2 without --slurm"]),
 ], ids=["key", "none", "empty", "twice", "value", "check", "nodes"])
-def test_a_sweep_that_cannot_be_run_is_refused_before_its_first_run(recipe, tmp_path, started, capsys, words, named):
+def test_a_sweep_that_cannot_be_run_is_refused_before_its_first_run(recipe, tmp_path, started,
+                                                                    capsys, words, named):
     assert main(["sweep", str(recipe), *words]) == 2
     message = capsys.readouterr().err
     assert "remedy:" in message and [word for word in named if word not in message] == [], message
@@ -149,16 +159,20 @@ def test_a_sweep_that_cannot_be_run_is_refused_before_its_first_run(recipe, tmp_
 
 
 @pytest.mark.parametrize("base, swept", [
-    ({"loss": {"ce_weight": 0.5}}, "loss.preset=fkl,rkl"),      # in a resolved recipe it stands beside alpha and lam
-    ({"teacher": None}, "teacher={model: TEACHER},{model: TEACHER, dtype: fp32}"),      # or beside kd_weight 0
+    # a resolved recipe has alpha and lam too
+    ({"loss": {"ce_weight": 0.5}}, "loss.preset=fkl,rkl"),
+    # or kd_weight 0
+    ({"teacher": None}, "teacher={model: TEACHER},{model: TEACHER, dtype: fp32}"),
 ], ids=["preset", "teacher"])
-def test_the_jobs_of_an_array_run_what_was_checked(recipe, tmp_path, monkeypatch, base, swept):
+def test_the_jobs_of_an_array_run_what_was_checked(recipe, shared_model, tmp_path, monkeypatch,
+                                                   base, swept):
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), **base}))
     monkeypatch.setattr(submit.scheduler, "test_only", lambda arguments: "")
     monkeypatch.setattr(submit.scheduler, "submit", lambda arguments: "7")
-    swept = swept.replace("TEACHER", str(tmp_path / "teacher"))
+    swept = swept.replace("TEACHER", str(shared_model("gpt2", 1)))
     asked = [str(recipe), "--ranks-per-node", "1", "train.seed=3"]
-    assert main(["submit", *asked, "--sweep", swept]) == 0 and main(["sweep", *asked, "--slurm", swept]) == 0
+    assert main(["submit", *asked, "--sweep", swept]) == 0
+    assert main(["sweep", *asked, "--slurm", swept]) == 0
     out = tmp_path / "out"
     for kept in (out / "submissions" / "0001", out / "submissions" / "0002"):
         setting, = re.findall(r"^SETTINGS=\((.*)\)$", (kept / "job.sbatch").read_text(), re.M)
@@ -166,15 +180,18 @@ def test_the_jobs_of_an_array_run_what_was_checked(recipe, tmp_path, monkeypatch
         assert len(runs) == 2
         for run in runs:
             job = load_recipe(kept / "recipe.yaml", run)
-            prepared = "null" if kept.name == "0001" else str(out / "data")      # `sweep` shares what is prepared
+            # `sweep` shares what is prepared
+            prepared = "null" if kept.name == "0001" else str(out / "data")
             assert job == load_recipe(recipe, ["train.seed=3", f"data.prepared={prepared}", *run])
             assert job.check_recipe(job, 1) and job.loss.kd_weight == 1
 
 
 def test_a_comma_inside_brackets_belongs_to_the_value():
-    runs = sweep_combinations(["loss={preset: skl, lam: 0.1},{order: {pr: 0.5, qr: 0.5}, alpha: 1}", "train.seed=0,1"])
+    runs = sweep_combinations(["loss={preset: skl, lam: 0.1},{order: {pr: 0.5, qr: 0.5}, alpha: 1}",
+                         "train.seed=0,1"])
     assert [run.settings for run in runs[1:3]] == [("loss={preset: skl, lam: 0.1}", "train.seed=1"),
-                                                   ("loss={order: {pr: 0.5, qr: 0.5}, alpha: 1}", "train.seed=0")]
+                                                   ("loss={order: {pr: 0.5, qr: 0.5}, alpha: 1}",
+                                                    "train.seed=0")]
     assert all(set(run.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._=,") for run in runs)
     with pytest.raises(InputError, match="two runs"):
         sweep_combinations(["train.seed=1,1"])

@@ -1,4 +1,4 @@
-"""What the teacher costs: its weights cross the network once per window, prefetched, and nothing of it is kept."""
+"""The teacher's cost: its weights are gathered once per window, prefetched, and never saved."""
 
 from __future__ import annotations
 
@@ -6,82 +6,43 @@ import json
 from pathlib import Path
 
 import pytest
-import small
 import torch
+from support.counting_rank import counting_rank
+from support.data import write_instructions
+from support.ranks import Ranks
+from support.runs import read_metrics, write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
 
 STEPS = 5
-WINDOW = 16          # rows of a step; 8 micro-batches of 1 row on 2 ranks, or 1 of 8
+# rows of a step; 8 micro-batches of 1 row on 2 ranks, or 1 of 8
+WINDOW = 16
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pair")
-    return (small.make_model(root / "student", "llama", 0), small.make_model(root / "teacher", "gpt2", 1),
-            small.make_instructions(root / "rows.jsonl", rows=120))
-
-
-def be_counted(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """A rank that writes what each optimizer step cost to RANK.jsonl in the run's folder."""
-    from deepspeed.runtime.zero.partitioned_param_coordinator import (
-        PartitionedParameterCoordinator as Coordinator,
-    )
-
-    from amid_ds.models import distiller, heads
-    from amid_ds.training import trainer
-
-    count = {"invalidations": 0, "losses": 0, "loss_rows": 0, "teacher_calls": 0}
-    invalidate, loss, take_step, body_of = (Coordinator._invalidate_trace, distiller.linear_amid_loss, trainer.train_step,
-                                            heads.body_of)
-
-    def counted(name, function, rows=lambda *_: 0):
-        def call(*arguments, **options):
-            count[name] += 1
-            count["loss_rows"] += rows(*arguments)
-            return function(*arguments, **options)
-        return call
-
-    def body(model):
-        frozen = not any(parameter.requires_grad for parameter in model.parameters())
-        count["teacher_calls"] += frozen
-        return body_of(model)
-
-    def step(job, ds, window, tokens, state, world, *more):
-        before = dict(count), ds.gathered.teacher, ds.gathered.student
-        values = take_step(job, ds, window, tokens, state, world, *more)
-        coordinator = ds.optimizer.parameter_offload.get_param_coordinator()
-        line = {**{name: value - before[0][name] for name, value in count.items()},
-                "teacher_bytes": ds.gathered.teacher - before[1], "student_bytes": ds.gathered.student - before[2],
-                "complete": coordinator.is_complete_trace(), "micro_batches": len(window),
-                "valid": sum(int((batch.labels != -100).sum()) for batch in window),
-                "parameters": sum(p.ds_numel * p.element_size() for n, p in ds.module.named_parameters()
-                                  if n.startswith("teacher.")) + sum(
-                    b.numel() * b.element_size() for n, b in ds.module.named_parameters() if not hasattr(b, "ds_id"))}
-        with open(job.run / f"{variables['RANK']}.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        return values
-
-    Coordinator._invalidate_trace = counted("invalidations", invalidate)
-    distiller.linear_amid_loss = counted("losses", loss, lambda hidden, *_: hidden.shape[0])
-    heads.body_of, trainer.train_step = body, step
-    small.be_a_rank(argv, variables, log)
+def pair(shared_model, tmp_path_factory):
+    """(student, teacher, data)"""
+    rows = write_instructions(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows=120)
+    return shared_model("llama", 0), shared_model("gpt2", 1), rows
 
 
 def run(root: Path, pair, *overrides: str, ranks: int = 2) -> tuple[list[dict], list[dict]]:
     """(metrics, what rank 0 counted in each step) of a run of STEPS steps."""
     student, teacher, data = pair
-    recipe = small.make_recipe(root.with_suffix(".yaml"), student, teacher, data, root, train__steps=STEPS,
-                               train__global_batch_size=WINDOW, data__prepared=str(root.parent / "prepared"),
-                               deepspeed=str(small.never_resident(root.parent, stage3_max_reuse_distance=0,
-                                                                stage3_prefetch_bucket_size=1)))
-    processes = small.Ranks(ranks, "train", recipe, *overrides, be=be_counted)
+    recipe = write_recipe(root.with_suffix(".yaml"), student, teacher, data, root,
+                          train__steps=STEPS, train__global_batch_size=WINDOW,
+                          data__prepared=str(root.parent / "prepared"), deepspeed=str(
+                              write_gathering_config(root.parent, stage3_max_reuse_distance=0,
+                                                     stage3_prefetch_bucket_size=1)))
+    processes = Ranks(ranks, "train", recipe, *overrides, target=counting_rank)
     statuses = processes.wait()
-    assert statuses == [0] * ranks, processes.text()
-    return small.metrics(root), [json.loads(line) for line in (root / "0.jsonl").read_text().splitlines()]
+    assert statuses == [0] * ranks, processes.output()
+    return read_metrics(root), [json.loads(line)
+                                for line in (root / "0.jsonl").read_text().splitlines()]
 
 
 def losses(metrics: list[dict]) -> torch.Tensor:
-    return torch.tensor([[line[key] for key in ("loss", "kd_loss", "ce_loss", "grad_norm")] for line in metrics],
+    return torch.tensor([[line[key] for key in ("loss", "kd_loss", "ce_loss", "grad_norm")]
+                         for line in metrics],
                         dtype=torch.float64)
 
 
@@ -94,7 +55,8 @@ def window(pair, tmp_path_factory):
 def test_a_window_of_eight_gathers_the_teacher_as_often_as_a_window_of_one(pair, window, tmp_path):
     _, of_one = run(tmp_path / "one", pair, "train.micro_batch_size=8")
     assert (of_one[-1]["micro_batches"], window[1][-1]["micro_batches"]) == (1, 8)
-    assert of_one[-1]["teacher_bytes"] > 0.9 * of_one[-1]["parameters"]      # so the counter counts
+    # so the counter counts
+    assert of_one[-1]["teacher_bytes"] > 0.9 * of_one[-1]["parameters"]
     assert window[1][-1]["teacher_bytes"] <= 1.05 * of_one[-1]["teacher_bytes"]
     assert [line["teacher_calls"] for line in window[1]] == [1] * STEPS
 
@@ -105,10 +67,11 @@ def test_prefetching_goes_on_undisturbed_over_windows_of_several_micro_batches(w
     assert all(line["complete"] for line in steady)
 
 
-def test_teaching_the_window_at_once_is_teaching_it_row_by_row(pair, window, tmp_path):
+def test_the_teacher_on_the_whole_window_is_the_teacher_row_by_row(pair, window, tmp_path):
     one_by_one, counted = run(tmp_path / "rows", pair, "teacher.max_tokens_per_pass=1")
     assert counted[-1]["teacher_calls"] == 8
-    assert counted[-1]["teacher_bytes"] > 6 * window[1][-1]["teacher_bytes"]      # the body, eight times
+    # the body, eight times
+    assert counted[-1]["teacher_bytes"] > 6 * window[1][-1]["teacher_bytes"]
     torch.testing.assert_close(losses(window[0]), losses(one_by_one), rtol=1e-6, atol=0)
 
 
@@ -125,17 +88,22 @@ def test_activation_checkpointing_does_not_run_the_loss_twice(pair, window, tmp_
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor_parallel": 2}], ids=["dp 2", "tp 2"])
-def test_a_replicated_teacher_is_never_gathered_and_teaches_the_same(pair, window, layout, tmp_path):
-    overrides = ["teacher.placement=replicated", *(f"{key}={value}" for key, value in layout.items())]
+def test_a_replicated_teacher_is_never_gathered_and_gives_the_same_losses(pair, window, layout,
+                                                                          tmp_path):
+    overrides = ["teacher.placement=replicated",
+                 *(f"{key}={value}" for key, value in layout.items())]
     metrics, counted = run(tmp_path / "replicated", pair, *overrides)
     assert [line["teacher_bytes"] for line in counted] == [0] * STEPS
     torch.testing.assert_close(losses(metrics), losses(window[0]), rtol=1e-4, atol=0)
-    saved = sum(path.stat().st_size for path in (tmp_path / "replicated" / "checkpoints").rglob("*") if path.is_file())
+    saved = sum(path.stat().st_size for path in (tmp_path / "replicated" / "checkpoints").rglob("*")
+                if path.is_file())
     student = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(pair[0]).parameters())
-    assert saved < 1.2 * 12 * student + 200_000      # weights and two moments in fp32, and the log's small files
+    # weights and two moments in fp32, and the log's small files
+    assert saved < 1.2 * 12 * student + 200_000
 
 
 def test_without_weight_on_the_divergence_the_teacher_does_not_run(pair, tmp_path):
     metrics, counted = run(tmp_path / "silent", pair, "loss.kd_weight=0", "loss.ce_weight=1")
     assert [line["teacher_calls"] for line in counted] == [0] * STEPS
-    assert all(line["kd_loss"] is None and line["loss"] == pytest.approx(line["ce_loss"], rel=1e-6) for line in metrics)
+    assert all(line["kd_loss"] is None and line["loss"] == pytest.approx(line["ce_loss"], rel=1e-6)
+               for line in metrics)

@@ -1,4 +1,4 @@
-"""Which bodies a tensor-parallel group splits, from each model's own plan; judged on models without weights."""
+"""A tensor-parallel group splits the bodies whose own plan divides evenly; without weights."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import transformers as t
 
 from amid_ds.models.tensor_parallel import layer_specs, tp_unsupported_reason, vocab_shard
 
-SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             vocab_size=40, head_dim=8, pad_token_id=0, bos_token_id=1, eos_token_id=1)
+SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, vocab_size=40, head_dim=8, pad_token_id=0, bos_token_id=1,
+             eos_token_id=1)
 
 
 def shell(family: str) -> torch.nn.Module:
@@ -23,18 +24,18 @@ def shell(family: str) -> torch.nn.Module:
 def test_every_linear_layer_of_a_planned_body_is_split_and_nothing_else(family):
     model = shell(family)
     assert tp_unsupported_reason(model, 2) is None
-    found = {}
+    kinds = {}
     for spec in layer_specs(model, "student", trains=True):
         for name, _ in torch.nn.ModuleDict({"student": model}).named_parameters():
             if any(re.match(pattern, name) for pattern in spec["patterns"]):
-                found[name] = spec["partition_type"]
+                kinds[name] = spec["partition_type"]
     for name, module in model.named_modules():
-        kind = found.pop(f"student.{name}.weight", None)
+        kind = kinds.pop(f"student.{name}.weight", None)
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             assert kind == ("row" if name.endswith(("o_proj", "down_proj")) else "column"), name
         else:
             assert kind == ("skip" if name.endswith(("q_norm", "k_norm")) else None), name
-    assert found == {}
+    assert kinds == {}
     assert all(not spec["grad_allreduce"] for spec in layer_specs(model, "teacher", trains=False))
 
 
@@ -42,15 +43,18 @@ def test_a_body_that_its_plan_does_not_split_evenly_stays_whole_and_says_why():
     assert "num_key_value_heads 2" in tp_unsupported_reason(shell("Llama"), 4)
     assert "moe_tp_experts" in tp_unsupported_reason(shell("Mixtral"), 2)
     assert "no tensor-parallel plan" in tp_unsupported_reason(shell("StableLm"), 2)
-    forgetful = shell("Qwen3")      # as if transformers had forgotten the norm on split heads
+    # as if transformers had forgotten the norm on split heads
+    forgetful = shell("Qwen3")
     plan = forgetful.config.base_model_tp_plan
-    forgetful.config.base_model_tp_plan = {pattern: plan[pattern] for pattern in plan if not pattern.endswith("q_norm")}
+    forgetful.config.base_model_tp_plan = {pattern: plan[pattern] for pattern in plan
+                                           if not pattern.endswith("q_norm")}
     assert tp_unsupported_reason(forgetful, 2) == "layers.0.self_attn.q_norm is not in its plan"
 
 
 def test_the_rows_of_the_common_vocabulary_cover_it_without_a_gap():
     for size in (2, 3, 4, 7):
         shards = [vocab_shard(31, rank, size, None) for rank in range(size)]
-        assert [row for shard in shards for row in range(shard.start, shard.stop)] == list(range(31))
+        assert [row for shard in shards
+                for row in range(shard.start, shard.stop)] == list(range(31))
         assert max(shard.width for shard in shards) - min(shard.width for shard in shards) <= 1
     assert vocab_shard(31, 0, 1, None) is None

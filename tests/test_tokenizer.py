@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, equal to sentencepiece's own, told apart by what they produce."""
+"""Tokenizers: lossless, equal to sentencepiece's own, compared by what they produce."""
 
 import json
 import random
@@ -27,7 +27,8 @@ STDLIB = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_sentencepiece((path.read_text(encoding="utf-8") for path in STDLIB[:60]), folder, vocab_size=1200)
+    train_sentencepiece((path.read_text(encoding="utf-8") for path in STDLIB[:60]), folder,
+                        vocab_size=1200)
     return folder
 
 
@@ -46,7 +47,8 @@ def awkward_texts(count):
 
 def test_trained_tokenizer_has_the_size_and_the_tokens_asked_for(tokenizer):
     assert len(tokenizer) == 1200
-    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.bos_token) == ("</s>", "<pad>", None)
+    assert (tokenizer.eos_token, tokenizer.pad_token,
+            tokenizer.bos_token) == ("</s>", "<pad>", None)
     assert tokenizer.eos_token_id != tokenizer.pad_token_id
     assert tokenizer.model_max_length > 1 << 40
 
@@ -70,7 +72,8 @@ def test_special_tokens_spelt_in_a_text_stay_text(tokenizer):
 
 
 def test_training_is_deterministic(folder, tmp_path, tokenizer):
-    train_sentencepiece((path.read_text(encoding="utf-8") for path in STDLIB[:60]), tmp_path, vocab_size=1200)
+    train_sentencepiece((path.read_text(encoding="utf-8") for path in STDLIB[:60]), tmp_path,
+                        vocab_size=1200)
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert fingerprint(load_tokenizer(str(tmp_path))) == fingerprint(tokenizer)
 
@@ -100,7 +103,8 @@ def test_the_same_size_is_not_the_same_tokenizer(folder, tokenizer, tmp_path):
     other = swap_two_tokens(folder, tmp_path)
     assert len(other) == len(tokenizer)
     assert fingerprint(other) != fingerprint(tokenizer)
-    with pytest.raises(InputError, match=r"(?s)the text .*def f.* becomes.*student: \[.*teacher: \["):
+    with pytest.raises(InputError,
+                       match=r"(?s)the text .*def f.* becomes.*student: \[.*teacher: \["):
         require_same_tokenizer(tokenizer, other, "student", "teacher")
 
 
@@ -116,20 +120,22 @@ def test_a_tokenizer_is_the_same_as_itself(folder, tokenizer):
 
 
 def test_asking_the_backend_gives_the_wrappers_ids(folder, tmp_path):
-    """Also where tokenizer.json asks to cut, to pad or to frame the text, and a special token is in it."""
+    """Also if tokenizer.json truncates, pads or frames the text, and it has a special token."""
     backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
     backend.enable_truncation(3)
     backend.enable_padding(length=50)
     backend.post_processor = processors.TemplateProcessing("</s> $0", special_tokens=[("</s>", 1)])
     for split in (False, True):
-        framing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>",
-                                          split_special_tokens=split)
+        framing = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>",
+                                          pad_token="<pad>", split_special_tokens=split)
         framing.save_pretrained(tmp_path)
         asked = load_tokenizer(str(tmp_path))
         texts = ["def f(x):</s>\n    return x", "é", *PROBES]
-        assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"] for text in texts]
+        assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"]
+                                        for text in texts]
         asked.split_special_tokens = not split
-        assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"] for text in texts]
+        assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"]
+                                        for text in texts]
         assert document_front(asked) == [1]
     assert document_front(load_tokenizer(str(folder))) == []
 
@@ -137,15 +143,18 @@ def test_asking_the_backend_gives_the_wrappers_ids(folder, tmp_path):
 def test_a_tokenizer_is_trained_on_a_recipes_data(tmp_path, capsys):
     """By the command, on the beginning of each source, as much of it as its weight says."""
     texts = [path.read_text(encoding="utf-8") for path in STDLIB[:60]]
-    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n"
+                                                 for text in texts))
     turns = [{"role": "user", "content": "x = 1"}, {"role": "assistant", "content": "zq" * 5000}]
     (tmp_path / "chat.jsonl").write_text(json.dumps({"turns": turns}) + "\n")
-    recipe = {"student": {"model": "none"}, "output_dir": "none", "train": {"steps": 1, "global_batch_size": 1},
+    recipe = {"student": {"model": "none"}, "output_dir": "none",
+              "train": {"steps": 1, "global_batch_size": 1},
               "data": {"train": [{"path": str(tmp_path / "code.jsonl"), "weight": 3.0},
                                  {"path": str(tmp_path / "chat.jsonl"), "messages": "turns"}]}}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     out = str(tmp_path / "tokenizer")
-    assert main(["tokenizer", "train", str(tmp_path / "recipe.yaml"), out, "--vocab-size", "900"]) == 0
+    assert main(["tokenizer", "train", str(tmp_path / "recipe.yaml"), out, "--vocab-size",
+                 "900"]) == 0
     assert capsys.readouterr().out.strip() == out
     tokenizer = load_tokenizer(out)
     assert len(tokenizer) == 900 and len(tokenizer("zqzqzqzqzqzqzqzq")["input_ids"]) == 1
@@ -156,22 +165,27 @@ def test_a_tokenizer_is_trained_on_a_recipes_data(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("settings", [
-    {"normalization_rule_name": "identity", "add_dummy_prefix": True, "remove_extra_whitespaces": False,
+    {"normalization_rule_name": "identity", "add_dummy_prefix": True,
+     "remove_extra_whitespaces": False,
      "byte_fallback": True},                                                # as Llama 2 has it
-    {},                                                                     # sentencepiece's own defaults
+    # sentencepiece's own defaults
+    {},
     {"normalization_rule_name": "identity", "add_dummy_prefix": False, "byte_fallback": True,
-     "user_defined_symbols": ["<sep>", "\n"], "split_by_whitespace": False, "remove_extra_whitespaces": False},
+     "user_defined_symbols": ["<sep>", "\n"], "split_by_whitespace": False,
+     "remove_extra_whitespaces": False},
 ], ids=["llama", "default", "symbols"])
 def test_a_raw_model_file_works_as_a_tokenizer(tmp_path, settings):
-    lines = [line for path in STDLIB[:40] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for path in STDLIB[:40] for line in path.read_text(encoding="utf-8").splitlines()
+             if line.strip()]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "raw"), model_type="bpe", vocab_size=1000,
-        minloglevel=2, num_threads=1, max_sentence_length=10_000, **settings)
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "raw"), model_type="bpe",
+        vocab_size=1000, minloglevel=2, num_threads=1, max_sentence_length=10_000, **settings)
     own = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "raw.model"))
     tokenizer = load_tokenizer(str(tmp_path / "raw.model"))
-    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
-    texts = [*lines[::7], "a <sep> b<sep>c", "two  spaces   here ", " one before", "line\nline\n\n  end\n", "日本 é ﬁ",
-             "<unk></s><0x0A>"]
+    assert (tokenizer.bos_token, tokenizer.eos_token,
+            tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+    texts = [*lines[::7], "a <sep> b<sep>c", "two  spaces   here ", " one before",
+             "line\nline\n\n  end\n", "日本 é ﬁ", "<unk></s><0x0A>"]
     for text in texts:
         ids = tokenizer(text)["input_ids"]
         assert ids == own.encode(text), text
@@ -179,11 +193,12 @@ def test_a_raw_model_file_works_as_a_tokenizer(tmp_path, settings):
 
 
 def test_a_model_whose_rules_cannot_be_reproduced_is_refused(tmp_path):
-    """Symbols of several letters are cut out before the dummy prefix is put, there; after it, here."""
-    lines = [line for path in STDLIB[:10] for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """sentencepiece cuts out symbols of several letters before it adds the prefix; we do after."""
+    lines = [line for path in STDLIB[:10] for line in path.read_text(encoding="utf-8").splitlines()
+             if line.strip()]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "raw"), model_type="bpe", vocab_size=500,
-        minloglevel=2, user_defined_symbols=["def f"])
+        sentence_iterator=iter(lines), model_prefix=str(tmp_path / "raw"), model_type="bpe",
+        vocab_size=500, minloglevel=2, user_defined_symbols=["def f"])
     with pytest.raises(InputError, match="cannot be reproduced"):
         load_tokenizer(str(tmp_path / "raw.model"))
 
@@ -197,7 +212,7 @@ def test_a_file_that_is_no_sentencepiece_model_is_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["unigram", "word"])
 def test_a_sentencepiece_model_of_another_type_is_refused(tmp_path, kind):
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c d e f g"]), model_prefix=str(tmp_path / "other"), model_type=kind,
-        vocab_size=11, hard_vocab_limit=False, minloglevel=2)
+        sentence_iterator=iter(["a b c d e f g"]), model_prefix=str(tmp_path / "other"),
+        model_type=kind, vocab_size=11, hard_vocab_limit=False, minloglevel=2)
     with pytest.raises(InputError, match="another type than BPE"):
         load_tokenizer(str(tmp_path / "other.model"))

@@ -1,84 +1,37 @@
-"""The loss over a vocabulary cut across ranks: equal to one process's, in few collectives, and refused where it is cut
-wrongly. Real processes joined by gloo, started once for the module."""
+"""The loss over a vocabulary cut across ranks: equal to one process's, in few collectives.
+
+On real processes joined by gloo, started once for the module.
+"""
 
 from __future__ import annotations
 
-import multiprocessing
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import pytest
-import small
 import torch
 import torch.distributed as dist
-from test_losses_fused import Problem
+from support.losses import LossProblem
+from support.ranks import RankPool
 
 from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss
 from amid_ds.errors import InputError
 from amid_ds.losses import fused, tiles
 
 OBJECTIVES = [AMiD(-5.0, 0.1), AMiD(0.5, 0.3, AlphaBeta(0.2, 0.7), {"pr": 0.5, "qr": 0.5}, 2.0),
-              AMiD(3.0, 0.7, "total_variation", "rq"), AMiD(-1.0, 0.5, order={"rp": 0.5, "qr": 0.5}),
+              AMiD(3.0, 0.7, "total_variation", "rq"),
+              AMiD(-1.0, 0.5, order={"rp": 0.5, "qr": 0.5}),
               AMiD(1.0, 0.0, "squared_hellinger")]
 VOCABULARY = 41
-SPLITS = {"even": [0, 21, 42], "uneven": [0, 5, 42], "three": [0, 30, 31, 42], "an empty shard": [0, 20, 20, 42],
+SPLITS = {"even": [0, 21, 42], "uneven": [0, 5, 42], "three": [0, 30, 31, 42],
+          "an empty shard": [0, 20, 20, 42],
           "four, the last one padding": [0, 1, 17, 41, 42]}
 
 
-class Ranks:
-    """Four processes in one gloo world with groups of the first 2, 3 and 4; `run` calls a function on some of them."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        port = small.free_port()
-        self.pipes, self.processes = [], []
-        for rank in range(4):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, port, theirs), daemon=True)
-            process.start()
-            self.pipes.append(ours)
-            self.processes.append(process)
-
-    def run(self, size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """function(rank, group, *arguments) on `size` ranks, in rank order; the first rank's exception is raised."""
-        for pipe in self.pipes[:size]:
-            pipe.send((size, function, arguments))
-        answers: dict[int, Any] = {}
-        while len(answers) < size:
-            waiting = [pipe for rank, pipe in enumerate(self.pipes[:size]) if rank not in answers]
-            ready = wait(waiting, timeout=60)
-            assert ready, f"only the ranks {list(answers)} answer"
-            for pipe in ready:
-                kind, value = pipe.recv()
-                assert kind == "done", value
-                answers[self.pipes.index(pipe)] = value
-        return [answers[rank] for rank in range(size)]
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
-def _serve(rank: int, port: int, pipe: Connection) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=4, timeout=timedelta(seconds=60))
-    groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
-    while True:
-        size, function, arguments = pipe.recv()
-        try:
-            pipe.send(("done", function(rank, groups[size], *arguments)))
-        except Exception:
-            pipe.send(("failed", traceback.format_exc()))
-
-
 @pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    ranks = Ranks()
+def ranks() -> Iterator[RankPool]:
+    ranks = RankPool()
     yield ranks
     ranks.close()
 
@@ -89,32 +42,37 @@ def counted() -> Iterator[list[str]]:
     calls: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         for name in dir(dist):
-            if name.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "barrier", "send", "recv")):
+            if name.startswith(("all_", "reduce", "broadcast", "gather", "scatter", "barrier",
+                                "send", "recv")):
                 real = getattr(dist, name)
 
-                def call(*arguments: Any, real: Any = real, name: str = name, **keywords: Any) -> Any:
+                def call(*arguments: Any, real: Any = real, name: str = name,
+                         **keywords: Any) -> Any:
                     calls.append(name)
                     return real(*arguments, **keywords)
                 patch.setattr(dist, name, call)
         yield calls
 
 
-def sharded(rank: int, group: Any, cuts: list[int], objective: AMiD, block: int, tile: int, cap: float | None) -> Any:
+def sharded(rank: int, group: Any, cuts: list[int], objective: AMiD, block: int, tile: int,
+            cap: float | None) -> Any:
     """The linear and the logit loss on this rank's shard: loss, per-token values, gradients."""
     start, stop = cuts[rank], cuts[rank + 1]
-    problem, shard = Problem(vocabulary=VOCABULARY, padding=1), VocabShard(start, stop, group)
-    weight, bias = (x.detach()[start:stop].clone().requires_grad_() for x in (problem.weight, problem.bias))
+    problem, shard = LossProblem(vocabulary=VOCABULARY, padding=1), VocabShard(start, stop, group)
+    weight, bias = (x.detach()[start:stop].clone().requires_grad_()
+                    for x in (problem.weight, problem.bias))
     hidden = problem.student
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "_tokens_per_block", lambda *_: block)
         patch.setitem(tiles.TILE_ELEMENTS, "cpu", tile)
         out = linear_amid_loss(hidden, LMHead(weight, bias, cap, 0.8), problem.teacher,
-                               problem.teacher_weight[start:stop], objective, token_weights=problem.weights,
-                               labels=problem.labels, ce_weight=0.4, vocab_size=VOCABULARY, shard=shard)
+                               problem.teacher_weight[start:stop], objective,
+                               token_weights=problem.weights, labels=problem.labels, ce_weight=0.4,
+                               vocab_size=VOCABULARY, shard=shard)
         gradients = torch.autograd.grad(out.loss, [hidden, weight, bias])
         student = (hidden @ weight.t()).detach().requires_grad_()
-        per_token = amid_loss(student, problem.teacher @ problem.teacher_weight[start:stop].t(), objective,
-                              vocab_size=VOCABULARY, shard=shard)
+        per_token = amid_loss(student, problem.teacher @ problem.teacher_weight[start:stop].t(),
+                              objective, vocab_size=VOCABULARY, shard=shard)
         columns, = torch.autograd.grad((per_token * problem.weights).sum(), student)
     return [x.detach().clone() for x in (out.loss, out.kd, out.ce, *gradients, per_token, columns)]
 
@@ -127,26 +85,30 @@ def test_every_split_gives_what_one_process_gives(ranks, objective, split):
     whole = sharded(0, None, [0, cuts[-1]], objective, 100, 10_000, cap)
     loss, kd, ce, hidden, weight, bias, per_token, columns = whole
     results = ranks.run(len(cuts) - 1, sharded, cuts, objective, 4, 50, cap)
-    for found, start, stop in zip(results, cuts, cuts[1:], strict=False):
-        expected = [loss, kd, ce, hidden, weight[start:stop], bias[start:stop], per_token, columns[:, start:stop]]
-        for a, b in zip(found, expected, strict=True):
+    for actual, start, stop in zip(results, cuts, cuts[1:], strict=False):
+        expected = [loss, kd, ce, hidden, weight[start:stop], bias[start:stop], per_token,
+                    columns[:, start:stop]]
+        for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    for result in results[1:]:         # not only close: the very same bits on every rank
+    # not only close: the very same bits on every rank
+    for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result[:4], results[0][:4], strict=True))
 
 
-def collectives(rank: int, group: Any, objective: AMiD, teacher: bool, masked: bool) -> tuple[list[str], list[str]]:
-    """Forward's and backward's collectives of a call with 3 blocks, after a first call that checked the shard."""
+def collectives(rank: int, group: Any, objective: AMiD, teacher: bool,
+                masked: bool) -> tuple[list[str], list[str]]:
+    """The collectives of forward and of backward with 3 blocks, after the shard's first check."""
     cuts = [0, 5, 42]
     start, stop = cuts[rank], cuts[rank + 1]
-    problem, shard = Problem(tokens=12, vocabulary=VOCABULARY, padding=1), VocabShard(start, stop, group)
+    problem, shard = LossProblem(tokens=12, vocabulary=VOCABULARY,
+                                 padding=1), VocabShard(start, stop, group)
     problem.weights[:] = 0 if masked else 1
 
     def loss() -> torch.Tensor:
         side = (problem.teacher, problem.teacher_weight[start:stop]) if teacher else (None, None)
-        return linear_amid_loss(problem.student, problem.weight[start:stop], *side, objective, shard=shard,
-                                token_weights=problem.weights, labels=problem.labels, ce_weight=0.4,
-                                kd_weight=1.0 if teacher else 0.0).loss
+        return linear_amid_loss(problem.student, problem.weight[start:stop], *side, objective,
+                                shard=shard, token_weights=problem.weights, labels=problem.labels,
+                                ce_weight=0.4, kd_weight=1.0 if teacher else 0.0).loss
 
     with pytest.MonkeyPatch.context() as patch, counted() as calls:
         patch.setattr(fused, "_tokens_per_block", lambda *_: 4)
@@ -161,10 +123,12 @@ def collectives(rank: int, group: Any, objective: AMiD, teacher: bool, masked: b
 
 
 @pytest.mark.parametrize(("objective", "teacher", "per_block"), [
-    (AMiD(-5.0, 0.1, "total_variation"), True, 3), (AMiD(-5.0, 0.1), True, 2), (AMiD(-1.0, 0.5), True, 2),
+    (AMiD(-5.0, 0.1, "total_variation"), True, 3), (AMiD(-5.0, 0.1), True, 2),
+    (AMiD(-1.0, 0.5), True, 2),
     (AMiD(2.0, 0.0, "squared_hellinger"), True, 2), (None, False, 1)],
-    ids=["any α", "KL, any α", "α -1", "λ 0", "cross entropy alone"])
-def test_at_most_three_collectives_per_block_and_one_in_backward(ranks, objective, teacher, per_block):
+                         ids=["any α", "KL, any α", "α -1", "λ 0", "cross entropy alone"])
+def test_at_most_three_collectives_per_block_and_one_in_backward(ranks, objective, teacher,
+                                                                 per_block):
     for forward, backward in ranks.run(2, collectives, objective, teacher, False):
         assert forward == ["all_gather"] * 3 * per_block
         assert backward == ["all_reduce"]
@@ -174,7 +138,8 @@ def test_a_batch_without_valid_tokens_still_makes_backwards_collective_on_every_
     assert ranks.run(2, collectives, AMiD(), True, True) == [([], ["all_reduce"])] * 2
 
 
-def refused(rank: int, group: Any, cuts: list[tuple[int, int]], rows: list[int], changes: list[dict]) -> str:
+def refused(rank: int, group: Any, cuts: list[tuple[int, int]], rows: list[int],
+            changes: list[dict]) -> str:
     start, stop = cuts[rank]
     tokens = changes[rank].get("tokens", 3)
     try:
@@ -188,47 +153,55 @@ def refused(rank: int, group: Any, cuts: list[tuple[int, int]], rows: list[int],
     return "not refused"
 
 
-@pytest.mark.parametrize(("cuts", "rows", "changes", "found"), [
-    ([(0, 5), (6, 10)], [5, 4], [{}, {}], "shards"),                                           # a gap
-    ([(0, 5), (4, 10)], [5, 6], [{}, {}], "shards"),                                           # an overlap
-    ([(1, 5), (5, 10)], [4, 5], [{}, {}], "shards"),                                           # not from 0
-    ([(0, 5), (0, 5)], [5, 5], [{}, {}], "shards"),                                            # the same twice
-    ([(0, 5), (5, 10)], [5, 5], [{"vocab_size": 11}, {"vocab_size": 11}], "shards"),           # not to the end
-    ([(0, 5), (5, 10)], [5, 4], [{}, {}], "student_head"),                                     # wrong rows on rank 1
+@pytest.mark.parametrize(("cuts", "rows", "changes", "message"), [
+    # a gap
+    ([(0, 5), (6, 10)], [5, 4], [{}, {}], "shards"),
+    # an overlap
+    ([(0, 5), (4, 10)], [5, 6], [{}, {}], "shards"),
+    # not from 0
+    ([(1, 5), (5, 10)], [4, 5], [{}, {}], "shards"),
+    # the same twice
+    ([(0, 5), (0, 5)], [5, 5], [{}, {}], "shards"),
+    # not to the end
+    ([(0, 5), (5, 10)], [5, 5], [{"vocab_size": 11}, {"vocab_size": 11}], "shards"),
+    # wrong rows on rank 1
+    ([(0, 5), (5, 10)], [5, 4], [{}, {}], "student_head"),
     ([(0, 5), (5, 10)], [5, 5], [{}, {"teacher": 6}], "teacher_head"),
     ([(0, 5), (5, 10)], [5, 5], [{"vocab_size": 9}, {}], "vocab_size"),
     ([(0, 5), (5, 10)], [5, 5], [{"tokens": 4}, {}], "number of tokens"),
 ])
-def test_shards_that_do_not_fit_are_refused_on_every_rank_at_the_first_call(ranks, cuts, rows, changes, found):
+def test_shards_that_do_not_fit_are_refused_on_every_rank_at_the_first_call(ranks, cuts, rows,
+                                                                            changes, message):
     answers = ranks.run(2, refused, cuts, rows, changes)
-    assert all(found in answer for answer in answers), answers
+    assert all(message in answer for answer in answers), answers
 
 
 def mixed(rank: int, group: Any) -> list[torch.Tensor]:
     """bf16 heads on two ranks: the hidden states' gradient."""
     cuts = [0, 21, 41]
-    problem = Problem(vocabulary=41, dtype=torch.bfloat16)
+    problem = LossProblem(vocabulary=41, dtype=torch.bfloat16)
     start, stop = (cuts[rank], cuts[rank + 1]) if group is not None else (0, 41)
     out = linear_amid_loss(problem.student, problem.weight[start:stop], problem.teacher,
-                           problem.teacher_weight[start:stop], AMiD(-5.0, 0.1), token_weights=problem.weights,
-                           shard=VocabShard(start, stop, group))
+                           problem.teacher_weight[start:stop], AMiD(-5.0, 0.1),
+                           token_weights=problem.weights, shard=VocabShard(start, stop, group))
     return [out.loss.detach(), *torch.autograd.grad(out.loss, [problem.student])]
 
 
 def test_low_precision_gradients_are_added_up_before_they_are_rounded(ranks):
     loss, hidden = mixed(0, None)
-    for found in ranks.run(2, mixed):
-        torch.testing.assert_close(found[0], loss)
-        assert found[1].dtype == torch.bfloat16
-        torch.testing.assert_close(found[1], hidden, rtol=2**-6, atol=1e-3)
+    for actual in ranks.run(2, mixed):
+        torch.testing.assert_close(actual[0], loss)
+        assert actual[1].dtype == torch.bfloat16
+        torch.testing.assert_close(actual[1], hidden, rtol=2**-6, atol=1e-3)
 
 
 def test_a_shard_without_a_group_is_one_process():
-    problem = Problem()
-    whole = linear_amid_loss(problem.student, problem.weight[:41], problem.teacher, problem.teacher_weight[:41], AMiD(),
-                             token_weights=problem.weights)
-    shard = linear_amid_loss(problem.student, problem.weight[:41], problem.teacher, problem.teacher_weight[:41], AMiD(),
-                             token_weights=problem.weights, shard=VocabShard(0, 41))
+    problem = LossProblem()
+    whole = linear_amid_loss(problem.student, problem.weight[:41], problem.teacher,
+                             problem.teacher_weight[:41], AMiD(), token_weights=problem.weights)
+    shard = linear_amid_loss(problem.student, problem.weight[:41], problem.teacher,
+                             problem.teacher_weight[:41], AMiD(), token_weights=problem.weights,
+                             shard=VocabShard(0, 41))
     assert torch.equal(whole.loss, shard.loss)
 
 

@@ -1,0 +1,88 @@
+"""Random problems for the loss, and objectives; the truth is the naive twin on full logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from amid_ds import AlphaBeta, AMiD, LMHead, linear_amid_loss
+from amid_ds.losses import fused
+from amid_ds.losses.objective import DIVERGENCES
+from amid_ds.losses.reference import naive_loss
+
+EVERY_DIVERGENCE = [AlphaBeta(0.2, 0.7) if name == "alpha_beta" else name for name in DIVERGENCES]
+OBJECTIVES = [AMiD(-5.0, 0.1),
+              AMiD(0.5, 0.3, AlphaBeta(0.2, 0.7), {"pr": 0.5, "qr": 0.5}, 2.0),
+              AMiD(1.0, 0.4, order="rq", detach_assistant=True),
+              AMiD(3.0, 0.7, "squared_hellinger", "rp")]
+
+
+class LossProblem:
+    """Random hidden states and heads, weights with masked tokens, labels with ignored ones."""
+
+    def __init__(self, tokens: int = 11, vocabulary: int = 41, student: int = 6, teacher: int = 8,
+                 dtype: torch.dtype = torch.float64, seed: int = 0, padding: int = 3,
+                 scale: float = 2.0) -> None:
+        draw = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, scale: float = 1.0) -> Tensor:
+            numbers = torch.randn(*shape, generator=draw, dtype=torch.float64)
+            return (numbers * scale).to(dtype)
+
+        self.vocab_size = vocabulary
+        self.student, self.teacher = normal(tokens, student), normal(tokens, teacher)
+        self.weight = normal(vocabulary + 1, student, scale=scale * student**-0.5)
+        self.bias = normal(vocabulary + 1)
+        self.teacher_weight = normal(vocabulary + padding, teacher, scale=scale * teacher**-0.5)
+        self.weights = torch.rand(tokens, generator=draw)
+        self.weights[::4] = 0
+        self.labels = torch.randint(0, vocabulary, (tokens,), generator=draw)
+        self.labels[::3] = -100
+        for tensor in self.leaves():
+            tensor.requires_grad_()
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors with gradients: the student's hidden states, its head and its bias."""
+        return [self.student, self.weight, self.bias]
+
+    def to(self, dtype: torch.dtype) -> LossProblem:
+        """The same numbers in another dtype."""
+        other = object.__new__(LossProblem)
+        for name, value in vars(self).items():
+            is_input = (isinstance(value, Tensor) and value.is_floating_point()
+                        and name != "weights")
+            setattr(other, name, value.detach().to(dtype) if is_input else value)
+        for tensor in other.leaves():
+            tensor.requires_grad_()
+        return other
+
+    def fused(self, objective: AMiD, softcap: float | None = None, scale: float = 1.0,
+              **options) -> fused.LossOutput:
+        """The loss by linear_amid_loss: 0.9 of the divergence and 0.4 of the cross entropy."""
+        head = LMHead(self.weight, self.bias, softcap, scale)
+        return linear_amid_loss(self.student, head, self.teacher, self.teacher_weight, objective,
+                                token_weights=self.weights, labels=self.labels,
+                                vocab_size=self.vocab_size,
+                                **{"ce_weight": 0.4, "kd_weight": 0.9, **options})
+
+    def naive(self, objective: AMiD, softcap: float | None = None, scale: float = 1.0) -> Tensor:
+        """The same loss by the naive twin, on full logits in at least fp32."""
+        student = scale * F.linear(self.student, self.weight, self.bias)
+        student = student if softcap is None else softcap * (student / softcap).tanh()
+        teacher = self.teacher @ self.teacher_weight.t()
+        student, teacher = (
+            logits[:, :self.vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
+            for logits in (student, teacher))
+        ce = F.cross_entropy(student, self.labels, reduction="none")
+        kd = naive_loss(student, teacher, objective)
+        return (self.weights * (0.9 * kd + 0.4 * ce)).sum()
+
+    def gradients(self, loss: Tensor) -> list[Tensor]:
+        """The loss's gradients, in the order of leaves()."""
+        return list(torch.autograd.grad(loss, self.leaves()))
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """‖actual − truth‖ / ‖truth‖ in float64."""
+    return ((actual.double() - truth.double()).norm() / truth.double().norm()).item()
