@@ -201,14 +201,10 @@ def _plan(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from amid_ds.config.parse import load_recipe
-    from amid_ds.plan import (
-        DEFAULT_DEVICE,
-        check_plan,
-        find_device,
-        make_plan,
-        print_check,
-        print_plan,
-    )
+    from amid_ds.planning.check import check_plan
+    from amid_ds.planning.devices import DEFAULT_DEVICE, find_device
+    from amid_ds.planning.plan import make_plan
+    from amid_ds.planning.report import print_check, print_plan
 
     if (args.recipe is None) == (args.check is None):
         raise InputError(f"the recipe {args.recipe} and the run {args.check}", "one of the two",

@@ -20,7 +20,8 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.monitor import step_timer
 from amid_ds.monitor.anomalies import RECENT_STEPS, AnomalyMonitor
 from amid_ds.monitor.step_timer import PHASES, StepTimer, phase
-from amid_ds.plan import find_device, make_plan
+from amid_ds.planning.devices import find_device
+from amid_ds.planning.plan import make_plan
 from amid_ds.run.log import RunLog
 
 TOTAL = RECENT_STEPS + 4

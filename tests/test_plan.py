@@ -16,7 +16,9 @@ from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe, resolved
 from amid_ds.distributed.world import World
 from amid_ds.monitor.memory_probe import _Traffic
-from amid_ds.plan import Device, _run_on_meta, find_device, make_plan
+from amid_ds.planning.devices import Device, find_device
+from amid_ds.planning.model_costs import run_on_meta
+from amid_ds.planning.plan import make_plan
 
 H100 = Device("h100-80g", 80e9, 989e12, 50e9, 450e9)
 
@@ -130,7 +132,7 @@ def test_what_is_kept_for_backward_is_what_autograd_keeps(family, shared_model):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model.base_model(input_ids=torch.zeros(3, 96, dtype=torch.long), use_cache=False)
-    planned, _ = _run_on_meta(model.to("meta"), 3, 96)
+    planned, _ = run_on_meta(model.to("meta"), 3, 96)
     assert planned == pytest.approx(sum(kept.values()), rel=0.15)
 
 

@@ -13,7 +13,8 @@ from support.runs import write_recipe
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
 from amid_ds.engine.ds_config import find_deepspeed_config
-from amid_ds.plan import find_device, make_plan
+from amid_ds.planning.devices import find_device
+from amid_ds.planning.plan import make_plan
 
 WORDS = [f"w{number}" for number in range(31997)]
 PROFILED = 5

@@ -164,7 +164,8 @@ def test_what_is_damaged_is_said_on_the_page(runs, tmp_path, monkeypatch):
 def test_the_plan_beside_a_measurement_is_for_the_runs_own_device_and_ranks(runs):
     from amid_ds.config.parse import load_recipe
     from amid_ds.experiments import report
-    from amid_ds.plan import DEVICES, make_plan
+    from amid_ds.planning.devices import DEVICES
+    from amid_ds.planning.plan import make_plan
 
     run = report.read_reported_run(runs[1], "second")
     run.measured.update(device="NVIDIA H200", hosts=["a", "a", "b", "b"])

@@ -26,7 +26,8 @@ from amid_ds.config.library import packaged_folder
 from amid_ds.config.parse import dump_recipe, load_recipe, merge_overrides
 from amid_ds.config.recipe import Recipe
 from amid_ds.errors import InputError
-from amid_ds.plan import DEFAULT_DEVICE, find_device, fit_in_words
+from amid_ds.planning.devices import DEFAULT_DEVICE, find_device
+from amid_ds.planning.report import fit_summary
 from amid_ds.run import attempts
 from amid_ds.run.provenance import code_revision, uncommitted_changes
 from amid_ds.training.job import check_recipe
@@ -105,7 +106,7 @@ def _checked(recipe_path: str, overrides: Sequence[str], wish: SubmitArgs) -> Re
 def _fit(recipe: Recipe, wish: SubmitArgs) -> str:
     device = find_device(wish.device or DEFAULT_DEVICE, wish.ranks_per_node)
     try:
-        return fit_in_words(recipe, wish.nodes, wish.ranks_per_node, device)
+        return fit_summary(recipe, wish.nodes, wish.ranks_per_node, device)
     except InputError as error:      # a model that does not run on the meta device may still train
         return f"whether it fits cannot be told: {error.found}"
 

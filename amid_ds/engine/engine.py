@@ -18,6 +18,7 @@ from amid_ds.engine import gather, memory, restore, staging
 from amid_ds.errors import TrainingError
 from amid_ds.models.distiller import Distiller, MicroBatchLoss, StepObjective
 from amid_ds.models.heads import check_head, check_isolation
+from amid_ds.models.sizes import default_teacher_tokens, hidden_states_fit, teacher_bytes_per_token
 
 
 class TeacherBatch(NamedTuple):
@@ -145,17 +146,13 @@ class Engine:
         if teacher is None or recipe.teacher is None:
             return TeacherBatch(0, False)
         config: Any = teacher.config
-        size = next(teacher.parameters()).element_size()
-        activations = 8 * config.hidden_size + 4 * (getattr(config, "intermediate_size", None)
-                                                    or 4 * config.hidden_size)
-        if config._attn_implementation == "eager":
-            # It makes the scores of a row with all the others, twice.
-            activations += 2 * config.num_attention_heads * recipe.train.seq_length
-        budget = memory.least_free_memory(self.world) // 8
+        element_size = next(teacher.parameters()).element_size()
+        free = memory.least_free_memory(self.world)
         window = recipe.train.global_batch_size // self.world.dp_size * recipe.train.seq_length
-        on_host = self.world.device.type == "cuda" and window * config.hidden_size * size > budget
-        fits = 1 << max(0, (budget // (activations * size)).bit_length() - 1)
-        return TeacherBatch(recipe.teacher.max_tokens_per_pass or previous or fits, on_host)
+        on_host = self.world.device.type == "cuda" and not hidden_states_fit(config, element_size, window, free)
+        per_token = teacher_bytes_per_token(config, element_size, recipe.train.seq_length)
+        tokens = recipe.teacher.max_tokens_per_pass or previous or default_teacher_tokens(free, per_token)
+        return TeacherBatch(tokens, on_host)
 
     def check_models(self, vocab_size: int, isolated: bool) -> None:
         """Raise InputError unless the fused heads give both models' own logits on a few tokens, and,

@@ -21,7 +21,7 @@ from amid_ds.experiments.plots import require_matplotlib
 from amid_ds.files import read_jsonl, replace_text
 from amid_ds.monitor.memory_probe import read_measurements
 from amid_ds.monitor.step_timer import OUTSIDE_STEPS, PHASES
-from amid_ds.plan import plan_again
+from amid_ds.planning.check import plan_measured_run
 from amid_ds.run import attempts
 from amid_ds.run.log import read_metrics
 
@@ -203,7 +203,7 @@ def _planned(run: ReportedRun) -> tuple[dict[str, int], str]:
     if not run.measured:
         return {}, f"{run.name}: nothing was measured, and nothing is planned: {run.unmeasured}"
     try:
-        return plan_again(run.measured).memory_per_rank, ""
+        return plan_measured_run(run.measured).memory_per_rank, ""
     except InputError as error:      # its models may be elsewhere by now
         return {}, f"{run.name}: no plan can be made here: {error.found}"
 

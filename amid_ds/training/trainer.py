@@ -31,7 +31,8 @@ from amid_ds.models.distiller import StepObjective
 from amid_ds.monitor.monitors import Monitors, PlannedCosts
 from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
 from amid_ds.monitor.stop_request import StopRequest
-from amid_ds.plan import costs_of, device_here
+from amid_ds.planning.devices import local_device
+from amid_ds.planning.estimate import planned_flops
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.log import RunLog
 from amid_ds.training.fetch import (
@@ -312,11 +313,11 @@ class Trainer:
         """The planned FLOPs of a step and the device's peak on rank 0, which logs them; none on other ranks."""
         if not self.world.is_main:
             return PlannedCosts({}, None)
-        device = device_here(hosts.count(hosts[0]))
+        device = local_device(hosts.count(hosts[0]))
         if device is None:
             logger.info("no peak is known of %s: there will be no MFU", torch.cuda.get_device_name())
         try:
-            return PlannedCosts(*costs_of(self.recipe, self.world.size, device))
+            return PlannedCosts(*planned_flops(self.recipe, self.world.size, device))
         except Exception as error:
             # A model that cannot run on the meta device may still train.
             logger.info("the FLOPs of a step cannot be counted, there will be no MFU: %s", error)

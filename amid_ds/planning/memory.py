@@ -1,0 +1,154 @@
+"""Bytes of one rank: model states, which stay from step to step, and a step's working memory."""
+
+from __future__ import annotations
+
+import torch
+
+from amid_ds.losses import default_workspace_bytes
+from amid_ds.losses.tiles import tiling
+from amid_ds.models.sizes import default_teacher_tokens
+from amid_ds.planning.model_costs import ModelCosts
+from amid_ds.planning.setting import Setting
+
+# Bytes per element: Adam's two moments in fp32, and an fp32 or bf16 weight or gradient.
+ADAM_BYTES = 8
+FP32_BYTES = 4
+BF16_BYTES = 2
+# Held per token at the peak of a teacher's layer: the residual stream and its norm; gate, up and
+# their product.
+TEACHER_HIDDEN_TENSORS = 2
+TEACHER_INTERMEDIATE_TENSORS = 3
+
+
+def memory_per_rank(setting: Setting) -> dict[str, int]:
+    """Bytes of one rank by part, and their `total`."""
+    states = state_bytes(setting)
+    free = setting.device.memory - sum(states.values())
+    parts = {**states, **student_step_bytes(setting)}
+    if setting.teacher is not None:
+        parts |= teacher_step_bytes(setting, setting.teacher, parts, free)
+    return {**parts, "total": sum(parts.values())}
+
+
+def state_bytes(setting: Setting) -> dict[str, int]:
+    """Bytes by part that a rank's device holds from the first step to the last."""
+    zero, student, teacher = setting.zero, setting.student, setting.teacher
+    whole = student.weights.tp_rank
+    weights = student.weights.zero3_rank if zero.stage == 3 else whole
+    optimizer = _optimizer_elements(setting)
+    # Stage 1 adds the micro-batches' gradients up before it reduces them.
+    gradients_are_split = zero.stage >= 2 or (zero.stage == 1 and setting.micro_batches == 1)
+    gradients = optimizer if gradients_are_split else whole
+    # Without ZeRO, fp32 weights are their own masters.
+    master_bytes = FP32_BYTES if zero.stage or student.element_size == BF16_BYTES else 0
+    parts = {
+        "student_weights": 0 if zero.offloads_weights else weights * student.element_size,
+        "gradients": 0 if zero.offloads_optimizer else gradients * student.element_size,
+        "optimizer": 0 if zero.offloads_optimizer else optimizer * (master_bytes + ADAM_BYTES)}
+    if teacher is not None:
+        parts["teacher_weights"] = _teacher_weight_bytes(setting, teacher)
+    return parts
+
+
+def _optimizer_elements(setting: Setting) -> int:
+    """Elements that this rank's optimizer updates."""
+    weights = setting.student.weights
+    if setting.zero.stage == 3:
+        return weights.zero3_rank
+    if setting.zero.stage:
+        return -(-weights.tp_rank // setting.data_parallel)
+    return weights.tp_rank
+
+
+def _teacher_weight_bytes(setting: Setting, teacher: ModelCosts) -> int:
+    if not setting.teacher_is_sharded:
+        return teacher.weights.tp_rank * teacher.element_size
+    if setting.zero.offloads_weights:
+        return 0
+    return teacher.weights.zero3_rank * teacher.element_size
+
+
+def student_step_bytes(setting: Setting) -> dict[str, int]:
+    """Bytes by part that the student's forward, loss and backward need."""
+    kept, recomputed = setting.activation_bytes
+    gathered = _gathered_bytes(setting)
+    return {
+        "activations": kept,
+        "recomputed_layer": recomputed,
+        "gathered": gathered,
+        # What arrives lies in a buffer first.
+        "gather_buffers": gathered,
+        "reduce_bucket": _reduce_bucket_bytes(setting),
+        "loss_workspace": _loss_bytes(setting)}
+
+
+def _gathered_bytes(setting: Setting) -> int:
+    """Bytes of the student's weights that ZeRO-3 has gathered at once."""
+    if setting.zero.stage != 3:
+        return 0
+    student = setting.student
+    most = setting.zero.max_live + student.largest_gather
+    return min(setting.partitioned(student), most) * student.element_size
+
+
+def _reduce_bucket_bytes(setting: Setting) -> int:
+    zero, student = setting.zero, setting.student
+    elements = zero.reduce_bucket
+    # With contiguous gradients DeepSpeed allocates the whole bucket for the smallest model too.
+    if not zero.contiguous_gradients:
+        elements = min(elements, student.weights.tp_rank)
+    elif zero.stage in (1, 2) and zero.overlaps_communication:
+        elements *= 2
+    return elements * (FP32_BYTES if zero.stage == 1 else student.element_size)
+
+
+def _loss_bytes(setting: Setting) -> int:
+    """Bytes of the fused loss: its workspace, the gradients of the head and the hidden states."""
+    student, teacher, tokens = setting.student, setting.teacher, setting.tokens
+    kind = torch.device("cpu" if setting.device.name == "cpu" else "cuda")
+    logit_bytes = student.element_size + (teacher.element_size if teacher is not None else 0)
+    logits = tokens * student.head // student.hidden_size * logit_bytes
+    tile_bytes, _ = tiling(kind)
+    workspace = min(default_workspace_bytes(kind), logits + tile_bytes)
+    # Both gradients are summed in fp32, then given in the weights' dtype.
+    gradient_bytes = FP32_BYTES + (BF16_BYTES if student.element_size == BF16_BYTES else 0)
+    return workspace + (student.head + tokens * student.hidden_size) * gradient_bytes
+
+
+def teacher_step_bytes(setting: Setting, teacher: ModelCosts, student_parts: dict[str, int],
+                       free_bytes: float) -> dict[str, int]:
+    """Bytes by part that the teacher's pass needs in addition to `student_parts`.
+
+    `free_bytes`: the device's memory less the model states. The teacher's pass and the student's do
+    not overlap, so `teacher_pass` is what the larger of them takes more than the student's.
+    """
+    zero, student = setting.zero, setting.student
+    parts = {"teacher_hidden": setting.teacher_tokens * teacher.hidden_size * teacher.element_size}
+    of_teacher = _teacher_activation_bytes(setting, teacher, free_bytes)
+    of_student = sum(student_parts[part] for part in (
+        "activations", "recomputed_layer", "gathered", "gather_buffers", "loss_workspace"))
+    if setting.teacher_is_sharded:
+        # Each module that runs prefetches a bucket more, up to what may live: all of the teacher,
+        # then the student.
+        body = teacher.weights.tp_rank - (0 if teacher.head_is_tied else teacher.head)
+        spread = setting.partitioned(teacher)
+        live = min(body, spread, zero.max_live + teacher.largest_gather)
+        prefetched = min(setting.partitioned(student), max(0, zero.max_live - live))
+        of_teacher += 2 * live * teacher.element_size + prefetched * student.element_size
+        parts["teacher_head"] = min(teacher.head, spread) * teacher.element_size
+        of_student += parts["teacher_head"]
+    parts["teacher_pass"] = max(0, of_teacher - of_student)
+    return parts
+
+
+def _teacher_activation_bytes(setting: Setting, teacher: ModelCosts, free_bytes: float) -> int:
+    """Bytes at the peak of one forward call of the teacher. Nothing is kept for backward."""
+    assert setting.recipe.teacher is not None
+    tokens = setting.recipe.teacher.max_tokens_per_pass
+    if tokens is None:
+        # A call has at least one micro-batch.
+        fitting = default_teacher_tokens(free_bytes, teacher.bytes_per_teacher_token)
+        tokens = max(setting.tokens, fitting)
+    elements = (TEACHER_HIDDEN_TENSORS * teacher.hidden_size
+                + TEACHER_INTERMEDIATE_TENSORS * teacher.intermediate_size)
+    return min(tokens, setting.teacher_tokens) * elements * teacher.element_size

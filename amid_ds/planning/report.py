@@ -1,0 +1,139 @@
+"""Plans and comparisons as tables, JSON and one line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+from amid_ds.config.parse import dump_recipe, resolved
+from amid_ds.config.recipe import Recipe
+from amid_ds.planning.check import Comparison, PlannedAndMeasured
+from amid_ds.planning.devices import EFFICIENCY, HEADROOM, Device
+from amid_ds.planning.estimate import Plan, estimate_plan
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+GB, MB, TFLOP = 1e9, 1e6, 1e12
+NO_REMEDY = "none of the usual changes makes it fit: more ranks, or a larger device"
+
+
+def fit_summary(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device) -> str:
+    """One line: does `recipe` fit, its GB and time. Raises InputError as `make_setting` does."""
+    plan = estimate_plan(recipe, nodes, nodes * ranks_per_node, device)
+    verdict = "fits" if plan.fits else "does not fit"
+    advice = "" if plan.fits else "; amid-ds plan names the changes with which it would"
+    return (f"{verdict} on {nodes * ranks_per_node} x {device.name} (--device): "
+            f"{plan.memory_per_rank['total'] / GB:,.1f} of {device.memory / GB:,.0f} GB a rank, "
+            f"about {plan.seconds_per_step:,.2f} s a step, {plan.hours:,.1f} h{advice}")
+
+
+def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
+    """Print the resolved recipe and its plan as a table, or as JSON alone."""
+    if as_json:
+        print(json.dumps({"recipe": resolved(recipe), **asdict(plan),
+                          "hours": plan.hours, "mfu": plan.mfu}))
+        return
+    from rich.console import Console
+
+    print(dump_recipe(recipe))
+    console = Console()
+    console.print(_plan_table(plan))
+    console.print(_work_line(plan))
+    # Paths may have square brackets, which are not markup.
+    console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}", markup=False)
+    console.print(_activations_line(plan))
+    console.print(_time_line(plan))
+    for line in _fit_lines(plan):
+        console.print(line)
+
+
+def _plan_table(plan: Plan) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"{plan.ranks} rank(s) of {plan.device.name}, "
+                        f"{plan.device.memory / GB:.0f} GB each")
+    table.add_column("of one rank", justify="left")
+    table.add_column("GB", justify="right")
+    for name, size in plan.memory_per_rank.items():
+        table.add_row(_words(name), f"{size / GB:,.2f}")
+    table.add_section()
+    for name, size in plan.network_per_step.items():
+        table.add_row(f"received per step: {_words(name)}", f"{size / GB:,.2f}")
+    return table
+
+
+def _work_line(plan: Plan) -> str:
+    flops = {name: count / TFLOP for name, count in plan.flops_per_step.items()}
+    return (f"{plan.tokens_per_step:,} tokens a step in {plan.micro_batches} micro-batch(es) "
+            f"per rank, {plan.steps:,} steps; per rank and step "
+            f"{flops['student']:,.1f} TFLOP of the student and "
+            f"{flops['teacher']:,.1f} of the teacher")
+
+
+def _epochs_line(plan: Plan, recipe: Recipe) -> str:
+    if plan.epochs is not None:
+        return ", ".join(f"{source.path} {count:.3g}"
+                         for source, count in zip(recipe.data.train, plan.epochs, strict=True))
+    if recipe.data.streams:
+        return "not known, the sources are streamed"
+    return "not known before the data are prepared, by amid-ds prepare or train"
+
+
+def _activations_line(plan: Plan) -> str:
+    without = plan.activations["without_checkpointing"] / GB
+    checkpointed = plan.activations["with_checkpointing"] / GB
+    return (f"activations: {without:,.2f} GB without checkpointing; {checkpointed:,.2f} GB with "
+            "it, one recomputed layer included")
+
+
+def _time_line(plan: Plan) -> str:
+    return (f"about {plan.seconds_per_step:,.2f} s a step ({plan.mfu:.0%} MFU; assumed: "
+            f"{EFFICIENCY:.0%} of the peak in products, network and arithmetic overlapped), "
+            f"{plan.hours:,.1f} h, {plan.hours * plan.ranks:,.0f} rank-hours; "
+            f"a checkpoint of {plan.checkpoint_bytes / GB:,.1f} GB")
+
+
+def _fit_lines(plan: Plan) -> Iterator[str]:
+    """The verdict and, where the plan does not fit, the remedies."""
+    needed, memory = plan.memory_per_rank["total"] / GB, plan.device.memory / GB
+    if plan.fits:
+        yield f"fits: {needed:,.1f} of {memory:,.0f} GB"
+        return
+    yield (f"does not fit: {needed:,.1f} GB, and {HEADROOM:.0%} of {memory:,.0f} GB may be "
+           "planned for")
+    for remedy in plan.remedies or [NO_REMEDY]:
+        yield f"  - {remedy}"
+
+
+def print_check(comparison: Comparison, as_json: bool) -> None:
+    """Print the prediction beside the measurement as a table, or as JSON alone."""
+    if as_json:
+        print(json.dumps(comparison))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("", justify="left")
+    for heading in ("planned", "measured", "difference"):
+        table.add_column(heading, justify="right")
+    for section, parts in comparison.items():
+        unit, symbol = (1.0, "s") if section == "seconds" else (MB, "MB")
+        for part, pair in parts.items():
+            table.add_row(f"{_words(part)}, {symbol}", *_check_cells(pair, unit))
+        table.add_section()
+    Console().print(table)
+
+
+def _check_cells(pair: PlannedAndMeasured, unit: float) -> list[str]:
+    """Both numbers in `unit`, and their difference in percent; a dash for what is missing."""
+    planned, measured = pair["planned"], pair["measured"]
+    cells = ["–" if size is None else f"{size / unit:,.3f}" for size in (planned, measured)]
+    return [*cells, f"{planned / measured - 1:+.1%}" if planned and measured else "–"]
+
+
+def _words(part: str) -> str:
+    return part.replace("_", " ")
