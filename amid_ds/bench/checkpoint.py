@@ -18,14 +18,19 @@ from typing import Any
 import torch
 
 from amid_ds.bench.measure import slowest
-from amid_ds.checkpoint.manifest import find_latest_valid, load_checkpoint
-from amid_ds.checkpoint.saver import Saver, stage
+from amid_ds.checkpoint.manifest import find_latest_valid
+from amid_ds.checkpoint.reshard import load_checkpoint
+from amid_ds.checkpoint.saver import Saver
+from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.recipe import CheckpointPolicy, Recipe
+from amid_ds.data import Batch
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine.build import build_engine
 from amid_ds.engine.ds_config import read_deepspeed_config
-from amid_ds.training.objective import build_objective
+from amid_ds.engine.engine import Engine
+from amid_ds.training.rollout import StepBatch
+from amid_ds.training.step import Stepper
 
 HIDDEN, LAYERS, VOCABULARY = 512, 10, 16000
 ROUNDS = 5
@@ -60,22 +65,21 @@ def _measure(world: World) -> CheckpointRow:
     folder = Path(world.run_on_main(tempfile.mkdtemp))
     try:
         engine = _engine(folder, world)
-        saver = Saver(engine, folder / "ours", CheckpointPolicy(), world, print)
+        saver = Saver(engine, folder / "ours", CheckpointPolicy(), {})
         copy, still, write, plain = [], [], [], []
         for step in range(1, ROUNDS + 1):
-            staged = stage(engine)
+            staged = engine.stage_checkpoint()
             size = sum(tensor.nbytes for tensor in _tensors(staged))
             copy.append(slowest(world, lambda staged=staged: [t.clone() for t in _tensors(staged)]))   # type: ignore[misc]
             del staged
             began = time.perf_counter()
-            started = slowest(world, lambda step=step: saver.start({"step": step}))   # type: ignore[misc]
-            assert saver.thread is not None
-            saver.thread.join()
+            started = slowest(world, lambda step=step: saver.start(TrainState(step)))   # type: ignore[misc]
+            saver.join()
             write.append(max(world.gather(time.perf_counter() - began)) - started)
             still.append(started + slowest(world, saver.finish))
             plain.append(slowest(world, lambda step=step: engine.save_checkpoint(   # type: ignore[misc]
-                str(folder / "plain"), tag=f"step{step}", exclude_frozen_parameters=True)))
-        load = slowest(world, lambda: _resume(engine, folder / "ours", world))
+                folder / "plain", f"step{step}")))
+        load = slowest(world, lambda: _resume(engine, folder / "ours"))
         agreement = slowest(world, lambda: [world.sum([1.0, 0.0, 0.0]) for _ in range(200)]) / 200
         seconds = statistics.median(write)
         return CheckpointRow(world.size, size / 1e6, statistics.median(copy), statistics.median(still), seconds,
@@ -86,7 +90,7 @@ def _measure(world: World) -> CheckpointRow:
             shutil.rmtree(folder)
 
 
-def _engine(folder: Path, world: World) -> Any:
+def _engine(folder: Path, world: World) -> Engine:
     """An engine that has taken one step, so that the optimizer has its moments."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -100,11 +104,9 @@ def _engine(folder: Path, world: World) -> Any:
         "student": {"model": str(folder / "model")}, "data": {"train": [{"path": "none"}]}, "output_dir": str(folder),
         "train": {"steps": 1, "global_batch_size": world.size}, "deepspeed": "zero3_fp32.json"})
     config = read_deepspeed_config(recipe, world.dp_size)
-    engine = build_engine(recipe, config, build_objective(recipe.loss), VOCABULARY, world)
-    ids = torch.randint(VOCABULARY, (1, 64), device=world.device)
-    loss, *_ = engine(ids, ids, torch.full((1, 64), 1 / 64, device=world.device), None)
-    engine.backward(loss)
-    engine.step()
+    engine = build_engine(recipe, config, VOCABULARY, world)
+    ids = torch.randint(VOCABULARY, (1, 64))
+    Stepper(recipe, engine, TrainState()).train_step(StepBatch([Batch(ids, ids, None, 0, [], [])], 64 * world.size, 0.0))
     return engine
 
 
@@ -115,10 +117,10 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for child in children for tensor in _tensors(child)]
 
 
-def _resume(engine: Any, folder: Path, world: World) -> None:
-    found = find_latest_valid(folder, world, print).checkpoint
-    assert found is not None
-    load_checkpoint(engine, found)
+def _resume(engine: Engine, folder: Path) -> None:
+    checkpoint = find_latest_valid(folder, engine.world).checkpoint
+    assert checkpoint is not None
+    load_checkpoint(engine, checkpoint, None)
 
 
 def _print(row: CheckpointRow) -> None:

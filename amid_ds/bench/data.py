@@ -26,7 +26,7 @@ from amid_ds.config import recipe
 from amid_ds.data import Batch, StepData, load_tokenizer, prepare, train_sentencepiece
 from amid_ds.data.tokenizer import encode
 from amid_ds.experiments import demo
-from amid_ds.models.distiller import Distiller
+from amid_ds.models.distiller import Distiller, StepObjective
 
 SEQ_LENGTH, ROWS_PER_STEP, MICRO_BATCH = 512, 64, 8
 VOCABULARY = 4000
@@ -136,15 +136,17 @@ def demo_speed(rounds: int = 5) -> float:
 
     student, teacher = (LlamaForCausalLM(LlamaConfig(**size, vocab_size=demo.VOCABULARY, tie_word_embeddings=True))
                         for size in (demo.STUDENT, demo.TEACHER))
-    distiller = Distiller(student, teacher, preset("skl"), kd_weight=1.0, ce_weight=0.0, vocab_size=demo.VOCABULARY)
+    distiller = Distiller(student, teacher, vocab_size=demo.VOCABULARY)
+    objective = StepObjective(preset("skl"), kd_weight=1.0, ce_weight=0.0)
     optimizer = torch.optim.AdamW(student.parameters())
     ids = torch.randint(demo.VOCABULARY, (demo.TRAIN["micro_batch_size"], demo.SEQ_LENGTH))
     batch = Batch(ids, ids, None, 0, [], [])
     times = []
     for _ in range(1 + rounds):
         begin = time.perf_counter()
-        lesson, = distiller.teach([batch], 1)
-        loss, *_ = distiller(ids, ids, torch.full_like(ids, 1 / ids.numel(), dtype=torch.float32), lesson)
+        teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
+        weights = torch.full_like(ids, 1 / ids.numel(), dtype=torch.float32)
+        loss = distiller(ids, ids, weights, teacher_hidden, objective=objective).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -2,7 +2,7 @@
 
 Four things on the same tokens in the same layout: (a) the student's own step with cross entropy through the fused head,
 (b) the teacher's forward with its head, (c) the distillation step, (d) a second ZeRO-3 engine for the teacher, full
-logits of both models and the objective written out. (a) and (c) are `train.step` itself. Times come from one set of
+logits of both models and the objective written out. (a) and (c) are `Stepper.train_step` itself. Times come from one set of
 ranks that holds all four and takes them in turn; peaks of memory from ranks of their own for each. The ranks are
 started here: two on a CPU, one for each GPU of this machine.
 """
@@ -22,20 +22,27 @@ from typing import Any
 import torch
 
 from amid_ds.bench.measure import slowest, status_bytes
+from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.recipe import Dtype, Recipe
 from amid_ds.data import Batch
 from amid_ds.distributed.launch import free_port
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
-from amid_ds.engine import backend, build, ds_config, engine, gather
+from amid_ds.engine import ds_config
+from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.build import build_engine
+from amid_ds.engine.gather import full_numel
 from amid_ds.errors import TrainingError
 from amid_ds.losses.reference import naive_loss
 from amid_ds.models import loading
 from amid_ds.models.heads import head_of
-from amid_ds.training import job, trainer
-from amid_ds.training.objective import build_objective
+from amid_ds.training.objective import objective_at
+from amid_ds.training.rollout import StepBatch
+from amid_ds.training.step import Stepper
 
 MICRO_BATCHES = 4
+# Rows of hidden states that the teacher's head takes at once.
+HEAD_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -137,9 +144,9 @@ def _be_a_rank(rank: int, folder: Path, part: str, scale: Scale) -> None:
 
 
 def _times(folder: Path, world: World, scale: Scale) -> dict[str, Any]:
-    alone, ours, usual = (_Ours(folder, world, scale, taught=False), _Ours(folder, world, scale, taught=True),
+    alone, ours, usual = (_Ours(folder, world, scale, with_teacher=False), _Ours(folder, world, scale, with_teacher=True),
                           _Usual(folder, world, scale))
-    lone = _Ours(folder, world, scale, taught=True)      # a forward in between would cost `ours` its prefetch trace
+    lone = _Ours(folder, world, scale, with_teacher=True)      # a forward in between would cost `ours` its prefetch trace
     steps: dict[str, Callable[[], None]] = {"student": alone.step, "teacher": lone.teacher_forward,
                                             "distillation": ours.step, "usual": usual.step}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
@@ -166,62 +173,61 @@ def _peak(way: str, folder: Path, world: World, scale: Scale) -> dict[str, Any]:
 
 
 class _Ours:
-    """One engine, `train.step`; with the teacher, or cross entropy alone."""
+    """Our engine and its optimizer step; with the teacher, or cross entropy alone."""
 
-    def __init__(self, folder: Path, world: World, scale: Scale, taught: bool) -> None:
-        self.world, self.scale, self.recipe = world, scale, _recipe(folder, world, scale, taught)
-        config = ds_config.read_deepspeed_config(self.recipe, world.dp_size)
-        objective = build_objective(self.recipe.loss)
-        self.ds = build.build_engine(self.recipe, config, objective, scale.vocabulary, world)
-        self.job = job.Job(self.recipe, config, objective, None)
+    def __init__(self, folder: Path, world: World, scale: Scale, with_teacher: bool) -> None:
+        self.world, self.scale = world, scale
+        recipe = _recipe(folder, world, scale, with_teacher)
+        config = ds_config.read_deepspeed_config(recipe, world.dp_size)
+        self.engine = build_engine(recipe, config, scale.vocabulary, world)
+        self.stepper = Stepper(recipe, self.engine, TrainState())
         self.window = [_batch(index, world, scale) for index in range(MICRO_BATCHES)]
-        self.state = {"step": 0, "tokens": 0,
-                      "tokens_per_pass": engine.choose_teacher_batch(self.ds, self.recipe, None, world)}
 
     def step(self) -> None:
         self._step(self.window)
 
     def _step(self, window: list[Batch]) -> None:
         valid = sum(batch.labels.numel() for batch in window) * self.world.size
-        trainer.train_step(self.job, self.ds, window, valid, self.state, self.world)
+        self.stepper.train_step(StepBatch(window, valid, 0.0))
 
     @torch.no_grad()
     def teacher_forward(self) -> None:
         """The teacher's body over the window, and its head: what a forward of the model by itself computes."""
-        distiller = self.ds.module
-        engine.start_step(self.ds)
+        teacher = self.engine.distiller.teacher
+        assert teacher is not None
+        self.engine.start_step(0.0)
         batches = [batch.to(self.world.device) for batch in self.window]
-        per_pass = max(1, self.state["tokens_per_pass"] // batches[0].labels.numel())
-        lessons = distiller.teach(batches, per_pass)
-        with gather.gathered_head(distiller.teacher):
-            weight = head_of(distiller.teacher).weight
-            for hidden in lessons:
-                for rows in hidden.split(256):
+        window = self.engine.teacher_hidden_states(batches, batches[0].labels.numel(), self.stepper.teacher_batch)
+        with self.engine.gathered_head(teacher):
+            weight = head_of(teacher).weight
+            for hidden in window:
+                for rows in hidden.split(HEAD_ROWS):
                     rows.to(weight.device) @ weight.t()
 
     def gathered_in_a_step(self, micro_batches: int) -> int:
+        """Bytes of the teacher that one step gathers."""
         window = [_batch(index, self.world, self.scale) for index in range(micro_batches)]
-        before = self.ds.gathered.teacher
+        before = self.engine.gathered_bytes.teacher
         self._step(window)
-        return int(self.ds.gathered.teacher - before)
+        return self.engine.gathered_bytes.teacher - before
 
     def teacher_sizes(self) -> dict[str, int]:
-        teacher = self.ds.module.teacher
-        layer = teacher.get_input_embeddings().weight, *[list(block.parameters()) for block in teacher.model.layers[:1]]
-        held = [p.ds_tensor for p in teacher.parameters()]
-        sizes = [layer[0].ds_numel, sum(p.ds_numel for p in layer[1])]
-        return {"teacher_shard_bytes": sum(part.numel() * part.element_size() for part in held),
-                "largest_layer_bytes": max(sizes) * held[0].element_size()}
+        """Bytes of the teacher's shards on this rank, and of the largest layer that one gather puts together."""
+        teacher: Any = self.engine.distiller.teacher
+        layers = [[teacher.get_input_embeddings().weight], list(teacher.model.layers[0].parameters())]
+        largest = max(sum(full_numel(parameter) for parameter in layer) for layer in layers)
+        return {"teacher_shard_bytes": self.engine.resident_bytes()["teacher_weights"],
+                "largest_layer_bytes": largest * layers[0][0].element_size()}
 
 
 class _Usual:
     """Two ZeRO-3 engines, full logits of both models for every micro-batch, the objective written out."""
 
     def __init__(self, folder: Path, world: World, scale: Scale) -> None:
-        deepspeed = backend.import_deepspeed()
-        recipe = _recipe(folder, world, scale, taught=True)
+        deepspeed = import_deepspeed()
+        recipe = _recipe(folder, world, scale, with_teacher=True)
         config = ds_config.read_deepspeed_config(recipe, world.dp_size)
-        self.world, self.objective = world, build_objective(recipe.loss)
+        self.world, self.objective = world, objective_at(recipe.loss, 0, recipe.train.steps).amid
         student, teacher = (loading.load_causal_lm(str(folder / name), scale.dtype, ds_config.sharded_loading(config))
                             for name in ("student", "teacher"))
         teacher.requires_grad_(False).eval()
@@ -243,10 +249,10 @@ class _Usual:
         self.student.step()
 
 
-def _recipe(folder: Path, world: World, scale: Scale, taught: bool) -> Recipe:
+def _recipe(folder: Path, world: World, scale: Scale, with_teacher: bool) -> Recipe:
     return Recipe.model_validate({
         "student": {"model": str(folder / "student")},
-        **({"teacher": {"model": str(folder / "teacher")}} if taught else {}),
+        **({"teacher": {"model": str(folder / "teacher")}} if with_teacher else {}),
         "data": {"train": [{"path": "none"}]}, "output_dir": str(folder),
         "train": {"steps": 100, "seq_length": scale.length, "micro_batch_size": scale.rows,
                   "global_batch_size": scale.rows * MICRO_BATCHES * world.dp_size},

@@ -104,6 +104,11 @@ class Saver:
         except Exception as error:
             save.error = f"rank {self.world.rank}: {type(error).__name__}: {error}"
 
+    def join(self) -> None:
+        """Wait until this rank has written."""
+        if self._save is not None and self._save.thread is not None:
+            self._save.thread.join()
+
     def finish(self) -> None:
         """Wait until every rank has written, then commit.
 
@@ -111,9 +116,9 @@ class Saver:
         TrainingError after the third failure in a row.
         """
         save = self._save
-        if save is None or save.thread is None:
+        if save is None:
             return
-        save.thread.join()
+        self.join()
         outcomes = self.world.gather((save.written, save.error))
         problems = [error for _, error in outcomes if error is not None]
         if not problems:

@@ -92,7 +92,7 @@ class Engine:
             engine.step()
             return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
         trained = [p for p in self.module.parameters() if p.grad is not None]
-        whole, split = (sum(float(p.grad.double().square().sum()) for p in trained   # type: ignore[union-attr]
+        whole, split = (sum(float(p.grad.double().square().sum()) for p in trained
                             if hasattr(p, "tensor_model_parallel") == wanted) for wanted in (False, True))
         # Every rank has the gradients of the whole step: world.sum counts each of the dp_size copies.
         norm = math.sqrt(whole + self.world.sum([split])[0] * self.world.tp_size / self.world.dp_size)
@@ -169,6 +169,10 @@ class Engine:
     def stage_checkpoint(self) -> dict[str, object]:
         """What this rank has to write to a checkpoint, by file name, copied to host memory. Collective."""
         return staging.stage_checkpoint(self._deepspeed)
+
+    def save_checkpoint(self, folder: Path, tag: str) -> None:
+        """DeepSpeed's own save, which waits until all is written: for comparison. Collective."""
+        self._deepspeed.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
 
     def load_checkpoint(self, checkpoint: Path) -> None:
         """Restore weights and optimizer in the layout that they were saved in. Collective."""

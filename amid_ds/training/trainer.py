@@ -1,35 +1,21 @@
-"""The training loop: fetch, reduce step info, roll out, step, monitor, evaluate, save.
-
-A step's loss is the sum over its valid tokens divided by the number N of valid tokens in the whole
-global batch, so it does not depend on ranks, micro-batches or masks. DeepSpeed averages gradients over
-the data-parallel ranks R; with token weights 1/N and the loss times R (`Engine.backward`), its
-(1/R) Σ_ranks Σ_micro ∇(R · Σ_i loss_i / N) is ∇ Σ_i loss_i / N.
-"""
+"""The training loop: fetch, reduce step info, roll out, step, monitor, evaluate, save."""
 
 from __future__ import annotations
 
 import logging
-import math
 import socket
-import time
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from amid_ds.checkpoint.saver import Saver
 from amid_ds.checkpoint.state import TrainState
-from amid_ds.config.schedule import learning_rate, step_seed, taid_update
-from amid_ds.data import Batch, StreamData, merged_places
+from amid_ds.data import StreamData, merged_places
 from amid_ds.engine.engine import Engine
-from amid_ds.errors import Stopped, TrainingError
-from amid_ds.losses.fused import IGNORE_INDEX
-from amid_ds.models.distiller import StepObjective
+from amid_ds.errors import Stopped
 from amid_ds.monitor.monitors import Monitors, PlannedCosts
-from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
+from amid_ds.monitor.step_timer import phase
 from amid_ds.monitor.stop_request import StopRequest
 from amid_ds.planning.devices import local_device
 from amid_ds.planning.estimate import planned_flops
@@ -45,42 +31,21 @@ from amid_ds.training.fetch import (
     reduce_step_info,
 )
 from amid_ds.training.job import Job, export_final_model
-from amid_ds.training.objective import objective_at
 from amid_ds.training.rollout import Rollouts, StepBatch
+from amid_ds.training.step import Metrics, Stepper
 from amid_ds.training.validation import validate
 
 logger = logging.getLogger(__name__)
 
-Metrics = dict[str, float | None]
 
 
-class _MicroBatch(NamedTuple):
-    """A micro-batch of a step with its own objective and token divisor; no teacher without hidden states."""
-
-    batch: Batch
-    divisor: float
-    objective: StepObjective
-
-
-class _StepSums(NamedTuple):
-    """Sums of a step over all ranks: its loss, divergence and cross entropy, and the auxiliary corpus's mean
-    cross entropy."""
-
-    loss: float
-    kd: float
-    ce: float
-    auxiliary: float
-
-
-class Trainer:
+class Trainer(Stepper):
     """One attempt of a run, from `state` to the recipe's last step. All ranks make the same calls."""
 
     def __init__(self, job: Job, engine: Engine, state: TrainState, identity: Mapping[str, object],
                  damaged: frozenset[Path], attempt: Attempt) -> None:
-        self.job, self.recipe, self.engine, self.world = job, job.recipe, engine, engine.world
-        self.state, self.attempt = state, attempt
-        self.teacher_batch = engine.choose_teacher_batch(job.recipe, state.teacher_tokens_per_pass)
-        state.teacher_tokens_per_pass = self.teacher_batch.tokens_per_pass
+        super().__init__(job.recipe, engine, state)
+        self.job, self.attempt = job, attempt
         self.data, self.auxiliary = self.world.run_checked(lambda: open_step_data(job, state, self.world))
         self.rollouts = self._open_rollouts()
         self.saver = Saver(engine, job.run.checkpoints, self.recipe.checkpoint, identity, damaged)
@@ -109,110 +74,6 @@ class Trainer:
                 monitors.restart_clock()
             monitors.rest()
             self._finish()
-
-    def train_step(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None = None) -> Metrics:
-        """Make one optimizer step and update the state; returns the step's metrics.
-
-        The auxiliary corpus adds its coefficient times its mean cross entropy. Where the batch is
-        sampled by the student, its cross entropy does not count. One small collective beside
-        DeepSpeed's. Raises TrainingError, before the optimizer step, for a NaN or Inf.
-        """
-        began = time.monotonic()
-        recipe, step = self.recipe, self.state.step
-        objective = objective_at(recipe.loss, step, recipe.train.steps, self.state.taid)
-        rate = learning_rate(recipe.train, step)
-        torch.manual_seed(step_seed(recipe.train.seed, step, self.world.dp_rank))
-        self.engine.start_step(rate)
-        micro_batches = self._micro_batches(batch, auxiliary, objective)
-        losses = self._forward_backward(micro_batches, len(batch.window), objective)
-        sums = self._reduce(losses, len(batch.window))
-        self._require_finite(f"the loss of step {step + 1} is {sums.loss}", sums.loss, losses, micro_batches)
-        with phase("optimizer"):
-            norm = self.engine.optimizer_step()
-        self._require_finite(f"the gradient norm of step {step + 1} is not finite", norm, losses, micro_batches)
-        uses_teacher = self.engine.distiller.uses_teacher(objective)
-        if uses_teacher and recipe.loss.adaptive is not None:
-            self.state.taid = taid_update(recipe.loss.adaptive, self.state.taid, sums.kd, step, recipe.train.steps)
-        self.state.step, self.state.tokens = step + 1, self.state.tokens + int(batch.tokens)
-        metrics: Metrics = {} if auxiliary is None else {"auxiliary_loss": sums.auxiliary}
-        return metrics | {
-            "tokens": self.state.tokens, "loss": sums.loss, "kd_loss": sums.kd if uses_teacher else None,
-            "ce_loss": sums.ce, "grad_norm": norm, "learning_rate": rate,
-            "alpha": objective.amid.alpha if uses_teacher else None,
-            "lam": objective.amid.lam if uses_teacher else None,
-            **{name: value for name, value in objective.scheduled.items() if name not in ("alpha", "lam")},
-            "tokens_per_second": batch.tokens / (time.monotonic() - began)}
-
-    def _micro_batches(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None,
-                       objective: StepObjective) -> list[_MicroBatch]:
-        """The step's micro-batches, those of the auxiliary corpus last; each window is divided once by its own
-        valid tokens."""
-        own = replace(objective, ce_weight=0.0) if batch.sampled else objective
-        micro_batches = [_MicroBatch(each.to(self.world.device), max(batch.tokens, 1.0), own)
-                         for each in batch.window]
-        if auxiliary is not None:
-            assert self.recipe.data.auxiliary is not None
-            cross_entropy = replace(objective, kd_weight=0.0, ce_weight=1.0)
-            divisor = max(auxiliary.tokens, 1.0) / self.recipe.data.auxiliary.weight
-            micro_batches += [_MicroBatch(each.to(self.world.device), divisor, cross_entropy)
-                              for each in auxiliary.window]
-        return micro_batches
-
-    def _forward_backward(self, micro_batches: list[_MicroBatch], with_teacher: int,
-                          objective: StepObjective) -> Tensor:
-        """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy; gradients are accumulated.
-
-        The teacher runs first, over the first `with_teacher` micro-batches at once.
-        """
-        distiller, train = self.engine.distiller, self.recipe.train
-        teacher_hidden: list[Tensor | None] = [None] * len(micro_batches)
-        uses_teacher = distiller.uses_teacher(objective)
-        if uses_teacher:
-            with phase("teacher"):
-                teacher_hidden[:with_teacher] = self.engine.teacher_hidden_states(
-                    [each.batch for each in micro_batches[:with_teacher]],
-                    train.micro_batch_size * train.seq_length, self.teacher_batch)
-        losses = []
-        with self.engine.gathered_head(distiller.teacher if uses_teacher else None):
-            for index, (batch, divisor, own) in enumerate(micro_batches):
-                token_weights = (batch.labels != IGNORE_INDEX).float() / divisor
-                with phase("forward"):
-                    last = index == len(micro_batches) - 1
-                    loss = self.engine.forward(batch, token_weights, teacher_hidden[index], own, last)
-                # Its memory is free for the next micro-batch's activations.
-                teacher_hidden[index] = None
-                with phase("backward"):
-                    self.engine.backward(loss.loss)
-                losses.append(torch.stack([loss.loss.detach(), loss.kd, loss.ce]))
-        return torch.stack(losses).double()
-
-    def _reduce(self, losses: Tensor, with_teacher: int) -> _StepSums:
-        """The step's sums over all ranks, in one collective that also spreads each rank's own statistics."""
-        main, added = losses[:with_teacher], losses[with_teacher:]
-        own_loss = losses[:, 0].sum().item()
-        (loss, kd, ce, auxiliary), peers = self.world.sum_beside(
-            [own_loss, *main[:, 1:].sum(0).tolist(), added[:, 2].sum().item()], [own_loss, *local_stats()])
-        set_peer_stats(peers)
-        weight = self.recipe.data.auxiliary.weight if self.recipe.data.auxiliary is not None else 1.0
-        return _StepSums(loss, kd, ce, auxiliary / weight)
-
-    def _require_finite(self, problem: str, value: float | None, losses: Tensor,
-                        micro_batches: list[_MicroBatch]) -> None:
-        """Raise TrainingError, on every rank alike, unless the reduced `value` is a finite number.
-
-        The message names the ranks and rows behind it. The weights are those of the step before.
-        """
-        if value is not None and math.isfinite(value):
-            return
-        bad = [index for index, finite in enumerate(losses[:, 0].isfinite().tolist()) if not finite]
-        report = self.world.gather([source for index in bad for source in micro_batches[index].batch.sources])
-        lines = [f"    - rank {rank}: {', '.join(sources)}" for rank, sources in enumerate(report) if sources]
-        if not lines:
-            # Every loss was finite and the sum of the gradients was not: any rank's rows may be behind it.
-            everyone = self.world.gather([source for each in micro_batches for source in each.batch.sources])
-            lines = [f"    - rank {rank} (its losses were finite): {', '.join(sources)}"
-                     for rank, sources in enumerate(everyone)]
-        raise TrainingError(f"{problem}; no optimizer step was taken. Where it arose:\n" + "\n".join(lines))
 
     def _reduce_info(self, fetched: FetchedStep) -> StepInfo:
         """The step's agreement; a save that every rank has written is committed."""
