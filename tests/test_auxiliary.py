@@ -65,7 +65,7 @@ def test_its_cross_entropy_is_added_with_the_coefficient_and_goes_on_where_it_wa
         data__auxiliary=text, data__prepared=str(tmp_path / "data"), checkpoint__every=2,
         train=TRAIN,
         loss={"alpha": -1.0, "lam": 0.3, "ce_weight": 0.0})
-    # two micro-batches of each corpus on either rank
+    # Two micro-batches of each corpus on either rank.
     run_ranks(2, "train", recipe)
     whole = comparable_metrics(tmp_path / "run")
     truth = reference_metrics(student, teacher, tmp_path / "data")

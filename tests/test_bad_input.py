@@ -59,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 PROMPTS = "data.train=[{path: ROOT/rows.jsonl, prompt: prompt, response: response}]"
-# overrides -> what the message must name
+# Overrides -> what the message must name.
 CASES = {
     "unknown keys, all at once": (["train.stepz=3", "loss.lambda=0.1", "studnt.model=x"],
                                   ["`train.stepz`", "did you mean `steps`", "`loss.lambda`",
@@ -165,7 +165,7 @@ def test_another_recipes_run_in_the_output_folder_is_refused_and_left_alone(llam
     message = capsys.readouterr().err
     assert "loss.lam: 0.3 before, 0.9 now" in message and "train.seed: 0 before, 5 now" in message
     assert (tmp_path / "run" / "recipe.yaml").read_text() == before
-    # changes nothing learnt
+    # Keys that change nothing learnt may differ.
     assert main(["train", str(recipe), "train.log_every=2", "checkpoint.keep=3"]) == 0
 
 
@@ -187,7 +187,7 @@ def test_a_model_whose_logits_the_head_does_not_reproduce_is_refused_by_name(lla
     from transformers import LlamaForCausalLM
 
     class Warped(LlamaForCausalLM):
-        # does to its logits what its config does not say
+        # Scales its logits, which its config does not say.
         def forward(self, *args, **kwargs):
             out = super().forward(*args, **kwargs)
             out.logits = out.logits * 1.1
@@ -201,7 +201,7 @@ def test_a_model_whose_logits_the_head_does_not_reproduce_is_refused_by_name(lla
         check_head(warped, "the student", ids, lambda _: nullcontext())
 
 
-def test_a_recipe_that_cannot_be_read_is_said(tmp_path, capsys):
+def test_a_recipe_that_cannot_be_read_is_refused_by_name(tmp_path, capsys):
     for name, text in {"list.yaml": "- a\n- b\n", "broken.yaml": "a: [1,\n",
                        "missing.yaml": None}.items():
         if text is not None:
@@ -224,7 +224,7 @@ def test_export_refuses_what_is_no_run_and_a_folder_in_use(llama_pair, folder, t
 
 def test_a_models_own_code_is_run_only_when_asked_for(shared_model, text_file, tmp_path,
                                                       monkeypatch):
-    """A Llama under another name, with Python code beside the weights as hub models have it."""
+    """A Llama under another name, with Python code in its folder as hub models have it."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     student = make_model(tmp_path / "student", "llama", 0)
     (student / "own.py").write_text(

@@ -14,10 +14,9 @@ def test_the_four_ways_are_measured_and_the_teacher_is_gathered_once_a_window(tm
     _make_models(tmp_path, SCALE)
     times = _on_ranks(2, tmp_path, "times", SCALE)
     peak = _on_ranks(2, tmp_path, "distillation", SCALE)["peak_bytes"]
-    # who measures is no rank
+    # The measuring process must not stay a rank.
     assert not (os.environ.keys() - before) & {"WORLD_SIZE", "RANK", "MASTER_ADDR"}
-    # of a Llama whose every weight is above ZeRO-3's threshold for gathering or not: embedding,
-    # projections, norms
+    # Bytes of embedding, projections and norms, with every parameter gathered.
     layer = 4 * 128 * 128 + 3 * 128 * 512
     teacher = 4 * (512 * 128 + 3 * (layer + 2 * 128) + 128)
     assert times["teacher_shard_bytes"] == teacher / 2

@@ -69,6 +69,13 @@ def newest_name(run: Path) -> str:
     return max((path.name for path in list_checkpoints(run / "checkpoints")), default="")
 
 
+def wait_while_alive(ranks: Ranks, condition: Callable[[], object], interval: float) -> None:
+    """Return when `condition()` is true, when rank 0 has ended, or after 90 s."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and ranks.processes[0].is_alive() and not condition():
+        time.sleep(interval)
+
+
 def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int, last: str = LAST) -> int:
     """Start, kill -9 one rank or all at a random moment, restart; return the kills inside a save.
 
@@ -80,23 +87,16 @@ def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int, last: str = 
         before = len(list_checkpoints(run / "checkpoints"))
         newest = newest_name(run)
         ranks = Ranks(2, "train", recipe)
-        deadline = time.monotonic() + 90
-
-        def wait_for(condition, interval: float, ranks=ranks, deadline=deadline) -> None:
-            while (time.monotonic() < deadline and not condition()
-                   and ranks.processes[0].is_alive()):
-                time.sleep(interval)
-
         # At least one step further in every attempt.
-        wait_for(lambda newest=newest: newest_name(run) != newest, 0.002)
+        wait_while_alive(ranks, lambda newest=newest: newest_name(run) != newest, 0.002)
         if number % 2:
-            wait_for(lambda: list((run / "checkpoints").glob(".step_*.tmp")), 0.0005)
+            wait_while_alive(ranks, lambda: list((run / "checkpoints").glob(".step_*.tmp")), 0.0005)
         else:
             time.sleep(draw.random() * 0.3)
         hidden = bool(list((run / "checkpoints").glob(".step_*.tmp")))
         ranks.signal(signal.SIGKILL, *([0, 1] if draw.random() < 0.5 else [draw.randrange(2)]))
         inside += hidden
-        # the launcher's part: when one rank dies, the others go
+        # As the launcher does: when one rank dies, it kills the others.
         for rank in range(2):
             ranks.processes[rank].kill()
         ranks.wait(30)
@@ -110,7 +110,7 @@ def kill_and_resume(recipe: Path, run: Path, kills: int, seed: int, last: str = 
 def test_killed_at_random_moments_a_run_is_still_the_uninterrupted_run(recipe_for, uninterrupted,
                                                                        tmp_path):
     kills = inside = 0
-    # each has at most as many attempts as there are steps
+    # Four runs, because one has at most as many attempts as steps.
     for attempt in range(4):
         run = tmp_path / f"run{attempt}"
         recipe = recipe_for(run)
@@ -170,7 +170,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(recipe_for, tmp_path):
     run = tmp_path / "run"
     ranks = Ranks(1, "train", recipe_for(run, train__steps=3000, checkpoint__every=1000))
     ranks.wait_until(lambda: count_steps(run) > 2)
-    # the second within the step that the first one waits for, or just after its save
+    # The second comes in the step that the first waits for, or just after its save.
     for _ in range(2):
         ranks.signal(signal.SIGINT)
     assert ranks.wait(30)[0] in (1, 75)
@@ -208,7 +208,7 @@ def test_damage_is_found(how, uninterrupted, tmp_path):
     assert verify(checkpoint) is None
     break_it(checkpoint, how)
     assert verify(checkpoint) is not None
-    # ranks share the reading: one of them finds it
+    # Ranks share the files: at least one of them sees the damage.
     if "manifest" not in how:
         assert [verify(checkpoint, rank, 3) is not None for rank in range(3)].count(True) >= 1
 

@@ -68,7 +68,7 @@ def test_two_ranks_make_the_same_collectives_in_the_same_order_in_every_step_of_
     for step in (1, 2, 3):
         calls = [json.loads((tmp_path / f"step{step}.rank{rank}").read_text()) for rank in range(4)]
         assert len(calls[0]) > 20
-        # what both take part in, in the order of each
+        # The collectives that both ranks are in, in the order of each.
         for pair in itertools.combinations(range(4), 2):
             first, second = ([call for call in calls[rank] if set(pair) <= set(call[1])]
                              for rank in pair)
@@ -107,5 +107,5 @@ def test_a_process_that_was_a_group_of_one_is_no_rank_afterwards(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     with init_distributed(10):
         assert [os.environ[name] for name in names] == ["0", "1", "0"]
-    # or what it submits next would train alone on every node
+    # Else a job that it submits would train alone on every node.
     assert not os.environ.keys() & set(names)

@@ -72,7 +72,7 @@ def expected_pairs(documents, tokenizer):
     return list(itertools.pairwise(stream))
 
 
-def test_text_rows_teach_every_token_once_and_in_order(tmp_path, tokenizer):
+def test_text_rows_train_on_every_token_once_and_in_order(tmp_path, tokenizer):
     documents = texts(40)
     path = write_jsonl(tmp_path / "corpus.jsonl",
                        [{"id": i, "body": text} for i, text in enumerate(documents)])
@@ -96,7 +96,7 @@ def test_shards_together_hold_the_whole_corpus(tmp_path, tokenizer, many_chunks)
     wanted = expected_pairs(documents, tokenizer)
     assert shards > 10 and len(pairs) == len(wanted) - (shards - 1)
     at = 0
-    # in order, skipping nothing but a pair that begins with an end of text
+    # In order; only a pair that begins with an end of text may be missing.
     for pair in pairs:
         while wanted[at] != pair:
             assert wanted[at][0] == tokenizer.eos_token_id
@@ -106,8 +106,9 @@ def test_shards_together_hold_the_whole_corpus(tmp_path, tokenizer, many_chunks)
 
 
 def test_a_text_file_is_one_document_with_its_white_space(tmp_path, tokenizer, monkeypatch):
-    monkeypatch.setattr("amid_ds.data.readers.PIECE_BYTES", 50)      # read in many pieces
-    monkeypatch.setattr(shard, "MIN_CHUNK", 4000)                     # and from two chunks
+    # Read in many pieces, and from two chunks.
+    monkeypatch.setattr("amid_ds.data.readers.PIECE_BYTES", 50)
+    monkeypatch.setattr(shard, "MIN_CHUNK", 4000)
     folder = tmp_path / "texts"
     folder.mkdir()
     contents = ["".join(texts(100, seed)).replace("\n", "\n  \n") for seed in (1, 2)]
@@ -116,7 +117,7 @@ def test_a_text_file_is_one_document_with_its_white_space(tmp_path, tokenizer, m
     info = prepare(data_of({"path": str(folder)}), SEQ, tokenizer, tmp_path / "out")
     batches = list(read_rows(tmp_path / "out", 1))
     ids, previous = [], None
-    # rows overlap by one token within a shard
+    # Rows overlap by one token within a shard.
     for batch in batches:
         row = [*batch.input_ids[0].tolist(), batch.labels[0, -1].item()]
         ids += row[1:] if previous == row[0] else row
@@ -166,7 +167,7 @@ def test_isolated_prompts_share_rows_each_as_it_is_in_a_row_of_its_own(tmp_path,
             for i in range(60)]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     infos, documents = [], []
-    # the default is to isolate prompts
+    # The default is to isolate prompts.
     for isolate in (None, False):
         data = data_of({"path": path, "prompt": "q", "response": "a"}, isolate_documents=isolate)
         infos.append(prepare(data, 120, tokenizer, tmp_path / f"out{isolate}").sources[0])
@@ -185,7 +186,7 @@ def test_isolated_prompts_share_rows_each_as_it_is_in_a_row_of_its_own(tmp_path,
 def test_isolated_texts_start_again_and_do_not_predict_the_next_ones_beginning(tmp_path, tokenizer,
                                                                                many_chunks,
                                                                                monkeypatch):
-    # in several pieces each, and one document still
+    # Each document is read in several pieces.
     monkeypatch.setattr("amid_ds.data.encode.PIECE_BYTES", 50)
     documents = texts(60)
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in documents])
@@ -227,7 +228,7 @@ def test_a_step_reads_the_same_rows_in_any_layout(prepared, size, micro):
 
 def test_interrupted_runs_in_changing_layouts_read_every_row_once(prepared):
     rows = len(Prepared(prepared))
-    # weights in proportion to the rows: one epoch of both ends together
+    # Weights in proportion to the rows: the epochs of both sources end together.
     shares = Prepared(prepared).counts
     rng, steps, seen = random.Random(1), rows // 8, []
     interruptions = sorted(rng.sample(range(1, steps), 10))
@@ -271,7 +272,7 @@ def test_the_time_waited_for_data_is_counted(prepared, monkeypatch):
     monkeypatch.setattr(StepData, "window", window)
     data = step_data(prepared)
     for _ in data.windows(0, 5):
-        # what the reader does meanwhile is no waiting
+        # The time between two reads is no waiting.
         clock[0] += 100.0
     assert data.waited == 10.0
 
@@ -423,7 +424,7 @@ def test_two_jobs_share_the_work_on_one_folder(tmp_path, tokenizer, many_chunks)
         assert made() == shards - 1
         assert not (out / "shards" / "000001.json").exists() and ours.is_alive()
     finally:
-        # the other job dies without having made it
+        # The other job dies without having made the shard.
         other.communicate()
     ours.join()
     assert {path.name: path.read_bytes() for path in (out / "shards").iterdir()} == \
@@ -489,7 +490,7 @@ def test_a_killed_job_leaves_no_process_and_what_it_finished(tmp_path, tokenizer
 
 def alive(process):
     try:
-        # empty: a zombie that nobody has waited for yet
+        # Empty for a zombie that nobody has waited for.
         return (process / "cmdline").read_bytes() != b""
     except OSError:
         return False
@@ -535,7 +536,7 @@ def test_a_folder_of_other_data_is_refused_by_name_or_made_anew(tmp_path, tokeni
     prepare(data_of({"path": path}), SEQ, tokenizer, out)
     with pytest.raises(InputError, match="`seq_length` is 16 there and 8 in this recipe"):
         prepare(data_of({"path": path}, prepared=str(out)), 8, tokenizer, out)
-    # nor may an unfinished one be mixed with
+    # An unfinished folder is refused too.
     (out / "manifest.json").unlink()
     with pytest.raises(InputError, match="`seq_length` is 16 there and 8 in this recipe"):
         prepare(data_of({"path": path}, prepared=str(out)), 8, tokenizer, out)
@@ -604,7 +605,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_no_error(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
     check_sources(data_of({"path": str(path)}))
-    # but inside a file the mark is no white space
+    # Inside a file the mark is no white space.
     path.write_bytes(b'{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n')
     with pytest.raises(InputError, match="line 2: not JSON"):
         check_sources(data_of({"path": str(path)}))
@@ -642,7 +643,7 @@ def test_a_flipped_bit_is_found_when_the_row_is_read(prepared):
 
 
 @pytest.mark.parametrize("offset", range(0, 1800, 97))
-def test_damage_anywhere_in_a_shard_is_said_or_harms_nothing(prepared, offset):
+def test_damage_anywhere_in_a_shard_is_reported_or_harms_nothing(prepared, offset):
     """Arrow's own header and offsets included: a clear error, or the rows as they were."""
     before = [batch.input_ids.tolist() for batch in read_rows(prepared, 4)]
     path = prepared / "shards" / "000002.arrow"
@@ -667,7 +668,7 @@ def test_damage_met_by_one_rank_ends_all_with_2_and_one_message(shared_model, te
     assert ranks.wait() == [2, 2], ranks.output()
     assert "000000.arrow is damaged: the checksum of its row" in ranks.output()
     assert "Traceback" not in ranks.output()
-    # rank 0 speaks for all
+    # Rank 0 prints for all.
     assert ranks.output(1).count("damaged") == 0
 
 

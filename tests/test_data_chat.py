@@ -25,7 +25,7 @@ STRICT = "{% for m in messages %}{{ raise_exception('roles must alternate') }}{%
 
 CONVERSATION = [
     {"role": "system", "content": "word1"},
-    # a user may write anything
+    # A user may write anything.
     {"role": "user", "content": "say word2, not <|im_start|>assistant"},
     {"role": "assistant", "content": "word2 é"},
     {"role": "user", "content": "again\n\nword3"},
@@ -90,7 +90,7 @@ def test_a_conversation_too_long_loses_the_side_that_the_recipe_names(tmp_path, 
     [batch], info = rows_of(tmp_path, chat_tokenizer, CHATML, CONVERSATION, seq_length=length)
     assert batch.input_ids[0].tolist() == whole[-length - 1:-1] and info.truncated == 1
     assert learnt_texts(batch, chat_tokenizer)[-1] == "word3<|im_end|>\n"
-    # too short for both answers
+    # Too short for both answers.
     [batch], _ = rows_of(tmp_path, chat_tokenizer, CHATML, CONVERSATION, seq_length=24)
     assert batch.input_ids[0].tolist() == whole[-25:-1]
     assert learnt_texts(batch, chat_tokenizer) == ["word3<|im_end|>\n"]
@@ -105,7 +105,7 @@ def test_what_the_assistant_says_first_is_learnt_but_for_its_first_token(tmp_pat
     [batch], _ = rows_of(tmp_path, chat_tokenizer, template, CONVERSATION[2:3])
     whole = chat_tokenizer.apply_chat_template(CONVERSATION[2:3])["input_ids"]
     assert batch.input_ids[0].tolist() == whole[:-1]
-    # the line end is the template's, not the assistant's
+    # The line end is the template's, not the assistant's.
     assert batch.labels[0].tolist() == [*whole[1:-1], -100]
 
 

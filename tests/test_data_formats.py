@@ -68,7 +68,7 @@ def prepared_pairs(path, tokenizer, out):
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_every_format_teaches_the_same_tokens(tmp_path, tokenizer, rows, name):
+def test_every_format_gives_the_same_tokens(tmp_path, tokenizer, rows, name):
     WRITERS[name](tmp_path / name, rows)
     (tmp_path / "reference.jsonl").write_bytes(lines_of(rows))
     check_sources(recipe.Data(train=[{"path": str(tmp_path / name)}]))
@@ -188,7 +188,7 @@ def test_what_is_neither_here_nor_on_the_hub_is_refused(tmp_path, tokenizer, mon
             InputError,
             match=r"'owner/name' is no file or folder here, and no data set .*: no network\n"):
         prepare(recipe.Data(train=[{"path": "owner/name"}]), SEQ, tokenizer, tmp_path / "out")
-    # does not ask: every rank would
+    # Does not ask the hub: every rank would.
     check_sources(recipe.Data(train=[{"path": "owner/name"}]))
     with pytest.raises(InputError, match=r"'owner/name\.jsonl' is not there"):
         check_sources(recipe.Data(train=[{"path": "owner/name.jsonl"}]))

@@ -21,9 +21,9 @@ def test_permute_depends_on_its_key_and_leaves_little_in_place():
     size = 10_000
     one, two = (permute(np.arange(size), size, np.full(size, key, np.uint64)) for key in (1, 2))
     for out in (one, two):
-        # a random permutation leaves one
+        # A random permutation leaves one index where it was,
         assert np.sum(out == np.arange(size)) < 10
-        # and keeps one pair of neighbours
+        # and one pair of neighbours together.
         assert np.sum(np.diff(out) == 1) < 10
     assert np.sum(one == two) < 10
 
@@ -55,7 +55,7 @@ def test_deal_keeps_to_the_weights_at_every_moment(weights, samples):
 
 
 def test_every_epoch_of_every_source_reads_each_row_once():
-    # four epochs of either
+    # Four epochs of either source.
     rows = rows_of(range(400), [30, 70], [3.0, 7.0], seed=5)
     for epoch in range(4):
         assert sorted(rows[100 * epoch:100 * epoch + 100].tolist()) == list(range(100))

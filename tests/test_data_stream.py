@@ -56,14 +56,14 @@ def test_blocks_together_hold_every_document_once_and_in_order(tmp_path, tokeniz
     for batch in itertools.chain.from_iterable(open_steps(
             recipe.Data(train=[{"path": path, "stream": True}]), tokenizer).windows(0, 30)):
         row = [*batch.input_ids[0].tolist(), batch.labels[0][batch.labels[0] != -100][-1].item()]
-        # rows of a block overlap by one token
+        # Rows of a block overlap by one token.
         ids += row[1:] if previous == row[0] else row
         previous = row[-1]
     texts = [json.loads(line)["text"]
              for line in (tmp_path / "corpus" / "0.jsonl").read_text().splitlines()]
     twice = [i for text in texts * 2
              for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    # on into the second time through
+    # And into the second epoch.
     assert len(ids) > len(twice) / 2 + SEQ and ids == twice[:len(ids)]
 
 
@@ -81,7 +81,7 @@ def test_ten_interruptions_in_changing_layouts_change_nothing(tmp_path, tokenize
     for start, stop in itertools.pairwise([0, *sorted(rng.sample(range(1, steps), 10)), steps]):
         size = rng.choice([1, 2, 4, 8])
         ranks = [open_steps(data, tokenizer, rank, size, state, workers) for rank in range(size)]
-        # what is read ahead is not read
+        # Three steps are read ahead and must not count.
         windows = [rank.windows(start, stop + 3) for rank in ranks]
         for _ in range(start, stop):
             per_rank = [rows_in([next(each)]) for each in windows]
@@ -90,7 +90,7 @@ def test_ten_interruptions_in_changing_layouts_change_nothing(tmp_path, tokenize
         for each in windows:
             each.close()
     assert rows_of_all == whole
-    assert min(position["epoch"] for position in state["places"].values()) >= 1      # it went round
+    assert min(position["epoch"] for position in state["places"].values()) >= 1
 
 
 def test_bad_rows_are_named_or_counted_and_an_empty_share_is_refused(tmp_path, tokenizer):

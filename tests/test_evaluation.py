@@ -101,7 +101,7 @@ def test_a_resumed_run_has_every_evaluation_once_and_as_it_was(recipe, tmp_path)
     run_ranks(2, "train", recipe, "checkpoint.every=3")
     whole = evaluations(run)
     assert [line["step"] for line in whole] == [2, 2, 4, 4, 6, 6]
-    # as if it had died before its last save was finished
+    # As if killed before its last save was finished.
     shutil.rmtree(run / "checkpoints" / "step_00000006")
     assert "resumed after step 3" in run_ranks(2, "train", recipe).output()
     assert evaluations(run) == whole
@@ -133,7 +133,7 @@ def test_the_first_choice_is_that_of_all_the_logits_over_the_vocabulary(workspac
     draw = torch.Generator().manual_seed(0)
     hidden, weight, bias = (torch.randn(*shape, generator=draw)
                             for shape in ((13, 8), (37, 8), (37,)))
-    weight[5], bias[5] = weight[4], bias[4]      # equals: the lower id
+    weight[5], bias[5] = weight[4], bias[4]  # equals: the lower id
     hidden[3] = 9 * weight[4]
     head = LMHead(weight, bias, softcap=3.0, scale=0.5)
     chosen = linear_argmax(hidden, head, vocab_size=30, workspace_bytes=workspace)

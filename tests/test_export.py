@@ -35,7 +35,7 @@ IDS = torch.arange(3, 23).reshape(2, 10)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """The student, with a chat template and settings of generation; the run and what it leaves."""
+    """The student, with a chat template and settings of generation; later the run and its files."""
     root = tmp_path_factory.mktemp("export")
     student = make_model(root / "student", "llama-tied", 0, extra_rows=2)
     tokenizer = AutoTokenizer.from_pretrained(student)
@@ -89,7 +89,7 @@ def fp32_weights(run: Path, step: int, model: Path) -> dict[str, torch.Tensor]:
 @torch.no_grad()
 def logits_of(model: Path) -> torch.Tensor:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)      # as the ranks compute
+    torch.set_num_threads(1)  # as the ranks compute
     logits = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()(IDS).logits
     torch.set_num_threads(threads)
     return logits
@@ -209,7 +209,7 @@ def test_a_finished_run_killed_before_its_export_makes_it_at_the_next_start(run,
     assert torch.equal(logits_of(copied / "model"), logits_of(run / "model"))
 
 
-# arguments -> what the message names
+# Arguments -> what the message names.
 BAD = {
     "a folder in use": (["RUN", "ROOT"], ["already and not empty", "choose another name"]),
     "no checkpoint at all": (["ROOT", "OUT"],
@@ -276,7 +276,7 @@ def test_a_warm_start_takes_the_weights_of_a_run_a_checkpoint_or_an_export_alone
     recipe = write_recipe(tmp_path / "r.yaml", folder / what, teacher, instructions_file,
                           tmp_path / "warm", deepspeed=str(tmp_path / "zero2.json"),
                           teacher__dtype="bf16")
-    # the second time from the copy in its own folder
+    # The second time from the copy in its own folder.
     for attempt in range(2 if what == "run" else 1):
         started = Ranks(1, "train", recipe,
                         target=functools.partial(weights_saving_rank, str(tmp_path / "first.pt")))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from amid_ds.cli import main
 
 NEW = 8
-# a word at which some of the answers come to their end
+# A word that ends some of the answers.
 END = "with"
 
 
@@ -65,10 +65,10 @@ def test_greedy_answers_are_the_models_own_and_can_be_trained_on(teacher, prompt
 def test_killed_it_carries_on_with_every_line_once_wherever_the_weights_lie(
         teacher, prompts, shared_model, tmp_path, capsys):
     whole, out = tmp_path / "whole.jsonl", tmp_path / "answers.jsonl"
-    assert main(list(map(str, arguments(teacher, prompts, whole)))) == 0      # alone, whole
+    assert main(list(map(str, arguments(teacher, prompts, whole)))) == 0  # alone, whole
     recipe = write_recipe(tmp_path / "r.yaml", shared_model("llama", 1), teacher, prompts,
                           tmp_path / "run", deepspeed=str(write_gathering_config(tmp_path)))
-    # sharded, and gathered once
+    # Sharded, and gathered once.
     ranks = Ranks(2, *arguments(recipe, prompts, out))
     deadline = time.monotonic() + 90
     while not (Path(f"{out}.partial").is_file() and Path(f"{out}.partial").stat().st_size):
@@ -78,10 +78,10 @@ def test_killed_it_carries_on_with_every_line_once_wherever_the_weights_lie(
     ranks.signal(signal.SIGKILL)
     ranks.wait()
     assert not out.exists()
-    # and a line that was cut short
+    # And a line that was cut short.
     with open(f"{out}.partial", "a") as file:
         file.write('{"prompt": "the riv')
-    # gathered for each token
+    # Gathered for each token.
     ranks = Ranks(2, *arguments(recipe, prompts, out), target=rank_short_of_memory)
     assert ranks.wait() == [0, 0], ranks.output()
     assert out.read_bytes() == whole.read_bytes() and not Path(f"{out}.partial").exists()

@@ -14,7 +14,7 @@ from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import check_isolation
 
 FAMILIES = ("llama", "llama-tied", "qwen3", "gemma2", "qwen2-tied", "gpt2")
-# of the documents in the row; Gemma's window of 8 ends inside one of them
+# Tokens of each document in the row; Gemma's window of 8 ends inside one of them.
 LENGTHS = (5, 13, 1, 9)
 
 
@@ -48,7 +48,7 @@ def test_changing_a_document_leaves_the_others_losses_as_they_were_to_the_last_d
     start = 0
     for changed, length in enumerate(LENGTHS):
         other = ids.clone()
-        # not its first token: that is the label of the one before
+        # Not its first token: that is a label of the document before.
         other[:, start + 1:start + length] += 1
         after = losses_of(distiller, other, positions)
         different = [i for i, (old, new) in enumerate(zip(before, after, strict=True))

@@ -24,7 +24,7 @@ from amid_ds.checkpoint.export import export
 ROOT = Path(__file__).parent.parent
 STUDENT = ("llama-tied", 0, dict(num_key_value_heads=4, num_hidden_layers=1))
 TEACHER = ("qwen3", 1, dict(num_key_value_heads=4, hidden_size=48, extra_rows=3))
-# student, teacher, [(data-parallel, tensor-parallel, micro-batch)] of a global batch of 4; 31 ids
+# Student, teacher, [(data-parallel, tensor-parallel, micro-batch)]; global batch 4, 31 ids.
 PAIRS = {
     "llama-tied<-qwen3": (STUDENT, TEACHER,
                           [(1, 1, 4), (2, 1, 2), (4, 1, 1), (1, 2, 1), (2, 2, 1), (1, 4, 4)]),
@@ -35,7 +35,7 @@ PAIRS = {
                          [(1, 2, 1)]),
     "qwen2-tied<-gpt2": (("qwen2-tied", 8, {}), ("gpt2", 9, dict(extra_rows=33)), [(2, 2, 1)]),
 }
-# bodies that tensor parallelism does not split, and why
+# Bodies that tensor parallelism does not split, and why.
 WHOLE = {
     "gemma2<-llama": "the teacher's body stays whole on every rank, its head is split: "
     "tensor_parallel 4 does not divide its num_key_value_heads 2",
@@ -76,7 +76,7 @@ def test_every_layout_trains_as_a_plain_loop_does_and_exports_it(name, shared_mo
             *models, yaml.safe_load(recipe.read_text()), tmp_path / "data")
         for expected, line in zip(lines, read_metrics(run), strict=True):
             for key, value in expected.items():
-                # rounding grows with the steps: AdamW divides by the root of its second moment
+                # Rounding grows with the steps: AdamW divides by √(second moment).
                 tolerance = 2e-4 if line["step"] <= 8 else 1e-3
                 assert line[key] == pytest.approx(value, rel=tolerance), (run.name, line, key)
         exported = AutoModelForCausalLM.from_pretrained(export(run, tmp_path / f"out{run.name}"))
@@ -109,7 +109,7 @@ def test_the_packaged_configs_and_mixed_dtypes_follow_fp32(pair, instructions_fi
     recipe = write_recipe(tmp_path / "r.yaml", *pair, instructions_file, tmp_path / "run",
                           tensor_parallel=2, data__prepared=str(tmp_path / "data"), train__steps=4,
                           train__micro_batch_size=4)
-    runs = {      # ranks, overrides
+    runs = {  # ranks, overrides
         "fp32": (2, []),
         "fp32 student, bf16 teacher": (2, ["teacher.dtype=bf16"]),
         "bf16 student, fp32 teacher": (2,
@@ -128,7 +128,7 @@ def test_the_packaged_configs_and_mixed_dtypes_follow_fp32(pair, instructions_fi
         losses[name] = [line["loss"] for line in read_metrics(tmp_path / name)]
         assert losses[name] == pytest.approx(losses["fp32"], rel=5e-3), name
     dtypes = ("fp32", "fp32 student, bf16 teacher", "bf16 student, fp32 teacher", "bf16, offloaded")
-    # each did what its name says
+    # Each differs, so each used its own dtypes.
     assert len({tuple(losses[name]) for name in dtypes}) == len(dtypes)
 
 
@@ -193,7 +193,7 @@ def test_loading_takes_a_rank_one_shard_file_and_its_partition(ranks, tensor_par
     rank = functools.partial(memory_measuring_rank, str(tmp_path))
     assert Ranks(ranks, "train", recipe, target=rank).wait(200) == [0] * ranks
     assert len(files) > 3
-    # 24 MiB: modules imported on the way, the tiny student
+    # 24 MiB for modules imported on the way and the tiny student.
     allowed = files[-1] + sum(files) / ranks + (24 << 20)
     assert [number for number in range(ranks)
             if int((tmp_path / f"rank{number}").read_text()) > allowed] == []

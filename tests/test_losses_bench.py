@@ -16,7 +16,7 @@ from amid_ds.bench import loss as bench
 def small(monkeypatch: pytest.MonkeyPatch) -> bench.LossShape:
     shape = bench.LossShape(16, 500, 8, 12)
     monkeypatch.setattr(loss, "LOSS_SHAPES", {"cpu": [shape], "cuda": [shape]})
-    # a process of its own for each costs seconds
+    # A process for each method costs seconds.
     if not torch.cuda.is_available():
         monkeypatch.setattr(loss, "_peak_bytes", lambda *_: 1000)
     return shape
@@ -30,7 +30,7 @@ def test_the_methods_differ_in_nothing_but_how_they_compute(small):
         method(inputs)
         gradients[name] = inputs.student_head.grad
     for name, gradient in gradients.items():
-        # which have nothing between them
+        # The products alone compute no loss.
         if name != "products":
             torch.testing.assert_close(gradient, gradients["naive"])
 
@@ -53,7 +53,7 @@ def test_the_peak_of_a_process_is_that_of_its_largest_moment():
     naive, ours = (bench._resident_peak(name, shape, threads)
                    for name in ("naive", "amid_ds torch"))
     assert naive > 4 * logits
-    # the workspace of 96 MB, and what libraries keep
+    # The workspace of 96 MB, and memory that libraries keep.
     assert ours < 150e6 < naive
 
 

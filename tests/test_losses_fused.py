@@ -32,7 +32,7 @@ def test_gradients_pass_gradcheck_for_every_divergence_and_order(measure, order)
     for alpha, lam in ((-5.0, 0.1), (-1.0, 0.5), (1.0, 0.3), (1.0001, 0.3), (3.0, 0.9), (2.0, 0.0),
                        (0.0, 1.0)):
         if measure == "total_variation" and lam == 0:
-            continue                                    # D(q‖q): at the kink
+            continue  # D(q‖q): at the kink
         objective = AMiD(alpha, lam, measure, order, 1.5)
         assert torch.autograd.gradcheck(lambda s, o=objective: amid_loss(s, teacher, o), student)
 
@@ -338,9 +338,9 @@ def test_low_precision_is_no_further_from_the_truth_than_the_naive_loss(dtype, s
 def test_extreme_logits_stay_finite_and_right(alpha, lam):
     draw = torch.Generator().manual_seed(0)
     student, teacher = ((torch.rand(6, 50, generator=draw) * 2e4 - 1e4).round() for _ in range(2))
-    student[0, 0], teacher[0, 0] = 1e4, 1e4                # agree on one id
-    teacher[1] = student[1]                                # agree on everything
-    # both certain, of the same
+    student[0, 0], teacher[0, 0] = 1e4, 1e4  # agree on one id
+    teacher[1] = student[1]  # agree on everything
+    # Both are certain of the same id.
     student[2, 1:], teacher[2, 1:] = -1e4, -1e4
     student[2, 0], teacher[2, 0] = 1e4, 1e4
     student.requires_grad_()
@@ -355,7 +355,7 @@ def test_extreme_logits_stay_finite_and_right(alpha, lam):
         assert actual.isfinite().all()
         if truth.requires_grad:
             expected, = torch.autograd.grad(truth.sum(), exact)
-            # autograd through logaddexp of equal infinities may not be
+            # Autograd through logaddexp of equal infinities may give NaN.
             if expected.isfinite().all():
                 torch.testing.assert_close(actual.double(), expected, rtol=1e-2, atol=1e-2)
 
@@ -422,7 +422,7 @@ def _tensors(value: object) -> Iterator[Tensor]:
 @pytest.fixture
 def seen() -> Iterator[Seen]:
     threads = torch.get_num_threads()
-    # a dispatch mode sees its own thread alone
+    # A dispatch mode sees only its own thread.
     torch.set_num_threads(1)
     yield Seen()
     torch.set_num_threads(threads)

@@ -107,7 +107,7 @@ def test_a_forgotten_shards_sum_is_noticed(monkeypatch):
     student, teacher = (torch.randn(3, 9, dtype=torch.float64) for _ in range(2))
 
     def sharded(objective: AMiD) -> Tensor:
-        shard = Doubled(0, 9, group="a peer")   # type: ignore[arg-type]
+        shard = Doubled(0, 9, group="a peer")  # type: ignore[arg-type]
         shard._widest.extend([9, 18])
         return amid_loss(student, teacher, objective, shard=shard)
 

@@ -144,8 +144,8 @@ def test_the_ends_of_lam_are_the_models_themselves(alpha, measure, seed):
 
     for lam, order in ((0.0, "qr"), (0.0, "rq"), (1.0, "pr"), (1.0, "rp")):
         assert loss(lam, order).abs().max() < 1e-12
-    torch.testing.assert_close(loss(0.0, "pr"), loss(1.0, "rq"))    # D(p‖q) both
-    torch.testing.assert_close(loss(0.0, "rp"), loss(1.0, "qr"))    # D(q‖p) both
+    torch.testing.assert_close(loss(0.0, "pr"), loss(1.0, "rq"))  # D(p‖q) both
+    torch.testing.assert_close(loss(0.0, "rp"), loss(1.0, "qr"))  # D(q‖p) both
 
 
 @given(st.floats(0.01, 0.99), st.sampled_from(ORDERS), seeds,

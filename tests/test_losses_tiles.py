@@ -26,7 +26,7 @@ WHOLE_FAMILY = [AMiD(alpha, lam, measure, order, 1.5, detach)
 
 @pytest.fixture(autouse=True)
 def compile_all(monkeypatch):
-    """However small the block is; and what could not be compiled fails the test."""
+    """Compile blocks of every size; a failed compilation fails the test."""
     monkeypatch.setattr(tiles, "WORTH_COMPILING", 0)
     monkeypatch.setitem(tiles.TILE_ELEMENTS, "cpu", 200)
     monkeypatch.setattr(fused, "_tokens_per_block", lambda *_: 16)
@@ -64,7 +64,7 @@ def test_the_whole_family_compiled_matches_the_naive_twin(objective):
 
 def test_numbers_that_change_from_step_to_step_and_other_sizes_compile_nothing_anew():
     for number in range(12):
-        # the second call may see what varies
+        # The second call may compile again: it sees what varies.
         with torch._dynamo.config.patch(error_on_recompile=number > 1):
             problem = LossProblem(40 + number, 61 + 3 * number, dtype=torch.float32)
             out = problem.fused(AMiD(-5.0 + number / 10, 0.1 + number / 50,
@@ -101,7 +101,7 @@ class Unsuited(Divergence):
         return difference.square(), 2 * difference * a.p, -2 * difference * b.p
 
 
-def test_what_cannot_be_compiled_is_said_once_and_goes_the_plain_way(monkeypatch, caplog):
+def test_what_cannot_be_compiled_is_reported_once_and_runs_eagerly(monkeypatch, caplog):
     monkeypatch.undo()
     plain = logits_loss(AMiD(0.5, 0.3, Unsuited()))
     monkeypatch.setattr(tiles, "WORTH_COMPILING", 0)

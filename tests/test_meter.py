@@ -82,13 +82,13 @@ def watched(shared_model, text_file, tmp_path_factory) -> tuple[Path, str]:
 def test_every_second_belongs_to_one_phase(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 127.0])
     monkeypatch.setattr(step_timer.time, "perf_counter", lambda: next(clock))
-    with StepTimer(torch.device("cpu"), {"student": 60.0, "teacher": 2.0}, 2.0) as ours:      # at 0
-        with phase("forward"):                  # from 1
-            with phase("loss"):                 # 3 to 7
+    with StepTimer(torch.device("cpu"), {"student": 60.0, "teacher": 2.0}, 2.0) as ours:  # at 0
+        with phase("forward"):  # from 1
+            with phase("loss"):  # 3 to 7
                 pass
-            with pytest.raises(RuntimeError), phase("loss"):      # 15 to 31
+            with pytest.raises(RuntimeError), phase("loss"):  # 15 to 31
                 raise RuntimeError
-        # ended at 63; read at 127
+        # Ended at 63; read at 127.
         line = ours.line(steps=2, taught=False)
     spent = {"other": 1 + 64, "forward": 2 + 8 + 32, "loss": 4 + 16}
     assert {name: line[f"time/{name}"] for name in PHASES} == {
@@ -145,7 +145,7 @@ def test_time_is_counted_in_the_phase_that_took_it(watched):
     assert all(line["time/step"] >= SLOW_S for line in lines)
     assert statistics.median(line["time/loss"] for line in lines) < SLOW_S
     saves = [line["step"] for line in lines if line["time/checkpoint"] > 0]
-    # in the line after the save
+    # Counted in the line after the save.
     assert {8, 15, 22} <= set(saves) and saves[0] == 8
     assert all(line["memory/peak"] >= line["memory/reserved"] > 2**20 for line in lines)
 

@@ -75,7 +75,7 @@ def weighing_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
                          ids=["dp 2", "tp 2", "bf16"])
 def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, shared_model, text_file,
                                                            tmp_path, capfd):
-    # wide enough that ZeRO-3 partitions more than it pads
+    # Wide enough that ZeRO-3 partitions more than it pads.
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
              "num_key_value_heads": 2}
     pair = [shared_model(family, 0, **sizes) for family in ("llama", "qwen3")]
@@ -91,9 +91,9 @@ def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, shared_model,
         assert plan.memory_per_rank[part] == pytest.approx(size, rel=0.05), part
     assert f"epochs by the last step: {text_file} {plan.epochs[0]:.3g}" in processes.output()
     last = json.loads((tmp_path / "run" / "0.jsonl").read_text().splitlines()[-1])
-    # tensor-parallel ranks gather only what both hold whole
+    # Tensor-parallel ranks gather only what both hold whole.
     if "tensor_parallel=2" not in layout:
-        # a gather's bytes less those that the rank has itself
+        # A gather's bytes less the rank's own part.
         for who in ("student", "teacher"):
             assert plan.network_per_step[f"{who}_gathers"] == pytest.approx(
                 last[f"{who}_bytes"] / 2, rel=0.05), who
@@ -228,7 +228,7 @@ def test_a_model_that_has_no_shapes_without_numbers_exits_with_2(large, tmp_path
     config = MixtralConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=2,
                            num_attention_heads=4, num_key_value_heads=2, vocab_size=128256,
                            dtype="float32")
-    # experts' rows follow from numbers
+    # The rows of experts depend on numbers, which the meta device lacks.
     config.save_pretrained(tmp_path)
     assert main(["plan", str(large), f"teacher.model={tmp_path}"]) == 2
     printed = capsys.readouterr().err

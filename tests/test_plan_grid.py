@@ -19,12 +19,12 @@ from amid_ds.planning.plan import make_plan
 WORDS = [f"w{number}" for number in range(31997)]
 PROFILED = 5
 STATES = {"student_weights", "gradients", "optimizer", "teacher_weights"}
-# family, width, layers, vocabulary
+# Family, width, layers, vocabulary.
 SIZES = {
     "0.6 M": ("llama", 64, 2, 4000), "5 M": ("llama", 256, 4, 4000),
     "14 M": ("qwen3", 384, 6, 4000),
     "48 M": ("llama-tied", 512, 8, 32000), "140 M": ("llama-tied", 768, 13, 32000)}
-# student, teacher, ranks, the rest
+# Student, teacher, ranks, overrides.
 GRID = [
     ("0.6 M", "5 M", 2, ""), ("5 M", "14 M", 2, ""), ("5 M", "14 M", 2, "tensor_parallel=2"),
     ("5 M", "14 M", 4, "tensor_parallel=2"), ("5 M", "14 M", 2, "train.global_batch_size=8"),
@@ -46,7 +46,7 @@ def make(folder: Path, size: str) -> Path:
 
 
 def profiling_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """Run as a rank that writes to peak.json the peak of what step PROFILED allocates."""
+    """Run as a rank that writes the peak allocation of step PROFILED to peak.json."""
     import torch
 
     from amid_ds.training import trainer
@@ -111,5 +111,5 @@ def test_what_a_step_takes_is_what_was_planned(student, teacher, ranks, changes,
               f"{peak / 1e6:,.0f} | {off(working, peak):+.1%} | {network:+.2%} |")
     assert all(abs(difference) < 0.15 for difference in parts.values()), parts
     assert abs(network) < 0.05
-    # the loss's tiles are counted as for a large one
+    # The plan counts the loss's tiles as for a large model.
     assert abs(off(working, peak)) < 0.2

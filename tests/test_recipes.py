@@ -18,7 +18,7 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.schedule import loss_at
 from amid_ds.training.objective import build_objective
 
-# recipe -> the architecture of its models, ranks, and what a test makes smaller
+# Recipe -> its models' family, ranks, and the overrides that make it small.
 STAND_INS = {
     "amid_gpt2_dolly": ("gpt2", 1, ["train.global_batch_size=2", "train.micro_batch_size=2",
                                     "rollout.max_new_tokens=8",

@@ -148,7 +148,7 @@ def test_tables_and_provenance_are_in_it(runs, page):
     assert text.count("<h3>first</h3>") == 2 == text.count("<h3>second</h3>")
 
 
-def test_what_is_damaged_is_said_on_the_page(runs, tmp_path, monkeypatch):
+def test_what_is_damaged_is_named_on_the_page(runs, tmp_path, monkeypatch):
     from amid_ds.experiments import report
 
     copy = Path(shutil.copytree(runs[1], tmp_path / "copy"))
@@ -161,7 +161,7 @@ def test_what_is_damaged_is_said_on_the_page(runs, tmp_path, monkeypatch):
     assert "provenance.json cannot be read" in text and "measured.json is damaged" in text
 
 
-def test_the_plan_beside_a_measurement_is_for_the_runs_own_device_and_ranks(runs):
+def test_the_plan_next_to_a_measurement_is_for_the_runs_own_device_and_ranks(runs):
     from amid_ds.config.parse import load_recipe
     from amid_ds.experiments import report
     from amid_ds.planning.devices import DEVICES

@@ -31,7 +31,7 @@ from amid_ds.files import require_disk_space
 from amid_ds.models.loading import meta_model
 
 STEPS = 26
-# ranks, tensor_parallel, ZeRO stage; that attempt's last step
+# (ranks, tensor_parallel, ZeRO stage, last step) of each attempt.
 CHAIN = [(2, 1, 3, 3), (4, 2, 3, 6), (2, 2, 2, STEPS)]
 EVERY = [(2, 1, 3, 3), (4, 2, 3, 6), (1, 1, 2, 9), (4, 1, 2, 12), (2, 2, 2, 15), (1, 1, 3, 18),
          (2, 2, 3, 21),
@@ -169,7 +169,7 @@ def equal(ours: dict, theirs: dict) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-# student, from (ranks, tensor_parallel, config), to several of them
+# Student, from (ranks, tensor_parallel, config), to several of them.
 BITWISE = {
     "fp32": ("untied", (4, 2, "fp32_3"), [(2, 1, "fp32_2"), (2, 2, "bf16_3")]),
     "bf16": ("tied", (4, 2, "bf16_2"), [(2, 1, "bf16_3"), (1, 1, "fp32_2")]),

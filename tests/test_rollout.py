@@ -114,7 +114,7 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
         line = read_metrics(run)[step]
         assert line["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
         assert line["rollout"] == 1
-    # some came to their end before the others
+    # Some ended before the others.
     assert len(set(lengths[0])) > 1 and max(lengths[0]) == NEW
     assert line["tokens"] == sum(map(sum, lengths))
     for step, line in enumerate((run / "0.jsonl").read_text().splitlines()):
@@ -149,7 +149,7 @@ def gather_counting_rank(argv: list[str], variables: dict[str, str], log: str) -
     rank_main(argv, variables, log)
 
 
-# a table rather than a claim: run it with -s
+# Prints a table: run it with -s.
 @pytest.mark.slow
 def test_what_gathering_once_saves(recipe_for, tmp_path):
     student = make_model(tmp_path / "student", "llama", 0, hidden_size=512, intermediate_size=1536,
@@ -172,7 +172,7 @@ def test_what_gathering_once_saves(recipe_for, tmp_path):
     assert losses[0] == losses[1]
 
 
-# the same as below, in two more layouts
+# As the next test, in two more layouts.
 @pytest.mark.slow
 def test_a_run_with_a_replay_buffer_goes_on_in_any_layout(recipe_for, tmp_path):
     rollout = {"adaptive": {"init_threshold": 0.9, "capacity": 8, "replay_ratio": "constant"},
@@ -206,7 +206,7 @@ def test_an_interrupted_run_with_a_replay_buffer_is_the_uninterrupted_one(recipe
     assert documents(tmp_path / "run", 9) == last and len(last) == 9
 
 
-@pytest.mark.slow      # three short runs
+@pytest.mark.slow  # three short runs
 def test_a_run_that_is_allowed_another_scheme_of_rollouts_goes_on_and_on(recipe_for, tmp_path):
     recipe = recipe_for(tmp_path / "run", rollout={**ALWAYS, "max_new_tokens": 2}, train__steps=3,
                         checkpoint__keep=9)
@@ -315,11 +315,11 @@ def test_sampling_follows_temperature_and_top_p(pair):
         counts = torch.bincount(torch.tensor(tokens), minlength=vocabulary).double()
         assert (counts[truth == 0] == 0).all()
         kept = truth > 0
-        # neither greedy nor everything
+        # The nucleus is neither one token nor all.
         assert 1 < kept.sum() < vocabulary
         chi = ((counts - len(tokens) * truth)[kept] ** 2 / (len(tokens) * truth[kept])).sum()
         freedom = kept.sum() - 1
-        # five standard deviations
+        # Five standard deviations.
         assert chi < freedom + 5 * (2 * freedom) ** 0.5
 
     check([ids[0] for ids in completions], expected(prompt))

@@ -62,10 +62,10 @@ def test_a_wrong_schedule_is_refused_by_name(spec, message, tmp_path):
 
 def test_each_step_of_a_scheduled_run_minimises_what_the_schedule_says(llama_pair, text_file,
                                                                        tmp_path):
-    # the student stays as it is
+    # At this learning rate the student does not move.
     recipe = write_recipe(tmp_path / "r.yaml", *llama_pair, text_file, tmp_path / "run",
                           train__steps=4, train__learning_rate=1e-30)
-    # a student that stays has the losses of its first steps under any one objective
+    # So a constant objective gives each step's loss.
     scheduled = ["loss.alpha={linear: [-5, 1]}", "loss.lam={cosine: [0.1, 0.9]}",
                  "loss.kd_weight={pieces: [{steps: [0, 1], value: 0}, {steps: [1, 2], value: 2}]}"]
     run_ranks(2, "train", recipe, *scheduled)
@@ -112,9 +112,9 @@ def test_taids_interpolation_follows_the_divergence_and_goes_on_where_it_was(lla
     assert [line["t"] for line in whole] == [line["lam"]
                                              for line in whole] == pytest.approx(truth, rel=1e-12)
     linear = [0.3 + 0.5 * max(0, n - 1) / 8 for n in range(8)]
-    # the divergence has a say
+    # Ahead of linear: the divergence has an effect.
     assert truth[:2] == [0.3, 0.3] and truth[4] > linear[4] + 0.05
-    assert truth[-1] == 0.8                                             # and the end is kept
+    assert truth[-1] == 0.8  # and the end is kept
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000008")
     assert "resumed after step 5" in run_ranks(1, "train", recipe).output()
     assert comparable_metrics(tmp_path / "run") == whole

@@ -107,7 +107,7 @@ def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_no
     job = sbatch(cluster, tmp_path, "train.sbatch", recipe_in(tmp_path, checkpoint__every=1000),
                  ranks_per_node=ranks_per_node)
     cluster.until(lambda: count_steps(tmp_path / "run") >= 3, what="the first steps")
-    # what --signal sends before the time limit
+    # The signal of sbatch's --signal before the time limit.
     cluster.run("scancel", "--signal=USR1", job)
     messages = finished(cluster, job, tmp_path, whole(2 * ranks_per_node))
     assert "stopped in order" in messages and "it is started again" in messages
@@ -115,7 +115,7 @@ def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_no
     first, second = attempts.read_attempts(tmp_path / "run")
     assert (first.status, second.status, second.restart, second.job) == (75, 0, 1, job)
     curve = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Scalars("loss/total")
-    # one curve through both attempts
+    # One curve through both attempts.
     assert [(event.step, event.value) for event in curve] == [
         (step, pytest.approx(loss, rel=1e-6)) for step, loss, _ in whole(2 * ranks_per_node)]
     assert first.first_step == 1 and second.first_step > 3 and second.nodes == "n[1-2]"
@@ -168,7 +168,7 @@ def test_data_are_prepared_once_and_an_array_of_jobs_sweeps_a_key(cluster, recip
     runs = [tmp_path / "run" / f"loss.lam={value}" for value in ("0.1", "0.9")]
     assert [count_steps(run) for run in runs] == [3, 3], output(tmp_path)
     assert [read_metrics(run)[0]["lam"] for run in runs] == [0.1, 0.9]
-    # written by the job that ended last
+    # Written by the job that ended last.
     assert [line.split(",")[0]
             for line in (tmp_path / "run" / "sweep.csv").read_text().splitlines()] == [
                 "loss.lam", "0.1", "0.9"], output(tmp_path)
@@ -237,18 +237,18 @@ def test_a_step_that_hangs_ends_with_the_stack_of_every_thread(recipe_in, tmp_pa
     printed = ranks.output()
     assert re.search(r"rank 0 on .*: step \d+ has not ended after 8 s; it waits for its peers in ",
                      printed), printed
-    # the stacks of all threads
+    # The stacks of all threads.
     assert "most recent call first" in printed and "in _watch" in printed
     assert re.search(r"step \d+ hangs; look at rank 1 on .* first: does not answer",
                      printed), printed
     failure = json.loads((tmp_path / "run" / "failures" / "local.0.0.json").read_text())
-    # the rank may be stopped in the last step's tail, after its line
+    # The rank may be stopped at the end of the last step, after its line.
     logged = count_steps(tmp_path / "run")
     assert failure["rank"] == 1 and failure["step"] in (logged, logged + 1)
 
 
 @pytest.mark.slow
-# the batch script's node and the other
+# The batch script's node and the other one.
 @pytest.mark.parametrize("node", ["n1", "n2"])
 def test_a_node_that_is_cut_off_is_left_behind(cluster, recipe_in, whole, tmp_path, node):
     job = sbatch(cluster, tmp_path, "train.sbatch", recipe_in(tmp_path, train__hang_timeout=20))
@@ -304,7 +304,7 @@ def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, recipe_in, tmp_
                   what="its first step")
     assert attempts.read_attempts(tmp_path / "run")[1].first_step > first.first_step
     cluster.run("scancel", job)
-    # and it stays so
+    # It stays cancelled.
     assert cluster.wait(job) == "CANCELLED" and cluster.job(job)["Restarts"] == "1"
 
 
@@ -312,7 +312,7 @@ def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, recipe_in, tmp_
 def test_a_run_that_fails_twice_at_the_same_step_is_not_restarted_and_its_log_ends_with_why(
         cluster, recipe_in, llama_pair, tmp_path):
     broken = AutoModelForCausalLM.from_pretrained(llama_pair[0])
-    # only rows with that word go wrong
+    # Only rows with that word give NaN.
     poisoned = make_tokenizer(tmp_path / "broken")("river").input_ids[0]
     broken.model.embed_tokens.weight.data[poisoned] = float("nan")
     broken.save_pretrained(tmp_path / "broken")
@@ -381,7 +381,7 @@ def test_submit_refuses_what_sbatch_would_let_pass(recipe_in, tmp_path, monkeypa
         assert main(["submit", str(recipe), "--template", f"{name}.sbatch", "--ranks-per-node",
                      "2"]) == 2
         assert named in capsys.readouterr().err
-    # as train would say
+    # The message of `train`.
     assert main(["submit", str(recipe), "--nodes", "3", "--ranks-per-node", "1"]) == 2
     assert "train.global_batch_size 4 on 3 " in capsys.readouterr().err
     assert main(["submit", str(recipe), "--template", "nosuch"]) == 2
@@ -429,27 +429,30 @@ def attempt(status: int | None, step: int | None = 5, error: str = "RuntimeError
 
 
 @pytest.mark.parametrize("job, again", [
-    ([attempt(0)], False),                                                      # done
-    ([attempt(2)], False),                                                      # a wrong recipe
-    # pre-empted, however often
+    # Done.
+    ([attempt(0)], False),
+    # A wrong recipe.
+    ([attempt(2)], False),
+    # Pre-empted, however often.
     ([attempt(75)] * 9, True),
-    # while it was still being loaded
+    # Stopped while loading.
     ([attempt(75, stepped=False)] * 4, True),
-    # every attempt ends before its first step
+    # Every attempt ends before its first step.
     ([attempt(75, stepped=False)] * 5, False),
     ([attempt(1)], True),
-    # the same but for a number
+    # The same error but for a number.
     ([attempt(1), attempt(1, error="RuntimeError: out of 4 bytes")], False),
     ([attempt(1), attempt(75), attempt(1)], False),
     ([attempt(1), attempt(1, step=6)], True),
     ([attempt(1), attempt(1, error="OSError: gone")], True),
-    # could not connect: never the same step
+    # Could not connect: no step to fail at twice.
     ([attempt(1, stepped=False)] * 3, True),
     ([attempt(1), attempt(1, stepped=False)], True),
-    # Slurm itself ended an attempt
+    # Slurm itself ended an attempt.
     ([attempt(None), attempt(137)], True),
     ([attempt(1, step=n) for n in range(3)], True),
-    ([attempt(1, step=n) for n in range(4)], False),                            # slurm.max_restarts
+    # slurm.max_restarts.
+    ([attempt(1, step=n) for n in range(4)], False),
 ])
 def test_what_starts_again_and_what_does_not(job, again):
     assert (requeue.refusal(job, max_restarts=3) is None) == again
@@ -485,7 +488,7 @@ def test_the_attempts_of_a_run_are_read_as_they_were_written(tmp_path, monkeypat
             attempt.stepping(4)
             raise RuntimeError("out of memory\nmore of it")
     with open(tmp_path / "lives.jsonl", "a") as file:
-        # a crash in the middle of a line
+        # A crash in the middle of a line.
         file.write('{"event": "beg')
     first, second = attempts.read_attempts(tmp_path)
     assert (first.job, first.restart, second.restart, second.status) == ("7", 0, 1, 1)

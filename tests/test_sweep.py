@@ -78,7 +78,7 @@ def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(re
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
         (out / figure).unlink()
     before = (out / "sweep.csv").read_bytes()
-    # one of them did not come to its end
+    # As if one of them had not finished.
     shutil.rmtree(out / names[1] / "checkpoints")
     (out / "sweep.csv").unlink()
     assert main(words) == 0 and started[2:] == [out / names[1]]
@@ -111,12 +111,12 @@ def test_a_terminal_that_closes_stops_the_run_which_may_fail_at_that(tmp_path, s
     def close() -> None:
         while not (tmp_path / "begun").exists():
             time.sleep(0.01)
-        # the kernel's, and the shell's
+        # One from the kernel, one from the shell.
         for _ in range(2):
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.05)
 
-    # else a sweep that does not hear it ends the tests
+    # Else a sweep that ignores the signal would end the tests.
     before = signal.signal(signal.SIGHUP, lambda *_: None)
     closing = threading.Thread(target=close)
     closing.start()
@@ -133,7 +133,7 @@ def test_a_terminal_that_closes_stops_the_run_which_may_fail_at_that(tmp_path, s
 
 def test_a_run_that_fails_is_named_with_its_output_and_the_others_run(recipe, tmp_path, started,
                                                                       capsys):
-    # a folder where it wants a file
+    # A folder in place of a file.
     (tmp_path / "out" / "loss.lam=0.1" / "metrics.jsonl").mkdir(parents=True)
     assert main(["sweep", str(recipe), "loss.lam=0.1,0.9"]) == 1
     message = capsys.readouterr().err
@@ -159,9 +159,9 @@ def test_a_sweep_that_cannot_be_run_is_refused_before_its_first_run(recipe, tmp_
 
 
 @pytest.mark.parametrize("base, swept", [
-    # a resolved recipe has alpha and lam too
+    # A resolved recipe has alpha and lam too.
     ({"loss": {"ce_weight": 0.5}}, "loss.preset=fkl,rkl"),
-    # or kd_weight 0
+    # Or kd_weight 0.
     ({"teacher": None}, "teacher={model: TEACHER},{model: TEACHER, dtype: fp32}"),
 ], ids=["preset", "teacher"])
 def test_the_jobs_of_an_array_run_what_was_checked(recipe, shared_model, tmp_path, monkeypatch,
@@ -180,7 +180,7 @@ def test_the_jobs_of_an_array_run_what_was_checked(recipe, shared_model, tmp_pat
         assert len(runs) == 2
         for run in runs:
             job = load_recipe(kept / "recipe.yaml", run)
-            # `sweep` shares what is prepared
+            # The runs of `sweep` share prepared data.
             prepared = "null" if kept.name == "0001" else str(out / "data")
             assert job == load_recipe(recipe, ["train.seed=3", f"data.prepared={prepared}", *run])
             assert job.check_recipe(job, 1) and job.loss.kd_weight == 1

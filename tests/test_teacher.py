@@ -14,7 +14,7 @@ from support.runs import read_metrics, write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
 
 STEPS = 5
-# rows of a step; 8 micro-batches of 1 row on 2 ranks, or 1 of 8
+# Rows of a step: 8 micro-batches of 1 row on 2 ranks, or 1 of 8.
 WINDOW = 16
 
 
@@ -26,7 +26,7 @@ def pair(shared_model, tmp_path_factory):
 
 
 def run(root: Path, pair, *overrides: str, ranks: int = 2) -> tuple[list[dict], list[dict]]:
-    """(metrics, what rank 0 counted in each step) of a run of STEPS steps."""
+    """(metrics, counts of rank 0) of each step of a run of STEPS steps."""
     student, teacher, data = pair
     recipe = write_recipe(root.with_suffix(".yaml"), student, teacher, data, root,
                           train__steps=STEPS, train__global_batch_size=WINDOW,
@@ -55,7 +55,7 @@ def window(pair, tmp_path_factory):
 def test_a_window_of_eight_gathers_the_teacher_as_often_as_a_window_of_one(pair, window, tmp_path):
     _, of_one = run(tmp_path / "one", pair, "train.micro_batch_size=8")
     assert (of_one[-1]["micro_batches"], window[1][-1]["micro_batches"]) == (1, 8)
-    # so the counter counts
+    # Else the counter counts nothing.
     assert of_one[-1]["teacher_bytes"] > 0.9 * of_one[-1]["parameters"]
     assert window[1][-1]["teacher_bytes"] <= 1.05 * of_one[-1]["teacher_bytes"]
     assert [line["teacher_calls"] for line in window[1]] == [1] * STEPS
@@ -70,7 +70,7 @@ def test_prefetching_goes_on_undisturbed_over_windows_of_several_micro_batches(w
 def test_the_teacher_on_the_whole_window_is_the_teacher_row_by_row(pair, window, tmp_path):
     one_by_one, counted = run(tmp_path / "rows", pair, "teacher.max_tokens_per_pass=1")
     assert counted[-1]["teacher_calls"] == 8
-    # the body, eight times
+    # The body is gathered eight times.
     assert counted[-1]["teacher_bytes"] > 6 * window[1][-1]["teacher_bytes"]
     torch.testing.assert_close(losses(window[0]), losses(one_by_one), rtol=1e-6, atol=0)
 
@@ -98,7 +98,7 @@ def test_a_replicated_teacher_is_never_gathered_and_gives_the_same_losses(pair, 
     saved = sum(path.stat().st_size for path in (tmp_path / "replicated" / "checkpoints").rglob("*")
                 if path.is_file())
     student = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(pair[0]).parameters())
-    # weights and two moments in fp32, and the log's small files
+    # Weights and two moments in fp32, and small files.
     assert saved < 1.2 * 12 * student + 200_000
 
 

@@ -43,7 +43,7 @@ def test_a_body_that_its_plan_does_not_split_evenly_stays_whole_and_says_why():
     assert "num_key_value_heads 2" in tp_unsupported_reason(shell("Llama"), 4)
     assert "moe_tp_experts" in tp_unsupported_reason(shell("Mixtral"), 2)
     assert "no tensor-parallel plan" in tp_unsupported_reason(shell("StableLm"), 2)
-    # as if transformers had forgotten the norm on split heads
+    # As if transformers had forgotten the norm on split heads.
     forgetful = shell("Qwen3")
     plan = forgetful.config.base_model_tp_plan
     forgetful.config.base_model_tp_plan = {pattern: plan[pattern] for pattern in plan

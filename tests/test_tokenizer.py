@@ -141,7 +141,7 @@ def test_asking_the_backend_gives_the_wrappers_ids(folder, tmp_path):
 
 
 def test_a_tokenizer_is_trained_on_a_recipes_data(tmp_path, capsys):
-    """By the command, on the beginning of each source, as much of it as its weight says."""
+    """By the command, on the beginning of each source, in proportion to its weight."""
     texts = [path.read_text(encoding="utf-8") for path in STDLIB[:60]]
     (tmp_path / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n"
                                                  for text in texts))
@@ -165,10 +165,11 @@ def test_a_tokenizer_is_trained_on_a_recipes_data(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("settings", [
+    # As Llama 2 has it.
     {"normalization_rule_name": "identity", "add_dummy_prefix": True,
      "remove_extra_whitespaces": False,
-     "byte_fallback": True},                                                # as Llama 2 has it
-    # sentencepiece's own defaults
+     "byte_fallback": True},
+    # Sentencepiece's own defaults.
     {},
     {"normalization_rule_name": "identity", "add_dummy_prefix": False, "byte_fallback": True,
      "user_defined_symbols": ["<sep>", "\n"], "split_by_whitespace": False,

@@ -30,7 +30,7 @@ from amid_ds.cli import main
 from amid_ds.data import StepData, fingerprint, load_tokenizer
 from amid_ds.distributed.launch import free_port
 
-# student, teacher: three families, tied and not, a teacher with a padded, wider vocabulary
+# Student, teacher: family, seed, padding of the vocabulary.
 PAIRS = {
     "llama<-gpt2": (("llama", 0, 0), ("gpt2", 1, 33)),
     "qwen2-tied<-llama": (("qwen2-tied", 2, 0), ("llama", 3, 9)),
@@ -51,11 +51,11 @@ def test_1_2_and_4_ranks_train_as_a_plain_loop_does_and_export_it(pair, instruct
     recipe = yaml.safe_load(recipe_file.read_text())
     truth = None
     first = request.node.callspec.id == "llama<-gpt2"
-    # 1 rank × 4 micro-batches, 2 × 2, 4 × 1, with unequal masks
+    # 1 rank × 4 micro-batches, 2 × 2, 4 × 1, with unequal masks.
     for ranks in (1, 2, 4) if first else (2,):
         run, out = tmp_path / f"run{ranks}", tmp_path / f"out{ranks}"
         if ranks == 2 and first:
-            # the deepspeed launcher
+            # Under the deepspeed launcher.
             done = launch_train(ranks, recipe_file, f"output_dir={run}")
             assert done.returncode == 0, done.stderr
         else:
@@ -100,7 +100,7 @@ def test_a_run_killed_after_a_save_carries_on_as_if_it_had_not_been(llama_pair, 
     assert len(read_metrics(tmp_path / "killed")) < 12, "it was not killed half-way"
     assert "resumed after step" in run_ranks(2, "train", killed).output()
     assert comparable_metrics(tmp_path / "killed") == comparable_metrics(tmp_path / "whole")
-    # a finished run says so and ends
+    # A finished run ends at once.
     assert "nothing to do" in run_ranks(2, "train", killed).output()
 
 
@@ -109,7 +109,7 @@ def test_sigterm_stops_in_order_with_75_and_the_next_start_goes_on(llama_pair, i
     recipe = write_recipe(tmp_path / "r.yaml", *llama_pair, instructions_file, tmp_path / "run",
                           train__steps=400)
     stopped = 0
-    # one rank asked is all asked
+    # A signal to one rank stops all.
     for number, asked in ((signal.SIGTERM, [0, 1]), (signal.SIGUSR1, [1])):
         ranks = Ranks(2, "train", recipe)
         ranks.wait_until(lambda stopped=stopped: count_steps(tmp_path / "run") >= stopped + 3)
@@ -181,7 +181,7 @@ def test_a_nan_stops_the_run_with_step_rank_and_rows_named_and_no_step_taken(
     broken = make_model(tmp_path / "broken", "llama", 0)
     model = AutoModelForCausalLM.from_pretrained(broken)
     poisoned = AutoTokenizer.from_pretrained(broken)("with").input_ids[0]
-    # only rows with that word go wrong
+    # Only rows with that word give NaN.
     model.model.embed_tokens.weight.data[poisoned] = float("nan")
     model.save_pretrained(broken)
     recipe = write_recipe(tmp_path / "r.yaml", broken, llama_pair[1], instructions_file,
@@ -197,7 +197,7 @@ def test_a_nan_stops_the_run_with_step_rank_and_rows_named_and_no_step_taken(
 
 LAUNCHERS = {
     "torchrun": ["torchrun", "--nproc_per_node=2", "--master_port=PORT", "-m", "amid_ds"],
-    # ranks discovered through mpi4py
+    # Ranks discovered through mpi4py.
     "mpirun": ["mpiexec", "-n", "2", "python", "-m", "amid_ds"],
 }
 

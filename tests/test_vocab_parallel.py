@@ -90,7 +90,7 @@ def test_every_split_gives_what_one_process_gives(ranks, objective, split):
                     columns[:, start:stop]]
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
-    # not only close: the very same bits on every rank
+    # Not only close: the same bits on every rank.
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result[:4], results[0][:4], strict=True))
 
@@ -154,17 +154,17 @@ def refused(rank: int, group: Any, cuts: list[tuple[int, int]], rows: list[int],
 
 
 @pytest.mark.parametrize(("cuts", "rows", "changes", "message"), [
-    # a gap
+    # A gap.
     ([(0, 5), (6, 10)], [5, 4], [{}, {}], "shards"),
-    # an overlap
+    # An overlap.
     ([(0, 5), (4, 10)], [5, 6], [{}, {}], "shards"),
-    # not from 0
+    # Not from 0.
     ([(1, 5), (5, 10)], [4, 5], [{}, {}], "shards"),
-    # the same twice
+    # The same twice.
     ([(0, 5), (0, 5)], [5, 5], [{}, {}], "shards"),
-    # not to the end
+    # Not to the end.
     ([(0, 5), (5, 10)], [5, 5], [{"vocab_size": 11}, {"vocab_size": 11}], "shards"),
-    # wrong rows on rank 1
+    # Wrong rows on rank 1.
     ([(0, 5), (5, 10)], [5, 4], [{}, {}], "student_head"),
     ([(0, 5), (5, 10)], [5, 5], [{}, {"teacher": 6}], "teacher_head"),
     ([(0, 5), (5, 10)], [5, 5], [{"vocab_size": 9}, {}], "vocab_size"),

@@ -2,8 +2,8 @@
 
 Training and the plan both size the teacher's forward call; this module is the one owner of the
 estimate. It is plain arithmetic on a model's config: no tensors, no device, no collectives. The
-estimate is generous, for it decides how much is tried; planning/memory.py counts the bytes that
-a pass is expected to hold at its peak.
+estimate is generous, so that a pass of that size is safe; planning/memory.py counts the bytes
+that a pass is expected to hold at its peak.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EAGER_SCORE_TENSORS = 2
 
 
 class TransformerConfig(Protocol):
-    """The attributes of a transformers config that are read here, beside `intermediate_size`."""
+    """The attributes read here of a transformers config; `intermediate_size` is optional."""
 
     hidden_size: int
     num_attention_heads: int

@@ -1,4 +1,4 @@
-"""A run's plan held against what the run measured (`amid-ds plan --check`)."""
+"""A run's plan compared with the run's own measurement (`amid-ds plan --check`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECENT_STEPS = 20
 
 
 class PlannedAndMeasured(TypedDict):
-    """Bytes or seconds; None for what was not planned, or not measured."""
+    """Bytes or seconds; None: not planned, or not measured."""
 
     planned: float | None
     measured: float | None

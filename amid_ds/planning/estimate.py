@@ -1,8 +1,8 @@
 """The plan of one rank: memory, network, FLOPs and a rough time, before any job is queued.
 
 Sizes follow from the recipe, the DeepSpeed config and the two models' configs; nothing is measured
-here. What is assumed beside sizes is in devices.py. The time is a rough one; the memory is meant to
-be held against a run (check.py).
+here. Assumptions about hardware are in devices.py. The time is rough, and no GPU run has been
+compared with it; the memory is meant to be compared with a run (check.py).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Pla
     memory = memory_per_rank(setting)
     network = network_per_step(setting)
     flops = flops_per_step(setting)
-    # A checkpoint holds fp32 weights and Adam's moments, and bf16 weights beside them.
+    # A checkpoint holds fp32 weights and Adam's moments, and the bf16 weights.
     weight_bytes = student.element_size if setting.zero.bf16 else 0
     checkpoint_element_bytes = FP32_BYTES + ADAM_BYTES + weight_bytes
     return Plan(

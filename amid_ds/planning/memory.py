@@ -76,7 +76,7 @@ def student_step_bytes(setting: Setting) -> dict[str, int]:
         "activations": kept,
         "recomputed_layer": recomputed,
         "gathered": gathered,
-        # What arrives lies in a buffer first.
+        # A gather fills a buffer first.
         "gather_buffers": gathered,
         "reduce_bucket": _reduce_bucket_bytes(setting),
         "loss_workspace": _loss_bytes(setting)}
@@ -120,7 +120,7 @@ def teacher_step_bytes(setting: Setting, teacher: ModelCosts, student_parts: dic
     """Bytes by part that the teacher's pass needs in addition to `student_parts`.
 
     `free_bytes`: the device's memory less the model states. The teacher's pass and the student's do
-    not overlap, so `teacher_pass` is what the larger of them takes more than the student's.
+    not overlap, so `teacher_pass` is the excess of the teacher's over the student's, or 0.
     """
     zero, student = setting.zero, setting.student
     parts = {"teacher_hidden": setting.teacher_tokens * teacher.hidden_size * teacher.element_size}

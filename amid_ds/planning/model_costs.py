@@ -1,8 +1,8 @@
 """Sizes and FLOPs of one model on one rank, counted on torch's meta device (shapes, no numbers).
 
 The body runs once, forward only: autograd's saved tensors give the activation memory, torch's
-counter the FLOPs. Attention is replaced by one that keeps what a fused kernel keeps. No weights are
-read.
+counter the FLOPs. Attention is replaced by one that keeps the tensors a fused kernel would.
+No weights are read.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ModelCosts:
     # This rank's part of the body; of its saved bytes, one layer's.
     body: BodyCosts
     layer_saved_bytes: int
-    # Per token, what AutoTP sums over its group in forward, and in backward.
+    # Elements per token that AutoTP sums over its group in forward, and in backward.
     tp_forward_width: int
     tp_backward_width: int
     # By models/sizes.py; 0 for a student.
@@ -158,7 +158,7 @@ def _count_body(meta: Any, rows: int, length: int, layers: int) -> tuple[BodyCos
 def run_on_meta(meta: Any, rows: int, length: int, layers: int | None = None) -> BodyCosts:
     """The costs of a body on the meta device, or its first `layers`, for [rows, length] tokens.
 
-    Raises what the model raises where its shapes depend on numbers.
+    Raises the model's own error where its shapes depend on numbers.
     """
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
@@ -220,7 +220,7 @@ class _CountingAttention:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps for backward what a fused attention keeps: its three inputs and its output."""
+    """Keeps for backward the tensors of a fused attention: its three inputs and its output."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

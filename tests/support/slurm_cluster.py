@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# where daemons lie; not on everyone's path
+# The folders of daemons, not on every user's path.
 os.environ["PATH"] += ":/usr/sbin:/sbin"
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "tc", "nsenter", "unshare")
-# per node, made up: character devices that are all /dev/null
+# GPUs of a node: character devices that are all /dev/null.
 GPUS = 4
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE",
          "BOOT_FAIL"}
@@ -80,7 +80,7 @@ class Cluster:
 
     def __init__(self, nodes: int) -> None:
         self.names = [f"n{index}" for index in range(1, nodes + 1)]
-        # a socket's path must be short
+        # In /tmp, because a socket's path must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
         self.prefix = f"amid{os.getpid()}-"
 
@@ -144,7 +144,7 @@ class Cluster:
 
     def _inside(self, name: str, *command: str) -> list[str]:
         """`command` wrapped to run on a node: with its network, host name and /etc/hosts."""
-        # not `ip netns exec`: its fresh /sys hides /sys/fs/cgroup, without which slurmd ends
+        # Not `ip netns exec`: its new /sys hides /sys/fs/cgroup, without which slurmd ends.
         return ["nsenter", f"--net=/run/netns/{self.prefix}{name}", "unshare", "--mount", "--uts",
                 "--propagation", "private", "sh", "-c",
                 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"', "_", name,
