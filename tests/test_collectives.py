@@ -72,14 +72,14 @@ def test_two_ranks_make_the_same_collectives_in_the_same_order_in_every_step_of_
 
 def fails(where: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """A rank of which number 1 fails at `where`, alone."""
-    from amid_ds.engine import engine
+    from amid_ds.engine import build
     from amid_ds.training import trainer
 
     def broken(*args, **kwargs):
         raise MemoryError("no memory on this rank alone")
 
     if variables["RANK"] == "1":
-        setattr(*{"loading": (engine, "cut_head"), "a step": (trainer.engine, "take_step")}[where], broken)
+        setattr(*{"loading": (build, "cut_head"), "a step": (trainer.engine, "take_step")}[where], broken)
     small.be_a_rank(argv, variables, log)
 
 
