@@ -79,7 +79,7 @@ def fails(where: str, argv: list[str], variables: dict[str, str], log: str) -> N
         raise MemoryError("no memory on this rank alone")
 
     if variables["RANK"] == "1":
-        setattr(*{"loading": (build, "cut_head"), "a step": (trainer.engine, "take_step")}[where], broken)
+        setattr(*{"loading": (build, "cut_head"), "a step": (trainer.engine, "optimizer_step")}[where], broken)
     small.be_a_rank(argv, variables, log)
 
 
