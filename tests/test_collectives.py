@@ -78,14 +78,14 @@ def test_two_ranks_make_the_same_collectives_in_the_same_order_in_every_step_of_
 
 def failing_rank(where: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank; rank 1 alone fails at `where`."""
-    from amid_ds.engine import engine
-    from amid_ds.training import trainer
+    from amid_ds.engine import build
+    from amid_ds.engine.engine import Engine
 
     def broken(*args, **kwargs):
         raise MemoryError("no memory on this rank alone")
 
     if variables["RANK"] == "1":
-        setattr(*{"loading": (engine, "cut_head"), "a step": (trainer.engine, "take_step")}[where],
+        setattr(*{"loading": (build, "cut_head"), "a step": (Engine, "optimizer_step")}[where],
                 broken)
     rank_main(argv, variables, log)
 

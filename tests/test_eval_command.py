@@ -215,7 +215,7 @@ def test_a_model_whose_logits_are_nan_is_named(pair, tmp_path, capsys, role):
 
 def test_a_perplexity_beyond_a_float_is_left_out_and_json_is_json(tmp_path):
     for loss in (709.0, 710.0, 1e300):
-        scores = evaluate.score_model([2 * loss, 0, 0, 0, 2, *[0] * 2 * evaluate.CALIBRATION_BINS], taught=False)
+        scores = evaluate.score_model([2 * loss, 0, 0, 0, 2, *[0] * 2 * evaluate.CALIBRATION_BINS], has_teacher=False)
         figures = validation._figures("held", [2 * loss, 0, 0, 2], taught=False)
         assert scores.perplexity == figures["perplexity"] == (math.exp(709) if loss == 709
                                                               else None)

@@ -1,6 +1,6 @@
-"""A sweep's settings: `loss.alpha=-5,-1,1 loss.lam=0.1,0.9` is six runs, each in a folder named after what it sets.
+"""A sweep's settings: `loss.alpha=-5,-1,1 loss.lam=0.1,0.9` is six runs, each with its own folder.
 
-A value is YAML, as in any override, so a comma inside brackets belongs to it.
+A value is YAML, as in any override, so a comma inside brackets belongs to the value.
 """
 
 from __future__ import annotations
@@ -16,37 +16,40 @@ from amid_ds.errors import InputError
 
 @dataclass(frozen=True)
 class Combination:
-    """One value of each key that is swept, as overrides `key=value`."""
+    """One value of each swept key, as overrides `key=value`."""
 
     settings: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """A folder's: what a shell or a file system would take amiss becomes `_`."""
+        """A folder's name; characters that a shell or file system might interpret become `_`."""
         return re.sub(r"[^\w.=+,-]+", "_", ",".join(self.settings)).strip("_")
 
     def overrides(self, parent: str | Path) -> list[str]:
-        """What is to be added to the command line, with the run's folder under `parent`."""
+        """Arguments to add to the command line; they put the run's folder under `parent`."""
         return [*self.settings, f"output_dir={Path(parent) / self.name}"]
 
 
 def sweep_combinations(swept: Sequence[str]) -> tuple[Combination, ...]:
-    """Every combination of `KEY=VALUE,VALUE,...`; the last key's values change fastest. Raises InputError."""
+    """Every combination of `KEY=VALUE,VALUE,...` arguments; the last key changes fastest.
+
+    Raises InputError if an argument cannot be read or two runs would share a folder.
+    """
     options = []
-    for word in swept:
-        key, values = parse_swept_key(word)
+    for argument in swept:
+        key, values = parse_swept_key(argument)
         options.append([f"{key}={value}" for value in values])
-    found = tuple(Combination(chosen) for chosen in itertools.product(*options))
-    names = [combination.name for combination in found]
+    combinations = tuple(Combination(settings) for settings in itertools.product(*options))
+    names = [combination.name for combination in combinations]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"two runs of the sweep would be called {twice}", "every key once, and every value once",
-                         "leave one of the two out")
-    return found
+        raise InputError(f"two runs of the sweep would be called {twice}",
+                         "every key once, and every value once", "leave one of the two out")
+    return combinations
 
 
-def parse_swept_key(word: str) -> tuple[str, list[str]]:
-    """The key and the values of `KEY=VALUE,VALUE,...`."""
-    key, _, rest = word.partition("=")
+def parse_swept_key(argument: str) -> tuple[str, list[str]]:
+    """The key and the values of `KEY=VALUE,VALUE,...`. Raises InputError."""
+    key, _, rest = argument.partition("=")
     values, depth = [""], 0
     for character in rest:
         depth += (character in "[{") - (character in "]}")
@@ -56,5 +59,6 @@ def parse_swept_key(word: str) -> tuple[str, list[str]]:
             values[-1] += character
     values = [value.strip() for value in values]
     if not key or not all(values):
-        raise InputError(f"the sweep {word!r}", "KEY=VALUE,VALUE,...", "e.g. loss.lam=0.1,0.3,0.5")
+        raise InputError(f"the sweep {argument!r}", "KEY=VALUE,VALUE,...",
+                         "e.g. loss.lam=0.1,0.3,0.5")
     return key, values

@@ -1,29 +1,33 @@
-"""How an instruction becomes a prompt: the templates that the published instruction sets are used with, by name.
+"""The prompt templates of the published instruction sets, by name.
 
-A model answers in the words that it was tuned with, so results compare only under the same template, to the last line
-end. These are facts of other projects; a template is named in the recipe and never guessed.
+A model answers in the format that it was tuned with, so results compare only under the same
+template, to the last line end. A template is named in the recipe and never guessed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-BEGINS = "Below is an instruction that describes a task"
-ASKS = "Write a response that appropriately completes the request."
-FURTHER = ", paired with an input that provides further context"
+_OPENING = "Below is an instruction that describes a task"
+_WITH_INPUT = ", paired with an input that provides further context"
+_REQUEST = "Write a response that appropriately completes the request."
 
-# (with an input, without one). minillm: MiniLLM, DistiLLM, ABKD and AMiD; alpaca: Stanford Alpaca, whose prompt ends
+# minillm is also DistiLLM's, ABKD's and AMiD's; alpaca is Stanford Alpaca's, whose prompt ends
 # without a line end.
+_LAST_CHARACTER = {"minillm": "\n", "alpaca": ""}
+
+# name -> (template with an input, template without one).
 TEMPLATES: Mapping[str, tuple[str, str]] = {
-    name: (f"{BEGINS}{FURTHER}. {ASKS}\n\n### Instruction:\n{{instruction}}\n\n### Input:\n{{input}}\n\n"
-           f"### Response:{end}",
-           f"{BEGINS}. {ASKS}\n\n### Instruction:\n{{instruction}}\n\n### Response:{end}")
-    for name, end in (("minillm", "\n"), ("alpaca", ""))
+    name: (f"{_OPENING}{_WITH_INPUT}. {_REQUEST}\n\n### Instruction:\n{{instruction}}\n\n"
+           f"### Input:\n{{input}}\n\n### Response:{end}",
+           f"{_OPENING}. {_REQUEST}\n\n### Instruction:\n{{instruction}}\n\n### Response:{end}")
+    for name, end in _LAST_CHARACTER.items()
 }
 
 
 def fill_template(template: str, instruction: str, context: str) -> str:
-    """The prompt for an instruction with its input, which may be empty."""
-    with_input, without = TEMPLATES[template]
-    return with_input.format(instruction=instruction, input=context) if context else without.format(
-        instruction=instruction)
+    """The prompt for an instruction and its input, which may be empty."""
+    with_input, without_input = TEMPLATES[template]
+    if context:
+        return with_input.format(instruction=instruction, input=context)
+    return without_input.format(instruction=instruction)

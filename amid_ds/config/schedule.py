@@ -1,6 +1,6 @@
-"""What changes from step to step, as pure functions of the step: a resumed run needs no memory of them.
+"""Values that change from step to step, as pure functions of the step: a resume needs no memory.
 
-TAID's interpolation alone follows the losses that were: its `Interpolation` is kept in the checkpoints.
+The exception is TAID's interpolation, which follows past losses: checkpoints keep its TaidState.
 """
 
 from __future__ import annotations
@@ -8,11 +8,16 @@ from __future__ import annotations
 import math
 from typing import TypedDict
 
-from amid_ds.config.recipe import Loss, Piecewise, Schedule, TaidSchedule, Train
+from amid_ds.config.recipe import Loss, Train
+from amid_ds.config.scheduled_values import Piecewise, Schedule, ScheduledValue, TaidSchedule
 
 
 class TaidState(TypedDict):
-    """Where TAID's update stands: the value of the next step, the momentum, and the divergence of the step before."""
+    """The state of TAID's update between two steps.
+
+    value: the interpolation in the next step; momentum: of the divergence's relative change;
+    divergence: of the step before, None before the first.
+    """
 
     value: float
     momentum: float
@@ -20,7 +25,7 @@ class TaidState(TypedDict):
 
 
 def learning_rate(train: Train, step: int) -> float:
-    """The learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule down to 0 at `steps`."""
+    """The learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule."""
     if step < train.warmup_steps:
         return train.learning_rate * (step + 1) / train.warmup_steps
     if train.schedule == "constant":
@@ -31,14 +36,17 @@ def learning_rate(train: Train, step: int) -> float:
     return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def value_at(scheduled: float | Schedule | Piecewise | TaidSchedule, step: int, total: int,
-             stands: TaidState | None = None) -> float:
-    """What a scheduled value is in optimizer step `step` (from 0) of `total`; at the last one it has arrived. An
-    adaptive one is where it `stands`; None: at its beginning."""
+def value_at(scheduled: ScheduledValue, step: int, total: int,
+             taid_state: TaidState | None = None) -> float:
+    """The value of optimizer step `step` (from 0) of `total`; the last step has the last value.
+
+    A TaidSchedule's value is read from `taid_state`; None: its first value.
+    """
     if isinstance(scheduled, TaidSchedule):
-        return scheduled.adaptive[0] if stands is None else stands["value"]
+        return scheduled.adaptive[0] if taid_state is None else taid_state["value"]
     if isinstance(scheduled, Piecewise):
-        begun = [piece for piece in scheduled.pieces if piece.steps is not None and piece.steps[0] <= step]
+        begun = [piece for piece in scheduled.pieces
+                 if piece.steps is not None and piece.steps[0] <= step]
         return value_at(begun[-1] if begun else scheduled.pieces[0], step, total)
     if not isinstance(scheduled, Schedule):
         return scheduled
@@ -50,47 +58,54 @@ def value_at(scheduled: float | Schedule | Piecewise | TaidSchedule, step: int, 
     return start + (end - start) * progress
 
 
-def loss_at(loss: Loss, step: int, total: int, stands: TaidState | None = None) -> Loss:
-    """The loss of one step, its schedules replaced by their values."""
-    return loss.model_copy(update={name: value_at(value, step, total, stands)
+def loss_at(loss: Loss, step: int, total: int, taid_state: TaidState | None = None) -> Loss:
+    """The loss of optimizer step `step` (from 0) of `total`, its schedules replaced by values."""
+    return loss.model_copy(update={name: value_at(value, step, total, taid_state)
                                    for name, value in loss.scheduled.items()})
 
 
-def taid_update(adaptive: TaidSchedule, stands: TaidState | None, divergence: float, step: int, total: int
-             ) -> TaidState:
-    """TAID's update (arXiv 2501.16937, section 3.2) after optimizer step `step` (from 0) of `total` and its divergence.
+def taid_update(adaptive: TaidSchedule, taid_state: TaidState | None, divergence: float, step: int,
+                total: int) -> TaidState:
+    """The state after optimizer step `step` (from 0) of `total` and its `divergence`.
+
+    TAID's update (arXiv 2501.16937, section 3.2), J being the divergence:
 
         change = (J before - J) / J before;   m = β m + (1 - β) change
         t = min(t_end, max(t_linear, t + rate · sigmoid(m) · (1 - t)))
 
-    J is the divergence itself; the authors' code has the cross entropy with the same gradient, whose relative change
-    is smaller. As there, the first step only leaves its divergence.
+    The authors' code has the cross entropy for J, with the same gradient and a smaller relative
+    change. As there, the first step only sets the divergence.
     """
     start, end = adaptive.adaptive
-    if stands is None or stands["divergence"] is None:
+    if taid_state is None or taid_state["divergence"] is None:
         return {"value": start, "momentum": 0.0, "divergence": divergence}
-    before, t = stands["divergence"], stands["value"]
-    momentum = (adaptive.momentum * stands["momentum"]
+    before, t = taid_state["divergence"], taid_state["value"]
+    momentum = (adaptive.momentum * taid_state["momentum"]
                 + (1 - adaptive.momentum) * (before - divergence) / (before + 1e-15))
     along = start + (end - start) * step / total
-    faster = t + adaptive.rate * (1 - t) * 0.5 * (1 + math.tanh(momentum / 2))      # a sigmoid that cannot overflow
+    # By tanh: a sigmoid that cannot overflow.
+    faster = t + adaptive.rate * (1 - t) * 0.5 * (1 + math.tanh(momentum / 2))
     return {"value": min(end, max(along, faster)), "momentum": momentum, "divergence": divergence}
 
 
 def turning_points(loss: Loss, total: int) -> list[int]:
-    """The steps between which no schedule of `loss` leaves the values that it has at them; the first and last too."""
-    found = {0, total - 1}
+    """Steps at which a schedule of `loss` starts or ends, and the first and last step, in order.
+
+    Between two of them each value lies between its values there, so checking these checks all.
+    """
+    points = {0, total - 1}
     for scheduled in loss.scheduled.values():
-        for course in scheduled.pieces if isinstance(scheduled, Piecewise) else [scheduled]:
-            found |= {min(step, total - 1) for step in getattr(course, "steps", None) or ()}
-    return sorted(found)
+        for part in scheduled.pieces if isinstance(scheduled, Piecewise) else [scheduled]:
+            if isinstance(part, Schedule):
+                points |= {min(step, total - 1) for step in part.steps or ()}
+    return sorted(points)
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """The seed of the random numbers (dropout) that data-parallel rank `rank` draws in `step`; 63 bits.
+    """The seed of the random numbers (dropout) of data-parallel rank `rank` in `step`; 63 bits.
 
-    Steps and ranks are mixed by SplitMix64's finaliser, so neighbours share nothing, and a resumed run draws what the
-    uninterrupted run would have drawn.
+    Steps and ranks are mixed by SplitMix64's finaliser, so neighbours share nothing, and a resumed
+    run draws the same numbers as an uninterrupted one.
     """
     value = seed
     for part in (step, rank):

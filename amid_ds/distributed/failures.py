@@ -3,51 +3,63 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 import threading
 
 import torch.distributed as dist
 
+from amid_ds.errors import ExitStatus
+
+logger = logging.getLogger(__name__)
+
 
 class FailureMonitor:
     """Ends a rank that waits, in a collective that cannot complete, for a rank that has failed.
 
-    A failed rank says so in the rendezvous store, which works while collectives do not. Every rank looks there now and
-    then, from a thread; one that has not come to its own end GRACE_S later is ended, with exit status 1.
+    A failed rank reports to the rendezvous store, which works while collectives do not. A thread of
+    every rank checks the store every CHECK_EVERY_S seconds; a rank that has not ended by itself
+    GRACE_S after it saw a failure is ended, with exit status 1.
     """
 
-    LOOK_EVERY_S = 2.0
+    CHECK_EVERY_S = 2.0
     GRACE_S = 15.0
 
     def __init__(self, store: dist.Store, rank: int) -> None:
         self.store, self.rank = dist.PrefixStore("amid_ds", store), rank
-        self.left = threading.Event()
-        self.thread = threading.Thread(target=self._watch, name="failures", daemon=True)
-        self.thread.start()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="failures", daemon=True)
+        self._thread.start()
 
-    def tell(self, message: str) -> None:
-        with contextlib.suppress(RuntimeError):      # rank 0 holds the store: it may be gone
+    def report(self, message: str) -> None:
+        """Put the message's first line into the store: this rank has failed."""
+        with contextlib.suppress(RuntimeError):
+            # RuntimeError: rank 0, which holds the store, may be gone.
             self.store.set("failed", message.splitlines()[0])
 
-    def take_back(self) -> None:
-        """Every rank has heard of it: nobody is left waiting."""
+    def withdraw(self) -> None:
+        """Remove the report: every rank has received the error, and none is left waiting."""
         with contextlib.suppress(RuntimeError):
             self.store.delete_key("failed")
 
-    def leave(self) -> None:
-        """The end. A thread that is in the store while the interpreter goes down would abort the process."""
-        self.left.set()
-        self.thread.join(self.LOOK_EVERY_S)
+    def stop(self) -> None:
+        """End the thread: inside the store at the interpreter's exit it would abort the process."""
+        self._stopped.set()
+        self._thread.join(self.CHECK_EVERY_S)
 
     def _watch(self) -> None:
-        while not self.left.wait(self.LOOK_EVERY_S):
-            if self._message() is not None and not self.left.wait(self.GRACE_S) and (message := self._message()):
-                print(f"amid-ds: rank {self.rank} ends, it was waiting for a rank that failed: {message}",
-                      file=sys.stderr, flush=True)
-                os._exit(1)
+        while not self._stopped.wait(self.CHECK_EVERY_S):
+            if self._reported() is None or self._stopped.wait(self.GRACE_S):
+                continue
+            # Read again: it may have been withdrawn meanwhile.
+            if message := self._reported():
+                logger.error(f"rank {self.rank} ends, it was waiting for a rank that failed: "
+                             f"{message}")
+                sys.stderr.flush()
+                os._exit(ExitStatus.FAILED)
 
-    def _message(self) -> str | None:
+    def _reported(self) -> str | None:
         try:
             return self.store.get("failed").decode() if self.store.check(["failed"]) else None
         except RuntimeError:

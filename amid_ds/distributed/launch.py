@@ -1,4 +1,4 @@
-"""How a command of ours is started on this machine: by itself, or on several ranks under the `deepspeed` launcher."""
+"""Start commands of this package on this machine, and choose the port where ranks meet."""
 
 from __future__ import annotations
 
@@ -6,18 +6,28 @@ import socket
 import sys
 from pathlib import Path
 
+SLURM_PORTS_START = 20000
+SLURM_PORTS = 20000
+
 
 def launch_command(ranks: int, *arguments: str) -> list[str]:
-    """The command line of `amid-ds ARGUMENTS` on `ranks` ranks, with a port of their own to meet at."""
+    """The command line of `amid-ds ARGUMENTS` on `ranks` ranks, with a free rendezvous port."""
     if ranks == 1:
         return [sys.executable, "-m", "amid_ds", *arguments]
     launcher = str(Path(sys.executable).with_name("deepspeed"))
-    return [launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()), "--log_level", "error", "--module",
-            "amid_ds", *arguments]
+    return [launcher, "--num_gpus", str(ranks), "--master_port", str(free_port()),
+            "--log_level", "error", "--module", "amid_ds", *arguments]
 
 
-def free_port() -> int:
-    """Of this machine, for ranks to meet at."""
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that is free now on the interface `host` of this machine; "": on all of them."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.bind((host, 0))
         return int(probe.getsockname()[1])
+
+
+def slurm_port(job_id: int) -> int:
+    """The rendezvous port of a Slurm job: every rank knows it without asking, and two jobs that
+    share a node differ unless their ids differ by a multiple of 20000. slurm/*.sbatch has it too.
+    """
+    return SLURM_PORTS_START + job_id % SLURM_PORTS

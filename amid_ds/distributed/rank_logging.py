@@ -18,20 +18,25 @@ PACKAGE_LOGGER = logging.getLogger("amid_ds")
 
 
 class _RankHandler(logging.Handler):
-    """Writes through tqdm, so that a message and a progress bar do not share a line."""
+    """Writes through tqdm, so that a message and a progress bar do not share a line.
+
+    The streams are looked up for each message: they may be replaced while the process runs.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno >= logging.ERROR:
-            tqdm.write(f"amid-ds: {record.getMessage()}", file=sys.stderr)
-            sys.stderr.flush()
+            prefix, stream = "amid-ds: ", sys.stderr
         elif launched_rank() == 0:
-            prefix = "WARNING: " if record.levelno >= logging.WARNING else ""
-            tqdm.write(f"{prefix}{record.getMessage()}", file=sys.stdout)
-            sys.stdout.flush()
+            prefix, stream = "WARNING: " if record.levelno >= logging.WARNING else "", sys.stdout
+        else:
+            return
+        tqdm.write(f"{prefix}{self.format(record)}", file=stream)
+        stream.flush()
 
 
 def set_up_logging() -> None:
-    """Send the package's log messages to this process's streams. Called by the command line, once."""
+    """Send the package's log messages to this process's streams. Called by the command line; later
+    calls change nothing."""
     if not any(isinstance(handler, _RankHandler) for handler in PACKAGE_LOGGER.handlers):
         PACKAGE_LOGGER.addHandler(_RankHandler())
         PACKAGE_LOGGER.setLevel(logging.INFO)

@@ -1,8 +1,8 @@
-"""What a model writes, judged: samples for prompts, their ROUGE-L, how much they differ, what a teacher thinks of them.
+"""Scores of generated text: ROUGE-L, diversity, and its likelihood under a teacher.
 
-Every sample is drawn by transformers' own `generate` from a seed of its own (seed, batch of prompts), and prompts are
-cut into the same batches on any number of ranks, so the samples do not depend on the ranks. The price is that a short
-answer waits for the longest of its batch.
+Every sample is drawn by transformers' own `generate` from its own seed (seed, batch of prompts),
+and prompts are cut into the same batches on any number of ranks, so samples do not depend on the
+ranks. The price: a short answer waits for the longest of its batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,14 +22,24 @@ from amid_ds.config.schedule import step_seed
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PROMPTS_AT_ONCE = 32
-SEEDS = (10, 20, 30, 40, 50)      # those of MiniLLM's, DistiLLM's and AMiD's evaluation scripts; then 60, 70, …
-NGRAM = 4                         # MiniLLM's Dist-4
+# The seeds of MiniLLM's, DistiLLM's and AMiD's evaluation scripts; more go on with 60, 70, ...
+PUBLISHED_SEEDS = (10, 20, 30, 40, 50)
+# As in MiniLLM's Dist-4.
+NGRAM = 4
+
+# (prompts, answers) -> (Σ negative log-likelihood of the answers' tokens in nats, their number).
+TeacherNLL = Callable[[Sequence[list[int]], Sequence[list[int]]], tuple[float, int]]
+# Sampled ids by (seed, index of the prompt).
+Samples = dict[tuple[int, int], list[int]]
 
 
 @dataclass(frozen=True)
 class EvalPrompt:
-    """A prompt as ids, and what may be answered."""
+    """A prompt's token ids, and the reference answers as text."""
 
     ids: list[int]
     references: list[str]
@@ -37,7 +47,10 @@ class EvalPrompt:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn: a run over all prompts for each of `seeds`, of at most `new_tokens` tokens each."""
+    """Sampling settings: one sample of at most `new_tokens` tokens per prompt and seed.
+
+    seeds: their number.
+    """
 
     seeds: int
     new_tokens: int
@@ -45,17 +58,23 @@ class Sampling:
     top_p: float = 1.0
 
     @property
-    def numbers(self) -> list[int]:
-        return [10 * (number + 1) for number in range(self.seeds)]
+    def seed_values(self) -> list[int]:
+        """The seeds themselves: 10, 20, ..."""
+        return [10 * number for number in range(1, self.seeds + 1)]
 
 
 @dataclass(frozen=True)
 class GenerationScores:
-    """The judgement. rouge_l: mean over the seeds of the mean F1 in [0, 1] against the best reference; its standard
-    error over the seeds, None of a single one. distinct_4: the share of different ones among the 4-grams of tokens of
-    a seed's samples. self_bleu: mean BLEU in [0, 1] of a sample against those of the other seeds for the same prompt,
-    None of a single seed; low is diverse. teacher_nll: the teacher's mean negative log-likelihood of the tokens that
-    were sampled, in nats, None without one; low is what the teacher would write."""
+    """The scores of all samples.
+
+    rouge_l: mean over the seeds of the mean F1 in [0, 1] against the best reference.
+    rouge_l_standard_error: of that mean over the seeds; None with one seed.
+    distinct_4: mean over the seeds of the share of different ones among all 4-grams of tokens.
+    self_bleu: mean BLEU in [0, 1] of a sample against the other seeds' samples for the same prompt,
+    low if they are diverse; None with one seed.
+    teacher_nll: the teacher's mean negative log-likelihood of a sampled token in nats, low if it
+    would write the same; None without a teacher.
+    """
 
     rouge_l: float
     rouge_l_standard_error: float | None
@@ -65,101 +84,134 @@ class GenerationScores:
 
 
 def require_rouge() -> Any:
-    """The scorer that the papers' scripts use: ROUGE-L with Porter's stemmer. InputError where it is not installed."""
+    """The scorer of the papers' scripts: ROUGE-L with Porter's stemmer.
+
+    Raises InputError if rouge-score is not installed.
+    """
     try:
         from rouge_score import rouge_scorer
     except ImportError:
-        raise InputError("the Python package rouge-score is not installed", "it, to score generations with ROUGE-L",
-                         "pip install 'rouge-score>=0.1.2', or leave generations out with --seeds 0") from None
+        raise InputError("the Python package rouge-score is not installed",
+                         "it, to score generations with ROUGE-L",
+                         "pip install 'rouge-score>=0.1.2', or leave generations out with "
+                         "--seeds 0") from None
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 
-TeacherNLL = Callable[[Sequence[list[int]], Sequence[list[int]]], "tuple[float, int]"]
+def score_generations(model: nn.Module, tokenizer: PreTrainedTokenizerBase,
+                      prompts: Sequence[EvalPrompt], sampling: Sampling,
+                      teacher_nll: TeacherNLL | None, world: World | None = None
+                      ) -> GenerationScores:
+    """Sample for every prompt and seed, batches spread over the ranks; score on every rank.
 
-
-def score_generations(model: nn.Module, tokenizer: Any, prompts: Sequence[EvalPrompt], sampling: Sampling, opinion: TeacherNLL | None,
-          world: World | None = None) -> GenerationScores:
-    """Samples for every prompt and every seed, dealt over the ranks batch by batch, judged on every rank.
-
-    opinion: the teacher's Σ negative log-likelihood of answers to prompts, and their tokens. Collective: one gathering,
-    at the end; world None: this process alone.
+    teacher_nll: None without a teacher. Collective: two of objects, at the end; world None: this
+    process alone.
     """
     rank, size = (world.rank, world.size) if world is not None else (0, 1)
     batches = [range(start, min(start + PROMPTS_AT_ONCE, len(prompts)))
                for start in range(0, len(prompts), PROMPTS_AT_ONCE)]
 
-    def write() -> tuple[dict[tuple[int, int], list[int]], float, int]:
-        answers, nll, tokens = {}, 0.0, 0
-        work = list(itertools.product(sampling.numbers, enumerate(batches)))[rank::size]
-        for seed, (number, batch) in tqdm(work, desc="generate", leave=False, disable=True if rank else None):
-            asked = [prompts[index].ids for index in batch]
-            drawn = sample_responses(model, tokenizer, asked, sampling, step_seed(seed, number, 0))
-            answers.update({(seed, index): answer for index, answer in zip(batch, drawn, strict=True)})
-            if opinion is not None:
-                added, count = opinion(asked, drawn)
-                nll, tokens = nll + added, tokens + count
-        return answers, nll, tokens
+    def sample_own_batches() -> tuple[Samples, float, int]:
+        samples: Samples = {}
+        nll_sum, tokens = 0.0, 0
+        work = list(itertools.product(sampling.seed_values, enumerate(batches)))[rank::size]
+        for seed, (number, batch) in tqdm(work, desc="generate", leave=False,
+                                          disable=True if rank else None):
+            ids = [prompts[index].ids for index in batch]
+            answers = sample_responses(model, tokenizer, ids, sampling, step_seed(seed, number, 0))
+            samples.update({(seed, index): answer
+                            for index, answer in zip(batch, answers, strict=True)})
+            if teacher_nll is not None:
+                batch_nll, batch_tokens = teacher_nll(ids, answers)
+                nll_sum, tokens = nll_sum + batch_nll, tokens + batch_tokens
+        return samples, nll_sum, tokens
 
-    everyone = [write()] if world is None else world.gather(world.run_checked(write))
-    samples = {key: answer for answers, *_ in everyone for key, answer in answers.items()}
-    tokens = sum(count for *_, count in everyone)
-    nll = sum(added for _, added, _ in everyone) / tokens if opinion is not None and tokens else None
-    return _judged(samples, tokenizer, prompts, sampling.numbers, nll)
+    if world is None:
+        by_rank = [sample_own_batches()]
+    else:
+        by_rank = world.gather(world.run_checked(sample_own_batches))
+    samples = {key: answer for own, _, _ in by_rank for key, answer in own.items()}
+    tokens = sum(count for _, _, count in by_rank)
+    nll = sum(nll_sum for _, nll_sum, _ in by_rank) / tokens if teacher_nll and tokens else None
+    return _score_samples(samples, tokenizer, prompts, sampling.seed_values, nll)
 
 
 @torch.inference_mode()
-def sample_responses(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], sampling: Sampling,
-           seed: int) -> list[list[int]]:
-    """One answer to each prompt, without its end-of-text, of ids below the tokenizer's size alone. Models are compared:
-    nothing is taken from a model's own generation_config."""
+def sample_responses(model: nn.Module, tokenizer: PreTrainedTokenizerBase,
+                     prompts: Sequence[list[int]], sampling: Sampling, seed: int
+                     ) -> list[list[int]]:
+    """One answer to each prompt, without its end of text, of ids below the tokenizer's size.
+
+    Models are compared, so nothing is taken from a model's own generation_config.
+    """
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
     end = tokenizer.eos_token_id
-    longest = max(map(len, prompts))      # padding on the left: answers begin where the rows end
-    ids = torch.tensor([[end] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-    padding = range(len(tokenizer), model.config.vocab_size)   # type: ignore[union-attr, arg-type]
-    config = GenerationConfig(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0,
-                              max_new_tokens=sampling.new_tokens, eos_token_id=end, pad_token_id=end,
-                              suppress_tokens=list(padding) or None)
+    # Padding on the left: answers begin where the rows end.
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[end] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)],
+                       device=device)
+    mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=device)
+    unused = range(len(tokenizer), model.config.vocab_size)   # type: ignore[union-attr, arg-type]
+    config = GenerationConfig(do_sample=True, temperature=sampling.temperature,
+                              top_p=sampling.top_p, top_k=0, max_new_tokens=sampling.new_tokens,
+                              eos_token_id=end, pad_token_id=end,
+                              suppress_tokens=list(unused) or None)
     torch.manual_seed(seed)
-    own: Any = model.generation_config      # what is not set is taken from there: penalties, least lengths
+    # `generate` takes from the model's own config what its argument leaves unset: penalties, least
+    # lengths.
+    own_config: Any = model.generation_config
     model.generation_config = config
     try:
-        out = model.generate(ids, attention_mask=mask, generation_config=config)   # type: ignore[operator]
+        output = model.generate(ids, attention_mask=mask, generation_config=config)   # type: ignore[operator]
     finally:
-        model.generation_config = own
-    return [list(itertools.takewhile(lambda token: token != end, row)) for row in out[:, ids.shape[1]:].tolist()]
+        model.generation_config = own_config
+    return [list(itertools.takewhile(lambda token: token != end, row))
+            for row in output[:, longest:].tolist()]
 
 
-def _judged(samples: dict[tuple[int, int], list[int]], tokenizer: Any, prompts: Sequence[EvalPrompt],
-            seeds: Sequence[int], teacher_nll: float | None) -> GenerationScores:
+def _score_samples(samples: Samples, tokenizer: PreTrainedTokenizerBase,
+                   prompts: Sequence[EvalPrompt], seeds: Sequence[int], teacher_nll: float | None
+                   ) -> GenerationScores:
     scorer = require_rouge()
-    every = range(len(prompts))
-    of_seed = []
-    for seed in seeds:
-        texts = tokenizer.batch_decode([samples[seed, index] for index in every], skip_special_tokens=True)
-        of_seed.append(statistics.fmean(scorer.score_multi(prompts[index].references, text)["rougeL"].fmeasure
-                                        for index, text in zip(every, texts, strict=True)))
-    error = statistics.stdev(of_seed) / math.sqrt(len(of_seed)) if len(of_seed) > 1 else None
+    by_seed = {seed: [samples[seed, index] for index in range(len(prompts))] for seed in seeds}
+    rouge_by_seed = []
+    for answers in by_seed.values():
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        rouge_by_seed.append(statistics.fmean(
+            scorer.score_multi(prompt.references, text)["rougeL"].fmeasure
+            for prompt, text in zip(prompts, texts, strict=True)))
+    standard_error = diversity = None
+    if len(seeds) > 1:
+        standard_error = statistics.stdev(rouge_by_seed) / math.sqrt(len(seeds))
+        diversity = statistics.fmean(map(self_bleu, zip(*by_seed.values(), strict=True)))
     return GenerationScores(
-        statistics.fmean(of_seed), error,
-        statistics.fmean(distinct([samples[seed, index] for index in every], NGRAM) for seed in seeds),
-        statistics.fmean(self_bleu([samples[seed, index] for seed in seeds]) for index in every)
-        if len(seeds) > 1 else None, teacher_nll)
+        rouge_l=statistics.fmean(rouge_by_seed),
+        rouge_l_standard_error=standard_error,
+        distinct_4=statistics.fmean(distinct(answers, NGRAM) for answers in by_seed.values()),
+        self_bleu=diversity,
+        teacher_nll=teacher_nll)
 
 
 def distinct(texts: Sequence[Sequence[int]], n: int) -> float:
-    """The share of different ones among all n-grams of the texts; 0 where there is none."""
-    grams = [tuple(text[place:place + n]) for text in texts for place in range(len(text) - n + 1)]
+    """The share of different ones among all n-grams of the texts; 0 if they have none."""
+    grams = [tuple(text[start:start + n]) for text in texts for start in range(len(text) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 
 def self_bleu(texts: Sequence[Sequence[int]]) -> float:
-    """Mean BLEU of each text against the others, smoothed by adding 1 to the counts of n-grams longer than one."""
+    """Mean BLEU in [0, 1] of each text against the others; an empty text counts as 0.
+
+    Smoothed by adding 1 to the counts of n-grams longer than one.
+    """
     from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     smooth = SmoothingFunction().method2
-    return statistics.fmean(float(sentence_bleu([*texts[:place], *texts[place + 1:]], text, smoothing_function=smooth))
-                            if text else 0.0 for place, text in enumerate(texts))
+    scores = []
+    for index, text in enumerate(texts):
+        others = [*texts[:index], *texts[index + 1:]]
+        bleu = sentence_bleu(others, text, smoothing_function=smooth) if text else 0.0
+        scores.append(float(bleu))
+    return statistics.fmean(scores)

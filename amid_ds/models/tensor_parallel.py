@@ -1,9 +1,10 @@
-"""What a tensor-parallel group splits: the bodies by their own plans in transformers, and both heads by rows.
+"""What a tensor-parallel group splits: bodies by their own plans in transformers, heads by rows.
 
-The bodies are AutoTP's work, and we only say which weights it splits. A body that cannot be split evenly by its own
-plan stays whole on every rank of the group, which costs memory and time and changes no number. The heads are ours: both
-are cut at the same rows of the common vocabulary, because AutoTP would cut each by its own width. A head that is tied
-to the embedding stays whole, each rank reading its rows of it.
+DeepSpeed's AutoTP splits the bodies; here are the weights that it splits. A body that cannot be
+split evenly by its own plan stays whole on every rank of the group, which costs memory and time and
+changes no number. Both heads are cut at the same rows of the common vocabulary, because AutoTP
+would cut each by its own width. A head that is tied to the embedding stays whole, and each rank
+reads its rows of it.
 """
 
 from __future__ import annotations
@@ -11,27 +12,44 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import nn
 
 from amid_ds.distributed.vocab_parallel import VocabShard
 
-# transformers' styles and AutoTP's names for them. A norm on split heads stays whole; its gradient is summed.
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# transformers' styles and AutoTP's names for them. A norm on split heads stays whole, and its
+# gradient is summed.
 STYLES = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "skip"}
+# The parameters, of a layer in each split style, of which a rank has a part.
+SPLIT_PARAMETERS = {"colwise": r"\.(weight|bias)", "rowwise": r"\.weight"}
 
 
-def vocab_shard(vocab_size: int, tp_rank: int, tp_size: int, group: Any) -> VocabShard | None:
-    """This rank's rows of the common vocabulary, as even as they get; None where there is nobody to share with."""
+class LayerSpec(TypedDict):
+    """An entry of AutoTP's `layer_specs`: parameters by regular expressions, and their split."""
+
+    patterns: list[str]
+    partition_type: str
+    grad_allreduce: bool
+
+
+def vocab_shard(vocab_size: int, tp_rank: int, tp_size: int, group: ProcessGroup | None
+                ) -> VocabShard | None:
+    """This rank's rows of the common vocabulary, as even as possible; None with a tp_size of 1."""
     if tp_size == 1:
         return None
-    return VocabShard(vocab_size * tp_rank // tp_size, vocab_size * (tp_rank + 1) // tp_size, group)
+    start, stop = (vocab_size * rank // tp_size for rank in (tp_rank, tp_rank + 1))
+    return VocabShard(start, stop, group)
 
 
 def tp_unsupported_reason(model: nn.Module, tp_size: int) -> str | None:
-    """Why the body of `model` (a transformers causal LM, on any device) is not split over `tp_size` ranks; None: it is.
+    """Why the body of `model` is not split over `tp_size` ranks; None if it is.
 
-    AutoTP splits by elements: only whole heads keep attention what it was.
+    model: a transformers causal LM, on any device. AutoTP splits by elements, so `tp_size` has to
+    divide the number of heads, or attention would change.
     """
     config: Any = model.config
     plan = getattr(config, "base_model_tp_plan", None)
@@ -46,91 +64,106 @@ def tp_unsupported_reason(model: nn.Module, tp_size: int) -> str | None:
     modules = dict(model.base_model.named_modules())   # type: ignore[union-attr]
     planned = {name: style for pattern, style in plan.items()
                for name in modules if re.fullmatch(_regex(pattern), name)}
-    split = [name for name, style in planned.items() if style in ("colwise", "rowwise")]
+    split = [name for name, style in planned.items() if style in SPLIT_PARAMETERS]
     for name in split:
         if not isinstance(modules[name], nn.Linear):
             return f"{name} of its plan is not a linear layer"
-    # Whatever else has parameters beside a split layer works on split heads: the plan must know of it.
+    # Any other module with parameters next to a split layer works on split heads, so the plan must
+    # name it.
     blocks = tuple({f"{name.rpartition('.')[0]}." for name in split})
     for name, module in modules.items():
-        if f"{name}.".startswith(blocks) and name not in planned and list(module.parameters(recurse=False)):
+        has_parameters = next(module.parameters(recurse=False), None) is not None
+        if f"{name}.".startswith(blocks) and name not in planned and has_parameters:
             return f"{name} is not in its plan"
     return None
 
 
-def layer_specs(model: nn.Module, name: str, trains: bool) -> list[dict[str, Any]]:
-    """AutoTP's layer specs for `model`, the submodule `name` of the engine's module, from the model's own plan."""
+def layer_specs(model: nn.Module, name: str, trains: bool) -> list[LayerSpec]:
+    """AutoTP's layer specs for `model`, the submodule `name` of the engine's module, by its plan.
+
+    trains: the model has gradients to sum.
+    """
     prefix = re.escape(f"{name}.{model.base_model_prefix}.")
-    specs = []
+    specs: list[LayerSpec] = []
     for pattern, style in model.config.base_model_tp_plan.items():   # type: ignore[union-attr, operator]
         summed = style == "replicated_with_grad_allreduce"
         if not summed or trains:
-            specs.append({"patterns": [rf"{prefix}{_regex(pattern)}\.weight$"], "partition_type": STYLES[style],
-                          "grad_allreduce": summed})
+            specs.append({"patterns": [rf"{prefix}{_regex(pattern)}\.weight$"],
+                          "partition_type": STYLES[style], "grad_allreduce": summed})
     return specs
 
 
 def split_parameters(model: nn.Module, tp_size: int) -> set[str]:
-    """The names of the parameters that a tensor-parallel rank has a part of: the body's by its plan, an untied head."""
+    """The names of the parameters of which a tensor-parallel rank has a part.
+
+    Those of the body by its plan, and of a head that is not tied to the embedding.
+    """
     if tp_size == 1:
         return set()
     head: Any = model.get_output_embeddings()   # type: ignore[operator]
     split = set()
-    if head.weight is not model.get_input_embeddings().weight:   # type: ignore[operator]
-        split |= {name for name, parameter in model.named_parameters() if parameter is head.weight
-                  or parameter is head.bias}
+    if not _is_tied(model):
+        split |= {name for name, parameter in model.named_parameters()
+                  if parameter is head.weight or parameter is head.bias}
     if tp_unsupported_reason(model, tp_size) is None:
-        prefix = model.base_model_prefix
         for pattern, style in model.config.base_model_tp_plan.items():   # type: ignore[union-attr, operator]
-            own = {"colwise": r"\.(weight|bias)", "rowwise": r"\.weight"}.get(style)
-            if own is not None:
-                split |= {name for name, _ in model.named_parameters()
-                          if re.fullmatch(rf"{prefix}\.{_regex(pattern)}{own}", name)}
+            if style in SPLIT_PARAMETERS:
+                regex = rf"{model.base_model_prefix}\.{_regex(pattern)}{SPLIT_PARAMETERS[style]}"
+                split |= {name for name, _ in model.named_parameters() if re.fullmatch(regex, name)}
     return split
 
 
 def shrink_to_tp_rank(model: nn.Module, tp_size: int) -> tuple[int, int]:
-    """Make the body of a model on the meta device what one of `tp_size` ranks has of it.
+    """Shrink a meta-device body, in place, to the shapes of one of `tp_size` ranks.
 
-    Returns the widths that AutoTP sums over the group for each token: of what its row-wise layers give, in forward, and
-    of what its column-wise layers took, in backward, where each is summed by itself.
+    Returns the elements per token that AutoTP sums over the group: in forward the outputs of the
+    row-wise layers, in backward the gradients of the column-wise layers' inputs, each layer by
+    itself. (0, 0) if the body stays whole.
     """
-    given = taken = 0
+    forward = backward = 0
     if tp_size == 1 or tp_unsupported_reason(model, tp_size) is not None:
-        return given, taken
+        return forward, backward
     for pattern, style in model.config.base_model_tp_plan.items():   # type: ignore[union-attr, operator]
         for name, module in model.base_model.named_modules():   # type: ignore[union-attr]
             if STYLES[style] == "skip" or not re.fullmatch(_regex(pattern), name):
                 continue
             rows, columns = module.weight.shape
             if STYLES[style] == "column":
-                taken, rows = taken + columns, rows // tp_size
+                backward, rows = backward + columns, rows // tp_size
                 if module.bias is not None:
                     module.bias = nn.Parameter(module.bias[:rows])
             else:
-                given, columns = given + rows, columns // tp_size
+                forward, columns = forward + rows, columns // tp_size
             module.weight = nn.Parameter(module.weight[:rows, :columns].clone())
-    return given, taken
-
-
-def _regex(pattern: str) -> str:
-    """transformers writes `layers.*.mlp.up_proj`, with a star for the layer's number."""
-    return re.escape(pattern).replace(r"\*", r"\d+")
+    return forward, backward
 
 
 def cut_head(model: nn.Module, shard: VocabShard, vocab_size: int,
              gathered: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
-    """Keep this rank's rows of an untied head alone, and on the last rank the padding after the common vocabulary too.
+    """Reduce an untied head, in place, to this rank's rows; the last rank keeps the padding too.
 
-    The rows are parameters of their own from here on, split over the data-parallel ranks like any other.
+    The padding is the rows from `vocab_size` on. `gathered(model)` is a context in which the head's
+    weights are complete (collective). The rows are new parameters, split over the data-parallel
+    ranks like any other.
     """
-    projection: Any = model.get_output_embeddings()   # type: ignore[operator]
-    if projection.weight is model.get_input_embeddings().weight:   # type: ignore[operator]
+    if _is_tied(model):
         return
+    head: Any = model.get_output_embeddings()   # type: ignore[operator]
     with gathered(model):
         rows = slice(shard.start, None if shard.stop == vocab_size else shard.stop)
-        for name, parameter in list(projection.named_parameters()):
+        for name, parameter in list(head.named_parameters()):
             part = nn.Parameter(parameter.data[rows].clone(), requires_grad=parameter.requires_grad)
-            part.tensor_model_parallel = True      # type: ignore[attr-defined]  # the gradient norm counts every rank's
-            setattr(projection, name, part)
-    projection.first_row = shard.start
+            # DeepSpeed's mark: the gradient norm counts every rank's part.
+            part.tensor_model_parallel = True   # type: ignore[attr-defined]
+            setattr(head, name, part)
+    head.first_row = shard.start
+
+
+def _is_tied(model: nn.Module) -> bool:
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()   # type: ignore[operator]
+    return head.weight is embedding.weight
+
+
+def _regex(pattern: str) -> str:
+    """A plan's `layers.*.mlp.up_proj` as a regular expression; the star is the layer's number."""
+    return re.escape(pattern).replace(r"\*", r"\d+")

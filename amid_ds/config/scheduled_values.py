@@ -1,0 +1,127 @@
+"""Values of the recipe that change with the optimizer step: a number, or one of three schedules.
+
+Their values at a step are computed in `config/schedule.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Annotated
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+
+from amid_ds.config.section import Finite, NonNegativeInt, PositiveInt, Section, Share
+
+
+class Schedule(Section):
+    """A value that goes from one number to another: exactly one of `value`, `linear`, `cosine`."""
+
+    steps: tuple[NonNegativeInt, PositiveInt] | None = None
+    """[first, last], counted from 0: the first value holds before, the last one after. None: all
+    of the run's steps."""
+    value: Finite | None = None
+    """One value for all steps."""
+    linear: tuple[Finite, Finite] | None = None
+    """[first value, last value], joined by a straight line."""
+    cosine: tuple[Finite, Finite] | None = None
+    """[first value, last value], joined by half a cosine wave."""
+
+    @model_validator(mode="after")
+    def _one_shape(self) -> Schedule:
+        if sum(shape is not None for shape in (self.value, self.linear, self.cosine)) != 1:
+            raise ValueError("one of `value`, `linear` and `cosine` says how the value goes")
+        if self.steps is not None and self.steps[0] >= self.steps[1]:
+            raise ValueError(f"steps {list(self.steps)} do not go forward")
+        return self
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first and the last value."""
+        return self.linear or self.cosine or (self.value or 0.0, self.value or 0.0)
+
+
+class Piecewise(Section):
+    """Schedules one after the other; between two of them the earlier one's last value holds."""
+
+    pieces: Annotated[list[Schedule], Field(min_length=1)]
+    """In the order of their `steps`, which each of them names; no two overlap."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Piecewise:
+        if any(piece.steps is None for piece in self.pieces):
+            raise ValueError("each piece names its `steps`")
+        spans = [piece.steps for piece in self.pieces if piece.steps is not None]
+        for before, after in itertools.pairwise(spans):
+            if after[0] < before[1]:
+                raise ValueError(f"the pieces of steps {list(before)} and {list(after)} overlap or "
+                                 "are out of order")
+        return self
+
+
+class TaidSchedule(Section):
+    """TAID's update of its interpolation (arXiv 2501.16937).
+
+    It rises from the first value to the second, never slower than linearly over the run, and
+    faster while the divergence falls.
+    """
+
+    adaptive: tuple[Share, Share] = (0.4, 1.0)
+    """[first value, last value]."""
+    rate: Share = 5e-4
+    """α: the most that one step goes, as a share of the distance that is left to 1."""
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """β: of the divergence's relative change."""
+
+    @model_validator(mode="after")
+    def _rises(self) -> TaidSchedule:
+        if self.adaptive[0] > self.adaptive[1]:
+            raise ValueError(f"adaptive {list(self.adaptive)} falls, and the interpolation only "
+                             "rises")
+        return self
+
+
+ScheduledValue = float | Schedule | Piecewise | TaidSchedule
+
+# Tags of the union below. pydantic puts them into the location of an error; parse.py drops them.
+NUMBER, SCHEDULE, PIECEWISE, TAID = VALUE_KINDS = (
+    "a number", "a schedule", "a piecewise schedule", "a TAID schedule")
+
+
+def _value_kind(value: object) -> str:
+    """The tag of the one type that `value` is checked against, so that one error is reported."""
+    if isinstance(value, Mapping):
+        if "pieces" in value:
+            return PIECEWISE
+        return TAID if "adaptive" in value else SCHEDULE
+    for kind, tag in ((Piecewise, PIECEWISE), (TaidSchedule, TAID), (Schedule, SCHEDULE)):
+        if isinstance(value, kind):
+            return tag
+    return NUMBER
+
+
+Scheduled = Annotated[
+    Annotated[Finite, Tag(NUMBER)] | Annotated[Schedule, Tag(SCHEDULE)]
+    | Annotated[Piecewise, Tag(PIECEWISE)] | Annotated[TaidSchedule, Tag(TAID)],
+    Discriminator(_value_kind)]
+
+
+def bounding_values(scheduled: ScheduledValue) -> list[float]:
+    """The values between which `scheduled` stays in every step; it reaches the extreme ones."""
+    if isinstance(scheduled, Piecewise):
+        return [end for piece in scheduled.pieces for end in piece.ends]
+    if isinstance(scheduled, TaidSchedule):
+        return list(scheduled.adaptive)
+    return list(scheduled.ends) if isinstance(scheduled, Schedule) else [scheduled]
+
+
+def within(low: float, high: float, open_low: bool = False) -> AfterValidator:
+    """A validator of all values: in [low, high], or in (low, high] with `open_low`."""
+    def check(scheduled: ScheduledValue) -> ScheduledValue:
+        for value in bounding_values(scheduled):
+            if value < low or value > high or (open_low and value == low):
+                raise ValueError(f"values {'above' if open_low else 'from'} {low:g}"
+                                 + ("" if high == math.inf else f" to {high:g}"))
+        return scheduled
+    return AfterValidator(check)
