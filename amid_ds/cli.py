@@ -230,7 +230,7 @@ def _prepare(args: argparse.Namespace) -> None:
     student = resolve_student(recipe)
     tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
     prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir, verify=True)
-    check_prompt_lengths(recipe, print)
+    check_prompt_lengths(recipe)
 
 
 def _tokenizer(args: argparse.Namespace) -> None:

@@ -91,9 +91,12 @@ class Engine:
         if engine.zero_optimization() or engine.bfloat16_enabled():
             engine.step()
             return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
-        trained = [p for p in self.module.parameters() if p.grad is not None]
-        whole, split = (sum(float(p.grad.double().square().sum()) for p in trained
-                            if hasattr(p, "tensor_model_parallel") == wanted) for wanted in (False, True))
+        squares = {True: 0.0, False: 0.0}
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                square = float(parameter.grad.double().square().sum())
+                squares[hasattr(parameter, "tensor_model_parallel")] += square
+        whole, split = squares[False], squares[True]
         # Every rank has the gradients of the whole step: world.sum counts each of the dp_size copies.
         norm = math.sqrt(whole + self.world.sum([split])[0] * self.world.tp_size / self.world.dp_size)
         if not math.isfinite(norm):

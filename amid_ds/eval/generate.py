@@ -31,7 +31,8 @@ from amid_ds.data import end_of_text, fingerprint, load_tokenizer, prompt_ids, p
 from amid_ds.data.readers import TEXT, kind_of
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
-from amid_ds.engine import build, ds_config, engine, gather
+from amid_ds.engine import ds_config
+from amid_ds.engine.build import build_teacher_engine
 from amid_ds.errors import InputError, Stopped
 from amid_ds.files import replace_text
 from amid_ds.models import loading
@@ -228,18 +229,17 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
     if model.placement == "replicated" or ds_config.zero_stage(config) < 3:
         yield world.run_checked(lambda: _load_whole(model, world)), sampler, bool
         return
-    ds = world.run_checked(lambda: build.build_teacher(model, config))
-    if engine.fits_whole(ds, ds.module, world):
-        with gather.gathered(ds, ds.module):
-            yield ds.module, sampler, bool
+    engine = world.run_checked(lambda: build_teacher_engine(model, config, world))
+    if engine.fits_gathered(engine.module):
+        with engine.gathered(engine.module):
+            yield engine.module, sampler, bool
         return
 
     def any_rank(own: bool) -> bool:
-        # ZeRO-3 records the gathers of one token as its prefetch trace.
-        engine.start_step(ds)
+        engine.reset_prefetch()
         return world.sum([own])[0] > 0
 
-    yield ds.module, replace(sampler, head=gather.gathered_head), any_rank
+    yield engine.module, replace(sampler, head=engine.gathered_head), any_rank
 
 
 def _load_whole(model: Teacher, world: World) -> nn.Module:
