@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there at all, and JSON lines that survive a crash.
+"""Files and folders that are complete or absent, and JSON lines that survive a crash.
 
 Everything is written next to its final name, flushed to disk and renamed into it, so a reader, or
 the next start after a crash, sees the old content or the new one and nothing in between.
@@ -55,23 +55,29 @@ def fsync(path: Path) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of JSON lines, without one that a crash cut short; [] without a file."""
+    if not path.is_file():
+        return []
     lines = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(ValueError):
             lines.append(json.loads(line))
     return lines
 
 
 def truncate_jsonl(path: Path, step: int) -> None:
-    """Keep the lines of `path` whose `step` is at most `step`; a line cut short by a crash goes too."""
+    """Keep the lines of `path` with a `step` of at most `step`, none that a crash cut short."""
     if path.exists():
         kept = [line for line in read_jsonl(path) if line["step"] <= step]
         replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def require_disk_space(folder: Path, needed: int, work: str, otherwise: str) -> None:
-    """Raise InputError where the file system of `folder` has less than `needed` bytes free."""
+    """Raise InputError if the file system of `folder` has less than `needed` bytes free.
+
+    `work` and `otherwise` are the message's: what needs the space, and what to do without it.
+    """
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"{work} needs {needed / 1e6:,.1f} MB, {folder} has {free / 1e6:,.1f} MB free",
+        raise InputError(f"{work} needs {needed / 1e6:,.1f} MB, "
+                         f"{folder} has {free / 1e6:,.1f} MB free",
                          "room for it on that file system", f"make room there, or {otherwise}")

@@ -22,6 +22,7 @@ from amid_ds.cli import main
 from amid_ds.config.recipe import Data, Source
 from amid_ds.data import prepare, read_rows
 from amid_ds.eval import evaluate, text_metrics
+from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import RunLog
 from amid_ds.training import validation
 
@@ -221,7 +222,7 @@ def test_a_perplexity_beyond_a_float_is_left_out_and_json_is_json(tmp_path):
                                                               else None)
         json.dumps(figures, allow_nan=False)
         evaluate.print_table({"model": scores})
-    log = RunLog(tmp_path, 0, 1, "run")
+    log = RunLog(RunFolder(tmp_path), 0, 1)
     log.evaluation(1, {"held": figures})
     log.close()
     assert json.loads((tmp_path / "eval.jsonl").read_text())["perplexity"] is None

@@ -22,6 +22,7 @@ from amid_ds.monitor.anomalies import RECENT_STEPS, AnomalyMonitor
 from amid_ds.monitor.step_timer import PHASES, StepTimer, phase
 from amid_ds.planning.devices import find_device
 from amid_ds.planning.plan import make_plan
+from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import RunLog
 
 TOTAL = RECENT_STEPS + 4
@@ -89,7 +90,7 @@ def test_every_second_belongs_to_one_phase(monkeypatch):
             with pytest.raises(RuntimeError), phase("loss"):  # 15 to 31
                 raise RuntimeError
         # Ended at 63; read at 127.
-        line = ours.line(steps=2, taught=False)
+        line = ours.line(steps=2, uses_teacher=False)
     spent = {"other": 1 + 64, "forward": 2 + 8 + 32, "loss": 4 + 16}
     assert {name: line[f"time/{name}"] for name in PHASES} == {
         name: spent.get(name, 0) / 2 for name in PHASES}
@@ -104,15 +105,15 @@ def test_what_the_meter_costs_a_step_and_a_line(tmp_path, capfd):
     values = {"loss": 1.0, "kd_loss": 1.0, "ce_loss": 1.0, "tokens_per_second": 1.0}
     for way in ("lines alone", "lines and phases", "metered lines"):
         (tmp_path / way).mkdir()
-        log = RunLog(tmp_path / way, 0, steps, "run")
+        log = RunLog(RunFolder(tmp_path / way), 0, steps)
         with StepTimer(torch.device("cpu"), {"student": 60.0}, 2.0) as ours:
-            watch = AnomalyMonitor(["rank 0", "rank 1"], print)
+            watch = AnomalyMonitor(["rank 0", "rank 1"])
             began = time.process_time()
             for step in range(1, steps + 1):
                 if way != "lines alone":
                     mark_a_step()
                     watch.step(step, ours.peers, 1.0)
-                more = ours.line(1, taught=True) if way == "metered lines" else {}
+                more = ours.line(1, uses_teacher=True) if way == "metered lines" else {}
                 log.step(step, {**values, **more})
             costs[way] = (time.process_time() - began) / steps * 1e3
         log.close()
@@ -187,55 +188,50 @@ def test_a_slow_rank_and_a_spike_are_reported_once_with_step_and_rank(watched):
     assert f"slowest rank 1 on {socket.gethostname()}" in last
 
 
-def test_normal_noise_is_not_reported():
-    warnings: list[str] = []
-    watch = AnomalyMonitor(["rank 0", "rank 1", "rank 2"], warnings.append)
+def test_normal_noise_is_not_reported(caplog):
+    watch = AnomalyMonitor(["rank 0", "rank 1", "rank 2"])
     noise = torch.Generator().manual_seed(0)
     for step in range(300):
         loss = 3 / (1 + step / 30) + 0.1 * float(torch.randn((), generator=noise))
         own = 0.1 + 0.02 * torch.rand(3, generator=noise)
         watch.step(step, [[loss / 3, float(seconds), 0.0] for seconds in own], 1.0)
-    assert warnings == []
+    assert caplog.messages == []
 
 
-def test_a_spike_that_returns_is_reported_again():
-    warnings: list[str] = []
-    watch = AnomalyMonitor(["rank 0", "rank 1"], warnings.append)
+def test_a_spike_that_returns_is_reported_again(caplog):
+    watch = AnomalyMonitor(["rank 0", "rank 1"])
     for step in range(1, 6 * RECENT_STEPS + 1):
         # STEPS good steps, then STEPS bad ones, and so on.
         bad = (step - 1) // RECENT_STEPS % 2 == 1
         watch.step(step, [[1.0, 0.1, 0.0], [8.0 if bad else 1.0, 0.5 if bad else 0.1, 0.0]], 1.0)
-    assert ["spikes" in line for line in warnings].count(True) == 3
-    assert ["slow" in line for line in warnings].count(True) == 3
-    assert "in step 21," in warnings[0] and "most of it comes from rank 1" in warnings[0]
+    assert ["spikes" in line for line in caplog.messages].count(True) == 3
+    assert ["slow" in line for line in caplog.messages].count(True) == 3
+    assert "in step 21," in caplog.messages[0] and "most of it comes from rank 1" in caplog.messages[0]
 
 
-def test_a_loss_that_stays_up_hides_no_later_spike():
-    warnings: list[str] = []
-    watch = AnomalyMonitor(["rank 0"], warnings.append)
+def test_a_loss_that_stays_up_hides_no_later_spike(caplog):
+    watch = AnomalyMonitor(["rank 0"])
     for step in range(1, 101):
         watch.step(step, [[60.0 if step == 90 else 3.0 if step > 30 else 1.0, 0.1, 0.0]], 1.0)
-    assert len(warnings) == 2 and "in step 31," in warnings[0], warnings
-    assert "60 in step 90, 3 in the middle" in warnings[1], warnings
+    assert len(caplog.messages) == 2 and "in step 31," in caplog.messages[0], caplog.messages
+    assert "60 in step 90, the median of the 20 steps before is 3;" in caplog.messages[1], caplog.messages
 
 
-def test_a_tensor_parallel_group_has_one_part_of_the_loss():
-    warnings: list[str] = []
-    watch = AnomalyMonitor([f"rank {rank}" for rank in range(4)], warnings.append, tp_size=2)
+def test_a_tensor_parallel_group_has_one_part_of_the_loss(caplog):
+    watch = AnomalyMonitor([f"rank {rank}" for rank in range(4)], tp_size=2)
     for step in range(1, RECENT_STEPS + 2):
         bad = 9.0 if step > RECENT_STEPS else 1.0
         watch.step(step, [[part, 0.1, 0.0] for part in (1.0, 1.0, bad, bad)], 1.0)
-    assert len(warnings) == 1 and "spikes: 10 in step" in warnings[0], warnings
-    assert "comes from rank 2, 90% of it" in warnings[0], warnings
+    assert len(caplog.messages) == 1 and "spikes: 10 in step" in caplog.messages[0], caplog.messages
+    assert "comes from rank 2, 90% of it" in caplog.messages[0], caplog.messages
 
 
-def test_a_rank_that_compiles_longer_in_an_attempts_first_step_is_not_slow():
-    warnings: list[str] = []
-    watch = AnomalyMonitor(["rank 0", "rank 1"], warnings.append)
+def test_a_rank_that_compiles_longer_in_an_attempts_first_step_is_not_slow(caplog):
+    watch = AnomalyMonitor(["rank 0", "rank 1"])
     for step in range(1, 3 * RECENT_STEPS):
         watch.step(step, [[1.0, 0.1, 0.0], [1.0, 90.0 if step == 1 else 0.1, 0.0]],
                    91.0 if step == 1 else 1.0)
-    assert warnings == []
+    assert caplog.messages == []
 
 
 def test_a_profile_holds_our_phases_of_the_steps_asked_for_on_every_rank(watched):

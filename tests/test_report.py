@@ -53,7 +53,7 @@ def runs(shared_model, text_file, tmp_path_factory) -> list[Path]:
         "".join(json.dumps({**line, "loss": line["loss"] / 2}) + "\n" for line in lines))
     kept_events = [event for event in attempts.read_events(root / "second")
                    if event["event"] != "stepping" or event["step"] == 1]
-    (root / "second" / "lives.jsonl").write_text("".join(json.dumps(event) + "\n"
+    (root / "second" / "attempts.jsonl").write_text("".join(json.dumps(event) + "\n"
                                                          for event in kept_events))
     return [root / "first", root / "second"]
 

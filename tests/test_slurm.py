@@ -487,7 +487,7 @@ def test_the_attempts_of_a_run_are_read_as_they_were_written(tmp_path, monkeypat
             attempt.stepping(3)
             attempt.stepping(4)
             raise RuntimeError("out of memory\nmore of it")
-    with open(tmp_path / "lives.jsonl", "a") as file:
+    with open(tmp_path / "attempts.jsonl", "a") as file:
         # A crash in the middle of a line.
         file.write('{"event": "beg')
     first, second = attempts.read_attempts(tmp_path)

@@ -57,7 +57,7 @@ def facts_of(run: Path) -> dict[str, str]:
     return facts
 
 
-def _latest_job(story: list[attempts.AttemptRecord], submitted: list[dict[str, Any]]) -> str | None:
+def _latest_job(story: list[attempts.AttemptRecord], submitted: list[attempts.AttemptEvent]) -> str | None:
     last = story[-1] if story else None
     if submitted and (last is None or submitted[-1]["time"] > last.began):
         return str(submitted[-1]["jobs"][0])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from amid_ds.config.recipe import Recipe
 from amid_ds.data import Batch
@@ -41,6 +43,7 @@ class Engine:
         self._deepspeed, self.world = deepspeed_engine, world
         self.gathered_bytes = gathered_bytes or gather.GatheredBytes()
         self.module: nn.Module = deepspeed_engine.module
+        self._step_hooks: OrderedDict[int, Callable[[], None]] = OrderedDict()
         self.is_partitioned = bool(deepspeed_engine.zero_optimization_partition_weights())
         self.zero_stage = int(deepspeed_engine.zero_optimization_stage())
         self.student_dtype = "bf16" if deepspeed_engine.bfloat16_enabled() else "fp32"
@@ -87,6 +90,8 @@ class Engine:
         Collective. DeepSpeed refuses such a step itself, except at stage 0 in fp32, where it neither
         checks nor reports the norm.
         """
+        for hook in self._step_hooks.values():
+            hook()
         engine = self._deepspeed
         if engine.zero_optimization() or engine.bfloat16_enabled():
             engine.step()
@@ -195,3 +200,13 @@ class Engine:
     def gradient_bytes(self) -> int:
         """Bytes of the gradients that wait for the optimizer on this rank."""
         return memory.gradient_bytes(self._deepspeed)
+
+    def gathered_now_bytes(self, model: nn.Module) -> int:
+        """Bytes of those weights of `model` that are whole on this rank at the moment."""
+        return memory.gathered_now_bytes(model.parameters())
+
+    def before_optimizer_step(self, hook: Callable[[], None]) -> RemovableHandle:
+        """Call `hook` before each optimizer step, until the returned handle is removed."""
+        handle = RemovableHandle(self._step_hooks)
+        self._step_hooks[handle.id] = hook
+        return handle

@@ -38,6 +38,7 @@ from amid_ds.files import replace_text
 from amid_ds.models import loading
 from amid_ds.models.sampler import Sampler, SamplerPrompt
 from amid_ds.monitor.stop_request import StopRequest
+from amid_ds.run.folder import RunFolder
 from amid_ds.run.provenance import model_hash
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ def generate(args: GenerateArgs) -> None:
             logger.info(f"{task.out} is complete: nothing to do")
             return
         total = len(task.prompts)
-        with (StopRequest(task.out.parent, None, world.is_main) as request,
+        with (StopRequest(RunFolder(task.out.parent), None, world.is_main) as request,
               open_model(task, world) as (model, sampler, any_rank),
               tqdm(total=total, initial=done, desc="generate",
                    disable=not world.is_main or None) as bar):

@@ -19,7 +19,7 @@ from amid_ds.cluster.status import facts_of
 from amid_ds.errors import InputError
 from amid_ds.experiments.plots import require_matplotlib
 from amid_ds.files import read_jsonl, replace_text
-from amid_ds.monitor.memory_probe import read_measurements
+from amid_ds.monitor.memory_probe import Measurements, read_measurements
 from amid_ds.monitor.step_timer import OUTSIDE_STEPS, PHASES
 from amid_ds.planning.check import plan_measured_run
 from amid_ds.run import attempts
@@ -43,7 +43,8 @@ class ReportedRun:
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
     story: list[attempts.AttemptRecord]
-    measured: dict[str, Any]      # as read_measured has it; {} where it cannot be read
+    # None if they cannot be read, for the reason in `unmeasured`.
+    measured: Measurements | None
     unmeasured: str               # and why not
 
     @property
@@ -79,7 +80,7 @@ def read_reported_run(folder: Path, name: str) -> ReportedRun:
     if not steps:
         raise InputError(f"{folder} has no metrics yet", "metrics.jsonl with a step at least",
                          "report on it once it has logged its first step")
-    measured: dict[str, Any] = {}
+    measured = None
     unmeasured = ""
     try:
         measured = read_measurements(folder)
@@ -190,7 +191,7 @@ def _figures(runs: Sequence[ReportedRun], draw: _Draw) -> list[dict[str, Any]]:
         if planned:
             parts[f"{run.name}, planned"] = _gigabytes(planned)
         if run.measured:
-            parts[f"{run.name}, measured"] = _gigabytes(run.measured["memory_per_rank"])
+            parts[f"{run.name}, measured"] = _gigabytes(run.measured.memory_per_rank)
         notes += [note] if note else []
     memory = [draw.bars("Memory by part", "GB of a rank", parts, "as amid-ds plan has it, and the parts that a "
                         "run measures; its peak is a curve above")] if parts else []

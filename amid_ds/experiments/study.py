@@ -36,8 +36,8 @@ from amid_ds.experiments.sweep import (
     write_table,
 )
 from amid_ds.files import replace_text
+from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
-from amid_ds.training.job import FINAL_MODEL
 
 VOCABULARY = 1024
 TEACHER = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
@@ -109,7 +109,7 @@ def _prompt(piece: str) -> str:
 
 def _places(root: Path) -> list[str]:
     """The recipe's paths, under `root`."""
-    return [f"student.model={root / 'runs' / 'start' / FINAL_MODEL}", f"teacher.model={root / 'runs' / 'teacher' / FINAL_MODEL}",
+    return [f"student.model={RunFolder(root / 'runs' / 'start').model}", f"teacher.model={RunFolder(root / 'runs' / 'teacher').model}",
             f"data.train.0.path={root / 'corpus' / 'train.jsonl'}", f"data.prepared={root / 'data'}",
             "data.eval=[]"]      # all of them are scored at the end
 
@@ -128,7 +128,7 @@ ScoredStudent = Mapping[str, Sequence[Mapping[str, Any]]]      # by objective, t
 def _score(root: Path, students: Sweep, prompts: Path) -> ScoredStudent:
     """Every student's scores, made once and kept beside it; the start's and the teacher's for comparison."""
     names = dict(zip(OBJECTIVES.values(), OBJECTIVES, strict=True))
-    teacher = evaluate.load_model(str(root / "runs" / "teacher" / FINAL_MODEL))
+    teacher = evaluate.load_model(str(RunFolder(root / "runs" / "teacher").model))
     found: dict[str, list[Mapping[str, Any]]] = {}
     runs = [("teacher", root / "runs" / "teacher"), ("start", root / "runs" / "start")]
     runs += [(names[run.settings[0].partition("=")[2]], students.folder / run.name) for run in students.runs]
@@ -141,7 +141,7 @@ def _score(root: Path, students: Sweep, prompts: Path) -> ScoredStudent:
 
 
 def _scores(root: Path, run: Path, teacher: Any, prompts: Path) -> dict[str, Any]:
-    model, tokenizer = evaluate.load_model(str(run / FINAL_MODEL)), load_tokenizer(str(root / "tokenizer"))
+    model, tokenizer = evaluate.load_model(str(RunFolder(run).model)), load_tokenizer(str(root / "tokenizer"))
     length = load_recipe(find_recipe("study")).train.seq_length
     held_out = str(root / "corpus" / "heldout.jsonl")
     near = evaluate.evaluate(evaluate.EvalArgs(str(run), None, held_out, length), model, teacher, tokenizer)

@@ -24,15 +24,15 @@ from typing import Any
 from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
 from amid_ds.cluster.requeue import STOPPED
 from amid_ds.config.grid import Combination, parse_swept_key, sweep_combinations
-from amid_ds.config.parse import load_recipe, resolved
+from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.launch import launch_command
 from amid_ds.errors import InputError, Stopped, TrainingError
 from amid_ds.files import replace_text
-from amid_ds.monitor.stop_request import STOP_FILE
+from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
-from amid_ds.training.compatibility import flatten
-from amid_ds.training.job import FINAL_MODEL, check_recipe
+from amid_ds.training.compatibility import flat_recipe
+from amid_ds.training.job import check_recipe
 
 TRAIN_LOG = "sweep.log"      # in a run's folder: what it said
 APART = ("output_dir", "data.prepared")      # in which runs differ without being different
@@ -80,7 +80,7 @@ def plan_sweep(recipe_path: str, words: Sequence[str], ranks: int) -> Sweep:
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
     saved = list_checkpoints(run / "checkpoints")
-    return bool(saved) and checkpoint_step(saved[-1]) == recipe.train.steps and (run / FINAL_MODEL).is_dir()
+    return bool(saved) and checkpoint_step(saved[-1]) == recipe.train.steps and (RunFolder(run).model).is_dir()
 
 
 def run_here(sweep: Sweep, ranks: int) -> None:
@@ -115,9 +115,9 @@ def _wait(arguments: Sequence[str], log: Any, run: Path) -> int:
     """The exit status of a run. A signal becomes the run's STOP file: a launcher may die of one before its ranks.
     Raises Stopped, or TrainingError where the run was asked to stop and failed: what comes next is not begun."""
     process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    with _signals_to(lambda: (run / STOP_FILE).touch(), lambda: os.killpg(process.pid, signal.SIGKILL)) as asked:
+    with _signals_to(lambda: RunFolder(run).stop_file.touch(), lambda: os.killpg(process.pid, signal.SIGKILL)) as asked:
         status = process.wait()
-    (run / STOP_FILE).unlink(missing_ok=True)      # asked for after its last step
+    RunFolder(run).stop_file.unlink(missing_ok=True)      # asked for after its last step
     if asked and status not in (0, STOPPED):
         raise TrainingError(f"the run in {run} was asked to stop and ended with status {status}\n{_tail(run / TRAIN_LOG)}")
     if asked or status == STOPPED:
@@ -166,7 +166,7 @@ def read_sweep_rows(folder: Path) -> list[SweepRow]:
     runs = sorted(path.parent for path in folder.glob("*/recipe.yaml"))
     if not runs:
         raise InputError(f"{folder} holds no runs", "the output_dir of a sweep", "check the path")
-    recipes = {run: {key: value for key, value in flatten(resolved(load_recipe(run / "recipe.yaml"))).items()
+    recipes = {run: {key: value for key, value in flat_recipe(load_recipe(run / "recipe.yaml")).items()
                     if key not in APART}
                for run in runs}
     keys = dict.fromkeys(itertools.chain.from_iterable(recipes.values()))

@@ -1,9 +1,9 @@
 """Where a step's time and memory go, measured in every step of every run.
 
-The main thread marks when one phase of a step ends and the next begins: by the clock on a CPU, by events in the
-device's own stream on a GPU, so that nothing waits for the measurement. Every second between two marks belongs to
-exactly one phase. One process is one rank, so the meter in use is the process's, as torch's profiler is; where none is,
-`phase` does nothing. What it costs is in the README.
+The main thread marks the ends of a step's phases: by the clock on a CPU, by events in the device's own
+stream on a GPU, so that nothing waits for the measurement. Every second between two marks belongs to
+exactly one phase. One process is one rank, so the timer in use is the process's, as torch's profiler
+is; without one `phase` does nothing. Its cost is in this folder's README.
 """
 
 from __future__ import annotations
@@ -18,44 +18,48 @@ from typing import Any
 import psutil
 import torch
 
-PHASES = ("data", "rollout", "teacher", "forward", "loss", "backward", "optimizer", "checkpoint", "evaluation", "other")
-OUTSIDE_STEPS = ("checkpoint", "evaluation")      # time that no step takes
+PHASES = ("data", "rollout", "teacher", "forward", "loss", "backward", "optimizer", "checkpoint",
+          "evaluation", "other")
+# Phases that are no part of a step's time.
+OUTSIDE_STEPS = ("checkpoint", "evaluation")
 
 _current: StepTimer | None = None
 
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """What runs within belongs to phase `name`, but for phases inside it; also a span of a profile that is taken."""
-    meter = _current
-    if meter is None:
+    """A context whose time belongs to phase `name`, except for phases inside it; also a span of a profile."""
+    timer = _current
+    if timer is None:
         yield
         return
-    meter.begin(name)
+    timer.begin(name)
     try:
-        with torch.profiler.record_function(name) if meter.profiled else contextlib.nullcontext():
+        with torch.profiler.record_function(name) if timer.profiled else contextlib.nullcontext():
             yield
     finally:
-        meter.end()
+        timer.end()
 
 
 def local_stats() -> list[float]:
-    """What the other ranks should know of this one: its seconds of its own since the last call, its peak of memory."""
+    """[seconds of own work since the last call, peak memory in bytes], sent to all ranks every step."""
     return [0.0, 0.0] if _current is None else [_current.own_seconds(), _current.memory()["peak"]]
 
 
 def set_peer_stats(peers: Sequence[Sequence[float]]) -> None:
-    """Every rank's part of the step's loss and its `own_figures`, by rank."""
+    """Keep every rank's part of the step's loss and its `local_stats`, by rank."""
     if _current is not None:
         _current.peers = peers
 
 
 class StepTimer:
-    """This rank's timeline and memory. As a context it is the one that `phase` speaks to."""
+    """This rank's timeline and memory. As a context it is the one that `phase` addresses.
+
+    flops: planned, of this rank's `student` and `teacher` in a step. peak_flops: the device's peak in
+    FLOP/s, None where it is not known.
+    """
 
     def __init__(self, device: torch.device, flops: Mapping[str, float], peak_flops: float | None) -> None:
-        """`flops` of this rank's `student` and `teacher` in a step, as planned; `peak_flops`: what the device could do
-        in a second, None where it is not known."""
         self.device, self.flops, self.peak_flops = device, flops, peak_flops
         self.profiled = False
         self.seconds: Counter[str] = Counter()
@@ -64,7 +68,8 @@ class StepTimer:
         self._open = ["other"]
         self._marks: deque[tuple[str, Any]] = deque()
         self._process = psutil.Process()
-        self._read: Counter[str] = Counter()      # at the line before
+        # The seconds at the last logged line.
+        self._logged: Counter[str] = Counter()
         self._mark()
 
     def __enter__(self) -> StepTimer:
@@ -77,10 +82,12 @@ class StepTimer:
         _current = None
 
     def begin(self, name: str) -> None:
+        """Open phase `name`."""
         self._open.append(name)
         self._mark()
 
     def end(self) -> None:
+        """Close the innermost open phase."""
         self._open.pop()
         self._mark()
 
@@ -90,39 +97,43 @@ class StepTimer:
         self._marks.append((self._open[-1], mark))
 
     def _drain(self) -> None:
-        """Add up what lies between marks that the device has reached."""
+        """Add up the time between marks that the device has reached."""
         while len(self._marks) > 1 and self._marks[1][1].query():
             name, mark = self._marks.popleft()
             self.seconds[name] += mark.elapsed_time(self._marks[0][1]) / 1e3
 
     def own_seconds(self) -> float:
-        """Seconds since the last call that this rank took where it waits for no other one: for its data and in the
-        loss. In every other phase ranks wait for the slowest, and all take as long as it does. Under tensor parallelism
-        they do so in the loss too, within their group: there a slow rank's whole group looks slow."""
+        """Seconds since the last call in the phases in which this rank waits for no other one: data and loss.
+
+        In every other phase ranks wait for the slowest, and all take as long as it does. Under tensor
+        parallelism they do so in the loss too, within their group: there a slow rank's group looks slow.
+        """
         self._drain()
         before, self.own_s = self.own_s, self.seconds["data"] + self.seconds["loss"]
         return self.own_s - before
 
     def memory(self) -> dict[str, int]:
-        """Bytes: `reserved` by torch now and its `peak` on a GPU; resident now and at most on a CPU."""
+        """Bytes: `reserved` by torch now, and the `peak`, on a GPU; resident memory on a CPU."""
         if self.device.type == "cuda":
             return {"reserved": torch.cuda.memory_reserved(self.device),
                     "peak": torch.cuda.max_memory_reserved(self.device)}
         resident = self._process.memory_info().rss
-        return {"reserved": resident,      # the kernel counts its peak now and then alone
-                "peak": max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}
+        # The kernel updates its peak only now and then.
+        return {"reserved": resident, "peak": max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}
 
-    def line(self, steps: int, taught: bool) -> dict[str, float | None]:
-        """What a line of metrics.jsonl says of the `steps` steps since the line before: seconds per step by phase,
-        FLOPs per step (the teacher's where it is `taught` from), MFU, memory (the peak of all ranks). `time/step`
-        leaves out what stands beside steps."""
+    def line(self, steps: int, uses_teacher: bool) -> dict[str, float | None]:
+        """Metrics of the `steps` steps since the last line: seconds per step by phase, FLOPs per step, MFU, memory.
+
+        `time/step` leaves out the phases outside steps; the peak of memory is that of all ranks; the
+        teacher's FLOPs are 0 unless a step `uses_teacher`.
+        """
         self._mark()
         self._marks[-1][1].synchronize()
         self._drain()
-        spent = {name: (self.seconds[name] - self._read[name]) / steps for name in PHASES}
-        self._read = Counter(self.seconds)
+        spent = {name: (self.seconds[name] - self._logged[name]) / steps for name in PHASES}
+        self._logged = Counter(self.seconds)
         step_s = sum(seconds for name, seconds in spent.items() if name not in OUTSIDE_STEPS)
-        flops = {name: count if taught or name == "student" else 0.0 for name, count in self.flops.items()}
+        flops = {name: count if uses_teacher or name == "student" else 0.0 for name, count in self.flops.items()}
         memory = self.memory()
         memory["peak"] = int(max([memory["peak"], *(peak for *_, peak in self.peers)]))
         mfu = sum(flops.values()) / (step_s * self.peak_flops) if flops and self.peak_flops else None
@@ -132,7 +143,7 @@ class StepTimer:
 
 
 class _HostMark:
-    """A point on the host's clock, with the words of torch.cuda.Event."""
+    """A point on the host's clock, with the methods of torch.cuda.Event."""
 
     __slots__ = ("time",)
 

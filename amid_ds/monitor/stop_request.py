@@ -1,35 +1,40 @@
 """The ways to ask a run to stop in good order, as one question that the loop asks before every step.
 
-SIGTERM, SIGUSR1 and Ctrl-C reach single ranks; the file STOP in the run's folder and the time limit are seen by rank 0
-alone. So each rank answers for itself, and the answers are added up in the small collective that every step makes
-anyway: all ranks stop before the same step.
+SIGTERM, SIGUSR1 and Ctrl-C reach single ranks; the file STOP in the run's folder and the time limit
+are seen by rank 0 alone. So each rank answers for itself, and the answers are added up in the small
+collective that every step makes anyway: all ranks stop before the same step.
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from pathlib import Path
 from types import FrameType
 
-STOP_FILE = "STOP"      # in the run's folder
+from amid_ds.run.folder import RunFolder
+
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Within it the signals are noted instead of ending the process; a second Ctrl-C still ends it at once."""
+    """A context in which the signals are noted instead of ending the process.
 
-    def __init__(self, run: Path, max_hours: float | None, is_main: bool) -> None:
-        self.stop_file = run / STOP_FILE if is_main else None
-        self.deadline = time.monotonic() + max_hours * 3600 if max_hours is not None and is_main else None
+    A second Ctrl-C still ends it at once. max_hours: the attempt's time limit, None without one.
+    """
+
+    def __init__(self, run: RunFolder, max_hours: float | None, is_main: bool) -> None:
+        self.stop_file = run.stop_file if is_main else None
+        self.deadline = None
+        if max_hours is not None and is_main:
+            self.deadline = time.monotonic() + max_hours * 3600
         self.received: list[int] = []
 
     def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
+        for number, handler in self.previous.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
@@ -38,7 +43,7 @@ class StopRequest:
         self.received.append(number)
 
     def reason(self) -> str | None:
-        """Why this rank would stop now; None where nobody has asked it to."""
+        """The reason for which this rank would stop now; None where nobody has asked it to."""
         if self.received:
             return signal.Signals(self.received[0]).name
         if self.stop_file is not None and self.stop_file.exists():
@@ -48,6 +53,6 @@ class StopRequest:
         return None
 
     def honoured(self) -> None:
-        """The run has stopped: a STOP file has done its work, and must not stop the next life too."""
+        """Remove the STOP file: the run has stopped, and it must not stop the next attempt too."""
         if self.stop_file is not None:
             self.stop_file.unlink(missing_ok=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from amid_ds.config.parse import parse_recipe
 from amid_ds.errors import InputError
@@ -29,21 +29,21 @@ class PlannedAndMeasured(TypedDict):
 Comparison = dict[str, dict[str, PlannedAndMeasured]]
 
 
-def plan_measured_run(measured: Mapping[str, Any], device: str | None = None) -> Plan:
+def plan_measured_run(measured: Measurements, device: str | None = None) -> Plan:
     """The plan, without remedies, of the run that left `measured`, on as many ranks as it had.
 
     `device`: as find_device reads it; None: the run's own. Raises InputError where that is not in
     the table, or its models are elsewhere by now.
     """
-    ranks, nodes = len(measured["hosts"]), len(set(measured["hosts"]))
+    ranks, nodes = len(measured.hosts), len(set(measured.hosts))
     ranks_per_node = ranks // nodes
     known = (find_device(device, ranks_per_node) if device
-             else device_by_torch_name(measured["device"], ranks_per_node))
+             else device_by_torch_name(measured.device, ranks_per_node))
     if known is None:
-        raise InputError(f"the run was on {measured['device']}",
+        raise InputError(f"the run was on {measured.device}",
                          f"one of {', '.join(DEVICES)}, or cpu",
                          "give its numbers by --device '{memory: …, flops: …, bandwidth: …}'")
-    recipe = parse_recipe(measured["recipe"], "the recipe of the run that was measured")
+    recipe = parse_recipe(measured.recipe, "the recipe of the run that was measured")
     return estimate_plan(recipe, nodes, ranks, known)
 
 
@@ -56,13 +56,13 @@ def check_plan(run: Path, device: str | None) -> Comparison:
     measured = read_measurements(run)
     plan = plan_measured_run(measured, device)
     times = [line["time/step"] for line in read_metrics(run)
-             if line["step"] >= measured["step"] and "time/step" in line]
+             if line["step"] >= measured.step and "time/step" in line]
     if not times:
         raise InputError(f"{run} has no metrics", "metrics.jsonl with the steps that were measured",
                          "check the folder")
     step_seconds = statistics.median(times[-RECENT_STEPS:])
-    return {"memory_per_rank": _by_part(plan.memory_per_rank, measured["memory_per_rank"]),
-            "network_per_step": _by_part(plan.network_per_step, measured["network_per_step"]),
+    return {"memory_per_rank": _by_part(plan.memory_per_rank, measured.memory_per_rank),
+            "network_per_step": _by_part(plan.network_per_step, measured.network_per_step),
             "seconds": _by_part({"step": plan.seconds_per_step}, {"step": step_seconds})}
 
 

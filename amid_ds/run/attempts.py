@@ -1,175 +1,233 @@
-"""What a run's lives leave behind, for the next life, for the batch script and for whoever asks how it goes.
+"""A run's attempts, as recorded for the next attempt, for the batch script and for `amid-ds status`.
 
-A run may live many times: pre-empted, out of time, its node dead. `lives.jsonl` in its folder tells their story, one
-event per line: `submitted`, `begun`, `stepping` (every rank has reached its first step), `ended`. A rank that fails
-leaves its last words in `failures/`, each in a file of its own, because nobody else may be left to write. A rank that
-is killed leaves none, and is found by that.
+A run may take several attempts: one is pre-empted, runs out of time or loses a node, and the next
+one resumes. `attempts.jsonl` in the run's folder has one line per event: `submitted`, `begun`,
+`stepping` (every rank has reached its first step), `ended`. A rank that fails writes a file of its
+own in `failures/`, because no other rank may be left to do it. A rank that is killed writes none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
-import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict, cast
 
-from amid_ds.errors import InputError, Stopped, TrainingError
-from amid_ds.files import replace_text
+from amid_ds.errors import ExitStatus, TrainingError, exit_status
+from amid_ds.files import read_jsonl, replace_text
+from amid_ds.run.folder import RunFolder
+
+logger = logging.getLogger(__name__)
+
+# Characters of an error's first line that a failure keeps.
+MAX_ERROR_LENGTH = 300
+
+
+class _EventHeader(TypedDict):
+    event: str
+    job: str | None
+    restart: int
+    time: float
+
+
+class AttemptEvent(_EventHeader, total=False):
+    """One line of attempts.jsonl. `time` is in seconds since the epoch; the keys below are of one
+    event each."""
+
+    # submitted
+    jobs: list[str]
+    folder: str
+    # begun
+    nodes: str
+    ranks: int
+    changed: dict[str, list[object]]
+    # stepping
+    step: int
+    # ended
+    status: int
+    failure: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The last words of a rank, or what others say of it. `time` is in seconds since the epoch, by its own clock."""
+    """One rank's failure, as that rank recorded it or as another one observed it."""
 
     rank: int | None
     host: str
-    step: int | None      # the optimizer step that it was in; None: before the first
+    # The optimizer step under way; None: before the first one.
+    step: int | None
     error: str
+    # Seconds since the epoch by the host's own clock.
     time: float
 
     def __str__(self) -> str:
-        who = "a rank" if self.rank is None else f"rank {self.rank}"
-        where = "before its first step" if self.step is None else f"in step {self.step}"
-        return f"{who} on {self.host} {where}: {self.error}"
+        rank = "a rank" if self.rank is None else f"rank {self.rank}"
+        when = "before its first step" if self.step is None else f"in step {self.step}"
+        return f"{rank} on {self.host} {when}: {self.error}"
 
 
 @dataclass
 class AttemptRecord:
-    """One life, as lives.jsonl tells it."""
+    """One attempt, put together from its events.
 
-    job: str | None              # Slurm's job id; None: not under Slurm
-    restart: int                 # how often Slurm had started the job again
+    job: Slurm's job id, None outside Slurm; restart: the times that Slurm had restarted the job.
+    changed: the recipe's keys that differ from the attempt before, each with [before, now].
+    first_step: the first step that every rank reached, None if they have not.
+    status: the exit status, None while the attempt runs or if it was killed.
+    failure: the attempt's first failure.
+    """
+
+    job: str | None
+    restart: int
     nodes: str = ""
     ranks: int = 0
     began: float = 0.0
-    changed: dict[str, Any] = field(default_factory=dict)
-    first_step: int | None = None      # where every rank began to step; None: not all of them came so far
-    status: int | None = None          # its exit status; None: it lives, or ended without a word
-    failure: Failure | None = None     # the first one of the life
+    changed: dict[str, list[object]] = field(default_factory=dict)
+    first_step: int | None = None
+    status: int | None = None
+    failure: Failure | None = None
 
 
 def current_attempt() -> tuple[str | None, int]:
-    """(job id, restart count) of this process's life, as Slurm numbers them."""
-    # SLURM_RESTART_COUNT is unset, not 0, in the first life.
+    """(job id, restart count) of this process's attempt, as Slurm numbers them."""
+    # SLURM_RESTART_COUNT is unset, not 0, in the first attempt.
     return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def append_event(run: Path, event: str, **facts: Any) -> None:
-    """One line more in the run's lives.jsonl, whole or not at all."""
+def append_event(run: Path, event: str, **facts: object) -> None:
+    """Append one line to the run's attempts.jsonl, in a single write."""
     job, restart = current_attempt()
-    line = json.dumps({"event": event, "job": job, "restart": restart, "time": time.time(), **facts}) + "\n"
-    with open(run / "lives.jsonl", "ab", buffering=0) as file:
-        file.write(line.encode())
+    header = {"event": event, "job": job, "restart": restart, "time": time.time()}
+    with open(RunFolder(run).attempts, "ab", buffering=0) as file:
+        file.write((json.dumps({**header, **facts}) + "\n").encode())
 
 
-def read_events(run: Path) -> list[dict[str, Any]]:
-    """The lines of lives.jsonl; one that a crash cut short is left out."""
-    try:
-        text = (run / "lives.jsonl").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    found = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
+def read_events(run: Path) -> list[AttemptEvent]:
+    """All events of a run, oldest first; a line cut short by a crash is left out.
+
+    A run that began under version 0.1 has its first events in lives.jsonl.
+    """
+    folder = RunFolder(run)
+    lines = [*read_jsonl(folder.old_attempts), *read_jsonl(folder.attempts)]
+    return cast("list[AttemptEvent]", lines)
 
 
 def read_attempts(run: Path) -> list[AttemptRecord]:
-    """The run's lives, oldest first. Each `begun` opens one; a batch script whose ranks never came tells of it too."""
-    lives: list[AttemptRecord] = []
+    """The run's attempts, oldest first.
+
+    Each `begun` opens one. So does the batch script's `ended` for ranks that never began.
+    """
+    records: list[AttemptRecord] = []
     for event in read_events(run):
-        key = event["job"], event["restart"]
-        if event["event"] == "begun" or (event["event"] == "ended" and (
-                not lives or (lives[-1].job, lives[-1].restart) != key)):
-            lives.append(AttemptRecord(*key, began=event["time"]))
-        life = lives[-1] if lives else None
-        if life is None or event["event"] == "submitted":
-            continue
-        if event["event"] == "begun":
-            life.nodes, life.ranks, life.changed = event["nodes"], event["ranks"], event["changed"]
-        elif event["event"] == "stepping":
-            life.first_step = event["step"]
-        elif event["event"] == "ended":      # the batch script's word comes after the ranks' and knows more
-            life.status = event["status"]
-            life.failure = Failure(**event["failure"]) if event["failure"] else None
-    return lives
+        kind, key = event["event"], (event["job"], event["restart"])
+        is_last = bool(records) and (records[-1].job, records[-1].restart) == key
+        if kind == "begun" or (kind == "ended" and not is_last):
+            records.append(AttemptRecord(*key, began=event["time"]))
+        if records:
+            _add_event(records[-1], event)
+    return records
+
+
+def _add_event(record: AttemptRecord, event: AttemptEvent) -> None:
+    if event["event"] == "begun":
+        record.nodes, record.ranks = event["nodes"], event["ranks"]
+        record.changed = event["changed"]
+    elif event["event"] == "stepping":
+        record.first_step = event["step"]
+    elif event["event"] == "ended":
+        # The batch script's `ended` comes after rank 0's and replaces it: it knows more.
+        record.status, failure = event["status"], event["failure"]
+        record.failure = Failure(**failure) if failure else None
 
 
 def read_failures(run: Path) -> list[Failure]:
-    """What the ranks of the current life that failed have left, the earliest first."""
-    found = []
-    for path in (run / "failures").glob(f"{_name(*current_attempt())}.*.json"):
+    """The failures that ranks of the current attempt have recorded, earliest first."""
+    failures = []
+    for path in _failure_files(run):
         with contextlib.suppress(ValueError, TypeError, OSError):
-            found.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
-    return sorted(found, key=lambda failure: failure.time)
+            failures.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
+    return sorted(failures, key=lambda failure: failure.time)
 
 
-def _name(job: str | None, restart: int) -> str:
+def _failure_files(run: Path) -> Iterator[Path]:
+    """The files in failures/ under the current attempt's name."""
+    return RunFolder(run).failures.glob(f"{_attempt_name()}.*.json")
+
+
+def _attempt_name() -> str:
+    job, restart = current_attempt()
     return f"{job or 'local'}.{restart}"
 
 
 class Attempt:
-    """This rank's part in one life of a run. Within it an error that ends the life is written down on the way out."""
+    """This rank's part in one attempt at a run, as a context that records how the attempt ends."""
 
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self.run: Path | None = None
         self.step: int | None = None
 
-    def begin(self, run: Path, changed: Mapping[str, Any]) -> None:
-        """The run's folder is known. `changed`: the recipe's keys that differ from the life before, [before, now]."""
+    def begin(self, run: Path, changed: Mapping[str, list[Any]]) -> None:
+        """Record, on rank 0, that the attempt has begun in the folder `run`.
+
+        `changed`: the recipe's keys that differ from the attempt before, each with [before, now].
+        """
         self.run = run
         if self.rank == 0:
-            (run / "failures").mkdir(exist_ok=True)
-            for path in (run / "failures").glob(f"{_name(*current_attempt())}.*.json"):      # without Slurm names come again
+            RunFolder(run).failures.mkdir(exist_ok=True)
+            # Outside Slurm every attempt has the same name.
+            for path in _failure_files(run):
                 path.unlink(missing_ok=True)
             nodes = os.environ.get("SLURM_JOB_NODELIST", socket.gethostname())
             append_event(run, "begun", nodes=nodes, ranks=self.size, changed=dict(changed))
 
     def stepping(self, step: int) -> None:
-        """Every rank has come to optimizer step `step` (from 1)."""
+        """Note that every rank has reached optimizer step `step` (from 1); record the first one."""
         if self.step is None and self.rank == 0 and self.run is not None:
-            with self._unharmed():
+            with _logging_os_errors():
                 append_event(self.run, "stepping", step=step)
         self.step = step
 
-    def fail(self, error: str, rank: int | None = None, host: str | None = None) -> None:
-        """Leave last words, this rank's own or about another one."""
+    def record_failure(self, error: str, rank: int | None = None, host: str | None = None) -> None:
+        """Write the failure of this rank, or of the other one that it names, to failures/."""
         if self.run is None:
             return
-        words = Failure(self.rank if rank is None else rank, host or socket.gethostname(), self.step,
-                        error.splitlines()[0][:300] if error else "", time.time())
-        with self._unharmed():
-            path = self.run / "failures" / f"{_name(*current_attempt())}.{self.rank}.json"
-            replace_text(path, json.dumps(asdict(words)) + "\n")
+        failure = Failure(self.rank if rank is None else rank, host or socket.gethostname(),
+                          self.step, error.partition("\n")[0][:MAX_ERROR_LENGTH], time.time())
+        with _logging_os_errors():
+            path = RunFolder(self.run).failures / f"{_attempt_name()}.{self.rank}.json"
+            replace_text(path, json.dumps(asdict(failure)) + "\n")
 
     def __enter__(self) -> Attempt:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 _: TracebackType | None) -> None:
         if self.run is None:
             return
-        status = 0 if error is None else 75 if isinstance(error, Stopped) else 2 if isinstance(error, InputError) else 1
-        agreed = isinstance(error, TrainingError)      # all ranks raise the same: one tells of it
-        if status == 1 and (not agreed or self.rank == 0):
-            self.fail(str(error) if agreed else f"{type(error).__name__}: {error}")
+        status = exit_status(error)
+        # Every rank raises the same TrainingError: rank 0 alone records it.
+        is_shared = isinstance(error, TrainingError)
+        if status == ExitStatus.FAILED and (not is_shared or self.rank == 0):
+            self.record_failure(str(error) if is_shared else f"{type(error).__name__}: {error}")
         if self.rank == 0:
-            with self._unharmed():
-                failure = asdict(read_failures(self.run)[0]) if status == 1 else None
-                append_event(self.run, "ended", status=status, failure=failure)
+            with _logging_os_errors():
+                failures = read_failures(self.run) if status == ExitStatus.FAILED else []
+                append_event(self.run, "ended", status=int(status),
+                             failure=asdict(failures[0]) if failures else None)
 
-    @contextlib.contextmanager
-    def _unharmed(self) -> Any:
-        """A story that cannot be written (a full disk) does not end the run, nor hide why it ended."""
-        try:
-            yield
-        except (OSError, IndexError) as problem:
-            print(f"amid-ds: the story of this life could not be written: {problem}", file=sys.stderr, flush=True)
+
+@contextlib.contextmanager
+def _logging_os_errors() -> Iterator[None]:
+    """Log an OSError (a full disk): it must not end the run, nor hide the error that does."""
+    try:
+        yield
+    except OSError as error:
+        logger.error(f"this attempt cannot be recorded in the run's folder: {error}")

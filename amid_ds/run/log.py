@@ -1,149 +1,199 @@
-"""What a run tells while it runs: metrics.jsonl, eval.jsonl, TensorBoard, and a progress bar or, without a terminal, a
-line now and then. Rank 0 writes; on every other rank the log is made with `folder=None` and does nothing.
+"""A run's log while it trains: metrics.jsonl, eval.jsonl, TensorBoard and a progress bar.
 
-A resumed run carries on in the same files: lines after the step that it resumes from are dropped first, so that no
-step is there twice.
+Without a terminal a log message now and then takes the place of the bar. Rank 0 writes; on every
+other rank the log is made with `folder=None` and does nothing. A resumed run continues the same
+files: lines after the step that it resumes from are dropped first, so no step is there twice.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from amid_ds.files import (
-    read_jsonl,
-    truncate_jsonl,
-)
+from amid_ds.distributed.rank_logging import PACKAGE_LOGGER
+from amid_ds.files import read_jsonl, truncate_jsonl
+from amid_ds.run.folder import RunFolder
 
-SECONDS_BETWEEN_LINES = 10      # without a terminal: the first step, the last one, and one line in so many seconds
-LINES = ("metrics.jsonl", "eval.jsonl")
-TENSORBOARD_TAGS = {"loss": "loss/total", "kd_loss": "loss/kd", "ce_loss": "loss/ce",
-                    "auxiliary_loss": "loss/auxiliary", "grad_norm": "optim/grad_norm",
-                    "learning_rate": "optim/learning_rate", "alpha": "objective/alpha", "lam": "objective/lam",
-                    "tokens_per_second": "perf/tokens_per_second", "tokens": "data/tokens", "padding": "data/padding",
-                    "data_wait": "data/wait"}
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+# Seconds between two progress messages where there is no terminal; the first and the last step have
+# one in any case.
+MESSAGE_INTERVAL_S = 10
+TENSORBOARD_TAGS = {
+    "loss": "loss/total",
+    "kd_loss": "loss/kd",
+    "ce_loss": "loss/ce",
+    "auxiliary_loss": "loss/auxiliary",
+    "grad_norm": "optim/grad_norm",
+    "learning_rate": "optim/learning_rate",
+    "alpha": "objective/alpha",
+    "lam": "objective/lam",
+    "tokens_per_second": "perf/tokens_per_second",
+    "tokens": "data/tokens",
+    "padding": "data/padding",
+    "data_wait": "data/wait",
+}
 
 
 def perplexity(loss: float) -> float | None:
-    """exp(loss); None where that is more than a float, and JSON, can hold: above 709 nats."""
+    """exp(loss); None above 709 nats, where it is more than a float, and so JSON, can hold."""
     try:
         return math.exp(loss)
     except OverflowError:
         return None
 
 
-class RunLog:
-    """The log of one life of a run, from `start` steps done to `total`."""
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl: numbers by name, None for those that the run lacks."""
+    return read_jsonl(RunFolder(run).metrics)
 
-    def __init__(self, folder: Path | None, start: int, total: int, title: str) -> None:
-        self.folder, self.start, self.total, self.title = folder, start, total, title
+
+class RunLog:
+    """The log of one attempt at a run, from `start` steps done to `total`.
+
+    While it is open, warnings that the package logs also become text notes in TensorBoard.
+    """
+
+    def __init__(self, folder: RunFolder | None, start: int, total: int) -> None:
+        self.folder, self.start, self.total = folder, start, total
         if folder is None:
             return
+        self.title = folder.path.name
         from torch.utils.tensorboard import SummaryWriter
 
-        self.steps, self.evaluations = (_JsonLog(folder / name, start, self.say) for name in LINES)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
-        self.bar = tqdm(total=total, initial=start, desc=title, unit="step", disable=not sys.stderr.isatty(),
-                        dynamic_ncols=True)
-        self.began = self.last_line = time.monotonic()
+        self.metrics_file = _JsonLines(folder.metrics, start)
+        self.evaluations_file = _JsonLines(folder.evaluations, start)
+        self.board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
+        self.board_handler = _BoardHandler(self.board)
+        PACKAGE_LOGGER.addHandler(self.board_handler)
+        self.bar = tqdm(total=total, initial=start, desc=self.title, unit="step",
+                        disable=not sys.stderr.isatty(), dynamic_ncols=True)
+        self.began = self.last_message = time.monotonic()
 
-    def step(self, step: int, values: Mapping[str, Any] | None, slowest: str | None = None) -> None:
-        """Optimizer step `step` (from 1) is done; `values` where it is one that is logged. `slowest`: the rank, by
-        name, for the eye alone."""
+    def __enter__(self) -> RunLog:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def step(self, step: int, metrics: Mapping[str, float | None] | None,
+             slowest: str | None = None) -> None:
+        """Note that optimizer step `step` (from 1) is done, and write its `metrics` if it has any.
+
+        `slowest` names the slowest rank, in the progress bar alone.
+        """
         if self.folder is None:
             return
-        if values is not None:
-            self._write(step, values, slowest)
+        if metrics is not None:
+            self.metrics_file.write({"step": step, **metrics})
+            for name, value in metrics.items():
+                if value is not None:
+                    self._add_scalar(_tag(name), value, step)
+            self._show_progress(step, metrics, slowest)
         self.bar.update(1)
 
-    def _write(self, step: int, values: Mapping[str, Any], slowest: str | None) -> None:
-        self.steps.write({"step": step, **values})
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                tag = name if "/" in name else TENSORBOARD_TAGS.get(name, f"objective/{name}")
-                self._to_board("add_scalar", tag, value, step)
-        now = time.monotonic()
-        losses = {"loss": values["loss"], "kd": values["kd_loss"], "ce": values["ce_loss"]}
-        shown = {name: f"{value:.4f}" for name, value in losses.items() if value is not None}
-        shown["tok/s"] = f"{values['tokens_per_second']:,.0f}"
+    def _show_progress(self, step: int, metrics: Mapping[str, float | None],
+                       slowest: str | None) -> None:
+        losses = {"loss": metrics["loss"], "kd": metrics["kd_loss"], "ce": metrics["ce_loss"]}
+        shown = {name: f"{loss:.4f}" for name, loss in losses.items() if loss is not None}
+        shown["tok/s"] = f"{metrics['tokens_per_second']:,.0f}"
         if slowest is not None:
             shown["slowest"] = slowest
         self.bar.set_postfix(shown, refresh=False)
-        if self.bar.disable and (step in (self.start + 1, self.total) or now - self.last_line >= SECONDS_BETWEEN_LINES):
-            left = (now - self.began) / (step - self.start) * (self.total - step)
+        now = time.monotonic()
+        is_due = now - self.last_message >= MESSAGE_INTERVAL_S
+        if self.bar.disable and (is_due or step in (self.start + 1, self.total)):
+            left_s = (now - self.began) / (step - self.start) * (self.total - step)
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"{self.title}: step {step}/{self.total}  {text}  {tqdm.format_interval(left)} left", flush=True)
-            self.last_line = now
+            logger.info(f"{self.title}: step {step}/{self.total}  {text}  "
+                        f"{tqdm.format_interval(left_s)} left")
+            self.last_message = now
 
     def evaluation(self, step: int, sets: Mapping[str, Mapping[str, float | None]]) -> None:
-        """The figures of every evaluation set, by name, after `step`: a line of eval.jsonl each."""
+        """Write the metrics of every evaluation set, by the set's name, after `step`."""
         if self.folder is None:
             return
-        for name, figures in sets.items():
-            self.evaluations.write({"step": step, "name": name, **figures})
-            for figure, value in figures.items():
-                if value is not None and figure != "tokens":
-                    self._to_board("add_scalar", f"eval/{name}/{figure}", value, step)
-            shown = "  ".join(f"{figure} {value:.4g}" for figure, value in figures.items() if value is not None)
-            self.say(f"step {step}/{self.total}  eval {name}: {shown}")
+        for name, metrics in sets.items():
+            self.evaluations_file.write({"step": step, "name": name, **metrics})
+            known = {key: value for key, value in metrics.items() if value is not None}
+            for key, value in known.items():
+                if key != "tokens":
+                    self._add_scalar(f"eval/{name}/{key}", value, step)
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in known.items())
+            logger.info(f"{self.title}: step {step}/{self.total}  eval {name}: {shown}")
 
-    def _to_board(self, method: str, *arguments: Any) -> None:
-        """TensorBoard is a convenience: that its disk is full does not stop a run."""
+    def _add_scalar(self, tag: str, value: float, step: int) -> None:
+        # TensorBoard is a convenience: a full disk there does not end the run.
         try:
-            getattr(self.board, method)(*arguments)
+            self.board.add_scalar(tag, value, step)
         except OSError as error:
-            self.say(f"WARNING: TensorBoard cannot be written: {error}")
-
-    def say(self, message: str) -> None:
-        """One line beside the progress bar, from rank 0."""
-        if self.folder is not None:
-            tqdm.write(f"{self.title}: {message}")
-            sys.stdout.flush()
-
-    def alarm(self, message: str) -> None:
-        """What nobody may miss: a line, and a note in TensorBoard."""
-        self.say(message)
-        if self.folder is not None:
-            self._to_board("add_text", "alarm", message)
+            logger.warning(f"TensorBoard cannot be written: {error}")
 
     def close(self) -> None:
+        """Close the files and the progress bar."""
         if self.folder is not None:
+            PACKAGE_LOGGER.removeHandler(self.board_handler)
             self.bar.close()
-            self.steps.file.close()
-            self.evaluations.file.close()
+            self.metrics_file.close()
+            self.evaluations_file.close()
             self.board.close()
 
 
-class _JsonLog:
-    """A file of JSON lines, each with its step, that a resumed run carries on after `start` steps."""
+def _tag(name: str) -> str:
+    """The TensorBoard tag of a metric; one that has a `/` in its name is its own."""
+    return name if "/" in name else TENSORBOARD_TAGS.get(name, f"objective/{name}")
 
-    def __init__(self, path: Path, start: int, say: Callable[[str], None]) -> None:
+
+class _BoardHandler(logging.Handler):
+    """Adds each warning to TensorBoard as a text note."""
+
+    def __init__(self, board: SummaryWriter) -> None:
+        super().__init__(logging.WARNING)
+        self.board = board
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # One that cannot be written is dropped: a warning about it would come here again.
+        with contextlib.suppress(OSError):
+            self.board.add_text("alarm", record.getMessage())
+
+
+class _JsonLines:
+    """A file of JSON lines, each with its step, continued after `start` steps."""
+
+    def __init__(self, path: Path, start: int) -> None:
         truncate_jsonl(path, start)
-        self.file = open(path, "ab", buffering=0)   # noqa: SIM115 - open for the run's life
-        self.unwritten, self.name, self.say = b"", path.name, say
+        self.path = path
+        self.file = open(path, "ab", buffering=0)   # noqa: SIM115 - closed by `close`
+        self.unwritten = b""
 
-    def write(self, values: Mapping[str, Any]) -> None:
-        """Whole lines or nothing: what a full disk does not take is kept and tried again with the next line."""
+    def write(self, values: Mapping[str, object]) -> None:
+        """Append a line, whole or not at all.
+
+        Lines that a full disk refuses are kept in memory and tried again with the next one.
+        """
         self.unwritten += (json.dumps(values, allow_nan=False) + "\n").encode()
         size = os.fstat(self.file.fileno()).st_size
         try:
             if self.file.write(self.unwritten) != len(self.unwritten):
-                raise OSError("only a part was taken")
+                raise OSError("only a part was written")
         except OSError as error:
             self.file.truncate(size)
-            self.say(f"WARNING: {self.name} cannot be written, its lines wait in memory: {error}")
+            logger.warning(f"{self.path.name} cannot be written, its lines wait in memory: {error}")
         else:
             self.unwritten = b""
 
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl."""
-    return read_jsonl(run / "metrics.jsonl")
+    def close(self) -> None:
+        self.file.close()

@@ -1,4 +1,4 @@
-"""Where a run came from: versions, code, models, tokenizer. Kept beside the metrics, so a result can be traced."""
+"""The origin of a run's result: versions, code, models, tokenizer; kept in its provenance.json."""
 
 from __future__ import annotations
 
@@ -15,24 +15,26 @@ from amid_ds.data import fingerprint
 from amid_ds.run.warm_start import resolve_student
 
 PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "triton")
-SAMPLE = 1 << 20      # bytes of a weight file's either end that go into its hash
+# Bytes at each end of a weight file that go into its hash.
+SAMPLE_BYTES = 1 << 20
 
 
 def provenance(recipe: Recipe, tokenizer: Any, ranks: int) -> str:
     """The text of a run's provenance.json."""
+    student_hash = model_hash(resolve_student(recipe).model)
     facts = {
         "versions": versions(),
         "git_revision": code_revision(),
         "ranks": ranks,
-        "student": {**_model(recipe.student), "files_sha256": model_hash(resolve_student(recipe).model)},
-        "teacher": _model(recipe.teacher) if recipe.teacher is not None else None,
+        "student": {**_model_facts(recipe.student), "files_sha256": student_hash},
+        "teacher": _model_facts(recipe.teacher) if recipe.teacher is not None else None,
         "tokenizer_sha256": fingerprint(tokenizer),
     }
     return json.dumps(facts, indent=1) + "\n"
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and of the packages that a result may depend on; None for one that is not installed."""
+    """The versions of Python and of PACKAGES by name; None for a package that is not installed."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
 
 
@@ -44,46 +46,60 @@ def _version(name: str) -> str | None:
 
 
 def code_revision() -> str | None:
-    """The revision of this code, `+changes` where the tree differs from it; None for an installed wheel."""
+    """The git revision of this code, with `+changes` if the tree differs from it.
+
+    None for an installed wheel.
+    """
     revision, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
     return f"{revision}+changes" if revision and changes else revision
 
 
 def uncommitted_changes() -> str | None:
-    """What the tree of this code differs in from its revision, as a patch; None where there is no tree."""
+    """The difference of this code's tree from its revision as a patch; None without a tree."""
     return _git("diff", "HEAD")
 
 
 def _git(*arguments: str) -> str | None:
     command = ["git", "-C", str(Path(__file__).parent), *arguments]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.rstrip("\n")
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
+    return done.stdout.rstrip("\n")
 
 
-def _model(model: Student | Teacher) -> dict[str, Any]:
-    return {"model": model.model, "revision": model.revision, "files_sha256": model_hash(model.model)}
+def _model_facts(model: Student | Teacher) -> dict[str, str | None]:
+    return {"model": model.model, "revision": model.revision,
+            "files_sha256": model_hash(model.model)}
 
 
 def prepared_hash(folder: Path) -> str:
-    """A hash of prepared data: of their shards' sizes and checksums, which follow from the rows and nothing else."""
+    """The sha256 of prepared data, over its shards' sizes and checksums.
+
+    These follow from the rows and nothing else.
+    """
     shards = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
     return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
 
 
 def model_hash(model: str) -> str | None:
-    """A hash over a local model's config and weight files: name, size, first and last MiB of each, which is quick for
-    any size and changes with any retraining. None for a hub id, which its revision names."""
+    """The sha256 over a local model's config and weight files: name, size, first and last MiB.
+
+    Quick for any size, and any retraining changes it. None for a hub id, which its revision names.
+    """
     folder = Path(model)
     if not folder.is_dir():
         return None
     digest = hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.name == "config.json" or p.suffix in (".safetensors", ".bin")):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}:".encode())
-        with open(path, "rb") as file:
-            digest.update(file.read(SAMPLE))
-            file.seek(max(0, size - SAMPLE))
-            digest.update(file.read(SAMPLE))
+    for path in sorted(folder.iterdir()):
+        if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
+            digest.update(_name_size_and_ends(path))
     return digest.hexdigest()
+
+
+def _name_size_and_ends(path: Path) -> bytes:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(SAMPLE_BYTES)
+        file.seek(max(0, size - SAMPLE_BYTES))
+        return f"{path.name}:{size}:".encode() + start + file.read(SAMPLE_BYTES)

@@ -1,7 +1,7 @@
-"""A warm start: `student.model` may name a run or a checkpoint, and this run begins with what was trained there.
+"""A warm start: `student.model` may name a run or a checkpoint, whose weights this run begins with.
 
-Such a student is exported once into the new run's folder (export.py), so that the run does not depend on the other one
-from then on. Before that, config and tokenizer are those that the other run began with.
+The weights are exported once into the new run's folder (checkpoint/export.py), which makes the run
+independent of the other one. Before that, config and tokenizer are those the other run began with.
 """
 
 from __future__ import annotations
@@ -10,25 +10,32 @@ from pathlib import Path
 
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe, Student
-
-START_MODEL = "start"      # in a run's folder: the student as it began, where `student.model` names another run
+from amid_ds.run.folder import RunFolder
 
 
 def find_run(model: str) -> Path | None:
-    """The run that `model` names, by its folder or by that of a checkpoint in it; None for any other model."""
+    """The run that `model` names by its folder or by that of one of its checkpoints.
+
+    None for any other model.
+    """
     path = Path(model)
-    if (path / "recipe.yaml").is_file():
+    if RunFolder(path).exists:
         return path
-    run = path.parent.parent
-    return run if path.parent.name == "checkpoints" and (run / "recipe.yaml").is_file() else None
+    run = RunFolder(path.parent.parent)
+    return run.path if path.parent.name == run.checkpoints.name and run.exists else None
 
 
 def resolve_student(recipe: Recipe, run: Path | None = None) -> Student:
-    """The recipe's student as `from_pretrained` opens it, in `run` (None: the recipe's output_dir)."""
-    student, run = recipe.student, run or Path(recipe.output_dir)
-    while not (run / START_MODEL).is_dir():
+    """The recipe's student with a `model` that `from_pretrained` opens.
+
+    `run`: the run's folder; None: the recipe's output_dir. A student that names another run is
+    that run's start_model, or in turn the student of that run's recipe.
+    """
+    student, folder = recipe.student, RunFolder(run or Path(recipe.output_dir))
+    while not folder.start_model.is_dir():
         other = find_run(student.model)
         if other is None:
             return student
-        run, student = other, load_recipe(other / "recipe.yaml").student
-    return student.model_copy(update={"model": str(run / START_MODEL), "revision": None})
+        folder = RunFolder(other)
+        student = load_recipe(folder.recipe).student
+    return student.model_copy(update={"model": str(folder.start_model), "revision": None})
