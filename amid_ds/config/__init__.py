@@ -1,1 +1,1 @@
-"""What the user asks for, as values: the recipe, its schedules and the packaged recipes."""
+"""The user's settings as values: the recipe, its schedules and the packaged recipes."""

@@ -13,7 +13,7 @@ from amid_ds.errors import suggest
 
 
 class Rows(Section):
-    """Where rows come from, and the columns that are read.
+    """The path of rows, and the columns that are read.
 
     A row is `text`, or `prompt` with `response`, or `messages`, or, with the `template` that makes
     prompts of them, the columns `instruction`, `input` and `output`.
@@ -112,7 +112,7 @@ class Data(Section):
     eval: list[EvalSet] = Field(default=[])
     """Sets that `train.eval_every` evaluates on."""
     auxiliary: Auxiliary | None = None
-    """A second corpus beside `train`; None: none."""
+    """A second corpus in addition to `train`; None: none."""
     prepared: str | None = None
     """The folder of the prepared rows; None: `data` inside output_dir."""
     workers: NonNegativeInt = 4

@@ -14,7 +14,7 @@ RECIPES_FOLDER = Path(__file__).parent / "recipes"
 
 
 def packaged_folder(name: str) -> Path:
-    """The folder `ds_configs` or `slurm`: inside the package in a wheel, beside it in a checkout."""
+    """The folder `ds_configs` or `slurm`: in the package in a wheel, next to it in a checkout."""
     package = Path(__file__).parent.parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / name

@@ -30,8 +30,12 @@ class _RankHandler(logging.Handler):
             prefix, stream = "WARNING: " if record.levelno >= logging.WARNING else "", sys.stdout
         else:
             return
-        tqdm.write(f"{prefix}{self.format(record)}", file=stream)
-        stream.flush()
+        try:
+            tqdm.write(f"{prefix}{self.format(record)}", file=stream)
+            stream.flush()
+        except Exception:
+            # A message that cannot be written (a closed terminal) does not end a run.
+            self.handleError(record)
 
 
 def set_up_logging() -> None:

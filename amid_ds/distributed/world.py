@@ -21,7 +21,7 @@ import torch.distributed as dist
 from amid_ds.distributed.failures import FailureMonitor
 from amid_ds.errors import InputError, Stopped, TrainingError, report_error
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 # Seconds between the signs of life of rank 0 while the others wait for it.
 HEARTBEAT_S = 20.0
 # The first all-reduce of a measurement pays for the connections.
@@ -95,7 +95,7 @@ class World:
         by_rank = [rows[start:start + width] for start in range(0, len(rows), width)]
         return total[:len(values)], by_rank
 
-    def gather(self, value: T) -> list[T]:
+    def gather(self, value: _T) -> list[_T]:
         """Every rank's `value` (anything that pickles), by rank. One collective of objects.
 
         Made for set-up: too slow for every step.
@@ -129,7 +129,7 @@ class World:
         dist.destroy_process_group(group)
         return (total if bool((tensor == total).all()) else float("nan")), size_bytes / fastest
 
-    def run_checked(self, work: Callable[[], T]) -> T:
+    def run_checked(self, work: Callable[[], _T]) -> _T:
         """Run `work` on every rank; if it raises on any, raise the lowest rank's error on all.
 
         One collective of objects, after `work`. A rank that fails between two collectives of `work`
@@ -172,7 +172,7 @@ class World:
             if self.failures is not None:
                 self.failures.withdraw()
 
-    def run_on_main(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], _T]) -> _T:
         """Run `work` on rank 0 alone, for as long as it takes, and return its result on every rank.
 
         An error is raised on every rank. `work` makes no collective. A collective waits no longer
@@ -181,7 +181,7 @@ class World:
         """
         if self.size == 1:
             return self.run_checked(work)
-        outcome: list[tuple[T | None, Exception | None]] = []
+        outcome: list[tuple[_T | None, Exception | None]] = []
 
         def run() -> None:
             try:
@@ -198,7 +198,7 @@ class World:
                 thread.join(HEARTBEAT_S)
             running = self.gather(thread.is_alive())[0]
 
-        def finish() -> T | None:
+        def finish() -> _T | None:
             result, error = outcome[0] if self.is_main else (None, None)
             if error is not None:
                 raise error

@@ -52,7 +52,7 @@ from amid_ds.run.log import perplexity
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 # [256, V] fp32 logits of two models are 263 MB at V = 128256.
 TOKENS_AT_ONCE = 256
 # Of confidence, for the calibration error (Guo et al., 2017).
@@ -60,9 +60,9 @@ CALIBRATION_BINS = 15
 # How long a rank waits for the others.
 EVAL_TIMEOUT_S = 7200.0
 # The positions of the sums that `sum_scores` returns; the bins of the calibration error follow.
-NLL, KL, REVERSE_KL, AGREED, TOKENS = range(5)
-CONFIDENCE = slice(5, 5 + CALIBRATION_BINS)
-CORRECT = slice(5 + CALIBRATION_BINS, 5 + 2 * CALIBRATION_BINS)
+NLL_SUM, KL_SUM, REVERSE_KL_SUM, AGREED_SUM, TOKEN_COUNT = range(5)
+CONFIDENCE_SUMS = slice(5, 5 + CALIBRATION_BINS)
+CORRECT_COUNTS = slice(5 + CALIBRATION_BINS, 5 + 2 * CALIBRATION_BINS)
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,16 @@ def score_model(sums: Sequence[float], has_teacher: bool) -> Scores:
     Raises InputError if there is no token to score, and TrainingError if a mean is infinite: a
     token, or one that the other model may choose, has no probability at all.
     """
-    tokens = sums[TOKENS]
+    tokens = sums[TOKEN_COUNT]
     if not tokens:
         raise InputError("the data hold no token to score",
                          "at least one token after the first", "check the file")
-    loss, kl, reverse_kl, agreement = (sums[index] / tokens
-                                       for index in (NLL, KL, REVERSE_KL, AGREED))
+    loss, kl, reverse_kl, agreement = (value / tokens for value in sums[:TOKEN_COUNT])
     if not all(map(math.isfinite, sums)):
         raise TrainingError(f"over the data the loss is {loss}, KL(teacher ‖ model) {kl} and "
                             f"KL(model ‖ teacher) {reverse_kl}")
-    gaps = sum(abs(confidence - correct)
-               for confidence, correct in zip(sums[CONFIDENCE], sums[CORRECT], strict=True))
+    bins = zip(sums[CONFIDENCE_SUMS], sums[CORRECT_COUNTS], strict=True)
+    gaps = sum(abs(confidence - correct) for confidence, correct in bins)
     return Scores(loss, perplexity(loss),
                   kl_to_teacher=kl if has_teacher else None,
                   reverse_kl=reverse_kl if has_teacher else None,
@@ -126,15 +125,15 @@ def score_model(sums: Sequence[float], has_teacher: bool) -> Scores:
 @torch.inference_mode()
 def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Batch],
                vocab_size: int) -> list[float]:
-    """Sums over the labelled tokens, at NLL, KL, REVERSE_KL, AGREED, TOKENS, CONFIDENCE, CORRECT.
+    """Sums over the labelled tokens, in nats, at the positions NLL_SUM to CORRECT_COUNTS.
 
-    AGREED: tokens at which both models have the same first choice. CONFIDENCE: by bin of the first
-    choice's probability, the sum of that probability; CORRECT: by the same bin, the number of right
-    first choices. KL, REVERSE_KL and AGREED are 0 without a teacher. Raises TrainingError if a
-    model's logits are NaN.
+    AGREED_SUM: tokens at which both models have the same first choice. CONFIDENCE_SUMS: by bin of
+    the first choice's probability, the sum of that probability; CORRECT_COUNTS: by the same bin,
+    the number of right first choices. Without a teacher KL_SUM, REVERSE_KL_SUM and AGREED_SUM are
+    0. Raises TrainingError if a model's logits are NaN.
     """
     device = next(model.parameters()).device
-    sums = torch.zeros(CORRECT.stop, dtype=torch.float64, device=device)
+    sums = torch.zeros(CORRECT_COUNTS.stop, dtype=torch.float64, device=device)
     for batch in (batch.to(device) for batch in batches):
         labels = batch.labels.flatten()
         keep = labels != IGNORE_INDEX
@@ -144,18 +143,18 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
         for start in range(0, len(labels), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
             log_q = _log_probabilities(model, hidden[part], vocab_size)
-            sums[NLL] += F.nll_loss(log_q, labels[part], reduction="sum")
+            sums[NLL_SUM] += F.nll_loss(log_q, labels[part], reduction="sum")
             confidence, choice = log_q.max(-1)
             if teacher is not None and teacher_hidden is not None:
                 log_p = _log_probabilities(teacher, teacher_hidden[part], vocab_size)
-                sums[KL] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-                sums[REVERSE_KL] += F.kl_div(log_p, log_q, reduction="sum", log_target=True)
-                sums[AGREED] += (choice == log_p.argmax(-1)).sum()
+                sums[KL_SUM] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+                sums[REVERSE_KL_SUM] += F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+                sums[AGREED_SUM] += (choice == log_p.argmax(-1)).sum()
             confidence = confidence.exp().double()
             bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-            sums[CONFIDENCE].index_add_(0, bins, confidence)
-            sums[CORRECT].index_add_(0, bins, (choice == labels[part]).double())
-        sums[TOKENS] += len(labels)
+            sums[CONFIDENCE_SUMS].index_add_(0, bins, confidence)
+            sums[CORRECT_COUNTS].index_add_(0, bins, (choice == labels[part]).double())
+        sums[TOKEN_COUNT] += len(labels)
     values: list[float] = sums.tolist()
     return values
 
@@ -193,7 +192,7 @@ class EvalArgs:
     batch_size: int = 4
 
     def sampling(self, source: Source, room: int) -> Sampling | None:
-        """How to sample answers to the source's rows; None: no generations.
+        """Settings for sampled answers to the source's rows; None: no generations.
 
         Prompt and answer have `room` tokens together. Raises InputError if the arguments ask for
         what the rows cannot give.
@@ -251,7 +250,7 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     return dataclasses.replace(scores, **dataclasses.asdict(generations))
 
 
-def _run_checked(world: World | None, work: Callable[[], T]) -> T:
+def _run_checked(world: World | None, work: Callable[[], _T]) -> _T:
     return work() if world is None else world.run_checked(work)
 
 
@@ -275,7 +274,7 @@ def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequenc
         first = len(row) - len(answer) - 1
         labels[index, first:len(row) - 1] = torch.tensor(answer, dtype=torch.long)
     sums = sum_scores(model, None, [Batch(ids, labels, None, 0, [], [])], vocab_size)
-    return sums[NLL], int(sums[TOKENS])
+    return sums[NLL_SUM], int(sums[TOKEN_COUNT])
 
 
 def eval_source(path: str, template: str | None = None) -> Source:

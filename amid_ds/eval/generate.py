@@ -314,7 +314,7 @@ def append_answers(task: GenerateTask, first: int, answers: Sequence[list[int]])
 
 
 def publish_answers(task: GenerateTask) -> str:
-    """On rank 0: rename OUT.partial to OUT. Returns a summary in words."""
+    """On rank 0: rename OUT.partial to OUT. Returns a summary to log."""
     os.replace(task.partial_file, task.out)
     with open(task.out, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]

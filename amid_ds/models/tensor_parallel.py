@@ -1,4 +1,4 @@
-"""What a tensor-parallel group splits: bodies by their own plans in transformers, heads by rows.
+"""Tensor-parallel splits: bodies by their own plans in transformers, heads by rows.
 
 DeepSpeed's AutoTP splits the bodies; here are the weights that it splits. A body that cannot be
 split evenly by its own plan stays whole on every rank of the group, which costs memory and time and
@@ -46,7 +46,7 @@ def vocab_shard(vocab_size: int, tp_rank: int, tp_size: int, group: ProcessGroup
 
 
 def tp_unsupported_reason(model: nn.Module, tp_size: int) -> str | None:
-    """Why the body of `model` is not split over `tp_size` ranks; None if it is.
+    """The reason that the body of `model` is not split over `tp_size` ranks; None if it is.
 
     model: a transformers causal LM, on any device. AutoTP splits by elements, so `tp_size` has to
     divide the number of heads, or attention would change.

@@ -1,0 +1,49 @@
+"""Messages: once per job on stdout, errors from every rank on stderr, wherever the streams point."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+
+import pytest
+
+from amid_ds.distributed.rank_logging import set_up_logging
+
+logger = logging.getLogger("amid_ds.example")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_errors_come_from_every_rank_and_the_rest_from_rank_0(monkeypatch, capsys, rank):
+    monkeypatch.setenv("RANK", rank)
+    # Set up twice: a message is still written once.
+    set_up_logging()
+    set_up_logging()
+    logger.info("step 1")
+    logger.warning("slow")
+    logger.error("failed")
+    written = capsys.readouterr()
+    assert written.out == ("step 1\nWARNING: slow\n" if rank == "0" else "")
+    assert written.err == "amid-ds: failed\n"
+
+
+def test_messages_follow_a_replaced_stream_and_reach_other_handlers(capsys, caplog):
+    set_up_logging()
+    logger.info("before")
+    with contextlib.redirect_stdout(io.StringIO()) as replaced:
+        logger.info("meanwhile")
+    assert capsys.readouterr().out == "before\n" and replaced.getvalue() == "meanwhile\n"
+    assert caplog.messages == ["before", "meanwhile"]
+
+
+def test_a_stream_that_is_closed_ends_nothing(monkeypatch):
+    class Closed:
+        def write(self, text: str) -> int:
+            raise OSError("closed")
+
+        flush = write
+
+    set_up_logging()
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    monkeypatch.setattr("sys.stdout", Closed())
+    logger.info("nobody reads this")
