@@ -237,10 +237,10 @@ def _tokenizer(args: argparse.Namespace) -> None:
     from pathlib import Path
 
     from amid_ds.config.parse import load_recipe
-    from amid_ds.data import texts_of, train_sentencepiece
+    from amid_ds.data import sample_texts, train_sentencepiece
 
     data = load_recipe(args.recipe, args.overrides).data
-    train_sentencepiece(texts_of(data, int(args.megabytes * 1e6)), Path(args.out), args.vocab_size)
+    train_sentencepiece(sample_texts(data, int(args.megabytes * 1e6)), Path(args.out), args.vocab_size)
     print(args.out)
 
 

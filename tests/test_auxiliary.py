@@ -14,7 +14,7 @@ from support.runs import comparable_metrics, write_recipe
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_ds.data import StepData
+from amid_ds.data import PreparedLoader
 
 WEIGHT, STEPS = 0.7, 4
 TRAIN = {"steps": STEPS, "seq_length": 24, "micro_batch_size": 1, "global_batch_size": 4,
@@ -29,7 +29,7 @@ def reference_metrics(student: Path, teacher: Path, prepared: Path) -> list[dict
     model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
     vocabulary = len(AutoTokenizer.from_pretrained(student))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
-    rows, text = (StepData(folder, seed=0, global_batch_size=4, micro_batch_size=1, dp_rank=0,
+    rows, text = (PreparedLoader(folder, seed=0, global_batch_size=4, micro_batch_size=1, dp_rank=0,
                            dp_size=1, workers=0)
                   for folder in (prepared, prepared / "auxiliary"))
     lines = []

@@ -21,14 +21,14 @@ from transformers import PreTrainedTokenizerFast
 from amid_ds.bench.data import data_bench
 from amid_ds.config import recipe
 from amid_ds.data import (
-    Prepared,
-    StepData,
+    PreparedDataset,
+    PreparedLoader,
     check_sources,
     pack,
     preparation,
     prepare,
     prepare_all,
-    read_rows,
+    read_batches,
     shard,
 )
 from amid_ds.data.tokenizer import load_tokenizer
@@ -77,7 +77,7 @@ def test_text_rows_train_on_every_token_once_and_in_order(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "corpus.jsonl",
                        [{"id": i, "body": text} for i, text in enumerate(documents)])
     info = prepare(data_of({"path": path, "text": "body"}), SEQ, tokenizer, tmp_path / "out")
-    batches = list(read_rows(tmp_path / "out", 3))
+    batches = list(read_batches(tmp_path / "out", 3))
     pairs = [pair for batch in batches for pair in labelled(batch)]
     assert pairs == expected_pairs(documents, tokenizer)
     assert info.tokens == len(pairs) and info.sources[0].documents == 40 and not info.reused
@@ -91,7 +91,7 @@ def test_shards_together_hold_the_whole_corpus(tmp_path, tokenizer, many_chunks)
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in documents])
     prepare(data_of({"path": path}), SEQ, tokenizer, tmp_path / "out")
     shards = len(list((tmp_path / "out" / "shards").glob("*.arrow")))
-    batches = read_rows(tmp_path / "out", 1)
+    batches = read_batches(tmp_path / "out", 1)
     pairs = [pair for batch in batches for pair in labelled(batch)]
     wanted = expected_pairs(documents, tokenizer)
     assert shards > 10 and len(pairs) == len(wanted) - (shards - 1)
@@ -115,7 +115,7 @@ def test_a_text_file_is_one_document_with_its_white_space(tmp_path, tokenizer, m
     for name, content in zip("ab", contents, strict=True):
         (folder / f"{name}.txt").write_bytes(content.encode())
     info = prepare(data_of({"path": str(folder)}), SEQ, tokenizer, tmp_path / "out")
-    batches = list(read_rows(tmp_path / "out", 1))
+    batches = list(read_batches(tmp_path / "out", 1))
     ids, previous = [], None
     # Rows overlap by one token within a shard.
     for batch in batches:
@@ -131,7 +131,7 @@ def test_the_loss_of_a_response_row_is_on_the_response_alone(tmp_path, tokenizer
     path = write_jsonl(tmp_path / "instructions.jsonl", rows)
     data = data_of({"path": path, "prompt": "q", "response": "a"}, isolate_documents=False)
     prepare(data, 64, tokenizer, tmp_path / "out")
-    [batch] = read_rows(tmp_path / "out", 2)
+    [batch] = read_batches(tmp_path / "out", 2)
     for i, row in enumerate(rows):
         prompt, response = tokenizer(row["q"])["input_ids"], tokenizer(row["a"])["input_ids"]
         whole = [*prompt, *response, tokenizer.eos_token_id]
@@ -148,7 +148,7 @@ def test_a_long_prompt_loses_its_left_and_a_long_response_its_right(tmp_path, to
     info = prepare(data_of({"path": path, "prompt": "q", "response": "a"}), SEQ, tokenizer,
                    tmp_path / "out")
     assert info.sources[0].truncated == 2
-    [batch] = read_rows(tmp_path / "out", 3)
+    [batch] = read_batches(tmp_path / "out", 3)
     long_ids, short_ids = tokenizer(long)["input_ids"], tokenizer(short)["input_ids"]
     assert batch.input_ids.shape == (3, SEQ)
     assert batch.input_ids[0].tolist() == [*long_ids, *short_ids][-SEQ:]
@@ -171,7 +171,7 @@ def test_isolated_prompts_share_rows_each_as_it_is_in_a_row_of_its_own(tmp_path,
     for isolate in (None, False):
         data = data_of({"path": path, "prompt": "q", "response": "a"}, isolate_documents=isolate)
         infos.append(prepare(data, 120, tokenizer, tmp_path / f"out{isolate}").sources[0])
-        batches = list(read_rows(tmp_path / f"out{isolate}", 3))
+        batches = list(read_batches(tmp_path / f"out{isolate}", 3))
         isolated_documents = itertools.chain.from_iterable(map(split_documents, batches))
         inputs = sum(batch.input_ids.numel() - batch.padding for batch in batches)
         assert inputs == pytest.approx(infos[-1].rows * 120 * (1 - infos[-1].padding))
@@ -192,7 +192,7 @@ def test_isolated_texts_start_again_and_do_not_predict_the_next_ones_beginning(t
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": text} for text in documents])
     prepare(data_of({"path": path}, isolate_documents=True), SEQ, tokenizer, tmp_path / "out")
     pairs, ends = [], 0
-    for batch in read_rows(tmp_path / "out", 2):
+    for batch in read_batches(tmp_path / "out", 2):
         pairs += labelled(batch)
         for ids, labels in split_documents(batch):
             end = ids[0] == tokenizer.eos_token_id
@@ -212,7 +212,7 @@ def prepared(tmp_path, tokenizer, many_chunks):
 
 
 def step_data(folder, size=1, rank=0, micro=1, workers=0, **keys):
-    return StepData(folder, seed=3, global_batch_size=8, micro_batch_size=micro, dp_rank=rank,
+    return PreparedLoader(folder, seed=3, global_batch_size=8, micro_batch_size=micro, dp_rank=rank,
                     dp_size=size, workers=workers, **keys)
 
 
@@ -227,9 +227,9 @@ def test_a_step_reads_the_same_rows_in_any_layout(prepared, size, micro):
 
 
 def test_interrupted_runs_in_changing_layouts_read_every_row_once(prepared):
-    rows = len(Prepared(prepared))
+    rows = len(PreparedDataset(prepared))
     # Weights in proportion to the rows: the epochs of both sources end together.
-    shares = Prepared(prepared).counts
+    shares = PreparedDataset(prepared).counts
     rng, steps, seen = random.Random(1), rows // 8, []
     interruptions = sorted(rng.sample(range(1, steps), 10))
     for step, stop in itertools.pairwise([0, *interruptions, steps]):
@@ -241,7 +241,7 @@ def test_interrupted_runs_in_changing_layouts_read_every_row_once(prepared):
 
 
 def test_a_source_with_more_weight_than_rows_comes_again_and_says_so(prepared):
-    one, two = Prepared(prepared).counts
+    one, two = PreparedDataset(prepared).counts
     data = step_data(prepared, weights=[3.0, 1.0])
     steps = 2 * (one + two) // 8
     rows = [row for window in data.windows(0, steps) for batch in window for row in batch.rows]
@@ -269,7 +269,7 @@ def test_the_time_waited_for_data_is_counted(prepared, monkeypatch):
         clock[0] += 2.0
         return []
 
-    monkeypatch.setattr(StepData, "window", window)
+    monkeypatch.setattr(PreparedLoader, "window", window)
     data = step_data(prepared)
     for _ in data.windows(0, 5):
         # The time between two reads is no waiting.
@@ -279,7 +279,7 @@ def test_the_time_waited_for_data_is_counted(prepared, monkeypatch):
 
 def test_steps_are_read_before_they_are_asked_for(prepared, monkeypatch):
     begun = [threading.Event() for _ in range(9)]
-    monkeypatch.setattr(StepData, "window", lambda data, step: begun[step].set() or [])
+    monkeypatch.setattr(PreparedLoader, "window", lambda data, step: begun[step].set() or [])
     windows = step_data(prepared, workers=2).windows(0, 9)
     next(windows)
     assert all(event.wait(30) for event in begun[:5]) and not begun[6].is_set()
@@ -287,7 +287,7 @@ def test_steps_are_read_before_they_are_asked_for(prepared, monkeypatch):
 
 
 def test_a_row_is_named_by_its_file_and_line(prepared, tokenizer):
-    data = Prepared(prepared)
+    data = PreparedDataset(prepared)
     for number in range(0, len(data), 7):
         tokens, *_, location = data.row(number)
         path, line = re.fullmatch(r"(.*) line (\d+)", location).groups()
@@ -299,7 +299,7 @@ def test_a_row_is_named_by_its_file_and_line(prepared, tokenizer):
 
 
 def test_a_row_that_begins_with_a_document_is_named_by_it():
-    documents = [pack.Document([([1, 2, 3], True), ([9], True)], 0, line) for line in range(3)]
+    documents = [pack.SourceDocument([([1, 2, 3], True), ([9], True)], 0, line) for line in range(3)]
     rows = list(pack.pack_text(documents, 4))
     assert [(row.line, row.tokens) for row in rows] == [(0, [1, 2, 3, 9, 1]), (1, [1, 2, 3, 9, 1]),
                                                         (2, [1, 2, 3, 9])]
@@ -317,20 +317,20 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer, m
     (tmp_path / "a.txt").write_text(text)
     prepare(data_of({"path": str(tmp_path / "a.txt")}), SEQ, framing, tmp_path / "out")
     assert len(list((tmp_path / "out" / "shards").glob("*.arrow"))) > 5
-    ids = [batch.input_ids[0].tolist() for batch in read_rows(tmp_path / "out", 1)]
+    ids = [batch.input_ids[0].tolist() for batch in read_batches(tmp_path / "out", 1)]
     assert ids[0] == [2, *tokenizer(text)["input_ids"]][:SEQ]
     assert sum(row.count(2) for row in ids) == 1
     path = write_jsonl(tmp_path / "a.jsonl", [{"q": "word1", "a": "word2"}])
     prepare(data_of({"path": path, "prompt": "q", "response": "a"}), 4096, framing,
             tmp_path / "rows")
-    [batch] = read_rows(tmp_path / "rows", 1)
+    [batch] = read_batches(tmp_path / "rows", 1)
     assert batch.input_ids[0].tolist() == [2, *tokenizer("word1")["input_ids"],
                                            *tokenizer("word2")["input_ids"]]
 
 
 def test_a_shard_that_another_job_has_made_is_left_as_it_is(prepared, tmp_path, tokenizer):
     source = recipe.Source(path=str(tmp_path / "one.jsonl"))
-    chunk = next(shard.chunks_of([[source.path]]))
+    chunk = next(shard.plan_chunks([[source.path]]))
     before = (prepared / "shards" / "000000.arrow").stat().st_mtime_ns
     assert shard.Maker([source], [False], SEQ, "error", tokenizer, "uint16",
                        prepared / "shards").make(chunk, wait=True)
@@ -344,16 +344,16 @@ def test_a_row_of_a_text_file_is_named_by_the_line_of_its_piece(tmp_path, tokeni
     (tmp_path / "a.txt").write_text("".join(lines))
     prepare(data_of({"path": str(tmp_path / "a.txt")}), SEQ, tokenizer, tmp_path / "out")
     every_line = "".join(lines).splitlines(keepends=True)
-    for batch in read_rows(tmp_path / "out", 1):
+    for batch in read_batches(tmp_path / "out", 1):
         line = int(re.fullmatch(r".*a.txt line (\d+)", batch.sources[0])[1])
         head, tail = tokenizer.decode(batch.input_ids[0, :SEQ // 2]), "".join(every_line[line - 1:])
         assert head in tail and tail.index(head) < 50 + max(map(len, every_line))
 
 
 def test_a_row_cut_inside_a_learnt_segment_learns_what_follows_its_first_token():
-    document = pack.Document([([1, 2], False), ([3, 4, 5], True), ([6], False), ([7], True)], 0, 0)
-    [row] = pack.pack_turns([document], 4, "left", pack.Counts())
-    assert (row.tokens, row.learn) == ([3, 4, 5, 6, 7], [1, 3, 4, 5])
+    document = pack.SourceDocument([([1, 2], False), ([3, 4, 5], True), ([6], False), ([7], True)], 0, 0)
+    [row] = pack.one_row_per_document([document], 4, "left", pack.PackingCounts())
+    assert (row.tokens, row.loss_spans) == ([3, 4, 5, 6, 7], [1, 3, 4, 5])
 
 
 def test_a_complete_folder_is_reused_and_a_killed_job_goes_on(prepared, tmp_path, tokenizer):
@@ -541,9 +541,9 @@ def test_a_folder_of_other_data_is_refused_by_name_or_made_anew(tmp_path, tokeni
     with pytest.raises(InputError, match="`seq_length` is 16 there and 8 in this recipe"):
         prepare(data_of({"path": path}, prepared=str(out)), 8, tokenizer, out)
     prepare(data_of({"path": path}), SEQ, tokenizer, out)
-    rows = len(Prepared(out))
+    rows = len(PreparedDataset(out))
     prepare(data_of({"path": path}), 8, tokenizer, out)
-    assert len(Prepared(out)) > rows
+    assert len(PreparedDataset(out)) > rows
 
 
 BAD_LINES = [
@@ -624,12 +624,12 @@ def test_a_shard_cut_short_is_refused(prepared, tmp_path, tokenizer):
     path.write_bytes(path.read_bytes()[:-10])
     data = data_of({"path": str(tmp_path / "one.jsonl")}, {"path": str(tmp_path / "two.jsonl")})
     for use in (lambda: prepare(data, SEQ, tokenizer, prepared),
-                lambda: list(read_rows(prepared, 8))):
+                lambda: list(read_batches(prepared, 8))):
         with pytest.raises(InputError, match=r"000002.arrow is damaged: it has \d+ bytes"):
             use()
     path.unlink()
     with pytest.raises(InputError, match=r"000002.arrow is damaged: it has no file"):
-        list(read_rows(prepared, 8))
+        list(read_batches(prepared, 8))
 
 
 def test_a_flipped_bit_is_found_when_the_row_is_read(prepared):
@@ -639,19 +639,19 @@ def test_a_flipped_bit_is_found_when_the_row_is_read(prepared):
     path.write_bytes(content)
     with pytest.raises(InputError,
                        match=r"000002.arrow is damaged: the checksum of its row \d+ is wrong"):
-        list(read_rows(prepared, 4))
+        list(read_batches(prepared, 4))
 
 
 @pytest.mark.parametrize("offset", range(0, 1800, 97))
 def test_damage_anywhere_in_a_shard_is_reported_or_harms_nothing(prepared, offset):
     """Arrow's own header and offsets included: a clear error, or the rows as they were."""
-    before = [batch.input_ids.tolist() for batch in read_rows(prepared, 4)]
+    before = [batch.input_ids.tolist() for batch in read_batches(prepared, 4)]
     path = prepared / "shards" / "000002.arrow"
     content = bytearray(path.read_bytes())
     content[offset] ^= 0x81
     path.write_bytes(content)
     try:
-        assert [batch.input_ids.tolist() for batch in read_rows(prepared, 4)] == before
+        assert [batch.input_ids.tolist() for batch in read_batches(prepared, 4)] == before
     except InputError as error:
         assert "000002.arrow is damaged" in str(error)
 
@@ -684,10 +684,10 @@ def test_prepare_verifies_the_checksums_of_what_is_there(prepared, tmp_path, tok
 
 
 def test_evaluation_gives_every_rank_the_same_number_of_batches(prepared):
-    ranks = [list(read_rows(prepared, 4, rank, 3)) for rank in range(3)]
+    ranks = [list(read_batches(prepared, 4, rank, 3)) for rank in range(3)]
     assert len({len(batches) for batches in ranks}) == 1
     rows = sorted(row for batches in ranks for batch in batches for row in batch.rows)
-    assert rows == list(range(len(Prepared(prepared))))
+    assert rows == list(range(len(PreparedDataset(prepared))))
     assert all((batch.labels == -100).all() for batches in ranks for batch in batches
                if not batch.rows)
 
@@ -705,7 +705,7 @@ def test_tokens_of_a_large_vocabulary_keep_their_ids(tmp_path, tokenizer):
     large = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     path = write_jsonl(tmp_path / "corpus.jsonl", [{"text": "word1 word2 word3"}])
     prepare(data_of({"path": path}), SEQ, large, tmp_path / "out")
-    [batch] = read_rows(tmp_path / "out", 1)
+    [batch] = read_batches(tmp_path / "out", 1)
     assert batch.input_ids.tolist() == [[65_535, 65_536, 151_642]]
     assert batch.labels.tolist() == [[65_536, 151_642, 1]]
 

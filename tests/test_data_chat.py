@@ -5,7 +5,7 @@ import json
 import pytest
 
 from amid_ds.config import recipe
-from amid_ds.data import prepare, read_rows
+from amid_ds.data import prepare, read_batches
 from amid_ds.data.tokenizer import load_tokenizer
 from amid_ds.errors import InputError
 
@@ -51,7 +51,7 @@ def rows_of(tmp_path, tokenizer, template, *conversations, seq_length=500, trunc
     source = {"path": str(path), "messages": "turns", "truncate": truncate}
     info = prepare(recipe.Data(train=[source], on_bad_row=on_bad_row), seq_length, tokenizer,
                    tmp_path / "out")
-    return list(read_rows(tmp_path / "out", 1)), info.sources[0]
+    return list(read_batches(tmp_path / "out", 1)), info.sources[0]
 
 
 def learnt_texts(batch, tokenizer):

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from amid_ds.config import recipe
-from amid_ds.data import check_sources, load_tokenizer, prepare, read_rows, shard
+from amid_ds.data import check_sources, load_tokenizer, prepare, read_batches, shard
 from amid_ds.errors import InputError
 
 SEQ = 16
@@ -62,7 +62,7 @@ WRITERS = {
 def prepared_pairs(path, tokenizer, out):
     """(documents, all pairs of an input token and its label)."""
     info = prepare(recipe.Data(train=[{"path": str(path)}]), SEQ, tokenizer, out)
-    pairs = [pair for batch in read_rows(out, 1) for pair in
+    pairs = [pair for batch in read_batches(out, 1) for pair in
              zip(batch.input_ids[0].tolist(), batch.labels[0].tolist(), strict=True)]
     return info.sources[0].documents, pairs
 
@@ -117,7 +117,7 @@ def test_a_row_of_a_table_is_named_by_its_number(tmp_path, tokenizer, rows, monk
     WRITERS["a.parquet"](tmp_path / "a.parquet", rows)
     prepare(recipe.Data(train=[{"path": str(tmp_path / "a.parquet")}]), SEQ, tokenizer,
             tmp_path / "out")
-    for batch in read_rows(tmp_path / "out", 1):
+    for batch in read_batches(tmp_path / "out", 1):
         row = rows[int(re.fullmatch(r".*a.parquet row (\d+)", batch.sources[0])[1])]
         head = tokenizer.decode(batch.input_ids[0, :4]).split("</s>")[0]
         assert head.strip("\ufffd") in row["text"]

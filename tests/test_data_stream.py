@@ -11,7 +11,14 @@ from support.ranks import run_ranks
 from support.runs import comparable_metrics, write_recipe
 
 from amid_ds.config import recipe
-from amid_ds.data import StreamData, merged_places, prepare, read_rows, stream, stream_summary
+from amid_ds.data import (
+    StreamLoader,
+    merge_stream_states,
+    prepare,
+    read_batches,
+    stream,
+    stream_summary,
+)
 from amid_ds.errors import InputError
 
 SEQ = 16
@@ -29,7 +36,7 @@ def write(folder, files, documents, seed=0):
 
 
 def open_steps(data, tokenizer, rank=0, size=1, state=None, workers=0, micro=1):
-    return StreamData(data, SEQ, tokenizer, state, global_batch_size=8, micro_batch_size=micro,
+    return StreamLoader(data, SEQ, tokenizer, state, global_batch_size=8, micro_batch_size=micro,
                       dp_rank=rank, dp_size=size, workers=workers)
 
 
@@ -45,7 +52,7 @@ def test_a_share_of_the_files_gives_the_rows_that_prepare_makes_of_it(tmp_path, 
         prepare(recipe.Data(train=[{"path": str(tmp_path / "corpus" / f"{number}.jsonl")}]), SEQ,
                 tokenizer, tmp_path / f"out{number}")
         expected = [batch.input_ids[0].tolist()
-                    for batch in read_rows(tmp_path / f"out{number}", 1)]
+                    for batch in read_batches(tmp_path / f"out{number}", 1)]
         assert [ids for row, ids in streamed if row % 4 == number] == expected[:18]
 
 
@@ -86,7 +93,7 @@ def test_ten_interruptions_in_changing_layouts_change_nothing(tmp_path, tokenize
         for _ in range(start, stop):
             per_rank = [rows_in([next(each)]) for each in windows]
             rows_of_all += [rows[i] for i in range(8 // size) for rows in per_rank]
-        state = json.loads(json.dumps(merged_places([rank.state(stop) for rank in ranks])))
+        state = json.loads(json.dumps(merge_stream_states([rank.state(stop) for rank in ranks])))
         for each in windows:
             each.close()
     assert rows_of_all == whole
@@ -122,7 +129,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path, tokenizer):
     steps = open_steps(four, tokenizer)
     steps.window(0)
     (tmp_path / "four" / "3.jsonl").unlink()
-    with pytest.raises(InputError, match=r"are read in \[2\] lanes, before in \[4\]"):
+    with pytest.raises(InputError, match=r"are read in \[2\] shares, before in \[4\]"):
         open_steps(four, tokenizer, state=steps.state(1))
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from amid_ds.cli import main
 from amid_ds.config.recipe import Data, Source
-from amid_ds.data import prepare, read_rows
+from amid_ds.data import prepare, read_batches
 from amid_ds.eval import evaluate, text_metrics
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import RunLog
@@ -59,7 +59,7 @@ def plain(pair: tuple[Path, Path], source: Source, folder: Path,
     tokenizer = AutoTokenizer.from_pretrained(pair[0])
     prepare(Data(train=[source]), seq_length, tokenizer, folder)
     kl, reverse, sure, right = [], [], [], []
-    for ids, labels in itertools.chain.from_iterable(map(split_documents, read_rows(folder, 1))):
+    for ids, labels in itertools.chain.from_iterable(map(split_documents, read_batches(folder, 1))):
         keep = labels != -100
         log_q, log_p = (model(ids).logits[0, keep, :len(tokenizer)].double().log_softmax(-1)
                         for model in (student, teacher))
@@ -173,7 +173,7 @@ def test_instructions_become_the_published_prompts_and_the_first_output_is_learn
     for template, end in (("minillm", "\n"), ("alpaca", "")):
         source = Source(path=str(instructions), template=template)
         prepare(Data(train=[source], isolate_documents=False), 256, tokenizer, tmp_path / template)
-        for row, batch in zip(rows, read_rows(tmp_path / template, 1), strict=True):
+        for row, batch in zip(rows, read_batches(tmp_path / template, 1), strict=True):
             prompt = _published(row)[:None if end else -1]
             output = row["output"] if isinstance(row["output"], str) else row["output"][0]
             learnt = batch.labels[0] != -100

@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amid_ds.config.parse import load_recipe
-from amid_ds.data import read_rows
+from amid_ds.data import read_batches
 from amid_ds.errors import InputError
 from amid_ds.losses import LMHead, linear_argmax
 
@@ -56,7 +56,7 @@ def plain_metrics(student: Path, teacher: Path, prepared: Path) -> dict[str, flo
     model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
     vocabulary = len(AutoTokenizer.from_pretrained(student))
     nll, kl, same = [], [], []
-    for ids, labels in itertools.chain.from_iterable(map(split_documents, read_rows(prepared, 1))):
+    for ids, labels in itertools.chain.from_iterable(map(split_documents, read_batches(prepared, 1))):
         keep = labels != -100
         log_q, log_p = (m(ids).logits[0, keep, :vocabulary].double().log_softmax(-1)
                         for m in (model, guide))

@@ -23,7 +23,7 @@ from amid_ds.checkpoint.saver import Saver
 from amid_ds.checkpoint.zero_shards import TENSOR_KINDS, ZeroShards
 from amid_ds.cli import main
 from amid_ds.config.recipe import Student
-from amid_ds.data import Prepared
+from amid_ds.data import PreparedDataset
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.errors import InputError
@@ -131,7 +131,7 @@ def test_a_run_moved_through_layouts_is_the_uninterrupted_run(chain, folder, pre
     rows = rows_by_step(tmp_path / "moved.rows")
     assert rows == rows_by_step(tmp_path / "whole.rows")
     read = [row for step in rows.values() for row in step]
-    times = [read.count(row) for row in range(len(Prepared(prepared)))]
+    times = [read.count(row) for row in range(len(PreparedDataset(prepared)))]
     assert sum(times) == 4 * STEPS, "a row again before every row was read once"
     assert max(times) - min(times) <= 1, "a row again before every row was read once"
 

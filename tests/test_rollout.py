@@ -70,11 +70,11 @@ def documents(run: Path, step: int) -> list[tuple[list[int], int]]:
     return [(ids, start) for ids, start, _ in kept]
 
 
-def prompts_of(prepared: Path, step: int) -> list[list[int]]:
+def read_prompts(prepared: Path, step: int) -> list[list[int]]:
     """The prompts of one step's global batch, in order, from prepared rows and labels alone."""
-    from amid_ds.data import StepData
+    from amid_ds.data import PreparedLoader
 
-    data = StepData(prepared, seed=0, global_batch_size=4, micro_batch_size=1, dp_rank=0, dp_size=1,
+    data = PreparedLoader(prepared, seed=0, global_batch_size=4, micro_batch_size=1, dp_rank=0, dp_size=1,
                     workers=0)
     return [ids[0, :int((labels != -100).nonzero()[0]) + 1].tolist()
             for batch in data.window(step) for ids, labels in split_documents(batch)]
@@ -101,7 +101,7 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
     for step, (model, kept) in enumerate([(pair[0], buffers[0]),
                                           (tmp_path / "after1", buffers[1][len(buffers[0]):])]):
         student = AutoModelForCausalLM.from_pretrained(model)
-        assert [ids[:start] for ids, start in kept] == prompts_of(prepared, step)
+        assert [ids[:start] for ids, start in kept] == read_prompts(prepared, step)
         losses = []
         for ids, start in kept:
             truth = student.generate(torch.tensor([ids[:start]]), max_new_tokens=NEW,

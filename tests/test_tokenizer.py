@@ -12,13 +12,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from amid_ds.cli import main
 from amid_ds.data import (
-    fingerprint,
     load_tokenizer,
     require_same_tokenizer,
-    texts_of,
+    sample_texts,
+    tokenizer_fingerprint,
     train_sentencepiece,
 )
-from amid_ds.data.tokenizer import PROBES, document_front, encode
+from amid_ds.data.tokenizer import PROBE_TEXTS, document_prefix_ids, encode_texts
 from amid_ds.errors import InputError
 
 STDLIB = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
@@ -75,7 +75,7 @@ def test_training_is_deterministic(folder, tmp_path, tokenizer):
     train_sentencepiece((path.read_text(encoding="utf-8") for path in STDLIB[:60]), tmp_path,
                         vocab_size=1200)
     assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
-    assert fingerprint(load_tokenizer(str(tmp_path))) == fingerprint(tokenizer)
+    assert tokenizer_fingerprint(load_tokenizer(str(tmp_path))) == tokenizer_fingerprint(tokenizer)
 
 
 def test_too_little_text_for_the_vocabulary_is_refused(tmp_path):
@@ -102,7 +102,7 @@ def swap_two_tokens(folder, tmp_path):
 def test_the_same_size_is_not_the_same_tokenizer(folder, tokenizer, tmp_path):
     other = swap_two_tokens(folder, tmp_path)
     assert len(other) == len(tokenizer)
-    assert fingerprint(other) != fingerprint(tokenizer)
+    assert tokenizer_fingerprint(other) != tokenizer_fingerprint(tokenizer)
     with pytest.raises(InputError,
                        match=r"(?s)the text .*def f.* becomes.*student: \[.*teacher: \["):
         require_same_tokenizer(tokenizer, other, "student", "teacher")
@@ -130,14 +130,14 @@ def test_asking_the_backend_gives_the_wrappers_ids(folder, tmp_path):
                                           pad_token="<pad>", split_special_tokens=split)
         framing.save_pretrained(tmp_path)
         asked = load_tokenizer(str(tmp_path))
-        texts = ["def f(x):</s>\n    return x", "é", *PROBES]
-        assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"]
+        texts = ["def f(x):</s>\n    return x", "é", *PROBE_TEXTS]
+        assert encode_texts(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"]
                                         for text in texts]
         asked.split_special_tokens = not split
-        assert encode(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"]
+        assert encode_texts(asked, texts) == [asked(text, add_special_tokens=False)["input_ids"]
                                         for text in texts]
-        assert document_front(asked) == [1]
-    assert document_front(load_tokenizer(str(folder))) == []
+        assert document_prefix_ids(asked) == [1]
+    assert document_prefix_ids(load_tokenizer(str(folder))) == []
 
 
 def test_a_tokenizer_is_trained_on_a_recipes_data(tmp_path, capsys):
@@ -159,7 +159,7 @@ def test_a_tokenizer_is_trained_on_a_recipes_data(tmp_path, capsys):
     tokenizer = load_tokenizer(out)
     assert len(tokenizer) == 900 and len(tokenizer("zqzqzqzqzqzqzqzq")["input_ids"]) == 1
     data = recipe.Data(**recipe["data"])
-    some = list(texts_of(data, 400_000))
+    some = list(sample_texts(data, 400_000))
     assert some[-2:] == ["x = 1", "zq" * 5000] and some[:-2] == texts[:len(some) - 2]
     assert sum(map(len, some[:-3])) < 300_000 <= sum(map(len, some[:-2]))
 

@@ -23,8 +23,8 @@ import torch
 
 from amid_ds import preset
 from amid_ds.config import recipe
-from amid_ds.data import Batch, StepData, load_tokenizer, prepare, train_sentencepiece
-from amid_ds.data.tokenizer import encode
+from amid_ds.data import Batch, PreparedLoader, load_tokenizer, prepare, train_sentencepiece
+from amid_ds.data.tokenizer import encode_texts
 from amid_ds.experiments import demo
 from amid_ds.models.distiller import Distiller, StepObjective
 
@@ -53,7 +53,7 @@ def data_bench(rounds: int = 3, megabytes: float = 4.0, threads: int = 4) -> lis
 
         def tokenize() -> int:
             batches = (texts[start:start + 16] for start in range(0, len(texts), 16))
-            return sum(len(ids) for batch in batches for ids in encode(tokenizer, batch))
+            return sum(len(ids) for batch in batches for ids in encode_texts(tokenizer, batch))
 
         def pack() -> int:
             shutil.rmtree(root / "prepared", ignore_errors=True)
@@ -69,7 +69,7 @@ def data_bench(rounds: int = 3, megabytes: float = 4.0, threads: int = 4) -> lis
 def _reader(folder: Path, threads: int) -> Callable[[], int]:
     """Reads two epochs, step by step, as one rank of one."""
     def read() -> int:
-        data = StepData(folder, seed=0, global_batch_size=ROWS_PER_STEP, micro_batch_size=MICRO_BATCH, dp_rank=0,
+        data = PreparedLoader(folder, seed=0, global_batch_size=ROWS_PER_STEP, micro_batch_size=MICRO_BATCH, dp_rank=0,
                         dp_size=1, workers=threads)
         steps = max(2 * len(data.prepared) // ROWS_PER_STEP, 1)
         return sum(batch.input_ids.numel() for window in data.windows(0, steps) for batch in window)

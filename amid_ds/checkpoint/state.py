@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from amid_ds.config.schedule import TaidState
+from amid_ds.data import StreamState
 
 
 class RolloutState(TypedDict):
@@ -34,7 +35,7 @@ class TrainState:
     teacher_tokens_per_pass: int | None = None
     taid: TaidState | None = None
     rollout: RolloutState | None = None
-    streams: Any = None
+    streams: StreamState | None = None
 
     def to_json(self) -> dict[str, object]:
         """The fields as a manifest has them, without those that are None."""

@@ -6,10 +6,17 @@ The exception is TAID's interpolation, which follows past losses: checkpoints ke
 from __future__ import annotations
 
 import math
-from typing import TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from amid_ds.config.recipe import Loss, Train
 from amid_ds.config.scheduled_values import Piecewise, Schedule, ScheduledValue, TaidSchedule
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+WORD_MASK = 0xFFFFFFFFFFFFFFFF
+SPLITMIX64_GAMMA = 0x9E3779B97F4A7C15
 
 
 class TaidState(TypedDict):
@@ -101,6 +108,21 @@ def turning_points(loss: Loss, total: int) -> list[int]:
     return sorted(points)
 
 
+@overload
+def splitmix64(value: int) -> int: ...
+@overload
+def splitmix64(value: NDArray[np.uint64]) -> NDArray[np.uint64]: ...
+def splitmix64(value: Any) -> Any:
+    """SplitMix64's output function: a fixed bijection of 64-bit words that looks random.
+
+    value: an int, reduced modulo 2^64, or an array of uint64. Maps 0 to 0: add a constant first.
+    """
+    value = value & WORD_MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & WORD_MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & WORD_MASK
+    return value ^ (value >> 31)
+
+
 def step_seed(seed: int, step: int, rank: int) -> int:
     """The seed of the random numbers (dropout) of data-parallel rank `rank` in `step`; 63 bits.
 
@@ -109,8 +131,5 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     """
     value = seed
     for part in (step, rank):
-        value = (value * 0x9E3779B97F4A7C15 + part + 1) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        value ^= value >> 31
+        value = splitmix64(value * SPLITMIX64_GAMMA + part + 1)
     return value >> 1

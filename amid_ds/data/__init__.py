@@ -1,19 +1,36 @@
-"""From the user's files to micro-batches: sources (rows) -> pack (shards of tokens) -> order and loader (steps)."""
+"""The user's files as micro-batches.
 
-from amid_ds.data.loader import Batch, Prepared, StepData, Steps, epochs_ahead, read_rows
+    sources, readers          files to rows of text
+    tokenizer, chat, encode   text to token ids
+    pack, shard, preparation  token ids to rows of seq_length in a prepared folder
+    manifest, prepared        the JSON of that folder, and its rows by number
+    order, batch, loader      rows to the micro-batches of each step and rank
+    stream                    the same without preparation, from data sets too large for the disk
+"""
+
+from amid_ds.data.batch import Batch
+from amid_ds.data.loader import PreparedLoader, StepLoader, planned_epochs
 from amid_ds.data.preparation import PreparedInfo, SourceInfo, prepare, prepare_all
-from amid_ds.data.sources import answered_prompts_of, check_sources, prompts_of, texts_of
-from amid_ds.data.stream import StreamData, merged_places, stream_summary
+from amid_ds.data.prepared import PreparedDataset, read_batches
+from amid_ds.data.sources import (
+    check_sources,
+    read_prompts,
+    read_prompts_with_references,
+    sample_texts,
+)
+from amid_ds.data.stream import StreamLoader, StreamState, merge_stream_states, stream_summary
 from amid_ds.data.tokenizer import (
-    end_of_text,
-    fingerprint,
+    encode_prompts,
+    end_of_text_id,
     load_tokenizer,
-    prompt_ids,
     require_same_tokenizer,
+    tokenizer_fingerprint,
     train_sentencepiece,
 )
 
-__all__ = ["Batch", "Prepared", "PreparedInfo", "SourceInfo", "StepData", "Steps", "StreamData",
-           "answered_prompts_of", "check_sources", "end_of_text", "epochs_ahead", "fingerprint", "load_tokenizer",
-           "merged_places", "prepare", "prepare_all", "prompt_ids", "prompts_of", "read_rows", "require_same_tokenizer",
-           "stream_summary", "texts_of", "train_sentencepiece"]
+__all__ = ["Batch", "PreparedDataset", "PreparedInfo", "PreparedLoader", "SourceInfo",
+           "StepLoader", "StreamLoader", "StreamState", "check_sources", "encode_prompts",
+           "end_of_text_id", "load_tokenizer", "merge_stream_states", "planned_epochs", "prepare",
+           "prepare_all", "read_batches", "read_prompts", "read_prompts_with_references",
+           "require_same_tokenizer", "sample_texts", "stream_summary", "tokenizer_fingerprint",
+           "train_sentencepiece"]

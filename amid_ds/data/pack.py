@@ -1,30 +1,48 @@
-"""Documents of tokens into rows of seq_length: joined and cut where they are text, whole where they are turns.
+"""Documents of token ids into rows of at most seq_length + 1 tokens.
 
-A row holds its tokens, and in `learn` the positions [start, stop, start, stop, ...] of those that are predicted. Text
-rows have seq_length + 1 tokens and overlap by one, so every token but the very first is predicted exactly once. Where
-documents are isolated, `begins` has the places in the row at which another document begins: nothing before them is
-attended to, positions start again, and their first token is not predicted.
+Full rows waste no compute, but a cut document loses its context. So text is concatenated and cut
+at the row's length ("wrapped" packing), while a prompt or conversation gets a row of its own, or
+shares one, isolated, with others that fit ("best fit" packing).
+
+A row of n tokens is n - 1 inputs and n - 1 labels. `loss_spans` has the positions [start, stop,
+start, stop, ...] of the tokens that are predicted. Text rows overlap by one token, so every token
+but the very first is predicted exactly once. In isolated rows `doc_starts` has the positions at
+which further documents begin: nothing before them is attended to, position ids start again from 0,
+and their first token is not predicted.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from amid_ds.data.chat import Segment
 
-OPEN_ROWS = 64                # that many rows wait for a document that fits; beyond, the fullest is closed
+# That many rows wait for a document that fits; beyond it the fullest is closed.
+OPEN_ROWS = 64
+
+# By the name in PackingCounts, for the user.
+ROW_ISSUES: Mapping[str, str] = {
+    "truncated": "rows cut to seq_length",
+    "dropped": "rows left out, their response having vanished",
+    "skipped": "bad rows left out",
+}
 
 
 @dataclass
-class Counts:
-    """What a shard is made of; `lines` says how many lines of each file it covers, in order."""
+class PackingCounts:
+    """Counts of the rows and documents that were packed. tokens: those that are predicted.
+
+    truncated: documents that were too long for a row; dropped: documents without a token to
+    predict, as when a prompt fills the row; skipped: unusable rows; shown: the first of these, with
+    their problems; lines: (file, number of its lines), in the order of reading.
+    """
 
     rows: int = 0
-    places: int = 0                          # inputs of all rows together
-    tokens: int = 0                          # that are predicted
+    inputs: int = 0
+    tokens: int = 0
     documents: int = 0
     truncated: int = 0
     dropped: int = 0
@@ -34,128 +52,156 @@ class Counts:
 
 
 @dataclass(frozen=True)
-class Document:
-    """A row's segments in order: texts or ids, and whether they are predicted."""
+class SourceDocument:
+    """The segments of one row of a source, in order, and the file and line that it was read from.
+
+    is_start: False for a piece that continues the document before it.
+    """
 
     segments: list[Segment]
     file: int
     line: int
-    begins: bool = True                      # False: it goes on with the document before it
+    is_start: bool = True
 
     def __len__(self) -> int:
         return sum(len(text) for text, _ in self.segments)
 
     def ids(self) -> list[int]:
-        """All its ids, once encoded."""
-        return list(itertools.chain.from_iterable(ids for ids, _ in self.segments))    # type: ignore[misc]
+        """All its token ids. Every segment must be encoded."""
+        segments = (ids for ids, _ in self.segments)
+        return list(itertools.chain.from_iterable(segments))    # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
-class Packed:
-    """A row of tokens as it is stored."""
+class PackedRow:
+    """A row of token ids as it is stored. file, line: where its first token was read."""
 
     tokens: list[int]
-    learn: list[int]
+    loss_spans: list[int]
     file: int
     line: int
-    begins: list[int] = field(default_factory=list)
+    doc_starts: list[int] = field(default_factory=list)
 
 
-def pack_text(documents: Iterable[Document], seq_length: int, isolate: bool = False) -> Iterator[Packed]:
-    """Join the documents and cut rows of seq_length + 1 tokens that overlap by one; the last may be shorter."""
+def pack_text(documents: Iterable[SourceDocument], seq_length: int,
+              isolate: bool = False) -> Iterator[PackedRow]:
+    """Join the documents and cut rows of seq_length + 1 tokens that overlap by one.
+
+    The last row may be shorter. With `isolate` the documents in a row do not attend to one another.
+    """
     buffer: list[int] = []
-    cut = 0                                               # tokens that are no longer in the buffer
-    begun: deque[tuple[int, Document]] = deque()          # where the documents in the buffer begin
+    # Tokens that are no longer in the buffer.
+    consumed = 0
+    # (position in the whole text, document) of the documents in the buffer.
+    starts: deque[tuple[int, SourceDocument]] = deque()
 
-    def row(tokens: list[int], position: int) -> Packed:
-        while len(begun) > 1 and begun[1][0] <= position:
-            begun.popleft()
-        inside = [place - position for place, document in begun if document.begins and isolate
-                  and position < place < position + len(tokens)]
-        learn = [place for start, stop in itertools.pairwise([0, *inside, len(tokens)]) if stop > start + 1
-                 for place in (start + 1, stop)]
-        return Packed(tokens, learn, begun[0][1].file, begun[0][1].line, inside)
+    def row(tokens: list[int], position: int) -> PackedRow:
+        while len(starts) > 1 and starts[1][0] <= position:
+            starts.popleft()
+        doc_starts = [start - position for start, document in starts
+                      if isolate and document.is_start
+                      and position < start < position + len(tokens)]
+        loss_spans: list[int] = []
+        for start, stop in itertools.pairwise([0, *doc_starts, len(tokens)]):
+            if stop > start + 1:
+                loss_spans += [start + 1, stop]
+        first = starts[0][1]
+        return PackedRow(tokens, loss_spans, first.file, first.line, doc_starts)
 
     for document in documents:
-        begun.append((cut + len(buffer), document))
+        starts.append((consumed + len(buffer), document))
         buffer += document.ids()
         start = 0
         while len(buffer) - start > seq_length:
-            yield row(buffer[start:start + seq_length + 1], cut + start)
+            yield row(buffer[start:start + seq_length + 1], consumed + start)
             start += seq_length
         del buffer[:start]
-        cut += start
-    if len(buffer) > 1:                                   # a single token left over was the last row's last
-        yield row(buffer, cut)
+        consumed += start
+    # A single token left over is the last token of the row before.
+    if len(buffer) > 1:
+        yield row(buffer, consumed)
 
 
-def pack_turns(documents: Iterable[Document], seq_length: int, side: str, counts: Counts) -> Iterator[Packed]:
-    """One row per document, the loss on its learnt segments alone.
+def one_row_per_document(documents: Iterable[SourceDocument], seq_length: int, side: str,
+                         counts: PackingCounts) -> Iterator[PackedRow]:
+    """One row per document, with the loss on its predicted segments alone.
 
-    A document too long for a row loses its right; before that, with `side` left, what it can spare on the left: all
-    but one token before the last learnt segment. One whose learnt segments vanish so is dropped, and counted.
+    A document that is too long loses tokens on its right; before that, with side="left", those on
+    its left that it can spare: all but one token before the last predicted segment. A document
+    that so loses all its predicted tokens is dropped. Both are counted in `counts`.
     """
     for document in documents:
-        tokens, learn = document.ids(), _learnt(document)
+        tokens, loss_spans = document.ids(), _loss_spans(document)
         if len(tokens) > seq_length + 1:
             counts.truncated += 1
-            spare = max(learn[-2] - 1, 0) if side == "left" and learn else 0
+            spare = max(loss_spans[-2] - 1, 0) if side == "left" and loss_spans else 0
             first = min(len(tokens) - seq_length - 1, spare)
             last = first + seq_length + 1
             tokens = tokens[first:last]
-            learn = [min(place, last) - first for start, stop in _pairs(learn)
-                     if start < last and stop > first + 1 for place in (max(start, first + 1), stop)]
-        if learn:
-            yield Packed(tokens, learn, document.file, document.line)
+            loss_spans = _cut_spans(loss_spans, first, last)
+        if loss_spans:
+            yield PackedRow(tokens, loss_spans, document.file, document.line)
         else:
             counts.dropped += 1
 
 
-def pack_together(rows: Iterable[Packed], seq_length: int) -> Iterator[Packed]:
-    """Several rows of a document each in one, isolated: a row goes where it leaves the least room (best fit)."""
-    waiting: list[list[Packed]] = []
-    room: list[int] = []                     # tokens that still fit into each
+def pack_best_fit(rows: Iterable[PackedRow], seq_length: int) -> Iterator[PackedRow]:
+    """Join rows of one document each, isolated, into rows of at most seq_length + 1 tokens.
+
+    Each goes where it leaves the least space. At most OPEN_ROWS rows wait for more, so the memory
+    is bounded and the order is nearly that of `rows`.
+    """
+    waiting: list[list[PackedRow]] = []
+    # Tokens that still fit into each of `waiting`.
+    space: list[int] = []
     for row in rows:
         size = len(row.tokens)
-        fitting = [place for place, left in enumerate(room) if left >= size]
+        fitting = [index for index, left in enumerate(space) if left >= size]
         if fitting:
-            place = min(fitting, key=room.__getitem__)
-            waiting[place].append(row)
-            room[place] -= size
+            tightest = min(fitting, key=space.__getitem__)
+            waiting[tightest].append(row)
+            space[tightest] -= size
             continue
         if len(waiting) == OPEN_ROWS:
-            fullest = room.index(min(room))
-            room.pop(fullest)
-            yield _joined(waiting.pop(fullest))
+            fullest = space.index(min(space))
+            space.pop(fullest)
+            yield _join_rows(waiting.pop(fullest))
         waiting.append([row])
-        room.append(seq_length + 1 - size)
-    yield from map(_joined, waiting)
+        space.append(seq_length + 1 - size)
+    yield from map(_join_rows, waiting)
 
 
-def _joined(rows: list[Packed]) -> Packed:
+def _join_rows(rows: list[PackedRow]) -> PackedRow:
     tokens: list[int] = []
-    learn: list[int] = []
-    begins: list[int] = []
+    loss_spans: list[int] = []
+    doc_starts: list[int] = []
     for row in rows:
-        begins.append(len(tokens))
-        learn += [len(tokens) + place for place in row.learn]
+        doc_starts.append(len(tokens))
+        loss_spans += [len(tokens) + position for position in row.loss_spans]
         tokens += row.tokens
-    return Packed(tokens, learn, rows[0].file, rows[0].line, begins[1:])
+    return PackedRow(tokens, loss_spans, rows[0].file, rows[0].line, doc_starts[1:])
 
 
-def _learnt(document: Document) -> list[int]:
+def _loss_spans(document: SourceDocument) -> list[int]:
     """[start, stop, ...] of the tokens that are predicted; a row's first token never is."""
-    learn: list[int] = []
-    place = 0
-    for ids, learnt in document.segments:
-        start, place = place, place + len(ids)
-        if learnt and place > max(start, 1):
-            if learn and learn[-1] == start:
-                learn[-1] = place             # it goes on
-            else:
-                learn += [max(start, 1), place]
-    return learn
+    spans: list[int] = []
+    stop = 0
+    for ids, predicted in document.segments:
+        start, stop = stop, stop + len(ids)
+        if not predicted or stop <= max(start, 1):
+            continue
+        if spans and spans[-1] == start:
+            # It continues the span before.
+            spans[-1] = stop
+        else:
+            spans += [max(start, 1), stop]
+    return spans
 
 
-def _pairs(flat: list[int]) -> Iterator[tuple[int, int]]:
-    return zip(flat[::2], flat[1::2], strict=True)
+def _cut_spans(spans: list[int], first: int, last: int) -> list[int]:
+    """The spans within tokens [first, last), counted from `first`, whose token is not predicted."""
+    out: list[int] = []
+    for start, stop in zip(spans[::2], spans[1::2], strict=True):
+        if start < last and stop > first + 1:
+            out += [max(start, first + 1) - first, min(stop, last) - first]
+    return out

@@ -1,7 +1,10 @@
-"""A recipe's data prepared once, in a folder: by several processes, by several jobs, again where one was killed.
+"""A recipe's data tokenised and packed once, into a folder of shards that training reads.
 
-`plan.json` says what the shards are made from; shards are made in any order by whoever is there; `manifest.json` is
-written last, so a folder that has one is complete, and the same input gives the same bytes whoever worked on it.
+Tokenising while training would compete for the cores and be repeated by every run. Prepared data
+cost disk space, up to four bytes a token, and a wait before the first run. Several processes and
+several jobs may work on one folder, and continue the work of a killed one. plan.json describes the
+shards' origin, shards are written in any order, and manifest.json comes last: a folder that has
+one is complete. The same input gives the same bytes, whoever wrote them.
 """
 
 from __future__ import annotations
@@ -14,137 +17,177 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from amid_ds.config import recipe
 from amid_ds.config.prompt_templates import TEMPLATES
+from amid_ds.config.recipe import Data
 from amid_ds.data.chat import require_chat_template
-from amid_ds.data.encode import SHOWN
-from amid_ds.data.shard import (
-    Chunk,
-    Maker,
-    chunks_of,
-    read_json,
-    require_intact,
-    require_size,
+from amid_ds.data.encode import MAX_SHOWN_ROWS
+from amid_ds.data.manifest import (
+    PREPARED_FORMAT,
+    PREPARED_MANIFEST,
+    PREPARED_PLAN,
+    SHARD_FOLDER,
+    PreparedManifest,
+    PreparedPlan,
+    ShardCounts,
+    ShardEntry,
+    SourcePlan,
+    SourceTotals,
+    read_prepared_manifest,
+    read_prepared_plan,
+    read_shard_counts,
+    shard_path,
     write_json,
 )
-from amid_ds.data.sources import files_of, identity, open_stream
-from amid_ds.data.tokenizer import end_of_text, fingerprint
+from amid_ds.data.pack import ROW_ISSUES
+from amid_ds.data.shard import (
+    ShardWriter,
+    SourceChunk,
+    plan_chunks,
+    require_shard_checksum,
+    require_shard_size,
+)
+from amid_ds.data.sources import file_identities, open_streaming_dataset, source_files
+from amid_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
 from amid_ds.errors import InputError, TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 2
-MANIFEST, PLAN, SHARDS = "manifest.json", "plan.json", "shards"
-_maker: Maker | None = None          # a worker process's own
-PARALLEL_BYTES = 16 << 20            # less than that is done sooner by one process than others can start
+# Less input than that is done by one process before others have started.
+PARALLEL_BYTES = 16 << 20
+
+_MakeShards = Callable[[Sequence[SourceChunk], Sequence[bool]], Iterable["int | None"]]
+# Set in worker processes only.
+_worker_writer: ShardWriter | None = None
 
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """What became of one source. `tokens` are those that are predicted."""
+    """The result of preparing one source.
+
+    tokens: those that are predicted; truncated: documents longer than a row; dropped: documents
+    without a token to predict; skipped: bad rows left out, under data.on_bad_row=skip; shown: the
+    first ten of these; padding: the unused share of rows × seq_length.
+    """
 
     path: str
     rows: int
     tokens: int
     documents: int
-    truncated: int                  # rows that were longer than seq_length allows
-    dropped: int                    # rows whose response vanished by truncation
-    skipped: int                    # bad rows left out, under data.on_bad_row=skip
-    shown: tuple[str, ...]          # the first ten of them
-    padding: float                  # the share of rows × seq_length that holds nothing
+    truncated: int
+    dropped: int
+    skipped: int
+    shown: tuple[str, ...]
+    padding: float
 
     def __str__(self) -> str:
-        lost = [f"{count:,} {what}" for count, what in (
-            (self.truncated, "rows cut to seq_length"), (self.dropped, "rows left out, their response having vanished"),
-            (self.skipped, "bad rows left out, the first of them:")) if count]
-        return "\n    ".join([f"{self.path}: {self.documents:,} documents, {self.rows:,} rows, {self.tokens:,} tokens "
-                              f"to predict, {self.padding:.1%} padding", *lost, *self.shown])
+        summary = (f"{self.path}: {self.documents:,} documents, {self.rows:,} rows, "
+                   f"{self.tokens:,} tokens to predict, {self.padding:.1%} padding")
+        issues = _issue_lines(self.truncated, self.dropped, self.skipped)
+        return "\n    ".join([summary, *issues, *self.shown])
 
 
 @dataclass(frozen=True)
 class PreparedInfo:
+    """The result of preparing a folder. reused: it was complete already."""
+
     folder: Path
     rows: int
     tokens: int
     sources: tuple[SourceInfo, ...]
-    reused: bool                    # the folder was complete already
+    reused: bool
 
 
-def prepare_all(data: recipe.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path,
+def prepare_all(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path,
                 verify: bool = False) -> None:
-    """`prepare` for the sources to train on, in `folder`, and for each evaluation set and the auxiliary corpus, in
-    eval/NAME and auxiliary under it.
+    """Prepare the training sources in `folder`, each evaluation set in eval/NAME under it, and the
+    auxiliary corpus in auxiliary.
 
-    With `verify` every shard that was there already is read whole and compared with its checksum.
+    Of streamed sources only the access is checked. With `verify` the shards of a folder that was
+    complete already are read and compared with their checksums. Raises InputError.
     """
-    for place, part in data.parts().items():
+    for subfolder, part in data.parts().items():
         if part.streams:
             for source in part.train:
-                open_stream(source)              # or say why not
+                open_streaming_dataset(source)
             continue
-        info = prepare(part, seq_length, tokenizer, folder / place)
+        info = prepare(part, seq_length, tokenizer, folder / subfolder)
         if verify and info.reused:
-            shards = (read_json(info.folder / MANIFEST) or {})["shards"]
-            for shard in tqdm(shards, desc="verify", unit="shard", disable=None):
-                require_intact(info.folder / SHARDS / f"{shard['name']}.arrow", shard["sha256"])
+            manifest = read_prepared_manifest(info.folder)
+            assert manifest is not None
+            for shard in tqdm(manifest["shards"], desc="verify", unit="shard", disable=None):
+                require_shard_checksum(shard_path(info.folder, shard["name"]), shard["sha256"])
 
 
-def prepare(data: recipe.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path) -> PreparedInfo:
-    """Tokenise and pack what is missing in `folder`; a complete one is reused at once.
+def prepare(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
+            folder: Path) -> PreparedInfo:
+    """Tokenise and pack the missing shards of `folder`; a complete folder is reused at once.
 
-    A folder prepared from other data, with another tokenizer or seq_length is made anew where the run owns it, and
-    an InputError where the recipe names it (`data.prepared`), since other runs may be reading it.
+    A folder prepared from other data, or with another tokenizer or seq_length, is prepared anew if
+    the run owns it. It is an InputError if the recipe names it (`data.prepared`), since other runs
+    may be reading it.
     """
-    end_of_text(tokenizer)
-    files = [files_of(source) for source in data.train]
-    plan = _plan(data, seq_length, tokenizer, files)
-    chunks = list(chunks_of(files))
-    manifest = read_json(folder / MANIFEST)
+    end_of_text_id(tokenizer)
+    files = [source_files(source) for source in data.train]
+    plan = _make_plan(data, seq_length, tokenizer, files)
+    manifest = read_prepared_manifest(folder)
     reused = manifest is not None and manifest["plan"] == plan
-    if not reused:
-        _start(folder, plan, named=data.prepared is not None)
-        largest = max(tokenizer.get_vocab().values())
-        maker = Maker(data.train, [data.isolates(source) for source in data.train], seq_length, data.on_bad_row,
-                      tokenizer, "uint16" if largest < 1 << 16 else "uint32", folder / SHARDS)
-        _make_all(maker, chunks, data.workers)
-        manifest = _manifest(folder, plan, chunks, data)
-        write_json(folder / MANIFEST, manifest)
-        for leftover in (folder / SHARDS).iterdir():      # locks, and what killed jobs had begun
-            if leftover.suffix not in (".arrow", ".json"):
-                leftover.unlink(missing_ok=True)
-    assert manifest is not None
+    if manifest is None or not reused:
+        manifest = _write_folder(data, plan, tokenizer, folder, files)
     for shard in manifest["shards"]:
-        require_size(folder / SHARDS / f"{shard['name']}.arrow", shard["bytes"])
-    info = _info(folder, manifest, reused)
+        require_shard_size(shard_path(folder, shard["name"]), shard["bytes"])
+    info = _prepared_info(folder, manifest, reused)
     for source in info.sources:
         if source.skipped and data.on_bad_row == "error":
-            raise InputError(f"{folder} was prepared without {source.skipped} bad rows, such as {source.shown[0]}",
+            raise InputError(f"{folder} was prepared without {source.skipped} bad rows, such as "
+                             f"{source.shown[0]}",
                              "no bad row left out, under data.on_bad_row=error",
-                             "set data.on_bad_row=skip, or mend the rows and name another folder in data.prepared")
+                             "set data.on_bad_row=skip, or fix the rows and name another folder in "
+                             "data.prepared")
         if not reused:
             print(f"prepared {source}", file=sys.stderr)
     return info
 
 
-def _make_all(maker: Maker, chunks: Sequence[Chunk], workers: int) -> None:
-    """Make what is missing, then wait for what other jobs are making, or make it if they die."""
-    missing = [chunk for chunk in chunks if not (maker.folder / f"{chunk.name}.json").exists()]
-    size = sum(chunk.size for chunk in missing)
-    processes = min(workers, len(missing), len(os.sched_getaffinity(0))) if size >= PARALLEL_BYTES else 1
-    bar = tqdm(total=sum(chunk.size for chunk in chunks), initial=sum(chunk.size for chunk in chunks) - size,
-               desc="prepare", unit="B", unit_scale=True, disable=None)
+def _write_folder(data: Data, plan: PreparedPlan, tokenizer: PreTrainedTokenizerBase, folder: Path,
+                  files: Sequence[Sequence[str]]) -> PreparedManifest:
+    """Write the plan, the missing shards and the manifest, and remove temporary files."""
+    chunks = list(plan_chunks(files))
+    _start_folder(folder, plan, named=data.prepared is not None)
+    largest_id = max(tokenizer.get_vocab().values())
+    writer = ShardWriter(data.train, [data.isolates(source) for source in data.train],
+                         plan["seq_length"], data.on_bad_row, tokenizer,
+                         "uint16" if largest_id < 1 << 16 else "uint32", folder / SHARD_FOLDER)
+    _write_shards(writer, chunks, data.workers)
+    manifest = _make_manifest(folder, plan, chunks, data)
+    write_json(folder / PREPARED_MANIFEST, manifest)
+    # Locks, and temporary files of killed jobs.
+    for leftover in (folder / SHARD_FOLDER).iterdir():
+        if leftover.suffix not in (".arrow", ".json"):
+            leftover.unlink(missing_ok=True)
+    return manifest
+
+
+def _write_shards(writer: ShardWriter, chunks: Sequence[SourceChunk], workers: int) -> None:
+    """Write the missing shards; then wait for those of other jobs, or write them if these die."""
+    missing = [chunk for chunk in chunks if not (writer.folder / f"{chunk.name}.json").exists()]
+    total, size = (sum(chunk.size for chunk in some) for some in (chunks, missing))
+    processes = 1
+    if size >= PARALLEL_BYTES:
+        processes = min(workers, len(missing), len(os.sched_getaffinity(0)))
+    bar = tqdm(total=total, initial=total - size, desc="prepare", unit="B", unit_scale=True,
+               disable=None)
     tokens, begin = 0, time.monotonic()
-    with bar, _workers(maker, processes) as make:
+    with bar, _workers(writer, processes) as make:
         for wait in (False, True):
             left = []
             for chunk, made in zip(missing, make(missing, [wait] * len(missing)), strict=True):
@@ -153,127 +196,169 @@ def _make_all(maker: Maker, chunks: Sequence[Chunk], workers: int) -> None:
                     continue
                 tokens += made
                 bar.update(chunk.size)
-                bar.set_postfix_str(f"{tokens / (time.monotonic() - begin):,.0f} tokens/s", refresh=False)
+                speed = tokens / (time.monotonic() - begin)
+                bar.set_postfix_str(f"{speed:,.0f} tokens/s", refresh=False)
             missing = left
 
 
 @contextlib.contextmanager
-def _workers(maker: Maker, processes: int) -> Iterator[Any]:
-    """`map` of maker.make over this process or several. Leaving early stops those within one batch of texts."""
+def _workers(writer: ShardWriter, processes: int) -> Iterator[_MakeShards]:
+    """A `map` of writer.write over this process or several.
+
+    Leaving the context early ends the workers within one batch of texts.
+    """
     if processes <= 1:
-        yield lambda chunks, waits: map(maker.make, chunks, waits)
+        yield lambda chunks, waits: map(writer.write, chunks, waits)
         return
-    context = multiprocessing.get_context("forkserver")   # a fork of a process with an engine in it is a hazard
+    # A fork of a process with a GPU engine in it is a hazard.
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__, "transformers.tokenization_utils_base"])
     stop = context.Event()
-    pool = ProcessPoolExecutor(processes, context, _become_worker, (replace(maker, stop=stop),))
+    pool = ProcessPoolExecutor(processes, context, _start_worker, (replace(writer, stop=stop),))
     try:
-        yield lambda chunks, waits: pool.map(_work, chunks, waits)
+        yield lambda chunks, waits: pool.map(_write_in_worker, chunks, waits)
     except BrokenProcessPool:
-        raise TrainingError("a process that prepares data was killed, as happens for want of memory; what is finished "
-                            "stays. Start again, with fewer data.workers if need be") from None
+        raise TrainingError("a process that prepares data was killed, as happens when memory runs "
+                            "out; the finished shards stay. Start again, with fewer data.workers "
+                            "if need be") from None
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _become_worker(maker: Maker) -> None:
-    """Set up a worker process: signals are the parent's affair, and a worker dies with its parent."""
-    global _maker
-    _maker = maker
+def _start_worker(writer: ShardWriter) -> None:
+    """Set up a worker process, which leaves signals to its parent and ends with it."""
+    global _worker_writer
+    _worker_writer = writer
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"        # one core each
+    # One core for each worker.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def die_with_parent() -> None:
+    def exit_with_parent() -> None:
         parent.join()
         os._exit(1)
 
-    threading.Thread(target=die_with_parent, daemon=True).start()
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def _work(chunk: Chunk, wait: bool) -> int | None:
-    assert _maker is not None
-    return _maker.make(chunk, wait)
+def _write_in_worker(chunk: SourceChunk, wait: bool) -> int | None:
+    assert _worker_writer is not None
+    return _worker_writer.write(chunk, wait)
 
 
-def _plan(data: recipe.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
-          files: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """All that the shards' bytes depend on. A source's weight is not among it: mixing is done when reading. Nor is
-    `on_bad_row`: shards made before a bad row was found are good under either, and what was left out is counted."""
-    sources = []
+def _make_plan(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
+               files: Sequence[Sequence[str]]) -> PreparedPlan:
+    """All that the shards' bytes depend on.
+
+    Without the sources' weights, which apply when rows are read, and without `on_bad_row`: shards
+    written before a bad row was met are valid under either value, and skipped rows are counted.
+    """
+    sources: list[SourcePlan] = []
     for source, paths in zip(data.train, files, strict=True):
-        template: Any = None if source.template is None else list(TEMPLATES[source.template])
+        template: list[str] | str | None = None
         if source.messages is not None:
             template = require_chat_template(tokenizer)
+        elif source.template is not None:
+            template = list(TEMPLATES[source.template])
         sources.append({"path": source.path, "fields": list(source.fields), "template": template,
                         "truncate": source.truncate, "isolate": data.isolates(source),
-                        "files": identity(source, paths)})
-    return {"format": FORMAT, "seq_length": seq_length, "tokenizer": fingerprint(tokenizer),
-            "sources": sources}
+                        "files": file_identities(source, paths)})
+    return {"format": PREPARED_FORMAT, "seq_length": seq_length,
+            "tokenizer": tokenizer_fingerprint(tokenizer), "sources": sources}
 
 
-def _start(folder: Path, plan: dict[str, Any], named: bool) -> None:
-    """Make the folder ready for shards of this plan; those of an unfinished one of the same plan stay."""
-    manifest = read_json(folder / MANIFEST)
-    found = manifest["plan"] if manifest is not None else read_json(folder / PLAN)
-    if found is not None and found != plan:
+def _start_folder(folder: Path, plan: PreparedPlan, named: bool) -> None:
+    """Make the folder ready for shards of this plan; finished shards of the same plan stay."""
+    present = read_prepared_plan(folder)
+    if present is not None and present != plan:
         if named:
-            raise InputError(f"{folder} was prepared differently: {_first_difference(found, plan)}",
+            raise InputError(f"{folder} was prepared differently: "
+                             f"{_first_difference(present, plan)}",
                              "a folder prepared from this recipe's data, tokenizer and seq_length",
                              "name another folder in data.prepared, or remove this one")
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder / SHARDS, ignore_errors=True)
+        (folder / PREPARED_MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder / SHARD_FOLDER, ignore_errors=True)
     try:
-        (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-        write_json(folder / PLAN, plan)
+        (folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
+        write_json(folder / PREPARED_PLAN, plan)
     except OSError as error:
         raise InputError(f"the folder {folder} for the prepared data cannot be written: {error}",
-                         "a folder that can be written", "name another in data.prepared or output_dir") from None
+                         "a folder that can be written",
+                         "name another in data.prepared or output_dir") from None
 
 
-def _first_difference(found: Any, wanted: Any, name: str = "") -> str:
-    if isinstance(found, dict) and isinstance(wanted, dict) and found.keys() == wanted.keys():
-        key = next(key for key in wanted if found[key] != wanted[key])
-        return _first_difference(found[key], wanted[key], f"{name}.{key}".lstrip("."))
-    if isinstance(found, list) and isinstance(wanted, list) and len(found) == len(wanted):
-        place = next(place for place in range(len(wanted)) if found[place] != wanted[place])
-        return _first_difference(found[place], wanted[place], f"{name}[{place}]")
-    return f"`{name}` is {found!r} there and {wanted!r} in this recipe"
+def _first_difference(present: object, wanted: object, name: str = "") -> str:
+    """The first value that differs between two JSON values, by its path."""
+    if isinstance(present, dict) and isinstance(wanted, dict) and present.keys() == wanted.keys():
+        key = next(key for key in wanted if present[key] != wanted[key])
+        return _first_difference(present[key], wanted[key], f"{name}.{key}".lstrip("."))
+    if isinstance(present, list) and isinstance(wanted, list) and len(present) == len(wanted):
+        index = next(index for index in range(len(wanted)) if present[index] != wanted[index])
+        return _first_difference(present[index], wanted[index], f"{name}[{index}]")
+    return f"`{name}` is {present!r} there and {wanted!r} in this recipe"
 
 
-def _manifest(folder: Path, plan: dict[str, Any], chunks: Sequence[Chunk], data: recipe.Data) -> dict[str, Any]:
-    shards = [read_json(folder / SHARDS / f"{chunk.name}.json") for chunk in chunks]
-    seen: dict[tuple[int, int], int] = {}                 # lines of (source, file) in earlier shards
-    sources = [{"path": source.path, "rows": 0, "places": 0, "tokens": 0, "documents": 0, "truncated": 0, "dropped": 0,
-                "skipped": 0, "shown": []} for source in data.train]
-    entries = []
+def _make_manifest(folder: Path, plan: PreparedPlan, chunks: Sequence[SourceChunk],
+                   data: Data) -> PreparedManifest:
+    """The manifest of a folder whose shards are finished. InputError for a source without rows."""
+    shards = [read_shard_counts(shard_path(folder, chunk.name).with_suffix(".json"))
+              for chunk in chunks]
+    entries: list[ShardEntry] = []
+    # Lines of (source, file) in earlier shards.
+    lines_before: dict[tuple[int, int], int] = {}
     for chunk, shard in zip(chunks, shards, strict=True):
-        assert shard is not None
         first_line = {}
         for file, lines in shard["lines"]:
-            first_line[str(file)] = seen.get((chunk.source, file), 0)
-            seen[chunk.source, file] = first_line[str(file)] + lines
-        total: dict[str, Any] = sources[chunk.source]
-        for key in total.keys() - {"path", "shown"}:
-            total[key] += shard[key]
-        total["shown"] = [*total["shown"], *shard["shown"]][:SHOWN]
-        entries.append({"name": chunk.name, "source": chunk.source, "rows": shard["rows"], "first_line": first_line,
-                        "bytes": shard["bytes"], "sha256": shard["sha256"]})
+            first_line[str(file)] = lines_before.get((chunk.source, file), 0)
+            lines_before[chunk.source, file] = first_line[str(file)] + lines
+        entries.append({"name": chunk.name, "source": chunk.source, "rows": shard["rows"],
+                        "first_line": first_line, "bytes": shard["bytes"],
+                        "sha256": shard["sha256"]})
+    sources = [_source_totals(source.path, [shard for shard in shards if shard["source"] == number])
+               for number, source in enumerate(data.train)]
     for total in sources:
         if total["rows"] == 0:
-            raise InputError(f"the data source {total['path']!r} has no row left to train on: {total}",
-                             "at least one usable row of two tokens or more", "look at the rows named above")
+            issues = _issue_lines(total["truncated"], total["dropped"], total["skipped"])
+            raise InputError("\n    ".join([f"the data source {total['path']!r} has no row left to "
+                                            "train on", *issues, *total["shown"]]),
+                             "at least one usable row of two tokens or more",
+                             "look at the rows named above")
     return {"plan": plan, "sources": sources, "shards": entries}
 
 
-def _info(folder: Path, manifest: dict[str, Any], reused: bool) -> PreparedInfo:
-    whole = manifest["plan"]["seq_length"]
+def _source_totals(path: str, shards: Sequence[ShardCounts]) -> SourceTotals:
+    shown = [row for shard in shards for row in shard["shown"]]
+    return {"path": path,
+            "rows": sum(shard["rows"] for shard in shards),
+            "places": sum(shard["places"] for shard in shards),
+            "tokens": sum(shard["tokens"] for shard in shards),
+            "documents": sum(shard["documents"] for shard in shards),
+            "truncated": sum(shard["truncated"] for shard in shards),
+            "dropped": sum(shard["dropped"] for shard in shards),
+            "skipped": sum(shard["skipped"] for shard in shards),
+            "shown": shown[:MAX_SHOWN_ROWS]}
+
+
+def _issue_lines(truncated: int, dropped: int, skipped: int) -> list[str]:
+    """A line for each count above 0; the lines that name the skipped rows are to follow."""
+    counts = {"truncated": truncated, "dropped": dropped, "skipped": skipped}
+    lines = [f"{count:,} {ROW_ISSUES[name]}" for name, count in counts.items() if count]
+    if skipped:
+        lines[-1] += ", the first of them:"
+    return lines
+
+
+def _prepared_info(folder: Path, manifest: PreparedManifest, reused: bool) -> PreparedInfo:
+    seq_length = manifest["plan"]["seq_length"]
     sources = tuple(
-        SourceInfo(padding=1 - source["places"] / (source["rows"] * whole), shown=tuple(source["shown"]),
-                   **{key: value for key, value in source.items() if key not in ("places", "shown")})
+        SourceInfo(path=source["path"], rows=source["rows"], tokens=source["tokens"],
+                   documents=source["documents"], truncated=source["truncated"],
+                   dropped=source["dropped"], skipped=source["skipped"],
+                   shown=tuple(source["shown"]),
+                   padding=1 - source["places"] / (source["rows"] * seq_length))
         for source in manifest["sources"])
-    return PreparedInfo(folder, sum(source.rows for source in sources), sum(source.tokens for source in sources),
-                        sources, reused)
+    return PreparedInfo(folder, sum(source.rows for source in sources),
+                        sum(source.tokens for source in sources), sources, reused)

@@ -1,8 +1,9 @@
-"""One chunk of a source into one shard: rows of text in, rows of tokens in a memory-mapped Arrow file out.
+"""One chunk of a source into one shard: rows of text into an Arrow file of rows of token ids.
 
-A chunk becomes a shard by itself, so any process can make any shard and the bytes do not depend on who made it. The
-price is one shorter row, half of one on average, at each shard's end. A shard in the making is locked, and its counts
-are written last: a shard that has them is done. Each row carries a checksum, so damage is found where it is read.
+A chunk becomes a shard by itself, so any process can write any shard and the bytes do not depend
+on the writer. The price is one shorter row, half of one on average, at each shard's end. A shard
+in progress is locked, and its counts are written last: a shard that has them is finished. Each row
+carries a checksum, so damage is noticed when the row is read.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import fcntl
 import functools
 import hashlib
 import itertools
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,27 +24,33 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from amid_ds.config import recipe
-from amid_ds.data.encode import Packer
-from amid_ds.data.pack import Counts, Document, Packed
-from amid_ds.data.readers import Row, Span, by_size
-from amid_ds.data.sources import name_of, read_span, shards_of
+from amid_ds.config.recipe import Source
+from amid_ds.data.encode import SourcePacker
+from amid_ds.data.manifest import ShardCounts, read_shard_counts, write_json
+from amid_ds.data.pack import PackedRow, PackingCounts, SourceDocument
+from amid_ds.data.readers import FileSpan, RawRow, batched_by_size
+from amid_ds.data.sources import read_checked_rows, shard_spans, span_row_location
 from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
+    from multiprocessing.synchronize import Event
+
     from transformers import PreTrainedTokenizerBase
 
-MIN_CHUNK, MAX_CHUNK, CHUNKS = 1 << 20, 64 << 20, 64      # bytes of input per shard; a source has about 64 and more
-BATCH_TOKENS = 1 << 20              # written at once
+# A source is cut into about 64 chunks, or more if they would be larger than MAX_CHUNK bytes.
+CHUNKS_PER_SOURCE = 64
+MIN_CHUNK, MAX_CHUNK = 1 << 20, 64 << 20
+# Tokens per record batch of an Arrow file.
+ARROW_BATCH_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """What becomes one shard."""
+class SourceChunk:
+    """The part of a source that becomes one shard. number: counts over all sources."""
 
     number: int
     source: int
-    spans: tuple[Span, ...]
+    spans: tuple[FileSpan, ...]
 
     @property
     def name(self) -> str:
@@ -56,107 +62,129 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class Maker:
-    """All that a process needs to turn chunks into shards."""
+class ShardWriter:
+    """Everything that a process needs to turn chunks into shards. It is sent to worker processes.
 
-    sources: Sequence[recipe.Source]
-    isolate: Sequence[bool]         # by source: whether its documents are kept from one another
+    isolate: by source, True if its documents do not attend to one another; folder: of the shards;
+    stop: an event that, once set, ends the work between two batches of texts.
+    """
+
+    sources: Sequence[Source]
+    isolate: Sequence[bool]
     seq_length: int
     on_bad_row: str
     tokenizer: PreTrainedTokenizerBase
     token_dtype: Literal["uint16", "uint32"]
     folder: Path
-    stop: Any = None                # an event that, once set, ends the work between two batches of texts
+    stop: Event | None = None
 
-    def make(self, chunk: Chunk, wait: bool) -> int | None:
-        """Make one shard unless it is there: its tokens, or None where another job is at it and `wait` is False."""
-        counted = self.folder / f"{chunk.name}.json"
-        with _locked(counted.with_suffix(".lock"), wait) as mine:
-            if not mine:
+    def write(self, chunk: SourceChunk, wait: bool) -> int | None:
+        """Write one shard unless it is finished, and return its number of predicted tokens.
+
+        While another process writes it: wait for it, or, without `wait`, return None.
+        """
+        path = self.folder / f"{chunk.name}.json"
+        with _locked(path.with_suffix(".lock"), wait) as locked:
+            if not locked:
                 return None
-            if not counted.exists():                      # a shard is done when its counts are there
-                write_json(counted, self._write(chunk, counted.with_suffix(".arrow")))
-        done = read_json(counted)
-        assert done is not None
-        return int(done["tokens"])
+            if not path.exists():
+                write_json(path, self._write_rows(chunk, path.with_suffix(".arrow")))
+        return read_shard_counts(path)["tokens"]
 
-    def _write(self, chunk: Chunk, path: Path) -> dict[str, Any]:
-        """Write the chunk's rows to `path`, whole or not at all; what the shard is made of."""
-        counts = Counts()
+    def _write_rows(self, chunk: SourceChunk, path: Path) -> ShardCounts:
+        """Write the chunk's rows to `path`, all or nothing, and return the shard's counts."""
+        counts = PackingCounts()
         rows = self._rows(chunk, counts)
         temporary = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
-        write_rows(temporary, rows, np.dtype(self.token_dtype), counts)
+        write_shard_rows(temporary, rows, np.dtype(self.token_dtype), counts)
         size, digest = temporary.stat().st_size, _sha256(temporary)
         os.replace(temporary, path)
-        return {"source": chunk.source, **vars(counts), "bytes": size, "sha256": digest}
+        return {"source": chunk.source, "rows": counts.rows, "places": counts.inputs,
+                "tokens": counts.tokens, "documents": counts.documents,
+                "truncated": counts.truncated, "dropped": counts.dropped,
+                "skipped": counts.skipped, "shown": counts.shown, "lines": counts.lines,
+                "bytes": size, "sha256": digest}
 
-    def _rows(self, chunk: Chunk, counts: Counts) -> Iterator[Packed]:
+    def _rows(self, chunk: SourceChunk, counts: PackingCounts) -> Iterator[PackedRow]:
         source = self.sources[chunk.source]
-        packer = Packer(source, self.isolate[chunk.source], self.seq_length, self.on_bad_row, self.tokenizer, self.stop)
+        packer = SourcePacker(source, self.isolate[chunk.source], self.seq_length, self.on_bad_row,
+                              self.tokenizer, self.stop)
 
-        def documents() -> Iterator[Document]:
+        def documents() -> Iterator[SourceDocument]:
             for span in chunk.spans:
                 lines = 0
 
-                def rows(span: Span = span) -> Iterator[Row]:
+                def rows(span: FileSpan = span) -> Iterator[RawRow]:
                     nonlocal lines
-                    for row in read_span(span, source):
-                        lines += row.count
+                    for row in read_checked_rows(span, source):
+                        lines += row.line_count
                         yield row
 
-                yield from packer.documents(rows(), span.file, functools.partial(name_of, span), counts)
+                location_of = functools.partial(span_row_location, span)
+                yield from packer.documents(rows(), span.file, location_of, counts)
                 counts.lines.append((span.file, lines))
 
         return packer.pack(documents(), counts)
 
 
-def chunks_of(files: Sequence[Sequence[str]]) -> Iterator[Chunk]:
-    number = itertools.count()
+def plan_chunks(files: Sequence[Sequence[str]]) -> Iterator[SourceChunk]:
+    """The chunks of all sources, in order. files: the paths of each source's files."""
+    numbers = itertools.count()
     for source, paths in enumerate(files):
-        target = min(max(sum(map(os.path.getsize, paths)) // CHUNKS, MIN_CHUNK), MAX_CHUNK)
-        for spans in shards_of(paths, target):
-            yield Chunk(next(number), source, tuple(spans))
+        size = sum(map(os.path.getsize, paths))
+        target = min(max(size // CHUNKS_PER_SOURCE, MIN_CHUNK), MAX_CHUNK)
+        for spans in shard_spans(paths, target):
+            yield SourceChunk(next(numbers), source, tuple(spans))
 
 
-def write_rows(path: Path, rows: Iterable[Packed], dtype: np.dtype[Any], counts: Counts) -> None:
-    """Write the rows as an Arrow stream, about BATCH_TOKENS at a time, and count them."""
-    token_type = pa.list_(pa.from_numpy_dtype(dtype))
-    schema = pa.schema([("tokens", token_type), ("learn", pa.list_(pa.int32())),
-                        ("begins", pa.list_(pa.int32())), ("file", pa.int32()), ("line", pa.int64()),
-                        ("crc", pa.uint32())])
+def write_shard_rows(path: Path, rows: Iterable[PackedRow], dtype: np.dtype[Any],
+                     counts: PackingCounts) -> None:
+    """Write rows as an Arrow stream, about ARROW_BATCH_TOKENS at a time, and count them.
+
+    dtype: of the token ids. The column names are those of the first version: `learn` holds the
+    loss_spans, `begins` the doc_starts.
+    """
+    schema = pa.schema([("tokens", pa.list_(pa.from_numpy_dtype(dtype))),
+                        ("learn", pa.list_(pa.int32())), ("begins", pa.list_(pa.int32())),
+                        ("file", pa.int32()), ("line", pa.int64()), ("crc", pa.uint32())])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for batch in by_size(rows, lambda row: len(row.tokens), BATCH_TOKENS):
-            counts.rows += len(batch)
+        for batch in batched_by_size(rows, lambda row: len(row.tokens), ARROW_BATCH_TOKENS):
             tokens = [np.array(row.tokens, dtype) for row in batch]
-            learn, begins = ([np.array(places, np.int32) for places in kind]
-                             for kind in ([row.learn for row in batch], [row.begins for row in batch]))
-            counts.places += sum(len(row.tokens) - 1 for row in batch)
-            counts.tokens += sum(int(np.sum(spans[1::2] - spans[::2])) for spans in learn)
+            loss_spans = [np.array(row.loss_spans, np.int32) for row in batch]
+            doc_starts = [np.array(row.doc_starts, np.int32) for row in batch]
+            counts.rows += len(batch)
+            counts.inputs += sum(len(row.tokens) - 1 for row in batch)
+            counts.tokens += sum(int(np.sum(spans[1::2] - spans[::2])) for spans in loss_spans)
+            crcs = map(row_checksum, tokens, loss_spans, doc_starts)
             writer.write_batch(pa.record_batch([
-                _list_array(tokens), _list_array(learn), _list_array(begins),
-                pa.array([row.file for row in batch], pa.int32()), pa.array([row.line for row in batch], pa.int64()),
-                pa.array(map(checksum, tokens, learn, begins), pa.uint32())], schema=schema))
+                _list_array(tokens), _list_array(loss_spans), _list_array(doc_starts),
+                pa.array([row.file for row in batch], pa.int32()),
+                pa.array([row.line for row in batch], pa.int64()),
+                pa.array(crcs, pa.uint32())], schema=schema))
 
 
-def require_size(path: Path, size: int) -> None:
-    """Raise InputError unless the shard has the bytes that the manifest says. Damage inside is the rows' affair."""
-    found = f"{path.stat().st_size} bytes" if path.exists() else "no file"
-    if found != f"{size} bytes":
-        raise damaged(path, f"it has {found} of {size} bytes")
+def require_shard_size(path: Path, size: int) -> None:
+    """Raise InputError unless the shard has `size` bytes. The rows' checksums cover the inside."""
+    actual = f"{path.stat().st_size} bytes" if path.exists() else "no file"
+    if actual != f"{size} bytes":
+        raise damaged_shard(path, f"it has {actual} of {size} bytes")
 
 
-def require_intact(path: Path, sha256: str) -> None:
-    """Raise InputError unless the shard has the checksum that the manifest says. Reads it whole."""
+def require_shard_checksum(path: Path, sha256: str) -> None:
+    """Raise InputError unless the shard has this SHA-256. Reads the whole file."""
     if _sha256(path) != sha256:
-        raise damaged(path, "it does not have the checksum that it was written with")
+        raise damaged_shard(path, "it does not have the checksum that it was written with")
 
 
-def damaged(path: Path, what: str) -> InputError:
-    return InputError(f"the shard {path} is damaged: {what}", "what was written",
-                      f"remove {path.with_suffix('.json')} and the manifest beside {path.parent}, and prepare again")
+def damaged_shard(path: Path, problem: str) -> InputError:
+    """The error for a shard that is not as it was written."""
+    return InputError(f"the shard {path} is damaged: {problem}", "the file as it was written",
+                      f"remove {path.with_suffix('.json')} and the manifest beside {path.parent}, "
+                      "and prepare again")
 
 
-def checksum(*columns: NDArray[Any]) -> int:
+def row_checksum(*columns: NDArray[Any]) -> int:
+    """The CRC-32 of a row's arrays, one after another."""
     return functools.reduce(lambda crc, column: zlib.crc32(column.tobytes(), crc), columns, 0)
 
 
@@ -167,7 +195,10 @@ def _list_array(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
 
 @contextlib.contextmanager
 def _locked(path: Path, wait: bool) -> Iterator[bool]:
-    """Hold the lock of `path`: False where another process has it. The lock goes when its holder dies, however."""
+    """Hold the lock of `path`; yields False if another process has it.
+
+    The operating system frees the lock when its holder dies.
+    """
     with open(path, "wb") as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -175,20 +206,6 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return loaded
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _sha256(path: Path) -> str:

@@ -1,9 +1,10 @@
-"""A recipe's sources: which files they are, how they are cut into shards, and which of their rows can be used.
+"""A recipe's sources: their files, the spans that become shards, and the rows that can be used.
 
-A source is a file, a folder or a glob of files (sorted), or a data set of the hub. Files: JSON lines (.jsonl, .ndjson,
-.json) and .txt, also compressed (.gz, .zst); .parquet; .arrow, so a folder of `save_to_disk` is one too. A .txt FILE
-is one document. A row that cannot be used comes back with its problem instead of its values; whether that ends the
-job is for the reader to say (`data.on_bad_row`).
+A source is a file, a folder or a glob of files (sorted), or a data set of the hub. Files: JSON
+lines (.jsonl, .ndjson, .json) and .txt, also compressed (.gz, .zst); .parquet; .arrow, so a folder
+of `save_to_disk` is one too. A .txt FILE is one document. Corpora hold bad rows, and a job must
+name them without ending at the first: a row that cannot be used comes back with its problem
+instead of its values, and the reader decides (`data.on_bad_row`).
 """
 
 from __future__ import annotations
@@ -17,152 +18,184 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from amid_ds.config import recipe
 from amid_ds.config.prompt_templates import fill_template
+from amid_ds.config.recipe import Data, Rows, Source
+from amid_ds.data.manifest import FileIdentity
 from amid_ds.data.readers import (
-    COMPRESSED,
-    KINDS,
-    TEXT,
-    Row,
-    Span,
-    by_size,
-    cut,
-    kind_of,
-    place,
-    read,
-    rows_before,
-    type_name,
+    COMPRESSION_CODECS,
+    FILE_FORMATS,
+    TEXT_FORMATS,
+    FileSpan,
+    RawRow,
+    batched_by_size,
+    file_format,
+    json_type_name,
+    read_raw_rows,
+    row_location,
+    rows_before_span,
+    split_file,
 )
 from amid_ds.errors import InputError
 
-HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-OF_DATASETS = ("dataset_dict.json", "dataset_info.json", "state.json")     # beside what `save_to_disk` writes
-FIRST_ROWS = 10               # that many are looked at before a run starts
-OPTIONAL = ("input",)         # what an instruction may do without
+HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+# Written by `save_to_disk` beside the data.
+SAVE_TO_DISK_METADATA = ("dataset_dict.json", "dataset_info.json", "state.json")
+# Checked before a run starts.
+CHECKED_FIRST_ROWS = 10
+# Fields that an instruction may lack.
+OPTIONAL_FIELDS = ("input",)
+# Longer than any file: one span per file where the format allows it.
+WHOLE_FILE = 1 << 62
 
 
-def files_of(source: recipe.Source) -> list[str]:
-    """The files of a source, sorted. Raises InputError where there is none, or one is empty or of no known kind."""
+def source_files(source: Source) -> list[str]:
+    """The paths of a source's files, sorted.
+
+    Raises InputError if there are none, or one is empty or of an unknown format.
+    """
     path = source.path
     if os.path.isdir(path):
-        found = [str(file) for file in sorted(Path(path).rglob("*"))
-                 if file.is_file() and kind_of(file.name) and file.name not in OF_DATASETS]
+        files = [str(file) for file in sorted(Path(path).rglob("*"))
+                 if file.is_file() and file_format(file.name)
+                 and file.name not in SAVE_TO_DISK_METADATA]
     elif os.path.exists(path):
-        found = [path]
+        files = [path]
     elif is_hub_id(path):
-        found = _hub_files(source)
+        files = _hub_files(source)
     else:
-        found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-    if not found:
-        raise InputError(f"the data source {path!r} is not there, or has no files of a known kind",
-                         f"a file, a folder or a glob of files ending in {_known()}, or a data set on the hub",
-                         f"check the path; relative paths are relative to {os.getcwd()}")
-    for file in found:
-        _require_usable(file, source)
-    return found
+        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    if not files:
+        raise InputError(
+            f"the data source {path!r} is not there, or has no files of a known kind",
+            f"a file, a folder or a glob of files ending in {_known_formats()}, or a data set on "
+            "the hub", f"check the path; relative paths are relative to {os.getcwd()}")
+    for file in files:
+        _require_usable_file(file, source)
+    return files
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether a path that is not there is to be asked of the hub: `name` or `owner/name`, and nothing that looks local
-    (a known ending, or an owner that is a folder here), since the hub answers a mistyped path only after many tries."""
+    """True for a path to look up on the hub: `name` or `owner/name`, and nothing local.
+
+    A path with a known ending, or whose owner is a folder here, is taken for a mistyped local one:
+    the hub answers those only after many tries.
+    """
     owner = path.rpartition("/")[0]
-    return (HUB_ID.fullmatch(path) is not None and kind_of(path) is None
+    return (HUB_ID_PATTERN.fullmatch(path) is not None and file_format(path) is None
             and not os.path.exists(path) and not os.path.isdir(owner))
 
 
-def identity(source: recipe.Source, files: Sequence[str]) -> list[list[Any]]:
-    """What tells whether the source's files are still the same: name, size and time of change.
+def file_identities(source: Source, files: Sequence[str]) -> list[FileIdentity]:
+    """[name, size, modification time] of each file: equal while the files are the same.
 
-    A data set of the hub is known by the end of its cache's path, which holds its commit, wherever the cache is.
+    A file of the hub is named by the end of its path in the cache, which holds the data set's
+    commit, and has no time: the cache may be anywhere, and be written again.
     """
     if is_hub_id(source.path):
         return [["/".join(Path(file).parts[-3:]), os.path.getsize(file), 0] for file in files]
     return [[file, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
 
 
-def shards_of(files: Sequence[str], target: int) -> Iterator[list[Span]]:
-    """The files cut into spans and gathered into lists of about `target` bytes, in order; each list is one shard."""
-    spans = itertools.chain.from_iterable(cut(number, path, target) for number, path in enumerate(files))
-    return by_size(spans, lambda span: span.size, target)
+def shard_spans(files: Sequence[str], target: int) -> Iterator[list[FileSpan]]:
+    """The spans of each shard of a source, in order: about `target` bytes in each list."""
+    spans = itertools.chain.from_iterable(
+        split_file(number, path, target) for number, path in enumerate(files))
+    return batched_by_size(spans, lambda span: span.size, target)
 
 
-def read_span(span: Span, source: recipe.Source, fields: Sequence[str] | None = None) -> Iterator[Row]:
-    """The rows of a span, each judged; of the source's fields only those in `fields`, where given."""
+def read_checked_rows(span: FileSpan, source: Source,
+                      fields: Sequence[str] | None = None) -> Iterator[RawRow]:
+    """The rows of a span, each checked. fields: those of the source's to read; None: all."""
     fields = source.fields if fields is None else fields
-    names = ("text",) if kind_of(span.path) in TEXT else fields
-    for row in read(span, fields, OPTIONAL if source.template is not None else ()):
-        yield judged(row, names, source)
+    names = ("text",) if file_format(span.path) in TEXT_FORMATS else fields
+    optional = OPTIONAL_FIELDS if source.template is not None else ()
+    for row in read_raw_rows(span, fields, optional):
+        yield check_row(row, names, source)
 
 
-def judged(row: Row, names: Sequence[str], source: recipe.Rows) -> Row:
-    """The row, or what is wrong with it in the place of its values, which are those of the columns `names`; of an
-    instruction they become its prompt and its responses, one or several."""
+def check_row(row: RawRow, names: Sequence[str], source: Rows) -> RawRow:
+    """The row with its values, or with its problem if one of them cannot be used.
+
+    names: the column of each value. The values of an instruction become its prompt and its
+    responses, one or several.
+    """
     if source.template is not None:
-        return _prompted(row, source.template)
-    judge = _text_problem if source.messages is None else _messages_problem
-    problems = (f"the field {name!r} {problem}" for name, value in zip(names, row.values, strict=False)
-                if (problem := judge(value)))
-    problem = row.problem or next(problems, None)
-    return row if problem is None else replace(row, problem=problem, values=())
-
-
-def _prompted(row: Row, template: str) -> Row:
+        return _fill_prompt(row, source.template)
     if row.problem is not None:
         return row
-    instruction, context, *output = row.values      # no output where prompts alone are read
+    check = _text_problem if source.messages is None else _messages_problem
+    # A text file's row has one value, `text`, for whichever column the recipe names.
+    for name, value in zip(names, row.values, strict=False):
+        if problem := check(value):
+            return replace(row, problem=f"the field {name!r} {problem}", values=())
+    return row
+
+
+def _fill_prompt(row: RawRow, template: str) -> RawRow:
+    if row.problem is not None:
+        return row
+    # Without an output if prompts alone are read; with a list of them if there are references.
+    instruction, context, *output = row.values
     outputs = output[0] or [None] if output and isinstance(output[0], list) else output
-    checked = [("instruction", instruction), *(("output", text) for text in outputs),
-               *([("input", context)] if context else [])]
-    for name, value in checked:
+    texts = [("instruction", instruction), *(("output", text) for text in outputs)]
+    if context:
+        texts.append(("input", context))
+    for name, value in texts:
         if problem := _text_problem(value):
             return replace(row, problem=f"the field {name!r} {problem}", values=())
     return replace(row, values=(fill_template(template, instruction, context or ""), *outputs))
 
 
-def answered_prompts_of(source: recipe.Source, on_bad_row: str) -> Iterator[tuple[str, list[str]]]:
-    """(prompt, its references) of every usable row of a source of prompts."""
-    for prompt, *references in _usable(source, on_bad_row):
+def read_prompts_with_references(source: Source,
+                                 on_bad_row: str) -> Iterator[tuple[str, list[str]]]:
+    """(prompt, its reference responses) of every usable row of a source of prompts."""
+    for prompt, *references in _usable_values(source, on_bad_row):
         yield prompt, references
 
 
-def prompts_of(source: recipe.Source, on_bad_row: str) -> Iterator[str]:
-    """The prompt of every row of a source that has a usable one; nothing else is looked at."""
+def read_prompts(source: Source, on_bad_row: str) -> Iterator[str]:
+    """The prompt of every row of a source that has a usable one; no other field is read."""
     fields = source.fields[:2 if source.template is not None else 1]
-    for prompt, in _usable(source, on_bad_row, fields):
+    for prompt, in _usable_values(source, on_bad_row, fields):
         yield prompt
 
 
-def bad_row(name: str, problem: str) -> InputError:
-    return InputError(f"{name}: {problem}", "a row that can be used",
-                      "mend the row or take it out; a recipe's data.on_bad_row=skip leaves out and counts such rows")
+def bad_row_error(location: str, problem: str) -> InputError:
+    """The error for a row that cannot be used."""
+    return InputError(f"{location}: {problem}", "a row that can be used",
+                      "fix the row or remove it; a recipe's data.on_bad_row=skip leaves out and "
+                      "counts such rows")
 
 
-def name_of(span: Span, number: int) -> str:
-    """The file and line of a row of a span."""
-    return place(span.path, rows_before(span) + number)
+def span_row_location(span: FileSpan, number: int) -> str:
+    """The file and line of row `number` of a span, for the user. Reads the file up to the span."""
+    return row_location(span.path, rows_before_span(span) + number)
 
 
-def check_sources(data: recipe.Data) -> None:
-    """Look at every source's files and first rows, before anything costly is done. Raises InputError.
+def check_sources(data: Data) -> None:
+    """Check every source's files and first rows, before anything costly is done.
 
-    Not at data sets of the hub: every rank looks, and a thousand ranks are not to ask it at once. `prepare` will.
+    Raises InputError. Data sets of the hub are left to `prepare`: every rank checks, and a
+    thousand ranks must not ask the hub at once.
     """
     for source in (source for part in data.parts().values() for source in part.train):
         if is_hub_id(source.path):
             continue
-        first = next(cut(0, files_of(source)[0], 1 << 62))
-        for row in itertools.islice(read_span(first, source), FIRST_ROWS):
+        first = next(split_file(0, source_files(source)[0], WHOLE_FILE))
+        for row in itertools.islice(read_checked_rows(first, source), CHECKED_FIRST_ROWS):
             if row.problem is not None and data.on_bad_row == "error":
-                raise bad_row(name_of(first, row.number), row.problem)
+                raise bad_row_error(span_row_location(first, row.number), row.problem)
 
 
-def texts_of(data: recipe.Data, characters: int) -> Iterator[str]:
-    """About `characters` of text: the beginning of every source, as much of it as its weight says."""
-    whole = sum(source.weight for source in data.train)
+def sample_texts(data: Data, characters: int) -> Iterator[str]:
+    """Texts of about `characters` in all: the beginning of every source, in its weight's share."""
+    total_weight = sum(source.weight for source in data.train)
     for source in data.train:
-        left = characters * source.weight / whole
-        for values in _usable(source, data.on_bad_row):
-            texts = values if source.messages is None else [turn.get("content") for turn in values[0]]
+        left = characters * source.weight / total_weight
+        for values in _usable_values(source, data.on_bad_row):
+            texts = values
+            if source.messages is not None:
+                texts = tuple(message.get("content") for message in values[0])
             for text in filter(None, texts):
                 yield text
                 left -= len(text)
@@ -170,91 +203,113 @@ def texts_of(data: recipe.Data, characters: int) -> Iterator[str]:
                 break
 
 
-def _usable(source: recipe.Source, on_bad_row: str,
-            fields: Sequence[str] | None = None) -> Iterator[tuple[Any, ...]]:
-    """The values of a source's rows, in order."""
-    for number, path in enumerate(files_of(source)):
-        for span in cut(number, path, 1 << 62):
-            for row in read_span(span, source, fields):
-                if row.problem is None:
-                    yield row.values
-                elif on_bad_row == "error":
-                    raise bad_row(name_of(span, row.number), row.problem)
+def open_streaming_dataset(source: Source) -> Any:
+    """The source as an IterableDataset of `datasets`.
 
-
-def _require_usable(file: str, source: recipe.Source) -> None:
-    if kind_of(file) is None:
-        raise InputError(f"the data file {file!r} is of a kind that is not known", f"one of {_known()}",
-                         "convert it, or rename it if it is one of these")
-    if os.path.getsize(file) == 0:
-        raise InputError(f"the data file {file!r} is empty", "at least one row", "remove the file or fill it")
-    if kind_of(file) in TEXT and not source.is_text:
-        raise InputError(f"the data file {file!r} is plain text, and its source names the columns {source.fields}",
-                         "a file that has columns", "name no columns, or give a file that has them")
-
-
-def _known() -> str:
-    return f"{', '.join(KINDS)} (text and JSON also with {' or '.join(COMPRESSED)})"
-
-
-def _hub_files(source: recipe.Source) -> list[str]:
-    """The Arrow files of a data set of the hub in the cache of `datasets`, brought there if need be."""
+    Raises InputError if it cannot be opened, is empty, or lacks one of the columns.
+    """
     import datasets
 
     try:
-        loaded = datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision)
-    except Exception as error:     # datasets and the hub raise whatever their many loaders raise
-        raise InputError(f"the data source {source.path!r} is no file or folder here, and no data set on the hub that "
-                         f"can be loaded: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-                         "a path, or the id of a data set that can be reached or is in the cache",
-                         "check the path, `config`, `split` and `revision`; load it once with a network") from None
-    return [file["filename"] for file in loaded.cache_files]
-
-
-def open_stream(source: recipe.Source) -> Any:
-    """The source as an IterableDataset. Raises InputError where there is none, or it has not the columns."""
-    import datasets
-
-    try:
-        stream: Any = datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision,
-                                            streaming=True)
+        stream: Any = datasets.load_dataset(source.path, source.config, split=source.split,
+                                            revision=source.revision, streaming=True)
         first = next(iter(stream), None)
-    except Exception as error:     # datasets and the hub raise whatever their many loaders raise
-        raise InputError(f"the data source {source.path!r} cannot be streamed: "
-                         f"{str(error).splitlines()[0] if str(error) else type(error).__name__}",
+    except Exception as error:
+        # datasets and the hub raise whatever their many loaders raise.
+        raise InputError(f"the data source {source.path!r} cannot be streamed: {_summary(error)}",
                          "a data set on the hub, or a folder of jsonl or parquet files",
                          "check the path, `config`, `split` and `revision`") from None
-    lacking = [field for field in source.fields if first is not None and field not in first]
-    if first is None or lacking:
-        raise InputError(f"the data source {source.path!r} " + ("has no rows" if first is None else
-                         f"lacks the field {lacking[0]!r}; it has {', '.join(map(repr, first))}"),
-                         "rows with the columns that the recipe names", "mend the recipe's data section")
+    problem = None
+    if first is None:
+        problem = "has no rows"
+    elif missing := [field for field in source.fields if field not in first]:
+        problem = f"lacks the field {missing[0]!r}; it has {', '.join(map(repr, first))}"
+    if problem is not None:
+        raise InputError(f"the data source {source.path!r} {problem}",
+                         "rows with the columns that the recipe names",
+                         "fix the recipe's data section")
     return stream
 
 
-def _text_problem(value: Any) -> str | None:
+def _usable_values(source: Source, on_bad_row: str,
+                   fields: Sequence[str] | None = None) -> Iterator[tuple[Any, ...]]:
+    """The values of a source's usable rows, in order."""
+    for number, path in enumerate(source_files(source)):
+        for span in split_file(number, path, WHOLE_FILE):
+            for row in read_checked_rows(span, source, fields):
+                if row.problem is None:
+                    yield row.values
+                elif on_bad_row == "error":
+                    raise bad_row_error(span_row_location(span, row.number), row.problem)
+
+
+def _require_usable_file(file: str, source: Source) -> None:
+    name = file_format(file)
+    if name is None:
+        raise InputError(f"the data file {file!r} is of a kind that is not known",
+                         f"one of {_known_formats()}",
+                         "convert it, or rename it if it is one of these")
+    if os.path.getsize(file) == 0:
+        raise InputError(f"the data file {file!r} is empty", "at least one row",
+                         "remove the file or fill it")
+    if name in TEXT_FORMATS and not source.is_text:
+        raise InputError(f"the data file {file!r} is plain text, and its source names the columns "
+                         f"{source.fields}", "a file that has columns",
+                         "name no columns, or give a file that has them")
+
+
+def _known_formats() -> str:
+    codecs = " or ".join(COMPRESSION_CODECS)
+    return f"{', '.join(FILE_FORMATS)} (text and JSON also with {codecs})"
+
+
+def _hub_files(source: Source) -> list[str]:
+    """The Arrow files of a hub data set in the cache of `datasets`, downloaded if need be."""
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(source.path, source.config, split=source.split,
+                                       revision=source.revision)
+    except Exception as error:
+        # datasets and the hub raise whatever their many loaders raise.
+        raise InputError(f"the data source {source.path!r} is no file or folder here, and no data "
+                         f"set on the hub that can be loaded: {_summary(error)}",
+                         "a path, or the id of a data set that can be reached or is in the cache",
+                         "check the path, `config`, `split` and `revision`; load it once with a "
+                         "network") from None
+    return [file["filename"] for file in loaded.cache_files]
+
+
+def _summary(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _text_problem(value: object) -> str | None:
     if not isinstance(value, str):
-        return f"holds {type_name(value)} where text is expected"
+        return f"holds {json_type_name(value)} where text is expected"
     if not value:
         return "is empty"
     if "\0" in value:
         return "holds a NUL character"
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError:     # JSON can spell half a surrogate pair
+    except UnicodeEncodeError:
+        # JSON can spell half a surrogate pair.
         return "holds half a surrogate pair, which is no character"
     return None
 
 
-def _messages_problem(value: Any) -> str | None:
+def _messages_problem(value: object) -> str | None:
     if not isinstance(value, list):
-        return f"holds {type_name(value)} where a list of messages is expected"
+        return f"holds {json_type_name(value)} where a list of messages is expected"
     for number, message in enumerate(value, 1):
         if not isinstance(message, dict):
-            return f"holds {type_name(message)} as message {number} where an object is expected"
+            kind = json_type_name(message)
+            return f"holds {kind} as message {number} where an object is expected"
         if not isinstance(message.get("role"), str):
             return f"has no role in message {number}"
-        if message.get("content") is not None and (problem := _text_problem(message["content"])):
+        content = message.get("content")
+        if content is not None and (problem := _text_problem(content)):
             return f"has a message {number} whose content {problem}"
     if not any(message["role"] == "assistant" for message in value):
         return "has no message of the role 'assistant'"

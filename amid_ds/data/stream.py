@@ -1,180 +1,250 @@
-"""Rows made while training, from data sets that do not fit on disk, which `datasets` streams in their files' order.
+"""Rows packed while training, from data sets too large for the disk, which `datasets` streams.
 
-A source is read in lanes, each a share of its files: row k is row k // lanes of lane k % lanes. A lane takes a block of
-documents at a time and packs it by itself, as `prepare` does with a shard, so that its place is where a block begins
-and a number of rows in it.
+A streamed data set can only be read forwards, so its rows have no numbers to permute. Each source
+is split into shards of its files, and row k of the source is row k // n of shard k % n. A shard
+reads a block of documents at a time and packs it by itself, as `prepare` packs a chunk. So a
+position in it is the beginning of a block and a number of rows, and can be saved.
 
-What is promised: on any number of ranks, and over any resume from a checkpoint, the same rows in the same steps, none
-twice and none left out, as long as the files behind the source stay what they are. What is not: an order other than
-the files' (nothing is shuffled but by the lanes), a start at a step without a checkpoint of it, and a rank that makes
-its own rows alone: a lane that several ranks need is made by each of them. There are as many lanes as divide the global
-batch, at most one per file, so with one source and enough files no two ranks make the same rows.
+Guaranteed: the same rows in the same steps on any number of ranks and over any resume from a
+checkpoint, each once, while the files stay as they are. Not offered: an order other than the
+files' (the shards interleave, nothing is shuffled), a start at a step without a checkpoint of it,
+and shared work: a shard that several ranks need is read by each of them. There are as many shards
+as divide the global batch, at most one per file; with one source and enough files no two ranks
+read the same shard.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
 
-import numpy as np
-
-from amid_ds.config import recipe
-from amid_ds.data.encode import Packer
-from amid_ds.data.loader import Batch, Row, Steps, batch_of
-from amid_ds.data.order import deal
-from amid_ds.data.pack import Counts
-from amid_ds.data.readers import Row as TextRow
-from amid_ds.data.sources import judged, open_stream
+from amid_ds.config.recipe import Data
+from amid_ds.data.batch import Batch, TokenRow, collate_rows
+from amid_ds.data.encode import SourcePacker
+from amid_ds.data.loader import StepLoader
+from amid_ds.data.order import assign_source
+from amid_ds.data.pack import ROW_ISSUES, PackingCounts
+from amid_ds.data.readers import RawRow
+from amid_ds.data.sources import check_row, open_streaming_dataset
 from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-BLOCK_CHARACTERS = 1 << 20          # of text in a block, about; a block costs one shorter row at its end
-LOST = {"truncated": "rows cut to seq_length", "dropped": "rows left out, their response having vanished",
-        "skipped": "bad rows left out"}
-Examples = Iterator[dict[str, Any]]
-State = dict[str, Any]              # JSON
+# Text in a block, about. A block costs one shorter row at its end.
+BLOCK_CHARACTERS = 1 << 20
 
 
-class Lane:
-    """A share of a source's files, row after row, for ever; `state` is its place, and what it has left out so far."""
+class StreamShardState(TypedDict):
+    """The position of one shard, as JSON in a checkpoint.
 
-    def __init__(self, name: str, reopen: Callable[[], Any], packer: Packer, state: State | None) -> None:
+    count: rows taken so far; epoch: passes over the files; block: the state of the `datasets`
+    stream at the block's beginning, None at that of the files; document: documents of this pass
+    before the block; row: rows taken of the block; truncated, dropped, skipped: counts of finished
+    blocks.
+    """
+
+    count: int
+    epoch: int
+    block: Mapping[str, object] | None
+    document: int
+    row: int
+    truncated: int
+    dropped: int
+    skipped: int
+
+
+class StreamState(TypedDict):
+    """The positions in all streamed sources, as JSON in a checkpoint.
+
+    lanes: number of shards of each source; places: by "SOURCE.SHARD".
+    """
+
+    lanes: list[int]
+    places: dict[str, StreamShardState]
+
+
+class StreamShard:
+    """A shard of a source's files, row after row, without end.
+
+    name: for the user; reopen: opens the files at their beginning, as an IterableDataset; state:
+    the position to continue at, None for the beginning.
+    """
+
+    def __init__(self, name: str, reopen: Callable[[], Any], packer: SourcePacker,
+                 state: StreamShardState | None) -> None:
         self.name, self.reopen, self.packer = name, reopen, packer
-        self.state: State = {"count": 0, "epoch": 0, "block": None, "document": 0, "row": 0, "truncated": 0,
-                             "dropped": 0, "skipped": 0, **(state or {})}
+        self.state: StreamShardState = {"count": 0, "epoch": 0, "block": None, "document": 0,
+                                        "row": 0, "truncated": 0, "dropped": 0, "skipped": 0}
+        if state is not None:
+            self.state.update(state)
         self.stream = reopen()
         if self.state["block"] is not None:
             self.stream.load_state_dict(self.state["block"])
-        self.examples: Examples = iter(self.stream)
-        self.ahead: dict[str, Any] | None = None
-        self.fruitful = self.state["count"] > 0          # whether this time through there has been a row
+        self.examples: Iterator[Mapping[str, object]] = iter(self.stream)
+        # An example that was read to see if there is one.
+        self.pending: Mapping[str, object] | None = None
+        # True if this pass over the files has given a row.
+        self.has_rows = self.state["count"] > 0
         self._read_block()
 
-    def take(self) -> Row:
-        """The next row."""
+    def next_row(self) -> TokenRow:
+        """The next row. Raises InputError if the files give none, or cannot be read."""
         while self.state["row"] == len(self.rows):
-            self._go_on()
+            self._next_block()
         row = self.rows[self.state["row"]]
-        self.state.update(row=self.state["row"] + 1, count=self.state["count"] + 1)
+        self.state["row"] += 1
+        self.state["count"] += 1
         return row
 
-    def _go_on(self) -> None:
-        """To the next block; at the end of the files, to the first."""
-        self.state.update({key: self.state[key] + getattr(self.counts, key) for key in LOST})
-        self.state.update(block=self.stream.state_dict(), document=self.number, row=0)
-        self.ahead = self._next()
-        if self.ahead is None:
-            if not self.fruitful:
-                raise InputError(f"{self.name} has no row left to train on", "at least one usable row of two tokens",
+    def _next_block(self) -> None:
+        """Go to the next block; at the end of the files, to the first one."""
+        self.state["truncated"] += self.counts.truncated
+        self.state["dropped"] += self.counts.dropped
+        self.state["skipped"] += self.counts.skipped
+        self.state["block"] = self.stream.state_dict()
+        self.state["document"] = self.documents_read
+        self.state["row"] = 0
+        self.pending = self._next_example()
+        if self.pending is None:
+            if not self.has_rows:
+                raise InputError(f"{self.name} has no row left to train on",
+                                 "at least one usable row of two tokens",
                                  "look at the rows, or at the files of this share")
             self.stream = self.reopen()
-            self.examples, self.fruitful = iter(self.stream), False
-            self.state.update(epoch=self.state["epoch"] + 1, block=None, document=0)
+            self.examples, self.has_rows = iter(self.stream), False
+            self.state["epoch"] += 1
+            self.state["block"], self.state["document"] = None, 0
         self._read_block()
 
-    def _next(self) -> dict[str, Any] | None:
-        example, self.ahead = self.ahead, None
+    def _next_example(self) -> Mapping[str, object] | None:
+        example, self.pending = self.pending, None
+        if example is not None:
+            return example
         try:
-            return next(self.examples, None) if example is None else example
-        except Exception as error:     # datasets and the hub raise whatever their many loaders raise
-            raise InputError(f"{self.name} cannot be read after row {self.number}: {error}", "files that can be read",
-                             "mend the file; where the network was gone, start again") from None
+            return next(self.examples, None)
+        except Exception as error:
+            # datasets and the hub raise whatever their many loaders raise.
+            raise InputError(f"{self.name} cannot be read after row {self.documents_read}: {error}",
+                             "files that can be read",
+                             "fix the file; if the network failed, start again") from None
 
     def _read_block(self) -> None:
-        """Make the rows of the block that begins here."""
-        self.counts, self.number = Counts(), self.state["document"]
+        """Read and pack the block that begins at the current position."""
+        self.counts, self.documents_read = PackingCounts(), self.state["document"]
         fields = self.packer.source.fields
 
-        def texts() -> Iterator[TextRow]:
+        def raw_rows() -> Iterator[RawRow]:
             size = 0
-            while size < BLOCK_CHARACTERS and (example := self._next()) is not None:
+            while size < BLOCK_CHARACTERS and (example := self._next_example()) is not None:
                 values = tuple(example.get(field) for field in fields)
                 size += sum(len(str(value)) for value in values)
-                self.number += 1
-                yield judged(TextRow(self.number - 1, values), fields, self.packer.source)
+                self.documents_read += 1
+                row = RawRow(self.documents_read - 1, values)
+                yield check_row(row, fields, self.packer.source)
 
-        def name(number: int) -> str:
+        def location_of(number: int) -> str:
             return f"{self.name} row {number}"
 
-        documents = self.packer.documents(texts(), 0, name, self.counts)
-        self.rows = [Row(np.array(row.tokens), np.array(row.learn, np.int32), np.array(row.begins, np.int32),
-                         name(row.line)) for row in self.packer.pack(documents, self.counts)]
-        self.fruitful = self.fruitful or bool(self.rows)
+        documents = self.packer.documents(raw_rows(), 0, location_of, self.counts)
+        self.rows = [TokenRow.from_packed(row, location_of(row.line))
+                     for row in self.packer.pack(documents, self.counts)]
+        self.has_rows = self.has_rows or bool(self.rows)
 
 
-class StreamData(Steps):
-    """Steps over streamed sources, from the one after `state` on, each asked for once and in order."""
+class StreamLoader(StepLoader):
+    """Steps over streamed sources from a saved state on, each asked for once and in order.
 
-    def __init__(self, data: recipe.Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, state: State | None,
-                 *, workers: int, **layout: int) -> None:
-        # One thread reads ahead: a lane is read in order.
-        super().__init__(weights=[source.weight for source in data.train], workers=min(workers, 1), **layout)
-        self.packers = [Packer(source, data.isolates(source), seq_length, data.on_bad_row, tokenizer)
-                        for source in data.train]
-        self.streams = [open_stream(source) for source in data.train]
-        self.lanes = [max(n for n in range(1, stream.num_shards + 1) if self.global_batch_size % n == 0)
-                      for stream in self.streams]
-        self.before: State = state or {"lanes": self.lanes, "places": {}}
-        if self.before["lanes"] != self.lanes:
-            raise InputError(f"the streamed sources are read in {self.lanes} lanes, before in {self.before['lanes']}",
-                             "the files of the life before", "name a `revision` for each data set of the hub")
-        self.open: dict[tuple[int, int], Lane] = {}
-        self.places: dict[int, State] = {}          # of the lanes open here, after each step that was read ahead
+    state: of all ranks, from merge_stream_states; None at the beginning of the run.
+    """
+
+    def __init__(self, data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
+                 state: StreamState | None, *, workers: int, **layout: int) -> None:
+        # One thread reads ahead, since a shard is read in order.
+        super().__init__(weights=[source.weight for source in data.train],
+                         workers=min(workers, 1), **layout)
+        self.packers = [SourcePacker(source, data.isolates(source), seq_length, data.on_bad_row,
+                                     tokenizer) for source in data.train]
+        self.streams = [open_streaming_dataset(source) for source in data.train]
+        self.shard_counts = [max(n for n in range(1, stream.num_shards + 1)
+                                 if self.global_batch_size % n == 0) for stream in self.streams]
+        self.start: StreamState = state or {"lanes": self.shard_counts, "places": {}}
+        if self.start["lanes"] != self.shard_counts:
+            raise InputError(f"the streamed sources are read in {self.shard_counts} shares, before "
+                             f"in {self.start['lanes']}", "the files that the run began with",
+                             "name a `revision` for each data set of the hub")
+        self.open_shards: dict[tuple[int, int], StreamShard] = {}
+        # By step: the positions of this rank's shards after it. Steps are read ahead.
+        self.positions: dict[int, dict[str, StreamShardState]] = {}
         self.lock = threading.Lock()
 
     def window(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step."""
         rows, numbers = [], []
-        for source, k in deal(self.samples(step), self.weights):
-            numbers.append(k)
-            lane = self._lane(source, k % self.lanes[source])
-            while lane.state["count"] < k // self.lanes[source]:
-                lane.take()                         # another rank's
-            rows.append(lane.take())
+        for source, number in assign_source(self.samples(step), self.weights):
+            numbers.append(number)
+            row, shard_number = divmod(number, self.shard_counts[source])
+            shard = self._shard(source, shard_number)
+            while shard.state["count"] < row:
+                # The rows between are other ranks'.
+                shard.next_row()
+            rows.append(shard.next_row())
         with self.lock:
-            self.places[step] = {f"{source}.{number}": dict(lane.state) for (source, number), lane in self.open.items()}
+            self.positions[step] = {f"{source}.{number}": shard.state.copy()
+                                    for (source, number), shard in self.open_shards.items()}
         size = self.micro_batch_size
-        return [batch_of(rows[i:i + size], numbers[i:i + size]) for i in range(0, len(rows), size)]
+        return [collate_rows(rows[i:i + size], numbers[i:i + size])
+                for i in range(0, len(rows), size)]
 
-    def state(self, step: int) -> State:
-        """The places of this rank's lanes after the first `step` steps, to be merged with the other ranks'."""
+    def state(self, step: int) -> StreamState:
+        """The positions of this rank's shards after the first `step` steps.
+
+        To be merged with the other ranks' by merge_stream_states. Earlier steps are forgotten.
+        """
         with self.lock:
-            self.places = {read: places for read, places in self.places.items() if read >= step - 1}
-            return {"lanes": self.lanes, "places": {**self.before["places"], **self.places.get(step - 1, {})}}
+            self.positions = {read: positions for read, positions in self.positions.items()
+                              if read >= step - 1}
+            positions = {**self.start["places"], **self.positions.get(step - 1, {})}
+        return {"lanes": self.shard_counts, "places": positions}
 
-    def _lane(self, source: int, number: int) -> Lane:
-        if (source, number) not in self.open:
-            packer, lanes = self.packers[source], self.lanes[source]
+    def _shard(self, source: int, number: int) -> StreamShard:
+        if (source, number) not in self.open_shards:
+            packer, count = self.packers[source], self.shard_counts[source]
 
             def reopen() -> Any:
-                return self.streams[source].shard(num_shards=lanes, index=number)
+                return self.streams[source].shard(num_shards=count, index=number)
 
-            title = f"{packer.source.path} share {number} of {lanes}"
-            place = self.before["places"].get(f"{source}.{number}")
-            self.open[source, number] = Lane(title, reopen, packer, place)
-        return self.open[source, number]
+            name = f"{packer.source.path} share {number} of {count}"
+            state = self.start["places"].get(f"{source}.{number}")
+            self.open_shards[source, number] = StreamShard(name, reopen, packer, state)
+        return self.open_shards[source, number]
 
 
-def merged_places(states: Sequence[State]) -> State:
-    """The states of all ranks as one: of a lane the furthest place that a rank has read to, which is none ahead of the
-    step. An earlier one would do: rows before the wanted one are passed over."""
-    places: dict[str, State] = {}
+def merge_stream_states(states: Sequence[StreamState]) -> StreamState:
+    """The states of all ranks as one: of each shard the furthest position that a rank has read to.
+
+    None of these is ahead of the step. An earlier position would give the same rows, since a rank
+    passes over the rows before those that it needs.
+    """
+    merged: dict[str, StreamShardState] = {}
     for state in states:
-        for lane, place in state["places"].items():
-            if place["count"] >= places.get(lane, place)["count"]:
-                places[lane] = place
-    return {"lanes": states[0]["lanes"], "places": places}
+        for name, position in state["places"].items():
+            if position["count"] >= merged.get(name, position)["count"]:
+                merged[name] = position
+    return {"lanes": states[0]["lanes"], "places": merged}
 
 
-def stream_summary(data: recipe.Data, state: State | None) -> str:
-    """How often each source has been read through, and what was left out of the blocks that are finished."""
+def stream_summary(data: Data, state: StreamState | None) -> str:
+    """For the user: passes over each source, and the rows left out of its finished blocks."""
+    positions = {} if state is None else state["places"]
     lines = []
     for number, source in enumerate(data.train):
-        places = [place for lane, place in (state or {"places": {}})["places"].items() if lane.startswith(f"{number}.")]
-        lost = {what: sum(place[key] for place in places) for key, what in LOST.items()}
-        lines.append(f"{source.path} {min((place['epoch'] for place in places), default=0)}"
-                     + "".join(f", {count:,} {what}" for what, count in lost.items() if count))
+        own = [position for name, position in positions.items() if name.startswith(f"{number}.")]
+        counts = {"truncated": sum(position["truncated"] for position in own),
+                  "dropped": sum(position["dropped"] for position in own),
+                  "skipped": sum(position["skipped"] for position in own)}
+        epochs = min((position["epoch"] for position in own), default=0)
+        issues = [f"{count:,} {ROW_ISSUES[name]}" for name, count in counts.items() if count]
+        lines.append(", ".join([f"{source.path} {epochs}", *issues]))
     return "; ".join(lines)

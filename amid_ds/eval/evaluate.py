@@ -27,11 +27,11 @@ from amid_ds.config.prompt_templates import TEMPLATES
 from amid_ds.config.recipe import Data, Source
 from amid_ds.data import (
     Batch,
-    answered_prompts_of,
+    encode_prompts,
     load_tokenizer,
     prepare,
-    prompt_ids,
-    read_rows,
+    read_batches,
+    read_prompts_with_references,
     require_same_tokenizer,
 )
 from amid_ds.distributed.rendezvous import init_distributed
@@ -235,7 +235,7 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "data"
         _run_checked(world, lambda: prepare(Data(train=[source]), args.seq_length, tokenizer, rows))
-        batches = tqdm(list(read_rows(rows, args.batch_size, rank, size)), desc="evaluate",
+        batches = tqdm(list(read_batches(rows, args.batch_size, rank, size)), desc="evaluate",
                        leave=False, disable=True if rank else None)
         sums = _run_checked(world, lambda: sum_scores(model, teacher, batches, len(tokenizer)))
     scores = score_model(sums if world is None else world.sum(sums), teacher is not None)
@@ -256,8 +256,8 @@ def _run_checked(world: World | None, work: Callable[[], _T]) -> _T:
 
 def _prompts(source: Source, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[EvalPrompt]:
     """The source's prompts; one longer than `longest` tokens loses its left."""
-    texts, references = zip(*answered_prompts_of(source, "error"), strict=True)
-    encoded = prompt_ids(tokenizer, texts)
+    texts, references = zip(*read_prompts_with_references(source, "error"), strict=True)
+    encoded = encode_prompts(tokenizer, texts)
     return [EvalPrompt(ids[-longest:], answers)
             for ids, answers in zip(encoded, references, strict=True)]
 

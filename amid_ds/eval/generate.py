@@ -27,8 +27,14 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.prompt_templates import TEMPLATES
 from amid_ds.config.recipe import Recipe, Source, Teacher
 from amid_ds.config.schedule import step_seed
-from amid_ds.data import end_of_text, fingerprint, load_tokenizer, prompt_ids, prompts_of
-from amid_ds.data.readers import TEXT, kind_of
+from amid_ds.data import (
+    encode_prompts,
+    end_of_text_id,
+    load_tokenizer,
+    read_prompts,
+    tokenizer_fingerprint,
+)
+from amid_ds.data.readers import TEXT_FORMATS, file_format
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
@@ -142,10 +148,10 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
     model = (recipe.teacher if recipe is not None else None) or Teacher(model=args.source)
     config = loading.model_config(model.model, **model.hub_kwargs)
     tokenizer = load_tokenizer(model.model, **model.hub_kwargs)
-    end = end_of_text(tokenizer, args.end_of_text)
+    end = end_of_text_id(tokenizer, args.end_of_text)
     on_bad_row = recipe.data.on_bad_row if recipe is not None else "error"
     prompts = [prompt for source in prompt_sources(args, recipe)
-               for prompt in prompts_of(source, on_bad_row)]
+               for prompt in read_prompts(source, on_bad_row)]
     check_prompts_fit(tokenizer, prompts, args.max_new_tokens,
                       getattr(config, "max_position_embeddings", None))
     if not Path(args.out).parent.is_dir():
@@ -174,7 +180,7 @@ def prompt_sources(args: GenerateArgs, recipe: Recipe | None) -> list[Source]:
     if args.template is not None and args.template not in TEMPLATES:
         raise InputError(f"--template {args.template}", f"one of {', '.join(TEMPLATES)}",
                          "check the spelling")
-    if args.prompts is not None and kind_of(args.prompts) in TEXT:
+    if args.prompts is not None and file_format(args.prompts) in TEXT_FORMATS:
         raise InputError(f"--prompts {args.prompts} is plain text",
                          "rows with a `prompt`, such as JSON lines",
                          "make each prompt a line {\"prompt\": …}")
@@ -205,7 +211,7 @@ def check_prompts_fit(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
     if limit is None:
         return
     for start in range(0, len(prompts), PROMPTS_PER_CHECK):
-        encoded = prompt_ids(tokenizer, prompts[start:start + PROMPTS_PER_CHECK])
+        encoded = encode_prompts(tokenizer, prompts[start:start + PROMPTS_PER_CHECK])
         for number, ids in enumerate(encoded, start + 1):
             if len(ids) + new_tokens > limit:
                 opening = prompts[number - 1][:40]
@@ -249,7 +255,7 @@ def _load_whole(model: Teacher, world: World) -> nn.Module:
 
 def sampler_prompts(task: GenerateTask, numbers: range) -> list[SamplerPrompt]:
     """The prompts of these numbers (from 0), each with its own seed."""
-    encoded = prompt_ids(task.tokenizer, [task.prompts[number] for number in numbers])
+    encoded = encode_prompts(task.tokenizer, [task.prompts[number] for number in numbers])
     return [SamplerPrompt(ids, task.args.max_new_tokens, step_seed(task.args.seed, number, 0))
             for ids, number in zip(encoded, numbers, strict=True)]
 
@@ -291,7 +297,7 @@ def task_identity(task: GenerateTask) -> dict[str, str | float | None]:
     digest = hashlib.sha256("\0".join(task.prompts).encode()).hexdigest()
     return {"model": model.model, "revision": model.revision,
             "model.sha256": model_hash(model.model),
-            "tokenizer.sha256": fingerprint(task.tokenizer),
+            "tokenizer.sha256": tokenizer_fingerprint(task.tokenizer),
             "prompts": len(task.prompts), "prompts.sha256": digest,
             "max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
             "top_p": args.top_p, "seed": args.seed, "batch_size": args.batch_size,

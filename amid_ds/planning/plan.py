@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from amid_ds.config.recipe import Recipe
-from amid_ds.data import epochs_ahead
+from amid_ds.data import planned_epochs
 from amid_ds.planning.devices import Device, require_ranks
 from amid_ds.planning.estimate import Plan, estimate_plan
 from amid_ds.planning.remedies import find_remedies
@@ -20,7 +20,7 @@ def make_plan(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device) -
     require_ranks(nodes, ranks_per_node)
     plan = estimate_plan(recipe, nodes, nodes * ranks_per_node, device)
     train = recipe.train
-    epochs = epochs_ahead(recipe.data, train.seq_length, recipe.prepared_dir,
+    epochs = planned_epochs(recipe.data, train.seq_length, recipe.prepared_dir,
                           train.steps * train.global_batch_size)
     remedies = [] if plan.fits else find_remedies(recipe, nodes, plan)
     return replace(plan, epochs=epochs, remedies=remedies)

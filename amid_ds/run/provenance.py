@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from amid_ds.config.recipe import Recipe, Student, Teacher
-from amid_ds.data import fingerprint
+from amid_ds.data import tokenizer_fingerprint
 from amid_ds.run.warm_start import resolve_student
 
 PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "triton")
@@ -28,7 +28,7 @@ def provenance(recipe: Recipe, tokenizer: Any, ranks: int) -> str:
         "ranks": ranks,
         "student": {**_model_facts(recipe.student), "files_sha256": student_hash},
         "teacher": _model_facts(recipe.teacher) if recipe.teacher is not None else None,
-        "tokenizer_sha256": fingerprint(tokenizer),
+        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
     }
     return json.dumps(facts, indent=1) + "\n"
 

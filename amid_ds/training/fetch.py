@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from amid_ds.checkpoint.state import TrainState
-from amid_ds.data import Batch, StepData, Steps, StreamData, stream_summary
+from amid_ds.data import Batch, PreparedLoader, StepLoader, StreamLoader, stream_summary
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.losses.fused import IGNORE_INDEX
@@ -47,27 +47,27 @@ class StepInfo(NamedTuple):
     writing: bool
 
 
-def open_step_data(job: Job, state: TrainState, world: World) -> tuple[Steps, StepData | None]:
+def open_step_data(job: Job, state: TrainState, world: World) -> tuple[StepLoader, PreparedLoader | None]:
     """The rows to train on and, where the recipe has one, the auxiliary corpus: as many of its rows in every step."""
     train, data = job.recipe.train, job.recipe.data
     layout: Any = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size,
                    "dp_rank": world.dp_rank, "dp_size": world.dp_size, "workers": data.workers}
     prepared = job.recipe.prepared_dir
-    steps: Steps
+    steps: StepLoader
     if data.streams:
-        steps = StreamData(data, train.seq_length, job.tokenizer, state.streams, **layout)
+        steps = StreamLoader(data, train.seq_length, job.tokenizer, state.streams, **layout)
     else:
         weights = [source.weight for source in data.train]
-        steps = StepData(prepared, seed=train.seed, weights=weights, **layout)
+        steps = PreparedLoader(prepared, seed=train.seed, weights=weights, **layout)
     if data.auxiliary is None:
         return steps, None
-    return steps, StepData(prepared / "auxiliary", seed=train.seed, **layout)
+    return steps, PreparedLoader(prepared / "auxiliary", seed=train.seed, **layout)
 
 
-def fetch_steps(data: Steps, auxiliary: StepData | None, start: int, stop: int) -> Iterator[FetchedStep]:
+def fetch_steps(data: StepLoader, auxiliary: PreparedLoader | None, start: int, stop: int) -> Iterator[FetchedStep]:
     """Yield each step's data. On InputError yield one last item that carries it, so that
     `reduce_step_info` can raise it on every rank."""
-    both: list[Steps] = [data] if auxiliary is None else [data, auxiliary]
+    both: list[StepLoader] = [data] if auxiliary is None else [data, auxiliary]
     windows = zip(*(each.windows(start, stop) for each in both), strict=True)
     while True:
         waited_before = sum(each.waited for each in both)
@@ -102,10 +102,10 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def describe_epochs(job: Job, data: Steps, state: TrainState) -> str:
+def describe_epochs(job: Job, data: StepLoader, state: TrainState) -> str:
     """The number of times that each source is read by the last step; of streamed sources, that it has been read so
     far and what was left out."""
-    if isinstance(data, StepData):
+    if isinstance(data, PreparedLoader):
         epochs = zip(job.recipe.data.train, data.epochs(job.recipe.train.steps), strict=True)
         return ", ".join(f"{source.path} {count:.3g}" + (" (its rows come again)" if count > 1 else "")
                          for source, count in epochs)

@@ -15,10 +15,10 @@ from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.config.schedule import turning_points
 from amid_ds.data import (
     check_sources,
-    end_of_text,
-    fingerprint,
+    end_of_text_id,
     load_tokenizer,
     require_same_tokenizer,
+    tokenizer_fingerprint,
 )
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
@@ -84,7 +84,7 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
     for model in models.values():
         require_supported(model.model, **model.hub_kwargs)
     if recipe.rollout is not None:
-        end_of_text(tokenizer, recipe.rollout.end_of_text)
+        end_of_text_id(tokenizer, recipe.rollout.end_of_text)
     for name, width in widths.items():
         if width < len(tokenizer):
             raise InputError(f"the {name} has a vocabulary of {width}, the tokenizer of {len(tokenizer)}",
@@ -100,7 +100,7 @@ def identity_of(job: Job, checkpoint: Path | None) -> dict[str, object]:
     """
     recipe = job.recipe
     hashes: dict[str, object] = {
-        "tokenizer.sha256": fingerprint(job.tokenizer),
+        "tokenizer.sha256": tokenizer_fingerprint(job.tokenizer),
         "data.sha256": None if recipe.data.streams else prepared_hash(recipe.prepared_dir)}
     if recipe.data.auxiliary is not None:
         hashes["auxiliary.sha256"] = prepared_hash(recipe.prepared_dir / "auxiliary")

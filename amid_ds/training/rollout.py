@@ -29,11 +29,13 @@ from amid_ds.checkpoint.manifest import checkpoint_name
 from amid_ds.checkpoint.state import RolloutState, TrainState
 from amid_ds.config.recipe import Recipe, Replay
 from amid_ds.config.schedule import step_seed, value_at
-from amid_ds.data import Batch, end_of_text
-from amid_ds.data.loader import IGNORED, Prepared, Row, batch_of
-from amid_ds.data.pack import Packed, pack_together
+from amid_ds.data import Batch, end_of_text_id
+from amid_ds.data.batch import TokenRow, collate_rows
+from amid_ds.data.pack import PackedRow, pack_best_fit
+from amid_ds.data.prepared import PreparedDataset
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import InputError
+from amid_ds.losses.fused import IGNORE_INDEX
 from amid_ds.models.sampler import Sampler, SamplerPrompt
 from amid_ds.run.folder import RunFolder
 from amid_ds.training.validation import EvalMetrics, validate
@@ -84,7 +86,7 @@ class Rollouts:
         # Weights are gathered once per generation where they fit, else for each token.
         self.gather_once = engine.fits_gathered(self.student)
         self.sampler = Sampler(self.rollout.temperature, self.rollout.top_p,
-                               end_of_text(tokenizer, self.rollout.end_of_text), len(tokenizer),
+                               end_of_text_id(tokenizer, self.rollout.end_of_text), len(tokenizer),
                                engine.distiller.head.shard, self._readable_head)
         self.buffer: list[RolloutDocument] = []
         if state.rollout is not None:
@@ -200,12 +202,12 @@ class Rollouts:
         """The documents as micro-batches, as many on every rank: some may hold no valid token."""
         train = self.recipe.train
         rows = pack_rows(documents, train.seq_length, self.recipe.data.isolate_documents is not False)
-        window = [batch_of(rows[i:i + train.micro_batch_size], [])
+        window = [collate_rows(rows[i:i + train.micro_batch_size], [])
                   for i in range(0, len(rows), train.micro_batch_size)]
         for _ in range(max(self.world.gather(len(window))) - len(window)):
-            empty = batch_of([Row(np.zeros(3, np.int64), np.empty(0, np.int32), np.empty(0, np.int32), "")], [])
+            empty = collate_rows([TokenRow(np.zeros(3, np.int64), np.empty(0, np.int32), np.empty(0, np.int32), "")], [])
             window.append(replace(empty, padding=empty.input_ids.numel(), sources=[]))
-        counts = [[int((b.labels != IGNORED).sum()), b.padding, b.input_ids.numel()] for b in window]
+        counts = [[int((b.labels != IGNORE_INDEX).sum()), b.padding, b.input_ids.numel()] for b in window]
         tokens, padding, total = self.world.sum([sum(column) for column in zip(*counts, strict=True)])
         return StepBatch(window, tokens, padding / total, True, metrics)
 
@@ -244,18 +246,17 @@ def split_documents(batch: Batch, row: int) -> Iterator[RolloutDocument]:
     positions = range(len(ids)) if batch.positions is None else batch.positions[row].tolist()
     starts = [i for i, position in enumerate(positions) if position == 0]
     for first, end in zip(starts, [*starts[1:], len(ids)], strict=True):
-        labelled = [i for i in range(first, end) if labels[i] != IGNORED]
+        labelled = [i for i in range(first, end) if labels[i] != IGNORE_INDEX]
         if labelled:
-            last = next(i for i in reversed(labelled) if i == first or labels[i - 1] == IGNORED)
+            last = next(i for i in reversed(labelled) if i == first or labels[i - 1] == IGNORE_INDEX)
             yield RolloutDocument(ids[first:last + 1], last + 1 - first, batch.sources[row])
 
 
-def pack_rows(documents: Sequence[RolloutDocument], seq_length: int, isolated: bool) -> list[Row]:
+def pack_rows(documents: Sequence[RolloutDocument], seq_length: int, isolated: bool) -> list[TokenRow]:
     """The documents as rows of at most seq_length + 1 tokens: several to a row, isolated, or each in its own."""
-    packed = [Packed(d.ids, [d.start, len(d.ids)], 0, number) for number, d in enumerate(documents)]
-    return [Row(np.array(row.tokens), np.array(row.learn, np.int32), np.array(row.begins, np.int32),
-                documents[row.line].source)
-            for row in (pack_together(packed, seq_length) if isolated else packed)]
+    packed = [PackedRow(d.ids, [d.start, len(d.ids)], 0, number) for number, d in enumerate(documents)]
+    rows = pack_best_fit(packed, seq_length) if isolated else packed
+    return [TokenRow.from_packed(row, documents[row.line].source) for row in rows]
 
 
 def check_prompt_lengths(recipe: Recipe) -> None:
@@ -267,7 +268,7 @@ def check_prompt_lengths(recipe: Recipe) -> None:
     if recipe.rollout is None:
         return
     longest_allowed = recipe.train.seq_length + 1 - recipe.rollout.max_new_tokens
-    prepared = Prepared(recipe.prepared_dir)
+    prepared = PreparedDataset(recipe.prepared_dir)
     too_long = [document for number in range(len(prepared))
                 for document in split_documents(prepared.batch([number]), 0) if document.start > longest_allowed]
     if too_long and recipe.data.on_bad_row == "error":

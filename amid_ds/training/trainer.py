@@ -11,7 +11,7 @@ import torch
 
 from amid_ds.checkpoint.saver import Saver
 from amid_ds.checkpoint.state import TrainState
-from amid_ds.data import StreamData, merged_places
+from amid_ds.data import StreamLoader, merge_stream_states
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import Stopped
 from amid_ds.monitor.monitors import Monitors, PlannedCosts
@@ -125,8 +125,8 @@ class Trainer(Stepper):
     def _save(self) -> None:
         """Begin to save the state that the last step has left. Collective."""
         with phase("checkpoint"):
-            if isinstance(self.data, StreamData):
-                self.state.streams = merged_places(self.world.gather(self.data.state(self.state.step)))
+            if isinstance(self.data, StreamLoader):
+                self.state.streams = merge_stream_states(self.world.gather(self.data.state(self.state.step)))
             self.saver.start(self.state, self.rollouts.checkpoint_files if self.rollouts is not None else {})
         self.saved_step = self.state.step
 

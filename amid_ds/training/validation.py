@@ -14,7 +14,7 @@ import math
 import torch
 
 from amid_ds.config.recipe import Recipe
-from amid_ds.data import read_rows
+from amid_ds.data import read_batches
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
 from amid_ds.run.log import perplexity
@@ -39,7 +39,7 @@ def _sums(recipe: Recipe, engine: Engine, name: str) -> list[float]:
     """`Distiller.score` of the whole set, over all ranks."""
     distiller, world = engine.distiller, engine.world
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for batch in read_rows(recipe.prepared_dir / "eval" / name, recipe.train.micro_batch_size, world.dp_rank,
+    for batch in read_batches(recipe.prepared_dir / "eval" / name, recipe.train.micro_batch_size, world.dp_rank,
                            world.dp_size):
         batch = batch.to(world.device)
         hidden = distiller.hidden_states(batch.input_ids, batch.positions)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_ds.data import StepData
+from amid_ds.data import PreparedLoader
 from support.data import split_documents
 
 
@@ -25,7 +25,7 @@ def reference_loop(student: Path, teacher: Path, recipe: dict,
     vocabulary = len(AutoTokenizer.from_pretrained(student))
     train, loss = recipe["train"], recipe["loss"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=train["learning_rate"], weight_decay=0.01)
-    rows = StepData(prepared, seed=0, global_batch_size=train["global_batch_size"],
+    rows = PreparedLoader(prepared, seed=0, global_batch_size=train["global_batch_size"],
                     micro_batch_size=1, dp_rank=0, dp_size=1, workers=0)
     lines = []
     for step in range(train["steps"]):

@@ -1,0 +1,90 @@
+"""Rows of token ids as one padded micro-batch of tensors.
+
+Rows of one length need no padding, but prompts and conversations differ in length. A micro-batch
+is padded on the right, to its longest row only: a causal model attends to nothing after a token,
+so no attention mask is needed, and short rows cost less than seq_length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from amid_ds.data.pack import PackedRow
+from amid_ds.losses.fused import IGNORE_INDEX
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B rows, padded on the right to its longest row.
+
+    input_ids: [B, L] int64.
+    labels: [B, L] int64, the next token of each position, IGNORE_INDEX without a loss.
+    positions: [B, L] int64, each token's index in its document, by which a model also tells
+        isolated documents apart; None if each row is one document.
+    padding: the number of the B × L inputs that are padding.
+    rows: the rows' numbers in the prepared data.
+    sources: the location of each row's first token, "corpus.jsonl line 17" or
+        "corpus.parquet row 16".
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    positions: torch.Tensor | None
+    padding: int
+    rows: list[int]
+    sources: list[str]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy on `device`; from pinned memory it is made asynchronously."""
+        positions = self.positions
+        if positions is not None:
+            positions = positions.to(device, non_blocking=True)
+        return replace(self, input_ids=self.input_ids.to(device, non_blocking=True),
+                       labels=self.labels.to(device, non_blocking=True), positions=positions)
+
+
+class TokenRow(NamedTuple):
+    """One row of n token ids, as arrays.
+
+    tokens: [n] integers.
+    loss_spans: [start, stop, ...] of the tokens that are predicted.
+    doc_starts: positions at which further documents begin, isolated from the ones before.
+    source: the location of the row's first token.
+    """
+
+    tokens: NDArray[Any]
+    loss_spans: NDArray[np.int32]
+    doc_starts: NDArray[np.int32]
+    source: str
+
+    @classmethod
+    def from_packed(cls, row: PackedRow, source: str) -> TokenRow:
+        """A packed row as arrays, with the location of its first token."""
+        return cls(np.array(row.tokens), np.array(row.loss_spans, np.int32),
+                   np.array(row.doc_starts, np.int32), source)
+
+
+def collate_rows(rows: Sequence[TokenRow], numbers: list[int]) -> Batch:
+    """The rows as one micro-batch. numbers: theirs in the prepared data."""
+    length = max(len(row.tokens) for row in rows) - 1
+    # The model reads padding as token 0; nothing depends on it.
+    input_ids = torch.zeros(len(rows), length, dtype=torch.int64)
+    positions = torch.arange(length).repeat(len(rows), 1)
+    labels = torch.full((len(rows), length), IGNORE_INDEX, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids = torch.from_numpy(row.tokens.astype(np.int64))
+        input_ids[i, :len(ids) - 1] = ids[:-1]
+        for start in row.doc_starts:
+            positions[i, start:] = torch.arange(length - start)
+        for start, stop in zip(row.loss_spans[::2], row.loss_spans[1::2], strict=True):
+            labels[i, start - 1:stop - 1] = ids[start:stop]
+    padding = input_ids.numel() - sum(len(row.tokens) - 1 for row in rows)
+    isolated = any(len(row.doc_starts) for row in rows)
+    return Batch(input_ids, labels, positions if isolated else None, padding, numbers,
+                 [row.source for row in rows])
