@@ -155,12 +155,12 @@ def render(template: str, values: Mapping[str, str]) -> str:
         lines.append(line)
         if line.startswith("#SBATCH"):
             last = len(lines)
-    extra = [name for name in values if name in OPTIONS and name not in placed]
+    extra = [name for name in values if name in SBATCH_OPTIONS and name not in placed]
     lines[last:last] = [f"#SBATCH --{name}={values[name]}" for name in extra]
     return "\n".join(lines) + "\n"
 
 
-OPTIONS = ("time", "partition", "account", "qos", "signal")      # sbatch's own that `submit` passes on
+SBATCH_OPTIONS = ("time", "partition", "account", "qos", "signal")      # sbatch's own that `submit` passes on
 
 
 def refuse_faults(script: str, made: Path) -> None:
