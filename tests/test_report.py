@@ -108,7 +108,7 @@ def test_curves_are_the_metrics_and_restarts_stand_where_they_were(runs, monkeyp
     monkeypatch.setattr(report._Draw, "bars", lambda self, title, axis, parts, _: drawn.update({title: parts}) or {})
     both = [report.read_reported_run(run, run.name) for run in runs]
     assert [run.restarts for run in both] == [[STOPPED + 1], []]
-    report._figures(both, report._Draw(None, both))
+    report._sections(both, report._Draw(None, both))
     lines = small.metrics(runs[0])
     assert drawn["Loss"]["first"] == (list(range(1, STEPS + 1)), [line["loss"] for line in lines], 1)
     assert drawn["Loss"]["second"][1] == [line["loss"] / 2 for line in lines]

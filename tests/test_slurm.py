@@ -196,7 +196,7 @@ def test_doctor_names_the_slow_node_and_what_a_node_cannot_read(cluster, models,
         ill = cluster.run(*ask, "teacher.model=nowhere/there")
     finally:
         cluster.throttle("n3", None)
-    assert ill.returncode == 1 and "2 of 10 looks" in ill.stderr, ill.stdout + ill.stderr
+    assert ill.returncode == 1 and "2 of 10 checks failed" in ill.stderr, ill.stdout + ill.stderr
     for what in ("versions", "GPUs", "free space", "rename", "connections", "all-reduce", "student", "clocks"):
         assert f"ok    {what}" in ill.stdout, ill.stdout
     assert re.search(r"FAIL  bandwidth    slow: n3 .*\n      remedy: ", ill.stdout), ill.stdout
@@ -289,7 +289,7 @@ def test_a_run_that_fails_twice_at_the_same_step_is_let_be_and_its_log_ends_with
                  ranks_per_node=1)
     assert cluster.wait(job) == "FAILED" and cluster.job(job)["Restarts"] == "1", output(tmp_path)
     log = (tmp_path / f"slurm-amid_ds-{job}.log").read_text()
-    assert "it is not started again: two lives have ended in the same way" in log, log
+    assert "it is not started again: two attempts have ended in the same way" in log, log
     assert re.search(r"first to fail: rank 0 on n1 in step \d+: the loss of step \d+ is nan.*\n$", log), log
 
 
