@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from amid_ds.bench.step import WAYS, Scale, _make_models, _on_ranks
+from amid_ds.bench.step import STEP_VARIANTS, StepScale, _make_models, _on_ranks
 
-SCALE = Scale((64, 2), (128, 3), 512, 1, 32, 1, "fp32")
+SCALE = StepScale((64, 2), (128, 3), 512, 1, 32, 1, "fp32")
 
 
 def test_the_four_ways_are_measured_and_the_teacher_is_gathered_once_a_window(tmp_path):
@@ -23,5 +23,5 @@ def test_the_four_ways_are_measured_and_the_teacher_is_gathered_once_a_window(tm
     assert times["largest_layer_bytes"] == 4 * (layer + 2 * 128)
     assert times["teacher_gather_bytes"]["ga8"] <= 1.05 * times["teacher_gather_bytes"]["ga1"]
     assert {way: len(seconds)
-            for way, seconds in times["seconds"].items()} == dict.fromkeys(WAYS, SCALE.rounds)
+            for way, seconds in times["seconds"].items()} == dict.fromkeys(STEP_VARIANTS, SCALE.rounds)
     assert peak > teacher

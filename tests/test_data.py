@@ -18,7 +18,7 @@ from support.runs import write_recipe
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from amid_ds.bench.data import data_bench
+from amid_ds.bench.data import measure_data
 from amid_ds.config import recipe
 from amid_ds.data import (
     PreparedDataset,
@@ -435,7 +435,7 @@ JOB = """
 import sys
 from pathlib import Path
 from amid_ds import config
-from amid_ds.bench.data import data_bench
+from amid_ds.bench.data import measure_data
 from amid_ds.data import load_tokenizer, preparation, prepare, shard
 shard.MIN_CHUNK, preparation.PARALLEL_BYTES = 2000, 0
 if __name__ == "__main__":
@@ -711,7 +711,7 @@ def test_tokens_of_a_large_vocabulary_keep_their_ids(tmp_path, tokenizer):
 
 
 def test_the_bench_measures_every_part():
-    rows = data_bench(rounds=1, megabytes=0.5)
+    rows = measure_data(rounds=1, megabytes=0.5)
     assert [row.what for row in rows] == ["tokenizer alone", "prepare, one process", "loader",
                                           "loader, 4 threads ahead"]
     assert rows[0].of_tokenizer == 1 and all(row.tokens_per_second > 0 for row in rows)

@@ -320,7 +320,7 @@ def test_a_run_that_fails_twice_at_the_same_step_is_not_restarted_and_its_log_en
                  f"student.model={tmp_path}/broken", ranks_per_node=1)
     assert cluster.wait(job) == "FAILED" and cluster.job(job)["Restarts"] == "1", output(tmp_path)
     log = (tmp_path / f"slurm-amid_ds-{job}.log").read_text()
-    assert "it is not started again: two lives have ended in the same way" in log, log
+    assert "it is not started again: two attempts have ended in the same way" in log, log
     assert re.search(r"first to fail: rank 0 on n1 in step \d+: the loss of step \d+ is nan.*\n$",
                      log), log
 

@@ -167,8 +167,8 @@ def test_a_sweep_that_cannot_be_run_is_refused_before_its_first_run(recipe, tmp_
 def test_the_jobs_of_an_array_run_what_was_checked(recipe, shared_model, tmp_path, monkeypatch,
                                                    base, swept):
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), **base}))
-    monkeypatch.setattr(submit.scheduler, "test_only", lambda arguments: "")
-    monkeypatch.setattr(submit.scheduler, "submit", lambda arguments: "7")
+    monkeypatch.setattr(submit.slurm, "sbatch_test_only", lambda arguments: "")
+    monkeypatch.setattr(submit.slurm, "sbatch", lambda arguments: "7")
     swept = swept.replace("TEACHER", str(shared_model("gpt2", 1)))
     asked = [str(recipe), "--ranks-per-node", "1", "train.seed=3"]
     assert main(["submit", *asked, "--sweep", swept]) == 0

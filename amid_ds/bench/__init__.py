@@ -1,1 +1,1 @@
-"""Our numbers beside the alternatives, measured in one run on one machine: only their ratios need be trusted."""
+"""Benchmarks against the alternatives, all in one run on one machine, so that ratios hold."""

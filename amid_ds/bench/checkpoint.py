@@ -1,7 +1,8 @@
-"""What a save costs the training: how long it stands still, beside a plain copy in memory and DeepSpeed's own save.
+"""`bench checkpoint`: the time that a save costs the training.
 
-One engine, one run: a random Llama of about 50 M parameters under ZeRO-3 in fp32, moments and all, on whatever ranks
-the launcher gives (one, when the command is run by itself).
+Beside it a plain copy in memory and DeepSpeed's own save. One engine, one run: a random Llama of
+about 50 M parameters under ZeRO-3 in fp32, moments included, on the launcher's ranks (one, if the
+command is run by itself).
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from amid_ds.bench.measure import slowest
+from amid_ds.bench.measure import slowest_rank_seconds
 from amid_ds.checkpoint.manifest import find_latest_valid
 from amid_ds.checkpoint.reshard import load_checkpoint
 from amid_ds.checkpoint.saver import Saver
@@ -29,31 +30,42 @@ from amid_ds.distributed.world import World
 from amid_ds.engine.build import build_engine
 from amid_ds.engine.ds_config import read_deepspeed_config
 from amid_ds.engine.engine import Engine
+from amid_ds.experiments.small_models import LlamaSize, new_llama
 from amid_ds.training.rollout import StepBatch
 from amid_ds.training.step import Stepper
 
-HIDDEN, LAYERS, VOCABULARY = 512, 10, 16000
-ROUNDS = 5
+SIZE = LlamaSize.of_width(512, layers=10)
+VOCAB_SIZE = 16000
+SAVE_ROUNDS = 5
+AGREEMENTS = 200
+TIMEOUT_S = 600
 
 
 @dataclass(frozen=True)
 class CheckpointRow:
-    """One rank's shards; seconds are medians over the rounds, of the slowest rank."""
+    """One rank's shards; seconds are medians over the rounds, of the slowest rank.
+
+    copy_s: the shards copied once in host memory. standing_still_s: what training waits for, i.e.
+    staging, and the commit at a later step. megabytes_per_s: of the background write.
+    deepspeed_save_s: `save_checkpoint` of the same engine, all of which training waits for.
+    verify_and_load_s: at a resume, until the engine can take its first step. agreement_s: the
+    small collective that every step makes.
+    """
 
     ranks: int
     megabytes_per_rank: float
-    copy_s: float                    # the shards copied once in host memory
-    standing_still_s: float          # what training waits for: staging, and the commit at a later step
+    copy_s: float
+    standing_still_s: float
     background_write_s: float
-    megabytes_per_s: float           # of the background write
-    deepspeed_save_s: float          # engine.save_checkpoint of the same engine, which training waits for whole
-    verify_and_load_s: float         # at a resume, until the engine could take its first step
-    agreement_s: float               # the small collective that every step makes
+    megabytes_per_s: float
+    deepspeed_save_s: float
+    verify_and_load_s: float
+    agreement_s: float
 
 
 def bench_checkpoint(as_json: bool) -> None:
-    """`amid-ds bench checkpoint`."""
-    with init_distributed(600) as world:
+    """`amid-ds bench checkpoint`: print the row as a table, or as JSON."""
+    with init_distributed(TIMEOUT_S) as world:
         row = _measure(world)
         if world.is_main and as_json:
             print(json.dumps(asdict(row)))
@@ -64,79 +76,103 @@ def bench_checkpoint(as_json: bool) -> None:
 def _measure(world: World) -> CheckpointRow:
     folder = Path(world.run_on_main(tempfile.mkdtemp))
     try:
-        engine = _engine(folder, world)
-        saver = Saver(engine, folder / "ours", CheckpointPolicy(), {})
-        copy, still, write, plain = [], [], [], []
-        for step in range(1, ROUNDS + 1):
-            staged = engine.stage_checkpoint()
-            size = sum(tensor.nbytes for tensor in _tensors(staged))
-            copy.append(slowest(world, lambda staged=staged: [t.clone() for t in _tensors(staged)]))   # type: ignore[misc]
-            del staged
-            began = time.perf_counter()
-            started = slowest(world, lambda step=step: saver.start(TrainState(step)))   # type: ignore[misc]
-            saver.join()
-            write.append(max(world.gather(time.perf_counter() - began)) - started)
-            still.append(started + slowest(world, saver.finish))
-            plain.append(slowest(world, lambda step=step: engine.save_checkpoint(   # type: ignore[misc]
-                folder / "plain", f"step{step}")))
-        load = slowest(world, lambda: _resume(engine, folder / "ours"))
-        agreement = slowest(world, lambda: [world.sum([1.0, 0.0, 0.0]) for _ in range(200)]) / 200
-        seconds = statistics.median(write)
-        return CheckpointRow(world.size, size / 1e6, statistics.median(copy), statistics.median(still), seconds,
-                             size / 1e6 / seconds, statistics.median(plain), load, agreement)
+        return _measure_in(folder, world)
     finally:
         world.barrier()
         if world.is_main:
             shutil.rmtree(folder)
 
 
-def _engine(folder: Path, world: World) -> Engine:
+def _measure_in(folder: Path, world: World) -> CheckpointRow:
+    engine = _engine_after_one_step(folder, world)
+    saver = Saver(engine, folder / "ours", CheckpointPolicy(), identity={})
+    copies, waits, writes, deepspeed_saves = [], [], [], []
+    for step in range(1, SAVE_ROUNDS + 1):
+        copy_s, size = _copy_seconds(engine, world)
+        copies.append(copy_s)
+        wait_s, write_s = _save_seconds(saver, step, world)
+        waits.append(wait_s)
+        writes.append(write_s)
+        deepspeed_saves.append(slowest_rank_seconds(
+            world, partial(engine.save_checkpoint, folder / "plain", f"step{step}")))
+    load_s = slowest_rank_seconds(world, lambda: _resume(engine, folder / "ours"))
+    agreements_s = slowest_rank_seconds(
+        world, lambda: [world.sum([1.0, 0.0, 0.0]) for _ in range(AGREEMENTS)])
+    write_s = statistics.median(writes)
+    return CheckpointRow(
+        ranks=world.size, megabytes_per_rank=size / 1e6, copy_s=statistics.median(copies),
+        standing_still_s=statistics.median(waits), background_write_s=write_s,
+        megabytes_per_s=size / 1e6 / write_s, deepspeed_save_s=statistics.median(deepspeed_saves),
+        verify_and_load_s=load_s, agreement_s=agreements_s / AGREEMENTS)
+
+
+def _copy_seconds(engine: Engine, world: World) -> tuple[float, int]:
+    """Seconds to copy this rank's shards in memory, and their bytes."""
+    shards = _tensors(engine.stage_checkpoint())
+    seconds = slowest_rank_seconds(world, lambda: [shard.clone() for shard in shards])
+    return seconds, sum(shard.nbytes for shard in shards)
+
+
+def _save_seconds(saver: Saver, step: int, world: World) -> tuple[float, float]:
+    """Seconds of one save that training waits for, and those of the write in the background."""
+    began = time.perf_counter()
+    start_s = slowest_rank_seconds(world, lambda: saver.start(TrainState(step)))
+    saver.join()
+    write_s = max(world.gather(time.perf_counter() - began)) - start_s
+    return start_s + slowest_rank_seconds(world, saver.finish), write_s
+
+
+def _engine_after_one_step(folder: Path, world: World) -> Engine:
     """An engine that has taken one step, so that the optimizer has its moments."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    def make() -> None:
-        config = LlamaConfig(hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS,
-                             num_attention_heads=8, vocab_size=VOCABULARY, tie_word_embeddings=True)
-        LlamaForCausalLM(config).save_pretrained(folder / "model")
-
-    world.run_on_main(make)
+    world.run_on_main(lambda: new_llama(SIZE, VOCAB_SIZE).save_pretrained(folder / "model"))
     recipe = Recipe.model_validate({
-        "student": {"model": str(folder / "model")}, "data": {"train": [{"path": "none"}]}, "output_dir": str(folder),
-        "train": {"steps": 1, "global_batch_size": world.size}, "deepspeed": "zero3_fp32.json"})
+        "student": {"model": str(folder / "model")},
+        "data": {"train": [{"path": "none"}]},
+        "output_dir": str(folder),
+        "train": {"steps": 1, "global_batch_size": world.size},
+        "deepspeed": "zero3_fp32.json"})
     config = read_deepspeed_config(recipe, world.dp_size)
-    engine = build_engine(recipe, config, VOCABULARY, world)
-    ids = torch.randint(VOCABULARY, (1, 64))
-    Stepper(recipe, engine, TrainState()).train_step(StepBatch([Batch(ids, ids, None, 0, [], [])], 64 * world.size, 0.0))
+    engine = build_engine(recipe, config, VOCAB_SIZE, world)
+    ids = torch.randint(VOCAB_SIZE, (1, 64))
+    batch = StepBatch([Batch(ids, ids, None, 0, [], [])], tokens=64 * world.size, padding=0.0)
+    Stepper(recipe, engine, TrainState()).train_step(batch)
     return engine
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def _tensors(value: object) -> list[torch.Tensor]:
+    """The tensors in nested dicts, lists and tuples."""
     if isinstance(value, torch.Tensor):
         return [value]
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    if isinstance(value, dict):
+        children = list(value.values())
+    else:
+        children = list(value) if isinstance(value, (list, tuple)) else []
     return [tensor for child in children for tensor in _tensors(child)]
 
 
 def _resume(engine: Engine, folder: Path) -> None:
     checkpoint = find_latest_valid(folder, engine.world).checkpoint
     assert checkpoint is not None
-    load_checkpoint(engine, checkpoint, None)
+    load_checkpoint(engine, checkpoint, consolidated=None)
 
 
 def _print(row: CheckpointRow) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"a save of {row.megabytes_per_rank:,.0f} MB per rank, {row.ranks} rank(s), {ROUNDS} rounds")
+    table = Table(title=f"a save of {row.megabytes_per_rank:,.0f} MB per rank, "
+                        f"{row.ranks} rank(s), {SAVE_ROUNDS} rounds")
     table.add_column("what")
     table.add_column("seconds", justify="right")
+    background = f"written in the background ({row.megabytes_per_s:,.0f} MB/s)"
     for what, seconds in (("the shards copied once in host memory", row.copy_s),
-                          ("training stands still (staging + commit)", row.standing_still_s),
-                          (f"written in the background ({row.megabytes_per_s:,.0f} MB/s)", row.background_write_s),
-                          ("DeepSpeed's plain save, all of it standing still", row.deepspeed_save_s),
+                          ("training waits (staging + commit)", row.standing_still_s),
+                          (background, row.background_write_s),
+                          ("DeepSpeed's plain save, training waits", row.deepspeed_save_s),
                           ("resume: verify and load", row.verify_and_load_s),
-                          ("the agreement of every step", row.agreement_s)):
+                          ("the small collective of every step", row.agreement_s)):
         table.add_row(what, f"{seconds:.4f}" if seconds < 0.01 else f"{seconds:.2f}")
-    table.add_row("standing still ÷ copy", f"{row.standing_still_s / row.copy_s:.2f}")
-    table.add_row("standing still ÷ DeepSpeed's save", f"{row.standing_still_s / row.deepspeed_save_s:.2f}")
+    table.add_row("training waits ÷ copy", f"{row.standing_still_s / row.copy_s:.2f}")
+    table.add_row("training waits ÷ DeepSpeed's save",
+                  f"{row.standing_still_s / row.deepspeed_save_s:.2f}")
     Console().print(table)

@@ -1,18 +1,17 @@
-"""What the benchmarks measure with."""
+"""Timing and memory helpers of the benchmarks."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from amid_ds.distributed.world import World
 
 
-def slowest(world: World, work: Callable[[], Any]) -> float:
+def slowest_rank_seconds(world: World, work: Callable[[], object]) -> float:
     """Seconds that the slowest rank takes for `work`, which all begin together. Collective."""
     world.barrier()
     began = time.perf_counter()
@@ -22,10 +21,16 @@ def slowest(world: World, work: Callable[[], Any]) -> float:
     return max(world.gather(time.perf_counter() - began))
 
 
-def status_bytes(key: str) -> int:
-    """Of this process, from Linux: VmRSS what is resident now, VmHWM the most since the mark was set."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
+def process_bytes(key: str) -> int:
+    """Memory of this process, on Linux. VmRSS: resident now; VmHWM: the peak since the reset."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(key))
     return int(line.split()[1]) * 1024
+
+
+def reset_peak_rss() -> None:
+    """Set this process's peak (VmHWM) to what is resident now. Linux."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def device_name() -> str:

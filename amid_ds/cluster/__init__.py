@@ -1,1 +1,1 @@
-"""Slurm."""
+"""Slurm: submit, requeue, status and doctor."""

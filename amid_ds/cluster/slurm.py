@@ -1,4 +1,4 @@
-"""Slurm's commands, and the only place that calls them. What they print is taken apart here and nowhere else."""
+"""Slurm's commands: the only module that calls them and parses their output."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from collections.abc import Sequence
 
 from amid_ds.errors import InputError
 
-CONNECT_S = 5.0      # how long a node's slurmd may take to answer
+COMMAND_TIMEOUT_S = 120
+SLURMD_TIMEOUT_S = 5.0
+# Slurm's own default of SlurmdTimeout.
+DEFAULT_NODE_TIMEOUT_S = 300
 
 
 def slurm_available() -> bool:
@@ -19,71 +22,84 @@ def slurm_available() -> bool:
 
 
 def _call(*command: str) -> str:
-    """What the command prints. Raises InputError where Slurm refuses, in its own words."""
+    """The command's output. Raises InputError with Slurm's own message if it fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise InputError(f"{command[0]} cannot be run: {error}", "a machine of the cluster, a controller that answers",
+        raise InputError(f"{command[0]} cannot be run: {error}",
+                         "a machine of the cluster, a controller that answers",
                          "run this on the login node; try `scontrol ping`") from None
     if done.returncode:
-        words = (done.stderr or done.stdout).strip()
-        raise InputError(f"Slurm refuses `{' '.join(command)}`: {words}", "a job that this cluster can run",
-                         "see `sinfo` for its partitions and nodes, and the options of this command")
+        message = (done.stderr or done.stdout).strip()
+        raise InputError(f"Slurm refuses `{' '.join(command)}`: {message}",
+                         "a job that this cluster can run",
+                         "see `sinfo` for its partitions and nodes, and this command's options")
     return done.stdout + done.stderr
 
 
 def sbatch_test_only(arguments: Sequence[str]) -> str:
-    """What Slurm would do with a job, without submitting it; when and where it could start."""
+    """Slurm's estimate of the time and nodes at which a job would start; nothing is submitted."""
     return _call("sbatch", "--test-only", *arguments).strip().removeprefix("sbatch: ")
 
 
 def sbatch(arguments: Sequence[str]) -> str:
-    """Submit a job; its id."""
+    """Submit a job and return its id."""
     return _call("sbatch", "--parsable", *arguments).strip().split(";")[0]
 
 
-def show_job(number: str) -> dict[str, str]:
-    """What Slurm knows of a job (JobState, NodeList, StdOut, ...); {} where it has forgotten it."""
+def show_job(job_id: str) -> dict[str, str]:
+    """Slurm's facts about a job (JobState, NodeList, StdOut, ...); {} for a forgotten one."""
     try:
-        text = _call("scontrol", "--oneliner", "show", "job", number)
+        text = _call("scontrol", "--oneliner", "show", "job", job_id)
     except InputError:
         return {}
-    return _facts(text.splitlines()[0])
+    return _parse_facts(text.splitlines()[0])
 
 
-def _facts(line: str) -> dict[str, str]:
+def _parse_facts(line: str) -> dict[str, str]:
     return dict(part.split("=", 1) for part in line.split(" ") if "=" in part)
 
 
-def requeue_job(number: str) -> None:
+def requeue_job(job_id: str) -> None:
     """Have the job run again from its beginning. Slurm ends the batch script that calls this."""
-    _call("scontrol", "requeue", number)
+    _call("scontrol", "requeue", job_id)
 
 
 def current_job() -> str:
-    """The name of the job that this process is in. A task of an array is named by the array: its last one shares its
-    id with the whole."""
+    """The id of this process's job, in an array as ARRAY_TASK.
+
+    The last task of an array has the array's own job id, which would name all of its tasks.
+    """
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+    if array:
+        return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ["SLURM_JOB_ID"]
 
 
 def expand_hosts(nodes: str) -> list[str]:
-    """n[1-3] as n1, n2, n3."""
+    """The names in a node list: n[1-3] as n1, n2, n3."""
     return _call("scontrol", "show", "hostnames", nodes).split()
 
 
 def node_timeout() -> int:
-    """Seconds after which Slurm takes a node that does not answer for dead."""
-    found = re.search(r"^SlurmdTimeout\s*=\s*(\d+)", _call("scontrol", "show", "config"), re.M)
-    return int(found[1]) if found else 300
+    """Seconds without an answer after which Slurm takes a node for dead."""
+    configured = _configured_number("SlurmdTimeout")
+    return DEFAULT_NODE_TIMEOUT_S if configured is None else configured
+
+
+def _configured_number(key: str) -> int | None:
+    match = re.search(rf"^{key}\s*=\s*(\d+)", _call("scontrol", "show", "config"), re.M)
+    return int(match[1]) if match else None
 
 
 def node_is_up(node: str) -> bool:
-    """Whether a node's slurmd can be reached from here, now: Slurm itself notices a dead one minutes later."""
-    facts = _facts(_call("scontrol", "--oneliner", "show", "node", node))
-    port = facts.get("Port") or re.search(r"^SlurmdPort\s*=\s*(\d+)", _call("scontrol", "show", "config"), re.M)[1]  # type: ignore[index]
+    """True if the node's slurmd answers now. Slurm itself notices a dead one minutes later."""
+    facts = _parse_facts(_call("scontrol", "--oneliner", "show", "node", node))
+    port = facts.get("Port") or _configured_number("SlurmdPort")
+    assert port is not None, "scontrol shows no port of slurmd"
     try:
-        socket.create_connection((facts.get("NodeAddr", node), int(port)), CONNECT_S).close()
+        address = facts.get("NodeAddr", node), int(port)
+        socket.create_connection(address, SLURMD_TIMEOUT_S).close()
     except OSError:
         return False
     return True

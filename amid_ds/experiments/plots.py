@@ -1,6 +1,7 @@
-"""Figures of a sweep as PNG files: a figure of merit against what was swept, and the loss of every run.
+"""Figures as PNG files: of a sweep, and of the demo.
 
-Runs that differ in their seed alone are one point, their mean with its standard error.
+In a sweep's figures, runs that differ in their seed alone are one point: their mean with its
+standard error.
 """
 
 from __future__ import annotations
@@ -13,25 +14,44 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from amid_ds.errors import InputError
+from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 
-SEED_KEY, FIRST_KEY = "train.seed", "loss.alpha"
+SEED_KEY = "train.seed"
+# The key on the horizontal axis, if it was swept.
+PREFERRED_KEY = "loss.alpha"
 SCORE_NAMES = ("perplexity", "kl_to_teacher", "reverse_kl", "top1_agreement", "rouge_l")
+# Values of one point, each from a run with a seed of its own, by position on the horizontal axis.
+Points = dict[Any, list[float]]
+
+TEACHER_COLOUR = "#4e79a7"
+CE_COLOUR = "#bab0ac"
+# The light line under a smoothed one.
+RAW_ALPHA = 0.25
+# A curve is smoothed by means over this part of its steps.
+SMOOTHING_SHARE = 0.08
+# A curve whose largest value is more times its last smoothed one is drawn on a log scale.
+LOG_SCALE_RATIO = 5
 
 
 class PlottedRun(Protocol):
-    """A line of the table."""
+    """One line of the sweep's table."""
 
     @property
-    def run(self) -> Path: ...
+    def run(self) -> Path:
+        """The run's folder."""
+
     @property
-    def settings(self) -> Mapping[str, Any]: ...
+    def settings(self) -> Mapping[str, object]:
+        """The recipe's keys that tell the run from the others, with its values."""
+
     @property
-    def figures(self) -> Mapping[str, Any]: ...
+    def metrics(self) -> Mapping[str, float | None]:
+        """Its numbers by name; None: not measured."""
 
 
 def require_matplotlib() -> Any:
-    """matplotlib's Figure, which needs no window. InputError where it is not installed."""
+    """matplotlib's class Figure, which needs no window. InputError if it is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -41,71 +61,130 @@ def require_matplotlib() -> Any:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error; 0 of a single value."""
+    """The mean and its standard error, which is 0 for a single value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return statistics.fmean(values), error
 
 
 def plot_sweep(rows: Sequence[PlottedRun], path: Path) -> Path:
-    """A panel for each figure of merit that the runs have, against loss.alpha where it was swept, else against the
-    first key of numbers; a line for each value of the others."""
-    keys = [key for key in rows[0].settings if key != SEED_KEY]
-    numeric = [key for key in keys if all(isinstance(row.settings[key], (int, float)) for row in rows)]
-    across = FIRST_KEY if FIRST_KEY in numeric else next(iter(numeric), None)
-    names = list(dict.fromkeys(itertools.chain.from_iterable(row.figures for row in rows)))
-    merits = [name for name in names if name.rpartition(".")[2] in SCORE_NAMES
-              and any(row.figures.get(name) is not None for row in rows)] or ["train_loss"]
-    figure = require_matplotlib()(figsize=(4 * len(merits), 6 if across is None else 3.4), layout="constrained")
-    panels = figure.subplots(1, len(merits), squeeze=False)[0]
-    for panel, merit in zip(panels, merits, strict=True):
-        for label, points in _lines(rows, across, merit).items():
-            x = list(points)
+    """Save a panel for each score of the runs, over `loss.alpha` or the first swept number.
+
+    Each combination of the other keys is a line of its own. Returns `path`.
+    """
+    across = _horizontal_key(rows)
+    scores = _score_names(rows)
+    height = 6 if across is None else 3.4
+    figure = require_matplotlib()(figsize=(4 * len(scores), height), layout="constrained")
+    panels = figure.subplots(1, len(scores), squeeze=False)[0]
+    for panel, score in zip(panels, scores, strict=True):
+        for label, points in _lines(rows, across, score).items():
             means, errors = zip(*map(mean_and_error, points.values()), strict=True)
-            panel.errorbar(x, means, errors, marker="o", capsize=3, label=label)
-        panel.set(title=merit, xlabel=across or "")
+            panel.errorbar(list(points), means, errors, marker="o", capsize=3, label=label)
+        panel.set(title=score, xlabel=across or "")
         if across is None:
             panel.tick_params(axis="x", rotation=60)
-    if any(_lines(rows, across, merits[0])):
+    if any(_lines(rows, across, scores[0])):
         panels[0].legend(fontsize="small")
-    return _saved(figure, path)
+    return _save(figure, path)
 
 
-def _lines(rows: Sequence[PlottedRun], across: str | None, merit: str) -> dict[str | None, dict[Any, list[float]]]:
-    """Line by line, point by point: the values of `merit`, one for each seed."""
-    lines: dict[str | None, dict[Any, list[float]]] = {}
+def _horizontal_key(rows: Sequence[PlottedRun]) -> str | None:
+    """PREFERRED_KEY if it was swept, else the first swept key of numbers, else None."""
+    numeric = [key for key in rows[0].settings if key != SEED_KEY
+               and all(isinstance(row.settings[key], (int, float)) for row in rows)]
+    return PREFERRED_KEY if PREFERRED_KEY in numeric else next(iter(numeric), None)
+
+
+def _score_names(rows: Sequence[PlottedRun]) -> list[str]:
+    names = dict.fromkeys(itertools.chain.from_iterable(row.metrics for row in rows))
+    scores = [name for name in names if name.rpartition(".")[2] in SCORE_NAMES
+              and any(row.metrics.get(name) is not None for row in rows)]
+    return scores or ["train_loss"]
+
+
+def _lines(rows: Sequence[PlottedRun], across: str | None,
+           score: str) -> dict[str | None, Points]:
+    """The points of each line, by its label; None: a single line without one.
+
+    Without a key `across`, the runs' labels are the positions on the horizontal axis.
+    """
+    lines: dict[str | None, Points] = {}
     for row in rows:
-        if row.figures.get(merit) is not None:
-            label = label_of(row, leave_out=(across, SEED_KEY))
-            line, x = (label or None, row.settings[across]) if across is not None else (None, label)
-            lines.setdefault(line, {}).setdefault(x, []).append(row.figures[merit])
+        value = row.metrics.get(score)
+        if value is None:
+            continue
+        label = run_label(row, leave_out=(across, SEED_KEY))
+        line, x = (label or None, row.settings[across]) if across is not None else (None, label)
+        lines.setdefault(line, {}).setdefault(x, []).append(value)
     return lines
 
 
-def label_of(row: PlottedRun, leave_out: Sequence[Hashable] = ()) -> str:
-    """What tells a run from others, in few words."""
+def run_label(row: PlottedRun, leave_out: Sequence[Hashable] = ()) -> str:
+    """The settings that tell a run from others, in few words."""
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.settings.items()
                      if key not in leave_out and value is not None)
 
 
 def plot_losses(rows: Sequence[PlottedRun], path: Path) -> Path:
-    """The loss of every run, step by step; runs that differ in their seed alone have one colour."""
+    """Save the loss of every run by step, one colour for runs that differ in their seed alone.
+
+    Returns `path`.
+    """
     figure = require_matplotlib()(figsize=(7, 6), layout="constrained")
     panel = figure.subplots()
     colours: dict[str, str] = {}
     for row in rows:
-        if not (row.run / "metrics.jsonl").is_file():
+        if not RunFolder(row.run).metrics.is_file():
             continue
         lines = read_metrics(row.run)
-        label = label_of(row, leave_out=(SEED_KEY,))
-        known = label in colours
-        drawn, = panel.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=0.8,
-                            color=colours.get(label), label=None if known else label)
-        colours[label] = drawn.get_color()
+        label = run_label(row, leave_out=(SEED_KEY,))
+        curve, = panel.plot([line["step"] for line in lines], [line["loss"] for line in lines],
+                            linewidth=0.8, color=colours.get(label),
+                            label=None if label in colours else label)
+        colours[label] = curve.get_color()
     panel.set(xlabel="step", ylabel="loss")
     figure.legend(loc="outside lower center", fontsize="x-small")
-    return _saved(figure, path)
+    return _save(figure, path)
 
 
-def _saved(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=110)
+def plot_demo(kl_to_teacher: Mapping[str, float], run: Path, path: Path) -> Path:
+    """Save the demo's picture: held-out divergences from the teacher, and the distillation.
+
+    kl_to_teacher: nats per token, by the bar's label, the distilled student first. run: its
+    folder, of which the right panel shows `kd_loss`. Returns `path`.
+    """
+    figure = require_matplotlib()(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    bars = left.bar(list(kl_to_teacher), list(kl_to_teacher.values()), width=0.55,
+                    color=[TEACHER_COLOUR, CE_COLOUR])
+    left.bar_label(bars, fmt="%.3f", padding=2)
+    left.margins(y=0.12)
+    left.set(title="divergence from the teacher, held-out text", ylabel="KL(teacher‖student), nats")
+    lines = [line for line in read_metrics(run) if line.get("kd_loss") is not None]
+    steps, values = [line["step"] for line in lines], [line["kd_loss"] for line in lines]
+    smoothed = _smoothed(values)
+    right.plot(steps, values, color=TEACHER_COLOUR, alpha=RAW_ALPHA, linewidth=1)
+    right.plot(steps, smoothed, color=TEACHER_COLOUR, linewidth=2)
+    right.set(title="divergence from the teacher, by step", xlabel="step",
+              ylabel="objective, nats per token")
+    if min(values) > 0 and max(values) > LOG_SCALE_RATIO * smoothed[-1]:
+        right.set_yscale("log")
+    for panel in (left, right):
+        panel.title.set_fontsize(11)
+        panel.spines[["top", "right"]].set_visible(False)
+    return _save(figure, path, dpi=100)
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """Means over a window around each value, which is narrower at both ends."""
+    reach = max(1, round(len(values) * SMOOTHING_SHARE / 2))
+    smoothed = []
+    for index in range(len(values)):
+        half = min(reach, index, len(values) - 1 - index)
+        smoothed.append(statistics.fmean(values[index - half:index + half + 1]))
+    return smoothed
+
+
+def _save(figure: Any, path: Path, dpi: int = 110) -> Path:
+    figure.savefig(path, dpi=dpi)
     return path

@@ -1,8 +1,8 @@
-"""`amid-ds sweep`: a recipe run once for each combination of values, and one table of what came out.
+"""`amid-ds sweep`: a recipe run once for each combination of values, and one table of the results.
 
-Every combination is a run like any other, in a folder of its own, so one that was cut goes on and one that is finished
-is not run again: the same command, again, is all there is to resuming. The table asks nobody what was swept. It looks
-at the runs' own recipes, and its columns are the keys in which these differ.
+Each combination is an ordinary run in its own folder, so the same command again resumes an
+interrupted run and skips a finished one. The table is made from the runs' own recipes: its columns
+are the keys in which they differ.
 """
 
 from __future__ import annotations
@@ -11,37 +11,49 @@ import csv
 import io
 import itertools
 import json
+import logging
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
 from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
-from amid_ds.cluster.requeue import STOPPED
 from amid_ds.config.grid import Combination, parse_swept_key, sweep_combinations
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.launch import launch_command
-from amid_ds.errors import InputError, Stopped, TrainingError
-from amid_ds.files import replace_text
+from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError
+from amid_ds.experiments.plots import plot_losses, plot_sweep, require_matplotlib
+from amid_ds.files import read_jsonl, replace_text
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 from amid_ds.training.compatibility import flat_recipe
 from amid_ds.training.job import check_recipe
 
-TRAIN_LOG = "sweep.log"      # in a run's folder: what it said
-APART = ("output_dir", "data.prepared")      # in which runs differ without being different
-SweepMetrics = Mapping[str, Any]
+logger = logging.getLogger(__name__)
+
+# In a run's folder: its output.
+TRAIN_LOG = "sweep.log"
+# In a run's folder: more numbers for its line of the table.
+SCORES_FILE = "scores.json"
+# Keys that differ between any two runs.
+OWN_KEYS = ("output_dir", "data.prepared")
+# With these keys swept, the runs cannot share prepared data.
+DATA_KEYS = ("data", "student", "train.seq_length")
+TAIL_LINES = 5
+# The table's training loss is the mean over this part of the logged steps.
+LAST_SHARE = 10
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What is swept. `fixed` overrides hold for all runs."""
+    """A recipe, overrides that hold for all runs, and the runs, each in a folder under `folder`."""
 
     recipe_path: str
     fixed: tuple[str, ...]
@@ -55,23 +67,27 @@ class Sweep:
         return load_recipe(self.recipe_path, self.overrides(run))
 
     def unfinished(self) -> tuple[Combination, ...]:
-        return tuple(run for run in self.runs if not is_finished(self.folder / run.name, self.recipe(run)))
+        return tuple(run for run in self.runs
+                     if not is_finished(self.folder / run.name, self.recipe(run)))
 
 
-def plan_sweep(recipe_path: str, words: Sequence[str], ranks: int) -> Sweep:
-    """The sweep that `words` ask for: a key with several values is swept, one with a single value is an override.
-    Every run is checked as `train` would on `ranks` ranks. Raises InputError."""
-    split = [(word, parse_swept_key(word)) for word in words]
-    swept = [word for word, (_, values) in split if len(values) > 1]
+def plan_sweep(recipe_path: str, settings: Sequence[str], ranks: int) -> Sweep:
+    """The sweep of `settings`: a key with several values is swept, one with one is an override.
+
+    Every run is checked as `train` does on `ranks` ranks. Raises InputError, also without
+    matplotlib: better now than after the runs.
+    """
+    require_matplotlib()
+    values = [(setting, parse_swept_key(setting)[1]) for setting in settings]
+    swept = [setting for setting, several in values if len(several) > 1]
     if not swept:
-        raise InputError(f"the sweep {' '.join(words)!r} names no key with several values", "KEY=VALUE,VALUE,...",
-                         "e.g. loss.alpha=-5,-1,1 loss.lam=0.1,0.5")
-    fixed = [word for word, (_, values) in split if len(values) == 1]
+        raise InputError(f"the sweep {' '.join(settings)!r} names no key with several values",
+                         "KEY=VALUE,VALUE,...", "e.g. loss.alpha=-5,-1,1 loss.lam=0.1,0.5")
+    fixed = [setting for setting, several in values if len(several) == 1]
     recipe = load_recipe(recipe_path, fixed)
-    keys = [parse_swept_key(word)[0] for word in swept]
-    if recipe.data.prepared is None and not any(key.startswith(("data", "student", "train.seq_length"))
-                                                for key in keys):
-        fixed.append(f"data.prepared={Path(recipe.output_dir) / 'data'}")      # once for all of them
+    shares_data = not any(parse_swept_key(setting)[0].startswith(DATA_KEYS) for setting in swept)
+    if recipe.data.prepared is None and shares_data:
+        fixed.append(f"data.prepared={Path(recipe.output_dir) / 'data'}")
     sweep = Sweep(recipe_path, tuple(fixed), sweep_combinations(swept), Path(recipe.output_dir))
     for run in sweep.runs:
         check_recipe(sweep.recipe(run), ranks)
@@ -79,157 +95,199 @@ def plan_sweep(recipe_path: str, words: Sequence[str], ranks: int) -> Sweep:
 
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
-    saved = list_checkpoints(run / "checkpoints")
-    return bool(saved) and checkpoint_step(saved[-1]) == recipe.train.steps and (RunFolder(run).model).is_dir()
+    """True once the run has saved its last step and exported its model."""
+    folder = RunFolder(run)
+    saved = list_checkpoints(folder.checkpoints)
+    reached_end = bool(saved) and checkpoint_step(saved[-1]) == recipe.train.steps
+    return reached_end and folder.model.is_dir()
 
 
 def run_here(sweep: Sweep, ranks: int) -> None:
-    """What is not finished, one after another. A request to stop stops the run that is at it in order: Stopped.
-    A run that fails does not keep the others from running; TrainingError names it at the end."""
-    failed = [run.name for number, run in enumerate(sweep.runs, 1)
-              if run_one(f"[{number}/{len(sweep.runs)}] {run.name}", sweep.recipe_path, sweep.overrides(run), ranks)]
+    """Run the unfinished runs one after another.
+
+    A request to stop stops the current run in good order and raises Stopped. A failed run does not
+    keep the others from running; TrainingError names it at the end.
+    """
+    failed = []
+    for number, run in enumerate(sweep.runs, 1):
+        title = f"[{number}/{len(sweep.runs)}] {run.name}"
+        if run_one(title, sweep.recipe_path, sweep.overrides(run), ranks):
+            failed.append(run.name)
     if failed:
-        if list(sweep.folder.glob("*/recipe.yaml")):
+        if _run_folders(sweep.folder):
             write_results(sweep.folder)
-        raise TrainingError(f"{len(failed)} of {len(sweep.runs)} run(s) failed: {' '.join(failed)}\n"
-                            f"  each says why in its {TRAIN_LOG}; the same command again runs these alone")
+        raise TrainingError(
+            f"{len(failed)} of {len(sweep.runs)} run(s) failed: {' '.join(failed)}\n"
+            f"  each says why in its {TRAIN_LOG}; the same command again runs these alone")
 
 
 def run_one(title: str, recipe_path: str, overrides: Sequence[str], ranks: int) -> int:
-    """A run in processes of its own, if it is not finished; its words go to a file. Its exit status, or Stopped."""
+    """Run a recipe in processes of its own unless it is finished; its exit status.
+
+    Its output goes to TRAIN_LOG. Raises Stopped if it was asked to stop.
+    """
     recipe = load_recipe(recipe_path, overrides)
     folder = Path(recipe.output_dir)
     if is_finished(folder, recipe):
-        print(f"{title}: finished already", flush=True)
-        return 0
-    print(f"{title}: {folder / TRAIN_LOG}", flush=True)
+        logger.info(f"{title}: finished already")
+        return int(ExitStatus.DONE)
+    logger.info(f"{title}: {folder / TRAIN_LOG}")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / TRAIN_LOG, "ab") as log:
         status = _wait(launch_command(ranks, "train", recipe_path, *overrides), log, folder)
     if status:
-        print(f"{title}: ended with status {status}\n{_tail(folder / TRAIN_LOG)}", file=sys.stderr, flush=True)
+        logger.error(f"{title}: ended with status {status}\n{_tail(folder / TRAIN_LOG)}")
     return status
 
 
-def _wait(arguments: Sequence[str], log: Any, run: Path) -> int:
-    """The exit status of a run. A signal becomes the run's STOP file: a launcher may die of one before its ranks.
-    Raises Stopped, or TrainingError where the run was asked to stop and failed: what comes next is not begun."""
-    process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
-    with _signals_to(lambda: RunFolder(run).stop_file.touch(), lambda: os.killpg(process.pid, signal.SIGKILL)) as asked:
+def _wait(arguments: Sequence[str], log: BinaryIO, run: Path) -> int:
+    """Start a run's command and return its exit status.
+
+    A signal becomes the run's STOP file, because a launcher may die of it before its ranks do.
+    Raises Stopped; or TrainingError if the run was asked to stop and failed, so that no other run
+    begins.
+    """
+    stop_file = RunFolder(run).stop_file
+    process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT,
+                               start_new_session=True)
+    with _signals_to(stop_file.touch, lambda: os.killpg(process.pid, signal.SIGKILL)) as received:
         status = process.wait()
-    RunFolder(run).stop_file.unlink(missing_ok=True)      # asked for after its last step
-    if asked and status not in (0, STOPPED):
-        raise TrainingError(f"the run in {run} was asked to stop and ended with status {status}\n{_tail(run / TRAIN_LOG)}")
-    if asked or status == STOPPED:
+    # Created after the run's last step, it would stop the next start.
+    stop_file.unlink(missing_ok=True)
+    if received and status not in (ExitStatus.DONE, ExitStatus.RESTART):
+        raise TrainingError(f"the run in {run} was asked to stop and ended with status {status}\n"
+                            f"{_tail(run / TRAIN_LOG)}")
+    if received or status == ExitStatus.RESTART:
         raise Stopped(f"stopped in {run}; the same command goes on from there")
     return status
 
 
 @contextmanager
 def _signals_to(first: Callable[[], object], then: Callable[[], object]) -> Iterator[list[int]]:
-    """Within it a signal to stop calls `first`, another one `then`; yields the signals that have come. What is ignored
-    stays ignored: `nohup`."""
-    asked: list[int] = []
+    """Call `first` on the first signal to stop and `then` on later ones; yields those received.
 
-    def hear(number: int, _: object) -> None:
-        asked.append(number)
-        if len(asked) == 1:
+    A signal that is ignored stays ignored, as under `nohup`.
+    """
+    received: list[int] = []
+
+    def handle(number: int, _: object) -> None:
+        received.append(number)
+        if len(received) == 1:
             first()
-        elif number != signal.SIGHUP:      # which a terminal that is closed sends, and its shell again
+        elif number != signal.SIGHUP:
+            # A closed terminal sends SIGHUP, and its shell sends it again.
             then()
 
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-               if signal.getsignal(number) != signal.SIG_IGN]
-    before = [signal.signal(number, hear) for number in numbers]
+    numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = [signal.signal(number, handle) for number in numbers]
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
 
 
-def _tail(path: Path, lines: int = 5) -> str:
-    return "\n".join(f"    {line}" for line in path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+def _tail(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join(f"    {line}" for line in lines[-TAIL_LINES:])
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One run of the table: what tells it from the others, how far it is, and its figures."""
+    """One run of the table.
+
+    settings: the recipe's keys in which the runs differ, with this run's values. metrics: numbers
+    by name, None for one without a value.
+    """
 
     run: Path
-    settings: Mapping[str, Any]
-    figures: SweepMetrics
+    settings: Mapping[str, object]
+    metrics: Mapping[str, float | None]
 
 
 def read_sweep_rows(folder: Path) -> list[SweepRow]:
-    """The runs in a folder, in the order of their settings. Raises InputError where there is none."""
-    runs = sorted(path.parent for path in folder.glob("*/recipe.yaml"))
+    """The runs in a folder, ordered by their settings. Raises InputError for a folder without."""
+    runs = _run_folders(folder)
     if not runs:
         raise InputError(f"{folder} holds no runs", "the output_dir of a sweep", "check the path")
-    recipes = {run: {key: value for key, value in flat_recipe(load_recipe(run / "recipe.yaml")).items()
-                    if key not in APART}
-               for run in runs}
-    keys = dict.fromkeys(itertools.chain.from_iterable(recipes.values()))
-    apart = [key for key in keys if len({repr(recipe.get(key)) for recipe in recipes.values()}) > 1]
-    rows = [SweepRow(run, {key: recipe.get(key) for key in apart}, final_metrics(run)) for run, recipe in recipes.items()]
-    return sorted(rows, key=lambda row: [_order(value) for value in row.settings.values()])
+    recipes = [_flat_recipe(run) for run in runs]
+    keys = dict.fromkeys(itertools.chain.from_iterable(recipes))
+    differing = [key for key in keys if len({repr(recipe.get(key)) for recipe in recipes}) > 1]
+    rows = [SweepRow(run, {key: recipe.get(key) for key in differing}, final_metrics(run))
+            for run, recipe in zip(runs, recipes, strict=True)]
+    return sorted(rows, key=lambda row: [_sort_key(value) for value in row.settings.values()])
 
 
-def _order(value: Any) -> tuple[int, float, str]:
+def _run_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*") if RunFolder(path).exists)
+
+
+def _flat_recipe(run: Path) -> dict[str, object]:
+    """The run's recipe by dotted keys, without those in which all runs differ."""
+    values = flat_recipe(load_recipe(RunFolder(run).recipe))
+    return {key: value for key, value in values.items() if key not in OWN_KEYS}
+
+
+def _sort_key(value: object) -> tuple[int, float, str]:
+    """Numbers before all else, by their value."""
     return (0, float(value), "") if isinstance(value, (int, float)) else (1, 0.0, str(value))
 
 
-def final_metrics(run: Path) -> dict[str, Any]:
-    """How far a run is, the mean loss of its last tenth, the figures of its last evaluation on each set, and what
-    `scores.json` says, where `amid-ds eval --json` was written there."""
-    lines = read_metrics(run) if (run / "metrics.jsonl").is_file() else []
-    last = lines[-max(1, len(lines) // 10):]
-    found: dict[str, Any] = {"step": lines[-1]["step"] if lines else 0,
-                             "train_loss": sum(line["loss"] for line in last) / len(last) if last else None}
-    path = run / "eval.jsonl"
-    evaluations = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    latest = {line["name"]: line for line in map(json.loads, evaluations)}
+def final_metrics(run: Path) -> dict[str, float | None]:
+    """A run's last step, its training loss, its last evaluation on each set, and its scores.
+
+    The training loss is the mean over the last tenth of the logged steps. The scores are those of
+    SCORES_FILE, e.g. the output of `amid-ds eval --json`.
+    """
+    lines = read_metrics(run)
+    last = lines[-max(1, len(lines) // LAST_SHARE):]
+    metrics: dict[str, float | None] = {
+        "step": lines[-1]["step"] if lines else 0,
+        "train_loss": sum(line["loss"] for line in last) / len(last) if last else None}
+    latest = {line["name"]: line for line in read_jsonl(RunFolder(run).evaluations)}
     for name, line in latest.items():
-        found |= {key if len(latest) == 1 else f"{name}.{key}": value for key, value in line.items()
-                  if key not in ("step", "name", "tokens")}
-    if (run / SCORES).is_file():
-        found |= json.loads((run / SCORES).read_text(encoding="utf-8"))
-    return found
-
-
-SCORES = "scores.json"
+        prefix = "" if len(latest) == 1 else f"{name}."
+        metrics |= {prefix + key: value for key, value in line.items()
+                    if key not in ("step", "name", "tokens")}
+    if (run / SCORES_FILE).is_file():
+        metrics |= json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))
+    return metrics
 
 
 def write_table(folder: Path) -> str:
-    """sweep.csv and sweep.md in `folder`, one line for each run; the Markdown."""
+    """Write sweep.csv and sweep.md in `folder`, one line per run; returns the Markdown."""
     rows = read_sweep_rows(folder)
     settings = list(rows[0].settings)
-    figures = list(dict.fromkeys(itertools.chain.from_iterable(row.figures for row in rows)))
-    figures = [name for name in figures if any(row.figures.get(name) is not None for row in rows)]
-    lines = [[*(row.settings[key] for key in settings), *(row.figures.get(name) for name in figures)] for row in rows]
+    names = dict.fromkeys(itertools.chain.from_iterable(row.metrics for row in rows))
+    metrics = [name for name in names if any(row.metrics.get(name) is not None for row in rows)]
+    lines = [[*row.settings.values(), *(row.metrics.get(name) for name in metrics)]
+             for row in rows]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([[*settings, *figures], *lines])
+    csv.writer(text, lineterminator="\n").writerows([[*settings, *metrics], *lines])
     replace_text(folder / "sweep.csv", text.getvalue())
-    table = markdown([*settings, *figures], lines, left=len(settings))
+    table = markdown_table([*settings, *metrics], lines, left_aligned=len(settings))
     replace_text(folder / "sweep.md", table)
     return table
 
 
-def markdown(titles: Sequence[str], lines: Sequence[Sequence[Any]], left: int = 1) -> str:
-    """A table with the first `left` columns to the left; numbers with four digits that count."""
-    def shown(value: Any) -> str:
-        return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
-    rule = ["---"] * left + ["---:"] * (len(titles) - left)
-    every = [titles, rule, *([shown(value) for value in line] for line in lines)]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in every)
+def markdown_table(titles: Sequence[str], lines: Sequence[Sequence[object]],
+                   left_aligned: int = 1) -> str:
+    """A Markdown table with floats to four significant digits; the other columns align right."""
+    rule = ["---"] * left_aligned + ["---:"] * (len(titles) - left_aligned)
+    rows = [titles, rule, *([_cell(value) for value in line] for line in lines)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_results(folder: Path) -> None:
-    """The table, and the figures where matplotlib is installed; says where they are."""
-    from amid_ds.experiments.plots import plot_losses, plot_sweep
-
+    """Print and write the table of a sweep's folder, and draw its figures."""
     print(write_table(folder))
     rows = read_sweep_rows(folder)
-    drawn = [plot_sweep(rows, folder / "sweep.png"), plot_losses(rows, folder / "losses.png")]
+    figures = [plot_sweep(rows, folder / "sweep.png"), plot_losses(rows, folder / "losses.png")]
     print(f"the table is in {folder / 'sweep.csv'} and sweep.md, the figures in "
-          f"{' and '.join(path.name for path in drawn)}")
+          f"{' and '.join(path.name for path in figures)}")
