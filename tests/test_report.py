@@ -121,7 +121,7 @@ def test_curves_are_the_metrics_and_restarts_are_at_their_steps(runs, monkeypatc
     monkeypatch.setattr(report._Draw, "bars", record)
     both = [report.read_reported_run(run, run.name) for run in runs]
     assert [run.restarts for run in both] == [[STOPPED + 1], []]
-    report._figures(both, report._Draw(None, both))
+    report._sections(both, report._Draw(None, both))
     lines = read_metrics(runs[0])
     losses = [line["loss"] for line in lines]
     assert drawn["Loss"]["first"] == (list(range(1, STEPS + 1)), losses, 1)

@@ -211,7 +211,7 @@ def test_doctor_names_the_slow_node_and_what_a_node_cannot_read(cluster, recipe_
     finally:
         cluster.throttle("n3", None)
     assert doctor.returncode == 1, doctor.stdout + doctor.stderr
-    assert "2 of 10 looks" in doctor.stderr, doctor.stdout + doctor.stderr
+    assert "2 of 10 checks failed" in doctor.stderr, doctor.stdout + doctor.stderr
     for what in ("versions", "GPUs", "free space", "rename", "connections", "all-reduce", "student",
                  "clocks"):
         assert f"ok    {what}" in doctor.stdout, doctor.stdout

@@ -20,7 +20,7 @@ def test_a_study_without_a_seed_is_refused_before_anything_is_made(tmp_path, cap
 def test_the_study_leaves_its_table_and_figure_and_goes_on_where_it_was_cut(tmp_path, monkeypatch,
                                                                             capsys):
     for name, value in (("TEACHER_STEPS", 3), ("START_STEPS", 2), ("STEPS", 2), ("PROMPTS", 4),
-                        ("NEW_TOKENS", 5), ("VOCABULARY", 600)):
+                        ("NEW_TOKENS", 5), ("STUDY_VOCABULARY", 600)):
         monkeypatch.setattr(study, name, value)
     monkeypatch.setattr(demo, "CORPUS_BYTES", 300_000)
     monkeypatch.setattr(demo, "HELD_OUT_BYTES", 8_000)
