@@ -35,11 +35,11 @@ class InputError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on (a NaN, a damaged checkpoint): exit status 1, one message, no traceback."""
+    """The run cannot go on (a NaN, a damaged checkpoint): exit status 1, no traceback."""
 
 
 class Stopped(Exception):
-    """The run was asked to stop and did so in good order: exit status 75, start it again to go on."""
+    """The run stopped in good order when asked to: exit status 75; started again, it goes on."""
 
 
 def exit_status(error: BaseException | None) -> ExitStatus:

@@ -1,9 +1,9 @@
 """Alarms that nobody should have to find in a curve: a loss that spikes, a rank that is slow.
 
-Both are judged against the run's own recent past, so there is nothing to set. A loss that comes back
-and a rank that catches up are forgotten, and reported again should they return. A loss that stays up
-becomes normal after a while: the next spike stands out against it. The first step of an attempt, in
-which kernels compile, says nothing of slow ranks.
+Both are judged against the run's own recent past, so there is nothing to set. A loss that comes
+back and a rank that catches up are forgotten, and reported again should they return. A loss that
+stays up becomes normal after a while, and the next spike is judged against it. Slow ranks are not
+looked for in an attempt's first step, in which kernels compile.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class AnomalyMonitor:
              sampled: bool = False) -> None:
         """Judge optimizer step `step`, which took `step_s` seconds.
 
-        peers, by rank: its tokens' part of the loss, its own seconds (see StepTimer.own_seconds), and
-        more. sampled: the step learnt from student samples, whose loss is another one than the
-        data's; each kind is judged by its like.
+        peers, by rank: its tokens' part of the loss, its own seconds (see StepTimer.own_seconds),
+        and more. sampled: the step learnt from student samples, whose loss differs from the
+        data's, so each kind is judged by its own past.
         """
         losses, own, *_ = zip(*peers, strict=True)
         self._check_spike(step, losses[::self.tp_size], sampled)
@@ -85,9 +85,9 @@ class AnomalyMonitor:
             if spiking and not self.spiking[sampled]:
                 worst = max(range(len(parts)), key=parts.__getitem__)
                 share = f", {parts[worst] / loss:.0%} of it" if len(parts) > 1 else ""
-                logger.warning("the loss spikes: %.4g in step %d, the median of the %d steps before is %.4g; "
-                               "most of it comes from %s%s", loss, step, RECENT_STEPS, median,
-                               self.names[worst * self.tp_size], share)
+                logger.warning("the loss spikes: %.4g in step %d, the median of the %d steps "
+                               "before is %.4g; most of it comes from %s%s", loss, step,
+                               RECENT_STEPS, median, self.names[worst * self.tp_size], share)
             self.spiking[sampled] = spiking
         past.append(loss)
 
@@ -102,6 +102,7 @@ class AnomalyMonitor:
                 self.slow.discard(rank)
                 continue
             if rank not in self.slow:
-                logger.warning("%s is slow: in the %d steps up to %d it took %.3g s for its data and in the "
-                               "loss, the median rank %.3g s", self.names[rank], RECENT_STEPS, step, own, median)
+                logger.warning("%s is slow: in the %d steps up to %d it took %.3g s for its data "
+                               "and in the loss, the median rank %.3g s", self.names[rank],
+                               RECENT_STEPS, step, own, median)
             self.slow.add(rank)

@@ -1,9 +1,9 @@
-"""A step that hangs is noticed, reported and ended, so that the batch system can start the run again.
+"""A step that hangs is reported and ended, so that the batch system can start the run again.
 
-Every rank watches itself: a thread sees that the step's time is over, prints each thread's stack, and
-tells the others through the rendezvous store where its main thread is. A rank that was stopped, or
-whose node is gone, answers nothing and is named for that. The interpreter's own timer stands behind
-the thread, for a rank whose interpreter lock is held.
+Every rank watches itself: a thread sees that the step's time is over, prints each thread's stack,
+and tells the others through the rendezvous store where its main thread is. A rank that was stopped,
+or whose node is gone, answers nothing and is named for that. The interpreter's own timer ends a
+rank whose interpreter lock is held, where the thread cannot run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from amid_ds.run.attempts import Attempt
 
 # Seconds that ranks wait for each other's answers.
 ANSWER_S = 5.0
-# Seconds after the timeout at which the interpreter's own timer ends a rank that could not do so itself.
+# Seconds after the timeout at which the interpreter's own timer ends a rank that could not end
+# itself.
 GRACE_S = 30.0
 # A file descriptor and not sys.stderr: the timer's thread must not touch Python objects.
 STDERR = 2
@@ -36,7 +37,8 @@ class HangWatchdog:
     hosts: each rank's. Made by all ranks.
     """
 
-    def __init__(self, timeout_s: float, world: World, attempt: Attempt, hosts: Sequence[str]) -> None:
+    def __init__(self, timeout_s: float, world: World, attempt: Attempt,
+                 hosts: Sequence[str]) -> None:
         self.timeout_s, self.world, self.attempt, self.hosts = timeout_s, world, attempt, hosts
         # Of the step under way; None between steps.
         self.deadline: float | None = None
@@ -68,7 +70,8 @@ class HangWatchdog:
             deadline = self.deadline
             late = time.monotonic() - deadline if deadline is not None else -1.0
             if late > ANSWER_S:
-                # The process was stopped meanwhile and is woken to be ended: the others have reported it.
+                # The process was stopped meanwhile and is woken to be ended: the others have
+                # reported it.
                 _print(f"rank {self.world.rank} was stopped for {late:.0f} s and more, and ends")
                 os._exit(1)
             if late >= 0:
@@ -92,7 +95,7 @@ class HangWatchdog:
         os._exit(1)
 
     def _exchange(self, locations: dict[int, str]) -> None:
-        """Add other ranks' locations: rank 0, which holds the store, learns all, and every rank learns rank 0's."""
+        """Add other ranks' locations to `locations`: all of them on rank 0, rank 0's elsewhere."""
         if self.world.failures is None:
             return
         store = self.world.failures.store
@@ -107,19 +110,21 @@ class HangWatchdog:
                 time.sleep(0.1)
 
     def _report_culprit(self, locations: Mapping[int, str]) -> None:
-        """Print every rank's location and the rank to look at first, and record it as the attempt's failure."""
+        """Print every rank's location and the rank to look at first; record that one's failure."""
         silent = [rank for rank in range(self.world.size) if rank not in locations]
         if 0 in silent:
             # It holds the store through which the others would have answered.
             silent = [0]
-        answers = {**locations, **dict.fromkeys(silent, "does not answer: it is stopped, or its node is gone")}
+        no_answer = "does not answer: it is stopped, or its node is gone"
+        answers = {**locations, **dict.fromkeys(silent, no_answer)}
         busy = [rank for rank, answer in answers.items() if not answer.startswith("it waits")]
         first = (silent or busy or [self.world.rank])[0]
         for rank, answer in sorted(answers.items()):
             _print(f"  rank {rank} on {self.hosts[rank]}: {answer}")
-        _print(f"step {self.number} hangs; look at rank {first} on {self.hosts[first]} first: {answers[first]}")
-        self.attempt.record_failure(f"the step has not ended after {self.timeout_s:g} s: {answers[first]}",
-                                    first, self.hosts[first])
+        host, answer = self.hosts[first], answers[first]
+        _print(f"step {self.number} hangs; look at rank {first} on {host} first: {answer}")
+        self.attempt.record_failure(
+            f"the step has not ended after {self.timeout_s:g} s: {answer}", first, host)
 
 
 def _main_thread_location() -> str:
@@ -127,11 +132,14 @@ def _main_thread_location() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     stack = list(traceback.extract_stack(frame))
     ours = [f for f in stack if f"{os.sep}amid_ds{os.sep}" in f.filename] or stack
-    where = f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno} {ours[-1].name}" if ours else "nowhere"
+    line = "nowhere"
+    if ours:
+        line = f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno} {ours[-1].name}"
     # Below the call are wrappers of torch; ZeRO's own handles have a `wait`.
     innermost = stack[-4:]
-    waits = innermost[-1].name == "wait" or any(part in frame.filename for frame in innermost for part in WAITING_IN)
-    return f"it {'waits for its peers' if waits else 'works'} in {where}"
+    waits = innermost[-1].name == "wait" or any(
+        part in frame.filename for frame in innermost for part in WAITING_IN)
+    return f"it {'waits for its peers' if waits else 'works'} in {line}"
 
 
 def _print(message: str) -> None:

@@ -1,9 +1,9 @@
 """Memory that a rank holds and bytes that it receives, measured in one step of every attempt.
 
-Rank 0 looks at the fourth step of an attempt, when ZeRO-3 knows its order of gathers, and leaves
-`measured.json` in the run's folder, to be compared with the plan. Resident tensors are counted where
-DeepSpeed keeps them, activations as what autograd keeps of the student's body, bytes on the network at
-the collectives themselves. The step is a little slower for it.
+Rank 0 looks at the fourth step of an attempt, when ZeRO-3 knows its order of gathers, and writes
+`measured.json` into the run's folder, to be compared with the plan. Resident tensors are counted
+where DeepSpeed keeps them, activations as what autograd keeps of the student's body, bytes on the
+network at the collectives themselves. The step is a little slower for it.
 """
 
 from __future__ import annotations
@@ -34,19 +34,23 @@ if TYPE_CHECKING:
 # The step of an attempt that is measured, counted from 1.
 PROBED_STEP = 4
 # Bytes that a rank of n receives for each byte of a collective's first tensors: those that a gather
-# fills, a part of those that are scattered, those that all ranks end up with, by way of a ring.
+# fills, one rank's part of those that are scattered, those that a ring's all-reduce sums.
 RECEIVED_SHARE: Mapping[str, Callable[[int], float]] = {
     "allreduce": lambda n: 2 * (n - 1) / n,
     **dict.fromkeys(("allgather", "all_gather_single", "_allgather_base"), lambda n: (n - 1) / n),
-    **dict.fromkeys(("reduce_scatter", "reduce_scatter_single", "_reduce_scatter_base"), lambda n: n - 1)}
+    **dict.fromkeys(("reduce_scatter", "reduce_scatter_single", "_reduce_scatter_base"),
+                    lambda n: n - 1)}
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Measurements:
-    """What `measured.json` holds: the probed step, each rank's host, rank 0's device, the recipe as YAML, and
-    rank 0's bytes in memory and over the network by part."""
+    """The content of `measured.json`.
+
+    step: the one that was measured; hosts: each rank's; device: rank 0's; recipe: as YAML;
+    memory_per_rank and network_per_step: rank 0's bytes by part.
+    """
 
     step: int
     hosts: list[str]
@@ -58,9 +62,9 @@ class Measurements:
 
 @contextlib.contextmanager
 def probe_step(engine: Engine, recipe: Recipe, hosts: Sequence[str], step: int) -> Iterator[None]:
-    """A context in which optimizer step `step` is made; it is measured, and then written down. On rank 0 alone.
+    """A context that measures optimizer step `step`, made in it, and writes measured.json.
 
-    hosts: each rank's.
+    For rank 0 alone. hosts: each rank's.
     """
     world = engine.world
     probe, traffic = _MemoryProbe(engine), _Traffic(world)
@@ -78,13 +82,14 @@ def probe_step(engine: Engine, recipe: Recipe, hosts: Sequence[str], step: int) 
     measured = Measurements(step, list(hosts), device, dump_recipe(recipe), memory, network)
     # A full disk does not end a run.
     try:
-        replace_text(RunFolder(Path(recipe.output_dir)).measurements, json.dumps(asdict(measured), indent=1) + "\n")
+        path = RunFolder(Path(recipe.output_dir)).measurements
+        replace_text(path, json.dumps(asdict(measured), indent=1) + "\n")
     except OSError as error:
         logger.warning("the measurements of step %d cannot be written: %s", step, error)
 
 
 def read_measurements(run: Path) -> Measurements:
-    """The measurements that a run has left. Raises InputError where there are none, or they are damaged."""
+    """The measurements in a run's folder. Raises InputError if there are none, or damaged ones."""
     path = RunFolder(run).measurements
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -95,7 +100,8 @@ def read_measurements(run: Path) -> Measurements:
     except ValueError:
         values = None
     if not _is_complete(values):
-        raise InputError(f"{path} is damaged", f"what a run writes in step {PROBED_STEP} of an attempt",
+        raise InputError(f"{path} is damaged",
+                         f"what a run writes in step {PROBED_STEP} of an attempt",
                          "remove it: the run's next attempt measures again")
     return Measurements(**{name: values[name] for name in Measurements.__dataclass_fields__})
 
@@ -103,14 +109,19 @@ def read_measurements(run: Path) -> Measurements:
 def _is_complete(values: object) -> bool:
     kinds = {"step": int, "hosts": list, "device": str, "recipe": str, "memory_per_rank": dict,
              "network_per_step": dict}
-    if not isinstance(values, dict) or not all(isinstance(values.get(key), kind) for key, kind in kinds.items()):
+    if not isinstance(values, dict):
+        return False
+    if not all(isinstance(values.get(key), kind) for key, kind in kinds.items()):
         return False
     sizes = [*values["memory_per_rank"].values(), *values["network_per_step"].values()]
     return len(values["hosts"]) > 0 and all(isinstance(size, int) for size in sizes)
 
 
 class _MemoryProbe:
-    """Looks at what autograd keeps while the student's body runs, and at the gradients before they are used."""
+    """Measures activations while the student's body runs, and gradients before they are used.
+
+    Activations are what autograd keeps.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -127,10 +138,12 @@ class _MemoryProbe:
 
         distiller = self.engine.distiller
         checkpointed = [module for module in self.student.modules()
-                        if isinstance(module, GradientCheckpointingLayer) and module.gradient_checkpointing]
+                        if isinstance(module, GradientCheckpointingLayer)
+                        and module.gradient_checkpointing]
         self.hooks = [distiller.register_forward_pre_hook(self._begin_micro_batch),
                       distiller.head.register_forward_pre_hook(self._end_body),
-                      *(layer.register_forward_pre_hook(self._begin_checkpointed_layer) for layer in checkpointed),
+                      *(layer.register_forward_pre_hook(self._begin_checkpointed_layer)
+                        for layer in checkpointed),
                       self.engine.before_optimizer_step(self._see_gradients)]
         return self
 
@@ -173,8 +186,8 @@ class _MemoryProbe:
 class _Traffic:
     """Bytes that this rank receives through torch's collectives, by purpose.
 
-    Counted where torch hands a collective to its group: in a dispatch mode, which would see them too,
-    nothing compiles.
+    Counted where torch hands a collective to its group: a dispatch mode would see them too, but
+    nothing compiles in one.
     """
 
     def __init__(self, world: World) -> None:
@@ -183,7 +196,8 @@ class _Traffic:
         first = world.rank - world.tp_rank
         self.tensor_parallel_ranks = list(range(first, first + world.tp_size))
         # Some have other names in other versions of torch.
-        self.methods = {name: vars(ProcessGroup)[name] for name in RECEIVED_SHARE if name in vars(ProcessGroup)}
+        self.methods = {name: vars(ProcessGroup)[name] for name in RECEIVED_SHARE
+                        if name in vars(ProcessGroup)}
 
     def __enter__(self) -> _Traffic:
         for name in self.methods:

@@ -1,4 +1,4 @@
-"""Everything that watches a step, in one place: hang watchdog, profiler, timer, anomalies, memory probe.
+"""Everything that watches a step: hang watchdog, profiler, timer, anomalies, memory probe.
 
     with Monitors(recipe, world, attempt, hosts, costs, first_step) as monitors:
         for step in ...:
@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 
 class PlannedCosts(NamedTuple):
-    """FLOPs of a rank's `student` and `teacher` in a step, and its device's peak in FLOP/s (None: not known)."""
+    """FLOPs of a rank's `student` and `teacher` in a step, and its device's peak in FLOP/s.
+
+    The peak is None where it is not known.
+    """
 
     flops: Mapping[str, float]
     peak_flops: float | None
@@ -49,15 +52,16 @@ class Monitors:
     hosts: each rank's. first_step: optimizer steps done before this attempt.
     """
 
-    def __init__(self, recipe: Recipe, world: World, attempt: Attempt, hosts: Sequence[str], costs: PlannedCosts,
-                 first_step: int) -> None:
+    def __init__(self, recipe: Recipe, world: World, attempt: Attempt, hosts: Sequence[str],
+                 costs: PlannedCosts, first_step: int) -> None:
         self.recipe, self.world, self.attempt, self.hosts = recipe, world, attempt, hosts
         self.step, self.first_step, self.logged_step = first_step, first_step, first_step
         names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
         self.watchdog = HangWatchdog(recipe.train.hang_timeout, world, attempt, hosts)
         self.timer = StepTimer(world.device, costs.flops, costs.peak_flops)
         self.anomalies = AnomalyMonitor(names, world.tp_size)
-        self.profiler = Profiler(recipe.train.profile, RunFolder(Path(recipe.output_dir)), world.rank, self.timer)
+        run = RunFolder(Path(recipe.output_dir))
+        self.profiler = Profiler(recipe.train.profile, run, world.rank, self.timer)
         self._stack = contextlib.ExitStack()
         self._began = time.monotonic()
 
@@ -86,7 +90,7 @@ class Monitors:
         self.attempt.stepping(self.step)
 
     def train_step(self, engine: Engine) -> contextlib.AbstractContextManager[None]:
-        """The context of the train step itself: on rank 0 the fourth one of an attempt is measured."""
+        """The context of the train step itself: rank 0 measures the fourth one of an attempt."""
         if self.world.is_main and self.step == self.first_step + PROBED_STEP:
             return probe_step(engine, self.recipe, self.hosts, self.step)
         return contextlib.nullcontext()

@@ -1,7 +1,7 @@
-"""A few steps under torch's profiler: every operator, kernel and collective, by the phase that it belongs to.
+"""A few steps under torch's profiler: every operator, kernel and collective, by its phase.
 
-Each rank writes a trace in the format that https://ui.perfetto.dev and chrome://tracing open. Profiled
-steps are slower than others; `train.profile` names them, and costs nothing in all the others.
+Each rank writes a trace in the format that https://ui.perfetto.dev and chrome://tracing open.
+Profiled steps are slower than others; `train.profile` names them, and costs nothing in the others.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Profiler:
-    """Traces the optimizer steps that `steps` names (None: none) on this rank into the run's profile/."""
+    """Traces this rank's optimizer steps `steps` (None: none) into the run's profile/."""
 
-    def __init__(self, steps: ProfileSteps | None, run: RunFolder, rank: int, timer: StepTimer) -> None:
+    def __init__(self, steps: ProfileSteps | None, run: RunFolder, rank: int,
+                 timer: StepTimer) -> None:
         self.steps, self.folder, self.rank, self.timer = steps, run.profile, rank, timer
         self.running: torch.profiler.profile | None = None
 

@@ -1,9 +1,9 @@
 """Where a step's time and memory go, measured in every step of every run.
 
-The main thread marks the ends of a step's phases: by the clock on a CPU, by events in the device's own
-stream on a GPU, so that nothing waits for the measurement. Every second between two marks belongs to
-exactly one phase. One process is one rank, so the timer in use is the process's, as torch's profiler
-is; without one `phase` does nothing. Its cost is in this folder's README.
+The main thread marks the ends of a step's phases: by the clock on a CPU, by events in the device's
+own stream on a GPU, so that nothing waits for the measurement. Every second between two marks
+belongs to exactly one phase. One process is one rank, so the timer in use is the process's, as
+torch's profiler is; without one `phase` does nothing. Its cost is in this folder's README.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ _current: StepTimer | None = None
 
 @contextlib.contextmanager
 def phase(name: str) -> Iterator[None]:
-    """A context whose time belongs to phase `name`, except for phases inside it; also a span of a profile."""
+    """A context whose time belongs to phase `name`, except for the phases inside it.
+
+    It is also a span of the profile, in profiled steps.
+    """
     timer = _current
     if timer is None:
         yield
@@ -42,8 +45,10 @@ def phase(name: str) -> Iterator[None]:
 
 
 def local_stats() -> list[float]:
-    """[seconds of own work since the last call, peak memory in bytes], sent to all ranks every step."""
-    return [0.0, 0.0] if _current is None else [_current.own_seconds(), _current.memory()["peak"]]
+    """[seconds of own work since the last call, peak memory in bytes], for all ranks to know."""
+    if _current is None:
+        return [0.0, 0.0]
+    return [_current.own_seconds(), _current.memory()["peak"]]
 
 
 def set_peer_stats(peers: Sequence[Sequence[float]]) -> None:
@@ -55,11 +60,12 @@ def set_peer_stats(peers: Sequence[Sequence[float]]) -> None:
 class StepTimer:
     """This rank's timeline and memory. As a context it is the one that `phase` addresses.
 
-    flops: planned, of this rank's `student` and `teacher` in a step. peak_flops: the device's peak in
-    FLOP/s, None where it is not known.
+    flops: planned, of this rank's `student` and `teacher` in a step. peak_flops: the device's peak
+    in FLOP/s, None where it is not known.
     """
 
-    def __init__(self, device: torch.device, flops: Mapping[str, float], peak_flops: float | None) -> None:
+    def __init__(self, device: torch.device, flops: Mapping[str, float],
+                 peak_flops: float | None) -> None:
         self.device, self.flops, self.peak_flops = device, flops, peak_flops
         self.profiled = False
         self.seconds: Counter[str] = Counter()
@@ -103,10 +109,11 @@ class StepTimer:
             self.seconds[name] += mark.elapsed_time(self._marks[0][1]) / 1e3
 
     def own_seconds(self) -> float:
-        """Seconds since the last call in the phases in which this rank waits for no other one: data and loss.
+        """Seconds since the last call in data and loss, where this rank waits for no other one.
 
-        In every other phase ranks wait for the slowest, and all take as long as it does. Under tensor
-        parallelism they do so in the loss too, within their group: there a slow rank's group looks slow.
+        In every other phase ranks wait for the slowest, and all take as long as it does. Under
+        tensor parallelism they do so in the loss too, within their group: there a slow rank's whole
+        group looks slow.
         """
         self._drain()
         before, self.own_s = self.own_s, self.seconds["data"] + self.seconds["loss"]
@@ -118,14 +125,16 @@ class StepTimer:
             return {"reserved": torch.cuda.memory_reserved(self.device),
                     "peak": torch.cuda.max_memory_reserved(self.device)}
         resident = self._process.memory_info().rss
-        # The kernel updates its peak only now and then.
-        return {"reserved": resident, "peak": max(resident, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)}
+        # In KiB; the kernel updates it only now and then.
+        peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"reserved": resident, "peak": max(resident, peak_kib * 1024)}
 
     def line(self, steps: int, uses_teacher: bool) -> dict[str, float | None]:
-        """Metrics of the `steps` steps since the last line: seconds per step by phase, FLOPs per step, MFU, memory.
+        """Metrics of the `steps` steps since the last line.
 
-        `time/step` leaves out the phases outside steps; the peak of memory is that of all ranks; the
-        teacher's FLOPs are 0 unless a step `uses_teacher`.
+        Seconds per step by phase, FLOPs per step, MFU, memory in bytes. `time/step` leaves out
+        OUTSIDE_STEPS; `memory/peak` is the highest of all ranks; the teacher's FLOPs are 0 unless a
+        step `uses_teacher`.
         """
         self._mark()
         self._marks[-1][1].synchronize()
@@ -133,12 +142,17 @@ class StepTimer:
         spent = {name: (self.seconds[name] - self._logged[name]) / steps for name in PHASES}
         self._logged = Counter(self.seconds)
         step_s = sum(seconds for name, seconds in spent.items() if name not in OUTSIDE_STEPS)
-        flops = {name: count if uses_teacher or name == "student" else 0.0 for name, count in self.flops.items()}
+        flops = {name: count if uses_teacher or name == "student" else 0.0
+                 for name, count in self.flops.items()}
         memory = self.memory()
         memory["peak"] = int(max([memory["peak"], *(peak for *_, peak in self.peers)]))
-        mfu = sum(flops.values()) / (step_s * self.peak_flops) if flops and self.peak_flops else None
-        return {"time/step": step_s, **{f"time/{name}": seconds for name, seconds in spent.items()},
-                **{f"perf/{name}_flops": count for name, count in flops.items()}, "perf/mfu": mfu,
+        mfu = None
+        if flops and self.peak_flops:
+            mfu = sum(flops.values()) / (step_s * self.peak_flops)
+        return {"time/step": step_s,
+                **{f"time/{name}": seconds for name, seconds in spent.items()},
+                **{f"perf/{name}_flops": count for name, count in flops.items()},
+                "perf/mfu": mfu,
                 **{f"memory/{name}": size for name, size in memory.items()}}
 
 

@@ -1,4 +1,4 @@
-"""The ways to ask a run to stop in good order, as one question that the loop asks before every step.
+"""The ways to ask a run to stop in good order, as one question asked before every step.
 
 SIGTERM, SIGUSR1 and Ctrl-C reach single ranks; the file STOP in the run's folder and the time limit
 are seen by rank 0 alone. So each rank answers for itself, and the answers are added up in the small

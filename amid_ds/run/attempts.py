@@ -1,4 +1,4 @@
-"""A run's attempts, as recorded for the next attempt, for the batch script and for `amid-ds status`.
+"""A run's attempts, as recorded for the next one, for the batch script and for `amid-ds status`.
 
 A run may take several attempts: one is pre-empted, runs out of time or loses a node, and the next
 one resumes. `attempts.jsonl` in the run's folder has one line per event: `submitted`, `begun`,
