@@ -26,6 +26,7 @@ from amid_ds.errors import InputError, Stopped, TrainingError
 from amid_ds.experiments import sweep
 from amid_ds.experiments.plots import mean_and_error
 from amid_ds.run import attempts
+from amid_ds.training.job import check_recipe
 
 
 @pytest.fixture
@@ -167,8 +168,8 @@ def test_a_sweep_that_cannot_be_run_is_refused_before_its_first_run(recipe, tmp_
 def test_the_jobs_of_an_array_run_what_was_checked(recipe, shared_model, tmp_path, monkeypatch,
                                                    base, swept):
     recipe.write_text(yaml.safe_dump({**yaml.safe_load(recipe.read_text()), **base}))
-    monkeypatch.setattr(submit.scheduler, "test_only", lambda arguments: "")
-    monkeypatch.setattr(submit.scheduler, "submit", lambda arguments: "7")
+    monkeypatch.setattr(submit.slurm, "sbatch_test_only", lambda arguments: "")
+    monkeypatch.setattr(submit.slurm, "sbatch", lambda arguments: "7")
     swept = swept.replace("TEACHER", str(shared_model("gpt2", 1)))
     asked = [str(recipe), "--ranks-per-node", "1", "train.seed=3"]
     assert main(["submit", *asked, "--sweep", swept]) == 0
@@ -183,7 +184,7 @@ def test_the_jobs_of_an_array_run_what_was_checked(recipe, shared_model, tmp_pat
             # The runs of `sweep` share prepared data.
             prepared = "null" if kept.name == "0001" else str(out / "data")
             assert job == load_recipe(recipe, ["train.seed=3", f"data.prepared={prepared}", *run])
-            assert job.check_recipe(job, 1) and job.loss.kd_weight == 1
+            assert check_recipe(job, 1) and job.loss.kd_weight == 1
 
 
 def test_a_comma_inside_brackets_belongs_to_the_value():
