@@ -9,7 +9,7 @@ from typing import TypedDict
 
 from amid_ds.config.parse import parse_recipe
 from amid_ds.errors import InputError
-from amid_ds.monitor.memory_probe import read_measurements
+from amid_ds.monitor.memory_probe import Measurements, read_measurements
 from amid_ds.planning.devices import DEVICES, device_by_torch_name, find_device
 from amid_ds.planning.estimate import Plan, estimate_plan
 from amid_ds.run.log import read_metrics
