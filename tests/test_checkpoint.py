@@ -18,7 +18,7 @@ from support.models import make_model
 from support.ranks import Ranks, run_ranks
 from support.runs import comparable_metrics, count_steps, read_metrics, write_recipe
 
-from amid_ds.checkpoint.manifest import list_checkpoints, read_manifest, verify
+from amid_ds.checkpoint.manifest import Manifest, list_checkpoints, verify
 
 STEPS = 30
 LAST = f"step_{STEPS:08d}"
@@ -379,7 +379,7 @@ def test_the_training_goes_on_when_a_save_fails_and_the_next_interval_tries_agai
     assert good and [verify(path) for path in good] == [None] * len(good)
     disk.repair()
     assert ranks.wait() == [0, 0], ranks.output()
-    assert read_manifest(list_checkpoints(run / "checkpoints")[-1])["state"]["step"] == 60
+    assert Manifest.read(list_checkpoints(run / "checkpoints")[-1]).state.step == 60
     assert [line["step"] for line in read_metrics(run)] == list(range(1, 61))
 
 

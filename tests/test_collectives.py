@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main
 from support.runs import read_metrics, write_recipe
 
@@ -34,9 +35,7 @@ def recipe(shared_model, instructions_file, tmp_path_factory):
 
 def uneven_rank(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank that records its collectives; in step 2 the last dp rank has no token."""
-    from amid_ds.training import trainer
-
-    rank, size, real_step = int(variables["RANK"]), int(variables["WORLD_SIZE"]), trainer.train_step
+    rank, size = int(variables["RANK"]), int(variables["WORLD_SIZE"])
     calls: list[list] = []
 
     def counted(name, real, *args, **kwargs):
@@ -46,16 +45,15 @@ def uneven_rank(folder: str, argv: list[str], variables: dict[str, str], log: st
     for name in COLLECTIVES:
         setattr(dist, name, functools.partial(counted, name, getattr(dist, name)))
 
-    def step(job, ds, window, tokens, state, world, *rest):
-        if rank >= size - world.tp_size and state["step"] == 1:
-            window = [replace(batch, labels=torch.full_like(batch.labels, -100))
-                      for batch in window]
+    def around(trainer, batch):
+        if rank >= size - trainer.world.tp_size and trainer.state.step == 1:
+            batch = batch._replace(window=[
+                replace(each, labels=torch.full_like(each.labels, -100)) for each in batch.window])
         calls.clear()
-        values = real_step(job, ds, window, tokens, state, world, *rest)
-        Path(folder, f"step{state['step']}.rank{rank}").write_text(json.dumps(calls))
-        return values
+        yield batch
+        Path(folder, f"step{trainer.state.step}.rank{rank}").write_text(json.dumps(calls))
 
-    trainer.train_step = step
+    patch_train_step(around)
     rank_main(argv, variables, log)
 
 

@@ -434,13 +434,12 @@ def test_two_jobs_share_the_work_on_one_folder(tmp_path, tokenizer, many_chunks)
 JOB = """
 import sys
 from pathlib import Path
-from amid_ds import config
-from amid_ds.bench.data import measure_data
+from amid_ds.config.recipe import Data
 from amid_ds.data import load_tokenizer, preparation, prepare, shard
 shard.MIN_CHUNK, preparation.PARALLEL_BYTES = 2000, 0
 if __name__ == "__main__":
     path, tokenizer, out, workers = sys.argv[1:]
-    data = config.Data(train=[{"path": path}], prepared=out, workers=int(workers))
+    data = Data(train=[{"path": path}], prepared=out, workers=int(workers))
     prepare(data, 16, load_tokenizer(tokenizer), Path(out))
 """
 

@@ -216,14 +216,15 @@ def test_a_model_whose_logits_are_nan_is_named(pair, tmp_path, capsys, role):
 
 def test_a_perplexity_beyond_a_float_is_left_out_and_json_is_json(tmp_path):
     for loss in (709.0, 710.0, 1e300):
-        scores = evaluate.score_model([2 * loss, 0, 0, 0, 2, *[0] * 2 * evaluate.CALIBRATION_BINS], has_teacher=False)
-        figures = validation._figures("held", [2 * loss, 0, 0, 2], taught=False)
-        assert scores.perplexity == figures["perplexity"] == (math.exp(709) if loss == 709
+        sums = [2 * loss, 0, 0, 0, 2, *[0] * 2 * evaluate.CALIBRATION_BINS]
+        scores = evaluate.score_model(sums, has_teacher=False)
+        metrics = validation._metrics("held", [2 * loss, 0, 0, 2], has_teacher=False)
+        assert scores.perplexity == metrics["perplexity"] == (math.exp(709) if loss == 709
                                                               else None)
-        json.dumps(figures, allow_nan=False)
+        json.dumps(metrics, allow_nan=False)
         evaluate.print_table({"model": scores})
     log = RunLog(RunFolder(tmp_path), 0, 1)
-    log.evaluation(1, {"held": figures})
+    log.evaluation(1, {"held": metrics})
     log.close()
     assert json.loads((tmp_path / "eval.jsonl").read_text())["perplexity"] is None
 

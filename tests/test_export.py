@@ -53,16 +53,16 @@ def teacher(shared_model) -> Path:
 
 def logits_saving_rank(file: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank that saves its student's logits after training."""
-    from amid_ds.training import trainer
+    from amid_ds.training.trainer import Trainer
 
-    def loop(job, ds, *others):
-        real(job, ds, *others)
+    def run_and_save(trainer):
+        real(trainer)
         with torch.no_grad():
-            logits = ds.module.student.eval()(IDS).logits
-        if others[2].is_main:
+            logits = trainer.engine.distiller.student.eval()(IDS).logits
+        if trainer.world.is_main:
             torch.save(logits, file)
 
-    real, trainer.run_training = trainer.run_training, loop
+    real, Trainer.run = Trainer.run, run_and_save
     rank_main(argv, variables, log)
 
 
@@ -257,14 +257,15 @@ def test_deepspeeds_own_zero_to_fp32_works_on_our_checkpoints(run, folder, tmp_p
 
 def weights_saving_rank(file: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank that saves its student's weights and optimizer state before the first step."""
-    from amid_ds.training import trainer
+    from amid_ds.training.trainer import Trainer
 
-    def loop(job, ds, state, *others):
+    def save(trainer):
         weights = {name: parameter.detach().clone()
-                   for name, parameter in ds.module.student.named_parameters()}
-        torch.save((weights, state["step"], len(ds.optimizer.state)), file)
+                   for name, parameter in trainer.engine.distiller.student.named_parameters()}
+        moments = trainer.engine._deepspeed.optimizer.state
+        torch.save((weights, trainer.state.step, len(moments)), file)
 
-    trainer.run_training = loop
+    Trainer.run = save
     rank_main(argv, variables, log)
 
 

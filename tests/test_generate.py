@@ -92,9 +92,9 @@ def test_killed_it_carries_on_with_every_line_once_wherever_the_weights_lie(
 
 
 def rank_short_of_memory(argv: list[str], variables: dict[str, str], log: str) -> None:
-    from amid_ds.engine import engine
+    from amid_ds.engine.engine import Engine
 
-    engine.fits_whole = lambda *_: False
+    Engine.fits_gathered = lambda *_: False
     rank_main(argv, variables, log)
 
 

@@ -10,12 +10,13 @@ from transformers import AutoModelForCausalLM
 from amid_ds.data import Batch
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD
-from amid_ds.models.distiller import Distiller
+from amid_ds.models.distiller import Distiller, StepObjective
 from amid_ds.models.heads import check_isolation
 
 FAMILIES = ("llama", "llama-tied", "qwen3", "gemma2", "qwen2-tied", "gpt2")
 # Tokens of each document in the row; Gemma's window of 8 ends inside one of them.
 LENGTHS = (5, 13, 1, 9)
+OBJECTIVE = StepObjective(AMiD(lam=0.3), kd_weight=1.0, ce_weight=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +29,11 @@ def losses_of(distiller: Distiller, ids: torch.Tensor, positions: torch.Tensor) 
     """The loss of each document of the row. The teacher gets a longer row in the same pass."""
     labels = ids.roll(-1, 1)
     longer = torch.ones(1, ids.shape[1] + 3, dtype=torch.int64)
-    teacher_hidden, _ = distiller.teach([Batch(ids, labels, positions, 0, [], []),
-                                         Batch(longer, longer, None, 0, [], [])], 2)
+    teacher_hidden, _ = distiller.teacher_hidden_states(
+        [Batch(ids, labels, positions, 0, [], []), Batch(longer, longer, None, 0, [], [])], 2)
     document = (positions == 0).cumsum(1) - 1
-    return [distiller(ids, labels, (document == i).float(), teacher_hidden, positions)[0].item()
+    return [distiller(ids, labels, (document == i).float(), teacher_hidden, positions,
+                      objective=OBJECTIVE).loss.item()
             for i in range(len(LENGTHS))]
 
 
@@ -39,8 +41,7 @@ def losses_of(distiller: Distiller, ids: torch.Tensor, positions: torch.Tensor) 
 def test_changing_a_document_leaves_the_others_losses_as_they_were_to_the_last_digit(models,
                                                                                      family):
     teacher = models[FAMILIES[FAMILIES.index(family) - 1]]
-    distiller = Distiller(models[family].eval(), teacher, AMiD(lam=0.3), kd_weight=1.0,
-                          ce_weight=0.5, vocab_size=len(WORDS) + 3)
+    distiller = Distiller(models[family].eval(), teacher, vocab_size=len(WORDS) + 3)
     draw = torch.Generator().manual_seed(0)
     ids = torch.randint(len(WORDS), (1, sum(LENGTHS)), generator=draw)
     positions = torch.cat([torch.arange(length) for length in LENGTHS])[None]
@@ -55,9 +56,11 @@ def test_changing_a_document_leaves_the_others_losses_as_they_were_to_the_last_d
                      if old != new]
         assert different == ([changed] if length > 1 else [])
         document, labels = (tokens[:, start:start + length] for tokens in (ids, ids.roll(-1, 1)))
-        teacher_hidden, = distiller.teach([Batch(document, labels, None, 0, [], [])], 1)
-        alone = distiller(document, labels, torch.ones(1, length), teacher_hidden)[0].item()
-        assert alone == pytest.approx(before[changed], rel=1e-4)
+        teacher_hidden, = distiller.teacher_hidden_states(
+            [Batch(document, labels, None, 0, [], [])], 1)
+        alone = distiller(document, labels, torch.ones(1, length), teacher_hidden,
+                          objective=OBJECTIVE).loss
+        assert alone.item() == pytest.approx(before[changed], rel=1e-4)
         start += length
 
 

@@ -152,7 +152,7 @@ def test_a_stopped_tensor_parallel_run_carries_on_as_if_it_had_not_been(pair, in
 def memory_measuring_rank(folder: str, argv: list[str], variables: dict[str, str],
                           log: str) -> None:
     """Run as a rank that loads the models, records the peak rise of its memory, and exits."""
-    from amid_ds.training import trainer
+    from amid_ds.training import train
 
     def anonymous() -> int:
         line = next(line for line in Path("/proc/self/status").read_text().splitlines()
@@ -175,7 +175,7 @@ def memory_measuring_rank(folder: str, argv: list[str], variables: dict[str, str
         Path(folder, f"rank{variables['RANK']}").write_text(str(highest[0] - before))
         os._exit(0)
 
-    real, trainer.engine.build_engine = trainer.engine.build_engine, load
+    real, train.build_engine = train.build_engine, load
     rank_main(argv, variables, log)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main
 from support.runs import read_metrics, write_recipe
 
@@ -37,17 +38,16 @@ def lazy_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     """
     import time
 
-    from amid_ds.engine import engine
+    from amid_ds.engine.engine import Engine
     from amid_ds.models import distiller
-    from amid_ds.training import trainer
+    from amid_ds.models.distiller import Distiller
 
     rank, at = int(variables["RANK"]), {"step": 0}
-    take_step, teach, take = trainer.train_step, distiller.Distiller.teach, engine.optimizer_step
     loss = distiller.linear_amid_loss
 
-    def step(*arguments):
+    def around(*_):
         at["step"] += 1
-        return take_step(*arguments)
+        yield
 
     def slowly(function):
         def call(*arguments):
@@ -62,7 +62,9 @@ def lazy_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
             token_weights = token_weights * (30 if at["step"] == SPIKE else 1)
         return loss(*arguments, token_weights=token_weights, **options)
 
-    trainer.train_step, distiller.Distiller.teach, engine.optimizer_step = step, slowly(teach), slowly(take)
+    patch_train_step(around)
+    Distiller.teacher_hidden_states = slowly(Distiller.teacher_hidden_states)
+    Engine.optimizer_step = slowly(Engine.optimizer_step)
     distiller.linear_amid_loss = lose
     rank_main(argv, variables, log)
 

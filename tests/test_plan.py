@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.counting_rank import counting_rank
+from support.patches import patch_train_step
 from support.ranks import Ranks
 from support.runs import write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
@@ -46,27 +47,23 @@ def large(text_file, tmp_path_factory) -> Path:
 
 def weighing_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank that writes its engine's resident bytes to RANK.bytes in the run's folder."""
-    from amid_ds.training import trainer
-
-    take_step = trainer.train_step
-
-    def step(job, ds, *rest):
-        values = take_step(job, ds, *rest)
-        rows = ds.optimizer.fp32_partitioned_groups_flat
-        moments = [value for state in ds.optimizer.optimizer.state.values()
+    def around(trainer, batch):
+        yield
+        optimizer = trainer.engine._deepspeed.optimizer
+        rows = optimizer.fp32_partitioned_groups_flat
+        moments = [value for state in optimizer.optimizer.state.values()
                    for key, value in state.items()
                    if key != "step"]
-        named = dict(ds.module.named_parameters())
+        named = dict(trainer.engine.distiller.named_parameters())
         held = {who: sum(p.ds_tensor.nbytes for name, p in named.items() if name.startswith(who))
                 for who in ("student", "teacher")}
-        gradients = ds.optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()
-        (job.run / f"{variables['RANK']}.bytes").write_text(json.dumps({
+        gradients = optimizer._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.values()
+        (trainer.job.run.path / f"{variables['RANK']}.bytes").write_text(json.dumps({
             "student_weights": held["student"], "teacher_weights": held["teacher"],
             "optimizer": sum(tensor.nbytes for tensor in [*rows, *moments]),
             "gradients": sum(tensor.nbytes for tensor in gradients)}))
-        return values
 
-    trainer.train_step = step
+    patch_train_step(around)
     counting_rank(argv, variables, log)
 
 

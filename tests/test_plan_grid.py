@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.models import make_model
+from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main
 from support.runs import write_recipe
 
@@ -49,15 +50,12 @@ def profiling_rank(argv: list[str], variables: dict[str, str], log: str) -> None
     """Run as a rank that writes the peak allocation of step PROFILED to peak.json."""
     import torch
 
-    from amid_ds.training import trainer
-
-    take_step = trainer.train_step
-
-    def step(job, ds, window, tokens, state, *rest):
-        if state["step"] + 1 != PROFILED or variables["RANK"] != "0":
-            return take_step(job, ds, window, tokens, state, *rest)
+    def around(trainer, batch):
+        if trainer.state.step + 1 != PROFILED or variables["RANK"] != "0":
+            yield
+            return
         with torch.profiler.profile(profile_memory=True) as profile:
-            values = take_step(job, ds, window, tokens, state, *rest)
+            yield
         given = sorted((event.start_ns(), event.nbytes())
                        for event in profile.profiler.kineto_results.events()
                        if event.name() == "[memory]")
@@ -65,10 +63,9 @@ def profiling_rank(argv: list[str], variables: dict[str, str], log: str) -> None
         for _, size in given:
             now += size
             peak = max(peak, now)
-        (job.run / "peak.json").write_text(json.dumps(peak))
-        return values
+        (trainer.job.run.path / "peak.json").write_text(json.dumps(peak))
 
-    trainer.train_step = step
+    patch_train_step(around)
     rank_main(argv, variables, log)
 
 

@@ -15,8 +15,7 @@ from amid_ds import amid_loss
 from amid_ds.cli import main
 from amid_ds.config.library import RECIPES_FOLDER, find_recipe
 from amid_ds.config.parse import load_recipe
-from amid_ds.config.schedule import loss_at
-from amid_ds.training.objective import build_objective
+from amid_ds.training.objective import objective_at
 
 # Recipe -> its models' family, ranks, and the overrides that make it small.
 STAND_INS = {
@@ -76,7 +75,7 @@ def test_the_gkd_recipes_loss_is_its_scripts():
     recipe = load_recipe(find_recipe("gkd"))
     student, teacher = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0),
                                    dtype=torch.float64)
-    objective = build_objective(loss_at(recipe.loss, 0, recipe.train.steps))
+    objective = objective_at(recipe.loss, 0, recipe.train.steps).amid
     q, p = student.softmax(-1), teacher.softmax(-1)
     m = 0.1 * p + 0.9 * q
     truth = (0.9 * q * (q / m).log() + 0.1 * p * (p / m).log()).sum(-1)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.data import write_texts
+from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import read_metrics, write_recipe
 
@@ -23,17 +24,12 @@ STOPPED, STEPS = 4, 9
 
 def stopping_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank that finds a STOP file after step STOPPED."""
-    from amid_ds.training import trainer
+    def around(trainer, batch):
+        yield
+        if trainer.state.step == STOPPED:
+            (trainer.job.run.path / "STOP").touch()
 
-    take_step = trainer.train_step
-
-    def step(job, ds, window, tokens, state, *rest):
-        values = take_step(job, ds, window, tokens, state, *rest)
-        if state["step"] == STOPPED:
-            (job.run / "STOP").touch()
-        return values
-
-    trainer.train_step = step
+    patch_train_step(around)
     rank_main(argv, variables, log)
 
 

@@ -14,18 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 from support.data import write_instructions
+from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import read_metrics, write_recipe
 
 from amid_ds.checkpoint import reshard
-from amid_ds.checkpoint.manifest import list_checkpoints, read_manifest, verify
+from amid_ds.checkpoint.manifest import Manifest, list_checkpoints, verify
 from amid_ds.checkpoint.saver import Saver
-from amid_ds.checkpoint.zero_shards import TENSOR_KINDS, ZeroShards
+from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.cli import main
 from amid_ds.config.recipe import Student
 from amid_ds.data import PreparedDataset
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.restore import TENSOR_KINDS
 from amid_ds.errors import InputError
 from amid_ds.files import require_disk_space
 from amid_ds.models.loading import meta_model
@@ -78,19 +80,17 @@ def recipe_for(students, shared_model, prepared, tmp_path_factory) -> Callable[.
 def row_recording_rank(stop_after: int, notes: str, argv: list[str], variables: dict[str, str],
                        log: str) -> None:
     """Run as a rank that records each step's rows and asks to stop after step `stop_after`."""
-    from amid_ds.training import trainer
-
-    def step(job, ds, window, tokens, state, world, *rest):
-        values = real(job, ds, window, tokens, state, world, *rest)
+    def around(trainer, batch):
+        yield
+        world, step = trainer.world, trainer.state.step
         if world.tp_rank == 0:
-            rows = [row for batch in window for row in batch.rows]
+            rows = [row for each in batch.window for row in each.rows]
             with open(f"{notes}.{world.rank}", "a") as file:
-                file.write(json.dumps([state["step"], rows]) + "\n")
-        if world.is_main and state["step"] == stop_after:
-            (job.run / "STOP").touch()
-        return values
+                file.write(json.dumps([step, rows]) + "\n")
+        if world.is_main and step == stop_after:
+            (trainer.job.run.path / "STOP").touch()
 
-    real, trainer.train_step = trainer.train_step, step
+    patch_train_step(around)
     rank_main(argv, variables, log)
 
 
@@ -138,14 +138,15 @@ def test_a_run_moved_through_layouts_is_the_uninterrupted_run(chain, folder, pre
 
 def saving_rank(other: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank that resumes and saves into the folder `other` without a step."""
-    from amid_ds.training import trainer
+    from amid_ds.training.trainer import Trainer
 
-    def loop(job, ds, state, damaged, world, *_):
-        saver = Saver(ds, Path(other), job.recipe.checkpoint, world, print)
-        saver.start(state)
+    def save(trainer):
+        saver = Saver(trainer.engine, Path(other), trainer.recipe.checkpoint,
+                      trainer.saver.identity)
+        saver.start(trainer.state)
         saver.finish()
 
-    trainer.run_training = loop
+    Trainer.run = save
     rank_main(argv, variables, log)
 
 
@@ -206,9 +207,8 @@ def test_weights_and_moments_arrive_bit_for_bit_in_any_layout(name, folder, stud
         files = [torch.load(path, weights_only=False)
                  for path in (other / first.name).glob("*states.pt")]
         assert adam_steps(files) == {2.0}
-        state, moved = (read_manifest(path)["state"]
-                        for path in (first, other / first.name))
-        assert state["tokens"] == moved["tokens"] and state["step"] == moved["step"] == 2
+        state, moved = (Manifest.read(path).state for path in (first, other / first.name))
+        assert state.tokens == moved.tokens and state.step == moved.step == 2
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +243,7 @@ def test_the_whole_tensors_are_those_of_deepspeeds_own_conversion(config, folder
 
 def converting_process(kept: str, model: str, argv: list[str], variables: dict[str, str],
                        log: str) -> None:
-    reshard.convert(Path(kept), Student(model=model))
+    reshard.consolidate(Path(kept), Student(model=model))
 
 
 def test_after_a_kill_during_a_conversion_the_next_start_converts_anew_and_the_one_after_not_again(
@@ -272,7 +272,7 @@ def test_without_room_on_the_disk_nothing_is_written_and_the_message_says_how_mu
     before = sorted(path.name for path in kept.iterdir())
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=1000))
     with pytest.raises(InputError, match=r"needs 0\.\d+ MB, .* has 0\.0 MB free"):
-        reshard.convert(kept, Student(model=str(students["untied"])))
+        reshard.consolidate(kept, Student(model=str(students["untied"])))
     assert sorted(path.name for path in kept.iterdir()) == before
 
 

@@ -126,26 +126,27 @@ def gather_counting_rank(argv: list[str], variables: dict[str, str], log: str) -
     """Run as a rank that records each rollout's gathered bytes, the student's size and the seconds.
 
     With the variable PER_TOKEN the whole student does not fit."""
-    from amid_ds.engine import engine
-    from amid_ds.training import rollout
+    from amid_ds.engine.engine import Engine
+    from amid_ds.training.rollout import Rollouts
 
-    original = rollout.Rollouts.turn
+    original = Rollouts.batch_for_step
 
     def counted(self, data):
-        before = self.ds.gathered.student
+        gathered = self.engine.gathered_bytes
+        before = gathered.student
         self.world.barrier()
         began = time.perf_counter()
         made = original(self, data)
         self.world.barrier()
         seconds = time.perf_counter() - began
-        weights = sum(p.ds_numel * p.element_size() for p in self.ds.module.student.parameters())
+        weights = sum(p.ds_numel * p.element_size() for p in self.student.parameters())
         with open(Path(self.recipe.output_dir) / f"{variables['RANK']}.jsonl", "a") as file:
-            file.write(json.dumps([self.ds.gathered.student - before, weights, seconds]) + "\n")
+            file.write(json.dumps([gathered.student - before, weights, seconds]) + "\n")
         return made
 
-    rollout.Rollouts.turn = counted
+    Rollouts.batch_for_step = counted
     if "PER_TOKEN" in variables:
-        engine.fits_whole = lambda *_: False
+        Engine.fits_gathered = lambda *_: False
     rank_main(argv, variables, log)
 
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from amid_ds.cli import main
+from amid_ds.config.recipe import Data
 from amid_ds.data import (
     load_tokenizer,
     require_same_tokenizer,
@@ -158,7 +159,7 @@ def test_a_tokenizer_is_trained_on_a_recipes_data(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == out
     tokenizer = load_tokenizer(out)
     assert len(tokenizer) == 900 and len(tokenizer("zqzqzqzqzqzqzqzq")["input_ids"]) == 1
-    data = recipe.Data(**recipe["data"])
+    data = Data(**recipe["data"])
     some = list(sample_texts(data, 400_000))
     assert some[-2:] == ["x = 1", "zq" * 5000] and some[:-2] == texts[:len(some) - 2]
     assert sum(map(len, some[:-3])) < 300_000 <= sum(map(len, some[:-2]))

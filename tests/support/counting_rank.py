@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from support.patches import patch_train_step
 from support.ranks import rank_main
 
 
@@ -14,11 +15,10 @@ def counting_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     )
 
     from amid_ds.models import distiller, heads
-    from amid_ds.training import trainer
 
     count = {"invalidations": 0, "losses": 0, "loss_rows": 0, "teacher_calls": 0}
     invalidate, loss = Coordinator._invalidate_trace, distiller.linear_amid_loss
-    take_step, body_of = trainer.train_step, heads.body_of
+    body_of = heads.body_of
 
     def counted(name, function, rows=lambda *_: 0):
         def call(*arguments, **options):
@@ -32,27 +32,29 @@ def counting_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
         count["teacher_calls"] += frozen
         return body_of(model)
 
-    def step(job, ds, window, tokens, state, world, *more):
-        before = dict(count), ds.gathered.teacher, ds.gathered.student
-        values = take_step(job, ds, window, tokens, state, world, *more)
-        coordinator = ds.optimizer.parameter_offload.get_param_coordinator()
-        named = list(ds.module.named_parameters())
+    def around(trainer, batch):
+        gathered = trainer.engine.gathered_bytes
+        before = dict(count), gathered.teacher, gathered.student
+        yield
+        optimizer = trainer.engine._deepspeed.optimizer
+        coordinator = optimizer.parameter_offload.get_param_coordinator()
+        named = list(trainer.engine.distiller.named_parameters())
         line = {
             **{name: value - before[0][name] for name, value in count.items()},
-            "teacher_bytes": ds.gathered.teacher - before[1],
-            "student_bytes": ds.gathered.student - before[2],
+            "teacher_bytes": gathered.teacher - before[1],
+            "student_bytes": gathered.student - before[2],
             "complete": coordinator.is_complete_trace(),
-            "micro_batches": len(window),
-            "valid": sum(int((batch.labels != -100).sum()) for batch in window),
+            "micro_batches": len(batch.window),
+            "valid": sum(int((each.labels != -100).sum()) for each in batch.window),
             "parameters": sum(p.ds_numel * p.element_size() for name, p in named
                               if name.startswith("teacher."))
             + sum(p.numel() * p.element_size() for _, p in named if not hasattr(p, "ds_id")),
         }
-        with open(job.run / f"{variables['RANK']}.jsonl", "a") as file:
+        with open(trainer.job.run.path / f"{variables['RANK']}.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        return values
 
     Coordinator._invalidate_trace = counted("invalidations", invalidate)
     distiller.linear_amid_loss = counted("losses", loss, lambda hidden, *_: hidden.shape[0])
-    heads.body_of, trainer.train_step = body, step
+    heads.body_of = body
+    patch_train_step(around)
     rank_main(argv, variables, log)

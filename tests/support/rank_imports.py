@@ -15,7 +15,8 @@ from amid_ds.engine.backend import import_deepspeed
 
 import_deepspeed()
 for name in (
-        "amid_ds.bench", "amid_ds.cli", "amid_ds.experiments.demo", "amid_ds.eval.evaluate", "amid_ds.training.trainer",
+        "amid_ds.bench", "amid_ds.cli", "amid_ds.eval.evaluate", "amid_ds.experiments.demo",
+        "amid_ds.training.train",
         "datasets", "pandas",
         "deepspeed.runtime.zero.muon.muon_optimizer",
         "torch._inductor.compile_fx", "torch.utils.tensorboard",
