@@ -147,7 +147,7 @@ class TwoRanks(VocabShard):
 def test_shards_are_put_together_in_two_collectives_for_kl_and_three_otherwise(objective):
     """A rank's n-th exchange is right once the first n − 1 are: exchanges + 1 rounds suffice."""
     student, teacher = logits(1, 3, 61), logits(2, 3, 61)
-    cuts, rounds = [0, 17, 61], 2 if objective.measure.name == "kl" else 3
+    cuts, rounds = [0, 17, 61], 2 if objective.resolved_divergence.name == "kl" else 3
     sent: list[list[Tensor]] = [[], []]
     for _ in range(rounds + 1):
         received = [list(sent[0]), list(sent[1])]

@@ -31,7 +31,7 @@ MUTATIONS = {
     "forget the softmax's gradient": (elementwise, "gradient = q.p * (sum_a * sum_w_r - sum_x)",
                                       "gradient = q.p * 0"),
     "forget the assistant's normaliser": (elementwise,
-                                          "log_r = normalised(log_r, tile.log_assistant)", "pass"),
+                                          "log_r = normalised(log_r, log_assistant)", "pass"),
     "take the teacher's share for the student's": (elementwise, "odds = log_rest - log_lam - x",
                                                    "odds = log_lam - log_rest - x"),
     "ignore a weight": (fused, "index = weights.nonzero()[:, 0]",
@@ -113,7 +113,7 @@ def test_a_forgotten_shards_sum_is_noticed(monkeypatch):
 
     forgotten = {"logsumexp": (Doubled, "logsumexp", lambda self, local: local),
                  "sum": (Doubled, "sum", lambda self, local: local),
-                 "moments": (elementwise, "merged", lambda parts: moments.merged(parts[:1]))}
+                 "moments": (elementwise, "merge_moments", lambda parts: moments.merge_moments(parts[:1]))}
     for objective, exchanges in ((OBJECTIVES[0], ["logsumexp", "moments"]),
                                  (AMiD(2.0, 0.6, "squared_hellinger"), ["logsumexp", "sum"])):
         whole = amid_loss(student.repeat(1, 2), teacher.repeat(1, 2), objective)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from amid_ds.data.pack import PackedRow
-from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.losses import IGNORE_INDEX
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from amid_ds.data.manifest import PREPARED_MANIFEST, read_prepared_manifest, sha
 from amid_ds.data.readers import row_location
 from amid_ds.data.shard import damaged_shard, require_shard_size, row_checksum
 from amid_ds.errors import InputError
-from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.losses import IGNORE_INDEX
 
 # Memory-mapped at once.
 OPEN_SHARDS = 4096

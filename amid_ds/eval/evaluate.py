@@ -44,7 +44,7 @@ from amid_ds.eval.text_metrics import (
     require_rouge,
     score_generations,
 )
-from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.heads import head_of, logits_of, run_body
 from amid_ds.models.loading import model_config
 from amid_ds.run.log import perplexity

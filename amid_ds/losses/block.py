@@ -1,13 +1,18 @@
 """One block of tokens from logits to loss and gradient: at most three exchanges of row sums.
 
-The arithmetic between the exchanges belongs to a backend, a module with the three functions of `Backend`: plain torch
-(elementwise.py) or Triton (kernels.py). What is exchanged, and when, is here and the same for both and for one process.
+The arithmetic between the exchanges belongs to a backend, a module with the three functions of
+`Backend`: plain torch (elementwise.py) or Triton (kernels.py). The exchanges are here, the same for
+both backends and for one process.
+
+With D the divergence of a token, A = ∂D/∂log r, B = ∂D/∂log q at fixed r, w = ∂log r̃/∂log q and
+g = w (A - r ΣA) + B, the gradient of a row is ∂D/∂s = (g - q Σg) / τ. Its sums over the vocabulary
+are ΣD, ΣA, Σ(wA + B) and Σwr: `RowStatistics.sums`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +23,8 @@ from amid_ds.losses.objective import AMiD
 
 @dataclass(frozen=True)
 class Logits:
-    """One model's logits of a block: `raw` [n, width] as the product left them, then scaled, then capped."""
+    """One model's logits of a block: `raw` [n, width] as the product left them, then scaled, then
+    capped."""
 
     raw: Tensor
     scale: float = 1.0
@@ -28,11 +34,16 @@ class Logits:
     def width(self) -> int:
         return self.raw.shape[1]
 
-    def read(self, dtype: torch.dtype) -> Tensor:
-        """The logits [n, width] in `dtype`; `raw` itself where nothing has to be done."""
-        return self.of(self.raw.to(dtype))
+    def columns(self, columns: slice) -> Logits:
+        """These columns alone; a view."""
+        return replace(self, raw=self.raw[:, columns])
 
-    def of(self, raw: Tensor) -> Tensor:
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The logits [n, width] in `dtype`; `raw` itself if nothing has to be done."""
+        return self.apply_cap(self.raw.to(dtype))
+
+    def apply_cap(self, raw: Tensor) -> Tensor:
+        """Logits of any of the raw products: scale · raw, then softcap · tanh(… / softcap)."""
         z = raw if self.scale == 1 else raw * self.scale
         return z if self.softcap is None else (z / self.softcap).tanh_().mul_(self.softcap)
 
@@ -44,33 +55,24 @@ class Logits:
             gradient.mul_(self.scale)
 
 
-def needs_normaliser(objective: AMiD) -> bool:
-    """Whether log Σ r̃ has to be found: not at the ends of λ, nor for α = -1, where r̃ sums to 1 already."""
-    return objective.lam not in (0, 1) and objective.alpha != -1
-
-
-def normalised(x: Tensor, log_sum: Tensor) -> Tensor:
-    """x [n, tile] less a log-sum-exp [2, n], part by part."""
-    return (x - log_sum[0][:, None]).sub_(log_sum[1][:, None])
-
-
-@dataclass
+@dataclass(frozen=True)
 class Block:
-    """n tokens of one shard. Filled in from phase to phase; row statistics are of the whole vocabulary."""
+    """n tokens of one shard: both models' logits, and the loss and the gradient asked of them."""
 
+    # [n, width] of both models; no teacher: cross entropy alone.
     student: Logits
-    teacher: Logits | None             # None: cross entropy alone
-    objective: AMiD | None             # None exactly where `teacher` is
-    dtype: torch.dtype                 # of the arithmetic: fp32, or fp64 where an input is
-    labels: Tensor | None = None       # [n] int64, counted from the first column here; negative where there is none
-    kd_scale: Tensor | None = None     # [n] ∂loss/∂kd_i; None: no gradient from kd
-    ce_scale: Tensor | None = None     # [n] ∂loss/∂ce_i
-    gradient: Tensor | None = None     # [n, width] where the gradient goes; None: value alone
-    log_p: Tensor | None = None        # [2, n] log Σ exp of the teacher's tempered logits, in two parts (joined)
-    log_q: Tensor | None = None        # [2, n] … of the student's
-    log_z: Tensor | None = None        # [2, n] … of the student's untempered logits, for the labels
-    log_assistant: Tensor | None = None   # [2, n] log Σ r̃; None where it is 0 by construction
-    sums: Tensor | None = None         # [4, n] ΣD, ΣA, Σ(wA + B), Σwr
+    teacher: Logits | None
+    # None exactly if `teacher` is.
+    objective: AMiD | None
+    # Of the arithmetic: fp32, or fp64 if an input is.
+    dtype: torch.dtype
+    # [n] int64, counted from the first column here; negative for a token without a label.
+    labels: Tensor | None = None
+    # [n] ∂loss/∂kd_i and ∂loss/∂ce_i; None: no gradient from that part.
+    kd_scale: Tensor | None = None
+    ce_scale: Tensor | None = None
+    # [n, width] that receives the gradient, may be the student's `raw`; None: value alone.
+    gradient: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -81,70 +83,127 @@ class Block:
         return self.student.raw.device
 
     @property
-    def normalisers(self) -> list[str]:
-        """Which log-sum-exps the first phase needs: q and p for distillation, z for labels where q is not the same."""
+    def normaliser_names(self) -> list[str]:
+        """The log-sum-exps that the loss needs, in order: of q and p for distillation, of z (the
+        untempered student) for labels unless q is the same."""
         tempered = self.objective is not None and self.objective.temperature != 1
         models = [] if self.teacher is None else ["q", "p"]
         return models + (["z"] if self.labels is not None and (tempered or not models) else [])
 
-
     def tile(self, columns: slice) -> Block:
-        """These columns alone, as a block whose logits, gradient and labels are theirs."""
-        def part(model: Logits | None) -> Any:
-            return None if model is None else replace(model, raw=model.raw[:, columns])
-
-        student = part(self.student)
+        """These columns alone, as a block with the logits, gradient and labels of the columns."""
+        student = self.student.columns(columns)
         gradient = self.gradient
-        if gradient is not None:       # one tensor where it was one, so that a compiled function knows
-            gradient = student.raw if gradient is self.student.raw else gradient[:, columns]
-        labels = None if self.labels is None else self.labels - columns.start
-        return replace(self, student=student, teacher=part(self.teacher), gradient=gradient, labels=labels)
+        if gradient is not None:
+            # One tensor if it was one: a compiled function has to know of the alias.
+            aliased = gradient is self.student.raw
+            gradient = student.raw if aliased else gradient[:, columns]
+        return replace(
+            self, student=student, gradient=gradient,
+            teacher=None if self.teacher is None else self.teacher.columns(columns),
+            labels=None if self.labels is None else self.labels - columns.start)
+
+
+@dataclass(frozen=True)
+class RowNormalisers:
+    """log Σ exp over the whole vocabulary, [2, n] in two parts (vocab_parallel.py)."""
+
+    # Of the student's and the teacher's tempered logits; None without a teacher.
+    log_q: Tensor | None
+    log_p: Tensor | None
+    # Of the student's untempered logits; None without labels.
+    log_z: Tensor | None
+
+
+@dataclass(frozen=True)
+class RowStatistics:
+    """The divergence's row statistics over the whole vocabulary."""
+
+    # [2, n] log Σ r̃, in two parts; None if it is 0 by construction.
+    log_assistant: Tensor | None
+    # [4, n] ΣD, ΣA, Σ(wA + B), Σwr.
+    sums: Tensor
 
 
 class Backend(Protocol):
     """The arithmetic of a block, between the matrix products."""
 
     def log_normalisers(self, block: Block) -> Tensor:
-        """[len(block.normalisers), 2, n] log Σ exp over this shard's columns, in two parts (vocab_parallel.joined)."""
+        """[k, 2, n] log Σ exp over this shard's columns, one for each of `normaliser_names`."""
         ...
 
-    def statistics(self, block: Block, shard: VocabShard) -> Tensor:
-        """`block.sums` over the whole vocabulary, in at most two collectives; sets `block.log_assistant`."""
+    def statistics(self, block: Block, norms: RowNormalisers, shard: VocabShard) -> RowStatistics:
+        """The divergence's statistics over the whole vocabulary. At most two collectives."""
         ...
 
-    def write_gradient(self, block: Block) -> None:
-        """∂loss/∂raw logits, from kd_scale and ce_scale, into `block.gradient`; it may be the student's `raw`."""
+    def write_gradient(self, block: Block, norms: RowNormalisers,
+                       stats: RowStatistics | None) -> None:
+        """Write kd_scale · ∂D/∂raw + ce_scale · ∂CE/∂raw into `block.gradient` [n, width].
+
+        `block.gradient` may be the student's `raw`. stats: None without a teacher.
+        """
         ...
 
 
-def solve(block: Block, shard: VocabShard, backend: Backend) -> tuple[Tensor | None, Tensor | None]:
-    """kd [n] and ce [n] of a block, and its gradient written to `block.gradient`. At most three collectives."""
+def arithmetic_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
+    """fp32, or fp64 if an input is."""
+    dtypes = [x.dtype for x in (student, teacher) if x is not None]
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def needs_normaliser(objective: AMiD) -> bool:
+    """True unless Σ r̃ = 1 by construction: at the ends of λ, and for α = -1."""
+    return objective.lam not in (0, 1) and objective.alpha != -1
+
+
+def normalised(x: Tensor, log_sum: Tensor) -> Tensor:
+    """x [n, tile] less a log-sum-exp [2, n], part by part."""
+    return (x - log_sum[0][:, None]).sub_(log_sum[1][:, None])
+
+
+def forward_backward_block(block: Block, shard: VocabShard,
+                           backend: Backend) -> tuple[Tensor | None, Tensor | None]:
+    """(kd [n], ce [n]) of a block; its gradient is written to `block.gradient`.
+
+    At most three collectives. kd is None without a teacher, ce without labels.
+    """
+    norms, label_logits = _row_normalisers(block, shard, backend)
+    stats = None
+    if block.objective is not None:
+        stats = backend.statistics(block, norms, shard)
+    ce = None
+    if label_logits is not None:
+        assert norms.log_z is not None
+        loss = norms.log_z[0] - label_logits + norms.log_z[1]
+        ce = torch.where(label_logits == -torch.inf, 0.0, loss)
+    if block.gradient is not None:
+        backend.write_gradient(block, norms, stats)
+    return None if stats is None else stats.sums[0], ce
+
+
+def _row_normalisers(block: Block, shard: VocabShard,
+                     backend: Backend) -> tuple[RowNormalisers, Tensor | None]:
+    """(the normalisers, the labels' logits [n] or None) over the whole vocabulary. One collective.
+
+    A label's logit travels as one more log-sum-exp: the shards that do not hold it have -inf.
+    """
     local = backend.log_normalisers(block)
     if block.labels is not None:
         label = _label_logits(block)
         local = torch.cat([local, torch.stack([label, torch.zeros_like(label)])[None]])
-    rows = shard.logsumexp(local)      # the label's logit too: the shards that do not hold it have -inf
-    known = dict(zip(block.normalisers, rows, strict=False))
-    block.log_q, block.log_p, block.log_z = known.get("q"), known.get("p"), known.get("z", known.get("q"))
-    kd = ce = None
-    if block.objective is not None:
-        block.sums = backend.statistics(block, shard)
-        kd = block.sums[0]
-    if block.labels is not None:
-        assert block.log_z is not None
-        label = rows[-1, 0]
-        ce = torch.where(label == -torch.inf, 0.0, block.log_z[0] - label + block.log_z[1])
-    if block.gradient is not None:
-        backend.write_gradient(block)
-    return kd, ce
+    rows = shard.logsumexp(local)
+    by_name = dict(zip(block.normaliser_names, rows, strict=False))
+    log_q = by_name.get("q")
+    norms = RowNormalisers(log_q, by_name.get("p"), by_name.get("z", log_q))
+    return norms, None if block.labels is None else rows[-1, 0]
 
 
 def _label_logits(block: Block) -> Tensor:
-    """[n] the label's logit where this shard holds it, else -inf."""
+    """[n] the label's logit if this shard holds it, else -inf."""
     assert block.labels is not None
     width = block.student.width
     if not width:
         return torch.full((block.tokens,), -torch.inf, dtype=block.dtype, device=block.device)
     here = (block.labels >= 0) & (block.labels < width)
     raw = block.student.raw.gather(1, block.labels.clamp(0, width - 1)[:, None])[:, 0]
-    return torch.where(here, block.student.of(raw.to(block.dtype)), -torch.inf)
+    return torch.where(here, block.student.apply_cap(raw.to(block.dtype)), -torch.inf)

@@ -1,12 +1,39 @@
-"""What is minimised: a divergence between teacher p, student q and their α-mixture r, as one frozen value.
+"""The objective: divergences of teacher p, student q and their α-mixture r, as a frozen value.
 
-The whole family of AMiD (arXiv 2510.15982) is five numbers and a name or two, so it is data here and nothing else: the
-fused loss, the naive twin and the kernels all read the same object. A divergence is a class of three formulas, its
-value and its derivatives with respect to the logarithm of each argument; all else (the chain rule through r, the
-softmax, blocks, shards) is written once, in fused.py. The trade-off: only divergences that are sums over the
-vocabulary of a function of (log a, log b) fit.
+The whole family of AMiD (arXiv 2510.15982) is five numbers and a name or two, so it is data here
+and nothing else: the fused loss, the naive twin and the kernels all read the same object. A
+divergence is a class of three formulas, its value and its derivatives with respect to the logarithm
+of each argument; all else (the chain rule through r, the softmax, blocks, shards) is written once,
+in block.py and the backends. The trade-off: only divergences that are sums over the vocabulary of a
+function of (log a, log b) fit.
 
-Note on α: the published code maps every α ≥ 1 to 1; this package follows the paper's definition for every real α.
+To add a divergence, write its class here,
+
+    @register
+    @dataclass(frozen=True)
+    class PearsonChi2(Divergence):
+        # D(a‖b) = Σ (a - b)² / b
+        name = "pearson_chi2"
+
+        def terms(self, a: LogProbs, b: LogProbs) -> Terms:
+            difference = a.p - b.p
+            d_a = 2 * a.p * difference / b.p
+            return difference**2 / b.p, d_a, (b.p**2 - a.p**2) / b.p
+
+and its formula as the paper has it in reference.py, for the naive twin:
+
+    def _pearson_chi2(log_a: Tensor, log_b: Tensor, _: Divergence) -> Tensor:
+        return ((log_a.exp() - log_b.exp()) ** 2 / log_b.exp()).sum(-1)
+
+    FORMULAS = {..., "pearson_chi2": _pearson_chi2}
+
+The tests go through every registered divergence: gradcheck and the comparison with the twin then
+cover the new one. `AMiD(divergence="pearson_chi2")` and `divergence: pearson_chi2` in a recipe take
+it; its dataclass fields are its parameters. backend="auto" runs it in plain torch until kernels.py
+knows it.
+
+Note on α: the published code maps every α ≥ 1 to 1; this package follows the paper's definition for
+every real α.
 """
 
 from __future__ import annotations
@@ -26,14 +53,16 @@ ORDERS = ("pr", "qr", "rp", "rq")
 
 
 class LogProbs:
-    """Logarithms of probabilities [n, tile], and the probabilities, made once where several formulas ask for them."""
+    """Logarithms of probabilities [n, tile], and the probabilities, made once for all formulas."""
 
     def __init__(self, log: Tensor) -> None:
         self.log = log
-        self._p: Tensor | None = None      # functools.cached_property takes a lock, which torch.compile cannot follow
+        # functools.cached_property takes a lock, which torch.compile cannot follow.
+        self._p: Tensor | None = None
 
     @property
     def p(self) -> Tensor:
+        """exp(log) [n, tile]."""
         if self._p is None:
             self._p = self.log.exp()
         return self._p
@@ -42,15 +71,18 @@ class LogProbs:
 class Divergence:
     """D(a‖b) = Σ over the vocabulary of f(log a, log b).
 
-    A new one is a frozen dataclass with a `name` and `terms`, decorated with `@register`; nothing else has to know it.
-    `terms` may add to f anything that sums to a constant over two distributions: choose the form that cancels least.
-    It leaves a and b as they are.
+    A subclass is a frozen dataclass with a `name` and `terms`, decorated with `@register` (see the
+    module's docstring).
     """
 
     name: ClassVar[str]
 
     def terms(self, a: LogProbs, b: LogProbs) -> Terms:
-        """Element by element (f, ∂f/∂log a, ∂f/∂log b); the shape and dtype are the arguments'."""
+        """(f, ∂f/∂log a, ∂f/∂log b) element by element, [n, tile] in the arguments' dtype.
+
+        f may contain anything that sums to a constant over two distributions: choose the form that
+        cancels least. Must not change a and b in place.
+        """
         raise NotImplementedError
 
 
@@ -58,7 +90,7 @@ DIVERGENCES: dict[str, type[Divergence]] = {}
 
 
 def register(cls: type[Divergence]) -> type[Divergence]:
-    """Add a divergence to the registry under its name."""
+    """Add a divergence to the registry under its name; a class decorator."""
     DIVERGENCES[cls.name] = cls
     return cls
 
@@ -66,7 +98,10 @@ def register(cls: type[Divergence]) -> type[Divergence]:
 @register
 @dataclass(frozen=True)
 class KL(Divergence):
-    """D_KL(a‖b) = Σ a (log a - log b), as Σ [a (log a - log b) - a + b]: equal, and free of first-order rounding."""
+    """D_KL(a‖b) = Σ a (log a - log b).
+
+    Summed as Σ [a (log a - log b) - a + b]: equal, and free of first-order rounding.
+    """
 
     name = "kl"
 
@@ -79,9 +114,9 @@ class KL(Divergence):
 @register
 @dataclass(frozen=True)
 class AlphaBeta(Divergence):
-    """D_AB(a‖b) = -1/(xy) Σ [a^x b^y - x/(x+y) a^(x+y) - y/(x+y) b^(x+y)], x = `alpha`, y = `beta` (ABKD, 2505.04560).
+    """D_AB(a‖b) = -1/(xy) Σ [a^x b^y - x/(x+y) a^(x+y) - y/(x+y) b^(x+y)], ABKD (arXiv 2505.04560).
 
-    Raises InputError where x, y or x + y is 0: there the formula has no value.
+    x = `alpha`, y = `beta`. Raises InputError if x, y or x + y is 0: the formula has no value then.
     """
 
     alpha: float
@@ -91,8 +126,9 @@ class AlphaBeta(Divergence):
     def __post_init__(self) -> None:
         x, y = _number("AlphaBeta's alpha", self.alpha), _number("AlphaBeta's beta", self.beta)
         if x == 0 or y == 0 or x + y == 0:
-            raise InputError(f"AlphaBeta(alpha={x}, beta={y})", "alpha, beta and alpha + beta different from 0",
-                             "take a value near the limit, or divergence='kl', which is the limit (1, 0)")
+            raise InputError(
+                f"AlphaBeta(alpha={x}, beta={y})", "alpha, beta and alpha + beta different from 0",
+                "take a value near the limit, or divergence='kl', which is the limit (1, 0)")
 
     def terms(self, a: LogProbs, b: LogProbs) -> Terms:
         x, y = self.alpha, self.beta
@@ -129,36 +165,45 @@ class SquaredHellinger(Divergence):
 
 
 def divergence_from(spec: Divergence | str | Mapping[str, Any]) -> Divergence:
-    """A divergence from itself, its name, or `{name: {parameter: value}}` as a recipe has it. Raises InputError."""
+    """The divergence of an instance, a name, or a recipe's `{name: {parameter: value}}`.
+
+    Raises InputError for an unknown name or parameter.
+    """
     if isinstance(spec, Divergence):
         return spec
-    name: Any = spec
-    parameters: Any = {}
+    name: object = spec
+    parameters: object = {}
     if isinstance(spec, Mapping) and len(spec) == 1:
         name, parameters = next(iter(spec.items()))
-    if not isinstance(name, str) or name not in DIVERGENCES or not isinstance(parameters, Mapping):
+    if (not isinstance(name, str) or name not in DIVERGENCES
+            or not isinstance(parameters, Mapping)):
         raise InputError(f"the divergence {spec!r}", f"one of {', '.join(DIVERGENCES)}",
                          "check the spelling; parameters go as AlphaBeta(0.2, 0.7)")
     try:
         return DIVERGENCES[name](**parameters)
     except TypeError as error:
-        raise InputError(f"the divergence {spec!r}: {error}", "the divergence's own parameters and no others",
-                         "e.g. AlphaBeta(alpha=0.2, beta=0.7), or {alpha_beta: {alpha: 0.2, beta: 0.7}} in a recipe") \
-            from None
+        raise InputError(f"the divergence {spec!r}: {error}",
+                         "the divergence's own parameters and no others",
+                         "e.g. AlphaBeta(alpha=0.2, beta=0.7), or "
+                         "{alpha_beta: {alpha: 0.2, beta: 0.7}} in a recipe") from None
 
 
 @dataclass(frozen=True)
 class AMiD:
-    """The objective: weighted divergences between teacher p, student q and assistant r (arXiv 2510.15982).
+    """The objective: weighted divergences of teacher p, student q, assistant r (arXiv 2510.15982).
 
-    With c = (1 - α)/2:   log r̃ = (1/c)·logaddexp(log λ + c·log p, log(1-λ) + c·log q),   α = 1 its limit,
-                          log r = log r̃ - logsumexp(log r̃).
+    With c = (1 - α)/2 the assistant is, α = 1 being the limit,
+        log r̃ = (1/c)·logaddexp(log λ + c·log p, log(1-λ) + c·log q),
+        log r  = log r̃ - logsumexp(log r̃).
     α = -1 is the arithmetic mixture, 1 the geometric, 3 the harmonic; every real α is allowed.
 
     lam: the teacher's share λ in [0, 1]; 0 gives r = q, 1 gives r = p, both exact.
-    divergence: `kl`, `total_variation`, `squared_hellinger`, an instance such as AlphaBeta(0.2, 0.7), or a mapping.
-    order: the two arguments, `pr` = D(p‖r), `qr`, `rp`, `rq`, or weights for several such as {"pr": 0.5, "qr": 0.5}.
-    temperature: τ divides both models' logits before the softmax. No τ² factor is applied to the loss.
+    divergence: `kl`, `total_variation`, `squared_hellinger`, an instance such as
+        AlphaBeta(0.2, 0.7), or a mapping `{name: {parameter: value}}`.
+    order: the two arguments, `pr` = D(p‖r), `qr`, `rp`, `rq`, or weights for several such as
+        {"pr": 0.5, "qr": 0.5}.
+    temperature: τ divides both models' logits before the softmax. No τ² factor is applied to the
+        loss.
     detach_assistant: r is a fixed target, no gradient flows through it (TAID).
     Raises InputError (a ValueError) for anything else.
     """
@@ -169,9 +214,12 @@ class AMiD:
     order: str | Mapping[str, float] = "pr"
     temperature: float = 1.0
     detach_assistant: bool = False
-    measure: Divergence = field(init=False, repr=False, compare=False)             # the divergence, resolved
-    weights: tuple[tuple[str, float], ...] = field(init=False, repr=False, compare=False)   # of the orders with weight
-    log_shares: tuple[float, float] = field(init=False, repr=False, compare=False)          # log λ, log(1-λ)
+    # What the backends read. `divergence` as an instance:
+    resolved_divergence: Divergence = field(init=False, repr=False, compare=False)
+    # (order, weight) of the orders with a weight above 0:
+    order_weights: tuple[tuple[str, float], ...] = field(init=False, repr=False, compare=False)
+    # log λ and log(1-λ):
+    log_weights: tuple[float, float] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         _number("alpha", self.alpha)
@@ -179,66 +227,104 @@ class AMiD:
             raise InputError(f"lam={self.lam}", "the teacher's share, in [0, 1]",
                              "0 is the student alone, 1 the teacher")
         if _number("temperature", self.temperature) <= 0:
-            raise InputError(f"temperature={self.temperature}", "a temperature above 0", "1.0 leaves the logits alone")
+            raise InputError(f"temperature={self.temperature}", "a temperature above 0",
+                             "1.0 leaves the logits alone")
         if not isinstance(self.detach_assistant, bool):
-            raise InputError(f"detach_assistant={self.detach_assistant!r}", "True or False", "the default is False")
-        object.__setattr__(self, "measure", divergence_from(self.divergence))
-        object.__setattr__(self, "weights", _order_weights(self.order))
+            raise InputError(f"detach_assistant={self.detach_assistant!r}", "True or False",
+                             "the default is False")
         log_lam = math.log(self.lam) if self.lam > 0 else -math.inf
         log_rest = math.log1p(-self.lam) if self.lam < 1 else -math.inf
-        object.__setattr__(self, "log_shares", (log_lam, log_rest))
+        # The dataclass is frozen: derived fields are set past its own __setattr__.
+        object.__setattr__(self, "resolved_divergence", divergence_from(self.divergence))
+        object.__setattr__(self, "order_weights", _order_weights(self.order))
+        object.__setattr__(self, "log_weights", (log_lam, log_rest))
 
 
 def preset(name: str, **parameters: Any) -> AMiD:
     """A published special case as a point of the family; `lam` is always the teacher's share.
 
-    fkl: KL(p‖q) · rkl: KL(q‖p) · skl(lam=0.1): KL(p‖λp+(1-λ)q) · srkl(lam=0.9): KL(q‖λp+(1-λ)q), DistiLLM
-    (2402.03898), whose SRKL 0.1 is lam=0.9 · gkd(beta=0.5): β KL(p‖m) + (1-β) KL(q‖m), m = βp+(1-β)q, GKD
-    (2306.13649) · taid(t): KL(r‖q), r = softmax(t·teacher + (1-t)·stopgrad(student)), TAID (2501.16937) ·
-    abkd(alpha, beta): D_AB(p‖q), ABKD (2505.04560) · amid: AMiD's own parameters.
+    fkl: KL(p‖q)
+    rkl: KL(q‖p)
+    skl(lam=0.1): KL(p‖λp+(1-λ)q), DistiLLM (arXiv 2402.03898)
+    srkl(lam=0.9): KL(q‖λp+(1-λ)q), DistiLLM, whose SRKL 0.1 is lam=0.9
+    gkd(beta=0.5): β KL(p‖m) + (1-β) KL(q‖m), m = βp+(1-β)q, GKD (arXiv 2306.13649)
+    taid(t): KL(r‖q), r = softmax(t·teacher + (1-t)·stopgrad(student)) of the logits, TAID
+        (arXiv 2501.16937)
+    abkd(alpha, beta): D_AB(p‖q), ABKD (arXiv 2505.04560)
+    amid: AMiD's own parameters
+
     All take `temperature`. Raises InputError for an unknown name or parameter.
     """
     if name not in PRESETS:
-        raise InputError(f"the preset {name!r}", f"one of {', '.join(PRESETS)}", "check the spelling")
+        raise InputError(f"the preset {name!r}", f"one of {', '.join(PRESETS)}",
+                         "check the spelling")
     try:
         return PRESETS[name](**parameters)
     except TypeError as error:
-        raise InputError(f"preset({name!r}) with {parameters}: {error}", "the preset's own parameters and no others",
+        raise InputError(f"preset({name!r}) with {parameters}: {error}",
+                         "the preset's own parameters and no others",
                          "see the docstring of amid_ds.preset") from None
+
+
+def _fkl(temperature: float = 1.0) -> AMiD:
+    return AMiD(alpha=-1.0, lam=0.0, order="pr", temperature=temperature)
+
+
+def _rkl(temperature: float = 1.0) -> AMiD:
+    return AMiD(alpha=-1.0, lam=1.0, order="qr", temperature=temperature)
+
+
+def _skl(lam: float = 0.1, temperature: float = 1.0) -> AMiD:
+    return AMiD(alpha=-1.0, lam=lam, order="pr", temperature=temperature)
+
+
+def _srkl(lam: float = 0.9, temperature: float = 1.0) -> AMiD:
+    return AMiD(alpha=-1.0, lam=lam, order="qr", temperature=temperature)
 
 
 def _gkd(beta: float = 0.5, temperature: float = 1.0) -> AMiD:
     if not 0 < _number("beta", beta) < 1:
-        raise InputError(f"gkd with beta={beta}", "beta strictly between 0 and 1: at the ends the divergence is 0",
-                         "use preset('fkl') or preset('rkl'), the limits of the divergence divided by beta or 1 - beta")
-    return AMiD(-1.0, beta, "kl", {"pr": beta, "qr": 1 - beta}, temperature)
+        raise InputError(f"gkd with beta={beta}",
+                         "beta strictly between 0 and 1: at the ends the divergence is 0",
+                         "use preset('fkl') or preset('rkl'), the limits of the divergence divided "
+                         "by beta or 1 - beta")
+    return AMiD(alpha=-1.0, lam=beta, order={"pr": beta, "qr": 1 - beta}, temperature=temperature)
+
+
+def _taid(t: float, temperature: float = 1.0) -> AMiD:
+    return AMiD(alpha=1.0, lam=t, order="rq", temperature=temperature, detach_assistant=True)
+
+
+def _abkd(alpha: float, beta: float, temperature: float = 1.0) -> AMiD:
+    return AMiD(alpha=-1.0, lam=0.0, divergence=AlphaBeta(alpha, beta), order="pr",
+                temperature=temperature)
 
 
 PRESETS: dict[str, Callable[..., AMiD]] = {
-    "fkl": lambda temperature=1.0: AMiD(-1.0, 0.0, "kl", "pr", temperature),
-    "rkl": lambda temperature=1.0: AMiD(-1.0, 1.0, "kl", "qr", temperature),
-    "skl": lambda lam=0.1, temperature=1.0: AMiD(-1.0, lam, "kl", "pr", temperature),
-    "srkl": lambda lam=0.9, temperature=1.0: AMiD(-1.0, lam, "kl", "qr", temperature),
-    "gkd": _gkd,
-    "taid": lambda t, temperature=1.0: AMiD(1.0, t, "kl", "rq", temperature, detach_assistant=True),
-    "abkd": lambda alpha, beta, temperature=1.0: AMiD(-1.0, 0.0, AlphaBeta(alpha, beta), "pr", temperature),
-    "amid": AMiD,
+    "fkl": _fkl, "rkl": _rkl, "skl": _skl, "srkl": _srkl, "gkd": _gkd, "taid": _taid,
+    "abkd": _abkd, "amid": AMiD,
 }
 
 
-def _number(name: str, value: Any) -> float:
-    """`value`, if it is a finite real number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InputError(f"{name}={value!r}", "a finite number", f"give {name} as an int or a float")
+def _number(name: str, value: object) -> float:
+    """`value`, if it is a finite real number; InputError otherwise."""
+    if (isinstance(value, bool) or not isinstance(value, (int, float))
+            or not math.isfinite(value)):
+        raise InputError(f"{name}={value!r}", "a finite number",
+                         f"give {name} as an int or a float")
     return value
 
 
 def _order_weights(order: str | Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """(order, weight) of every order with a weight above 0."""
     weights = {order: 1.0} if isinstance(order, str) else order
-    if not isinstance(weights, Mapping) or not weights or any(key not in ORDERS for key in weights):
-        raise InputError(f"order={order!r}", f"one of {', '.join(ORDERS)}, or a mapping from these to weights",
+    if (not isinstance(weights, Mapping) or not weights
+            or any(key not in ORDERS for key in weights)):
+        raise InputError(f"order={order!r}",
+                         f"one of {', '.join(ORDERS)}, or a mapping from these to weights",
                          "e.g. order='pr', or order={'pr': 0.5, 'qr': 0.5}")
-    if any(_number(f"order[{key!r}]", value) < 0 for key, value in weights.items()) or not any(weights.values()):
+    negative = any(_number(f"order[{key!r}]", value) < 0 for key, value in weights.items())
+    if negative or not any(weights.values()):
         raise InputError(f"order={order!r}", "weights of at least 0, one of them above 0",
                          "e.g. {'pr': 0.5, 'qr': 0.5}")
     return tuple((key, float(value)) for key, value in weights.items() if value)

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from amid_ds.data import Batch
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses import AMiD, LMHead, linear_amid_loss, linear_argmax, preset
-from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.losses import IGNORE_INDEX, AMiD, LMHead, linear_amid_loss, linear_argmax, preset
 from amid_ds.models.heads import run_body, sharded_head_of
 from amid_ds.monitor.step_timer import phase
 

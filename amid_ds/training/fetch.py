@@ -9,7 +9,7 @@ from amid_ds.checkpoint.state import TrainState
 from amid_ds.data import Batch, PreparedLoader, StepLoader, StreamLoader, stream_summary
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
-from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.losses import IGNORE_INDEX
 from amid_ds.monitor.step_timer import phase
 from amid_ds.training.job import Job
 

@@ -35,7 +35,7 @@ from amid_ds.data.pack import PackedRow, pack_best_fit
 from amid_ds.data.prepared import PreparedDataset
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import InputError
-from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.sampler import Sampler, SamplerPrompt
 from amid_ds.run.folder import RunFolder
 from amid_ds.training.validation import EvalMetrics, validate

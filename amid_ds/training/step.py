@@ -22,7 +22,7 @@ from amid_ds.config.schedule import learning_rate, step_seed, taid_update
 from amid_ds.data import Batch
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
-from amid_ds.losses.fused import IGNORE_INDEX
+from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.distiller import StepObjective
 from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
 from amid_ds.training.fetch import AuxiliaryBatch

@@ -1,0 +1,99 @@
+"""A language model's head: the matrix products of a block with it, forward and backward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from amid_ds.errors import InputError
+from amid_ds.losses import tiles
+from amid_ds.losses.block import Logits
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """A language model's head: logits = scale · (h Wᵀ + b), then softcap · tanh(logits / softcap).
+
+    weight [V_local, H] and bias [V_local] have the hidden states' dtype. softcap=None: no cap.
+    Raises InputError for a cap that is not above 0.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.softcap is not None and not self.softcap > 0:
+            raise InputError(f"softcap={self.softcap}", "a cap above 0, or None",
+                             "None means no cap")
+
+    def logits(self, hidden: Tensor, columns: int, workspace: Tensor) -> Logits:
+        """The first `columns` logits of hidden [n, H], made in `workspace` (a flat buffer).
+
+        Detached: neither the head nor the hidden states get a gradient through them.
+        """
+        raw = workspace[:hidden.shape[0] * columns].view(hidden.shape[0], columns)
+        weight = self.weight.detach()[:columns].t()
+        if self.bias is None:
+            torch.mm(hidden, weight, out=raw)
+        else:
+            torch.addmm(self.bias.detach()[:columns], hidden, weight, out=raw)
+        return Logits(raw, self.scale, self.softcap)
+
+
+class HeadGradients:
+    """Sums over blocks of the gradients of hidden [N, H], weight [V_local, H] and bias [V_local].
+
+    They are held in `dtype`, the arithmetic's; wants: of which of the three there is one.
+    """
+
+    def __init__(self, hidden: Tensor, head: LMHead, columns: int, dtype: torch.dtype,
+                 wants: tuple[bool, ...]) -> None:
+        self.head_weight = head.weight.detach()[:columns]
+        self.columns, self.first = columns, True
+        self.hidden, self.weight, self.bias = (
+            torch.empty(x.shape, dtype=dtype, device=hidden.device)
+            if x is not None and wanted else None
+            for x, wanted in zip((hidden, head.weight, head.bias), wants, strict=True))
+        if self.hidden is not None:
+            # Masked tokens are not written to.
+            self.hidden.zero_()
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                # The padding rows are not written to; the first block writes the others.
+                tensor[columns:] = 0
+
+    def add(self, gradient: Tensor, hidden: Tensor, tokens: Tensor) -> None:
+        """Add a block: gradient [n, columns] of raw logits, hidden [n, H], tokens [n] indices."""
+        if self.hidden is not None:
+            self.hidden[tokens] = torch.mm(gradient, self.head_weight).to(self.hidden.dtype)
+        if self.weight is not None:
+            _add_product(self.weight[:self.columns], gradient.t(), hidden, 0 if self.first else 1)
+        if self.bias is not None:
+            sums = gradient.sum(0, dtype=self.bias.dtype)
+            self.bias[:self.columns] = sums if self.first else self.bias[:self.columns] + sums
+        self.first = False
+
+    def totals(self) -> list[Tensor | None]:
+        """[hidden, weight, bias], None for one that was not wanted."""
+        if self.first:
+            # No valid token: zero gradients, so that the graph stays connected.
+            for tensor in (self.weight, self.bias):
+                if tensor is not None:
+                    tensor.zero_()
+        return [self.hidden, self.weight, self.bias]
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
+    """total = beta · total + a @ b, part by part if the product's dtype is not the total's."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=beta)
+        return
+    step = max(1, tiles.product_elements(total.device) // b.shape[1])
+    for start in range(0, total.shape[0], step):
+        rows = slice(start, start + step)
+        part = torch.mm(a[rows], b)
+        total[rows] = part if beta == 0 else total[rows].add_(part)
