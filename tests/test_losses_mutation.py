@@ -108,7 +108,7 @@ def test_a_forgotten_shards_sum_is_noticed(monkeypatch):
 
     def sharded(objective: AMiD) -> Tensor:
         shard = Doubled(0, 9, group="a peer")  # type: ignore[arg-type]
-        shard._widest.extend([9, 18])
+        shard._extent.extend([9, 18])
         return amid_loss(student, teacher, objective, shard=shard)
 
     forgotten = {"logsumexp": (Doubled, "logsumexp", lambda self, local: local),

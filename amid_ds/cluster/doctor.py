@@ -42,7 +42,7 @@ CLOCK_TOLERANCE_S = 2.0
 MIN_FREE_BYTES = 10 << 30
 ALL_REDUCE_BYTES = 16 << 20
 # A node with less than this part of the median bandwidth is slow.
-SLOW_SHARE = 0.3
+SLOW_BANDWIDTH_SHARE = 0.3
 # Fewer nodes have no median to compare one of them with.
 MIN_NODES_TO_COMPARE = 3
 
@@ -243,7 +243,7 @@ def _rates_between_neighbours(world: World, ranks: Sequence[int]) -> dict[int, f
 def _bandwidth_verdict(rates: Mapping[str, float]) -> Verdict:
     median = statistics.median(rates.values())
     slow = [f"{node} {rate / 1e9:.3f} GB/s" for node, rate in rates.items()
-            if rate < SLOW_SHARE * median]
+            if rate < SLOW_BANDWIDTH_SHARE * median]
     if slow:
         facts = f"slow: {', '.join(slow)}, the median is {median / 1e9:.3f} GB/s"
     else:

@@ -74,7 +74,7 @@ def check_linear(student_hidden: Tensor, student_head: LMHead, teacher_hidden: T
                  teacher_head: LMHead | None, objective: AMiD | None, token_weights: Tensor,
                  labels: Tensor | None, ce_weight: float, kd_weight: float) -> None:
     """Raise InputError for shapes, dtypes and numbers that `linear_amid_loss` cannot work with."""
-    check_head("student", student_hidden, student_head)
+    check_head_and_hidden("student", student_hidden, student_head)
     given = [x is not None for x in (teacher_hidden, teacher_head)]
     if given[0] != given[1] or (teacher_head is None and kd_weight != 0):
         hidden, head = ("given" if x else "missing" for x in given)
@@ -84,7 +84,7 @@ def check_linear(student_hidden: Tensor, student_head: LMHead, teacher_hidden: T
             "without a teacher pass kd_weight=0 and ce_weight above 0")
     if teacher_hidden is not None and teacher_head is not None:
         _check_objective(objective)
-        check_head("teacher", teacher_hidden, teacher_head)
+        check_head_and_hidden("teacher", teacher_hidden, teacher_head)
         if teacher_hidden.shape[0] != student_hidden.shape[0]:
             raise InputError(
                 f"{student_hidden.shape[0]} tokens of the student, {teacher_hidden.shape[0]} of "
@@ -111,7 +111,7 @@ def check_linear(student_hidden: Tensor, student_head: LMHead, teacher_hidden: T
                          f"labels are token ids, {IGNORE_INDEX} to ignore")
 
 
-def check_head(side: str, hidden: Tensor, head: LMHead) -> None:
+def check_head_and_hidden(side: str, hidden: Tensor, head: LMHead) -> None:
     """Raise InputError unless hidden [N, H] and the head's weight [V, H] and bias [V] fit.
 
     side: whose they are, "student" or "teacher", for the message.

@@ -173,7 +173,7 @@ def linear_argmax(
     Blocks of tokens as in the loss, the same answer on every rank of a shard's group.
     Collectives under a shard: one per block. Raises InputError for arguments that do not fit.
     """
-    checks.check_head("the", hidden, head)
+    checks.check_head_and_hidden("the", hidden, head)
     device, dtype = hidden.device, head.weight.dtype
     layout = checks.check_vocabulary({"head": head.weight.shape[0]}, vocab_size, shard,
                                      hidden.shape[0], device)

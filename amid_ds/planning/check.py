@@ -15,7 +15,7 @@ from amid_ds.planning.estimate import Plan, estimate_plan
 from amid_ds.run.log import read_metrics
 
 # Logged steps of a run, the last ones, whose median time is compared.
-RECENT_STEPS = 20
+MEASURED_STEPS = 20
 
 
 class PlannedAndMeasured(TypedDict):
@@ -60,7 +60,7 @@ def check_plan(run: Path, device: str | None) -> Comparison:
     if not times:
         raise InputError(f"{run} has no metrics", "metrics.jsonl with the steps that were measured",
                          "check the folder")
-    step_seconds = statistics.median(times[-RECENT_STEPS:])
+    step_seconds = statistics.median(times[-MEASURED_STEPS:])
     return {"memory_per_rank": _by_part(plan.memory_per_rank, measured.memory_per_rank),
             "network_per_step": _by_part(plan.network_per_step, measured.network_per_step),
             "seconds": _by_part({"step": plan.seconds_per_step}, {"step": step_seconds})}
