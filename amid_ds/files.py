@@ -18,7 +18,8 @@ from amid_ds.errors import InputError
 
 def replace_text(path: Path, text: str) -> None:
     """Write `text` to `path` in one rename: `path` holds what it held before or all of `text`."""
-    staging = path.with_name(f".{path.name}.{os.getpid()}")
+    # Processes of several nodes may write to one file system at the same time.
+    staging = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     with open(staging, "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

@@ -9,7 +9,6 @@ asks for. The price is disk: 12 bytes per parameter, once.
 from __future__ import annotations
 
 import logging
-import os
 import shutil
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.engine import Engine
 from amid_ds.engine.restore import TENSOR_KINDS
 from amid_ds.errors import TrainingError
-from amid_ds.files import fsync, require_disk_space
+from amid_ds.files import replace_folder, require_disk_space
 from amid_ds.models.loading import meta_model
 
 # The folder of whole tensors, inside the checkpoint.
@@ -70,10 +69,7 @@ def consolidate(checkpoint: Path, student: Student) -> None:
             files[f"{name}.pt"] = write_file(staging / f"{name}.pt", tensors)
         saved = Manifest.read(checkpoint)
         Manifest(saved.state, saved.layout, saved.identity, files).write(staging)
-        # An older one that is damaged goes.
-        shutil.rmtree(checkpoint / CONSOLIDATED, ignore_errors=True)
-        os.replace(staging, checkpoint / CONSOLIDATED)
-        fsync(checkpoint)
+        replace_folder(staging, checkpoint / CONSOLIDATED)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
         raise TrainingError(f"{checkpoint} could not be converted to this layout: {error}") from None

@@ -11,12 +11,12 @@ here as they are on disk (`places` are model inputs: a row of n tokens has n - 1
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict, cast
 
 from amid_ds.errors import InputError
+from amid_ds.files import replace_text
 
 PREPARED_FORMAT = 2
 PREPARED_MANIFEST, PREPARED_PLAN, SHARD_FOLDER = "manifest.json", "plan.json", "shards"
@@ -134,6 +134,4 @@ def read_json(path: Path) -> Mapping[str, object] | None:
 
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Replace a file by a JSON object: readers see the old content or the new one, no part."""
-    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(value, indent=1) + "\n")
