@@ -24,6 +24,7 @@ from amid_ds.errors import InputError, Stopped, TrainingError
 from amid_ds.experiments import sweep
 from amid_ds.experiments.plots import mean_and_error
 from amid_ds.run import attempts
+from amid_ds.training.job import check_recipe
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_the_jobs_of_an_array_run_what_was_checked(recipe, tmp_path, monkeypatch
             job = load_recipe(kept / "recipe.yaml", run)
             prepared = "null" if kept.name == "0001" else str(out / "data")      # `sweep` shares what is prepared
             assert job == load_recipe(recipe, ["train.seed=3", f"data.prepared={prepared}", *run])
-            assert job.check_recipe(job, 1) and job.loss.kd_weight == 1
+            assert check_recipe(job, 1) and job.loss.kd_weight == 1
 
 
 def test_a_comma_inside_brackets_belongs_to_the_value():
