@@ -159,7 +159,7 @@ def plot_demo(kl_to_teacher: Mapping[str, float], run: Path, path: Path) -> Path
                     color=[TEACHER_COLOUR, CE_COLOUR])
     left.bar_label(bars, fmt="%.3f", padding=2)
     left.margins(y=0.12)
-    left.set(title="divergence from the teacher, held-out text", ylabel="KL(teacher‖student), nats")
+    left.set(title="KL to the teacher, held-out text", ylabel="nats per token")
     lines = [line for line in read_metrics(run) if line.get("kd_loss") is not None]
     steps, values = [line["step"] for line in lines], [line["kd_loss"] for line in lines]
     smoothed = _smoothed(values)
@@ -186,5 +186,5 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _save(figure: Any, path: Path, dpi: int = 110) -> Path:
-    figure.savefig(path, dpi=dpi)
+    figure.savefig(path, dpi=dpi, pil_kwargs={"optimize": True})
     return path
