@@ -32,6 +32,7 @@ class Logits:
 
     @property
     def width(self) -> int:
+        """Columns of the vocabulary."""
         return self.raw.shape[1]
 
     def columns(self, columns: slice) -> Logits:
@@ -40,10 +41,10 @@ class Logits:
 
     def read(self, dtype: torch.dtype) -> Tensor:
         """The logits [n, width] in `dtype`; `raw` itself if nothing has to be done."""
-        return self.apply_cap(self.raw.to(dtype))
+        return self.scale_and_cap(self.raw.to(dtype))
 
-    def apply_cap(self, raw: Tensor) -> Tensor:
-        """Logits of any of the raw products: scale · raw, then softcap · tanh(… / softcap)."""
+    def scale_and_cap(self, raw: Tensor) -> Tensor:
+        """scale · raw, then softcap · tanh(… / softcap) if there is a cap."""
         z = raw if self.scale == 1 else raw * self.scale
         return z if self.softcap is None else (z / self.softcap).tanh_().mul_(self.softcap)
 
@@ -76,10 +77,12 @@ class Block:
 
     @property
     def tokens(self) -> int:
+        """n."""
         return self.student.raw.shape[0]
 
     @property
     def device(self) -> torch.device:
+        """The device of all its tensors."""
         return self.student.raw.device
 
     @property
@@ -206,4 +209,4 @@ def _label_logits(block: Block) -> Tensor:
         return torch.full((block.tokens,), -torch.inf, dtype=block.dtype, device=block.device)
     here = (block.labels >= 0) & (block.labels < width)
     raw = block.student.raw.gather(1, block.labels.clamp(0, width - 1)[:, None])[:, 0]
-    return torch.where(here, block.student.apply_cap(raw.to(block.dtype)), -torch.inf)
+    return torch.where(here, block.student.scale_and_cap(raw.to(block.dtype)), -torch.inf)

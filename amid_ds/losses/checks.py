@@ -1,4 +1,4 @@
-"""The arguments of the losses, checked: every error says what was found, expected, and the remedy.
+"""Checks of the losses' arguments: an error names the value, what was expected, and the remedy.
 
 Shapes, dtypes and numbers cost nothing to check; `check_values` looks into the tensors, once.
 """

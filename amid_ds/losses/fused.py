@@ -1,6 +1,6 @@
 """The objective fused with both heads: hidden states in, loss and gradients out, never all logits.
 
-Tokens are worked in blocks that fit a workspace of fixed size. A block's logits are made by two
+Tokens are processed in blocks that fit a workspace of fixed size. A block's logits are made by two
 matrix products, turned into the loss and, in place, into their own gradient (block.py), and two
 more products add that gradient to those of the hidden states and the head. So the gradients are
 made in the forward pass, with four products instead of the six of a recomputation; backward only
@@ -355,7 +355,7 @@ def _blocks(tokens: int, size: int) -> Iterator[slice]:
 
 def _tokens_per_block(layout: VocabLayout, models: list[Tensor],
                       workspace_bytes: int | None) -> int:
-    """As many tokens as the workspace holds logits for, beside the arithmetic's tiles.
+    """As many tokens as the workspace holds logits for, besides the arithmetic's tiles.
 
     The same on all ranks of a group. models: a tensor of each model's dtype.
     """
@@ -365,7 +365,7 @@ def _tokens_per_block(layout: VocabLayout, models: list[Tensor],
         raise InputError(f"workspace_bytes={budget}", "a number of bytes above 0",
                          "leave it out for the default")
     temporaries, most = tiles.tiling(device)
-    # A product in low precision, and its fp32 copy or sum.
+    # Two bytes per element of a product in low precision.
     products = 2 * tiles.product_elements(device)
     per_token = max(1, layout.widest) * sum(model.element_size() for model in models)
     return min(most, max(1, (budget - temporaries - products) // per_token))

@@ -95,21 +95,22 @@ def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowSta
 def write_gradient(block: Block, norms: RowNormalisers, stats: RowStatistics | None) -> None:
     """Write ∂loss/∂raw into `block.gradient`, which may be the student's `raw`. One reading."""
     assert block.gradient is not None
+    log_assistant = sums = None
+    if stats is not None:
+        log_assistant, sums = stats.log_assistant, stats.sums.contiguous()
+    has_ce = block.ce_scale is not None
+    log_z, labels = (norms.log_z, block.labels) if has_ce else (None, None)
+    rows = (norms.log_p, norms.log_q, log_assistant, sums, block.kd_scale, block.ce_scale, log_z,
+            labels)
     # Without a teacher its terms are compiled away, and any objective does.
     objective = block.objective or AMiD()
-    log_assistant = None if stats is None else stats.log_assistant
-    with_ce = block.ce_scale is not None
     _gradient_kernel[(block.tokens,)](
         *_models(block), block.gradient, block.gradient.stride(0),
-        *(_or_unread(x, block) for x in (
-            norms.log_p, norms.log_q, log_assistant,
-            None if stats is None else stats.sums.contiguous(),
-            block.kd_scale, block.ce_scale,
-            norms.log_z if with_ce else None, block.labels if with_ce else None)),
-        block.tokens, HAS_KD=block.kd_scale is not None, HAS_CE=with_ce,
-        HAS_ASSISTANT=log_assistant is not None, DETACHED=objective.detach_assistant,
-        **order_arguments(objective), **divergence_arguments(objective),
-        **mixture_arguments(objective), **_logit_arguments(block))
+        *[_or_unread(row, block) for row in rows], block.tokens,
+        HAS_KD=block.kd_scale is not None, HAS_CE=has_ce, HAS_ASSISTANT=log_assistant is not None,
+        DETACHED=objective.detach_assistant, **order_arguments(objective),
+        **divergence_arguments(objective), **mixture_arguments(objective),
+        **_logit_arguments(block))
 
 
 def _models(block: Block) -> tuple[Tensor, int, Tensor, int]:

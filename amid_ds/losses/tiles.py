@@ -1,10 +1,10 @@
 """A block visited tile by tile of the vocabulary, each small enough to stay in the CPU's cache.
 
-On a CPU the tiles of a large block are worked by functions that torch.compile makes for this
+On a CPU the tiles of a large block are processed by functions that torch.compile makes for this
 machine's vectors, all threads on one tile: one loop instead of plain torch's twenty, measured 7 ns
 per pair of logits and thread instead of 16. Compiling takes some ten seconds the first time on a
-machine and three in each later process. A small block is therefore worked eagerly, one thread per
-tile, because a tile's operations are too short to be shared. Block size alone decides between
+machine and three in each later process. A small block is therefore processed eagerly, one thread
+per tile, because a tile's operations are too short to be shared. Block size alone decides between
 compiled and eager: they differ in the last digits, and a resumed run must reproduce them.
 """
 
