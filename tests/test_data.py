@@ -332,8 +332,8 @@ def test_a_shard_that_another_job_has_made_is_left_as_it_is(prepared, tmp_path, 
     source = recipe.Source(path=str(tmp_path / "one.jsonl"))
     chunk = next(shard.plan_chunks([[source.path]]))
     before = (prepared / "shards" / "000000.arrow").stat().st_mtime_ns
-    assert shard.Maker([source], [False], SEQ, "error", tokenizer, "uint16",
-                       prepared / "shards").make(chunk, wait=True)
+    assert shard.ShardWriter([source], [False], SEQ, "error", tokenizer, "uint16",
+                             prepared / "shards").write(chunk, wait=True)
     assert (prepared / "shards" / "000000.arrow").stat().st_mtime_ns == before
 
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -164,10 +165,10 @@ def test_the_plan_next_to_a_measurement_is_for_the_runs_own_device_and_ranks(run
     from amid_ds.planning.plan import make_plan
 
     run = report.read_reported_run(runs[1], "second")
-    run.measured.update(device="NVIDIA H200", hosts=["a", "a", "b", "b"])
+    elsewhere = replace(run.measured, device="NVIDIA H200", hosts=["a", "a", "b", "b"])
     expected = make_plan(load_recipe(runs[1] / "recipe.yaml"), 2, 2,
                          DEVICES["h200"]).memory_per_rank
-    assert report._planned(run) == (expected, "")
+    assert report._planned(replace(run, measured=elsewhere)) == (expected, "")
 
 
 @pytest.mark.parametrize("wrong, message", [
