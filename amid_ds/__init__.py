@@ -1,6 +1,7 @@
-"""amid_ds distils large language models at pretraining scale with the AMiD objective (arXiv 2510.15982).
+"""amid_ds distils large language models with the AMiD objective, at pretraining scale.
 
-Importing it needs torch alone; deepspeed, transformers and datasets are imported where they are used.
+The paper is arXiv 2510.15982. Importing the package needs torch alone; deepspeed, transformers and
+datasets are imported where they are used.
 """
 
 from amid_ds.distributed.vocab_parallel import VocabShard

@@ -153,7 +153,8 @@ def _tokenizer(args: argparse.Namespace) -> None:
     from amid_ds.data import sample_texts, train_sentencepiece
 
     data = load_recipe(args.recipe, args.overrides).data
-    train_sentencepiece(sample_texts(data, int(args.megabytes * 1e6)), Path(args.out), args.vocab_size)
+    train_sentencepiece(sample_texts(data, int(args.megabytes * 1e6)), Path(args.out),
+                        args.vocab_size)
     print(args.out)
 
 

@@ -22,6 +22,6 @@ def test_the_four_ways_are_measured_and_the_teacher_is_gathered_once_a_window(tm
     assert times["teacher_shard_bytes"] == teacher / 2
     assert times["largest_layer_bytes"] == 4 * (layer + 2 * 128)
     assert times["teacher_gather_bytes"]["ga8"] <= 1.05 * times["teacher_gather_bytes"]["ga1"]
-    assert {way: len(seconds)
-            for way, seconds in times["seconds"].items()} == dict.fromkeys(STEP_VARIANTS, SCALE.rounds)
+    assert ({way: len(seconds) for way, seconds in times["seconds"].items()}
+            == dict.fromkeys(STEP_VARIANTS, SCALE.rounds))
     assert peak > teacher

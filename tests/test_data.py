@@ -299,7 +299,8 @@ def test_a_row_is_named_by_its_file_and_line(prepared, tokenizer):
 
 
 def test_a_row_that_begins_with_a_document_is_named_by_it():
-    documents = [pack.SourceDocument([([1, 2, 3], True), ([9], True)], 0, line) for line in range(3)]
+    documents = [pack.SourceDocument([([1, 2, 3], True), ([9], True)], 0, line)
+                 for line in range(3)]
     rows = list(pack.pack_text(documents, 4))
     assert [(row.line, row.tokens) for row in rows] == [(0, [1, 2, 3, 9, 1]), (1, [1, 2, 3, 9, 1]),
                                                         (2, [1, 2, 3, 9])]
@@ -351,7 +352,8 @@ def test_a_row_of_a_text_file_is_named_by_the_line_of_its_piece(tmp_path, tokeni
 
 
 def test_a_row_cut_inside_a_learnt_segment_learns_what_follows_its_first_token():
-    document = pack.SourceDocument([([1, 2], False), ([3, 4, 5], True), ([6], False), ([7], True)], 0, 0)
+    document = pack.SourceDocument([([1, 2], False), ([3, 4, 5], True), ([6], False), ([7], True)],
+                                   0, 0)
     [row] = pack.one_row_per_document([document], 4, "left", pack.PackingCounts())
     assert (row.tokens, row.loss_spans) == ([3, 4, 5, 6, 7], [1, 3, 4, 5])
 

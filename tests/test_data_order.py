@@ -20,7 +20,8 @@ def test_permute_is_a_bijection(size, key):
 
 def test_permute_depends_on_its_key_and_leaves_little_in_place():
     size = 10_000
-    one, two = (permute_indices(np.arange(size), size, np.full(size, key, np.uint64)) for key in (1, 2))
+    one, two = (permute_indices(np.arange(size), size, np.full(size, key, np.uint64))
+                for key in (1, 2))
     for out in (one, two):
         # A random permutation leaves one index where it was,
         assert np.sum(out == np.arange(size)) < 10
@@ -50,7 +51,8 @@ def test_deal_counts_each_sources_samples_without_gaps(weights, first):
 @settings(deadline=None)
 def test_deal_keeps_to_the_weights_at_every_moment(weights, samples):
     counts = Counter(source for source, _ in assign_source(range(samples), weights))
-    assert [counts[source] for source in range(len(weights))] == samples_per_source(samples, weights)
+    assert ([counts[source] for source in range(len(weights))]
+            == samples_per_source(samples, weights))
     for source, weight in enumerate(weights):
         assert abs(counts[source] - samples * weight / sum(weights)) <= len(weights)
 

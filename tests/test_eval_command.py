@@ -150,7 +150,8 @@ def test_a_models_own_settings_of_generation_do_not_touch_its_samples(pair):
     own = GenerationConfig(repetition_penalty=3.0, min_new_tokens=12, no_repeat_ngram_size=1,
                            min_p=0.2)
     model.generation_config = own
-    assert text_metrics.sample_responses(model, tokenizer, *asked) == plain and model.generation_config is own
+    assert (text_metrics.sample_responses(model, tokenizer, *asked) == plain
+            and model.generation_config is own)
     assert min(map(len, plain)) < 12 and any(len(set(answer)) < len(answer) for answer in plain)
 
 

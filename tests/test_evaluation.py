@@ -56,7 +56,8 @@ def plain_metrics(student: Path, teacher: Path, prepared: Path) -> dict[str, flo
     model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
     vocabulary = len(AutoTokenizer.from_pretrained(student))
     nll, kl, same = [], [], []
-    for ids, labels in itertools.chain.from_iterable(map(split_documents, read_batches(prepared, 1))):
+    for ids, labels in itertools.chain.from_iterable(
+            map(split_documents, read_batches(prepared, 1))):
         keep = labels != -100
         log_q, log_p = (m(ids).logits[0, keep, :vocabulary].double().log_softmax(-1)
                         for m in (model, guide))

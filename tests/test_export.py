@@ -81,7 +81,8 @@ def run(folder, teacher, instructions_file) -> Path:
 
 def fp32_weights(run: Path, step: int, model: Path) -> dict[str, torch.Tensor]:
     import_deepspeed()
-    shapes = {name: parameter.shape for name, parameter in meta_model(str(model)).named_parameters()}
+    shapes = {name: parameter.shape
+              for name, parameter in meta_model(str(model)).named_parameters()}
     shards = ZeroShards(run / "checkpoints" / f"step_{step:08d}", shapes)
     return {name: shards.whole(name) for name in shapes}
 
@@ -244,7 +245,8 @@ def test_bad_input_is_one_message_and_nothing_is_written(case, run, folder, tmp_
 
 def test_deepspeeds_own_zero_to_fp32_works_on_our_checkpoints(run, folder, tmp_path, monkeypatch):
     script = run / "checkpoints" / "zero_to_fp32.py"
-    assert (run / "checkpoints" / "latest").read_text() == list_checkpoints(run / "checkpoints")[-1].name
+    assert ((run / "checkpoints" / "latest").read_text()
+            == list_checkpoints(run / "checkpoints")[-1].name)
     monkeypatch.setattr(sys, "argv", [str(script), str(run / "checkpoints"), str(tmp_path / "out")])
     monkeypatch.syspath_prepend(str(script.parent))
     runpy.run_path(str(script), run_name="__main__")

@@ -1,4 +1,4 @@
-"""The rules of the house: layout, one owner per dependency, unique names, typed state, documents, linters."""
+"""The rules of the house: layout, owners of dependencies, names, types, documents, linters."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ OWNERS = {
     "torch.distributed": {"distributed", "monitor"},
 }
 # DeepSpeed's private names; the keys of its files are known to checkpoint/zero_shards.py.
-DEEPSPEED_INTERNALS = re.compile(r"ds_tensor|ds_numel|ds_shape|ds_id|_DeepSpeed|zero_optimization_|fp32_partitioned"
-                                 r"|param_coordinator|single_partition_of_fp32")
+DEEPSPEED_INTERNALS = re.compile(r"ds_tensor|ds_numel|ds_shape|ds_id|_DeepSpeed|zero_optimization_"
+                                 r"|fp32_partitioned|param_coordinator|single_partition_of_fp32")
 # The two backends of the loss implement one protocol under the same names.
 LOSS_BACKENDS = {"losses/elementwise.py", "losses/kernels.py"}
 
@@ -64,7 +64,8 @@ def imports(path: Path) -> list[str]:
     """Every module that the file imports, inside functions too, but not those for types alone."""
     tree = ast.parse(path.read_text())
     for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+        if (isinstance(node, ast.If)
+                and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")):
             node.body = []
     names = []
     for node in ast.walk(tree):
@@ -83,7 +84,8 @@ def test_a_module_imports_from_its_own_folder_or_those_below(path):
     for name in imports(path):
         match = re.match(r"amid_ds\.(\w+)", name)
         if match and match[1] in ORDER:
-            assert ORDER.index(match[1]) <= ORDER.index(folder), f"{folder} imports {match[1]}, which is above it"
+            assert ORDER.index(match[1]) <= ORDER.index(folder), (
+                f"{folder} imports {match[1]}, which is above it")
 
 
 def test_no_two_modules_import_each_other():
@@ -102,13 +104,15 @@ def test_a_dependency_is_imported_by_its_owners_alone(package):
 
 
 def test_the_package_has_few_entries():
-    listed = subprocess.run(["git", "ls-files", "amid_ds"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(["git", "ls-files", "amid_ds"], cwd=ROOT, capture_output=True,
+                            text=True, check=True)
     entries = {line.split("/")[1] for line in listed.stdout.split()}
     assert len(entries) <= MOST_ENTRIES, sorted(entries)
 
 
 def test_no_module_is_long():
-    assert [relative(path) for path in modules() if len(path.read_text().splitlines()) > MOST_LINES] == []
+    assert [relative(path) for path in modules()
+            if len(path.read_text().splitlines()) > MOST_LINES] == []
 
 
 def test_a_public_name_is_defined_once():
@@ -143,13 +147,16 @@ def test_deepspeeds_internals_are_named_in_the_engine_alone(path):
     text = path.read_text()
     assert DEEPSPEED_INTERNALS.findall(text) == []
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.arg) and node.arg in ("ds", "engine") and node.annotation is not None:
-            assert ast.unparse(node.annotation) not in ("Any", "object"), f"{node.arg} in line {node.lineno}"
+        if (isinstance(node, ast.arg) and node.arg in ("ds", "engine")
+                and node.annotation is not None):
+            assert ast.unparse(node.annotation) not in ("Any", "object"), (
+                f"{node.arg} in line {node.lineno}")
 
 
 def test_importing_the_package_needs_torch_alone():
     code = ("import sys, amid_ds; "
-            "print({'deepspeed', 'transformers', 'datasets', 'pydantic', 'yaml'} & sys.modules.keys() or None)")
+            "print({'deepspeed', 'transformers', 'datasets', 'pydantic', 'yaml'} "
+            "& sys.modules.keys() or None)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "None"
 
@@ -161,7 +168,8 @@ def write_imported_modules(argv, variables, log):
 def test_a_tests_ranks_share_the_fork_servers_imports():
     ranks = Ranks(1, target=write_imported_modules)
     assert ranks.wait() == [0]
-    assert {"support.rank_imports", "deepspeed", "amid_ds.training.trainer"} <= set(ranks.output().split())
+    assert ({"support.rank_imports", "deepspeed", "amid_ds.training.trainer"}
+            <= set(ranks.output().split()))
 
 
 def test_a_test_module_imports_no_other_test_module():
@@ -174,7 +182,8 @@ def test_a_test_module_imports_no_other_test_module():
 
 
 def documents() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True,
+                            check=True)
     return [ROOT / line for line in listed.stdout.split()]
 
 
@@ -184,7 +193,8 @@ def test_the_map_names_every_folder_and_module():
                if path.name != "__init__.py" and f"`{relative(path)}`" not in text]
     assert missing == []
     named = set(re.findall(r"`([a-z_0-9]+(?:/[a-z_0-9]+)*\.py)`", text))
-    assert sorted(name for name in named if not (PACKAGE / name).exists() and not (ROOT / name).exists()) == []
+    assert sorted(name for name in named
+                  if not (PACKAGE / name).exists() and not (ROOT / name).exists()) == []
 
 
 def test_the_front_page_is_short():
@@ -203,16 +213,19 @@ def test_the_links_of_a_document_lead_somewhere(document):
         assert target.exists(), link
         if anchor:
             headings = re.findall(r"^#+ (.*)$", target.read_text(), re.M)
-            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                       for heading in headings}
             assert anchor in anchors, link
 
 
 @pytest.mark.parametrize("command", [["ruff", "check", "."], ["mypy"]], ids=["ruff", "mypy"])
 def test_the_linters_are_clean(command):
-    done = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([str(BIN / command[0]), *command[1:]], cwd=ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_ci_runs_the_line_that_the_readme_shows():
-    line = re.search(r"^python3 -m venv .*&& \.venv/bin/pytest$", (ROOT / "README.md").read_text(), re.M)
+    line = re.search(r"^python3 -m venv .*&& \.venv/bin/pytest$",
+                     (ROOT / "README.md").read_text(), re.M)
     assert line and ".venv/bin/pytest$" in (ROOT / ".ci" / "run").read_text()

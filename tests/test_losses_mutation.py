@@ -113,7 +113,8 @@ def test_a_forgotten_shards_sum_is_noticed(monkeypatch):
 
     forgotten = {"logsumexp": (Doubled, "logsumexp", lambda self, local: local),
                  "sum": (Doubled, "sum", lambda self, local: local),
-                 "moments": (elementwise, "merge_moments", lambda parts: moments.merge_moments(parts[:1]))}
+                 "moments": (elementwise, "merge_moments",
+                             lambda parts: moments.merge_moments(parts[:1]))}
     for objective, exchanges in ((OBJECTIVES[0], ["logsumexp", "moments"]),
                                  (AMiD(2.0, 0.6, "squared_hellinger"), ["logsumexp", "sum"])):
         whole = amid_loss(student.repeat(1, 2), teacher.repeat(1, 2), objective)

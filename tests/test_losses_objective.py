@@ -110,7 +110,8 @@ def test_a_divergence_between_equal_models_is_zero_and_so_is_its_gradient(object
     loss = amid_loss(student, student.detach() + 3.0, objective)
     loss.sum().backward()
     assert loss.detach().abs().max() < 1e-9
-    assert objective.resolved_divergence.name == "total_variation" or student.grad.abs().max() < 1e-9
+    assert (objective.resolved_divergence.name == "total_variation"
+            or student.grad.abs().max() < 1e-9)
 
 
 @given(alphas, st.floats(0.01, 0.99), st.sampled_from(MEASURES), st.sampled_from(ORDERS), seeds)

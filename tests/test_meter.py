@@ -208,7 +208,8 @@ def test_a_spike_that_returns_is_reported_again(caplog):
         watch.step(step, [[1.0, 0.1, 0.0], [8.0 if bad else 1.0, 0.5 if bad else 0.1, 0.0]], 1.0)
     assert ["spikes" in line for line in caplog.messages].count(True) == 3
     assert ["slow" in line for line in caplog.messages].count(True) == 3
-    assert "in step 21," in caplog.messages[0] and "most of it comes from rank 1" in caplog.messages[0]
+    assert ("in step 21," in caplog.messages[0]
+            and "most of it comes from rank 1" in caplog.messages[0])
 
 
 def test_a_loss_that_stays_up_hides_no_later_spike(caplog):
@@ -216,7 +217,8 @@ def test_a_loss_that_stays_up_hides_no_later_spike(caplog):
     for step in range(1, 101):
         watch.step(step, [[60.0 if step == 90 else 3.0 if step > 30 else 1.0, 0.1, 0.0]], 1.0)
     assert len(caplog.messages) == 2 and "in step 31," in caplog.messages[0], caplog.messages
-    assert "60 in step 90, the median of the 20 steps before is 3;" in caplog.messages[1], caplog.messages
+    assert "60 in step 90, the median of the 20 steps before is 3;" in caplog.messages[1], (
+        caplog.messages)
 
 
 def test_a_tensor_parallel_group_has_one_part_of_the_loss(caplog):

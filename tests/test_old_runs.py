@@ -1,7 +1,7 @@
 """Runs that version 0.1's first layout of the code left behind still open and go on.
 
-tests/fixtures/old_runs holds two of them as they were after step 4 of 8, made before the modules moved
-into packages, and beside them the metrics of the same runs when nobody interrupted them.
+tests/fixtures/old_runs holds two of them as they were after step 4 of 8, made before the modules
+moved into packages, and beside them the metrics of the same runs when nobody interrupted them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def old_runs(tmp_path) -> Path:
 @pytest.mark.parametrize(("run", "ranks", "saved_on"),
                          [("rollouts", 2, 2), ("stream", 1, 1), ("rollouts", 1, 2)])
 def test_an_old_run_goes_on_as_if_it_had_not_been_interrupted(old_runs, run, ranks, saved_on):
-    resumed = Ranks(ranks, "train", f"{run}.yaml", target=functools.partial(train_in, str(old_runs)))
+    resumed = Ranks(ranks, "train", f"{run}.yaml",
+                    target=functools.partial(train_in, str(old_runs)))
     assert resumed.wait() == [0] * ranks, resumed.output()
     assert "resumed after step 4" in resumed.output()
     lines = (OLD_RUNS / "uninterrupted" / f"{run}.jsonl").read_text().splitlines()
@@ -58,7 +59,8 @@ def test_an_old_run_goes_on_as_if_it_had_not_been_interrupted(old_runs, run, ran
 
 @pytest.mark.parametrize(("run", "layout"), [("rollouts", Layout(2, 1, 3, "fp32")),
                                              ("stream", Layout(1, 1, 1, "fp32"))])
-def test_an_old_checkpoint_is_verified_read_and_exported(old_runs, run, layout, tmp_path, monkeypatch):
+def test_an_old_checkpoint_is_verified_read_and_exported(old_runs, run, layout, tmp_path,
+                                                         monkeypatch):
     monkeypatch.chdir(old_runs)
     checkpoint = Path(run) / "checkpoints" / "step_00000004"
     assert verify(checkpoint) is None
@@ -67,7 +69,8 @@ def test_an_old_checkpoint_is_verified_read_and_exported(old_runs, run, layout, 
     on_disk = json.loads((checkpoint / "manifest.json").read_text())["content"]
     assert manifest.state.teacher_tokens_per_pass == on_disk["state"]["tokens_per_pass"]
     assert manifest.state.taid == on_disk["state"].get("interpolation")
-    assert (manifest.state.rollout is None) == (run == "stream") == (manifest.state.streams is not None)
+    assert ((manifest.state.rollout is None) == (run == "stream")
+            == (manifest.state.streams is not None))
     # Written again, the manifest says the same: the two versions read each other's checkpoints.
     manifest.write(tmp_path)
     assert json.loads((tmp_path / "manifest.json").read_text())["content"] == on_disk

@@ -1,4 +1,4 @@
-"""Messages: once per job on stdout, errors from every rank on stderr, wherever the streams point."""
+"""Messages: once per job on stdout, every rank's errors on stderr, wherever the streams point."""
 
 from __future__ import annotations
 

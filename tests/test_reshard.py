@@ -152,7 +152,8 @@ def saving_rank(other: str, argv: list[str], variables: dict[str, str], log: str
 
 def tensors_of(path: Path, model: Path) -> dict[tuple[str, str], torch.Tensor]:
     import_deepspeed()
-    shapes = {name: parameter.shape for name, parameter in meta_model(str(model)).named_parameters()}
+    shapes = {name: parameter.shape
+              for name, parameter in meta_model(str(model)).named_parameters()}
     shards = ZeroShards(path, shapes)
     return {(name, kind): shards.whole(name, kind) for name in shapes for kind in TENSOR_KINDS}
 

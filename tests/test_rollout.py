@@ -74,8 +74,8 @@ def read_prompts(prepared: Path, step: int) -> list[list[int]]:
     """The prompts of one step's global batch, in order, from prepared rows and labels alone."""
     from amid_ds.data import PreparedLoader
 
-    data = PreparedLoader(prepared, seed=0, global_batch_size=4, micro_batch_size=1, dp_rank=0, dp_size=1,
-                    workers=0)
+    data = PreparedLoader(prepared, seed=0, global_batch_size=4, micro_batch_size=1, dp_rank=0,
+                          dp_size=1, workers=0)
     return [ids[0, :int((labels != -100).nonzero()[0]) + 1].tolist()
             for batch in data.window(step) for ids, labels in split_documents(batch)]
 
@@ -266,7 +266,8 @@ def test_prompts_of_unequal_lengths_share_a_batch_without_a_trace(family, tmp_pa
     model = AutoModelForCausalLM.from_pretrained(make_model(tmp_path / "model", family, 3)).eval()
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
-    prompts = [SamplerPrompt(torch.randint(3, vocabulary, (length,), generator=draw).tolist(), room, 0)
+    prompts = [SamplerPrompt(torch.randint(3, vocabulary, (length,), generator=draw).tolist(),
+                             room, 0)
                for length, room in ((3, 60), (40, 5), (1, 30), (120, 8))]
     completions = Sampler(0.0, 1.0, END, vocabulary).complete(model, prompts, bool,
                                                               torch.device("cpu"))
@@ -297,7 +298,8 @@ def test_sampling_follows_temperature_and_top_p(pair):
     student = AutoModelForCausalLM.from_pretrained(pair[0]).eval()
     prompt, draws, vocabulary = [5, 9, 4], 4000, student.config.vocab_size
     sampler = Sampler(0.7, 0.8, END, vocabulary)
-    completions = sampler.complete(student, [SamplerPrompt(prompt, 2, seed) for seed in range(draws)],
+    completions = sampler.complete(student,
+                                   [SamplerPrompt(prompt, 2, seed) for seed in range(draws)],
                                    bool, torch.device("cpu"))
 
     def expected(ids: list[int]) -> torch.Tensor:

@@ -424,8 +424,10 @@ def test_status_prints_step_loss_speed_restarts_and_the_last_error(tmp_path, rec
 
 def attempt(status: int | None, step: int | None = 5, error: str = "RuntimeError: out of 3 bytes",
             stepped: bool = True) -> attempts.AttemptRecord:
-    failure = attempts.Failure(0, "n1", step, error, 0.0) if status not in (0, 2, 75, None) else None
-    return attempts.AttemptRecord("1", 0, first_step=1 if stepped else None, status=status, failure=failure)
+    failure = (attempts.Failure(0, "n1", step, error, 0.0) if status not in (0, 2, 75, None)
+               else None)
+    return attempts.AttemptRecord("1", 0, first_step=1 if stepped else None, status=status,
+                                  failure=failure)
 
 
 @pytest.mark.parametrize("job, again", [

@@ -69,7 +69,8 @@ def test_1_2_and_4_ranks_train_as_a_plain_loop_does_and_export_it(pair, instruct
                 assert line[name] == pytest.approx(value, rel=2e-4), (ranks, line["step"], name)
         assert main(["export", str(run), str(out)]) == 0
         exported = AutoModelForCausalLM.from_pretrained(out)
-        assert tokenizer_fingerprint(load_tokenizer(str(out))) == tokenizer_fingerprint(load_tokenizer(str(pair[0])))
+        assert (tokenizer_fingerprint(load_tokenizer(str(out)))
+                == tokenizer_fingerprint(load_tokenizer(str(pair[0]))))
         for name, parameter in exported.named_parameters():
             torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-3, atol=2e-4,
                                        msg=lambda m, n=name: f"{n}: {m}")
@@ -149,8 +150,8 @@ def test_without_a_teacher_it_is_plain_training_with_cross_entropy(llama_pair, t
                           train__steps=3, train__micro_batch_size=4)
     assert "no teacher" in run_ranks(1, "train", recipe).output()
     model = AutoModelForCausalLM.from_pretrained(llama_pair[0])
-    rows = PreparedLoader(tmp_path / "run" / "data", seed=0, global_batch_size=4, micro_batch_size=4,
-                    dp_rank=0, dp_size=1, workers=0).window(0)[0]
+    rows = PreparedLoader(tmp_path / "run" / "data", seed=0, global_batch_size=4,
+                          micro_batch_size=4, dp_rank=0, dp_size=1, workers=0).window(0)[0]
     logits = model(rows.input_ids).logits
     first = read_metrics(tmp_path / "run")[0]
     truth = F.cross_entropy(logits.flatten(0, 1), rows.labels.flatten()).item()

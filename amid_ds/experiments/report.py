@@ -84,7 +84,8 @@ class ReportSection:
 class ReportedRun:
     """One run, as read from its folder.
 
-    measured: the measurements of memory and network, None if there are none; unmeasured: the reason.
+    measured: the measurements of memory and network, None if there are none; unmeasured: the
+    reason.
     """
 
     name: str

@@ -2,8 +2,8 @@
 
 One program per token walks its row of both models' logits. KL reads them three times: normalisers;
 the moments from which both log Σ r̃ and all sums follow, because KL is affine in log Σ r̃; the
-gradient, written over the student's logits. Other divergences need log Σ r̃ before their sums, hence
-a fourth reading (not for α = -1 and the ends of λ). The formulas are in kernel_math.py.
+gradient, written over the student's logits. Other divergences need log Σ r̃ before their sums,
+hence a fourth reading (not for α = -1 and the ends of λ). The formulas are in kernel_math.py.
 All arithmetic is fp32, so fp64 inputs stay with plain torch; addresses are int64, for a block may
 hold more than 2³¹ logits. The block sizes are not tuned: the kernels have run under
 TRITON_INTERPRET=1 alone so far.

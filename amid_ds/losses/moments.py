@@ -3,7 +3,7 @@
 KL's sums are affine in log Σ r̃, so one reading of the logits yields nine moments from which both
 log Σ r̃ and the sums follow; other divergences read the logits once for each.
 
-With L = log Σ r̃, ℓ = log r̃ (so log r = ℓ - L) and the orders' weights κ, the moments of a token are
+With L = log Σ r̃, ℓ = log r̃ (so log r = ℓ - L) and the orders' weights κ, a token's moments are
 
     0, 1  L in two parts (vocab_parallel.py)
     2-4   the means over r of w, T and wT, where T = κ_rp (ℓ - log p) + κ_rq (ℓ - log q)

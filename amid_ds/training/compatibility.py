@@ -1,8 +1,8 @@
 """What a resumed run may change, and the refusal of everything else.
 
-A run is identified by what it learns from: the resolved recipe and hashes of what that names, as flat
-keys. A checkpoint keeps this identity, and a later attempt must have the same one, apart from keys
-that do not affect what is learnt and keys that the user allows by name.
+A run is identified by what it learns from: the resolved recipe and hashes of what that names, as
+flat keys. A checkpoint keeps this identity, and a later attempt must have the same one, apart from
+keys that do not affect what is learnt and keys that the user allows by name.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from amid_ds.run.folder import RunFolder
 
 # Keys that a resumed run may change: they do not affect what is learnt. Of `deepspeed` that is all
 # but the precision, which the identity has as student.dtype.
-MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared", "train.log_every",
-              "train.hang_timeout", "train.max_hours", "train.micro_batch_size",
+MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared",
+              "train.log_every", "train.hang_timeout", "train.max_hours", "train.micro_batch_size",
               "student.activation_checkpointing", "train.profile", "teacher.max_tokens_per_pass",
               "teacher.placement", "tensor_parallel", "deepspeed")
 # Also free, unless rollout.adaptive uses the validation loss.
@@ -31,16 +31,20 @@ def refuse_other_run(recipe: Recipe) -> None:
     saved = RunFolder(Path(recipe.output_dir)).recipe
     if not saved.exists():
         return
-    lines = _differences(flat_recipe(load_recipe(saved)), flat_recipe(recipe), recipe.checkpoint.allow_change)
+    lines = _differences(flat_recipe(load_recipe(saved)), flat_recipe(recipe),
+                         recipe.checkpoint.allow_change)
     if lines:
         raise InputError(f"{recipe.output_dir} holds the run of another recipe:\n{lines}",
                          "a new output_dir, or the recipe that the run was started with",
-                         "set output_dir to another folder, take the changes back, or name the keys in "
-                         "checkpoint.allow_change")
+                         "set output_dir to another folder, take the changes back, or name the "
+                         "keys in checkpoint.allow_change")
 
 
 def changes_since_last_attempt(recipe: Recipe) -> dict[str, list[object]]:
-    """The recipe's keys that differ from the last attempt's, each with [before, now]; {} in the first attempt."""
+    """The recipe's keys that differ from the last attempt's, each with [before, now].
+
+    {} in the first attempt.
+    """
     saved = RunFolder(Path(recipe.output_dir)).recipe
     if not saved.exists():
         return {}
@@ -49,24 +53,28 @@ def changes_since_last_attempt(recipe: Recipe) -> dict[str, list[object]]:
             if before.get(key) != now.get(key)}
 
 
-def refuse_other_identity(checkpoint: Path, identity: Mapping[str, object], allowed: Sequence[str]) -> None:
-    """Raise InputError where the checkpoint learnt from another teacher, tokenizer, data or objective."""
+def refuse_other_identity(checkpoint: Path, identity: Mapping[str, object],
+                          allowed: Sequence[str]) -> None:
+    """Raise InputError if the checkpoint learnt from another teacher, tokenizer, data or loss."""
     saved = Manifest.read(checkpoint)
     before = {**saved.identity, "student.dtype": saved.layout.student_dtype}
     lines = _differences(before, identity, allowed)
     if lines:
         raise InputError(f"what {checkpoint} was trained with has changed since:\n{lines}",
                          "the same teacher, tokenizer, data and objective",
-                         "take the changes back, take another output_dir, or name the keys in checkpoint.allow_change")
+                         "take the changes back, take another output_dir, or name the keys in "
+                         "checkpoint.allow_change")
 
 
-def _differences(before: Mapping[str, object], now: Mapping[str, object], allowed: Sequence[str]) -> str:
+def _differences(before: Mapping[str, object], now: Mapping[str, object],
+                 allowed: Sequence[str]) -> str:
     """A line for each key that differs and may not."""
     uses_evaluation = any(key.startswith("rollout.adaptive.") for key in (*before, *now))
     free = (*MAY_CHANGE, *(() if uses_evaluation else EVALUATION_KEYS), *allowed)
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
                and not any(key == name or key.startswith(f"{name}.") for name in free)]
-    return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now" for key in changed)
+    return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now"
+                     for key in changed)
 
 
 def flat_recipe(recipe: Recipe) -> dict[str, object]:

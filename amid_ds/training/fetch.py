@@ -1,4 +1,4 @@
-"""The data of each step on this rank, and the one agreement that all ranks make about it before the step."""
+"""The data of each step on this rank, and the one agreement of all ranks before the step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from amid_ds.training.job import Job
 
 
 class FetchedStep(NamedTuple):
-    """One step's micro-batches on this rank (of the sources and of the auxiliary corpus), the seconds
-    that it waited for them, or the error because of which there are none."""
+    """One step's micro-batches on this rank, or the error because of which there are none.
+
+    window: those of the sources; auxiliary: of the auxiliary corpus. waited: seconds for both.
+    """
 
     window: list[Batch]
     auxiliary: list[Batch]
@@ -25,7 +27,10 @@ class FetchedStep(NamedTuple):
 
 
 class AuxiliaryBatch(NamedTuple):
-    """A step's micro-batches of the auxiliary corpus on this rank, and its valid tokens in the global batch."""
+    """A step's micro-batches of the auxiliary corpus on this rank.
+
+    tokens: its valid ones in the global batch.
+    """
 
     window: list[Batch]
     tokens: float
@@ -34,9 +39,9 @@ class AuxiliaryBatch(NamedTuple):
 class StepInfo(NamedTuple):
     """What the ranks know together at the beginning of a step.
 
-    tokens, auxiliary_tokens: valid ones in the global batch. padding: the share of the global batch's
-    positions that hold nothing. waited: seconds for data, mean over ranks. stop: a rank was asked to
-    stop. writing: a rank still writes a checkpoint.
+    tokens, auxiliary_tokens: valid ones in the global batch. padding: the share of the global
+    batch's positions that hold nothing. waited: seconds for data, mean over ranks. stop: a rank was
+    asked to stop. writing: a rank still writes a checkpoint.
     """
 
     tokens: float
@@ -47,10 +52,15 @@ class StepInfo(NamedTuple):
     writing: bool
 
 
-def open_step_data(job: Job, state: TrainState, world: World) -> tuple[StepLoader, PreparedLoader | None]:
-    """The rows to train on and, where the recipe has one, the auxiliary corpus: as many of its rows in every step."""
+def open_step_data(job: Job, state: TrainState,
+                   world: World) -> tuple[StepLoader, PreparedLoader | None]:
+    """The rows to train on and, where the recipe has one, the auxiliary corpus.
+
+    Every step has as many rows of the one as of the other.
+    """
     train, data = job.recipe.train, job.recipe.data
-    layout: Any = {"global_batch_size": train.global_batch_size, "micro_batch_size": train.micro_batch_size,
+    layout: Any = {"global_batch_size": train.global_batch_size,
+                   "micro_batch_size": train.micro_batch_size,
                    "dp_rank": world.dp_rank, "dp_size": world.dp_size, "workers": data.workers}
     prepared = job.recipe.prepared_dir
     steps: StepLoader
@@ -64,9 +74,13 @@ def open_step_data(job: Job, state: TrainState, world: World) -> tuple[StepLoade
     return steps, PreparedLoader(prepared / "auxiliary", seed=train.seed, **layout)
 
 
-def fetch_steps(data: StepLoader, auxiliary: PreparedLoader | None, start: int, stop: int) -> Iterator[FetchedStep]:
-    """Yield each step's data. On InputError yield one last item that carries it, so that
-    `reduce_step_info` can raise it on every rank."""
+def fetch_steps(data: StepLoader, auxiliary: PreparedLoader | None, start: int,
+                stop: int) -> Iterator[FetchedStep]:
+    """Yield each step's data.
+
+    On InputError yield one last item that carries it, so that `reduce_step_info` can raise it on
+    every rank.
+    """
     both: list[StepLoader] = [data] if auxiliary is None else [data, auxiliary]
     windows = zip(*(each.windows(start, stop) for each in both), strict=True)
     while True:
@@ -84,13 +98,18 @@ def fetch_steps(data: StepLoader, auxiliary: PreparedLoader | None, start: int, 
 
 
 def reduce_step_info(fetched: FetchedStep, stop: bool, writing: bool, world: World) -> StepInfo:
-    """The one agreement of every step: one collective. Raises, on every rank, the error in any rank's data."""
+    """The one agreement of every step: one collective.
+
+    Raises, on every rank, the error in any rank's data.
+    """
     valid = [sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in window)
              for window in (fetched.window, fetched.auxiliary)]
     batches = [*fetched.window, *fetched.auxiliary]
-    padding, positions = sum(batch.padding for batch in batches), sum(batch.input_ids.numel() for batch in batches)
-    (tokens, auxiliary_tokens, padding_sum, positions_sum, waited, stopping, still_writing, broken) = world.sum(
-        [*valid, padding, positions, fetched.waited, stop, writing, fetched.error is not None])
+    padding, positions = (sum(batch.padding for batch in batches),
+                          sum(batch.input_ids.numel() for batch in batches))
+    (tokens, auxiliary_tokens, padding_sum, positions_sum, waited, stopping, still_writing,
+     broken) = world.sum([*valid, padding, positions, fetched.waited, stop, writing,
+                          fetched.error is not None])
     if broken:
         world.run_checked(lambda: _raise(fetched.error))
     return StepInfo(tokens, auxiliary_tokens, padding_sum / positions_sum, waited / world.dp_size,
@@ -103,10 +122,14 @@ def _raise(error: Exception | None) -> None:
 
 
 def describe_epochs(job: Job, data: StepLoader, state: TrainState) -> str:
-    """The number of times that each source is read by the last step; of streamed sources, that it has been read so
-    far and what was left out."""
+    """The number of times that each source is read by the last step.
+
+    Of streamed sources: that it has been read so far, and what was left out.
+    """
     if isinstance(data, PreparedLoader):
         epochs = zip(job.recipe.data.train, data.epochs(job.recipe.train.steps), strict=True)
-        return ", ".join(f"{source.path} {count:.3g}" + (" (its rows come again)" if count > 1 else "")
+        return ", ".join(f"{source.path} {count:.3g}"
+                         + (" (its rows come again)" if count > 1 else "")
                          for source, count in epochs)
-    return f"unknown, the sources are streamed; so far {stream_summary(job.recipe.data, state.streams)}"
+    return ("unknown, the sources are streamed; so far "
+            f"{stream_summary(job.recipe.data, state.streams)}")

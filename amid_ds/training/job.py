@@ -1,4 +1,4 @@
-"""A run before its first step: the checked recipe, its identity, its folder; and the model that it leaves."""
+"""A run before its first step: checked recipe, identity, folder; and the model that it leaves."""
 
 from __future__ import annotations
 
@@ -63,11 +63,15 @@ class Job:
 
     def layout(self, world: World) -> Layout:
         """The layout that the engine will have on these ranks."""
-        return Layout(world.size, world.tp_size, ds_config.zero_stage(self.deepspeed_config), self.student_dtype)
+        return Layout(world.size, world.tp_size, ds_config.zero_stage(self.deepspeed_config),
+                      self.student_dtype)
 
 
 def check_recipe(recipe: Recipe, ranks: int) -> Job:
-    """The job, after every check that needs neither a model's weights nor prepared data. Raises InputError."""
+    """The job, after every check that needs neither a model's weights nor prepared data.
+
+    Raises InputError.
+    """
     config = ds_config.read_deepspeed_config(recipe, ds_config.data_parallel_size(recipe, ranks))
     for step in turning_points(recipe.loss, recipe.train.steps):
         objective_at(recipe.loss, step, recipe.train.steps)
@@ -78,18 +82,21 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
     models: dict[str, Student | Teacher] = {f"student {student.model}": student}
     if recipe.teacher is not None:
         models[f"teacher {recipe.teacher.model}"] = recipe.teacher
-        require_same_tokenizer(tokenizer, load_tokenizer(recipe.teacher.model, **recipe.teacher.hub_kwargs),
-                               student.model, recipe.teacher.model)
-    widths = {name: model_config(model.model, **model.hub_kwargs).vocab_size for name, model in models.items()}
+        require_same_tokenizer(
+            tokenizer, load_tokenizer(recipe.teacher.model, **recipe.teacher.hub_kwargs),
+            student.model, recipe.teacher.model)
+    widths = {name: model_config(model.model, **model.hub_kwargs).vocab_size
+              for name, model in models.items()}
     for model in models.values():
         require_supported(model.model, **model.hub_kwargs)
     if recipe.rollout is not None:
         end_of_text_id(tokenizer, recipe.rollout.end_of_text)
     for name, width in widths.items():
         if width < len(tokenizer):
-            raise InputError(f"the {name} has a vocabulary of {width}, the tokenizer of {len(tokenizer)}",
-                             "a model with a row for every id of the tokenizer",
-                             "resize the model's embeddings, or use the tokenizer that it was made with")
+            raise InputError(
+                f"the {name} has a vocabulary of {width}, the tokenizer of {len(tokenizer)}",
+                "a model with a row for every id of the tokenizer",
+                "resize the model's embeddings, or use the tokenizer that it was made with")
     return Job(recipe, config, tokenizer)
 
 
@@ -113,7 +120,10 @@ def identity_of(job: Job, checkpoint: Path | None) -> dict[str, object]:
 
 
 def open_run(job: Job, world: World) -> None:
-    """Make the run's folder; write the resolved recipe and the provenance of everything it uses. Collective."""
+    """Make the run's folder; write the resolved recipe and the provenance of everything it uses.
+
+    Collective.
+    """
     def write() -> None:
         try:
             job.run.path.mkdir(parents=True, exist_ok=True)
@@ -121,7 +131,8 @@ def open_run(job: Job, world: World) -> None:
             replace_text(job.run.provenance, provenance(job.recipe, job.tokenizer, world.size))
         except OSError as error:
             raise InputError(f"the output folder {job.run.path} cannot be written: {error}",
-                             "a folder that can be written", "set output_dir to another folder") from None
+                             "a folder that can be written",
+                             "set output_dir to another folder") from None
     world.run_on_main(write)
 
 

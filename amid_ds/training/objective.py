@@ -10,7 +10,7 @@ from amid_ds.models.distiller import StepObjective
 
 
 def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = None) -> StepObjective:
-    """The objective of optimizer step `step` (from 0) of `total`, every schedule replaced by its value.
+    """The objective of optimizer step `step` (from 0) of `total`, with values for schedules.
 
     taid: the state of TAID's interpolation; None: not started yet. Raises InputError for a preset,
     divergence, order or value that does not exist.
@@ -26,11 +26,13 @@ def _amid(loss: Loss) -> AMiD:
     not_amids = {"preset", "kd_weight", "ce_weight"}
     values = {key: value for key, value in loss if key not in not_amids}
     if isinstance(loss.divergence, DivergenceSpec):
-        values["divergence"] = AlphaBeta(loss.divergence.alpha_beta.alpha, loss.divergence.alpha_beta.beta)
+        values["divergence"] = AlphaBeta(loss.divergence.alpha_beta.alpha,
+                                         loss.divergence.alpha_beta.beta)
     try:
         if loss.preset is None:
             return AMiD(**values)
-        return preset(loss.preset, **{key: values[key] for key in loss.model_fields_set - not_amids})
+        return preset(loss.preset,
+                      **{key: values[key] for key in loss.model_fields_set - not_amids})
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise

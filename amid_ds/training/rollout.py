@@ -1,14 +1,14 @@
-"""On-policy distillation: choose the steps that train on student samples, generate them, keep a replay buffer.
+"""On-policy distillation: choose the steps that train on student samples, and generate these.
 
 Two published schemes. GKD's (arXiv 2306.13649): a fixed share of the steps. DistiLLM's (arXiv
-2402.03898), as its published scripts have it: a share that grows when the validation loss rises, and
-a buffer of completions that are learnt from more than once. The unit is a step of all ranks, because
-under ZeRO-3 they generate together.
+2402.03898), as its published scripts have it: a share that grows when the validation loss rises,
+and a buffer of completions that are learnt from more than once. The unit is a step of all ranks,
+because under ZeRO-3 they generate together.
 
-The samples of a step are a function of seed, step and position in the global batch. The buffer is the
-same on every rank and counts completions over all of them (the scripts have one of that capacity on
-each rank); it lies in the checkpoints beside the threshold, so a resumed run equals the uninterrupted
-one. Cross entropy is left out of such a step: student samples are no labels to learn.
+The samples of a step are a function of seed, step and position in the global batch. The buffer is
+the same on every rank and counts completions over all of them (the scripts have one of that
+capacity on each rank); it lies in the checkpoints beside the threshold, so a resumed run equals the
+uninterrupted one. Cross entropy is left out of such a step: student samples are no labels to learn.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 
 class RolloutDocument(NamedTuple):
-    """Ids of a prompt and its response, the index at which the response begins, and the row's source."""
+    """Ids of a prompt and its response, the index where the response begins, the row's source."""
 
     ids: list[int]
     start: int
@@ -61,9 +61,11 @@ class RolloutDocument(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    """What a step learns from: this rank's micro-batches, and the global batch's valid tokens and padding.
+    """What a step learns from: this rank's micro-batches.
 
-    sampled: the responses are student samples. metrics: what metrics.jsonl says of the choice.
+    tokens, padding: of the global batch, its valid tokens and the share of positions that hold
+    nothing. sampled: the responses are student samples. metrics: what metrics.jsonl says of the
+    choice.
     """
 
     window: list[Batch]
@@ -74,12 +76,13 @@ class StepBatch(NamedTuple):
 
 
 class Rollouts:
-    """The rollouts of one attempt. `state` is the run's, of which `rollout` is kept up to date here.
+    """The rollouts of one attempt.
 
-    Made, and asked, by all ranks.
+    Made, and asked, by all ranks. `state` is the run's, of which `rollout` is kept up to date here.
     """
 
-    def __init__(self, recipe: Recipe, engine: Engine, tokenizer: PreTrainedTokenizerBase, state: TrainState) -> None:
+    def __init__(self, recipe: Recipe, engine: Engine, tokenizer: PreTrainedTokenizerBase,
+                 state: TrainState) -> None:
         assert recipe.rollout is not None
         self.recipe, self.rollout, self.engine, self.state = recipe, recipe.rollout, engine, state
         self.world, self.student = engine.world, engine.distiller.student
@@ -91,7 +94,8 @@ class Rollouts:
         self.buffer: list[RolloutDocument] = []
         if state.rollout is not None:
             folder = RunFolder(Path(recipe.output_dir)).checkpoints / checkpoint_name(state.step)
-            self.buffer = [RolloutDocument(*document) for document in torch.load(folder / BUFFER_FILE)]
+            self.buffer = [RolloutDocument(*document)
+                           for document in torch.load(folder / BUFFER_FILE)]
         elif self.rollout.adaptive is not None:
             self.update_threshold(validate(recipe, engine))
 
@@ -113,7 +117,7 @@ class Rollouts:
         return {BUFFER_FILE: [tuple(document) for document in self.buffer]} if kept else {}
 
     def batch_for_step(self, data: StepBatch) -> StepBatch:
-        """The data's batch as it is, sampled responses to its prompts, or responses from the buffer."""
+        """The data's batch, sampled responses to its prompts, or responses from the buffer."""
         step, total = self.state.step, self.recipe.train.steps
         chance = float(torch.rand((), generator=_generator(self.recipe, step, CHOICE_SEED)))
         source, metrics = self._choose(chance)
@@ -129,7 +133,10 @@ class Rollouts:
         return self._to_batch(documents, metrics)
 
     def _choose(self, chance: float) -> tuple[str, dict[str, float]]:
-        """(`data`, `fresh` or `replay`, the scheme's own metrics) for the step's random number in [0, 1)."""
+        """(`data`, `fresh` or `replay`; the scheme's own metrics) of the step.
+
+        chance: the step's random number in [0, 1).
+        """
         adaptive = self.rollout.adaptive
         if adaptive is None:
             assert self.rollout.share is not None
@@ -144,23 +151,30 @@ class Rollouts:
         """Sampled responses to the prompts of this rank's window; they go into the buffer."""
         prompts, keys = [], []
         for row, number, document in self._prompts(window):
-            room = min(self.rollout.max_new_tokens, self.recipe.train.seq_length + 1 - document.start)
+            room = min(self.rollout.max_new_tokens,
+                       self.recipe.train.seq_length + 1 - document.start)
             step = step_seed(self.recipe.train.seed, self.state.step, PROMPT_SEED)
-            prompts.append(SamplerPrompt(document.ids[:document.start], room, step_seed(step, row, number)))
+            prompts.append(SamplerPrompt(document.ids[:document.start], room,
+                                         step_seed(step, row, number)))
             keys.append((row, number, document.source))
         responses = self._complete(prompts)
         documents = [RolloutDocument(prompt.ids + ids, len(prompt.ids), source)
                      for prompt, ids, (*_, source) in zip(prompts, responses, keys, strict=True)]
         if self.rollout.adaptive is not None:
-            own = [(row, number, document) for (row, number, _), document in zip(keys, documents, strict=True)]
+            own = [(row, number, document)
+                   for (row, number, _), document in zip(keys, documents, strict=True)]
             # Tensor-parallel peers have the same documents: one of them contributes.
             parts = self.world.gather(own if self.world.tp_rank == 0 else [])
             everyone = sorted(entry for part in parts for entry in part)
-            self.buffer = [*self.buffer, *(d for *_, d in everyone)][-self.rollout.adaptive.capacity:]
+            self.buffer = [*self.buffer, *(d for *_, d in everyone)][
+                -self.rollout.adaptive.capacity:]
         return documents
 
     def _replay(self, window: list[Batch]) -> list[RolloutDocument]:
-        """This rank's part of as many documents as the global batch has, drawn from the buffer without replacement."""
+        """This rank's part of as many documents as the global batch has, drawn from the buffer.
+
+        Without replacement.
+        """
         count = sum(1 for _ in self._prompts(window))
         total = sum(self.world.gather(count)) // self.world.tp_size
         generator = _generator(self.recipe, self.state.step, BUFFER_SEED)
@@ -177,11 +191,15 @@ class Rollouts:
                     yield global_row, number, document
 
     def _complete(self, prompts: Sequence[SamplerPrompt]) -> list[list[int]]:
-        """The student's responses, `batch_size` at once; every rank makes as many passes, and steps in each."""
+        """The student's responses, `batch_size` at once.
+
+        Every rank makes as many passes, and as many steps in each.
+        """
         size = self.rollout.batch_size
         passes = -(-max(self.world.gather(len(prompts))) // size)
         responses: list[list[int]] = []
-        gathered = self.engine.gathered(self.student) if self.gather_once else contextlib.nullcontext()
+        gathered = (self.engine.gathered(self.student) if self.gather_once
+                    else contextlib.nullcontext())
         with self.engine.evaluating(), gathered:
             for number in range(passes):
                 responses += self.world.run_checked(partial(
@@ -198,17 +216,22 @@ class Rollouts:
     def _readable_head(self, student: nn.Module) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.gather_once else self.engine.gathered_head(student)
 
-    def _to_batch(self, documents: Sequence[RolloutDocument], metrics: Mapping[str, float]) -> StepBatch:
+    def _to_batch(self, documents: Sequence[RolloutDocument],
+                  metrics: Mapping[str, float]) -> StepBatch:
         """The documents as micro-batches, as many on every rank: some may hold no valid token."""
         train = self.recipe.train
-        rows = pack_rows(documents, train.seq_length, self.recipe.data.isolate_documents is not False)
+        rows = pack_rows(documents, train.seq_length,
+                         self.recipe.data.isolate_documents is not False)
         window = [collate_rows(rows[i:i + train.micro_batch_size], [])
                   for i in range(0, len(rows), train.micro_batch_size)]
         for _ in range(max(self.world.gather(len(window))) - len(window)):
-            empty = collate_rows([TokenRow(np.zeros(3, np.int64), np.empty(0, np.int32), np.empty(0, np.int32), "")], [])
+            empty = collate_rows([TokenRow(np.zeros(3, np.int64), np.empty(0, np.int32),
+                                           np.empty(0, np.int32), "")], [])
             window.append(replace(empty, padding=empty.input_ids.numel(), sources=[]))
-        counts = [[int((b.labels != IGNORE_INDEX).sum()), b.padding, b.input_ids.numel()] for b in window]
-        tokens, padding, total = self.world.sum([sum(column) for column in zip(*counts, strict=True)])
+        counts = [[int((b.labels != IGNORE_INDEX).sum()), b.padding, b.input_ids.numel()]
+                  for b in window]
+        tokens, padding, total = self.world.sum(
+            [sum(column) for column in zip(*counts, strict=True)])
         return StepBatch(window, tokens, padding / total, True, metrics)
 
 
@@ -217,9 +240,9 @@ def _generator(recipe: Recipe, step: int, purpose: int) -> torch.Generator:
 
 
 def updated_threshold(adaptive: Replay, state: RolloutState | None, loss: float) -> RolloutState:
-    """The threshold, and the loss to compare the next one with, after an evaluation with mean loss `loss`.
+    """The threshold, and the loss to compare the next one with, after an evaluation.
 
-    state: the one before; None at the first evaluation.
+    state: the one before; None at the first evaluation. loss: the evaluation's mean loss.
     """
     if state is None:
         return {"threshold": adaptive.init_threshold, "loss": loss}
@@ -228,8 +251,9 @@ def updated_threshold(adaptive: Replay, state: RolloutState | None, loss: float)
     return {"threshold": state["threshold"], "loss": state["loss"]}
 
 
-def choose_source(adaptive: Replay, threshold: float, chance: float, kept: int, number: int, total: int) -> str:
-    """The source of optimizer step `number` (from 1) of `total`: `data`, `fresh` samples, or a `replay`.
+def choose_source(adaptive: Replay, threshold: float, chance: float, kept: int, number: int,
+                  total: int) -> str:
+    """The source of optimizer step `number` (from 1) of `total`: `data`, `fresh` or `replay`.
 
     chance: the step's random number in [0, 1). kept: completions in the buffer.
     """
@@ -241,43 +265,56 @@ def choose_source(adaptive: Replay, threshold: float, chance: float, kept: int, 
 
 
 def split_documents(batch: Batch, row: int) -> Iterator[RolloutDocument]:
-    """The documents of one row, each up to its last response, which is left out: `start` is where it began."""
+    """The documents of one row, each up to its last response.
+
+    That response is left out: `start` is where it began.
+    """
     ids, labels = batch.input_ids[row].tolist(), batch.labels[row].tolist()
     positions = range(len(ids)) if batch.positions is None else batch.positions[row].tolist()
     starts = [i for i, position in enumerate(positions) if position == 0]
     for first, end in zip(starts, [*starts[1:], len(ids)], strict=True):
         labelled = [i for i in range(first, end) if labels[i] != IGNORE_INDEX]
         if labelled:
-            last = next(i for i in reversed(labelled) if i == first or labels[i - 1] == IGNORE_INDEX)
+            last = next(i for i in reversed(labelled)
+                        if i == first or labels[i - 1] == IGNORE_INDEX)
             yield RolloutDocument(ids[first:last + 1], last + 1 - first, batch.sources[row])
 
 
-def pack_rows(documents: Sequence[RolloutDocument], seq_length: int, isolated: bool) -> list[TokenRow]:
-    """The documents as rows of at most seq_length + 1 tokens: several to a row, isolated, or each in its own."""
-    packed = [PackedRow(d.ids, [d.start, len(d.ids)], 0, number) for number, d in enumerate(documents)]
+def pack_rows(documents: Sequence[RolloutDocument], seq_length: int,
+              isolated: bool) -> list[TokenRow]:
+    """The documents as rows of at most seq_length + 1 tokens.
+
+    Several to a row where they are isolated, else each in its own.
+    """
+    packed = [PackedRow(d.ids, [d.start, len(d.ids)], 0, number)
+              for number, d in enumerate(documents)]
     rows = pack_best_fit(packed, seq_length) if isolated else packed
     return [TokenRow.from_packed(row, documents[row.line].source) for row in rows]
 
 
 def check_prompt_lengths(recipe: Recipe) -> None:
-    """Check that every prompt of the prepared data leaves room for `max_new_tokens` in `seq_length`.
+    """Check that every prompt of the prepared data leaves room for `max_new_tokens` in its row.
 
-    Raises InputError where one does not; with data.on_bad_row: skip such prompts get what room there
-    is, and their number is logged.
+    Raises InputError where one does not; with data.on_bad_row: skip such prompts get what room
+    there is, and their number is logged.
     """
     if recipe.rollout is None:
         return
     longest_allowed = recipe.train.seq_length + 1 - recipe.rollout.max_new_tokens
     prepared = PreparedDataset(recipe.prepared_dir)
     too_long = [document for number in range(len(prepared))
-                for document in split_documents(prepared.batch([number]), 0) if document.start > longest_allowed]
+                for document in split_documents(prepared.batch([number]), 0)
+                if document.start > longest_allowed]
     if too_long and recipe.data.on_bad_row == "error":
         longest = max(document.start for document in too_long)
         raise InputError(
-            f"{len(too_long)} prompt(s) leave no room to generate {recipe.rollout.max_new_tokens} tokens in a row "
-            f"of {recipe.train.seq_length}; the first is that of {too_long[0].source}: {too_long[0].start} tokens",
+            f"{len(too_long)} prompt(s) leave no room to generate {recipe.rollout.max_new_tokens} "
+            f"tokens in a row of {recipe.train.seq_length}; the first is that of "
+            f"{too_long[0].source}: {too_long[0].start} tokens",
             f"prompts of at most {longest_allowed} tokens",
             f"set train.seq_length to {longest - 1 + recipe.rollout.max_new_tokens} or more, lower "
-            "rollout.max_new_tokens, or set data.on_bad_row=skip: these prompts then get what room there is")
+            "rollout.max_new_tokens, or set data.on_bad_row=skip: these prompts then get what "
+            "room there is")
     if too_long:
-        logger.info("%d prompts leave less room than rollout.max_new_tokens; they get what there is", len(too_long))
+        logger.info("%d prompts leave less room than rollout.max_new_tokens; they get what there "
+                    "is", len(too_long))

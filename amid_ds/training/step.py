@@ -1,8 +1,8 @@
 """One optimizer step: objective, teacher, forward and backward of every micro-batch, optimizer.
 
 A step's loss is the sum over its valid tokens divided by the number N of valid tokens in the whole
-global batch, so it does not depend on ranks, micro-batches or masks. DeepSpeed averages gradients over
-the data-parallel ranks R; with token weights 1/N and the loss times R (`Engine.backward`), its
+global batch, so it does not depend on ranks, micro-batches or masks. DeepSpeed averages gradients
+over the data-parallel ranks R; with token weights 1/N and the loss times R (`Engine.backward`), its
 (1/R) Σ_ranks Σ_micro ∇(R · Σ_i loss_i / N) is ∇ Σ_i loss_i / N.
 """
 
@@ -33,7 +33,7 @@ Metrics = dict[str, float | None]
 
 
 class _MicroBatch(NamedTuple):
-    """A micro-batch of a step with its own objective and token divisor; no teacher without hidden states."""
+    """A micro-batch of a step with its own objective and token divisor."""
 
     batch: Batch
     divisor: float
@@ -41,8 +41,10 @@ class _MicroBatch(NamedTuple):
 
 
 class _StepSums(NamedTuple):
-    """Sums of a step over all ranks: its loss, divergence and cross entropy, and the auxiliary corpus's mean
-    cross entropy."""
+    """Sums of a step over all ranks: its loss, divergence and cross entropy.
+
+    auxiliary: the mean cross entropy of the auxiliary corpus.
+    """
 
     loss: float
     kd: float
@@ -51,7 +53,10 @@ class _StepSums(NamedTuple):
 
 
 class Stepper:
-    """Makes optimizer steps of a recipe with an engine, and keeps `state` up to date. All ranks make the same calls."""
+    """Makes optimizer steps of a recipe with an engine, and keeps `state` up to date.
+
+    All ranks make the same calls.
+    """
 
     def __init__(self, recipe: Recipe, engine: Engine, state: TrainState) -> None:
         self.recipe, self.engine, self.state, self.world = recipe, engine, state, engine.world
@@ -74,27 +79,34 @@ class Stepper:
         micro_batches = self._micro_batches(batch, auxiliary, objective)
         losses = self._forward_backward(micro_batches, len(batch.window), objective)
         sums = self._reduce(losses, len(batch.window))
-        self._require_finite(f"the loss of step {step + 1} is {sums.loss}", sums.loss, losses, micro_batches)
+        self._require_finite(f"the loss of step {step + 1} is {sums.loss}", sums.loss, losses,
+                             micro_batches)
         with phase("optimizer"):
             norm = self.engine.optimizer_step()
-        self._require_finite(f"the gradient norm of step {step + 1} is not finite", norm, losses, micro_batches)
+        self._require_finite(f"the gradient norm of step {step + 1} is not finite", norm, losses,
+                             micro_batches)
         uses_teacher = self.engine.distiller.uses_teacher(objective)
         if uses_teacher and recipe.loss.adaptive is not None:
-            self.state.taid = taid_update(recipe.loss.adaptive, self.state.taid, sums.kd, step, recipe.train.steps)
+            self.state.taid = taid_update(recipe.loss.adaptive, self.state.taid, sums.kd, step,
+                                          recipe.train.steps)
         self.state.step, self.state.tokens = step + 1, self.state.tokens + int(batch.tokens)
         metrics: Metrics = {} if auxiliary is None else {"auxiliary_loss": sums.auxiliary}
         return metrics | {
-            "tokens": self.state.tokens, "loss": sums.loss, "kd_loss": sums.kd if uses_teacher else None,
+            "tokens": self.state.tokens, "loss": sums.loss,
+            "kd_loss": sums.kd if uses_teacher else None,
             "ce_loss": sums.ce, "grad_norm": norm, "learning_rate": rate,
             "alpha": objective.amid.alpha if uses_teacher else None,
             "lam": objective.amid.lam if uses_teacher else None,
-            **{name: value for name, value in objective.scheduled.items() if name not in ("alpha", "lam")},
+            **{name: value for name, value in objective.scheduled.items()
+               if name not in ("alpha", "lam")},
             "tokens_per_second": batch.tokens / (time.monotonic() - began)}
 
     def _micro_batches(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None,
                        objective: StepObjective) -> list[_MicroBatch]:
-        """The step's micro-batches, those of the auxiliary corpus last; each window is divided once by its own
-        valid tokens."""
+        """The step's micro-batches, those of the auxiliary corpus last.
+
+        Each window is divided once by its own valid tokens.
+        """
         own = replace(objective, ce_weight=0.0) if batch.sampled else objective
         micro_batches = [_MicroBatch(each.to(self.world.device), max(batch.tokens, 1.0), own)
                          for each in batch.window]
@@ -108,9 +120,10 @@ class Stepper:
 
     def _forward_backward(self, micro_batches: list[_MicroBatch], with_teacher: int,
                           objective: StepObjective) -> Tensor:
-        """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy; gradients are accumulated.
+        """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy.
 
-        The teacher runs first, over the first `with_teacher` micro-batches at once.
+        Gradients are accumulated. The teacher runs first, over the first `with_teacher`
+        micro-batches at once.
         """
         distiller, train = self.engine.distiller, self.recipe.train
         teacher_hidden: list[Tensor | None] = [None] * len(micro_batches)
@@ -126,7 +139,8 @@ class Stepper:
                 token_weights = (batch.labels != IGNORE_INDEX).float() / divisor
                 with phase("forward"):
                     last = index == len(micro_batches) - 1
-                    loss = self.engine.forward(batch, token_weights, teacher_hidden[index], own, last)
+                    loss = self.engine.forward(batch, token_weights, teacher_hidden[index], own,
+                                               last)
                 # Its memory is free for the next micro-batch's activations.
                 teacher_hidden[index] = None
                 with phase("backward"):
@@ -135,13 +149,15 @@ class Stepper:
         return torch.stack(losses).double()
 
     def _reduce(self, losses: Tensor, with_teacher: int) -> _StepSums:
-        """The step's sums over all ranks, in one collective that also spreads each rank's own statistics."""
+        """The step's sums over all ranks, in one collective that also spreads ranks' statistics."""
         main, added = losses[:with_teacher], losses[with_teacher:]
         own_loss = losses[:, 0].sum().item()
         (loss, kd, ce, auxiliary), peers = self.world.sum_beside(
-            [own_loss, *main[:, 1:].sum(0).tolist(), added[:, 2].sum().item()], [own_loss, *local_stats()])
+            [own_loss, *main[:, 1:].sum(0).tolist(), added[:, 2].sum().item()],
+            [own_loss, *local_stats()])
         set_peer_stats(peers)
-        weight = self.recipe.data.auxiliary.weight if self.recipe.data.auxiliary is not None else 1.0
+        weight = (self.recipe.data.auxiliary.weight if self.recipe.data.auxiliary is not None
+                  else 1.0)
         return _StepSums(loss, kd, ce, auxiliary / weight)
 
     def _require_finite(self, problem: str, value: float | None, losses: Tensor,
@@ -153,11 +169,16 @@ class Stepper:
         if value is not None and math.isfinite(value):
             return
         bad = [index for index, finite in enumerate(losses[:, 0].isfinite().tolist()) if not finite]
-        report = self.world.gather([source for index in bad for source in micro_batches[index].batch.sources])
-        lines = [f"    - rank {rank}: {', '.join(sources)}" for rank, sources in enumerate(report) if sources]
+        report = self.world.gather([source for index in bad
+                                    for source in micro_batches[index].batch.sources])
+        lines = [f"    - rank {rank}: {', '.join(sources)}"
+                 for rank, sources in enumerate(report) if sources]
         if not lines:
-            # Every loss was finite and the sum of the gradients was not: any rank's rows may be behind it.
-            everyone = self.world.gather([source for each in micro_batches for source in each.batch.sources])
+            # Every loss was finite and the sum of the gradients was not: any rank's rows may be
+            # behind it.
+            everyone = self.world.gather([source for each in micro_batches
+                                          for source in each.batch.sources])
             lines = [f"    - rank {rank} (its losses were finite): {', '.join(sources)}"
                      for rank, sources in enumerate(everyone)]
-        raise TrainingError(f"{problem}; no optimizer step was taken. Where it arose:\n" + "\n".join(lines))
+        raise TrainingError(f"{problem}; no optimizer step was taken. Where it arose:\n"
+                            + "\n".join(lines))

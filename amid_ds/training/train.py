@@ -28,14 +28,18 @@ logger = logging.getLogger(__name__)
 
 
 def train(recipe_path: str, overrides: Sequence[str]) -> None:
-    """Train by a recipe; every rank of every launcher calls this. Raises InputError, TrainingError or Stopped."""
+    """Train by a recipe; every rank of every launcher calls this.
+
+    Raises InputError, TrainingError or Stopped.
+    """
     timeout = Train.model_fields["hang_timeout"].default
     # A recipe that is wrong is reported by all ranks at once, below.
     with contextlib.suppress(InputError):
         timeout = load_recipe(recipe_path, overrides).train.hang_timeout
     # The hang watchdog ends a step that hangs, before a collective gives up by itself.
     with init_distributed(timeout + GRACE_S) as world, Attempt(world.rank, world.size) as attempt:
-        job = world.run_checked(lambda: check_recipe(load_recipe(recipe_path, overrides), world.size))
+        job = world.run_checked(
+            lambda: check_recipe(load_recipe(recipe_path, overrides), world.size))
         world = world.split(job.recipe.tensor_parallel)
         world.run_on_main(lambda: export.start_from(job.recipe))
         changed = world.run_on_main(lambda: changes_since_last_attempt(job.recipe))
@@ -43,7 +47,8 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         world.run_checked(lambda: attempt.begin(job.run.path, changed))
         resume = find_latest_valid(job.run.checkpoints, world)
         if _is_finished(job, resume):
-            logger.info("%s has reached its last step %d: nothing to do", job.run.path, job.recipe.train.steps)
+            logger.info("%s has reached its last step %d: nothing to do", job.run.path,
+                        job.recipe.train.steps)
             # Missing where the attempt before was killed between its last save and its export.
             if not world.gather(job.run.model.is_dir())[0]:
                 export_final_model(job, world)
@@ -52,19 +57,23 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
 
 
 def _is_finished(job: Job, resume: ResumePoint) -> bool:
-    return resume.checkpoint is not None and checkpoint_step(resume.checkpoint) == job.recipe.train.steps
+    return (resume.checkpoint is not None
+            and checkpoint_step(resume.checkpoint) == job.recipe.train.steps)
 
 
 def build_trainer(job: Job, resume: ResumePoint, world: World, attempt: Attempt) -> Trainer:
     """Prepared data, the engine, and the state to go on from, put together. Collective."""
     recipe = job.recipe
-    world.run_on_main(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer, recipe.prepared_dir))
+    world.run_on_main(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
+                                          recipe.prepared_dir))
     world.run_on_main(lambda: check_prompt_lengths(recipe))
     identity = world.run_checked(lambda: identity_of(job, resume.checkpoint))
     consolidated = None
     if resume.checkpoint is not None:
-        consolidated = reshard.ensure_consolidated(resume.checkpoint, job.layout(world), resolve_student(recipe), world)
-    engine = world.run_checked(lambda: build_engine(recipe, job.deepspeed_config, job.vocab_size, world))
+        consolidated = reshard.ensure_consolidated(resume.checkpoint, job.layout(world),
+                                                   resolve_student(recipe), world)
+    engine = world.run_checked(
+        lambda: build_engine(recipe, job.deepspeed_config, job.vocab_size, world))
     world.run_checked(lambda: engine.check_models(job.vocab_size, recipe.data.isolates_any))
     state = TrainState()
     if resume.checkpoint is not None:

@@ -40,13 +40,17 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(Stepper):
-    """One attempt of a run, from `state` to the recipe's last step. All ranks make the same calls."""
+    """One attempt of a run, from `state` to the recipe's last step.
+
+    All ranks make the same calls.
+    """
 
     def __init__(self, job: Job, engine: Engine, state: TrainState, identity: Mapping[str, object],
                  damaged: frozenset[Path], attempt: Attempt) -> None:
         super().__init__(job.recipe, engine, state)
         self.job, self.attempt = job, attempt
-        self.data, self.auxiliary = self.world.run_checked(lambda: open_step_data(job, state, self.world))
+        self.data, self.auxiliary = self.world.run_checked(
+            lambda: open_step_data(job, state, self.world))
         self.rollouts = self._open_rollouts()
         self.saver = Saver(engine, job.run.checkpoints, self.recipe.checkpoint, identity, damaged)
         self.saved_step = state.step
@@ -54,12 +58,14 @@ class Trainer(Stepper):
     def run(self) -> None:
         """Make every step that is left; each orderly way out ends with a finished save.
 
-        Raises Stopped where the run was asked to stop, InputError for damaged data, TrainingError for
-        a NaN or where checkpoints cannot be saved.
+        Raises Stopped where the run was asked to stop, InputError for damaged data, TrainingError
+        for a NaN or where checkpoints cannot be saved.
         """
-        with self._open_log() as self.log, self._open_stop_request() as self.stop, self._open_monitors() as monitors:
+        with (self._open_log() as self.log, self._open_stop_request() as self.stop,
+              self._open_monitors() as monitors):
             self._log_start()
-            for fetched in fetch_steps(self.data, self.auxiliary, self.state.step, self.recipe.train.steps):
+            for fetched in fetch_steps(self.data, self.auxiliary, self.state.step,
+                                       self.recipe.train.steps):
                 monitors.step_begin(self.state.step + 1)
                 info = self._reduce_info(fetched)
                 if info.stop:
@@ -77,7 +83,8 @@ class Trainer(Stepper):
 
     def _reduce_info(self, fetched: FetchedStep) -> StepInfo:
         """The step's agreement; a save that every rank has written is committed."""
-        info = reduce_step_info(fetched, self.stop.reason() is not None, self.saver.writing, self.world)
+        info = reduce_step_info(fetched, self.stop.reason() is not None, self.saver.writing,
+                                self.world)
         if self.saver.pending and not info.writing:
             with phase("checkpoint"):
                 self.saver.finish()
@@ -119,24 +126,28 @@ class Trainer(Stepper):
             self.rollouts.update_threshold(metrics)
 
     def _save_if_due(self) -> None:
-        if self.state.step % self.recipe.checkpoint.every == 0 or self.state.step == self.recipe.train.steps:
+        if (self.state.step % self.recipe.checkpoint.every == 0
+                or self.state.step == self.recipe.train.steps):
             self._save()
 
     def _save(self) -> None:
         """Begin to save the state that the last step has left. Collective."""
         with phase("checkpoint"):
             if isinstance(self.data, StreamLoader):
-                self.state.streams = merge_stream_states(self.world.gather(self.data.state(self.state.step)))
-            self.saver.start(self.state, self.rollouts.checkpoint_files if self.rollouts is not None else {})
+                self.state.streams = merge_stream_states(
+                    self.world.gather(self.data.state(self.state.step)))
+            self.saver.start(self.state, self.rollouts.checkpoint_files
+                             if self.rollouts is not None else {})
         self.saved_step = self.state.step
 
     def _finish(self) -> None:
-        """Save the last step, wait for it, and export the model; or raise Stopped where steps are left."""
+        """Save the last step, wait, and export the model; or raise Stopped where steps are left."""
         if self.state.step != self.saved_step:
             self._save()
         self.saver.finish()
         if self.state.step < self.recipe.train.steps:
-            reasons = {reason for reason in self.world.gather(self.stop.reason()) if reason is not None}
+            reasons = {reason for reason in self.world.gather(self.stop.reason())
+                       if reason is not None}
             self.stop.honoured()
             logger.info("stopped in order after step %d (%s); the same command goes on from there",
                         self.state.step, ", ".join(sorted(reasons)))
@@ -146,8 +157,12 @@ class Trainer(Stepper):
         # A request to stop waits for it.
         export_final_model(self.job, self.world)
 
-    def _log_step(self, metrics: Metrics, batch: StepBatch, info: StepInfo, monitors: Monitors) -> None:
-        """Close the step for the monitors, and log its metrics every `log_every` steps and at the last one."""
+    def _log_step(self, metrics: Metrics, batch: StepBatch, info: StepInfo,
+                  monitors: Monitors) -> None:
+        """Close the step for the monitors, and log its metrics every `log_every` steps.
+
+        Those of the last step too.
+        """
         train, step = self.recipe.train, self.state.step
         seconds = monitors.step_end(batch.sampled)
         metrics |= {"padding": batch.padding, **batch.metrics, "data_wait": info.waited / seconds}
@@ -160,7 +175,8 @@ class Trainer(Stepper):
         self.log.step(step, metrics if logged else None, monitors.slowest_name)
 
     def _open_log(self) -> RunLog:
-        return RunLog(self.job.run if self.world.is_main else None, self.state.step, self.recipe.train.steps)
+        return RunLog(self.job.run if self.world.is_main else None, self.state.step,
+                      self.recipe.train.steps)
 
     def _open_stop_request(self) -> StopRequest:
         return StopRequest(self.job.run, self.recipe.train.max_hours, self.world.is_main)
@@ -171,12 +187,16 @@ class Trainer(Stepper):
         return Monitors(self.recipe, self.world, self.attempt, hosts, costs, self.state.step)
 
     def _planned_costs(self, hosts: list[str]) -> PlannedCosts:
-        """The planned FLOPs of a step and the device's peak on rank 0, which logs them; none on other ranks."""
+        """The planned FLOPs of a step and the device's peak on rank 0, which logs them.
+
+        None on other ranks.
+        """
         if not self.world.is_main:
             return PlannedCosts({}, None)
         device = local_device(hosts.count(hosts[0]))
         if device is None:
-            logger.info("no peak is known of %s: there will be no MFU", torch.cuda.get_device_name())
+            logger.info("no peak is known of %s: there will be no MFU",
+                        torch.cuda.get_device_name())
         try:
             return PlannedCosts(*planned_flops(self.recipe, self.world.size, device))
         except Exception as error:
@@ -188,6 +208,6 @@ class Trainer(Stepper):
         train = self.recipe.train
         begin = f"resumed after step {self.state.step}" if self.state.step else "from the start"
         teacher = "" if self.recipe.teacher is not None else "no teacher: cross entropy alone, "
-        logger.info("%d rank(s), %d rows of %d tokens a step, %s%s", self.world.size, train.global_batch_size,
-                    train.seq_length, teacher, begin)
+        logger.info("%d rank(s), %d rows of %d tokens a step, %s%s", self.world.size,
+                    train.global_batch_size, train.seq_length, teacher, begin)
         logger.info("epochs by the last step: %s", describe_epochs(self.job, self.data, self.state))

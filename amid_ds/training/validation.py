@@ -1,10 +1,10 @@
-"""Evaluation sets during training, by name, in the engine that trains: the student's loss and distance to its teacher.
+"""Evaluation sets during training: the student's loss and its distance to its teacher.
 
-The models stay sharded, and the metrics come from the fused head in blocks, so an evaluation needs no
-more memory than a step does. A set is cut into the same batches on any number of ranks, every rank has
-as many of them as the others (some may be empty), and sums over tokens are divided once. The price is
-that a rank may wait for one batch. eval/evaluate.py, for a model by itself, is written independently
-of this and is the judge of it.
+They are evaluated by name in the engine that trains. The models stay sharded, and the metrics come
+from the fused head in blocks, so an evaluation needs no more memory than a step does. A set is cut
+into the same batches on any number of ranks, every rank has as many of them as the others (some may
+be empty), and sums over tokens are divided once. The price is that a rank may wait for one batch.
+eval/evaluate.py, for a model by itself, is written independently of this and is the judge of it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ EvalMetrics = dict[str, float | None]
 
 
 def validate(recipe: Recipe, engine: Engine) -> dict[str, EvalMetrics]:
-    """Metrics of every set in `data.eval`, by name. Collective: every rank calls it after the same step.
+    """Metrics of every set in `data.eval`, by name.
 
     tokens; loss: mean negative log-likelihood in nats; perplexity, None beyond a float;
-    kl_to_teacher: mean KL(teacher ‖ student) in nats; top1_agreement: the share of tokens where both
-    have the same first choice. The last two are None without a teacher. Raises TrainingError where the
-    loss is not finite.
+    kl_to_teacher: mean KL(teacher ‖ student) in nats; top1_agreement: the share of tokens where
+    both have the same first choice. The last two are None without a teacher. Raises TrainingError
+    where the loss is not finite. Collective: every rank calls it after the same step.
     """
     with engine.evaluating():
         return {each.name: _metrics(each.name, _sums(recipe, engine, each.name),
-                                    engine.distiller.teacher is not None) for each in recipe.data.eval}
+                                    engine.distiller.teacher is not None)
+                for each in recipe.data.eval}
 
 
 def _sums(recipe: Recipe, engine: Engine, name: str) -> list[float]:
     """`Distiller.score` of the whole set, over all ranks."""
     distiller, world = engine.distiller, engine.world
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for batch in read_batches(recipe.prepared_dir / "eval" / name, recipe.train.micro_batch_size, world.dp_rank,
-                           world.dp_size):
+    for batch in read_batches(recipe.prepared_dir / "eval" / name, recipe.train.micro_batch_size,
+                              world.dp_rank, world.dp_size):
         batch = batch.to(world.device)
         hidden = distiller.hidden_states(batch.input_ids, batch.positions)
         with engine.gathered_head(distiller.student), engine.gathered_head(distiller.teacher):
@@ -52,7 +53,8 @@ def _metrics(name: str, sums: list[float], has_teacher: bool) -> EvalMetrics:
     nll, kl, agreed, tokens = sums
     loss = nll / tokens
     if not math.isfinite(loss) or not math.isfinite(kl):
-        raise TrainingError(f"on the evaluation set {name!r} the loss is {loss}, the KL to the teacher {kl / tokens}")
+        raise TrainingError(f"on the evaluation set {name!r} the loss is {loss}, "
+                            f"the KL to the teacher {kl / tokens}")
     return {"tokens": int(tokens), "loss": loss, "perplexity": perplexity(loss),
             "kl_to_teacher": kl / tokens if has_teacher else None,
             "top1_agreement": agreed / tokens if has_teacher else None}
