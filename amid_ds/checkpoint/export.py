@@ -37,25 +37,27 @@ FILE_BYTES = 2 * 10**9
 logger = logging.getLogger(__name__)
 
 
-def export(source: str | Path, out: str | Path, dtype: str | None = None, step: int | None = None) -> Path:
-    """Export a run (its newest good checkpoint, or that of `step`) or a checkpoint to the folder `out`.
+def export(source: str | Path, out: str | Path, dtype: str | None = None,
+           step: int | None = None) -> Path:
+    """Export a run or a checkpoint to the folder `out`.
 
-    dtype: bf16 or fp32; None: the one that the student trained in. Raises InputError where there is
-    no good checkpoint, where `out` is in use, or where the disk has no room.
+    Of a run: its newest good checkpoint, or that of `step`. dtype: bf16 or fp32; None: the one that
+    the student trained in. Raises InputError where there is no good checkpoint, where `out` is in
+    use, or where the disk has no room.
     """
     # The shards name classes of DeepSpeed's.
     import_deepspeed()
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"the output {out} is there already and not empty", "a new or empty folder",
-                         "choose another name")
+        raise InputError(f"the output {out} is there already and not empty",
+                         "a new or empty folder", "choose another name")
     checkpoint, recipe = find_checkpoint(Path(source), step)
     write_export(checkpoint, recipe, out, dtype)
     return out
 
 
 def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None) -> None:
-    """Export a good checkpoint in place of what `out` held, which is removed only when the new one is complete."""
+    """Export a good checkpoint to `out`, which keeps what it held until the new is complete."""
     manifest = Manifest.read(checkpoint)
     dtype = dtype or manifest.layout.student_dtype
     student = resolve_student(recipe, checkpoint.parent.parent)
@@ -64,7 +66,8 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
     try:
         needed = sum(shape.numel() for shape in shapes.values()) * DTYPES[dtype].itemsize
         existing = next(parent for parent in out.absolute().parents if parent.is_dir())
-        require_disk_space(existing, needed, f"exporting {checkpoint} to {out}", "choose a folder elsewhere")
+        require_disk_space(existing, needed, f"exporting {checkpoint} to {out}",
+                           "choose a folder elsewhere")
         out.parent.mkdir(parents=True, exist_ok=True)
         staging = out.with_name(f".{out.name}.tmp")
         shutil.rmtree(staging, ignore_errors=True)
@@ -81,11 +84,12 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
     except OSError as error:
         raise InputError(f"the export to {out} could not be written: {error}",
                          "a folder that can be written, with room",
-                         "make room there, or choose a folder elsewhere; what was there is untouched") from None
+                         "make room there, or choose a folder elsewhere; "
+                         "what was there is untouched") from None
 
 
 def start_from(recipe: Recipe) -> None:
-    """Export the run or checkpoint that `student.model` names into this run's folder, once, in fp32."""
+    """Export the run or checkpoint that `student.model` names into this run, once, in fp32."""
     start = RunFolder(Path(recipe.output_dir)).start_model
     if find_run(recipe.student.model) is not None and not start.is_dir():
         import_deepspeed()
@@ -94,16 +98,17 @@ def start_from(recipe: Recipe) -> None:
         logger.info("%s begins with the weights of %s", recipe.output_dir, checkpoint)
 
 
-def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size], dtype: torch.dtype,
-                   out: Path) -> None:
-    """Write files of at most FILE_BYTES, and an index where there are several. Tied weights are written once."""
+def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size],
+                   dtype: torch.dtype, out: Path) -> None:
+    """Write files of at most FILE_BYTES, tied weights once; an index where there are several."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
     from tqdm import tqdm
     from transformers.core_model_loading import revert_weight_conversion
 
     buffers = model.state_dict().keys() - shapes.keys() - set(model.all_tied_weights_keys)
-    hollow = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
+    hollow = {name: torch.empty(shape, dtype=dtype, device="meta")
+              for name, shape in shapes.items()}
     hollow |= {name: model.get_buffer(name) for name in sorted(buffers)}
     split = split_torch_state_dict_into_shards(hollow, filename_pattern="model{suffix}.safetensors",
                                                max_shard_size=FILE_BYTES)
@@ -114,7 +119,8 @@ def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size
             shards = ZeroShards(checkpoint, shapes)
             tensors = {}
             for name in names:
-                tensors[name] = shards.buffer(name) if name in buffers else shards.whole(name).to(dtype)
+                tensors[name] = (shards.buffer(name) if name in buffers
+                                 else shards.whole(name).to(dtype))
                 bar.update()
             # To the names that the model's family has on disk.
             tensors = revert_weight_conversion(model, tensors)
@@ -123,11 +129,12 @@ def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size
     if split.is_sharded:
         total = sum(shape.numel() for shape in shapes.values())
         index = {"metadata": {**split.metadata, "total_parameters": total}, "weight_map": file_of}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+        (out / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) -> None:
-    """Write config.json, generation_config.json (the student's own one) and the tokenizer with its chat template."""
+    """Write config.json, the student's generation_config.json, and the tokenizer with template."""
     from transformers.utils import cached_file
 
     model.config.architectures = [type(model).__name__]
@@ -150,17 +157,21 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) 
     """The text of the folder's README.md: what this model is, how it was trained and its scores."""
     run = RunFolder(checkpoint.parent.parent)
     teacher = f", distilled from `{recipe.teacher.model}`" if recipe.teacher is not None else ""
-    logged, evaluated = (_lines_of_last_step(path, state.step) for path in (run.metrics, run.evaluations))
+    logged, evaluated = (_lines_of_last_step(path, state.step)
+                         for path in (run.metrics, run.evaluations))
     # A slash marks times, speeds and memory.
     metrics = [f"| {key} | {value:g} |" for key, value in (logged[-1] if logged else {}).items()
                if value is not None and "/" not in key]
-    parts = ["---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [distillation, amid-ds]\n---",
+    parts = ["---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+             "tags: [distillation, amid-ds]\n---",
              f"# {run.path.resolve().name}, step {state.step}",
-             f"`{recipe.student.model}`{teacher}, trained by amid_ds: {state.step} of {recipe.train.steps} steps, "
+             f"`{recipe.student.model}`{teacher}, trained by amid_ds: "
+             f"{state.step} of {recipe.train.steps} steps, "
              f"{state.tokens:,} tokens. Weights in {dtype}.",
              "## Metrics of the last logged step\n\n| | |\n|---|---:|\n" + "\n".join(metrics)]
     if evaluated:
-        parts.append("## Evaluation\n\n```json\n" + "\n".join(json.dumps(line) for line in evaluated) + "\n```")
+        parts.append("## Evaluation\n\n```json\n"
+                     + "\n".join(json.dumps(line) for line in evaluated) + "\n```")
     origin = run.provenance.read_text(encoding="utf-8") if run.provenance.is_file() else ""
     parts.append("## Provenance\n\n```json\n" + origin.strip() + "\n```")
     parts.append("## Recipe\n\n```yaml\n" + dump_recipe(recipe).strip() + "\n```")
@@ -168,27 +179,30 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) 
 
 
 def _lines_of_last_step(path: Path, step: int) -> list[dict[str, Any]]:
-    """The lines of the last step at or before `step`: one of metrics.jsonl, one per set of eval.jsonl."""
+    """The last step's lines, up to `step`: one of metrics.jsonl, one per set of eval.jsonl."""
     lines = [line for line in read_jsonl(path) if line["step"] <= step]
     return [line for line in lines if line["step"] == lines[-1]["step"]]
 
 
 def find_checkpoint(source: Path, step: int | None = None) -> tuple[Path, Recipe]:
-    """(good checkpoint, the run's recipe) of a run folder, or of a checkpoint in it. Reads every file of it.
+    """(good checkpoint, the run's recipe) of a run folder, or of a checkpoint in it.
 
-    Raises InputError where there is none, or none of `step`.
+    Reads every file of the checkpoint. Raises InputError where there is none, or none of `step`.
     """
     run = RunFolder(source) if RunFolder(source).exists else RunFolder(source.parent.parent)
     candidates = list_checkpoints(run.checkpoints)[::-1] if run.path == source else [source]
     if not run.exists or not candidates:
         raise InputError(f"{source} holds no checkpoint",
                          "a run's folder, or a folder such as RUN/checkpoints/step_00000100",
-                         "check the path; a run has a checkpoint after its first `checkpoint.every` steps")
+                         "check the path; a run has a checkpoint after its first "
+                         "`checkpoint.every` steps")
     steps = ", ".join(str(checkpoint_step(checkpoint)) for checkpoint in candidates[::-1])
     if step is not None:
-        candidates = [checkpoint for checkpoint in candidates if checkpoint_step(checkpoint) == step]
+        candidates = [checkpoint for checkpoint in candidates
+                      if checkpoint_step(checkpoint) == step]
     if not candidates:
-        raise InputError(f"{source} holds no checkpoint of step {step}", f"one of its steps {steps}", "choose --step")
+        raise InputError(f"{source} holds no checkpoint of step {step}",
+                         f"one of its steps {steps}", "choose --step")
     problems = []
     for checkpoint in candidates:
         problem = verify(checkpoint)

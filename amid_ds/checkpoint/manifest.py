@@ -58,7 +58,10 @@ class Manifest:
 
     @classmethod
     def read(cls, checkpoint: Path) -> Manifest:
-        """The manifest of a checkpoint. Raises ValueError, with the reason, where it is missing or damaged."""
+        """The manifest of a checkpoint.
+
+        Raises ValueError, with the reason, where it is missing or damaged.
+        """
         try:
             signed = json.loads((checkpoint / MANIFEST_FILE).read_text(encoding="utf-8"))
             content = signed["content"]
@@ -114,7 +117,8 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first, good or damaged."""
-    return sorted(path for path in folder.glob("step_*") if path.is_dir() and path.name[5:].isdigit())
+    return sorted(path for path in folder.glob("step_*")
+                  if path.is_dir() and path.name[5:].isdigit())
 
 
 def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
@@ -162,15 +166,18 @@ def find_latest_valid(folder: Path, world: World) -> ResumePoint:
     """
     damaged: list[Path] = []
     for checkpoint in world.run_on_main(lambda: list_checkpoints(folder))[::-1]:
-        problems = [problem for problem in world.gather(verify(checkpoint, world.rank, world.size)) if problem]
+        problems = [problem for problem in world.gather(verify(checkpoint, world.rank, world.size))
+                    if problem]
         if not problems:
             return ResumePoint(checkpoint, frozenset(damaged))
         logger.warning("the checkpoint %s is damaged and passed over: %s", checkpoint, problems[0])
         damaged.append(checkpoint)
     if damaged:
         raise TrainingError(
-            f"none of the {len(damaged)} checkpoint(s) in {folder} is good; the newest: {verify(damaged[0])}\n"
-            "  the run does not start over by itself: restore one, or move the folder away to begin again")
+            f"none of the {len(damaged)} checkpoint(s) in {folder} is good; "
+            f"the newest: {verify(damaged[0])}\n"
+            "  the run does not start over by itself: restore one, "
+            "or move the folder away to begin again")
     return ResumePoint(None, frozenset())
 
 
@@ -181,16 +188,18 @@ def print_checkpoints(run: str) -> None:
 
     folder = RunFolder(Path(run))
     if not folder.exists:
-        raise InputError(f"{run} is not the folder of a run", "a folder with recipe.yaml and checkpoints/",
-                         "check the path")
+        raise InputError(f"{run} is not the folder of a run",
+                         "a folder with recipe.yaml and checkpoints/", "check the path")
     table = Table(title=str(folder.checkpoints))
     for column in ("checkpoint", "step", "MB", "layout", "verdict"):
-        table.add_column(column, justify="right" if column in ("step", "MB") else "left", overflow="fold")
+        table.add_column(column, justify="right" if column in ("step", "MB") else "left",
+                         overflow="fold")
     for path in list_checkpoints(folder.checkpoints):
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         try:
             layout = str(Manifest.read(path).layout)
         except ValueError:
             layout = "?"
-        table.add_row(path.name, str(checkpoint_step(path)), f"{size / 1e6:,.1f}", layout, verify(path) or "good")
+        table.add_row(path.name, str(checkpoint_step(path)), f"{size / 1e6:,.1f}", layout,
+                      verify(path) or "good")
     Console(width=None).print(table)

@@ -1,9 +1,10 @@
-"""A checkpoint of one layout resumes in any other: ranks, tensor parallelism, ZeRO stage, precision.
+"""A checkpoint of one layout resumes in any other.
 
-One process puts the parameters and their moments together (zero_shards.py) and keeps them inside the
-checkpoint, a file for each parameter, so that they are there for the next start and go when the
-checkpoint goes. Then every rank maps those files into memory and reads the pieces that its own layout
-asks for. The price is disk: 12 bytes per parameter, once.
+A layout is the number of ranks, tensor parallelism, ZeRO stage and precision. One process puts the
+parameters and their moments together (zero_shards.py) and keeps them inside the checkpoint, a file
+for each parameter, so that they are there for the next start and go when the checkpoint goes. Then
+every rank maps those files into memory and reads the pieces that its own layout asks for. The price
+is disk: 12 bytes per parameter, once.
 """
 
 from __future__ import annotations
@@ -33,18 +34,20 @@ CONSOLIDATED = "whole"
 logger = logging.getLogger(__name__)
 
 
-def ensure_consolidated(checkpoint: Path, layout: Layout, student: Student, world: World) -> Path | None:
-    """The folder of the checkpoint's whole tensors, where `layout` is not the one that it was saved in; else None.
+def ensure_consolidated(checkpoint: Path, layout: Layout, student: Student,
+                        world: World) -> Path | None:
+    """The folder of the checkpoint's whole tensors; None where it was saved in `layout`.
 
-    Collective. A good one that an earlier start made is used again. Raises InputError where the disk
-    has no room for it.
+    Collective. A good one that an earlier start made is used again. Raises InputError where the
+    disk has no room for it.
     """
     saved = Manifest.read(checkpoint).layout
     if saved == layout:
         return None
     folder = checkpoint / CONSOLIDATED
     if any(world.gather(verify(folder, world.rank, world.size))):
-        logger.info("%s was saved with %s, this run has %s: converting it once", checkpoint, saved, layout)
+        logger.info("%s was saved with %s, this run has %s: converting it once",
+                    checkpoint, saved, layout)
         world.run_on_main(lambda: consolidate(checkpoint, student))
     return folder
 
@@ -72,15 +75,19 @@ def consolidate(checkpoint: Path, student: Student) -> None:
         replace_folder(staging, checkpoint / CONSOLIDATED)
     except OSError as error:
         shutil.rmtree(staging, ignore_errors=True)
-        raise TrainingError(f"{checkpoint} could not be converted to this layout: {error}") from None
+        raise TrainingError(
+            f"{checkpoint} could not be converted to this layout: {error}") from None
 
 
 def load_checkpoint(engine: Engine, checkpoint: Path, consolidated: Path | None) -> TrainState:
-    """Restore weights and optimizer from the checkpoint, or from its whole tensors where its layout is
-    another one. Collective. Returns the saved state."""
+    """Restore weights and optimizer from the checkpoint; returns the saved state. Collective.
+
+    consolidated: the checkpoint's whole tensors, which are read where its layout is another one.
+    """
     state = Manifest.read(checkpoint).state
     if consolidated is None:
         engine.load_checkpoint(checkpoint)
     else:
-        engine.load_tensors(lambda name: torch.load(consolidated / f"{name}.pt", mmap=True), state.step)
+        engine.load_tensors(lambda name: torch.load(consolidated / f"{name}.pt", mmap=True),
+                            state.step)
     return state

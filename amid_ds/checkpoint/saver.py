@@ -2,11 +2,11 @@
 
 DeepSpeed decides what its shards hold; we decide how they reach the disk. `Saver.start` has them
 copied to host memory, which is all that training waits for; a thread writes the copy into a hidden
-folder, flushes every file and computes its checksum on the way. When every rank's files are on disk,
-one rename commits the folder, then `latest` moves, then old ones go. So a checkpoint is there whole
-or not at all, whenever a rank or the machine dies. The price is host memory for one copy of a rank's
-shards while it is written; a save that is due before the last one is written waits. The teacher is
-in none of them.
+folder, flushes every file and computes its checksum on the way. When every rank's files are on
+disk, one rename commits the folder, then `latest` moves, then old ones go. So a checkpoint is there
+whole or not at all, whenever a rank or the machine dies. The price is host memory for one copy of a
+rank's shards while it is written; a save that is due before the last one is written waits. The
+teacher is in none of them.
 """
 
 from __future__ import annotations
@@ -52,13 +52,14 @@ class _Save:
 
 
 class Saver:
-    """The saves of one attempt. Every method but `writing` is collective: all ranks call it at the same step.
+    """The saves of one attempt.
 
-    identity: what the run learns from, for the manifest. damaged: checkpoints that do not count.
+    Every method but `writing` is collective: all ranks call it at the same step. identity: what the
+    run learns from, for the manifest. damaged: checkpoints that do not count.
     """
 
-    def __init__(self, engine: Engine, folder: Path, policy: CheckpointPolicy, identity: Mapping[str, object],
-                 damaged: frozenset[Path] = frozenset()) -> None:
+    def __init__(self, engine: Engine, folder: Path, policy: CheckpointPolicy,
+                 identity: Mapping[str, object], damaged: frozenset[Path] = frozenset()) -> None:
         self.engine, self.folder, self.policy, self.identity = engine, folder, policy, identity
         self.world, self.damaged = engine.world, damaged
         self.layout = layout_of(engine)
@@ -70,7 +71,8 @@ class Saver:
     @property
     def writing(self) -> bool:
         """True while this rank is still writing; asked at every step."""
-        return self._save is not None and self._save.thread is not None and self._save.thread.is_alive()
+        return (self._save is not None and self._save.thread is not None
+                and self._save.thread.is_alive())
 
     @property
     def pending(self) -> bool:
@@ -88,12 +90,16 @@ class Saver:
             self.finish()
         contents = {**self.engine.stage_checkpoint(), **(extra_files or {})}
         save = _Save(replace(state), self.folder / f".{checkpoint_name(state.step)}.tmp")
-        save.thread = threading.Thread(target=self._write, args=(save, contents), name="checkpoint", daemon=True)
+        save.thread = threading.Thread(target=self._write, args=(save, contents),
+                                       name="checkpoint", daemon=True)
         self._save = save
         save.thread.start()
 
     def _write(self, save: _Save, contents: dict[str, object]) -> None:
-        """In the background: write this rank's files into the hidden folder; `finish` reports an error."""
+        """Write this rank's files into the hidden folder, in the background.
+
+        `finish` reports an error.
+        """
         try:
             if _file_system(self.folder) != self.file_system:
                 raise OSError(f"{self.folder} is on another file system than when the run began: "
@@ -123,7 +129,8 @@ class Saver:
         problems = [error for _, error in outcomes if error is not None]
         if not problems:
             files = {name: record for written, _ in outcomes for name, record in written.items()}
-            outcome = self.world.gather(self._commit(save, files) if self.world.is_main else None)[0]
+            outcome = self.world.gather(
+                self._commit(save, files) if self.world.is_main else None)[0]
             problems = [outcome] if outcome is not None else []
         self._save = None
         if not problems:
@@ -134,11 +141,12 @@ class Saver:
             shutil.rmtree(save.staging, ignore_errors=True)
         # No rank begins the next save while this one is removed.
         self.world.barrier()
-        message = f"SAVE FAILED after step {save.state.step} ({self.failures} in a row): {'; '.join(problems)}"
+        message = (f"SAVE FAILED after step {save.state.step} ({self.failures} in a row): "
+                   f"{'; '.join(problems)}")
         logger.warning(message)
         if self.failures == FAILURES_IN_A_ROW:
-            raise TrainingError(f"{message}\n  the last good checkpoint is untouched; make room or fix the file "
-                                f"system under {self.folder} and start again")
+            raise TrainingError(f"{message}\n  the last good checkpoint is untouched; make room or "
+                                f"fix the file system under {self.folder} and start again")
 
     def _commit(self, save: _Save, files: Mapping[str, FileRecord]) -> str | None:
         """On rank 0, the one rename. Returns None, or the reason why it failed."""

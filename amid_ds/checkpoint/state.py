@@ -11,7 +11,7 @@ from amid_ds.data import StreamState
 
 
 class RolloutState(TypedDict):
-    """DistiLLM's adaptive scheme: the threshold, and the validation loss that it was last compared with."""
+    """DistiLLM's adaptive scheme: the threshold, and the validation loss to compare with."""
 
     threshold: float
     loss: float
@@ -25,9 +25,10 @@ _MANIFEST_NAMES = {"teacher_tokens_per_pass": "tokens_per_pass", "taid": "interp
 class TrainState:
     """Everything beside weights, optimizer and the recipe that the next step depends on.
 
-    step: optimizer steps done. tokens: valid tokens learnt from. teacher_tokens_per_pass: tokens that
-    share a forward call of the teacher (None: not chosen yet). taid, rollout, streams: the state of
-    TAID's interpolation, of adaptive rollouts, and of streamed sources by their number; None without.
+    step: optimizer steps done. tokens: valid tokens learnt from. teacher_tokens_per_pass: tokens
+    that share a forward call of the teacher (None: not chosen yet). taid, rollout, streams: the
+    state of TAID's interpolation, of adaptive rollouts, and of streamed sources by their number;
+    None without.
     """
 
     step: int = 0
@@ -39,12 +40,14 @@ class TrainState:
 
     def to_json(self) -> dict[str, object]:
         """The fields as a manifest has them, without those that are None."""
-        return {_MANIFEST_NAMES.get(name, name): value for name, value in vars(self).items() if value is not None}
+        return {_MANIFEST_NAMES.get(name, name): value for name, value in vars(self).items()
+                if value is not None}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainState:
         """The state that `to_json` gave; further keys of a manifest are ignored."""
-        fields = {name: values.get(_MANIFEST_NAMES.get(name, name)) for name in cls.__dataclass_fields__}
+        fields = {name: values.get(_MANIFEST_NAMES.get(name, name))
+                  for name in cls.__dataclass_fields__}
         return cls(**fields)   # type: ignore[arg-type]
 
 

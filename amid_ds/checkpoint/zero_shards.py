@@ -1,15 +1,15 @@
-"""Whole tensors out of DeepSpeed's shards of any layout: the fp32 weights and Adam's two moments, by name.
+"""Whole tensors, by name, out of DeepSpeed's shards of any layout: fp32 weights and Adam's moments.
 
-A rank's file holds flat rows of numbers. The run of a row that is a piece of a parameter follows from
-the shapes or addresses that DeepSpeed saves with it, so a parameter is put together from a few slices
-of every file, mapped into memory: whoever reads it needs memory for that parameter alone.
+A rank's file holds flat rows of numbers. The run of a row that is a piece of a parameter follows
+from the shapes or addresses that DeepSpeed saves with it, so a parameter is put together from a few
+slices of every file, mapped into memory: whoever reads it needs memory for that parameter alone.
 
-DeepSpeed has a conversion of its own (`ds_to_universal`), which gives the same tensors, bit for bit,
-where it works. It takes all that ZeRO-3 holds to be partitioned over the data-parallel ranks. Under
-tensor parallelism that is true of what AutoTP and the heads' cut have split; the embeddings and norms
-that a group holds whole were partitioned over all ranks as they were loaded, and there the conversion
-reads past its pieces and fails. So this module serves every layout. The names of keys and files in
-it are DeepSpeed's file format.
+DeepSpeed has a conversion of its own (`ds_to_universal`), which gives the same tensors, bit for
+bit, where it works. It takes all that ZeRO-3 holds to be partitioned over the data-parallel ranks.
+Under tensor parallelism that is true of what AutoTP and the heads' cut have split; the embeddings
+and norms that a group holds whole were partitioned over all ranks as they were loaded, and there
+the conversion reads past its pieces and fails. So this module serves every layout. The names of
+keys and files in it are DeepSpeed's file format.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ Piece = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor-parallel rank's part of a parameter: its pieces in order, the last one possibly padded."""
+    """A tensor-parallel rank's part of a parameter: its pieces in order, the last maybe padded."""
 
     shape: torch.Size
     pieces: list[Piece]
 
     def tensor(self, kind: str) -> torch.Tensor:
         """The pieces of one kind put together, without the padding."""
-        return torch.cat([piece[kind] for piece in self.pieces])[:self.shape.numel()].view(self.shape)
+        return torch.cat(
+            [piece[kind] for piece in self.pieces])[:self.shape.numel()].view(self.shape)
 
 
 class ZeroShards:
@@ -61,10 +62,11 @@ class ZeroShards:
         self.checkpoint, self.shapes, self.parts = checkpoint, shapes, parts
 
     def whole(self, name: str, kind: str = "fp32") -> torch.Tensor:
-        """A parameter's fp32 weights, or one of its moments, in its whole shape: a copy in memory."""
+        """A parameter's fp32 weights, or one of its moments, whole: a copy in memory."""
         parts, shape = self.parts[name], self.shapes[name]
         tensors = [part.tensor(kind) for part in parts]
-        split = [dim for dim, (own, all_) in enumerate(zip(parts[0].shape, shape, strict=True)) if own != all_]
+        split = [dim for dim, (own, all_) in enumerate(zip(parts[0].shape, shape, strict=True))
+                 if own != all_]
         return torch.cat(tensors, dim=split[0]) if split else tensors[0]
 
     def buffer(self, name: str) -> torch.Tensor:
@@ -76,14 +78,15 @@ class ZeroShards:
 
 def _stage_3(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int,
              tp_size: int) -> dict[str, list[Part]]:
-    """Parts by parameter: each is padded and cut into equal pieces, a group of parameters to a flat row."""
+    """Parts by parameter: each is padded and cut into equal pieces, a group to a flat row."""
     parts_by_name: dict[str, list[Part]] = {}
     for tp in range(tp_size):
-        held = _read(checkpoint / f"zero_pp_rank_0_mp_rank_{tp:02d}_model_states.pt")["param_shapes"]
+        held = _read(
+            checkpoint / f"zero_pp_rank_0_mp_rank_{tp:02d}_model_states.pt")["param_shapes"]
         files = [_optimizer_state(checkpoint, dp, tp) for dp in range(dp_size)]
         for group, named_shapes in enumerate(held):
-            rows = [{"fp32": file["fp32_flat_groups"][group], **file["optimizer_state_dict"]["state"][group]}
-                    for file in files]
+            rows = [{"fp32": file["fp32_flat_groups"][group],
+                     **file["optimizer_state_dict"]["state"][group]} for file in files]
             start = 0
             for full_name, shape in named_shapes.items():
                 name = full_name.removeprefix(STUDENT_PREFIX)
@@ -102,7 +105,7 @@ def _stage_3(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int,
 
 def _stages_1_and_2(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int,
                     tp_size: int) -> dict[str, list[Part]]:
-    """Parts by parameter: they lie one after the other in one row, cut anywhere; each rank lists its pieces."""
+    """Parts by parameter: they lie in one row, cut anywhere; each rank lists its pieces."""
     parts_by_name: dict[str, list[Part]] = {}
     for tp in range(tp_size):
         held = _read(checkpoint / f"mp_rank_{tp:02d}_model_states.pt")["param_shapes"]
@@ -120,19 +123,27 @@ def _stages_1_and_2(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size:
     return _first_of_equals(parts_by_name, shapes)
 
 
-def _stage_0(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int, tp_size: int) -> dict[str, list[Part]]:
-    """Parts by parameter: nothing is partitioned. In bf16 the fp32 weights are the optimizer's, in fp32 the model's."""
+def _stage_0(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int,
+             tp_size: int) -> dict[str, list[Part]]:
+    """Parts by parameter: nothing is partitioned.
+
+    In bf16 the fp32 weights are the optimizer's, in fp32 the model's.
+    """
     parts_by_name: dict[str, list[Part]] = {}
     for tp in range(tp_size):
         file = _read(checkpoint / f"mp_rank_{tp:02d}_model_states.pt")
         optimizer = file["optimizer"]
         moments = optimizer.get("optimizer_state_dict", optimizer)["state"]
         names = [f"{STUDENT_PREFIX}{name}" for name in shapes]
-        masters = [master for group in optimizer["fp32_groups"] for master in group] if "fp32_groups" in optimizer \
-            else [file["module"][name] for name in names]
-        _add(parts_by_name, {name: Part(master.shape, [{kind: tensor.flatten() for kind, tensor in
-                                                {"fp32": master, **moments[index]}.items() if kind in TENSOR_KINDS}])
-                     for index, (name, master) in enumerate(zip(names, masters, strict=True))})
+        masters = ([master for group in optimizer["fp32_groups"] for master in group]
+                   if "fp32_groups" in optimizer
+                   else [file["module"][name] for name in names])
+        _add(parts_by_name,
+             {name: Part(master.shape,
+                         [{kind: tensor.flatten()
+                           for kind, tensor in {"fp32": master, **moments[index]}.items()
+                           if kind in TENSOR_KINDS}])
+              for index, (name, master) in enumerate(zip(names, masters, strict=True))})
     return _first_of_equals(parts_by_name, shapes)
 
 
@@ -144,7 +155,7 @@ def _add(parts_by_name: dict[str, list[Part]], local: dict[str, Part]) -> None:
 
 def _first_of_equals(parts_by_name: dict[str, list[Part]],
                      shapes: Mapping[str, torch.Size]) -> dict[str, list[Part]]:
-    """The parts, and of a parameter that every tensor-parallel rank holds whole the first one's alone."""
+    """The parts; of a parameter that every tensor-parallel rank holds whole, the first alone."""
     return {name: parts[:1] if parts[0].shape == shapes.get(name) else parts
             for name, parts in parts_by_name.items()}
 
@@ -161,6 +172,9 @@ def _optimizer_state(checkpoint: Path, dp: int, tp: int) -> Mapping[str, Any]:
 
 
 def _read(file: Path) -> Mapping[str, Any]:
-    """One of DeepSpeed's files, mapped into memory. A pickle runs code when it is read: these are our own."""
+    """One of DeepSpeed's files, mapped into memory.
+
+    A pickle runs code when it is read: these are our own.
+    """
     content: Mapping[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
     return content

@@ -15,24 +15,29 @@ import torch
 def import_deepspeed() -> Any:
     """deepspeed, quiet, and without its just-in-time shared-memory collective.
 
-    That op costs 70 s of compilation and Python's headers at the first run on a CPU, and serves inference alone.
+    That op costs 70 s of compilation and Python's headers at the first run on a CPU, and serves
+    inference alone.
     """
-    # DeepSpeed's other ops are built by ninja, which lies beside this interpreter, not always on the PATH.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")   # else it warns of a guess
+    # DeepSpeed's other ops are built by ninja, which lies beside this interpreter, not always on
+    # the PATH.
+    os.environ["PATH"] = os.pathsep.join(
+        [str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    # Without it DeepSpeed warns of a guess.
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
-    # DeepSpeed calls collectives by names that torch 2.13 has renamed; nothing that a user could act on.
+    # DeepSpeed calls collectives by names that torch 2.13 has renamed; nothing that a user could
+    # act on.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
 
 
 def recovery_script() -> Path:
-    """DeepSpeed's script that turns its shards into fp32 weights; its users expect it beside them."""
+    """DeepSpeed's script from its shards to fp32 weights; its users expect it beside them."""
     from deepspeed.utils import zero_to_fp32
 
     return Path(zero_to_fp32.__file__)

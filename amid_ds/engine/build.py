@@ -32,12 +32,14 @@ logger = logging.getLogger(__name__)
 
 
 def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World) -> Engine:
-    """A teacher by itself, sharded over all ranks by ZeRO-3 in an engine that does not train. Collective."""
+    """A teacher by itself, sharded over all ranks by ZeRO-3 and never trained. Collective."""
     deepspeed = import_deepspeed()
-    model = load_causal_lm(teacher.model, teacher.dtype, sharded_loading(config), **teacher.hub_kwargs)
+    model = load_causal_lm(teacher.model, teacher.dtype, sharded_loading(config),
+                           **teacher.hub_kwargs)
     bf16 = next(model.parameters()).dtype == torch.bfloat16
-    deepspeed_engine, *_ = deepspeed.initialize(model=model.requires_grad_(False), dist_init_required=False,
-                                                config={**config, "bf16": {"enabled": bf16}})
+    deepspeed_engine, *_ = deepspeed.initialize(
+        model=model.requires_grad_(False), dist_init_required=False,
+        config={**config, "bf16": {"enabled": bf16}})
     deepspeed_engine.eval()
     return Engine(deepspeed_engine, world)
 
@@ -51,17 +53,19 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
 
 def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int,
                      world: World) -> tuple[Distiller, DeepSpeedConfig]:
-    """Both models, loaded and their heads cut; and the config with DeepSpeed's tensor-parallel block."""
+    """Both models, loaded and their heads cut; the config with its tensor-parallel block."""
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
     replicated = teacher_is_replicated(recipe, config)
     teacher = None
     if recipe.teacher is not None:
         teacher = load_causal_lm(recipe.teacher.model, recipe.teacher.dtype,
-                                 None if replicated else sharded_loading(config), **recipe.teacher.hub_kwargs)
+                                 None if replicated else sharded_loading(config),
+                                 **recipe.teacher.hub_kwargs)
         if replicated:
             teacher.to(world.device)
     student = _load_student(recipe, config)
-    distiller = Distiller(student, teacher, vocab_size=vocab_size, shard=shard, replicated=replicated)
+    distiller = Distiller(student, teacher, vocab_size=vocab_size, shard=shard,
+                          replicated=replicated)
     # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing.
     distiller.train()
     if shard is not None:
@@ -81,7 +85,8 @@ def _load_student(recipe: Recipe, config: DeepSpeedConfig) -> nn.Module:
     return student
 
 
-def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConfig, world: World) -> Engine:
+def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConfig,
+                world: World) -> Engine:
     """DeepSpeed's engine around the distiller, its hooks set for our order of modules."""
     deepspeed = import_deepspeed()
     zero3 = zero_stage(config) == 3
@@ -89,10 +94,12 @@ def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConf
     # lr=0 because DeepSpeed's bf16 stage 0 runs one empty Adam step to create its state; lr 0 moves
     # no weight, and the loop below resets Adam's counter. Each step sets its own learning rate.
     optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=weight_decay)
-    split_early = _split_layer_by_layer(distiller) if zero3 and world.tp_size > 1 else contextlib.nullcontext()
+    split_early = (_split_layer_by_layer(distiller) if zero3 and world.tp_size > 1
+                   else contextlib.nullcontext())
     with split_early:
-        deepspeed_engine, *_ = deepspeed.initialize(model=distiller, model_parameters=trainable, optimizer=optimizer,
-                                                    config=config, dist_init_required=False)
+        deepspeed_engine, *_ = deepspeed.initialize(
+            model=distiller, model_parameters=trainable, optimizer=optimizer, config=config,
+            dist_init_required=False)
     for values in optimizer.state.values():
         values["step"].zero_()
     gathered_bytes = GatheredBytes()
@@ -111,10 +118,10 @@ def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConf
 
 @contextlib.contextmanager
 def _split_layer_by_layer(distiller: Distiller) -> Iterator[None]:
-    """A context in which AutoTP's part of a layer is partitioned by ZeRO-3 before the next layer is gathered.
+    """A context in which ZeRO-3 partitions AutoTP's part of a layer before it gathers the next.
 
-    By itself DeepSpeed partitions all of them at the end, and a rank holds its whole tensor-parallel
-    share of both models until then.
+    By itself DeepSpeed partitions all of them at the end, and a rank holds its whole
+    tensor-parallel share of both models until then.
     """
     from deepspeed.module_inject.auto_tp import AutoTP
     from deepspeed.utils import groups
@@ -153,7 +160,7 @@ def _autotp(distiller: Distiller, world: World) -> dict[str, object]:
         if reason is None:
             specs += layer_specs(model, name, trains=name == "student")
         else:
-            logger.info("tensor_parallel %d: the %s's body stays whole on every rank, its head is split: %s",
-                        world.tp_size, name, reason)
+            logger.info("tensor_parallel %d: the %s's body stays whole on every rank, "
+                        "its head is split: %s", world.tp_size, name, reason)
     return {"autotp_size": world.tp_size,
             "partition_config": {"use_default_specs": False, "layer_specs": specs}}

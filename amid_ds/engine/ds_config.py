@@ -1,7 +1,7 @@
 """The DeepSpeed config with the recipe's numbers in it.
 
-The recipe owns batch sizes, clipping, optimizer and schedule; the DeepSpeed config owns precision, ZeRO and
-communication. What both name must agree.
+The recipe owns batch sizes, clipping, optimizer and schedule; the DeepSpeed config owns precision,
+ZeRO and communication. What both name must agree.
 """
 
 from __future__ import annotations
@@ -22,13 +22,18 @@ from amid_ds.models.loading import checkpoint_dtype
 # DeepSpeed's own JSON, whose keys and values are its documentation's.
 DeepSpeedConfig: TypeAlias = Mapping[str, Any]
 
-OWNED_BY_RECIPE = {"optimizer": "train.learning_rate and train.weight_decay", "scheduler": "train.schedule",
-                   "train_batch_size": "train.global_batch_size", "tensor_parallel": "tensor_parallel",
+OWNED_BY_RECIPE = {"optimizer": "train.learning_rate and train.weight_decay",
+                   "scheduler": "train.schedule",
+                   "train_batch_size": "train.global_batch_size",
+                   "tensor_parallel": "tensor_parallel",
                    "activation_checkpointing": "student.activation_checkpointing"}
 
 
 def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig:
-    """The DeepSpeed config with the recipe's numbers in it. Raises InputError where the two contradict."""
+    """The DeepSpeed config with the recipe's numbers in it.
+
+    Raises InputError where the two contradict.
+    """
     path = find_deepspeed_config(recipe.deepspeed)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -44,8 +49,10 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig
     if conflicts := list(_conflicts(recipe, config, ours, path.name)):
         lines = "\n".join(f"    - {conflict}" for conflict in conflicts)
         raise InputError(f"recipe and DeepSpeed config contradict each other:\n{lines}",
-                         "each value in one place; batch sizes, clipping, optimizer and schedule in the recipe",
-                         f'take these keys out of {path}, or set them to "auto", or to what the line asks for')
+                         "each value in one place; batch sizes, clipping, optimizer and schedule "
+                         "in the recipe",
+                         f'take these keys out of {path}, or set them to "auto", '
+                         "or to what the line asks for")
     if recipe.data.auxiliary is not None:
         # Each micro-batch is followed by one of the auxiliary corpus.
         ours["gradient_accumulation_steps"] = 2 * accumulation
@@ -53,7 +60,8 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig
     return {**kept, **ours, "steps_per_print": sys.maxsize}
 
 
-def _conflicts(recipe: Recipe, config: DeepSpeedConfig, ours: Mapping[str, float], name: str) -> Iterator[str]:
+def _conflicts(recipe: Recipe, config: DeepSpeedConfig, ours: Mapping[str, float],
+               name: str) -> Iterator[str]:
     """A line for each key in which the config of the file `name` contradicts the recipe."""
     for key, value in ours.items():
         if config.get(key, "auto") not in ("auto", value):
@@ -76,13 +84,15 @@ def _zero_stage_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) ->
     if stage not in (0, 1, 2, 3):
         yield f"zero_optimization.stage: {stage!r} in {name}, the stages are 0 to 3"
     elif stage == 0 and bf16 and recipe.tensor_parallel > 1:
-        # DeepSpeed's optimizer of that stage gets the gradient norm of a split model wrong (0.780 for 0.883).
-        yield (f"zero_optimization.stage: 0 with bf16 in {name}, tensor_parallel: {recipe.tensor_parallel} "
-               "needs stage 1")
+        # DeepSpeed's optimizer of that stage gets the gradient norm of a split model wrong (0.780
+        # for 0.883).
+        yield (f"zero_optimization.stage: 0 with bf16 in {name}, "
+               f"tensor_parallel: {recipe.tensor_parallel} needs stage 1")
     elif stage < 3 and bf16 and _engine_has_fp32_teacher(recipe, config):
         # Below stage 3 DeepSpeed casts every parameter of the engine to bf16, the teacher's too.
-        yield (f"zero_optimization.stage: {stage} with bf16 in {name}, a teacher in fp32 on tensor-parallel "
-               "ranks needs stage 3, or set teacher.placement: replicated, or teacher.dtype: bf16")
+        yield (f"zero_optimization.stage: {stage} with bf16 in {name}, "
+               "a teacher in fp32 on tensor-parallel ranks needs stage 3, "
+               "or set teacher.placement: replicated, or teacher.dtype: bf16")
 
 
 def _engine_has_fp32_teacher(recipe: Recipe, config: DeepSpeedConfig) -> bool:
@@ -105,12 +115,15 @@ def uses_bf16(config: DeepSpeedConfig) -> bool:
 
 
 def sharded_loading(config: DeepSpeedConfig) -> DeepSpeedConfig | None:
-    """The config under which transformers loads a model straight into ZeRO-3's shards; None below stage 3."""
+    """The config by which transformers loads a model into ZeRO-3's shards; None below stage 3."""
     return config if zero_stage(config) == 3 else None
 
 
 def teacher_is_replicated(recipe: Recipe, config: DeepSpeedConfig) -> bool:
-    """True where every rank holds the teacher whole, outside the engine: asked for, or because nothing shards it."""
+    """True where every rank holds the teacher whole, outside the engine.
+
+    That is where the recipe asks for it, or where nothing shards the teacher.
+    """
     if recipe.teacher is None:
         return False
     nothing_shards_it = zero_stage(config) != 3 and recipe.tensor_parallel == 1
@@ -126,31 +139,40 @@ def find_deepspeed_config(name: str) -> Path:
     if packaged.is_file() and Path(name).parent.name in ("", "ds_configs"):
         return packaged
     ready = ", ".join(sorted(p.name for p in folder.glob("*.json")))
-    raise InputError(f"the DeepSpeed config {name} is not there", f"a JSON file, or one of ours: {ready}",
-                     "check `deepspeed:` in the recipe")
+    raise InputError(f"the DeepSpeed config {name} is not there",
+                     f"a JSON file, or one of ours: {ready}", "check `deepspeed:` in the recipe")
 
 
 def data_parallel_size(recipe: Recipe, ranks: int) -> int:
-    """The number of ranks that see different tokens. Raises InputError where tensor_parallel does not divide `ranks`."""
+    """The number of ranks that see different tokens.
+
+    Raises InputError where tensor_parallel does not divide `ranks`.
+    """
     size = recipe.tensor_parallel
     if ranks % size:
         fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
-        raise InputError(f"tensor_parallel {size} on {ranks} rank(s)", "a divisor of the number of ranks",
-                         f"set tensor_parallel to one of {fitting}; or start a multiple of {size} ranks")
+        raise InputError(f"tensor_parallel {size} on {ranks} rank(s)",
+                         "a divisor of the number of ranks",
+                         f"set tensor_parallel to one of {fitting}; "
+                         f"or start a multiple of {size} ranks")
     return ranks // size
 
 
 def accumulation_steps(recipe: Recipe, data_parallel: int) -> int:
-    """Micro-batches per rank and optimizer step. Raises InputError where the global batch does not divide."""
+    """Micro-batches per rank and optimizer step.
+
+    Raises InputError where the global batch does not divide.
+    """
     train = recipe.train
     steps, rest = divmod(train.global_batch_size, data_parallel * train.micro_batch_size)
     if rest or not steps:
         whole, left = divmod(train.global_batch_size, train.micro_batch_size)
-        fitting = [] if left else [n * recipe.tensor_parallel for n in range(1, whole + 1) if whole % n == 0]
+        fitting = [] if left else [n * recipe.tensor_parallel for n in range(1, whole + 1)
+                                   if whole % n == 0]
         numbers = ", ".join(map(str, fitting)) or "none"
         raise InputError(
-            f"train.global_batch_size {train.global_batch_size} on {data_parallel} data-parallel rank(s) of "
-            f"train.micro_batch_size {train.micro_batch_size}",
+            f"train.global_batch_size {train.global_batch_size} on {data_parallel} data-parallel "
+            f"rank(s) of train.micro_batch_size {train.micro_batch_size}",
             f"a multiple of ranks × micro-batch = {data_parallel * train.micro_batch_size}",
             f"start on one of these numbers of ranks: {numbers}; or change one of the two keys")
     return steps

@@ -1,4 +1,4 @@
-"""One DeepSpeed engine around student and teacher, behind a dozen methods in the trainer's own terms."""
+"""One DeepSpeed engine around student and teacher, its methods in the trainer's own terms."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Engine:
     """The only face of DeepSpeed: what a training step, a checkpoint and generation ask of it.
 
     module: the `Distiller`, or for generation a causal LM by itself.
-    gathered_bytes: bytes of weights that ZeRO-3 has gathered on this rank so far, counted in training.
+    gathered_bytes: bytes of weights that ZeRO-3 has gathered on this rank so far, counted in
+    training.
     """
 
     def __init__(self, deepspeed_engine: Any, world: World,
@@ -61,7 +62,7 @@ class Engine:
         self.reset_prefetch()
 
     def reset_prefetch(self) -> None:
-        """Start ZeRO-3's prefetch trace anew: at each optimizer step, at each token of a generation.
+        """Start ZeRO-3's prefetch trace anew: at each optimizer step and each generated token.
 
         DeepSpeed itself would restart it at every forward, and drop it where the order of modules
         differs. Our order (teacher once, then the student's micro-batches) repeats per step only.
@@ -71,10 +72,14 @@ class Engine:
 
     def forward(self, batch: Batch, token_weights: Tensor, teacher_hidden: Tensor | None,
                 objective: StepObjective, last: bool) -> MicroBatchLoss:
-        """The loss of one micro-batch, see `Distiller.forward`; `last` of the accumulation window or not."""
+        """The loss of one micro-batch, see `Distiller.forward`.
+
+        last: whether it is the last one of the accumulation window.
+        """
         self._deepspeed.set_gradient_accumulation_boundary(last)
-        loss: MicroBatchLoss = self._deepspeed(batch.input_ids, batch.labels, token_weights, teacher_hidden,
-                                               batch.positions, objective=objective)
+        loss: MicroBatchLoss = self._deepspeed(
+            batch.input_ids, batch.labels, token_weights, teacher_hidden, batch.positions,
+            objective=objective)
         return loss
 
     def backward(self, loss: Tensor) -> None:
@@ -85,10 +90,10 @@ class Engine:
         self._deepspeed.backward(loss * self.world.dp_size, scale_wrt_gas=False)
 
     def optimizer_step(self) -> float | None:
-        """The gradients' global norm before clipping, after the step; None: not finite, no step taken.
+        """The gradients' global norm before clipping, after the step; None: not finite, no step.
 
-        Collective. DeepSpeed refuses such a step itself, except at stage 0 in fp32, where it neither
-        checks nor reports the norm.
+        Collective. DeepSpeed refuses such a step itself, except at stage 0 in fp32, where it
+        neither checks nor reports the norm.
         """
         for hook in self._step_hooks.values():
             hook()
@@ -102,8 +107,10 @@ class Engine:
                 square = float(parameter.grad.double().square().sum())
                 squares[hasattr(parameter, "tensor_model_parallel")] += square
         whole, split = squares[False], squares[True]
-        # Every rank has the gradients of the whole step: world.sum counts each of the dp_size copies.
-        norm = math.sqrt(whole + self.world.sum([split])[0] * self.world.tp_size / self.world.dp_size)
+        # Every rank has the gradients of the whole step: world.sum counts each of the dp_size
+        # copies.
+        norm = math.sqrt(
+            whole + self.world.sum([split])[0] * self.world.tp_size / self.world.dp_size)
         if not math.isfinite(norm):
             return None
         engine.step()
@@ -111,7 +118,7 @@ class Engine:
 
     def teacher_hidden_states(self, batches: Sequence[Batch], micro_batch_tokens: int,
                               teacher_batch: TeacherBatch) -> list[Tensor]:
-        """The teacher's hidden states of every micro-batch; see `Distiller.teacher_hidden_states`."""
+        """The teacher's hidden states of every micro-batch; see the `Distiller`'s method."""
         rows = max(1, teacher_batch.tokens_per_pass // micro_batch_tokens)
         return self.distiller.teacher_hidden_states(batches, rows, teacher_batch.on_host)
 
@@ -129,14 +136,18 @@ class Engine:
         return gather.gathered_head(model)
 
     def gathered(self, model: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """A context in which every rank holds all the weights of `model` that tensor parallelism leaves it.
+        """A context in which every rank holds its tensor-parallel share of `model`, all of it.
 
         Gathered once, however often the model runs in it. Collective.
         """
-        return gather.gathered_model(self._deepspeed, model) if self.is_partitioned else contextlib.nullcontext()
+        return (gather.gathered_model(self._deepspeed, model) if self.is_partitioned
+                else contextlib.nullcontext())
 
     def fits_gathered(self, model: nn.Module) -> bool:
-        """True where all the weights of `model` take less than half of every rank's free memory. Collective."""
+        """True where the weights of `model` take less than half of every rank's free memory.
+
+        Collective.
+        """
         if not self.is_partitioned:
             return True
         size = sum(gather.full_numel(p) * p.element_size() for p in model.parameters())
@@ -157,17 +168,22 @@ class Engine:
         element_size = next(teacher.parameters()).element_size()
         free = memory.least_free_memory(self.world)
         window = recipe.train.global_batch_size // self.world.dp_size * recipe.train.seq_length
-        on_host = self.world.device.type == "cuda" and not hidden_states_fit(config, element_size, window, free)
+        on_host = (self.world.device.type == "cuda"
+                   and not hidden_states_fit(config, element_size, window, free))
         per_token = teacher_bytes_per_token(config, element_size, recipe.train.seq_length)
-        tokens = recipe.teacher.max_tokens_per_pass or previous or default_teacher_tokens(free, per_token)
+        tokens = (recipe.teacher.max_tokens_per_pass or previous
+                  or default_teacher_tokens(free, per_token))
         return TeacherBatch(tokens, on_host)
 
     def check_models(self, vocab_size: int, isolated: bool) -> None:
-        """Raise InputError unless the fused heads give both models' own logits on a few tokens, and,
-        where documents are to be isolated, they are. Collective."""
+        """Raise InputError unless the fused heads give both models' own logits on a few tokens.
+
+        Where documents are to be isolated (`isolated`), also unless they are. Collective.
+        """
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(vocab_size, (2, 16), generator=generator).to(self.world.device)
-        for name, model in (("student", self.distiller.student), ("teacher", self.distiller.teacher)):
+        for name, model in (("student", self.distiller.student),
+                            ("teacher", self.distiller.teacher)):
             if model is not None:
                 title = f"the {name} {model.config.name_or_path}"   # type: ignore[union-attr]
                 check_head(model, title, ids, self.gathered_head)
@@ -175,7 +191,7 @@ class Engine:
                     check_isolation(model, title, ids)
 
     def stage_checkpoint(self) -> dict[str, object]:
-        """What this rank has to write to a checkpoint, by file name, copied to host memory. Collective."""
+        """What this rank has to save, by file name, copied to host memory. Collective."""
         return staging.stage_checkpoint(self._deepspeed)
 
     def save_checkpoint(self, folder: Path, tag: str) -> None:
@@ -190,11 +206,11 @@ class Engine:
             raise TrainingError(f"DeepSpeed could not load {checkpoint}")
 
     def load_tensors(self, read: Callable[[str], Mapping[str, Tensor]], step: int) -> None:
-        """Restore weights and optimizer from whole tensors; see `restore.load_tensors`. Collective."""
+        """Restore weights and optimizer from whole tensors, see restore.py. Collective."""
         restore.load_tensors(self._deepspeed, read, step, self.world)
 
     def resident_bytes(self) -> dict[str, int]:
-        """Bytes that stay on this rank from step to step: weights of both models, optimizer states."""
+        """Bytes that stay on this rank from step to step: both models' weights, the optimizer."""
         return memory.resident_bytes(self._deepspeed)
 
     def gradient_bytes(self) -> int:

@@ -1,4 +1,4 @@
-"""ZeRO-3's gathers: counted, in the same order on every rank, and held while a head or a model is read."""
+"""ZeRO-3's gathers: counted, in one order on every rank, held while a head or a model is read."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class GatheredBytes:
 
 
 def count_and_order_gathers(model: nn.Module) -> GatheredBytes:
-    """Wrap the gathers of every ZeRO-3 parameter of `model`; returns the bytes that they will count."""
+    """Wrap the gathers of all ZeRO-3 parameters of `model`; returns the bytes they will count."""
     gathered_bytes = GatheredBytes()
     for parameter in model.parameters():
         zero_parameter: Any = parameter
@@ -43,9 +43,9 @@ def count_and_order_gathers(model: nn.Module) -> GatheredBytes:
     return gathered_bytes
 
 
-def _gather_in_order(gather: Callable[..., Any], gathered_bytes: GatheredBytes, parameters: Iterable[Any],
-                     **options: Any) -> Any:
-    """DeepSpeed's gather of several parameters, its groups of ranks in the same order on every rank.
+def _gather_in_order(gather: Callable[..., Any], gathered_bytes: GatheredBytes,
+                     parameters: Iterable[Any], **options: Any) -> Any:
+    """DeepSpeed's gather of several parameters, its groups of ranks in one order on every rank.
 
     Under tensor parallelism parameters lie over two groups (all ranks, the data-parallel ones).
     DeepSpeed takes the groups in the order of a Python set, that is of addresses, and NCCL may wait
@@ -58,14 +58,14 @@ def _gather_in_order(gather: Callable[..., Any], gathered_bytes: GatheredBytes, 
 
 def _gather_and_wait(gather: Callable[..., Any], gathered_bytes: GatheredBytes, own: Any,
                      param_list: list[Any] | None = None, **options: Any) -> Any:
-    """DeepSpeed's blocking gather of `param_list`, or of the parameter that the method belongs to."""
+    """DeepSpeed's blocking gather of `param_list`, or of the parameter whose method this is."""
     gathered_bytes.add([own] if param_list is None else param_list)
     return gather(param_list, **options)
 
 
 @contextlib.contextmanager
 def gathered_head(model: nn.Module | None) -> Iterator[None]:
-    """A context in which every rank can read the whole head of `model`, gathered once. Collective."""
+    """A context in which every rank can read the head of `model`, gathered once. Collective."""
     deepspeed = import_deepspeed()
     head = head_of(model) if model is not None else None
     parameters = [p for p in (head.weight, head.bias) if p is not None] if head is not None else []
@@ -97,16 +97,18 @@ def _do_nothing(*_: Any, **__: Any) -> None:
 
 
 def param_coordinator(deepspeed_engine: Any) -> Any:
-    """The object that ZeRO-3's hooks ask for weights; without an optimizer the offload alone has it."""
+    """The object that ZeRO-3's hooks ask for weights."""
     optimizer = deepspeed_engine.optimizer
+    # Without an optimizer the offload alone has it.
     return getattr(optimizer, "parameter_offload", optimizer).get_param_coordinator()
 
 
 def partitioned_parameters(model: nn.Module) -> list[Any]:
-    """The parameters of which this rank holds a part now, without those that ZeRO-3 keeps whole as small."""
+    """The parameters of which this rank holds a part now; ZeRO-3 keeps small ones whole."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    return [p for p in model.parameters() if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
+    return [p for p in model.parameters()
+            if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
 
 
 def full_numel(parameter: Any) -> int:

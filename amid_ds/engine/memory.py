@@ -1,4 +1,4 @@
-"""Bytes that an engine holds on this rank, counted where DeepSpeed keeps them, and bytes that are free."""
+"""Bytes that an engine holds on this rank, counted where DeepSpeed keeps them, and free bytes."""
 
 from __future__ import annotations
 
@@ -17,21 +17,26 @@ def resident_bytes(deepspeed_engine: Any) -> dict[str, int]:
     """Bytes that stay from step to step: `student_weights`, `teacher_weights`, `optimizer`."""
     distiller = deepspeed_engine.module
     models = {"student": distiller.student, "teacher": distiller.teacher}
-    parts = {f"{name}_weights": _unique_bytes(getattr(p, "ds_tensor", p) for p in model.parameters())
-             for name, model in models.items() if model is not None}
+    parts = {
+        f"{name}_weights": _unique_bytes(getattr(p, "ds_tensor", p) for p in model.parameters())
+        for name, model in models.items() if model is not None}
     outer = deepspeed_engine.optimizer
     inner = getattr(outer, "optimizer", outer)
     # fp32 master weights under ZeRO-3, under ZeRO-1 and 2, and under bf16 without ZeRO.
-    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
-    masters: list[Tensor] = next((getattr(outer, name) for name in names if hasattr(outer, name)), [])
-    moments = [value for state in inner.state.values() for name, value in state.items() if name != "step"]
+    names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups",
+             "fp32_groups_flat_partition")
+    masters: list[Tensor] = next(
+        (getattr(outer, name) for name in names if hasattr(outer, name)), [])
+    moments = [value for state in inner.state.values()
+               for name, value in state.items() if name != "step"]
     return {**parts, "optimizer": _unique_bytes([*masters, *moments])}
 
 
 def gradient_bytes(deepspeed_engine: Any) -> int:
     """Bytes of the gradients that wait for the optimizer."""
     optimizer = deepspeed_engine.optimizer
-    partitions = getattr(optimizer, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", None)
+    partitions = getattr(
+        optimizer, "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition", None)
     if partitions is not None:
         return _unique_bytes(partitions.values())
     averaged = getattr(optimizer, "averaged_gradients", {})
@@ -42,7 +47,7 @@ def gradient_bytes(deepspeed_engine: Any) -> int:
 
 
 def gathered_now_bytes(parameters: Iterable[Any]) -> int:
-    """Bytes of those parameters that are whole on this rank at the moment, beside their partition."""
+    """Bytes of those parameters that are whole on this rank now, beside their partition."""
     return sum(p.data.nbytes for p in parameters
                if hasattr(p, "ds_tensor") and p.data_ptr() != p.ds_tensor.data_ptr())
 
@@ -55,7 +60,10 @@ def _unique_bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def least_free_memory(world: World) -> int:
-    """Bytes that every rank may still take: its GPU's free memory, or its share of its host's. Collective."""
+    """Bytes that every rank may still take, of its GPU's memory or its share of its host's.
+
+    Collective.
+    """
     if world.device.type == "cuda":
         return min(world.gather(torch.cuda.mem_get_info(world.device)[0]))
     host = socket.gethostname()

@@ -21,20 +21,25 @@ WEIGHT_KIND, MOMENT_KINDS = "fp32", ("exp_avg", "exp_avg_sq")
 TENSOR_KINDS = (WEIGHT_KIND, *MOMENT_KINDS)
 
 
-def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tensor]], step: int, world: World) -> None:
+def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tensor]], step: int,
+                 world: World) -> None:
     """Fill weights and optimizer from whole tensors, as of optimizer step `step`. Collective.
 
-    read(name): the parameter's whole tensors by TENSOR_KINDS; `name` is that of the student's model.
+    read(name): the parameter's whole tensors by TENSOR_KINDS; `name` is that of the student's
+    model.
     """
     trained: dict[str, Any] = {name.removeprefix(STUDENT_PREFIX): parameter for name, parameter
-                               in deepspeed_engine.module.named_parameters() if parameter.requires_grad}
-    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in trained.items()}
+                               in deepspeed_engine.module.named_parameters()
+                               if parameter.requires_grad}
+    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape))
+              for name, parameter in trained.items()}
     first = world.rank - world.tp_rank
     peers = world.gather(shapes)[first:first + world.tp_size]
     masters = _fill_optimizer_state(deepspeed_engine, list(trained.values()), step)
     for name, parameter in trained.items():
         tensors = read(name)
-        part = _tensor_parallel_part([peer[name] for peer in peers], world.tp_rank, tensors[WEIGHT_KIND].shape)
+        part = _tensor_parallel_part([peer[name] for peer in peers], world.tp_rank,
+                                     tensors[WEIGHT_KIND].shape)
         own = {kind: tensors[kind][part] for kind in TENSOR_KINDS}
         if hasattr(parameter, "ds_tensor"):
             _set_zero3_partition(parameter, own)
@@ -43,15 +48,21 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
     deepspeed_engine.global_steps = step
 
 
-def _tensor_parallel_part(shapes: list[tuple[int, ...]], rank: int, whole: torch.Size) -> tuple[slice, ...]:
-    """The slices of the whole tensor that tensor-parallel rank `rank` holds, from all ranks' shapes in order."""
+def _tensor_parallel_part(shapes: list[tuple[int, ...]], rank: int,
+                          whole: torch.Size) -> tuple[slice, ...]:
+    """The slices of the whole tensor that tensor-parallel rank `rank` holds.
+
+    shapes: those of all ranks' parts, in order.
+    """
     starts = [sum(shape[dim] for shape in shapes[:rank]) if shapes[rank][dim] != length else 0
               for dim, length in enumerate(whole)]
-    return tuple(slice(start, start + length) for start, length in zip(starts, shapes[rank], strict=True))
+    return tuple(slice(start, start + length)
+                 for start, length in zip(starts, shapes[rank], strict=True))
 
 
-def _fill_optimizer_state(deepspeed_engine: Any, parameters: list[Any], step: int) -> dict[Any, Tensor]:
-    """Give the fresh optimizer a state of zeros; returns each parameter's fp32 master where nothing is partitioned.
+def _fill_optimizer_state(deepspeed_engine: Any, parameters: list[Any],
+                          step: int) -> dict[Any, Tensor]:
+    """Give the fresh optimizer a state of zeros; returns the parameters' fp32 masters at stage 0.
 
     ZeRO's optimizers step over flat rows of this rank's pieces, which DeepSpeed's setters address.
     """

@@ -1,4 +1,4 @@
-"""A DeepSpeed checkpoint in host memory: DeepSpeed decides what its shards hold, and writes no file."""
+"""A DeepSpeed checkpoint in host memory: DeepSpeed decides what shards hold, and writes no file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _HostCheckpointEngine:
 
 
 def _to_host(value: Any, seen: dict[int, Tensor]) -> Any:
-    """A copy in host memory that the next step cannot change; a tensor that occurs twice is copied once."""
+    """A copy in host memory, safe from the next step; a tensor that occurs twice is copied once."""
     if isinstance(value, Tensor):
         if id(value) not in seen:
             seen[id(value)] = value.detach().to("cpu", copy=True)
@@ -55,4 +55,5 @@ def _to_host(value: Any, seen: dict[int, Tensor]) -> Any:
         for key, item in value.items():
             twin[key] = _to_host(item, seen)
         return twin
-    return type(value)(_to_host(item, seen) for item in value) if type(value) in (list, tuple) else value
+    return (type(value)(_to_host(item, seen) for item in value)
+            if type(value) in (list, tuple) else value)

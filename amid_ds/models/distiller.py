@@ -1,4 +1,4 @@
-"""Student and frozen teacher as one nn.Module, so that one DeepSpeed engine shards, gathers and runs both.
+"""Student and frozen teacher as one nn.Module, so that one DeepSpeed engine shards and runs both.
 
 Both bodies end in hidden states; logits are never made, and no hidden state is kept of a token that
 the loss masks. The teacher runs over the whole accumulation window before the student's first
@@ -36,7 +36,7 @@ class StepObjective:
 
 
 class MicroBatchLoss(NamedTuple):
-    """Scalars of one micro-batch: the weighted loss (with gradient), divergence and cross entropy."""
+    """Scalars of one micro-batch: weighted loss (with gradient), divergence and cross entropy."""
 
     loss: Tensor
     kd: Tensor
@@ -59,8 +59,11 @@ class FusedHead(nn.Module):
 
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor,
                 token_weights: Tensor, *, objective: StepObjective) -> MicroBatchLoss:
-        """student_hidden [n, H_s], teacher_hidden [n, H_t] or None (cross entropy alone), labels and
-        token_weights [n]. The collectives are those of `linear_amid_loss`."""
+        """The loss of n tokens.
+
+        student_hidden [n, H_s], teacher_hidden [n, H_t] or None (cross entropy alone), labels and
+        token_weights [n]. The collectives are those of `linear_amid_loss`.
+        """
         student_head, teacher_head = self.heads()
         if teacher_hidden is None:
             teacher_head = None
@@ -76,10 +79,10 @@ class FusedHead(nn.Module):
 
 
 class Distiller(nn.Module):
-    """{student, teacher}. Only the student trains; the teacher stays in eval mode whatever `train()` says.
+    """{student, teacher}. Only the student trains; the teacher always stays in eval mode.
 
-    replicated: every rank holds the teacher whole. It is then an attribute and no submodule, so that
-    the engine neither shards, casts nor saves it.
+    replicated: every rank holds the teacher whole. It is then an attribute and no submodule, so
+    that the engine neither shards, casts nor saves it.
     """
 
     teacher: nn.Module | None
@@ -94,9 +97,10 @@ class Distiller(nn.Module):
             self.__dict__["teacher"] = teacher
         else:
             self.teacher = teacher
-        self.head = FusedHead(lambda: (sharded_head_of(student, shard),
-                                       sharded_head_of(teacher, shard) if teacher is not None else None),
-                              vocab_size, shard)
+        self.head = FusedHead(
+            lambda: (sharded_head_of(student, shard),
+                     sharded_head_of(teacher, shard) if teacher is not None else None),
+            vocab_size, shard)
 
     def train(self, mode: bool = True) -> Distiller:
         """Set the student's mode; the teacher stays in eval mode."""
@@ -125,7 +129,8 @@ class Distiller(nn.Module):
             inputs = [batch.input_ids for batch in group]
             longest = max(ids.shape[1] for ids in inputs)
             # Padding on the right: a causal model's earlier positions never see it.
-            padded = torch.cat([nn.functional.pad(ids, (0, longest - ids.shape[1])) for ids in inputs])
+            padded = torch.cat(
+                [nn.functional.pad(ids, (0, longest - ids.shape[1])) for ids in inputs])
             positions = _padded_positions([batch.positions for batch in group], inputs)
             states = run_body(self.teacher, padded, positions)
             for batch, part in zip(group, states.split([len(ids) for ids in inputs]), strict=True):
@@ -136,9 +141,12 @@ class Distiller(nn.Module):
     def forward(self, input_ids: Tensor, labels: Tensor, token_weights: Tensor,
                 teacher_hidden: Tensor | None, positions: Tensor | None = None, *,
                 objective: StepObjective) -> MicroBatchLoss:
-        """One micro-batch's loss. input_ids, labels [B, L] (shifted, -100 ignored), token_weights
-        [B, L] fp32, teacher_hidden: its part of `teacher_hidden_states` (None: cross entropy alone),
-        positions [B, L] as `run_body` has them."""
+        """One micro-batch's loss.
+
+        input_ids, labels [B, L] (shifted, -100 ignored), token_weights [B, L] fp32, teacher_hidden:
+        its part of `teacher_hidden_states` (None: cross entropy alone), positions [B, L] as
+        `run_body` has them.
+        """
         hidden = run_body(self.student, input_ids, positions)
         keep = labels != IGNORE_INDEX
         if teacher_hidden is not None:
@@ -147,7 +155,8 @@ class Distiller(nn.Module):
                          objective=objective)
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def hidden_states(self, input_ids: Tensor,
+                      positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Both models' hidden states [B · L, H_s] and [B · L, H_t] of one batch, to be scored."""
         teacher = None
         if self.teacher is not None:
@@ -155,20 +164,22 @@ class Distiller(nn.Module):
         return run_body(self.student, input_ids, positions).flatten(0, 1), teacher
 
     @torch.no_grad()
-    def score(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor) -> Tensor:
-        """Sums [4] float64 over the labelled tokens of labels [B, L]: negative log-likelihood,
-        KL(teacher ‖ student), tokens where both have the same first choice, tokens.
+    def score(self, student_hidden: Tensor, teacher_hidden: Tensor | None,
+              labels: Tensor) -> Tensor:
+        """Sums [4] float64 over the labelled tokens of labels [B, L].
 
-        Both heads must be gathered.
+        They are: negative log-likelihood, KL(teacher ‖ student), tokens where both have the same
+        first choice, tokens. Both heads must be gathered.
         """
         keep = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
         student, target = student_hidden[keep], labels.flatten()[keep]
         teacher = None if teacher_hidden is None else teacher_hidden[keep]
         student_head, teacher_head = self.head.heads()
         vocab_size, shard = self.head.vocab_size, self.head.shard
-        out = linear_amid_loss(student, student_head, teacher, teacher_head, preset("fkl"), labels=target,
-                               token_weights=torch.ones(len(keep), device=student.device), ce_weight=1.0,
-                               kd_weight=0.0 if teacher is None else 1.0, vocab_size=vocab_size, shard=shard)
+        out = linear_amid_loss(
+            student, student_head, teacher, teacher_head, preset("fkl"), labels=target,
+            token_weights=torch.ones(len(keep), device=student.device), ce_weight=1.0,
+            kd_weight=0.0 if teacher is None else 1.0, vocab_size=vocab_size, shard=shard)
         assert out.ce is not None
         sums = torch.zeros(4, dtype=torch.float64, device=student.device)
         sums[0], sums[3] = out.ce.double().sum(), len(keep)
@@ -180,11 +191,12 @@ class Distiller(nn.Module):
 
 
 def _to_pinned_host(states: Tensor) -> Tensor:
-    """A copy in pinned host memory, made in the order of the device's stream: nothing waits for it."""
+    """A copy in pinned host memory, made in the device's stream: nothing waits for it."""
     return torch.empty_like(states, device="cpu", pin_memory=True).copy_(states, non_blocking=True)
 
 
-def _padded_positions(positions: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Tensor | None:
+def _padded_positions(positions: Sequence[Tensor | None],
+                      inputs: Sequence[Tensor]) -> Tensor | None:
     """The positions of micro-batches [B_i, L_i] stacked, padded on the right like their inputs."""
     if all(own is None for own in positions):
         return None

@@ -31,7 +31,8 @@ def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None) -> T
     """
     # Not every architecture takes positions, so they are passed only where there are any.
     optional = {} if positions is None else {"position_ids": positions}
-    hidden: Tensor = body_of(model)(input_ids=input_ids, use_cache=False, **optional).last_hidden_state
+    hidden: Tensor = body_of(model)(
+        input_ids=input_ids, use_cache=False, **optional).last_hidden_state
     return hidden
 
 
@@ -48,7 +49,7 @@ def head_of(model: nn.Module) -> LMHead:
 
 
 def sharded_head_of(model: nn.Module, shard: VocabShard | None) -> LMHead:
-    """The rows [start, stop) of a causal LM's head, cut from the whole head or held as this rank's part."""
+    """A causal LM's head, its rows [start, stop): cut from the whole, or this rank's part."""
     head = head_of(model)
     if shard is None:
         return head
@@ -60,7 +61,8 @@ def sharded_head_of(model: nn.Module, shard: VocabShard | None) -> LMHead:
             return slice_replicated(tensor, slice(shard.start, shard.stop), shard.group)
         return tensor[shard.start - first:shard.stop - first]
 
-    return replace(head, weight=take(head.weight), bias=None if head.bias is None else take(head.bias))
+    return replace(head, weight=take(head.weight),
+                   bias=None if head.bias is None else take(head.bias))
 
 
 def logits_of(head: LMHead, hidden: Tensor) -> Tensor:
@@ -105,7 +107,8 @@ def check_isolation(model: nn.Module, name: str, input_ids: Tensor) -> None:
                 problem = "a document's hidden states change with the document before it"
     if problem is not None:
         raise InputError(
-            f"{name} ({type(model).__name__}) does not keep the documents of one row apart: {problem}",
+            f"{name} ({type(model).__name__}) does not keep the documents of one row apart: "
+            f"{problem}",
             "a model whose attention and positions start again where `position_ids` do",
             "set data.isolate_documents=false, or choose another model or attention implementation")
 
@@ -113,10 +116,11 @@ def check_isolation(model: nn.Module, name: str, input_ids: Tensor) -> None:
 @torch.no_grad()
 def check_head(model: nn.Module, name: str, input_ids: Tensor,
                gathered: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
-    """Refuse a model whose own logits our body and head do not reproduce (an unknown scale, cap or bias).
+    """Refuse a model whose own logits our body and head do not reproduce.
 
-    `gathered(model)` is a context in which the head's weight can be read. Collective under ZeRO-3:
-    every rank calls it with inputs of one shape. Raises InputError.
+    Such a model has a scale, cap or bias that we do not know. `gathered(model)` is a context in
+    which the head's weight can be read. Collective under ZeRO-3: every rank calls it with inputs of
+    one shape. Raises InputError.
     """
     with _eval_mode(model):
         own = model(input_ids=input_ids, use_cache=False).logits.float()
@@ -126,7 +130,8 @@ def check_head(model: nn.Module, name: str, input_ids: Tensor,
     worst, size = (ours - own).abs().max().item(), own.abs().max().item()
     if not worst <= _tolerance(hidden.dtype) * max(size, 1e-6):
         raise InputError(
-            f"the fused head does not reproduce the logits of {name} ({type(model).__name__}): they differ "
-            f"by up to {worst:.3g} where the model's own reach {size:.3g}",
+            f"the fused head does not reproduce the logits of {name} ({type(model).__name__}): "
+            f"they differ by up to {worst:.3g} where the model's own reach {size:.3g}",
             "logits = scale · (h Wᵀ + b), with a soft cap where the config names one",
-            "this architecture changes its logits in a way that the loss does not know; choose another model")
+            "this architecture changes its logits in a way that the loss does not know; "
+            "choose another model")
