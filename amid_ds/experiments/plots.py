@@ -120,7 +120,7 @@ def _lines(rows: Sequence[PlottedRun], across: str | None,
 
 
 def run_label(row: PlottedRun, leave_out: Sequence[Hashable] = ()) -> str:
-    """The settings that tell a run from others, in few words."""
+    """The short settings that distinguish a run from the others, without those left out."""
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in row.settings.items()
                      if key not in leave_out and value is not None)
 

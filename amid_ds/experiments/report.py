@@ -275,7 +275,7 @@ def _memory_section(runs: Sequence[ReportedRun], draw: _Draw) -> ReportSection:
             bars[f"{run.name}, measured"] = _gigabytes(run.measured.memory_per_rank)
         if note:
             notes.append(note)
-    caption = "planned: as by amid-ds plan; measured: the parts that a run tells apart"
+    caption = "planned: as by amid-ds plan; measured: the parts that a run records"
     drawings = [draw.bars("Memory by part", "GB of a rank", bars, caption)] if bars else []
     return ReportSection("Memory", drawings, notes)
 
