@@ -46,6 +46,8 @@ def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World
 
 def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World) -> Engine:
     """The engine around a Distiller. Collective: every rank calls it with the same recipe."""
+    # Before transformers, which loads sharded models through deepspeed, imports it in its own way.
+    import_deepspeed()
     with freed_memory_given_back():
         distiller, config = _build_distiller(recipe, config, vocab_size, world)
         return _initialize(distiller, recipe.train.weight_decay, config, world)
