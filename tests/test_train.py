@@ -176,6 +176,16 @@ def test_the_resolved_recipe_reproduces_the_run(llama_pair, instructions_file, t
     assert comparable_metrics(tmp_path / "one")[0]["alpha"] == 0.5
 
 
+def test_no_op_of_deepspeeds_is_compiled_at_the_start(llama_pair, instructions_file, tmp_path,
+                                                      monkeypatch):
+    """It takes a minute, needs a compiler, and a process killed meanwhile leaves others waiting."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    recipe = write_recipe(tmp_path / "r.yaml", *llama_pair, instructions_file, tmp_path / "run",
+                          train__steps=1)
+    assert launch_train(0, recipe).returncode == 0
+    assert not (tmp_path / "extensions").exists()
+
+
 @pytest.mark.parametrize("ranks", [0, 2])
 def test_a_nan_stops_the_run_with_step_rank_and_rows_named_and_no_step_taken(
         llama_pair, instructions_file, tmp_path, ranks):
