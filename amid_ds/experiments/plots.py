@@ -168,7 +168,10 @@ def plot_demo(kl_to_teacher: Mapping[str, float], run: Path, path: Path) -> Path
     right.set(title="divergence from the teacher, by step", xlabel="step",
               ylabel="objective, nats per token")
     if min(values) > 0 and max(values) > LOG_SCALE_RATIO * smoothed[-1]:
-        right.set_yscale("log")
+        right.set_yscale("log", subs=[])
+        ticks = [digit * 10.0 ** exponent for exponent in range(-4, 4) for digit in (1, 2, 5)]
+        shown = [tick for tick in ticks if 0.8 * min(values) <= tick <= max(values)]
+        right.set_yticks(shown, [f"{tick:g}" for tick in shown])
     for panel in (left, right):
         panel.title.set_fontsize(11)
         panel.spines[["top", "right"]].set_visible(False)
