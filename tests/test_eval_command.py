@@ -186,7 +186,7 @@ def test_instructions_become_the_published_prompts_and_the_first_output_is_learn
     (["--seeds", "3"], ["no reference", "--seeds 3", "rows.jsonl"]),
     (["--new-tokens", "128"], ["--new-tokens 128", "from 1 to 127"]),
     (["--template", "minilm"], ["'minilm'", "did you mean `minillm`?"]),
-    (["--template", "alpaca"], ["lacks the field 'instruction'", "mend the row or take it out"]),
+    (["--template", "alpaca"], ["lacks the field 'instruction'", "fix the row or remove it"]),
 ], ids=["references", "room", "template", "columns"])
 def test_what_cannot_be_scored_is_refused(pair, tmp_path, capsys, arguments, named):
     data = write_texts(tmp_path / "rows.jsonl", rows=2)
