@@ -91,15 +91,11 @@ class Stepper:
                                           recipe.train.steps)
         self.state.step, self.state.tokens = step + 1, self.state.tokens + int(batch.tokens)
         metrics: Metrics = {} if auxiliary is None else {"auxiliary_loss": sums.auxiliary}
-        return metrics | {
-            "tokens": self.state.tokens, "loss": sums.loss,
-            "kd_loss": sums.kd if uses_teacher else None,
-            "ce_loss": sums.ce, "grad_norm": norm, "learning_rate": rate,
-            "alpha": objective.amid.alpha if uses_teacher else None,
-            "lam": objective.amid.lam if uses_teacher else None,
-            **{name: value for name, value in objective.scheduled.items()
-               if name not in ("alpha", "lam")},
-            "tokens_per_second": batch.tokens / (time.monotonic() - began)}
+        return {**metrics, "tokens": self.state.tokens, "loss": sums.loss,
+                "kd_loss": sums.kd if uses_teacher else None, "ce_loss": sums.ce,
+                "grad_norm": norm, "learning_rate": rate,
+                **_objective_metrics(objective, uses_teacher),
+                "tokens_per_second": batch.tokens / (time.monotonic() - began)}
 
     def _micro_batches(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None,
                        objective: StepObjective) -> list[_MicroBatch]:
@@ -182,3 +178,11 @@ class Stepper:
                      for rank, sources in enumerate(everyone)]
         raise TrainingError(f"{problem}; no optimizer step was taken. Where it arose:\n"
                             + "\n".join(lines))
+
+
+def _objective_metrics(objective: StepObjective, uses_teacher: bool) -> Metrics:
+    """`alpha` and `lam`, None without a teacher, and the other keys that have a schedule."""
+    amid = objective.amid
+    shown: Metrics = {"alpha": amid.alpha if uses_teacher else None,
+                      "lam": amid.lam if uses_teacher else None}
+    return {**objective.scheduled, **shown}
