@@ -1,5 +1,6 @@
 """Models and data that are made once a session: read only. A test that changes one copies it."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,12 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
     """(size, time of the last change) of `folder`, or of every file under it."""
     return {path: (path.stat().st_size, path.stat().st_mtime_ns)
             for path in (folder, *folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def propagating_logger(monkeypatch) -> None:
+    """Let caplog, which listens at the root, hear the package also after a test has called main()."""
+    monkeypatch.setattr(logging.getLogger("amid_ds"), "propagate", True)
 
 
 @pytest.fixture(scope="session")

@@ -44,3 +44,6 @@ def set_up_logging() -> None:
     if not any(isinstance(handler, _RankHandler) for handler in PACKAGE_LOGGER.handlers):
         PACKAGE_LOGGER.addHandler(_RankHandler())
         PACKAGE_LOGGER.setLevel(logging.INFO)
+        # Some libraries (absl, by way of rouge-score) put a handler of their own on the root
+        # logger, which would print every message a second time.
+        PACKAGE_LOGGER.propagate = False
