@@ -28,7 +28,7 @@ def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
 
 @pytest.fixture(autouse=True)
 def propagating_logger(monkeypatch) -> None:
-    """Let caplog, which listens at the root, hear the package also after a test has called main()."""
+    """Let caplog, a handler of the root, hear the package also after a test has called main()."""
     monkeypatch.setattr(logging.getLogger("amid_ds"), "propagate", True)
 
 
