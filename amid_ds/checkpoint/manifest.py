@@ -38,7 +38,7 @@ class FileRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself.
+    """A checkpoint's own description.
 
     identity: what the run learns from, as flat keys (training/compatibility.py). files: by name.
     """
@@ -122,7 +122,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint; None where every file is as it was written.
+    """The damage of a checkpoint in words; None where every file is as it was written.
 
     Reads every `parts`-th file whole, from `part` on, so that ranks can share the work.
     """

@@ -53,7 +53,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Layout:
-    """What decides how DeepSpeed lays a model out over its files."""
+    """The facts by which DeepSpeed lays a model out over its files."""
 
     ranks: int
     tensor_parallel: int

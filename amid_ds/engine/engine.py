@@ -24,7 +24,7 @@ from amid_ds.models.sizes import default_teacher_tokens, hidden_states_fit, teac
 
 
 class TeacherBatch(NamedTuple):
-    """How the teacher works through an accumulation window: tokens that share a forward call, and
+    """The teacher's way through an accumulation window: tokens that share a forward call, and
     whether its hidden states wait in pinned host memory. The same on every rank."""
 
     tokens_per_pass: int
@@ -191,7 +191,7 @@ class Engine:
                     check_isolation(model, title, ids)
 
     def stage_checkpoint(self) -> dict[str, object]:
-        """What this rank has to save, by file name, copied to host memory. Collective."""
+        """This rank's part of a checkpoint, by file name, copied to host memory. Collective."""
         return staging.stage_checkpoint(self._deepspeed)
 
     def save_checkpoint(self, folder: Path, tag: str) -> None:

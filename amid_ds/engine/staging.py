@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def stage_checkpoint(deepspeed_engine: Any) -> dict[str, object]:
-    """What this rank has to write to a checkpoint, by file name, copied to host memory. Collective.
+    """This rank's part of a checkpoint, by file name, copied to host memory. Collective.
 
     The frozen teacher is left out.
     """

@@ -37,7 +37,7 @@ class AuxiliaryBatch(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What the ranks know together at the beginning of a step.
+    """A step's facts that all ranks share at its beginning.
 
     tokens, auxiliary_tokens: valid ones in the global batch. padding: the share of the global
     batch's positions that hold nothing. waited: seconds for data, mean over ranks. stop: a rank was

@@ -101,7 +101,7 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
 
 
 def identity_of(job: Job, checkpoint: Path | None) -> dict[str, object]:
-    """What the run learns from, as flat keys: the resolved recipe, and hashes of what it names.
+    """The run's identity as flat keys: the resolved recipe, and hashes of what it names.
 
     Raises InputError where `checkpoint`, to be resumed from, learnt from something else.
     """

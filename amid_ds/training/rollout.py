@@ -61,7 +61,7 @@ class RolloutDocument(NamedTuple):
 
 
 class StepBatch(NamedTuple):
-    """What a step learns from: this rank's micro-batches.
+    """The batch that a step learns from: this rank's micro-batches.
 
     tokens, padding: of the global batch, its valid tokens and the share of positions that hold
     nothing. sampled: the responses are student samples. metrics: what metrics.jsonl says of the
@@ -112,7 +112,7 @@ class Rollouts:
 
     @property
     def checkpoint_files(self) -> dict[str, object]:
-        """What this rank adds to a checkpoint, by file name."""
+        """The contents that this rank adds to a checkpoint, by file name."""
         kept = self.rollout.adaptive is not None and self.world.is_main
         return {BUFFER_FILE: [tuple(document) for document in self.buffer]} if kept else {}
 
