@@ -47,7 +47,7 @@ class PlannedCosts(NamedTuple):
 
 
 class Monitors:
-    """All that watches the steps of one attempt on this rank. Use it as a context; made by all ranks.
+    """All that watches the steps of one attempt on this rank; a context, made by all ranks.
 
     hosts: each rank's. first_step: optimizer steps done before this attempt.
     """
