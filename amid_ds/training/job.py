@@ -77,16 +77,16 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
         objective_at(recipe.loss, step, recipe.train.steps)
     refuse_other_run(recipe)
     check_sources(recipe.data)
-    student = resolve_student(recipe)
-    tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
+    student, teacher = resolve_student(recipe), recipe.teacher
     models: dict[str, Student | Teacher] = {f"student {student.model}": student}
-    if recipe.teacher is not None:
-        models[f"teacher {recipe.teacher.model}"] = recipe.teacher
-        require_same_tokenizer(
-            tokenizer, load_tokenizer(recipe.teacher.model, **recipe.teacher.hub_kwargs),
-            student.model, recipe.teacher.model)
+    if teacher is not None:
+        models[f"teacher {teacher.model}"] = teacher
     widths = {name: model_config(model.model, **model.hub_kwargs).vocab_size
               for name, model in models.items()}
+    tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
+    if teacher is not None:
+        require_same_tokenizer(tokenizer, load_tokenizer(teacher.model, **teacher.hub_kwargs),
+                               student.model, teacher.model)
     for model in models.values():
         require_supported(model.model, **model.hub_kwargs)
     if recipe.rollout is not None:
