@@ -170,7 +170,7 @@ def find_latest_valid(folder: Path, world: World) -> ResumePoint:
                     if problem]
         if not problems:
             return ResumePoint(checkpoint, frozenset(damaged))
-        logger.warning("the checkpoint %s is damaged and passed over: %s", checkpoint, problems[0])
+        logger.warning("the checkpoint %s is damaged and skipped: %s", checkpoint, problems[0])
         damaged.append(checkpoint)
     if damaged:
         raise TrainingError(

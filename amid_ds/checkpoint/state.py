@@ -17,7 +17,7 @@ class RolloutState(TypedDict):
     loss: float
 
 
-# The names of a state's fields in a manifest, where these differ.
+# Names that version 0.1 wrote first; kept so that all its checkpoints read alike.
 _MANIFEST_NAMES = {"teacher_tokens_per_pass": "tokens_per_pass", "taid": "interpolation"}
 
 

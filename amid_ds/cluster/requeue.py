@@ -1,9 +1,10 @@
 """`amid-ds requeue`, for a batch script at its end: name the first failure, requeue or explain.
 
 Slurm's own requeue does not know why a job ended. The rules: a run that is done (0) or has wrong
-input (2) is never requeued; one that stopped in good order (75) always is; any other end is
-requeued at most `slurm.max_restarts` times per job. Two attempts that reached a step and failed at
-the same one in the same way end the job too, because a third would fail there as well.
+input (2) is never requeued; one that stopped in good order (75) is, unless several attempts in a
+row stopped before their first step; any other end is requeued at most `slurm.max_restarts` times
+per job. Two attempts that reached a step and failed at the same one in the same way end the job
+too, because a third would fail there as well.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from amid_ds.cluster import slurm
 from amid_ds.config.parse import load_recipe
 from amid_ds.errors import ExitStatus, InputError
 from amid_ds.run import attempts
-from amid_ds.run.attempts import AttemptRecord, Failure
+from amid_ds.run.attempts import HANG_ERROR, AttemptRecord, Failure
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def first_failure(failures: Sequence[Failure], log: str, status: int) -> Failure
     so srun's line about it comes first then.
     """
     task = TASK_END.search(log)
-    hung = any("has not ended" in failure.error for failure in failures)
+    hung = any(failure.error.startswith(HANG_ERROR) for failure in failures)
     # Of a step that hung, the watchdog has recorded the rank, and srun kills the others.
     if task is not None and not task["end"].startswith("Exited") and not hung:
         rank = _first_task(task)

@@ -50,7 +50,7 @@ def _validated(raw: RawRecipe, name: str) -> Recipe:
     lines = "\n".join(f"    - {line}" for line in problems)
     raise InputError(
         f"{name} has {len(problems)} problem(s):\n{lines}",
-        "a recipe as in the README, with keys and values of these names and ranges",
+        "a recipe as in amid_ds/config/README.md, with keys and values of these names and ranges",
         "fix the lines above; the command line's key=value comes last and wins")
 
 

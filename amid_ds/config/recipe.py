@@ -110,7 +110,7 @@ class Loss(Section):
     lam: Annotated[Scheduled, within(0, 1)] = 0.1
     """λ, the teacher's share in the assistant."""
     divergence: str | DivergenceSpec = "kl"
-    """`kl`, or {alpha_beta: {alpha, beta}}."""
+    """`kl`, `total_variation`, `squared_hellinger`, or {alpha_beta: {alpha, beta}}."""
     order: str | dict[str, NonNegative] = "pr"
     """The divergence's arguments of p (teacher), q (student), r (assistant): `pr` is D(p‖r); a
     mapping from orders to weights is their weighted sum."""

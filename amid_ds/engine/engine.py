@@ -119,8 +119,9 @@ class Engine:
     def teacher_hidden_states(self, batches: Sequence[Batch], micro_batch_tokens: int,
                               teacher_batch: TeacherBatch) -> list[Tensor]:
         """The teacher's hidden states of every micro-batch; see the `Distiller`'s method."""
-        rows = max(1, teacher_batch.tokens_per_pass // micro_batch_tokens)
-        return self.distiller.teacher_hidden_states(batches, rows, teacher_batch.on_host)
+        micro_batches = max(1, teacher_batch.tokens_per_pass // micro_batch_tokens)
+        return self.distiller.teacher_hidden_states(batches, micro_batches,
+                                                    teacher_batch.on_host)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -158,8 +159,8 @@ class Engine:
 
         That is the recipe's `teacher.max_tokens_per_pass`; else what the run's attempt before took
         (`previous`), because the number of rows in a product changes its last digits; else what an
-        eighth of the free memory holds of a layer's activations. Hidden states beyond another
-        eighth wait in pinned host memory.
+        eighth of the free memory holds of a layer's activations. If the window's hidden
+        states exceed another eighth, all of them wait in pinned host memory, on a GPU.
         """
         teacher = self.distiller.teacher
         if teacher is None or recipe.teacher is None:

@@ -126,8 +126,8 @@ def linear_amid_loss(
     and token_weights count as constants. kd [N] and ce [N] (None without labels) are detached, fp32
     (fp64 if an input is).
     The logits' gradient is held in the inputs' dtype between the products, as autograd does: with
-    fp16 keep token_weights large enough that it does not underflow, for a scale on the loss comes
-    too late.
+    fp16 keep token_weights large enough that it does not underflow, for a scale on the loss acts
+    only after this gradient has been rounded.
     Plain training: with kd_weight=0 the teacher's hidden states and head may both be None (then so
     may the objective, which is not read, and kd is None).
     shard: both heads hold the rows [start, stop), and the hidden states, weights and labels are the

@@ -114,18 +114,18 @@ class Distiller(nn.Module):
         return self.teacher is not None and objective.kd_weight > 0
 
     @torch.no_grad()
-    def teacher_hidden_states(self, batches: Sequence[Batch], rows_per_pass: int,
+    def teacher_hidden_states(self, batches: Sequence[Batch], micro_batches_per_pass: int,
                               on_host: bool = False) -> list[Tensor]:
         """The teacher's hidden states [n_i, H_t] at the n_i valid tokens of every micro-batch.
 
-        `rows_per_pass` micro-batches share a forward call. It must be the same on every rank: each
-        call gathers the teacher's weights, and lengths differ between ranks. on_host: the states
-        wait in pinned host memory instead of on the device.
+        `micro_batches_per_pass` of them share a forward call. It must be the same on every rank:
+        each call gathers the teacher's weights, and lengths differ between ranks. on_host: the
+        states wait in pinned host memory instead of on the device.
         """
         assert self.teacher is not None
         hidden: list[Tensor] = []
-        for start in range(0, len(batches), rows_per_pass):
-            group = batches[start:start + rows_per_pass]
+        for start in range(0, len(batches), micro_batches_per_pass):
+            group = batches[start:start + micro_batches_per_pass]
             inputs = [batch.input_ids for batch in group]
             longest = max(ids.shape[1] for ids in inputs)
             # Padding on the right: a causal model's earlier positions never see it.

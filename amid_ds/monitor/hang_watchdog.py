@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 from amid_ds.distributed.world import World
-from amid_ds.run.attempts import Attempt
+from amid_ds.run.attempts import HANG_ERROR, Attempt
 
 # Seconds that ranks wait for each other's answers.
 ANSWER_S = 5.0
@@ -124,7 +124,7 @@ class HangWatchdog:
         host, answer = self.hosts[first], answers[first]
         _print(f"step {self.number} hangs; look at rank {first} on {host} first: {answer}")
         self.attempt.record_failure(
-            f"the step has not ended after {self.timeout_s:g} s: {answer}", first, host)
+            f"{HANG_ERROR} after {self.timeout_s:g} s: {answer}", first, host)
 
 
 def _main_thread_location() -> str:

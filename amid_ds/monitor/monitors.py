@@ -1,6 +1,6 @@
 """Everything that watches a step: hang watchdog, profiler, timer, anomalies, memory probe.
 
-    with Monitors(recipe, world, attempt, hosts, costs, first_step) as monitors:
+    with Monitors(recipe, world, attempt, hosts, costs, steps_before) as monitors:
         for step in ...:
             monitors.step_begin(step)
             # ... agree with the other ranks whether to go on
@@ -49,13 +49,13 @@ class PlannedCosts(NamedTuple):
 class Monitors:
     """All that watches the steps of one attempt on this rank; a context, made by all ranks.
 
-    hosts: each rank's. first_step: optimizer steps done before this attempt.
+    hosts: each rank's. steps_before: optimizer steps done before this attempt.
     """
 
     def __init__(self, recipe: Recipe, world: World, attempt: Attempt, hosts: Sequence[str],
-                 costs: PlannedCosts, first_step: int) -> None:
+                 costs: PlannedCosts, steps_before: int) -> None:
         self.recipe, self.world, self.attempt, self.hosts = recipe, world, attempt, hosts
-        self.step, self.first_step, self.logged_step = first_step, first_step, first_step
+        self.step, self.steps_before, self.logged_step = steps_before, steps_before, steps_before
         names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
         self.watchdog = HangWatchdog(recipe.train.hang_timeout, world, attempt, hosts)
         self.timer = StepTimer(world.device, costs.flops, costs.peak_flops)
@@ -91,7 +91,7 @@ class Monitors:
 
     def train_step(self, engine: Engine) -> contextlib.AbstractContextManager[None]:
         """The context of the train step itself: rank 0 measures the fourth one of an attempt."""
-        if self.world.is_main and self.step == self.first_step + PROBED_STEP:
+        if self.world.is_main and self.step == self.steps_before + PROBED_STEP:
             return probe_step(engine, self.recipe, self.hosts, self.step)
         return contextlib.nullcontext()
 
@@ -120,6 +120,6 @@ class Monitors:
         self.watchdog.step(self.step)
 
     def rest(self) -> None:
-        """The last step is over: what comes now may take its time."""
+        """The last step is over: no time limit from here on."""
         self.watchdog.rest()
         self.profiler.end()

@@ -26,6 +26,8 @@ from amid_ds.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
+# How a step that hangs is recorded; requeueing recognises it.
+HANG_ERROR = "the step has not ended"
 # Characters of an error's first line that a failure keeps.
 MAX_ERROR_LENGTH = 300
 

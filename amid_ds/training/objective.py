@@ -36,5 +36,6 @@ def _amid(loss: Loss) -> AMiD:
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"the recipe's loss: {error}", "an objective as in the README",
+        raise InputError(f"the recipe's loss: {error}",
+                         "an objective as in amid_ds/losses/README.md",
                          "fix the `loss:` section") from None

@@ -114,11 +114,11 @@ class Stepper:
                               for each in auxiliary.window]
         return micro_batches
 
-    def _forward_backward(self, micro_batches: list[_MicroBatch], with_teacher: int,
+    def _forward_backward(self, micro_batches: list[_MicroBatch], main_count: int,
                           objective: StepObjective) -> Tensor:
         """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy.
 
-        Gradients are accumulated. The teacher runs first, over the first `with_teacher`
+        Gradients are accumulated. The teacher runs first, over the first `main_count`
         micro-batches at once.
         """
         distiller, train = self.engine.distiller, self.recipe.train
@@ -126,8 +126,8 @@ class Stepper:
         uses_teacher = distiller.uses_teacher(objective)
         if uses_teacher:
             with phase("teacher"):
-                teacher_hidden[:with_teacher] = self.engine.teacher_hidden_states(
-                    [each.batch for each in micro_batches[:with_teacher]],
+                teacher_hidden[:main_count] = self.engine.teacher_hidden_states(
+                    [each.batch for each in micro_batches[:main_count]],
                     train.micro_batch_size * train.seq_length, self.teacher_batch)
         losses = []
         with self.engine.gathered_head(distiller.teacher if uses_teacher else None):
@@ -144,9 +144,9 @@ class Stepper:
                 losses.append(torch.stack([loss.loss.detach(), loss.kd, loss.ce]))
         return torch.stack(losses).double()
 
-    def _reduce(self, losses: Tensor, with_teacher: int) -> _StepSums:
+    def _reduce(self, losses: Tensor, main_count: int) -> _StepSums:
         """The step's sums over all ranks, in one collective that also spreads ranks' statistics."""
-        main, added = losses[:with_teacher], losses[with_teacher:]
+        main, added = losses[:main_count], losses[main_count:]
         own_loss = losses[:, 0].sum().item()
         (loss, kd, ce, auxiliary), peers = self.world.sum_beside(
             [own_loss, *main[:, 1:].sum(0).tolist(), added[:, 2].sum().item()],

@@ -38,7 +38,6 @@ from amid_ds.training.validation import validate
 logger = logging.getLogger(__name__)
 
 
-
 class Trainer(Stepper):
     """One attempt of a run, from `state` to the recipe's last step.
 
@@ -98,7 +97,7 @@ class Trainer(Stepper):
     def _open_rollouts(self) -> Rollouts | None:
         rollout = self.recipe.rollout
         if rollout is None or rollout.adaptive is None:
-            # Left by an attempt with another scheme; no checkpoint of this one has its buffer.
+            # An earlier attempt had adaptive rollouts; this one keeps no replay buffer for them.
             self.state.rollout = None
         if rollout is None:
             return None
@@ -159,10 +158,7 @@ class Trainer(Stepper):
 
     def _log_step(self, metrics: Metrics, batch: StepBatch, info: StepInfo,
                   monitors: Monitors) -> None:
-        """Close the step for the monitors, and log its metrics every `log_every` steps.
-
-        Those of the last step too.
-        """
+        """Log the step's metrics, if it is one of every `log_every` steps or the last."""
         train, step = self.recipe.train, self.state.step
         seconds = monitors.step_end(batch.sampled)
         metrics |= {"padding": batch.padding, **batch.metrics, "data_wait": info.waited / seconds}
@@ -195,7 +191,7 @@ class Trainer(Stepper):
             return PlannedCosts({}, None)
         device = local_device(hosts.count(hosts[0]))
         if device is None:
-            logger.info("no peak is known of %s: there will be no MFU",
+            logger.info("the peak FLOP/s of %s is not known: perf/mfu will be null",
                         torch.cuda.get_device_name())
         try:
             return PlannedCosts(*planned_flops(self.recipe, self.world.size, device))
