@@ -4,7 +4,7 @@ They are evaluated by name in the engine that trains. The models stay sharded, a
 from the fused head in blocks, so an evaluation needs no more memory than a step does. A set is cut
 into the same batches on any number of ranks, every rank has as many of them as the others (some may
 be empty), and sums over tokens are divided once. The price is that a rank may wait for one batch.
-eval/evaluate.py, for a model by itself, is written independently of this, and tests compare the two.
+eval/evaluate.py, for a model by itself, is written independently of this; tests compare the two.
 """
 
 from __future__ import annotations
