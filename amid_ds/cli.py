@@ -10,8 +10,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
+from amid_ds.distributed.launch import launched_rank
 from amid_ds.distributed.rank_logging import set_up_logging
-from amid_ds.distributed.rendezvous import launched_rank
 from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError, exit_status, report_error
 
 if TYPE_CHECKING:

@@ -51,11 +51,16 @@ def exit_status(error: BaseException | None) -> ExitStatus:
     return ExitStatus.RESTART if isinstance(error, Stopped) else ExitStatus.FAILED
 
 
+def print_error(message: str) -> None:
+    """Print on stderr without logging, whose lock a thread that never goes on may hold."""
+    print(f"amid-ds: {message}", file=sys.stderr, flush=True)
+
+
 def report_error(error: Exception) -> None:
     """Print the error's message on stderr, once however often it is reported on its way out."""
     if str(error) and not getattr(error, "reported", False):
         error.reported = True   # type: ignore[attr-defined]
-        print(f"amid-ds: {error}", file=sys.stderr, flush=True)
+        print_error(str(error))
 
 
 def suggest(key: str, known: Iterable[str]) -> str:

@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 import signal
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -28,7 +29,7 @@ from amid_ds.data import PreparedDataset
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.restore import TENSOR_KINDS
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, TrainingError
 from amid_ds.files import require_disk_space
 from amid_ds.models.loading import meta_model
 
@@ -317,3 +318,5 @@ def test_ranks_that_wait_for_a_long_conversion_get_its_heartbeat_and_its_failure
     assert received.count(True) >= 3
     with pytest.raises(InputError, match="no room"):
         world.run_on_main(lambda: require_disk_space(Path("."), 10**18, "no room:", "go elsewhere"))
+    with pytest.raises(TrainingError, match="rank 0 failed: RuntimeError: SystemExit: 3"):
+        world.run_on_main(lambda: sys.exit(3))

@@ -26,7 +26,8 @@ import torch
 
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe, Student, Teacher
-from amid_ds.distributed.rendezvous import init_distributed, launched_rank
+from amid_ds.distributed.launch import launched_rank
+from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.files import replace_text

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
-import sys
 import threading
 
 import torch.distributed as dist
 
-from amid_ds.errors import ExitStatus
-
-logger = logging.getLogger(__name__)
+from amid_ds.errors import ExitStatus, print_error
 
 
 class FailureMonitor:
@@ -54,9 +50,8 @@ class FailureMonitor:
                 continue
             # Read again: it may have been withdrawn meanwhile.
             if message := self._reported():
-                logger.error(f"rank {self.rank} ends, it was waiting for a rank that failed: "
-                             f"{message}")
-                sys.stderr.flush()
+                print_error(f"rank {self.rank} ends, it was waiting for a rank that failed: "
+                            f"{message}")
                 os._exit(ExitStatus.FAILED)
 
     def _reported(self) -> str | None:

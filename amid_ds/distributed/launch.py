@@ -1,13 +1,22 @@
-"""Start commands of this package on this machine, and choose the port where ranks meet."""
+"""Starts commands of this package on this machine: rank variables and rendezvous ports."""
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from pathlib import Path
 
+# Of torch and deepspeed, Slurm, Open MPI, and MPICH.
+RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 SLURM_PORTS_START = 20000
 SLURM_PORTS = 20000
+
+
+def launched_rank() -> int:
+    """This process's rank in its launcher's variables, before any group exists; 0 without one."""
+    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
+    return int(rank)
 
 
 def launch_command(ranks: int, *arguments: str) -> list[str]:

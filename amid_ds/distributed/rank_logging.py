@@ -1,8 +1,8 @@
 """Progress messages of the package, once per job and not once per rank.
 
-Modules log to `logging.getLogger(__name__)`. INFO and WARNING come from rank 0 alone, on stdout and
-above a progress bar; ERROR comes from every rank, on stderr. The results of a command (a table, a
-path, JSON) are printed and not logged.
+Modules log to `logging.getLogger(__name__)`. INFO (on stdout) and WARNING (on stderr) come from
+rank 0 alone, ERROR (on stderr) from every rank, all of them above a progress bar. The results of a
+command (a table, a path, JSON) are printed and not logged.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 
 from tqdm import tqdm
 
-from amid_ds.distributed.rendezvous import launched_rank
+from amid_ds.distributed.launch import launched_rank
 
 PACKAGE_LOGGER = logging.getLogger("amid_ds")
 
@@ -27,7 +27,8 @@ class _RankHandler(logging.Handler):
         if record.levelno >= logging.ERROR:
             prefix, stream = "amid-ds: ", sys.stderr
         elif launched_rank() == 0:
-            prefix, stream = "WARNING: " if record.levelno >= logging.WARNING else "", sys.stdout
+            is_warning = record.levelno >= logging.WARNING
+            prefix, stream = ("WARNING: ", sys.stderr) if is_warning else ("", sys.stdout)
         else:
             return
         try:
@@ -39,8 +40,8 @@ class _RankHandler(logging.Handler):
 
 
 def set_up_logging() -> None:
-    """Send the package's log messages to this process's streams. Called by the command line; later
-    calls change nothing."""
+    """Send the package's log messages to this process's streams. Called by the command line and on
+    joining a process group; later calls change nothing."""
     if not any(isinstance(handler, _RankHandler) for handler in PACKAGE_LOGGER.handlers):
         PACKAGE_LOGGER.addHandler(_RankHandler())
         PACKAGE_LOGGER.setLevel(logging.INFO)

@@ -14,18 +14,12 @@ import torch.distributed as dist
 
 from amid_ds.distributed.failures import FailureMonitor
 from amid_ds.distributed.launch import free_port, slurm_port
+from amid_ds.distributed.rank_logging import set_up_logging
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, Stopped, TrainingError
 
-RANK_VARIABLES = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK")
 # slurm/train_mpi.sbatch sets AMID_DS_MPI_RANKS: not every MPI under Slurm has one of the others.
 MPI_SIZE_VARIABLES = ("AMID_DS_MPI_RANKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-
-
-def launched_rank() -> int:
-    """This process's rank in its launcher's variables, before any group exists; 0 without one."""
-    rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
-    return int(rank)
 
 
 @contextlib.contextmanager
@@ -36,6 +30,8 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
     peers. On a clean exit, and on an error that all ranks have agreed on, the ranks leave together;
     any other error is reported to the peers, whose FailureMonitor ends them.
     """
+    # A program that calls train() has not set it up.
+    set_up_logging()
     rank, size, local_rank = _discover()
     device = _choose_device(local_rank)
     if device.type == "cpu":

@@ -188,6 +188,9 @@ class World:
                 outcome.append((work(), None))
             except Exception as error:
                 outcome.append((None, error))
+            except BaseException as error:
+                # A SystemExit would end this thread in silence.
+                outcome.append((None, RuntimeError(f"{type(error).__name__}: {error}")))
 
         thread = threading.Thread(target=run, name="main rank", daemon=True)
         if self.is_main:

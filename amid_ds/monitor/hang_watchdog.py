@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 from amid_ds.distributed.world import World
+from amid_ds.errors import print_error
 from amid_ds.run.attempts import HANG_ERROR, Attempt
 
 # Seconds that ranks wait for each other's answers.
@@ -72,7 +73,8 @@ class HangWatchdog:
             if late > ANSWER_S:
                 # The process was stopped meanwhile and is woken to be ended: the others have
                 # reported it.
-                _print(f"rank {self.world.rank} was stopped for {late:.0f} s and more, and ends")
+                print_error(f"rank {self.world.rank} was stopped for {late:.0f} s and more, "
+                            "and ends")
                 os._exit(1)
             if late >= 0:
                 self._end()
@@ -80,8 +82,8 @@ class HangWatchdog:
     def _end(self) -> None:
         """Report where this rank is, learn where the others are, and end with exit status 1."""
         rank, location = self.world.rank, _main_thread_location()
-        _print(f"rank {rank} on {self.hosts[rank]}: step {self.number} has not ended after "
-               f"{self.timeout_s:g} s; {location}. Its threads:")
+        print_error(f"rank {rank} on {self.hosts[rank]}: step {self.number} has not ended after "
+                    f"{self.timeout_s:g} s; {location}. Its threads:")
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         locations = {rank: location}
         # In a thread, because the store may not answer.
@@ -120,9 +122,9 @@ class HangWatchdog:
         busy = [rank for rank, answer in answers.items() if not answer.startswith("it waits")]
         first = (silent or busy or [self.world.rank])[0]
         for rank, answer in sorted(answers.items()):
-            _print(f"  rank {rank} on {self.hosts[rank]}: {answer}")
+            print_error(f"  rank {rank} on {self.hosts[rank]}: {answer}")
         host, answer = self.hosts[first], answers[first]
-        _print(f"step {self.number} hangs; look at rank {first} on {host} first: {answer}")
+        print_error(f"step {self.number} hangs; look at rank {first} on {host} first: {answer}")
         self.attempt.record_failure(
             f"{HANG_ERROR} after {self.timeout_s:g} s: {answer}", first, host)
 
@@ -140,8 +142,3 @@ def _main_thread_location() -> str:
     waits = innermost[-1].name == "wait" or any(
         part in frame.filename for frame in innermost for part in WAITING_IN)
     return f"it {'waits for its peers' if waits else 'works'} in {line}"
-
-
-def _print(message: str) -> None:
-    """Write to stderr directly: the main thread may hang while it holds the lock of logging."""
-    print(f"amid-ds: {message}", file=sys.stderr, flush=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import os
 import socket
 import time
@@ -20,11 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypedDict, cast
 
-from amid_ds.errors import ExitStatus, TrainingError, exit_status
+from amid_ds.errors import ExitStatus, TrainingError, exit_status, print_error
 from amid_ds.files import read_jsonl, replace_text
 from amid_ds.run.folder import RunFolder
-
-logger = logging.getLogger(__name__)
 
 # How a step that hangs is recorded; requeueing recognises it.
 HANG_ERROR = "the step has not ended"
@@ -193,7 +190,7 @@ class Attempt:
     def stepping(self, step: int) -> None:
         """Note that every rank has reached optimizer step `step` (from 1); record the first one."""
         if self.step is None and self.rank == 0 and self.run is not None:
-            with _logging_os_errors():
+            with _printing_os_errors():
                 append_event(self.run, "stepping", step=step)
         self.step = step
 
@@ -203,7 +200,7 @@ class Attempt:
             return
         failure = Failure(self.rank if rank is None else rank, host or socket.gethostname(),
                           self.step, error.partition("\n")[0][:MAX_ERROR_LENGTH], time.time())
-        with _logging_os_errors():
+        with _printing_os_errors():
             path = RunFolder(self.run).failures / f"{_attempt_name()}.{self.rank}.json"
             replace_text(path, json.dumps(asdict(failure)) + "\n")
 
@@ -220,16 +217,16 @@ class Attempt:
         if status == ExitStatus.FAILED and (not is_shared or self.rank == 0):
             self.record_failure(str(error) if is_shared else f"{type(error).__name__}: {error}")
         if self.rank == 0:
-            with _logging_os_errors():
+            with _printing_os_errors():
                 failures = read_failures(self.run) if status == ExitStatus.FAILED else []
                 append_event(self.run, "ended", status=int(status),
                              failure=asdict(failures[0]) if failures else None)
 
 
 @contextlib.contextmanager
-def _logging_os_errors() -> Iterator[None]:
-    """Log an OSError (a full disk): it must not end the run, nor hide the error that does."""
+def _printing_os_errors() -> Iterator[None]:
+    """Print an OSError (a full disk): it must not end the run, nor hide the error that does."""
     try:
         yield
     except OSError as error:
-        logger.error(f"this attempt cannot be recorded in the run's folder: {error}")
+        print_error(f"this attempt cannot be recorded in the run's folder: {error}")
