@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -29,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from amid_ds.cli import main
 from amid_ds.data import PreparedLoader, load_tokenizer, tokenizer_fingerprint
 from amid_ds.distributed.launch import free_port
+from amid_ds.engine.backend import import_deepspeed
 
 # Student, teacher: family, seed, padding of the vocabulary.
 PAIRS = {
@@ -184,6 +186,14 @@ def test_no_op_of_deepspeeds_is_compiled_at_the_start(llama_pair, instructions_f
                           train__steps=1)
     assert launch_train(0, recipe).returncode == 0
     assert not (tmp_path / "extensions").exists()
+
+
+def test_deepspeed_imported_again_leaves_the_environment_as_it_is():
+    """A PATH that grows with every import ends in child processes that cannot be started."""
+    import_deepspeed()
+    once = dict(os.environ)
+    import_deepspeed()
+    assert dict(os.environ) == once
 
 
 @pytest.mark.parametrize("ranks", [0, 2])

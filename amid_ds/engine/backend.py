@@ -20,8 +20,9 @@ def import_deepspeed() -> Any:
     """
     # DeepSpeed's other ops are built by ninja, which lies beside this interpreter, not always on
     # the PATH.
-    os.environ["PATH"] = os.pathsep.join(
-        [str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
+    if path.split(os.pathsep)[0] != folder:
+        os.environ["PATH"] = os.pathsep.join([folder, path])
     # Without it DeepSpeed warns of a guess.
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     import deepspeed

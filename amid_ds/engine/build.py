@@ -17,6 +17,7 @@ from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     sharded_loading,
     teacher_is_replicated,
+    uses_bf16,
     zero_stage,
 )
 from amid_ds.engine.engine import Engine
@@ -78,7 +79,7 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int,
 
 
 def _load_student(recipe: Recipe, config: DeepSpeedConfig) -> nn.Module:
-    dtype: Dtype = "bf16" if config.get("bf16", {}).get("enabled") else "fp32"
+    dtype: Dtype = "bf16" if uses_bf16(config) else "fp32"
     origin = resolve_student(recipe)
     student = load_causal_lm(origin.model, dtype, sharded_loading(config), **origin.hub_kwargs)
     if recipe.student.activation_checkpointing:

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import nn
 
-from amid_ds.engine.backend import import_deepspeed
 from amid_ds.models.heads import head_of
 
 
@@ -66,7 +65,8 @@ def _gather_and_wait(gather: Callable[..., Any], gathered_bytes: GatheredBytes, 
 @contextlib.contextmanager
 def gathered_head(model: nn.Module | None) -> Iterator[None]:
     """A context in which every rank can read the head of `model`, gathered once. Collective."""
-    deepspeed = import_deepspeed()
+    import deepspeed
+
     head = head_of(model) if model is not None else None
     parameters = [p for p in (head.weight, head.bias) if p is not None] if head is not None else []
     with deepspeed.zero.GatheredParameters(parameters):
@@ -80,9 +80,11 @@ def gathered_model(deepspeed_engine: Any, model: nn.Module) -> Iterator[None]:
     ZeRO-3's hooks, which would gather and release them module by module, do nothing meanwhile, so
     its prefetch trace of a training step stays as it is.
     """
+    import deepspeed
+
     coordinator = param_coordinator(deepspeed_engine)
     hooks = ("trace_prologue", "record_module", "fetch_sub_module", "release_sub_module")
-    with import_deepspeed().zero.GatheredParameters(partitioned_parameters(model)):
+    with deepspeed.zero.GatheredParameters(partitioned_parameters(model)):
         # Attributes of the instance hide the class's methods.
         vars(coordinator).update({name: _do_nothing for name in hooks})
         try:
