@@ -142,6 +142,15 @@ def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
+def verify_together(checkpoint: Path, world: World) -> str | None:
+    """`verify` by all ranks, each with its share of the files: the damage that the first found.
+
+    Collective; a file that one rank cannot read is an error on every rank.
+    """
+    damage = world.run_checked(lambda: verify(checkpoint, world.rank, world.size))
+    return next(filter(None, world.gather(damage)), None)
+
+
 def _file_checksum(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
@@ -164,18 +173,17 @@ def find_latest_valid(folder: Path, world: World) -> ResumePoint:
     Each damaged one is named in a warning. Raises TrainingError where there are some and none is
     good: starting over would throw away what may still be rescued.
     """
-    damaged: list[Path] = []
+    damaged: dict[Path, str] = {}
     for checkpoint in world.run_on_main(lambda: list_checkpoints(folder))[::-1]:
-        problems = [problem for problem in world.gather(verify(checkpoint, world.rank, world.size))
-                    if problem]
-        if not problems:
+        damage = verify_together(checkpoint, world)
+        if damage is None:
             return ResumePoint(checkpoint, frozenset(damaged))
-        logger.warning("the checkpoint %s is damaged and skipped: %s", checkpoint, problems[0])
-        damaged.append(checkpoint)
+        logger.warning("the checkpoint %s is damaged and skipped: %s", checkpoint, damage)
+        damaged[checkpoint] = damage
     if damaged:
         raise TrainingError(
             f"none of the {len(damaged)} checkpoint(s) in {folder} is good; "
-            f"the newest: {verify(damaged[0])}\n"
+            f"the newest: {next(iter(damaged.values()))}\n"
             "  the run does not start over by itself: restore one, "
             "or move the folder away to begin again")
     return ResumePoint(None, frozenset())

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from amid_ds.checkpoint.manifest import Manifest, verify, write_file
+from amid_ds.checkpoint.manifest import Manifest, verify_together, write_file
 from amid_ds.checkpoint.state import Layout, TrainState
 from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.config.recipe import Student
@@ -41,11 +41,11 @@ def ensure_consolidated(checkpoint: Path, layout: Layout, student: Student,
     Collective. A good one that an earlier start made is used again. Raises InputError where the
     disk has no room for it.
     """
-    saved = Manifest.read(checkpoint).layout
+    saved = world.run_checked(lambda: Manifest.read(checkpoint)).layout
     if saved == layout:
         return None
     folder = checkpoint / CONSOLIDATED
-    if any(world.gather(verify(folder, world.rank, world.size))):
+    if verify_together(folder, world) is not None:
         logger.info("%s was saved with %s, this run has %s: converting it once",
                     checkpoint, saved, layout)
         world.run_on_main(lambda: consolidate(checkpoint, student))

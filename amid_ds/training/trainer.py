@@ -171,8 +171,9 @@ class Trainer(Stepper):
         self.log.step(step, metrics if logged else None, monitors.slowest_name)
 
     def _open_log(self) -> RunLog:
-        return RunLog(self.job.run if self.world.is_main else None, self.state.step,
-                      self.recipe.train.steps)
+        run = self.job.run if self.world.is_main else None
+        return self.world.run_checked(
+            lambda: RunLog(run, self.state.step, self.recipe.train.steps))
 
     def _open_stop_request(self) -> StopRequest:
         return StopRequest(self.job.run, self.recipe.train.max_hours, self.world.is_main)
