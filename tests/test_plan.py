@@ -111,7 +111,7 @@ def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, shared_model,
 
 def test_a_step_that_is_measured_may_compile():
     compiled = torch.compile(lambda x: x * 2, fullgraph=True, backend="eager")
-    with _Traffic(World(0, 1, 0, torch.device("cpu"))):
+    with _Traffic(World(0, 1, torch.device("cpu"))):
         assert compiled(torch.ones(1)) == 2
 
 

@@ -44,7 +44,7 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
                                 rank=rank, world_size=size, timeout=timeout, store=store)
         agreement = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
         failures = FailureMonitor(store, rank) if size > 1 else None
-        world = World(rank, size, local_rank, device, agreement=agreement, failures=failures)
+        world = World(rank, size, device, agreement=agreement, failures=failures)
         try:
             yield world
         except (InputError, TrainingError, Stopped) as error:

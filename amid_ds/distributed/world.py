@@ -41,7 +41,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
     tp_size: int = 1
     tp_group: dist.ProcessGroup | None = None
