@@ -45,10 +45,7 @@ class PreparedPlan(TypedDict):
     sources: list[SourcePlan]
 
 
-class ShardCounts(TypedDict):
-    """The content of one shard's JSON file. lines: [file, number of its lines in the shard]."""
-
-    source: int
+class _Counts(TypedDict):
     rows: int
     places: int
     tokens: int
@@ -57,23 +54,21 @@ class ShardCounts(TypedDict):
     dropped: int
     skipped: int
     shown: list[str]
+
+
+class ShardCounts(_Counts):
+    """The content of one shard's JSON file. lines: [file, number of its lines in the shard]."""
+
+    source: int
     lines: list[tuple[int, int]]
     bytes: int
     sha256: str
 
 
-class SourceTotals(TypedDict):
+class SourceTotals(_Counts):
     """The counts of one source over all its shards."""
 
     path: str
-    rows: int
-    places: int
-    tokens: int
-    documents: int
-    truncated: int
-    dropped: int
-    skipped: int
-    shown: list[str]
 
 
 class ShardEntry(TypedDict):

@@ -57,7 +57,7 @@ from amid_ds.data.shard import (
 )
 from amid_ds.data.sources import file_identities, open_streaming_dataset, source_files
 from amid_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
-from amid_ds.errors import InputError, TrainingError
+from amid_ds.errors import ExitStatus, InputError, TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -239,7 +239,7 @@ def _start_worker(writer: ShardWriter) -> None:
 
     def exit_with_parent() -> None:
         parent.join()
-        os._exit(1)
+        os._exit(ExitStatus.FAILED)
 
     threading.Thread(target=exit_with_parent, daemon=True).start()
 

@@ -95,8 +95,9 @@ def study(out: str, seeds: int) -> None:
     table = study_table(scores)
     replace_text(root / "study.md", table)
     plot_study(scores, root / "study.png")
-    write_table(students.folder)
-    plots.plot_losses(read_sweep_rows(students.folder), root / "losses.png")
+    rows = read_sweep_rows(students.folder)
+    write_table(students.folder, rows)
+    plots.plot_losses(rows, root / "losses.png")
     print(f"\n{table}\nthe study's table and figure are {root / 'study.md'} and study.png",
           flush=True)
 

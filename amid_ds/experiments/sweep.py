@@ -254,9 +254,8 @@ def final_metrics(run: Path) -> dict[str, float | None]:
     return metrics
 
 
-def write_table(folder: Path) -> str:
+def write_table(folder: Path, rows: Sequence[SweepRow]) -> str:
     """Write sweep.csv and sweep.md in `folder`, one line per run; returns the Markdown."""
-    rows = read_sweep_rows(folder)
     settings = list(rows[0].settings)
     names = dict.fromkeys(itertools.chain.from_iterable(row.metrics for row in rows))
     metrics = [name for name in names if any(row.metrics.get(name) is not None for row in rows)]
@@ -286,8 +285,8 @@ def _cell(value: object) -> str:
 
 def write_results(folder: Path) -> None:
     """Print and write the table of a sweep's folder, and draw its figures."""
-    print(write_table(folder))
     rows = read_sweep_rows(folder)
+    print(write_table(folder, rows))
     figures = [plot_sweep(rows, folder / "sweep.png"), plot_losses(rows, folder / "losses.png")]
     print(f"the table is in {folder / 'sweep.csv'} and sweep.md, the figures in "
           f"{' and '.join(path.name for path in figures)}")

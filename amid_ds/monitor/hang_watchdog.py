@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 from amid_ds.distributed.world import World
-from amid_ds.errors import print_error
+from amid_ds.errors import ExitStatus, print_error
 from amid_ds.run.attempts import HANG_ERROR, Attempt
 
 # Seconds that ranks wait for each other's answers.
@@ -75,7 +75,7 @@ class HangWatchdog:
                 # reported it.
                 print_error(f"rank {self.world.rank} was stopped for {late:.0f} s and more, "
                             "and ends")
-                os._exit(1)
+                os._exit(ExitStatus.FAILED)
             if late >= 0:
                 self._end()
 
@@ -94,7 +94,7 @@ class HangWatchdog:
             self._report_culprit(dict(locations))
         # The first rank that ends makes the launcher end the others.
         time.sleep(1.0)
-        os._exit(1)
+        os._exit(ExitStatus.FAILED)
 
     def _exchange(self, locations: dict[int, str]) -> None:
         """Add other ranks' locations to `locations`: all of them on rank 0, rank 0's elsewhere."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.data import tokenizer_fingerprint
+from amid_ds.data.manifest import read_prepared_manifest
 from amid_ds.run.warm_start import resolve_student
 
 PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "triton")
@@ -78,8 +79,9 @@ def prepared_hash(folder: Path) -> str:
 
     These follow from the rows and nothing else.
     """
-    shards = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
-    return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+    manifest = read_prepared_manifest(folder)
+    assert manifest is not None, f"{folder} holds prepared data"
+    return hashlib.sha256(json.dumps(manifest["shards"], sort_keys=True).encode()).hexdigest()
 
 
 def model_hash(model: str) -> str | None:
