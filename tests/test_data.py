@@ -698,7 +698,7 @@ def test_a_batch_that_ranks_do_not_divide_is_refused(prepared):
         step_data(prepared, size=3)
 
 
-def test_tokens_of_a_large_vocabulary_keep_their_ids(tmp_path, tokenizer):
+def test_tokens_of_a_large_vocabulary_keep_their_ids(tmp_path):
     """Also where the vocabulary has few tokens and large ids."""
     words = {"<unk>": 0, "</s>": 1, "word1": 65_535, "word2": 65_536, "word3": 151_642}
     backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))

@@ -112,8 +112,7 @@ def test_a_resumed_run_has_every_evaluation_once_and_as_it_was(recipe, tmp_path)
         (line["step"], line["kl_to_teacher"]) for line in whole if line["name"] == "held-out"]
 
 
-def test_the_end_alone_is_evaluated_without_eval_every_and_without_a_teacher(pair, recipe,
-                                                                             tmp_path):
+def test_the_end_alone_is_evaluated_without_eval_every_and_without_a_teacher(recipe, tmp_path):
     run_ranks(1, "train", recipe, "train.eval_every=0", "teacher=null", "train.steps=2")
     lines = evaluations(tmp_path / "run")
     assert [(line["step"], line["kl_to_teacher"], line["top1_agreement"])

@@ -8,17 +8,16 @@ import sys
 import pytest
 import torch
 
-from amid_ds.bench import loss
 from amid_ds.bench import loss as bench
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> bench.LossShape:
     shape = bench.LossShape(16, 500, 8, 12)
-    monkeypatch.setattr(loss, "LOSS_SHAPES", {"cpu": [shape], "cuda": [shape]})
+    monkeypatch.setattr(bench, "LOSS_SHAPES", {"cpu": [shape], "cuda": [shape]})
     # A process for each method costs seconds.
     if not torch.cuda.is_available():
-        monkeypatch.setattr(loss, "_peak_bytes", lambda *_: 1000)
+        monkeypatch.setattr(bench, "_peak_bytes", lambda *_: 1000)
     return shape
 
 

@@ -279,7 +279,7 @@ def test_without_room_on_the_disk_nothing_is_written_and_the_message_says_how_mu
 
 
 def test_where_the_batch_cannot_be_divided_the_numbers_of_ranks_that_can_are_named(
-        stopped, recipe_for, tmp_path, capsys):
+        stopped, recipe_for, tmp_path):
     recipe = recipe_for(tmp_path / "run", train__steps=4, train__global_batch_size=12)
     ranks = Ranks(4, "train", recipe, "train.micro_batch_size=2")
     assert ranks.wait() == [2] * 4
@@ -313,10 +313,20 @@ received: list[object] = []
 
 def test_ranks_that_wait_for_a_long_conversion_get_its_heartbeat_and_its_failure(monkeypatch):
     monkeypatch.setattr("amid_ds.distributed.world.HEARTBEAT_S", 0.02)
-    world = CountingWorld(rank=0, size=2, local_rank=0, device=torch.device("cpu"))
+    world = CountingWorld(rank=0, size=2, device=torch.device("cpu"))
     world.run_on_main(lambda: time.sleep(0.5))
     assert received.count(True) >= 3
     with pytest.raises(InputError, match="no room"):
         world.run_on_main(lambda: require_disk_space(Path("."), 10**18, "no room:", "go elsewhere"))
     with pytest.raises(TrainingError, match="rank 0 failed: RuntimeError: SystemExit: 3"):
         world.run_on_main(lambda: sys.exit(3))
+
+
+def test_the_other_ranks_get_what_rank_0_made_and_make_nothing(monkeypatch):
+    # By collective: rank 0 is busy, rank 0 is done, no error anywhere, the results.
+    replies = iter([[True, False], [False, False], [None, None], ["of rank 0", None]])
+    made: list[int] = []
+    monkeypatch.setattr(World, "gather", lambda self, value: next(replies))
+    world = World(rank=1, size=2, device=torch.device("cpu"))
+    assert world.run_on_main(lambda: made.append(1)) == "of rank 0"
+    assert made == [] and next(replies, None) is None

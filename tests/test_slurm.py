@@ -407,8 +407,7 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(template, recipe_in, tmp
         assert "#SBATCH --nodes=2\n" in script and "#SBATCH --gpus-per-node=2\n" in script
 
 
-def test_status_prints_step_loss_speed_restarts_and_the_last_error(tmp_path, recipe_in, monkeypatch,
-                                                                   capsys):
+def test_status_prints_step_loss_speed_restarts_and_the_last_error(tmp_path, recipe_in, capsys):
     recipe = recipe_in(tmp_path, train__steps=4)
     run_ranks(1, "train", recipe)
     attempts.append_event(tmp_path / "run", "ended", status=1,

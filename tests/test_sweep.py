@@ -89,7 +89,7 @@ def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(re
     assert (out / "sweep.csv").read_bytes() == before and (out / "sweep.png").exists()
 
 
-def test_a_stopped_sweep_stops_its_run_in_order_and_starts_no_other(recipe, tmp_path, started):
+def test_a_stopped_sweep_stops_its_run_in_order_and_starts_no_other(recipe, tmp_path):
     words = ["sweep", recipe, "loss.lam=0.1,0.9", "train.steps=400", "checkpoint.every=1000"]
     first = tmp_path / "out" / "loss.lam=0.1"
     ranks = Ranks(1, *words)
