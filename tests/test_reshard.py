@@ -30,7 +30,7 @@ from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.restore import TENSOR_KINDS
 from amid_ds.errors import InputError, TrainingError
-from amid_ds.files import require_disk_space
+from amid_ds.files.atomic import require_disk_space
 from amid_ds.models.loading import meta_model
 
 STEPS = 26

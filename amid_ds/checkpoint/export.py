@@ -25,7 +25,8 @@ from amid_ds.config.recipe import Recipe, Student
 from amid_ds.data import load_tokenizer
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.errors import InputError
-from amid_ds.files import read_jsonl, replace_folder, require_disk_space
+from amid_ds.files.atomic import replace_folder, require_disk_space
+from amid_ds.files.json_lines import read_jsonl
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.loading import DTYPES, meta_model
 from amid_ds.run.folder import RunFolder

@@ -20,7 +20,7 @@ import xxhash
 from amid_ds.checkpoint.state import Layout, TrainState
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
-from amid_ds.files import fsync, replace_text
+from amid_ds.files.atomic import fsync, replace_text
 from amid_ds.run.folder import RunFolder
 
 MANIFEST_FILE = "manifest.json"

@@ -25,7 +25,7 @@ from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.engine import Engine
 from amid_ds.engine.restore import TENSOR_KINDS
 from amid_ds.errors import TrainingError
-from amid_ds.files import replace_folder, require_disk_space
+from amid_ds.files.atomic import replace_folder, require_disk_space
 from amid_ds.models.loading import meta_model
 
 # The folder of whole tensors, inside the checkpoint.

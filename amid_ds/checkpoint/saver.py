@@ -32,7 +32,7 @@ from amid_ds.config.recipe import CheckpointPolicy
 from amid_ds.engine.backend import recovery_script
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
-from amid_ds.files import fsync, replace_text
+from amid_ds.files.atomic import fsync, replace_text
 
 # After so many saves in a row that failed the run stops.
 FAILURES_IN_A_ROW = 3

@@ -30,7 +30,7 @@ from amid_ds.distributed.launch import launched_rank
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
-from amid_ds.files import replace_text
+from amid_ds.files.atomic import replace_text
 from amid_ds.run.provenance import versions
 from amid_ds.run.warm_start import resolve_student
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TypedDict, cast
 
 from amid_ds.errors import InputError
-from amid_ds.files import replace_text
+from amid_ds.files.atomic import replace_text
 
 PREPARED_FORMAT = 2
 PREPARED_MANIFEST, PREPARED_PLAN, SHARD_FOLDER = "manifest.json", "plan.json", "shards"

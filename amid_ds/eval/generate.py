@@ -40,7 +40,7 @@ from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.build import build_teacher_engine
 from amid_ds.errors import InputError, Stopped
-from amid_ds.files import replace_text
+from amid_ds.files.atomic import replace_text
 from amid_ds.models import loading
 from amid_ds.models.sampler import Sampler, SamplerPrompt
 from amid_ds.monitor.stop_request import StopRequest

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 from amid_ds.cluster.status import run_status
 from amid_ds.errors import InputError
 from amid_ds.experiments.plots import require_matplotlib
-from amid_ds.files import read_jsonl, replace_text
+from amid_ds.files.atomic import replace_text
+from amid_ds.files.json_lines import read_jsonl
 from amid_ds.monitor.memory_probe import Measurements, read_measurements
 from amid_ds.monitor.step_timer import OUTSIDE_STEPS, PHASES
 from amid_ds.planning.check import plan_measured_run

@@ -39,7 +39,8 @@ from amid_ds.experiments.sweep import (
     run_one,
     write_table,
 )
-from amid_ds.files import read_jsonl, replace_text
+from amid_ds.files.atomic import replace_text
+from amid_ds.files.json_lines import read_jsonl
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 

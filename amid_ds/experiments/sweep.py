@@ -28,7 +28,8 @@ from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.launch import launch_command
 from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError
 from amid_ds.experiments.plots import plot_losses, plot_sweep, require_matplotlib
-from amid_ds.files import read_jsonl, replace_text
+from amid_ds.files.atomic import replace_text
+from amid_ds.files.json_lines import read_jsonl
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 from amid_ds.training.compatibility import flat_recipe

@@ -25,7 +25,7 @@ from amid_ds.config.parse import dump_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
-from amid_ds.files import replace_text
+from amid_ds.files.atomic import replace_text
 from amid_ds.run.folder import RunFolder
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from types import TracebackType
 from typing import Any, TypedDict, cast
 
 from amid_ds.errors import ExitStatus, TrainingError, exit_status, print_error
-from amid_ds.files import read_jsonl, replace_text
+from amid_ds.files.atomic import replace_text
+from amid_ds.files.json_lines import read_jsonl
 from amid_ds.run.folder import RunFolder
 
 # How a step that hangs is recorded; requeueing recognises it.

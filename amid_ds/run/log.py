@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from amid_ds.distributed.rank_logging import PACKAGE_LOGGER
-from amid_ds.files import read_jsonl, truncate_jsonl
+from amid_ds.files.json_lines import read_jsonl, truncate_jsonl
 from amid_ds.run.folder import RunFolder
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
 from amid_ds.errors import InputError, TrainingError
-from amid_ds.files import replace_text
+from amid_ds.files.atomic import replace_text
 from amid_ds.models.loading import model_config, require_supported
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.provenance import model_hash, prepared_hash, provenance

@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent, and JSON lines that survive a crash.
+"""Files and folders that are complete or absent.
 
 Everything is written next to its final name, flushed to disk and renamed into it, so a reader, or
 the next start after a crash, sees the old content or the new one and nothing in between.
@@ -6,12 +6,9 @@ the next start after a crash, sees the old content or the new one and nothing in
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from amid_ds.errors import InputError
 
@@ -52,24 +49,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON lines, without one that a crash cut short; [] without a file."""
-    if not path.is_file():
-        return []
-    lines = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return lines
-
-
-def truncate_jsonl(path: Path, step: int) -> None:
-    """Keep the lines of `path` with a `step` of at most `step`, none that a crash cut short."""
-    if path.exists():
-        kept = [line for line in read_jsonl(path) if line["step"] <= step]
-        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 def require_disk_space(folder: Path, needed: int, work: str, otherwise: str) -> None:

@@ -1,0 +1,5 @@
+"""The commands."""
+
+from amid_ds.cli.main import main
+
+__all__ = ["main"]

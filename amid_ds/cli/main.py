@@ -1,0 +1,65 @@
+"""The command line: the only place that parses arguments and turns an outcome into an exit status.
+
+Each command has two functions, side by side in one of this folder's modules: `add_X` declares its
+arguments, `_X` imports what it needs and runs it. `errors.ExitStatus` has the exit statuses.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from amid_ds.cli.jobs import add_doctor, add_requeue, add_submit, add_sweep
+from amid_ds.cli.library import add_bench, add_demo, add_recipes, add_study
+from amid_ds.cli.models import add_eval, add_generate, add_tokenizer
+from amid_ds.cli.runs import (
+    add_checkpoints,
+    add_export,
+    add_plan,
+    add_prepare,
+    add_report,
+    add_status,
+    add_train,
+)
+from amid_ds.distributed.launch import launched_rank
+from amid_ds.distributed.rank_logging import set_up_logging
+from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError, exit_status, report_error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    args = _parse(argv)
+    set_up_logging()
+    try:
+        args.run(args)
+    except (InputError, TrainingError, Stopped) as error:
+        # The ranks have agreed on the error before it gets here, so one of them reports it.
+        if launched_rank() == 0 and not isinstance(error, Stopped):
+            report_error(error)
+        return exit_status(error)
+    except KeyboardInterrupt:
+        return ExitStatus.FAILED
+    return ExitStatus.DONE
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed arguments. Overrides `key=value` may follow options, which argparse rejects."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.overrides = [*getattr(args, "overrides", []), *rest]
+    return args
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "amid-ds", description="Distil language models with the AMiD objective.")
+    # The deepspeed launcher passes it to every rank.
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for add in (add_train, add_plan, add_prepare, add_tokenizer, add_demo, add_study,
+                add_recipes, add_eval, add_generate, add_checkpoints, add_submit, add_sweep,
+                add_status, add_report, add_doctor, add_requeue, add_bench, add_export):
+        add(commands)
+    return parser

@@ -1,0 +1,70 @@
+"""The commands about models and their data: tokenizer, eval, generate."""
+
+from __future__ import annotations
+
+import argparse
+
+from amid_ds.cli.arguments import Commands, add_command
+
+
+def add_tokenizer(commands: Commands) -> None:
+    parser = add_command(commands, _tokenizer, "train a tokenizer on a recipe's data")
+    parser.add_argument("action", choices=["train"])
+    parser.add_argument("recipe")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--vocab-size", type=int, default=32000, metavar="V")
+    parser.add_argument("--megabytes", type=float, default=500, metavar="M", help="of data to read")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _tokenizer(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from amid_ds.config.parse import load_recipe
+    from amid_ds.data import sample_texts, train_sentencepiece
+
+    data = load_recipe(args.recipe, args.overrides).data
+    train_sentencepiece(sample_texts(data, int(args.megabytes * 1e6)), Path(args.out),
+                        args.vocab_size)
+    print(args.out)
+
+
+def add_eval(commands: Commands) -> None:
+    parser = add_command(commands, _eval, "perplexity, divergence from a teacher, ROUGE-L")
+    parser.add_argument("model")
+    parser.add_argument("--teacher", metavar="MODEL")
+    parser.add_argument("--data", required=True, metavar="FILE")
+    parser.add_argument("--seq-length", type=int, default=512, metavar="L")
+    parser.add_argument("--template", metavar="NAME", help="of the prompts: minillm or alpaca")
+    parser.add_argument("--seeds", type=int, metavar="N", help="samples per prompt; default 5")
+    parser.add_argument("--new-tokens", type=int, metavar="N", help="per sample; default half of L")
+    parser.add_argument("--json", action="store_true")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from amid_ds.eval.evaluate import EvalArgs
+
+    evaluate_command(EvalArgs(args.model, args.teacher, args.data, args.seq_length, args.template,
+                              args.seeds, args.new_tokens), args.json)
+
+
+def add_generate(commands: Commands) -> None:
+    parser = add_command(commands, _generate, "a model's responses to prompts, to train on")
+    parser.add_argument("source", metavar="RECIPE_OR_MODEL")
+    parser.add_argument("--prompts", metavar="FILE", help="default: the recipe's data.train")
+    parser.add_argument("--out", required=True, metavar="FILE", help="jsonl: prompt and response")
+    parser.add_argument("--template", metavar="NAME", help="of the prompts: minillm or alpaca")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                        help="0: the most probable token")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts of a rank")
+    parser.add_argument("--end-of-text", metavar="TOKEN", help="default: the tokenizer's own")
+
+
+def _generate(args: argparse.Namespace) -> None:
+    from amid_ds.eval.generate import GenerateArgs, generate
+
+    generate(GenerateArgs(**{name: value for name, value in vars(args).items()
+                             if name in GenerateArgs.__dataclass_fields__}))

@@ -1,0 +1,117 @@
+"""The commands about one run: train, plan, prepare, checkpoints, export, status, report."""
+
+from __future__ import annotations
+
+import argparse
+
+from amid_ds.cli.arguments import Commands, add_command, add_recipe
+from amid_ds.errors import InputError, TrainingError
+
+
+def add_train(commands: Commands) -> None:
+    parser = add_command(commands, _train, "distil by a recipe; resumes by itself")
+    add_recipe(parser)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from amid_ds.training.train import train
+
+    train(args.recipe, args.overrides)
+
+
+def add_plan(commands: Commands) -> None:
+    parser = add_command(commands, _plan, "a run's memory, time and network traffic, in advance")
+    add_recipe(parser, optional=True)
+    parser.add_argument("--check", metavar="RUN", help="compare a past run's plan and measurements")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N")
+    parser.add_argument("--ranks-per-node", type=int, default=1, metavar="R")
+    parser.add_argument("--device", metavar="NAME", help="h100-80g (default), h200, a100-80g, cpu, "
+                        "or {memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}")
+    parser.add_argument("--json", action="store_true")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from amid_ds.config.parse import load_recipe
+    from amid_ds.planning.check import check_plan
+    from amid_ds.planning.devices import DEFAULT_DEVICE, find_device
+    from amid_ds.planning.plan import make_plan
+    from amid_ds.planning.report import print_check, print_plan
+
+    if (args.recipe is None) == (args.check is None):
+        raise InputError(f"the recipe {args.recipe} and the run {args.check}", "one of the two",
+                         "amid-ds plan RECIPE, or amid-ds plan --check RUN")
+    if args.check is not None:
+        print_check(check_plan(Path(args.check), args.device), args.json)
+        return
+    recipe = load_recipe(args.recipe, args.overrides)
+    device = find_device(args.device or DEFAULT_DEVICE, args.ranks_per_node)
+    made = make_plan(recipe, args.nodes, args.ranks_per_node, device)
+    print_plan(made, recipe, args.json)
+    if not made.fits:
+        raise TrainingError("the run does not fit")
+
+
+def add_prepare(commands: Commands) -> None:
+    parser = add_command(commands, _prepare, "tokenise and pack a recipe's data once")
+    add_recipe(parser)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from amid_ds.config.parse import load_recipe
+    from amid_ds.data import load_tokenizer, prepare_all
+    from amid_ds.run.warm_start import resolve_student
+    from amid_ds.training.rollout import check_prompt_lengths
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    student = resolve_student(recipe)
+    tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
+    prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir, verify=True)
+    check_prompt_lengths(recipe)
+
+
+def add_checkpoints(commands: Commands) -> None:
+    parser = add_command(commands, _checkpoints, "a run's checkpoints, verified")
+    parser.add_argument("run_folder", metavar="RUN")
+
+
+def _checkpoints(args: argparse.Namespace) -> None:
+    from amid_ds.checkpoint.manifest import print_checkpoints
+
+    print_checkpoints(args.run_folder)
+
+
+def add_export(commands: Commands) -> None:
+    parser = add_command(commands, _export, "a checkpoint or run, for from_pretrained")
+    parser.add_argument("source", metavar="CHECKPOINT_OR_RUN")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: as trained")
+    parser.add_argument("--step", type=int, metavar="S", help="default: the newest valid one")
+
+
+def _export(args: argparse.Namespace) -> None:
+    from amid_ds.checkpoint.export import export
+
+    print(export(args.source, args.out, args.dtype, args.step))
+def add_status(commands: Commands) -> None:
+    parser = add_command(commands, _status, "a run's state, step, speed, time left and last error")
+    parser.add_argument("run_folder", nargs="?", metavar="RUN")
+
+
+def _status(args: argparse.Namespace) -> None:
+    from amid_ds.cluster.status import print_status
+
+    print_status(args.run_folder)
+
+
+def add_report(commands: Commands) -> None:
+    parser = add_command(commands, _report, "a page about one or several runs")
+    parser.add_argument("run_folders", nargs="+", metavar="RUN")
+    parser.add_argument("-o", "--out", default="report.html", metavar="FILE")
+
+
+def _report(args: argparse.Namespace) -> None:
+    from amid_ds.experiments.report import report
+
+    report(args.run_folders, args.out)

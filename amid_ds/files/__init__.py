@@ -1,0 +1,1 @@
+"""Files that survive a crash, a second writer and a full disk."""
