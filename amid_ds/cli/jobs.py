@@ -91,7 +91,8 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def add_doctor(commands: Commands) -> None:
-    parser = add_command(commands, _doctor, "check environment, cluster and recipe; also under srun")
+    parser = add_command(commands, _doctor,
+                         "check environment, cluster and recipe; also under srun")
     add_recipe(parser, optional=True)
 
 

@@ -42,7 +42,7 @@ def add_eval(commands: Commands) -> None:
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from amid_ds.eval.evaluate import EvalArgs
+    from amid_ds.eval.evaluate import EvalArgs, evaluate_command
 
     evaluate_command(EvalArgs(args.model, args.teacher, args.data, args.seq_length, args.template,
                               args.seeds, args.new_tokens), args.json)
