@@ -111,8 +111,8 @@ def source_columns(source: Source) -> list[str]:
 def bad_row_error(location: str, problem: str) -> InputError:
     """The error for a row that cannot be used."""
     return InputError(f"{location}: {problem}", "a row that can be used",
-                      "fix the row or remove it; data.on_bad_row=skip in a recipe, or --on-bad-row "
-                      "skip, leaves such rows out")
+                      "fix the row or remove it, or name other columns; data.on_bad_row=skip in a "
+                      "recipe, or --on-bad-row skip, leaves such rows out")
 
 
 def span_row_location(span: FileSpan, number: int) -> str:
