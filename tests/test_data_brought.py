@@ -297,6 +297,18 @@ def test_a_column_that_is_there_twice_is_refused(tmp_path, name):
     refused("has the column 'text' 2 times", tmp_path / name, on_bad_row="skip")
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_table_of_instructions_may_lack_the_column_that_they_may_lack(tmp_path, name):
+    table = pa.Table.from_pylist([{"instruction": "a", "output": "b"}])
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name)
+    else:
+        with pa.ipc.new_file(str(tmp_path / name), table.schema) as writer:
+            writer.write_table(table)
+    prompt, = texts_of(tmp_path / name, template="minillm")
+    assert "### Instruction:\na" in prompt and "### Input" not in prompt
+
+
 def test_a_parquet_file_without_a_row_group_is_empty(tmp_path):
     with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("text", pa.string())])):
         pass
@@ -355,6 +367,25 @@ def test_a_damaged_or_foreign_file_of_prepared_data_is_named(prepared_text, tmp_
     assert path.read_text() != text
     with pytest.raises(InputError, match=rf"{name} is damaged, or another program's"):
         prepare(data, SEQ, tokenizer, tmp_path / "out")
+
+
+def test_prepared_data_in_another_format_are_prepared_anew_or_refused(prepared_text, tmp_path,
+                                                                      tokenizer):
+    data, folder = prepared_text
+    shutil.copytree(folder, tmp_path / "out")
+    for name in ("manifest.json", "plan.json"):
+        value = json.loads((folder / name).read_text())
+        value.get("plan", value)["format"] = 1
+        # As an earlier version may have had it.
+        for source in value["sources"]:
+            source.pop("rows", None)
+        (tmp_path / "out" / name).write_text(json.dumps(value))
+    with pytest.raises(InputError, match="was prepared differently: `format` is 1"):
+        prepare(data, SEQ, tokenizer, tmp_path / "out")
+    own = data.model_copy(update={"prepared": None})
+    assert not prepare(own, SEQ, tokenizer, tmp_path / "out").reused
+    assert (tmp_path / "out" / "manifest.json").read_text() == \
+        (folder / "manifest.json").read_text()
 
 
 # eval and generate

@@ -243,6 +243,9 @@ def _require_usable_file(file: str, source: Source) -> None:
         raise InputError(f"the data file {file!r} is of a kind that is not known",
                          f"one of {_known_formats()}",
                          "convert it, or rename it if it is one of these")
+    if not os.access(file, os.R_OK):
+        raise InputError(f"the data file {file!r} may not be read", "a file that may be read",
+                         "change its permissions, or name another")
     if os.path.getsize(file) == 0:
         raise InputError(f"the data file {file!r} is empty", "at least one row",
                          "remove the file or fill it")

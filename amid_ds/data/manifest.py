@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 # Checking needs it before Python 3.12.
 from typing_extensions import TypedDict
@@ -99,10 +99,13 @@ class PreparedManifest(TypedDict):
 
 
 def read_prepared_manifest(folder: Path) -> PreparedManifest | None:
-    """The manifest of a prepared folder, or None while it has none. Raises InputError."""
+    """The manifest of a prepared folder, or None while it has none. Raises InputError.
+
+    Of one in another format its plan alone is of use: it differs from any plan of today.
+    """
     path = folder / PREPARED_MANIFEST
     manifest = _read_typed(path, PreparedManifest)
-    if manifest is not None:
+    if manifest is not None and manifest["plan"]["format"] == PREPARED_FORMAT:
         rows = Counter({number: 0 for number in range(len(manifest["sources"]))})
         for shard in manifest["shards"]:
             rows[shard["source"]] += shard["rows"]
@@ -146,11 +149,20 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
 def _read_typed(path: Path, kind: type[_T]) -> _T | None:
     """The value in a JSON file, or None without the file. Raises InputError for other content."""
     try:
-        return parse_as(kind, path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        return cast(_T, json.loads(text)) if _is_other_format(text) else parse_as(kind, text)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
         raise _damaged_json(path, str(error)) from None
+
+
+def _is_other_format(text: str) -> bool:
+    """True for a plan, or a manifest with one, of an earlier or later version."""
+    value = json.loads(text)
+    plan = value.get("plan", value) if isinstance(value, dict) else None
+    version = plan.get("format", PREPARED_FORMAT) if isinstance(plan, dict) else PREPARED_FORMAT
+    return isinstance(version, int) and version != PREPARED_FORMAT
 
 
 def _damaged_json(path: Path, problem: str) -> InputError:

@@ -128,8 +128,8 @@ def read_raw_rows(span: FileSpan, fields: Sequence[str],
                   optional: Sequence[str] = ()) -> Iterator[RawRow]:
     """The rows of a span, with the values of `fields`.
 
-    A JSON object may lack the `optional` fields: their values are then None. Raises InputError for
-    a file that is damaged, or a table that lacks a column.
+    Rows may lack the `optional` fields: their values are then None. Raises InputError for a file
+    that is damaged, or a table that lacks a column.
     """
     name = file_format(span.path)
     if name in TEXT_FORMATS:
@@ -141,9 +141,9 @@ def read_raw_rows(span: FileSpan, fields: Sequence[str],
             else:
                 yield _json_row(number, line, fields, optional)
     else:
-        rows = (parquet_rows(span.path, range(span.start, span.stop), fields)
+        rows = (parquet_rows(span.path, range(span.start, span.stop), fields, optional)
                 if name in PARQUET_FORMATS else
-                arrow_rows(span.path, span.start, span.stop, fields))
+                arrow_rows(span.path, span.start, span.stop, fields, optional))
         for number, (values, problem) in enumerate(rows):
             yield RawRow(number, values, problem)
 
@@ -319,6 +319,9 @@ def _parse_json(text: str) -> tuple[dict[str, object], str | None]:
     """(the object in a line, or an empty one; the line's problem or None)."""
     if not text.strip():
         return {}, "an empty line"
+    if text.lstrip().startswith("["):
+        return {}, ("begins a JSON list where a line is to be an object (`jq -c '.[]'` makes such "
+                    "lines)")
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -34,21 +34,27 @@ def parquet_metadata(path: str) -> pa.parquet.FileMetaData:
     return metadata
 
 
-def parquet_rows(path: str, groups: Sequence[int], fields: Sequence[str]) -> Iterator[TableRow]:
-    """The rows of some row groups. Raises InputError for a damaged file, or without a column."""
-    file = _open_parquet(path)
-    require_columns(path, file.schema_arrow.names, fields)
-    return _checked_rows(path, file.iter_batches(TABLE_BATCH_ROWS, row_groups=groups,
-                                                 columns=list(fields)), fields)
-
-
-def arrow_rows(path: str, first: int, stop: int, fields: Sequence[str]) -> Iterator[TableRow]:
-    """The rows [first, stop) of a file in either format: the stream that `datasets` writes, or the
-    file.
+def parquet_rows(path: str, groups: Sequence[int], fields: Sequence[str],
+                 optional: Sequence[str]) -> Iterator[TableRow]:
+    """The rows of some row groups; None for the values of `optional` fields that it lacks.
 
     Raises InputError for a damaged file, or without a column.
     """
-    return _checked_rows(path, _arrow_batches(path, first, stop, fields), fields)
+    file = _open_parquet(path)
+    present = _present_columns(path, file.schema_arrow.names, fields, optional)
+    return _checked_rows(path, file.iter_batches(TABLE_BATCH_ROWS, row_groups=groups,
+                                                 columns=present), fields)
+
+
+def arrow_rows(path: str, first: int, stop: int, fields: Sequence[str],
+               optional: Sequence[str]) -> Iterator[TableRow]:
+    """The rows [first, stop) of a file in either format, the stream that `datasets` writes or the
+    file; None for the values of `optional` fields that it lacks.
+
+    Raises InputError for a damaged file, or without a column.
+    """
+    _present_columns(path, table_columns(path, is_parquet=False), fields, optional)
+    return _checked_rows(path, _arrow_batches(path, first, stop), fields)
 
 
 def count_arrow_rows(path: str) -> int:
@@ -64,9 +70,10 @@ def table_columns(path: str, is_parquet: bool) -> list[str]:
         return list(_open_arrow(path, source)[0].names)
 
 
-def require_columns(path: str, names: Sequence[str], fields: Sequence[str]) -> None:
-    """Raise InputError unless a table has each field once."""
-    problem = missing_field(names, fields)
+def _present_columns(path: str, names: Sequence[str], fields: Sequence[str],
+                     optional: Sequence[str]) -> list[str]:
+    """Those of the fields that a table has. Raises InputError unless it has each once."""
+    problem = missing_field(names, [field for field in fields if field not in optional])
     if twice := [field for field in fields if names.count(field) > 1]:
         problem = f"has the column {twice[0]!r} {names.count(twice[0])} times"
     if problem:
@@ -74,6 +81,7 @@ def require_columns(path: str, names: Sequence[str], fields: Sequence[str]) -> N
                          f"{', '.join(fields)}",
                          "name the rows' columns: `text`, or `prompt` and `response`, or "
                          "`messages`, in the recipe or by the options of these names")
+    return [field for field in fields if field in names]
 
 
 def missing_field(names: Iterable[str], fields: Sequence[str]) -> str | None:
@@ -112,13 +120,10 @@ def _open_arrow(path: str, source: pa.MemoryMappedFile) -> tuple[pa.Schema, Iter
         raise damaged_file(path, error) from None
 
 
-def _arrow_batches(path: str, first: int, stop: int,
-                   fields: Sequence[str] = ()) -> Iterator[pa.RecordBatch]:
+def _arrow_batches(path: str, first: int, stop: int) -> Iterator[pa.RecordBatch]:
     with pa.memory_map(path) as source:
-        schema, batches = _open_arrow(path, source)
-        require_columns(path, schema.names, fields)
         begin = 0
-        for batch in batches:
+        for batch in _open_arrow(path, source)[1]:
             end = begin + batch.num_rows
             if begin >= stop:
                 return
@@ -130,7 +135,9 @@ def _arrow_batches(path: str, first: int, stop: int,
 def _checked_rows(path: str, batches: Iterable[pa.RecordBatch],
                   fields: Sequence[str]) -> Iterator[TableRow]:
     for batch in _damage_named(path, batches):
-        columns = [_checked_column(path, batch, field) for field in fields]
+        names = batch.schema.names
+        columns = [_checked_column(path, batch, field) if field in names else
+                   pa.nulls(batch.num_rows) for field in fields]
         for start in range(0, batch.num_rows, TABLE_BATCH_ROWS):
             values = [_values(column.slice(start, TABLE_BATCH_ROWS)) for column in columns]
             for row in zip(*values, strict=True):
