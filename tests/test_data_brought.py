@@ -150,8 +150,9 @@ def test_a_saved_data_set_that_lost_a_file_or_its_list_is_refused(tmp_path):
     state = json.loads((tmp_path / "state.json").read_text())
     (tmp_path / "state.json").write_text(json.dumps({**state, "_indices_files": [{"f": "x"}]}))
     refused("a selection of its rows", tmp_path)
-    (tmp_path / "state.json").write_text('{"_data_files": "none"}')
-    refused("state.json cannot be read", tmp_path)
+    for damaged in ('{"_data_files": "none"}', '{"_data_files": ["a"]}', "[]", "{", "\0"):
+        (tmp_path / "state.json").write_text(damaged)
+        refused("state.json cannot be read", tmp_path)
     (tmp_path / "state.json").write_text(json.dumps(state))
     (tmp_path / state["_data_files"][1]["filename"]).unlink()
     refused("has lost its file .*data-00001-of-00002.arrow", tmp_path)

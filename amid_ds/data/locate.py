@@ -7,14 +7,16 @@ these the rows of the split. Beside them it leaves files of its own, which hold 
 from __future__ import annotations
 
 import glob
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
+
+from typing_extensions import NotRequired, TypedDict
 
 from amid_ds.config.recipe import Source
+from amid_ds.config.typed_json import parse_as
 from amid_ds.data.manifest import FileIdentity
 from amid_ds.data.readers import (
     COMPRESSION_CODECS,
@@ -33,6 +35,26 @@ SAVED_DICT, SAVED_STATE, SAVED_INFO = "dataset_dict.json", "state.json", "datase
 DATASETS_CACHE = re.compile(r"cache-[0-9a-f]{16}\w*\.arrow")
 # Python's and archivers' own folders; `datasets` passes over them too.
 SPECIAL_FOLDER = "__"
+_T = TypeVar("_T")
+
+
+class _SavedDict(TypedDict):
+    """What is read of SAVED_DICT."""
+
+    splits: list[str]
+
+
+class _SavedFile(TypedDict):
+    filename: str
+
+
+class _SavedState(TypedDict):
+    """What is read of SAVED_STATE."""
+
+    _data_files: list[_SavedFile]
+    _split: NotRequired[str | None]
+    _indices_files: NotRequired[object]
+    _indices_data_files: NotRequired[object]
 
 
 def source_files(source: Source) -> list[DataFile]:
@@ -114,7 +136,7 @@ def _folder_files(folder: str, source: Source) -> Iterator[DataFile]:
                                                                                  source)
         elif (entry.is_file() and file_format(name)
               and name not in (SAVED_DICT, SAVED_STATE, SAVED_INFO)):
-            yield DataFile(entry.path)
+            yield DataFile(str(Path(entry.path)))
 
 
 def _is_special(file: str, pattern: str) -> bool:
@@ -142,7 +164,7 @@ def _saved_files(folder: str, source: Source) -> list[DataFile]:
         # The folder is one split, and its path names it well enough.
         return _split_files(source.split,
                             {"train" if source.split == "train" else name: files}, folder)
-    names = _saved_json(folder, SAVED_DICT, "splits")
+    names = _read_saved(_SavedDict, folder, SAVED_DICT)["splits"]
     splits = {name: _saved_split(os.path.join(folder, name))[1] for name in names}
     if not source.names_split and len(splits) > 1:
         raise InputError(f"the data set in {folder} has the splits {', '.join(splits)}, and the "
@@ -152,31 +174,25 @@ def _saved_files(folder: str, source: Source) -> list[DataFile]:
 
 def _saved_split(folder: str) -> tuple[str, list[str]]:
     """(the name, the files) of the data set in a folder."""
-    files = [os.path.join(folder, str(entry["filename"]))
-             for entry in _saved_json(folder, SAVED_STATE, "_data_files")]
-    state = json.loads(Path(folder, SAVED_STATE).read_text(encoding="utf-8"))
-    if any(state.get(key) for key in ("_indices_files", "_indices_data_files")):
+    state = _read_saved(_SavedState, folder, SAVED_STATE)
+    if state.get("_indices_files") or state.get("_indices_data_files"):
         raise InputError(f"the data set in {folder} is a selection of its rows, as early versions "
                          "of `datasets` saved them", "rows without a list of indices",
                          "load it with that version, `flatten_indices()`, and save it again")
+    files = [str(Path(folder, file["filename"])) for file in state["_data_files"]]
     if missing := [file for file in files if not os.path.isfile(file)]:
         raise InputError(f"the data set in {folder} has lost its file {missing[0]}",
                          f"every file that its {SAVED_STATE} lists", "copy or save it again")
-    return str(state.get("_split") or "train"), files
+    return state.get("_split") or "train", files
 
 
-def _saved_json(folder: str, name: str, key: str) -> list[Any]:
-    """The list under a key of a file that `save_to_disk` wrote."""
+def _read_saved(kind: type[_T], folder: str, name: str) -> _T:
     path = Path(folder, name)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))[key]
-        if not isinstance(value, list):
-            raise TypeError(f"its {key!r} is no list")
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        raise InputError(f"the file {path} cannot be read: {error}",
-                         f"what `save_to_disk` writes, with {key!r}", "save the data set again"
-                         ) from None
-    return value
+        return parse_as(kind, path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"the file {path} cannot be read: {error}", "what `save_to_disk` wrote",
+                         "copy or save the data set again") from None
 
 
 def _split_files(split: str, splits: Mapping[str, Sequence[str]], where: str) -> list[DataFile]:
@@ -186,7 +202,7 @@ def _split_files(split: str, splits: Mapping[str, Sequence[str]], where: str) ->
     """
     import datasets
 
-    if split in splits:
+    if splits.get(split):
         return [DataFile(file) for file in splits[split]]
     counts = {name: [count_arrow_rows(file) for file in files] for name, files in splits.items()}
     try:
