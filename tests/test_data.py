@@ -31,6 +31,7 @@ from amid_ds.data import (
     read_batches,
     shard,
 )
+from amid_ds.data.readers import DataFile
 from amid_ds.data.tokenizer import load_tokenizer
 from amid_ds.errors import InputError
 
@@ -331,7 +332,7 @@ def test_a_document_begins_as_the_tokenizer_begins_a_text(tmp_path, tokenizer, m
 
 def test_a_shard_that_another_job_has_made_is_left_as_it_is(prepared, tmp_path, tokenizer):
     source = recipe.Source(path=str(tmp_path / "one.jsonl"))
-    chunk = next(shard.plan_chunks([[source.path]]))
+    chunk = next(shard.plan_chunks([[DataFile(source.path)]]))
     before = (prepared / "shards" / "000000.arrow").stat().st_mtime_ns
     assert shard.ShardWriter([source], [False], SEQ, "error", tokenizer, "uint16",
                              prepared / "shards").write(chunk, wait=True)

@@ -169,13 +169,14 @@ def test_a_data_set_of_the_hub_is_read_from_its_cache(tmp_path, tokenizer, rows,
 
     def load_dataset(path, name, **keys):
         asked.append((path, name, keys))
-        return datasets.Dataset.from_json(str(tmp_path / "reference.jsonl"),
+        rows = datasets.Dataset.from_json(str(tmp_path / "reference.jsonl"),
                                           cache_dir=str(tmp_path / "cache"))
+        return datasets.DatasetDict(train=rows, test=rows)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = {"path": "owner/name", "config": "small", "split": "test", "revision": "abc123"}
     info = prepare(recipe.Data(train=[source]), SEQ, tokenizer, tmp_path / "out")
-    assert asked[0] == ("owner/name", "small", {"split": "test", "revision": "abc123"})
+    assert asked[0] == ("owner/name", "small", {"revision": "abc123"})
     assert info.sources[0].documents == 120
 
 

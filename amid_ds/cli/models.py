@@ -34,17 +34,28 @@ def add_eval(commands: Commands) -> None:
     parser.add_argument("model")
     parser.add_argument("--teacher", metavar="MODEL")
     parser.add_argument("--data", required=True, metavar="FILE")
+    for name in ("text", "prompt", "response", "messages"):
+        parser.add_argument(f"--{name}", metavar="COL", help="default: by the columns of the rows")
+    _add_row_options(parser, "error")
     parser.add_argument("--seq-length", type=int, default=512, metavar="L")
-    parser.add_argument("--template", metavar="NAME", help="of the prompts: minillm or alpaca")
     parser.add_argument("--seeds", type=int, metavar="N", help="samples per prompt; default 5")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="per sample; default half of L")
     parser.add_argument("--json", action="store_true")
 
 
+def _add_row_options(parser: argparse.ArgumentParser, on_bad_row: str | None) -> None:
+    parser.add_argument("--template", metavar="NAME", help="of the prompts: minillm or alpaca")
+    parser.add_argument("--split", metavar="NAME", help="of a data set; default train")
+    parser.add_argument("--on-bad-row", choices=["error", "skip"], default=on_bad_row)
+
+
 def _eval(args: argparse.Namespace) -> None:
     from amid_ds.eval.evaluate import EvalArgs, evaluate_command
+    from amid_ds.eval.rows import RowOptions
 
-    evaluate_command(EvalArgs(args.model, args.teacher, args.data, args.seq_length, args.template,
+    rows = RowOptions(args.text, args.prompt, args.response, args.messages, args.template,
+                      args.split, args.on_bad_row)
+    evaluate_command(EvalArgs(args.model, args.teacher, args.data, args.seq_length, rows,
                               args.seeds, args.new_tokens), args.json)
 
 
@@ -52,8 +63,9 @@ def add_generate(commands: Commands) -> None:
     parser = add_command(commands, _generate, "a model's responses to prompts, to train on")
     parser.add_argument("source", metavar="RECIPE_OR_MODEL")
     parser.add_argument("--prompts", metavar="FILE", help="default: the recipe's data.train")
+    parser.add_argument("--prompt", metavar="COL", help="of the file of --prompts; default prompt")
+    _add_row_options(parser, None)
     parser.add_argument("--out", required=True, metavar="FILE", help="jsonl: prompt and response")
-    parser.add_argument("--template", metavar="NAME", help="of the prompts: minillm or alpaca")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
     parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
                         help="0: the most probable token")

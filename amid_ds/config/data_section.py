@@ -24,7 +24,7 @@ class Rows(Section):
     config: str | None = None
     """The configuration of a data set on the hub."""
     split: str = "train"
-    """The split of a data set on the hub."""
+    """The split of a data set on the hub or of `save_to_disk`, or a slice: `train[:10%]+test`."""
     revision: str | None = None
     """The commit, branch or tag of a data set on the hub."""
     text: str | None = None
@@ -57,6 +57,11 @@ class Rows(Section):
         if name is not None and name not in TEMPLATES:
             raise ValueError(f"no such template; {suggest(name, TEMPLATES)}")
         return name
+
+    @property
+    def names_split(self) -> bool:
+        """The recipe itself says which split."""
+        return "split" in self.model_fields_set
 
     @property
     def is_text(self) -> bool:
@@ -163,6 +168,7 @@ class Data(Section):
             others["auxiliary"] = self.auxiliary
         sources = {"": self.train}
         for subfolder, rows in others.items():
-            sources[subfolder] = [Source(**rows.model_dump(exclude={"name", "weight"}))]
+            sources[subfolder] = [Source(**rows.model_dump(exclude={"name", "weight"},
+                                                           exclude_unset=True))]
         return {subfolder: self.model_copy(update={"train": train, "eval": [], "auxiliary": None})
                 for subfolder, train in sources.items()}

@@ -1,6 +1,6 @@
 """The user's files as micro-batches.
 
-    sources, readers          files to rows of text
+    locate, readers, tables, sources   files to rows of text
     tokenizer, chat, encode   text to token ids
     pack, shard, preparation  token ids to rows of seq_length in a prepared folder
     manifest, prepared        the JSON of that folder, and its rows by number
@@ -17,6 +17,7 @@ from amid_ds.data.sources import (
     read_prompts,
     read_prompts_with_references,
     sample_texts,
+    source_columns,
 )
 from amid_ds.data.stream import StreamLoader, StreamState, merge_stream_states, stream_summary
 from amid_ds.data.tokenizer import (
@@ -32,5 +33,5 @@ __all__ = ["Batch", "PreparedDataset", "PreparedInfo", "PreparedLoader", "Source
            "StepLoader", "StreamLoader", "StreamState", "check_sources", "encode_prompts",
            "end_of_text_id", "load_tokenizer", "merge_stream_states", "planned_epochs", "prepare",
            "prepare_all", "read_batches", "read_prompts", "read_prompts_with_references",
-           "require_same_tokenizer", "sample_texts", "stream_summary", "tokenizer_fingerprint",
-           "train_sentencepiece"]
+           "require_same_tokenizer", "sample_texts", "source_columns", "stream_summary",
+           "tokenizer_fingerprint", "train_sentencepiece"]

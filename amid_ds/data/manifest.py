@@ -5,23 +5,31 @@
     manifest.json         the plan, the totals and every shard; written last, so it marks completion
 
 The keys are a file format: folders prepared by earlier versions have to open. So they are typed
-here as they are on disk (`places` are model inputs: a row of n tokens has n - 1).
+here as they are on disk (`places` are model inputs: a row of n tokens has n - 1), and checked
+against these types when they are read: a file may be cut, or another program's.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypedDict, cast
+from typing import TypeVar, cast
 
+# Checking needs it before Python 3.12.
+from typing_extensions import TypedDict
+
+from amid_ds.config.typed_json import parse_as
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import replace_text
 
 PREPARED_FORMAT = 2
 PREPARED_MANIFEST, PREPARED_PLAN, SHARD_FOLDER = "manifest.json", "plan.json", "shards"
 
-# [name, size in bytes, modification time in ns]. A list, since JSON reads back no tuple.
+_T = TypeVar("_T")
+# [name, size in bytes, modification time in ns], and of a part of a file its first row and the one
+# after its last. A list, since JSON reads back no tuple.
 FileIdentity = list["str | int"]
 
 
@@ -91,8 +99,20 @@ class PreparedManifest(TypedDict):
 
 
 def read_prepared_manifest(folder: Path) -> PreparedManifest | None:
-    """The manifest of a prepared folder, or None while it has none."""
-    return cast("PreparedManifest | None", read_json(folder / PREPARED_MANIFEST))
+    """The manifest of a prepared folder, or None while it has none. Raises InputError.
+
+    Of one in another format its plan alone is of use: it differs from any plan of today.
+    """
+    path = folder / PREPARED_MANIFEST
+    manifest = _read_typed(path, PreparedManifest)
+    if manifest is not None and manifest["plan"]["format"] == PREPARED_FORMAT:
+        rows = Counter({number: 0 for number in range(len(manifest["sources"]))})
+        for shard in manifest["shards"]:
+            rows[shard["source"]] += shard["rows"]
+        if (list(rows.values()) != [source["rows"] for source in manifest["sources"]]
+                or len(manifest["plan"]["sources"]) != len(manifest["sources"])):
+            raise _damaged_json(path, "its shards do not add up to its sources")
+    return manifest
 
 
 def read_prepared_plan(folder: Path) -> PreparedPlan | None:
@@ -100,14 +120,20 @@ def read_prepared_plan(folder: Path) -> PreparedPlan | None:
     manifest = read_prepared_manifest(folder)
     if manifest is not None:
         return manifest["plan"]
-    return cast("PreparedPlan | None", read_json(folder / PREPARED_PLAN))
+    return _read_typed(folder / PREPARED_PLAN, PreparedPlan)
 
 
 def read_shard_counts(path: Path) -> ShardCounts:
-    """The counts of a finished shard."""
-    counts = read_json(path)
-    assert counts is not None, f"{path} belongs to a finished shard"
-    return cast(ShardCounts, counts)
+    """The counts of a finished shard. Raises InputError."""
+    counts = _read_typed(path, ShardCounts)
+    if counts is None:
+        raise _damaged_json(path, "it is not there")
+    return counts
+
+
+def first_row(identity: FileIdentity) -> int:
+    """The first row of a file that is read: not 0 in a slice of a split."""
+    return int(identity[3]) if len(identity) > 3 else 0
 
 
 def shard_path(folder: Path, name: str) -> Path:
@@ -115,18 +141,32 @@ def shard_path(folder: Path, name: str) -> Path:
     return folder / SHARD_FOLDER / f"{name}.arrow"
 
 
-def read_json(path: Path) -> Mapping[str, object] | None:
-    """The JSON object in a file, or None without the file. Raises InputError for other content."""
-    try:
-        loaded: Mapping[str, object] = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError as error:
-        raise InputError(f"the file {path} is damaged: {error}", "the JSON that was written",
-                         "remove it, and prepare again") from None
-    return loaded
-
-
 def write_json(path: Path, value: Mapping[str, object]) -> None:
     """Replace a file by a JSON object: readers see the old content or the new one, no part."""
     replace_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _read_typed(path: Path, kind: type[_T]) -> _T | None:
+    """The value in a JSON file, or None without the file. Raises InputError for other content."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return cast(_T, json.loads(text)) if _is_other_format(text) else parse_as(kind, text)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, RecursionError) as error:
+        raise _damaged_json(path, str(error)) from None
+
+
+def _is_other_format(text: str) -> bool:
+    """True for a plan, or a manifest with one, of an earlier or later version."""
+    value = json.loads(text)
+    plan = value.get("plan", value) if isinstance(value, dict) else None
+    version = plan.get("format", PREPARED_FORMAT) if isinstance(plan, dict) else PREPARED_FORMAT
+    return isinstance(version, int) and version != PREPARED_FORMAT
+
+
+def _damaged_json(path: Path, problem: str) -> InputError:
+    return InputError(f"the file {path} is damaged, or another program's: {problem}",
+                      "the JSON that `amid-ds prepare` wrote",
+                      "if it is ours, remove it and prepare again; if not, name another folder in "
+                      "data.prepared")

@@ -30,6 +30,7 @@ from amid_ds.config.prompt_templates import TEMPLATES
 from amid_ds.config.recipe import Data
 from amid_ds.data.chat import require_chat_template
 from amid_ds.data.encode import MAX_SHOWN_ROWS
+from amid_ds.data.locate import file_identities, source_files
 from amid_ds.data.manifest import (
     PREPARED_FORMAT,
     PREPARED_MANIFEST,
@@ -48,6 +49,7 @@ from amid_ds.data.manifest import (
     write_json,
 )
 from amid_ds.data.pack import ROW_ISSUES
+from amid_ds.data.readers import DataFile
 from amid_ds.data.shard import (
     ShardWriter,
     SourceChunk,
@@ -55,7 +57,7 @@ from amid_ds.data.shard import (
     require_shard_checksum,
     require_shard_size,
 )
-from amid_ds.data.sources import file_identities, open_streaming_dataset, source_files
+from amid_ds.data.sources import open_streaming_dataset
 from amid_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
 from amid_ds.errors import ExitStatus, InputError, TrainingError
 
@@ -159,7 +161,7 @@ def prepare(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
 
 
 def _write_folder(data: Data, plan: PreparedPlan, tokenizer: PreTrainedTokenizerBase, folder: Path,
-                  files: Sequence[Sequence[str]]) -> PreparedManifest:
+                  files: Sequence[Sequence[DataFile]]) -> PreparedManifest:
     """Write the plan, the missing shards and the manifest, and remove temporary files."""
     chunks = list(plan_chunks(files))
     _start_folder(folder, plan, named=data.prepared is not None)
@@ -250,7 +252,7 @@ def _write_in_worker(chunk: SourceChunk, wait: bool) -> int | None:
 
 
 def _make_plan(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
-               files: Sequence[Sequence[str]]) -> PreparedPlan:
+               files: Sequence[Sequence[DataFile]]) -> PreparedPlan:
     """All that the shards' bytes depend on.
 
     Without the sources' weights, which apply when rows are read, and without `on_bad_row`: shards

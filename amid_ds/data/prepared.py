@@ -20,7 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from amid_ds.data.batch import Batch, TokenRow, collate_rows
-from amid_ds.data.manifest import PREPARED_MANIFEST, read_prepared_manifest, shard_path
+from amid_ds.data.manifest import (
+    PREPARED_MANIFEST,
+    first_row,
+    read_prepared_manifest,
+    shard_path,
+)
 from amid_ds.data.readers import row_location
 from amid_ds.data.shard import damaged_shard, require_shard_size, row_checksum
 from amid_ds.errors import InputError
@@ -45,7 +50,7 @@ class PreparedDataset:
         self.folder = folder
         self.counts = [source["rows"] for source in manifest["sources"]]
         self._shards = manifest["shards"]
-        self._files = [[str(name) for name, *_ in source["files"]]
+        self._files = [[(str(file[0]), first_row(file)) for file in source["files"]]
                        for source in manifest["plan"]["sources"]]
         self._ends = np.cumsum([shard["rows"] for shard in self._shards])
         self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_MappedShard)
@@ -64,12 +69,12 @@ class PreparedDataset:
                 self._open(path, shard["bytes"]).row(row_in_shard)
             if row_checksum(tokens, loss_spans, doc_starts) != crc:
                 raise ValueError(f"the checksum of its row {row_in_shard} is wrong")
-            first_line = shard["first_line"][str(file)]
-            source = row_location(self._files[shard["source"]][file], first_line + line)
+            name, first = self._files[shard["source"]][file]
+            source = row_location(name, first + shard["first_line"][str(file)] + line)
         except InputError:
             raise
-        except (pa.ArrowException, OSError, ValueError, LookupError) as error:
-            # Damaged bytes can lead to any of these.
+        except Exception as error:
+            # Damaged bytes end pyarrow with anything.
             raise damaged_shard(path, str(error)) from None
         return TokenRow(tokens, loss_spans, doc_starts, source)
 
@@ -104,6 +109,9 @@ class _MappedShard:
         require_shard_size(path, size)
         with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
             batches = list(reader)
+        # A wrong size or offset would lead outside the file's memory. Reads no token.
+        for batch in batches:
+            batch.validate(full=True)
         self._ends = np.cumsum([batch.num_rows for batch in batches])
         self._batches = [([_list_views(batch[name]) for name in ("tokens", "learn", "begins")],
                           [batch[name].to_numpy() for name in ("file", "line", "crc")])

@@ -4,22 +4,32 @@ Preparing in parallel needs files that can be cut without reading them. A span o
 range of bytes, and a line belongs to the span in which it begins; a span of a Parquet file is a
 range of row groups. An Arrow or compressed file can only be read from its start, so it is one span
 and one process reads it. This module decides only if a row can be read: one that cannot comes back
-with its problem. Its values are checked in sources.py.
+with its problem, and its values are checked in sources.py. A damaged file is an error however bad
+rows are treated, since nobody knows what it held.
 """
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import pyarrow as pa
-import pyarrow.parquet
 
+from amid_ds.data.tables import (
+    ALL_ROWS,
+    arrow_rows,
+    missing_field,
+    parquet_metadata,
+    parquet_rows,
+    table_columns,
+)
 from amid_ds.errors import InputError
 
 LINE_FORMATS = (".jsonl", ".ndjson", ".json")
@@ -32,15 +42,28 @@ COMPRESSION_CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 # A text file is read, and a long text encoded, in pieces of about this size.
 PIECE_BYTES = 1 << 18
-TABLE_BATCH_ROWS = 1000
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# A line is held whole, and several times over while it is parsed.
+MAX_LINE_BYTES = 1 << 28
 
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
+class DataFile:
+    """A file of a source; of an Arrow file it may be the rows [first, stop) alone."""
+
+    path: str
+    first: int = 0
+    stop: int = ALL_ROWS
+
+    @property
+    def is_whole(self) -> bool:
+        return self.first == 0 and self.stop == ALL_ROWS
+
+
+@dataclass(frozen=True)
 class FileSpan:
-    """A part of one file: [start, stop) in bytes or row groups, and its size in bytes.
+    """A part of one file: [start, stop) in bytes, row groups or rows, and its size in bytes.
 
     file: the file's index among the source's files.
     """
@@ -81,30 +104,32 @@ def file_format(path: str) -> str | None:
     return name if name in FILE_FORMATS else None
 
 
-def split_file(file: int, path: str, target: int) -> Iterator[FileSpan]:
-    """Spans of about `target` bytes that cover a file, in order.
+def split_file(number: int, file: DataFile, target: int) -> Iterator[FileSpan]:
+    """Spans of about `target` bytes that cover a file, in order. number: the file's index.
 
     Raises InputError for a Parquet file that cannot be opened.
     """
-    size = os.path.getsize(path)
+    path, size = file.path, os.path.getsize(file.path)
     if file_format(path) in PARQUET_FORMATS:
-        groups = _open_parquet(path).metadata
+        groups = parquet_metadata(path)
         for group in range(groups.num_row_groups):
-            yield FileSpan(file, path, group, group + 1, groups.row_group(group).total_byte_size)
-    elif file_format(path) in ARROW_FORMATS or Path(path).suffix in COMPRESSION_CODECS:
-        yield FileSpan(file, path, 0, size, size)
+            yield FileSpan(number, path, group, group + 1, groups.row_group(group).total_byte_size)
+    elif file_format(path) in ARROW_FORMATS:
+        yield FileSpan(number, path, file.first, file.stop, size)
+    elif Path(path).suffix in COMPRESSION_CODECS:
+        yield FileSpan(number, path, 0, size, size)
     else:
         for start in range(0, size, target):
             stop = min(start + target, size)
-            yield FileSpan(file, path, start, stop, stop - start)
+            yield FileSpan(number, path, start, stop, stop - start)
 
 
 def read_raw_rows(span: FileSpan, fields: Sequence[str],
                   optional: Sequence[str] = ()) -> Iterator[RawRow]:
     """The rows of a span, with the values of `fields`.
 
-    A JSON object may lack the `optional` fields: their values are then None. Raises InputError for
-    a table that cannot be opened or lacks a column.
+    Rows may lack the `optional` fields: their values are then None. Raises InputError for a file
+    that is damaged, or a table that lacks a column.
     """
     name = file_format(span.path)
     if name in TEXT_FORMATS:
@@ -115,10 +140,29 @@ def read_raw_rows(span: FileSpan, fields: Sequence[str],
                 yield RawRow(number, problem=problem)
             else:
                 yield _json_row(number, line, fields, optional)
-    elif name in PARQUET_FORMATS:
-        yield from _table_rows(_parquet_batches(span, fields), fields)
     else:
-        yield from _table_rows(_arrow_batches(span, fields), fields)
+        rows = (parquet_rows(span.path, range(span.start, span.stop), fields, optional)
+                if name in PARQUET_FORMATS else
+                arrow_rows(span.path, span.start, span.stop, fields, optional))
+        for number, (values, problem) in enumerate(rows):
+            yield RawRow(number, values, problem)
+
+
+def column_names(path: str) -> list[str]:
+    """The columns of a table, or the fields of the first JSON line that has any.
+
+    None of a text file. Raises InputError for a damaged file.
+    """
+    name = file_format(path)
+    if name in (*PARQUET_FORMATS, *ARROW_FORMATS):
+        return table_columns(path, name in PARQUET_FORMATS)
+    if name in LINE_FORMATS:
+        size = os.path.getsize(path)
+        for line, problem, _ in _read_lines(FileSpan(0, path, 0, size, size)):
+            row = _parse_json(line)[0] if problem is None else None
+            if isinstance(row, dict):
+                return list(row)
+    return []
 
 
 def row_location(path: str, number: int) -> str:
@@ -134,10 +178,10 @@ def row_location(path: str, number: int) -> str:
 def rows_before_span(span: FileSpan) -> int:
     """Number of rows of the file before the span's. Reads a line file up to the span."""
     if file_format(span.path) in PARQUET_FORMATS:
-        groups = _open_parquet(span.path).metadata
+        groups = parquet_metadata(span.path)
         return sum(groups.row_group(group).num_rows for group in range(span.start))
-    if span.start == 0:
-        return 0
+    if file_format(span.path) in ARROW_FORMATS or span.start == 0:
+        return span.start
     line_ends = 0
     with open(span.path, "rb") as file:
         left = span.start
@@ -181,25 +225,61 @@ def _open_lines(path: str) -> IO[bytes]:
 def _read_lines(span: FileSpan) -> Iterator[tuple[str, str | None, bool]]:
     """(line, its problem or None, True for the last of the file) of each line of the span."""
     whole_file = Path(span.path).suffix in COMPRESSION_CODECS
+    number = 0
     try:
         with _open_lines(span.path) as file:
             position = span.start
             if span.start > 0:
                 # Pass over the rest of a line that began before, or the line end just before.
                 file.seek(span.start - 1)
-                position += len(file.readline()) - 1
-            line = file.readline()
-            while line and (whole_file or position < span.stop):
-                following = file.readline()
-                content = line.removeprefix(BYTE_ORDER_MARK) if position == 0 else line
-                yield *_decode_line(content), not following
-                position += len(line)
-                line = following
-    except OSError as error:
-        yield "", f"the file is damaged or cut short: {error}", False
+                position += _pass_line(file, span.stop - span.start + 1) - 1
+                if position >= span.stop:
+                    return
+            line, size = _next_line(file)
+            while size and (whole_file or position < span.stop):
+                following, following_size = _next_line(file)
+                if position == 0 and line is not None:
+                    line = _without_mark(span.path, line)
+                yield *_decode_line(line, size), not following_size
+                number += 1
+                position += size
+                line, size = following, following_size
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"{row_location(span.path, rows_before_span(span) + number)}: the file is "
+                         f"damaged or cut short: {error}", "a whole file, as it was written",
+                         "write or copy it again") from None
 
 
-def _decode_line(line: bytes) -> tuple[str, str | None]:
+def _next_line(file: IO[bytes]) -> tuple[bytes | None, int]:
+    """(the next line, its length); None for a line that is too long to be held."""
+    line = file.readline(MAX_LINE_BYTES)
+    if len(line) < MAX_LINE_BYTES or line.endswith(b"\n"):
+        return line, len(line)
+    return None, len(line) + _pass_line(file)
+
+
+def _pass_line(file: IO[bytes], most: int = 1 << 62) -> int:
+    """Read to the end of the line, or `most` bytes and little more; return how many it were."""
+    size = 0
+    while size < most and (piece := file.readline(PIECE_BYTES)):
+        size += len(piece)
+        if piece.endswith(b"\n"):
+            break
+    return size
+
+
+def _without_mark(path: str, line: bytes) -> bytes:
+    """A file's first line without the mark of UTF-8. Raises InputError for another encoding's."""
+    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)):
+        raise InputError(f"the data file {path} is UTF-16 or UTF-32 by its byte order mark",
+                         "UTF-8", f"iconv -f UTF-16 -t UTF-8 {shlex.quote(path)}")
+    return line.removeprefix(codecs.BOM_UTF8)
+
+
+def _decode_line(line: bytes | None, size: int) -> tuple[str, str | None]:
+    if line is None:
+        return "", (f"a line of {size:,} bytes, which is more than the {MAX_LINE_BYTES:,} of the "
+                    "longest that is read")
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -227,78 +307,26 @@ def _text_rows(lines: Iterable[tuple[str, str | None, bool]],
 
 
 def _json_row(number: int, text: str, fields: Sequence[str], optional: Sequence[str]) -> RawRow:
-    if not text.strip():
-        return RawRow(number, problem="an empty line")
-    try:
-        row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        return RawRow(number, problem=f"not JSON: {error}")
-    if not isinstance(row, dict):
-        return RawRow(number, problem=f"holds {json_type_name(row)} where an object is expected")
-    if problem := _missing_field(row, [field for field in fields if field not in optional]):
+    row, problem = _parse_json(text)
+    if problem is None:
+        problem = missing_field(row, [field for field in fields if field not in optional])
+    if problem is not None:
         return RawRow(number, problem=problem)
     return RawRow(number, tuple(row.get(field) for field in fields))
 
 
-def _missing_field(names: Iterable[str], fields: Sequence[str]) -> str | None:
-    missing = [field for field in fields if field not in names]
-    if not missing:
-        return None
-    return f"lacks the field {missing[0]!r}; it has {', '.join(map(repr, names)) or 'none'}"
-
-
-def _open_parquet(path: str) -> pa.parquet.ParquetFile:
+def _parse_json(text: str) -> tuple[dict[str, object], str | None]:
+    """(the object in a line, or an empty one; the line's problem or None)."""
+    if not text.strip():
+        return {}, "an empty line"
+    if text.lstrip().startswith("["):
+        return {}, ("begins a JSON list where a line is to be an object (`jq -c '.[]'` makes such "
+                    "lines)")
     try:
-        return pa.parquet.ParquetFile(path, memory_map=True)
-    except (pa.ArrowException, OSError) as error:
-        raise _unreadable_table(path, error) from None
-
-
-def _parquet_batches(span: FileSpan, fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    file = _open_parquet(span.path)
-    _require_columns(span.path, file.schema_arrow.names, fields)
-    return file.iter_batches(TABLE_BATCH_ROWS, row_groups=range(span.start, span.stop),
-                             columns=list(fields))
-
-
-def _arrow_batches(span: FileSpan, fields: Sequence[str]) -> Iterator[pa.RecordBatch]:
-    """Record batches of an Arrow file in either format: the stream that `datasets` writes, or the
-    file."""
-    with pa.memory_map(span.path) as source:
-        try:
-            table: Any = pa.ipc.open_stream(source)
-            batches = iter(table)
-        except pa.ArrowInvalid:
-            try:
-                table = pa.ipc.open_file(source)
-            except pa.ArrowInvalid as error:
-                raise _unreadable_table(span.path, error) from None
-            batches = map(table.get_batch, range(table.num_record_batches))
-        _require_columns(span.path, table.schema.names, fields)
-        yield from batches
-
-
-def _require_columns(path: str, names: Sequence[str], fields: Sequence[str]) -> None:
-    if problem := _missing_field(names, fields):
-        raise InputError(f"the table {path} {problem}", f"the columns {', '.join(fields)}",
-                         "name the source's columns in the recipe: `text`, or `prompt` and "
-                         "`response`, or `messages`")
-
-
-def _table_rows(batches: Iterable[pa.RecordBatch], fields: Sequence[str]) -> Iterator[RawRow]:
-    number = 0
-    try:
-        for batch in batches:
-            for start in range(0, batch.num_rows, TABLE_BATCH_ROWS):
-                columns = [batch.column(field).slice(start, TABLE_BATCH_ROWS).to_pylist()
-                           for field in fields]
-                for values in zip(*columns, strict=True):
-                    yield RawRow(number, values)
-                    number += 1
-    except (pa.ArrowException, OSError) as error:
-        yield RawRow(number, problem=f"the file is damaged or cut short: {error}")
-
-
-def _unreadable_table(path: str, error: Exception) -> InputError:
-    return InputError(f"the data file {path} cannot be read: {error}",
-                      f"a {file_format(path)} file", "write it again")
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        # A ValueError also where a number has more digits than Python reads.
+        return {}, f"not JSON: {error}"
+    if not isinstance(row, dict):
+        return {}, f"holds {json_type_name(row)} where an object is expected"
+    return row, None

@@ -28,7 +28,7 @@ from amid_ds.config.recipe import Source
 from amid_ds.data.encode import SourcePacker
 from amid_ds.data.manifest import ShardCounts, read_shard_counts, write_json
 from amid_ds.data.pack import PackedRow, PackingCounts, SourceDocument
-from amid_ds.data.readers import FileSpan, RawRow, batched_by_size
+from amid_ds.data.readers import DataFile, FileSpan, RawRow, batched_by_size
 from amid_ds.data.sources import read_checked_rows, shard_spans, span_row_location
 from amid_ds.errors import InputError
 
@@ -127,13 +127,13 @@ class ShardWriter:
         return packer.pack(documents(), counts)
 
 
-def plan_chunks(files: Sequence[Sequence[str]]) -> Iterator[SourceChunk]:
-    """The chunks of all sources, in order. files: the paths of each source's files."""
+def plan_chunks(files: Sequence[Sequence[DataFile]]) -> Iterator[SourceChunk]:
+    """The chunks of all sources, in order. files: each source's."""
     numbers = itertools.count()
-    for source, paths in enumerate(files):
-        size = sum(map(os.path.getsize, paths))
+    for source, its_files in enumerate(files):
+        size = sum(os.path.getsize(file.path) for file in its_files)
         target = min(max(size // CHUNKS_PER_SOURCE, MIN_CHUNK), MAX_CHUNK)
-        for spans in shard_spans(paths, target):
+        for spans in shard_spans(its_files, target):
             yield SourceChunk(next(numbers), source, tuple(spans))
 
 

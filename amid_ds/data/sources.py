@@ -1,33 +1,27 @@
-"""A recipe's sources: their files, the spans that become shards, and the rows that can be used.
+"""A recipe's sources: the spans that become shards, and the rows that can be used.
 
-A source is a file, a folder or a glob of files (sorted), or a data set of the hub. Files: JSON
-lines (.jsonl, .ndjson, .json) and .txt, also compressed (.gz, .zst); .parquet; .arrow, so a folder
-of `save_to_disk` is one too. A .txt FILE is one document. Corpora hold bad rows, and a job must
-name them without ending at the first: a row that cannot be used comes back with its problem
-instead of its values, and the reader decides (`data.on_bad_row`).
+Corpora hold bad rows, and a job must name them without ending at the first: a row that cannot be
+used comes back with its problem instead of its values, and the reader decides (`data.on_bad_row`).
+A .txt FILE is one document. The files themselves are found in locate.py.
 """
 
 from __future__ import annotations
 
-import glob
 import itertools
-import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from amid_ds.config.prompt_templates import fill_template
 from amid_ds.config.recipe import Data, Rows, Source
-from amid_ds.data.manifest import FileIdentity
+from amid_ds.data.locate import first_line_of, is_hub_id, source_files
 from amid_ds.data.readers import (
-    COMPRESSION_CODECS,
-    FILE_FORMATS,
     TEXT_FORMATS,
+    DataFile,
     FileSpan,
     RawRow,
     batched_by_size,
+    column_names,
     file_format,
     json_type_name,
     read_raw_rows,
@@ -37,9 +31,6 @@ from amid_ds.data.readers import (
 )
 from amid_ds.errors import InputError
 
-HUB_ID_PATTERN = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# Written by `save_to_disk` beside the data.
-SAVE_TO_DISK_METADATA = ("dataset_dict.json", "dataset_info.json", "state.json")
 # Checked before a run starts.
 CHECKED_FIRST_ROWS = 10
 # Fields that an instruction may lack.
@@ -48,58 +39,10 @@ OPTIONAL_FIELDS = ("input",)
 WHOLE_FILE = 1 << 62
 
 
-def source_files(source: Source) -> list[str]:
-    """The paths of a source's files, sorted.
-
-    Raises InputError if there are none, or one is empty or of an unknown format.
-    """
-    path = source.path
-    if os.path.isdir(path):
-        files = [str(file) for file in sorted(Path(path).rglob("*"))
-                 if file.is_file() and file_format(file.name)
-                 and file.name not in SAVE_TO_DISK_METADATA]
-    elif os.path.exists(path):
-        files = [path]
-    elif is_hub_id(path):
-        files = _hub_files(source)
-    else:
-        files = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
-    if not files:
-        raise InputError(
-            f"the data source {path!r} is not there, or has no files of a known kind",
-            f"a file, a folder or a glob of files ending in {_known_formats()}, or a data set on "
-            "the hub", f"check the path; relative paths are relative to {os.getcwd()}")
-    for file in files:
-        _require_usable_file(file, source)
-    return files
-
-
-def is_hub_id(path: str) -> bool:
-    """True for a path to look up on the hub: `name` or `owner/name`, and nothing local.
-
-    A path with a known ending, or whose owner is a folder here, is taken for a mistyped local one:
-    the hub answers those only after many tries.
-    """
-    owner = path.rpartition("/")[0]
-    return (HUB_ID_PATTERN.fullmatch(path) is not None and file_format(path) is None
-            and not os.path.exists(path) and not os.path.isdir(owner))
-
-
-def file_identities(source: Source, files: Sequence[str]) -> list[FileIdentity]:
-    """[name, size, modification time] of each file: equal while the files are the same.
-
-    A file of the hub is named by the end of its path in the cache, which holds the data set's
-    commit, and has no time: the cache may be anywhere, and be written again.
-    """
-    if is_hub_id(source.path):
-        return [["/".join(Path(file).parts[-3:]), os.path.getsize(file), 0] for file in files]
-    return [[file, os.stat(file).st_size, os.stat(file).st_mtime_ns] for file in files]
-
-
-def shard_spans(files: Sequence[str], target: int) -> Iterator[list[FileSpan]]:
+def shard_spans(files: Sequence[DataFile], target: int) -> Iterator[list[FileSpan]]:
     """The spans of each shard of a source, in order: about `target` bytes in each list."""
     spans = itertools.chain.from_iterable(
-        split_file(number, path, target) for number, path in enumerate(files))
+        split_file(number, file, target) for number, file in enumerate(files))
     return batched_by_size(spans, lambda span: span.size, target)
 
 
@@ -160,11 +103,16 @@ def read_prompts(source: Source, on_bad_row: str) -> Iterator[str]:
         yield prompt
 
 
+def source_columns(source: Source) -> list[str]:
+    """The columns of a source's first file. Raises InputError."""
+    return column_names(source_files(source)[0].path)
+
+
 def bad_row_error(location: str, problem: str) -> InputError:
     """The error for a row that cannot be used."""
     return InputError(f"{location}: {problem}", "a row that can be used",
-                      "fix the row or remove it; a recipe's data.on_bad_row=skip leaves out and "
-                      "counts such rows")
+                      "fix the row or remove it, or name other columns; data.on_bad_row=skip in a "
+                      "recipe, or --on-bad-row skip, leaves such rows out")
 
 
 def span_row_location(span: FileSpan, number: int) -> str:
@@ -216,7 +164,8 @@ def open_streaming_dataset(source: Source) -> Any:
         first = next(iter(stream), None)
     except Exception as error:
         # datasets and the hub raise whatever their many loaders raise.
-        raise InputError(f"the data source {source.path!r} cannot be streamed: {_summary(error)}",
+        raise InputError(f"the data source {source.path!r} cannot be streamed: "
+                         f"{first_line_of(error)}",
                          "a data set on the hub, or a folder of jsonl or parquet files",
                          "check the path, `config`, `split` and `revision`") from None
     problem = None
@@ -234,54 +183,13 @@ def open_streaming_dataset(source: Source) -> Any:
 def _usable_values(source: Source, on_bad_row: str,
                    fields: Sequence[str] | None = None) -> Iterator[tuple[Any, ...]]:
     """The values of a source's usable rows, in order."""
-    for number, path in enumerate(source_files(source)):
-        for span in split_file(number, path, WHOLE_FILE):
+    for number, file in enumerate(source_files(source)):
+        for span in split_file(number, file, WHOLE_FILE):
             for row in read_checked_rows(span, source, fields):
                 if row.problem is None:
                     yield row.values
                 elif on_bad_row == "error":
                     raise bad_row_error(span_row_location(span, row.number), row.problem)
-
-
-def _require_usable_file(file: str, source: Source) -> None:
-    name = file_format(file)
-    if name is None:
-        raise InputError(f"the data file {file!r} is of a kind that is not known",
-                         f"one of {_known_formats()}",
-                         "convert it, or rename it if it is one of these")
-    if os.path.getsize(file) == 0:
-        raise InputError(f"the data file {file!r} is empty", "at least one row",
-                         "remove the file or fill it")
-    if name in TEXT_FORMATS and not source.is_text:
-        raise InputError(f"the data file {file!r} is plain text, and its source names the columns "
-                         f"{source.fields}", "a file that has columns",
-                         "name no columns, or give a file that has them")
-
-
-def _known_formats() -> str:
-    codecs = " or ".join(COMPRESSION_CODECS)
-    return f"{', '.join(FILE_FORMATS)} (text and JSON also with {codecs})"
-
-
-def _hub_files(source: Source) -> list[str]:
-    """The Arrow files of a hub data set in the cache of `datasets`, downloaded if need be."""
-    import datasets
-
-    try:
-        loaded = datasets.load_dataset(source.path, source.config, split=source.split,
-                                       revision=source.revision)
-    except Exception as error:
-        # datasets and the hub raise whatever their many loaders raise.
-        raise InputError(f"the data source {source.path!r} is no file or folder here, and no data "
-                         f"set on the hub that can be loaded: {_summary(error)}",
-                         "a path, or the id of a data set that can be reached or is in the cache",
-                         "check the path, `config`, `split` and `revision`; load it once with a "
-                         "network") from None
-    return [file["filename"] for file in loaded.cache_files]
-
-
-def _summary(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _text_problem(value: object) -> str | None:

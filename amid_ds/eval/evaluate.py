@@ -13,7 +13,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -23,10 +23,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from amid_ds.config.prompt_templates import TEMPLATES
-from amid_ds.config.recipe import Data, Source
+from amid_ds.config.recipe import Source
 from amid_ds.data import (
     Batch,
+    check_sources,
     encode_prompts,
     load_tokenizer,
     prepare,
@@ -36,7 +36,8 @@ from amid_ds.data import (
 )
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
-from amid_ds.errors import InputError, TrainingError, suggest
+from amid_ds.errors import InputError, TrainingError
+from amid_ds.eval.rows import RowOptions
 from amid_ds.eval.text_metrics import (
     PUBLISHED_SEEDS,
     EvalPrompt,
@@ -178,15 +179,16 @@ def _log_probabilities(model: nn.Module, hidden: torch.Tensor, vocab_size: int) 
 class EvalArgs:
     """The arguments of `amid-ds eval`.
 
-    seeds: None: as many as in the papers, if the rows have prompts. new_tokens: of a generated
-    answer; None: half of the tokens that prompt and answer may have together.
+    data: a file, folder, glob or data set; rows: what is known of its rows. seeds: None: as many as
+    in the papers, if the rows have prompts. new_tokens: of a generated answer; None: half of the
+    tokens that prompt and answer may have together.
     """
 
     model: str
     teacher: str | None
     data: str
     seq_length: int = 512
-    template: str | None = None
+    rows: RowOptions = field(default_factory=RowOptions)
     seeds: int | None = None
     new_tokens: int | None = None
     batch_size: int = 4
@@ -198,10 +200,11 @@ class EvalArgs:
         what the rows cannot give.
         """
         seeds = self.seeds
+        has_references = source.prompt is not None or source.template is not None
         if seeds is None:
-            seeds = 0 if source.is_text else len(PUBLISHED_SEEDS)
+            seeds = len(PUBLISHED_SEEDS) if has_references else 0
         new_tokens = room // 2 if self.new_tokens is None else self.new_tokens
-        if seeds and source.is_text:
+        if seeds and not has_references:
             raise InputError(f"--seeds {seeds} with {self.data}, whose rows have no prompt and no "
                              "reference",
                              "prompt and response, or instruction, input and output: ROUGE-L "
@@ -226,7 +229,8 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     args.teacher are not read. Collective; world None: this process alone.
     """
     rank, size = (0, 1) if world is None else (world.rank, world.size)
-    source = _run_checked(world, lambda: eval_source(args.data, args.template))
+    data = _run_checked(world, lambda: args.rows.data(args.data))
+    source = data.train[0]
     limits = [getattr(each.config, "max_position_embeddings", None)
               for each in (model, teacher) if each is not None]
     room = min([args.seq_length, *filter(None, limits)])
@@ -234,7 +238,7 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     # Each rank prepares all rows in a folder of its own: nodes may share no file system.
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "data"
-        _run_checked(world, lambda: prepare(Data(train=[source]), args.seq_length, tokenizer, rows))
+        _run_checked(world, lambda: prepare(data, args.seq_length, tokenizer, rows))
         batches = tqdm(list(read_batches(rows, args.batch_size, rank, size)), desc="evaluate",
                        leave=False, disable=True if rank else None)
         sums = _run_checked(world, lambda: sum_scores(model, teacher, batches, len(tokenizer)))
@@ -242,7 +246,8 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     if sampling is None:
         return scores
     longest = room - sampling.new_tokens
-    prompts = _run_checked(world, lambda: _prompts(source, tokenizer, longest))
+    prompts = _run_checked(world, lambda: _prompts(source, args.rows.on_bad_row, tokenizer,
+                                                   longest))
     teacher_nll = None
     if teacher is not None:
         teacher_nll = partial(answers_nll, teacher, vocab_size=len(tokenizer))
@@ -254,9 +259,10 @@ def _run_checked(world: World | None, work: Callable[[], _T]) -> _T:
     return work() if world is None else world.run_checked(work)
 
 
-def _prompts(source: Source, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[EvalPrompt]:
+def _prompts(source: Source, on_bad_row: str, tokenizer: PreTrainedTokenizerBase,
+             longest: int) -> list[EvalPrompt]:
     """The source's prompts; one longer than `longest` tokens loses its left."""
-    texts, references = zip(*read_prompts_with_references(source, "error"), strict=True)
+    texts, references = zip(*read_prompts_with_references(source, on_bad_row), strict=True)
     encoded = encode_prompts(tokenizer, texts)
     return [EvalPrompt(ids[-longest:], answers)
             for ids, answers in zip(encoded, references, strict=True)]
@@ -277,33 +283,10 @@ def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequenc
     return sums[NLL_SUM], int(sums[TOKEN_COUNT])
 
 
-def eval_source(path: str, template: str | None = None) -> Source:
-    """A file as a source, with the columns of its first row.
-
-    Instructions go through `template`, by default the first one. Raises InputError for an unknown
-    template.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            row = json.loads(file.readline()) if path.endswith(".jsonl") else {}
-    except (OSError, ValueError):
-        # data/sources.py reports it, with the line number.
-        row = {}
-    columns = row.keys() if isinstance(row, dict) else set()
-    if template is not None or ("text" not in columns and {"instruction", "output"} <= columns):
-        name = template or next(iter(TEMPLATES))
-        if name not in TEMPLATES:
-            raise InputError(f"the prompt template {name!r}", f"one of {', '.join(TEMPLATES)}",
-                             suggest(name, TEMPLATES))
-        return Source(path=path, template=name)
-    if "text" not in columns and {"prompt", "response"} <= columns:
-        return Source(path=path, prompt="prompt", response="response")
-    return Source(path=path)
-
-
 def evaluate_command(args: EvalArgs, as_json: bool) -> None:
     """`amid-ds eval`: rank 0 prints the scores, as a table or as JSON alone."""
     with init_distributed(EVAL_TIMEOUT_S) as world:
+        world.run_checked(lambda: check_sources(args.rows.data(args.data)))
         model, teacher, tokenizer = world.run_checked(lambda: _load(args, world.device))
         scores = evaluate(args, model, teacher, tokenizer, world)
         if world.is_main and as_json:

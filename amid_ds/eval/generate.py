@@ -24,7 +24,6 @@ from torch import nn
 from tqdm import tqdm
 
 from amid_ds.config.parse import load_recipe
-from amid_ds.config.prompt_templates import TEMPLATES
 from amid_ds.config.recipe import Recipe, Source, Teacher
 from amid_ds.config.schedule import step_seed
 from amid_ds.data import (
@@ -40,6 +39,7 @@ from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.build import build_teacher_engine
 from amid_ds.errors import InputError, Stopped
+from amid_ds.eval.rows import require_template
 from amid_ds.files.atomic import replace_text
 from amid_ds.models import loading
 from amid_ds.models.sampler import Sampler, SamplerPrompt
@@ -66,7 +66,10 @@ class GenerateArgs:
     source: str
     out: str
     prompts: str | None = None
+    prompt: str | None = None
     template: str | None = None
+    split: str | None = None
+    on_bad_row: str | None = None
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
@@ -149,7 +152,7 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
     config = loading.model_config(model.model, **model.hub_kwargs)
     tokenizer = load_tokenizer(model.model, **model.hub_kwargs)
     end = end_of_text_id(tokenizer, args.end_of_text)
-    on_bad_row = recipe.data.on_bad_row if recipe is not None else "error"
+    on_bad_row = args.on_bad_row or (recipe.data.on_bad_row if recipe is not None else "error")
     prompts = [prompt for source in prompt_sources(args, recipe)
                for prompt in read_prompts(source, on_bad_row)]
     check_prompts_fit(tokenizer, prompts, args.max_new_tokens,
@@ -177,18 +180,24 @@ def prompt_sources(args: GenerateArgs, recipe: Recipe | None) -> list[Source]:
 
     Raises InputError if they have no prompts.
     """
-    if args.template is not None and args.template not in TEMPLATES:
-        raise InputError(f"--template {args.template}", f"one of {', '.join(TEMPLATES)}",
-                         "check the spelling")
+    options = {name: value for name in ("prompt", "template", "split")
+               if (value := getattr(args, name)) is not None}
+    if args.template is not None:
+        require_template(args.template)
+    if len(options.keys() - {"split"}) > 1 or (options and args.prompts is None):
+        raise InputError(" ".join(f"--{name} {value}" for name, value in options.items())
+                         + ("" if args.prompts else " without --prompts"),
+                         "--prompt COL or --template NAME, for the file of --prompts",
+                         "leave one out, or name the file")
     if args.prompts is not None and file_format(args.prompts) in TEXT_FORMATS:
         raise InputError(f"--prompts {args.prompts} is plain text",
                          "rows with a `prompt`, such as JSON lines",
                          "make each prompt a line {\"prompt\": …}")
     if args.prompts is not None:
-        if args.template is not None:
-            return [Source(path=args.prompts, template=args.template)]
-        # Read like a text column: a prompt without a response.
-        return [Source(path=args.prompts, text="prompt")]
+        if args.template is None:
+            # Read like a text column: a prompt without a response.
+            options["text"] = options.pop("prompt", "prompt")
+        return [Source.model_validate({"path": args.prompts, **options})]
     if recipe is None:
         raise InputError("no --prompts, and a model has none", "a file with a `prompt` in each row",
                          "name one")
