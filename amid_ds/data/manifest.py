@@ -18,7 +18,8 @@ from typing import TypedDict, cast
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import replace_text
 
-PREPARED_FORMAT = 2
+# 3: conversations, prompts with their responses, and long texts are encoded whole.
+PREPARED_FORMAT = 3
 PREPARED_MANIFEST, PREPARED_PLAN, SHARD_FOLDER = "manifest.json", "plan.json", "shards"
 
 # [name, size in bytes, modification time in ns]. A list, since JSON reads back no tuple.
@@ -30,7 +31,7 @@ class SourcePlan(TypedDict):
 
     path: str
     fields: list[str]
-    template: list[str] | str | None
+    template: list[str] | str | dict[str, str] | None
     truncate: str
     isolate: bool
     files: list[FileIdentity]
@@ -54,6 +55,7 @@ class _Counts(TypedDict):
     dropped: int
     skipped: int
     shown: list[str]
+    noted: dict[str, int]
 
 
 class ShardCounts(_Counts):

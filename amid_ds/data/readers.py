@@ -121,6 +121,14 @@ def read_raw_rows(span: FileSpan, fields: Sequence[str],
         yield from _table_rows(_arrow_batches(span, fields), fields)
 
 
+def column_names(path: str) -> list[str]:
+    """The columns of a table. Raises InputError if it cannot be opened."""
+    if file_format(path) in PARQUET_FORMATS:
+        return list(_open_parquet(path).schema_arrow.names)
+    with pa.memory_map(path) as source:
+        return list(_open_arrow(path, source).schema.names)
+
+
 def row_location(path: str, number: int) -> str:
     """The name of row `number` of a file for the user, "a.jsonl line 17" or "a.parquet row 16".
 
@@ -265,17 +273,22 @@ def _arrow_batches(span: FileSpan, fields: Sequence[str]) -> Iterator[pa.RecordB
     """Record batches of an Arrow file in either format: the stream that `datasets` writes, or the
     file."""
     with pa.memory_map(span.path) as source:
-        try:
-            table: Any = pa.ipc.open_stream(source)
-            batches = iter(table)
-        except pa.ArrowInvalid:
-            try:
-                table = pa.ipc.open_file(source)
-            except pa.ArrowInvalid as error:
-                raise _unreadable_table(span.path, error) from None
-            batches = map(table.get_batch, range(table.num_record_batches))
+        table = _open_arrow(span.path, source)
         _require_columns(span.path, table.schema.names, fields)
-        yield from batches
+        if isinstance(table, pa.ipc.RecordBatchFileReader):
+            yield from map(table.get_batch, range(table.num_record_batches))
+        else:
+            yield from table
+
+
+def _open_arrow(path: str, source: pa.MemoryMappedFile) -> Any:
+    try:
+        return pa.ipc.open_stream(source)
+    except pa.ArrowInvalid:
+        try:
+            return pa.ipc.open_file(source)
+        except pa.ArrowInvalid as error:
+            raise _unreadable_table(path, error) from None
 
 
 def _require_columns(path: str, names: Sequence[str], fields: Sequence[str]) -> None:

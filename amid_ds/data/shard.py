@@ -102,8 +102,9 @@ class ShardWriter:
         return {"source": chunk.source, "rows": counts.rows, "places": counts.inputs,
                 "tokens": counts.tokens, "documents": counts.documents,
                 "truncated": counts.truncated, "dropped": counts.dropped,
-                "skipped": counts.skipped, "shown": counts.shown, "lines": counts.lines,
-                "bytes": size, "sha256": digest}
+                "skipped": counts.skipped, "shown": counts.shown,
+                "noted": {name: count for name, count in counts.noted.items() if count},
+                "lines": counts.lines, "bytes": size, "sha256": digest}
 
     def _rows(self, chunk: SourceChunk, counts: PackingCounts) -> Iterator[PackedRow]:
         source = self.sources[chunk.source]
@@ -116,7 +117,7 @@ class ShardWriter:
 
                 def rows(span: FileSpan = span) -> Iterator[RawRow]:
                     nonlocal lines
-                    for row in read_checked_rows(span, source):
+                    for row in read_checked_rows(span, source, packer.columns):
                         lines += row.line_count
                         yield row
 

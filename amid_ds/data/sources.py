@@ -13,21 +13,24 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from amid_ds.config.prompt_templates import fill_template
 from amid_ds.config.recipe import Data, Rows, Source
+from amid_ds.data.chat import REASONING_KEYS
 from amid_ds.data.manifest import FileIdentity
 from amid_ds.data.readers import (
     COMPRESSION_CODECS,
     FILE_FORMATS,
+    LINE_FORMATS,
     TEXT_FORMATS,
     FileSpan,
     RawRow,
     batched_by_size,
+    column_names,
     file_format,
     json_type_name,
     read_raw_rows,
@@ -105,12 +108,30 @@ def shard_spans(files: Sequence[str], target: int) -> Iterator[list[FileSpan]]:
 
 def read_checked_rows(span: FileSpan, source: Source,
                       fields: Sequence[str] | None = None) -> Iterator[RawRow]:
-    """The rows of a span, each checked. fields: those of the source's to read; None: all."""
+    """The rows of a span, each checked.
+
+    fields: the columns to read, None for the source's; those of a conversation's template that
+    are not the source's may be missing.
+    """
     fields = source.fields if fields is None else fields
     names = ("text",) if file_format(span.path) in TEXT_FORMATS else fields
-    optional = OPTIONAL_FIELDS if source.template is not None else ()
-    for row in read_raw_rows(span, fields, optional):
+    optional: Sequence[str] = OPTIONAL_FIELDS if source.template is not None else ()
+    if source.messages is not None:
+        optional = tuple(field for field in fields if field not in source.fields)
+    for row in _read_rows(span, fields, optional):
         yield check_row(row, names, source)
+
+
+def _read_rows(span: FileSpan, fields: Sequence[str], optional: Sequence[str]) -> Iterator[RawRow]:
+    """The rows of a span, None for the values of optional fields that a table lacks."""
+    if not optional or file_format(span.path) in (*LINE_FORMATS, *TEXT_FORMATS):
+        yield from read_raw_rows(span, fields, optional)
+        return
+    columns = column_names(span.path)
+    present = [field for field in fields if field in columns or field not in optional]
+    for row in read_raw_rows(span, present):
+        values = dict(zip(present, row.values, strict=False))
+        yield replace(row, values=tuple(values.get(field) for field in fields))
 
 
 def check_row(row: RawRow, names: Sequence[str], source: Rows) -> RawRow:
@@ -123,7 +144,10 @@ def check_row(row: RawRow, names: Sequence[str], source: Rows) -> RawRow:
         return _fill_prompt(row, source.template)
     if row.problem is not None:
         return row
-    check = _text_problem if source.messages is None else _messages_problem
+    check = _text_problem
+    if source.messages is not None:
+        # The template's columns are checked as they are given to it.
+        check, names = _messages_problem, names[:1]
     # A text file's row has one value, `text`, for whichever column the recipe names.
     for name, value in zip(names, row.values, strict=False):
         if problem := check(value):
@@ -309,8 +333,16 @@ def _messages_problem(value: object) -> str | None:
         if not isinstance(message.get("role"), str):
             return f"has no role in message {number}"
         content = message.get("content")
-        if content is not None and (problem := _text_problem(content)):
+        empty = content is None or (content == "" and _may_be_empty(message))
+        if not empty and (problem := _text_problem(content)):
             return f"has a message {number} whose content {problem}"
     if not any(message["role"] == "assistant" for message in value):
         return "has no message of the role 'assistant'"
     return None
+
+
+def _may_be_empty(message: Mapping[str, object]) -> bool:
+    """True for a message that says something without content: all but a plain turn of a user or
+    an assistant."""
+    return (message["role"] not in ("user", "assistant")
+            or any(message.get(key) for key in ("tool_calls", "function_call", *REASONING_KEYS)))
