@@ -97,15 +97,16 @@ class SourcePacker:
         return pack_best_fit(rows, self.seq_length) if self.isolate else rows
 
     def documents(self, rows: Iterable[RawRow], file: int, location_of: Callable[[int], str],
-                  counts: PackingCounts) -> Iterator[SourceDocument]:
+                  counts: PackingCounts, before: str = "") -> Iterator[SourceDocument]:
         """The usable rows, of `columns`, as documents of ids, framed by the tokenizer's own tokens.
 
-        location_of: the name of a row by its number. An unusable row is counted, or, with
-        on_bad_row "error", raises InputError with its name.
+        location_of: the name of a row by its number; before: the end of the text that the first
+        row goes on with. An unusable row is counted, or, with on_bad_row "error", raises
+        InputError with its name.
         """
         drafts = self._drafts(rows, location_of, counts)
         if self.source.is_text:
-            drafts = self._cut_long_texts(drafts)
+            drafts = self._cut_long_texts(drafts, before)
         for batch in batched_by_size(drafts, Draft.__len__, ENCODE_CHARACTERS):
             if self.stop is not None and self.stop.is_set():
                 raise KeyboardInterrupt
@@ -147,18 +148,22 @@ class SourcePacker:
             encode_chats(self.tokenizer, [chat])
         return Draft(row.number, chat=chat)
 
-    def _cut_long_texts(self, drafts: Iterator[Draft]) -> Iterator[Draft]:
+    def _cut_long_texts(self, drafts: Iterator[Draft], before: str) -> Iterator[Draft]:
         """The drafts; a document that is long, or comes in pieces, in pieces with their ids."""
         for draft in drafts:
-            if draft.ends and len(draft.text) <= 2 * PIECE_BYTES:
+            if draft.starts and draft.ends and len(draft.text) <= 2 * PIECE_BYTES:
                 yield draft
             else:
-                yield from self._cut_document(draft, drafts)
+                yield from self._cut_document(draft, drafts, "" if draft.starts else before)
 
-    def _cut_document(self, first: Draft, following: Iterator[Draft]) -> Iterator[Draft]:
-        """The document that begins with `first` and may go on in `following`, in pieces."""
-        # The last characters that are encoded already; those that are not yet.
-        before, held = "", ""
+    def _cut_document(self, first: Draft, following: Iterator[Draft],
+                      before: str) -> Iterator[Draft]:
+        """The document that begins with `first` and may go on in `following`, in pieces.
+
+        before: the last characters that are encoded already.
+        """
+        # Characters that are read and not encoded yet.
+        held = ""
         line, starts = first.line, first.starts
         for draft in itertools.chain([first], following):
             text = held + draft.text

@@ -26,9 +26,17 @@ from numpy.typing import NDArray
 
 from amid_ds.config.recipe import Source
 from amid_ds.data.encode import SourcePacker
+from amid_ds.data.joints import CONTEXT
 from amid_ds.data.manifest import ShardCounts, read_shard_counts, write_json
 from amid_ds.data.pack import PackedRow, PackingCounts, SourceDocument
-from amid_ds.data.readers import FileSpan, RawRow, batched_by_size
+from amid_ds.data.readers import (
+    TEXT_FORMATS,
+    FileSpan,
+    RawRow,
+    batched_by_size,
+    file_format,
+    text_before_span,
+)
 from amid_ds.data.sources import read_checked_rows, shard_spans, span_row_location
 from amid_ds.errors import InputError
 
@@ -122,7 +130,10 @@ class ShardWriter:
                         yield row
 
                 location_of = functools.partial(span_row_location, span)
-                yield from packer.documents(rows(), span.file, location_of, counts)
+                before = ""
+                if file_format(span.path) in TEXT_FORMATS:
+                    before = text_before_span(span, CONTEXT)
+                yield from packer.documents(rows(), span.file, location_of, counts, before)
                 counts.lines.append((span.file, lines))
 
         return packer.pack(documents(), counts)
