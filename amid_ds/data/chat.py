@@ -38,9 +38,9 @@ LIST_COLUMNS = ("tools", "documents", "functions")
 KWARGS_COLUMN = "chat_template_kwargs"
 # Of a template's variables, those that are not the row's to give.
 OWN_VARIABLES = {"messages", "add_generation_prompt", "raise_exception", "strftime_now"}
-# Keys of a message, and the marks in its content, that hold reasoning.
+# Keys of a message, and marks in its content, between which is reasoning.
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-REASONING_TEXT = re.compile(r"(?:<think>)?(.*?)</think>", re.DOTALL)
+REASONING_BEGIN, REASONING_END = "<think>", "</think>"
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,9 @@ def _reasoning(messages: Sequence[ChatMessage]) -> list[str]:
         if message["role"] == "assistant":
             keyed = [message.get(key) for key in REASONING_KEYS]
             thoughts += [thought for thought in keyed if isinstance(thought, str)]
-            thoughts += REASONING_TEXT.findall(str(message.get("content") or ""))
+            parts = str(message.get("content") or "").split(REASONING_END)
+            # The mark before may be the template's.
+            thoughts += [part.rpartition(REASONING_BEGIN)[2] for part in parts[:-1]]
     return [thought.strip() for thought in thoughts]
 
 
