@@ -27,7 +27,7 @@ from support.chats import (
 from support.data import write_jsonl
 
 from amid_ds.config import recipe
-from amid_ds.data import encode_prompts, prepare
+from amid_ds.data import StreamLoader, encode_prompts, prepare, stream_summary
 from amid_ds.data.tokenizer import load_tokenizer
 from amid_ds.errors import InputError
 
@@ -373,6 +373,26 @@ def test_a_template_that_teaches_no_end_of_a_turn_is_said(tmp_path, tokenizers):
         _, info = template_rows(tmp_path, tokenizer, [{"messages": TURNS}])
         assert ("warning: 1 rows teach no end of a turn" in str(info)) == count, template
         assert END in tokenizer.get_vocab()
+
+
+def test_a_streamed_conversation_is_given_its_tools_and_its_oddities_are_said(tmp_path,
+                                                                               tokenizers):
+    tokenizer = tokenizers["byte level"]
+    tokenizer.chat_template = WITH_TOOLS
+    (tmp_path / "rows").mkdir()
+    write_jsonl(tmp_path / "rows" / "a.jsonl", [
+        {"messages": TURNS, "tools": TOOLS, "documents": [{"text": "a"}]},
+        {"messages": TURNS, "tools": TOOLS, "documents": None}] * 4)
+    data = recipe.Data(train=[{"path": str(tmp_path / "rows"), "messages": "messages",
+                               "stream": True}], isolate_documents=False)
+    loader = StreamLoader(data, 400, tokenizer, None, global_batch_size=8, micro_batch_size=8,
+                          dp_rank=0, dp_size=1, workers=0)
+    # The second step is of the second pass, so the first pass is counted.
+    [first], _ = loader.windows(0, 2)
+    assert (first.input_ids.tolist()
+            == [own_ids(tokenizer, TURNS, tools=TOOLS)[:-1]] * 8)
+    summary = stream_summary(data, loader.state(2))
+    assert "warning: 4 rows have tools, documents or other fields" in summary
 
 
 def test_reasoning_that_the_template_leaves_out_is_said(tmp_path, tokenizers):
