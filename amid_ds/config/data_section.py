@@ -35,6 +35,8 @@ class Rows(Section):
     """The column of the responses to `prompt`."""
     messages: str | None = None
     """The column with a list of {role, content}, for the tokenizer's chat template."""
+    tools: str | None = None
+    """The column of the tools beside `messages`. None: `tools`, in rows that have it."""
     template: str | None = None
     """The name of a template in prompt_templates.py."""
     truncate: Literal["left", "right"] = "left"
@@ -49,6 +51,8 @@ class Rows(Section):
         if len(kinds) > 1:
             named = " beside ".join(f"`{kind}`" for kind in kinds)
             raise ValueError(f"found {named}: a source has one kind of row, name one of them")
+        if self.tools is not None and self.messages is None:
+            raise ValueError("`tools` is a column beside `messages`: name both, or none")
         return self
 
     @field_validator("template")
@@ -75,6 +79,8 @@ class Rows(Section):
             return self.prompt, self.response
         if self.template is not None:
             return "instruction", "input", "output"
+        if self.messages is not None and self.tools is not None:
+            return self.messages, self.tools
         return (self.messages or self.text or "text",)
 
 

@@ -1,7 +1,8 @@
 """The user's files as micro-batches.
 
     locate, readers, tables, sources   files to rows of text
-    tokenizer, chat, encode   text to token ids
+    chat                      conversations to text
+    tokenizer, joints, encode text to token ids
     pack, shard, preparation  token ids to rows of seq_length in a prepared folder
     manifest, prepared        the JSON of that folder, and its rows by number
     order, batch, loader      rows to the micro-batches of each step and rank

@@ -2,22 +2,29 @@
 
 A tokenizer is fast on many texts at once and needs memory in proportion to the longest, while rows
 come one by one and may be whole books. So documents are gathered into batches of a fixed number of
-characters, and long texts are cut into pieces at white space. A tokenizer whose tokens span white
-space can encode such a text differently at the cuts, one in 256 Ki characters.
+characters, and long texts are cut into pieces.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from amid_ds.config.recipe import Rows
-from amid_ds.data.chat import Segment, conversation_segments
+from amid_ds.data.chat import RenderedChat, Stretch, chat_columns, render_chat
+from amid_ds.data.joints import (
+    CONTEXT,
+    encode_chats,
+    encode_continuations,
+    encode_up_to_a_cut,
+)
 from amid_ds.data.pack import (
     PackedRow,
     PackingCounts,
+    Segment,
     SourceDocument,
     one_row_per_document,
     pack_best_fit,
@@ -34,6 +41,28 @@ if TYPE_CHECKING:
 
 MAX_SHOWN_ROWS = 10
 ENCODE_CHARACTERS = 1 << 18
+# Tokens at the end of a turn among which is the one that ends it: a line end may follow.
+END_OF_TURN_TOKENS = 4
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A document, or a piece of one, whose text is not encoded yet, or just encoded.
+
+    prompt: the text that `text` continues; chat: a conversation instead of these; ids: the text's,
+    if they are known; starts, ends: False where the document continues before or after it.
+    """
+
+    line: int
+    text: str = ""
+    prompt: str = ""
+    chat: RenderedChat | None = None
+    ids: list[int] | None = None
+    starts: bool = True
+    ends: bool = True
+
+    def __len__(self) -> int:
+        return len(self.prompt) + len(self.text if self.chat is None else self.chat.text)
 
 
 @dataclass(frozen=True)
@@ -51,83 +80,158 @@ class SourcePacker:
     tokenizer: PreTrainedTokenizerBase
     stop: Event | None = None
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns to read: the source's, then those that a row may have for its template."""
+        if self.source.messages is None:
+            return self.source.fields
+        return tuple(dict.fromkeys((*self.source.fields,
+                                    *chat_columns(self.tokenizer, self.source.tools))))
+
     def pack(self, documents: Iterator[SourceDocument],
              counts: PackingCounts) -> Iterator[PackedRow]:
-        """Encode the documents and pack them into rows."""
-        encoded = self._encode(documents)
+        """Pack the documents into rows."""
         if self.source.is_text:
-            return pack_text(encoded, self.seq_length, self.isolate)
-        rows = one_row_per_document(encoded, self.seq_length, self.source.truncate, counts)
+            return pack_text(documents, self.seq_length, self.isolate)
+        rows = one_row_per_document(documents, self.seq_length, self.source.truncate, counts)
         return pack_best_fit(rows, self.seq_length) if self.isolate else rows
 
     def documents(self, rows: Iterable[RawRow], file: int, location_of: Callable[[int], str],
-                  counts: PackingCounts) -> Iterator[SourceDocument]:
-        """The usable rows as documents, framed by the tokenizer's own tokens.
+                  counts: PackingCounts, before: str = "") -> Iterator[SourceDocument]:
+        """The usable rows, of `columns`, as documents of ids, framed by the tokenizer's own tokens.
 
-        location_of: the name of a row by its number. An unusable row is counted, or, with
-        on_bad_row "error", raises InputError with its name.
+        location_of: the name of a row by its number; before: the end of the text that the first
+        row goes on with. An unusable row is counted, or, with on_bad_row "error", raises
+        InputError with its name.
         """
-        prefix = document_prefix_ids(self.tokenizer)
-        suffix = [end_of_text_id(self.tokenizer)]
-        for row in rows:
-            problem, parts = row.problem, []
-            if problem is None:
-                try:
-                    parts = self._parts(row, prefix, suffix)
-                except ValueError as error:
-                    problem = str(error)
-            if problem is not None:
-                # A location costs reading the file up to it: only for rows that are shown.
-                if self.on_bad_row == "error":
-                    raise bad_row_error(location_of(row.number), problem)
-                if counts.skipped < MAX_SHOWN_ROWS:
-                    counts.shown.append(f"{location_of(row.number)}: {problem}")
-                counts.skipped += 1
-                continue
-            counts.documents += row.ends_document
-            for index, part in enumerate(parts):
-                is_start = row.starts_document and index == 0
-                yield SourceDocument(part, file, row.number, is_start)
-
-    def _parts(self, row: RawRow, prefix: list[int], suffix: list[int]) -> list[list[Segment]]:
-        """The row's segments, as one document, or a list of pieces of a long text."""
-        if self.source.messages is not None:
-            return [conversation_segments(self.tokenizer, row.values[0])]
-        if not self.source.is_text:
-            prompt, response = row.values[:2]
-            return [[(prefix, False), (prompt, False), (response, True), (suffix, True)]]
-        parts: list[list[Segment]] = [[(piece, True)] for piece in _pieces(row.values[0])]
-        parts[0].insert(0, (prefix if row.starts_document else [], True))
-        parts[-1].append((suffix if row.ends_document else [], True))
-        return parts
-
-    def _encode(self, documents: Iterator[SourceDocument]) -> Iterator[SourceDocument]:
-        """The documents with their texts as token ids."""
-        for batch in batched_by_size(documents, SourceDocument.__len__, ENCODE_CHARACTERS):
+        drafts = self._drafts(rows, location_of, counts)
+        if self.source.is_text:
+            drafts = self._cut_long_texts(drafts, before)
+        for batch in batched_by_size(drafts, Draft.__len__, ENCODE_CHARACTERS):
             if self.stop is not None and self.stop.is_set():
                 raise KeyboardInterrupt
-            pieces = [_pieces(text) for document in batch for text, _ in document.segments
-                      if isinstance(text, str)]
-            ids = self._encode_pieces(itertools.chain.from_iterable(pieces))
-            ids_of_text = (list(itertools.chain.from_iterable(itertools.islice(ids, len(cut))))
-                           for cut in pieces)
-            for document in batch:
-                segments: list[Segment] = [
-                    (next(ids_of_text) if isinstance(text, str) else text, predicted)
-                    for text, predicted in document.segments]
-                yield replace(document, segments=segments)
+            for draft, segments in zip(batch, self._encode(batch, counts), strict=True):
+                yield SourceDocument(segments, file, draft.line, draft.starts)
 
-    def _encode_pieces(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        for batch in batched_by_size(texts, len, ENCODE_CHARACTERS):
-            yield from encode_texts(self.tokenizer, batch)
+    def _drafts(self, rows: Iterable[RawRow], location_of: Callable[[int], str],
+                counts: PackingCounts) -> Iterator[Draft]:
+        for row in rows:
+            problem = row.problem
+            if problem is None:
+                try:
+                    draft = self._draft(row)
+                except ValueError as error:
+                    problem = str(error)
+            if problem is None:
+                counts.documents += row.ends_document
+                yield draft
+                continue
+            # A location costs reading the file up to it: only for rows that are shown.
+            if self.on_bad_row == "error":
+                raise bad_row_error(location_of(row.number), problem)
+            if counts.skipped < MAX_SHOWN_ROWS:
+                counts.shown.append(f"{location_of(row.number)}: {problem}")
+            counts.skipped += 1
+
+    def _draft(self, row: RawRow) -> Draft:
+        if self.source.is_text:
+            return Draft(row.number, row.values[0], starts=row.starts_document,
+                         ends=row.ends_document)
+        if self.source.messages is None:
+            return Draft(row.number, row.values[1], row.values[0])
+        columns = dict(zip(self.columns[1:], row.values[1:], strict=True))
+        if self.source.tools is not None:
+            columns["tools"] = columns.pop(self.source.tools)
+        chat = render_chat(self.tokenizer, row.values[0], columns)
+        if not self.tokenizer.is_fast:
+            # Known to be possible while the row can still be named.
+            encode_chats(self.tokenizer, [chat])
+        return Draft(row.number, chat=chat)
+
+    def _cut_long_texts(self, drafts: Iterator[Draft], before: str) -> Iterator[Draft]:
+        """The drafts; a document that is long, or comes in pieces, in pieces with their ids."""
+        for draft in drafts:
+            if draft.starts and draft.ends and len(draft.text) <= 2 * PIECE_BYTES:
+                yield draft
+            else:
+                yield from self._cut_document(draft, drafts, "" if draft.starts else before)
+
+    def _cut_document(self, first: Draft, following: Iterator[Draft],
+                      before: str) -> Iterator[Draft]:
+        """The document that begins with `first` and may go on in `following`, in pieces.
+
+        before: the last characters that are encoded already.
+        """
+        # Characters that are read and not encoded yet.
+        held = ""
+        line, starts = first.line, first.starts
+        for draft in itertools.chain([first], following):
+            text = held + draft.text
+            place = len(held)
+            while place > 0 or len(text) > 2 * PIECE_BYTES:
+                cut, ids = encode_up_to_a_cut(self.tokenizer, before, text, place or PIECE_BYTES)
+                yield Draft(line, ids=ids, starts=starts, ends=False)
+                line, starts = draft.line - text.count("\n", cut, place), False
+                before, text = (before + text[:cut])[-CONTEXT:], text[cut:]
+                place = 0
+            held, ends = text, draft.ends
+            if ends:
+                break
+        [(_, ids)] = encode_continuations(self.tokenizer, [before], [held])
+        yield Draft(line, ids=ids, starts=starts, ends=ends)
+
+    def _encode(self, drafts: Sequence[Draft], counts: PackingCounts) -> Iterator[list[Segment]]:
+        """The drafts' segments."""
+        prefix = document_prefix_ids(self.tokenizer)
+        suffix = [end_of_text_id(self.tokenizer)]
+        if self.source.messages is not None:
+            chats = [draft.chat for draft in drafts if draft.chat is not None]
+            encoded = encode_chats(self.tokenizer, chats)
+            for chat, (ids, learnt) in zip(chats, encoded, strict=True):
+                counts.noted.update(chat.notes)
+                self._note_tokens(prefix, ids, learnt, counts)
+                yield _segments(ids, learnt)
+        elif self.source.is_text:
+            unknown = [draft.text for draft in drafts if draft.ids is None]
+            encoded_texts = iter(encode_texts(self.tokenizer, unknown))
+            for draft in drafts:
+                ids = next(encoded_texts) if draft.ids is None else draft.ids
+                if draft.starts:
+                    counts.noted["framed_twice"] += _begins_with(ids, prefix)
+                yield [(prefix if draft.starts else [], True), (ids, True),
+                       (suffix if draft.ends else [], True)]
+        else:
+            pairs = encode_continuations(self.tokenizer, [draft.prompt for draft in drafts],
+                                         [draft.text for draft in drafts])
+            for prompt, response in pairs:
+                counts.noted["framed_twice"] += _begins_with(prompt, prefix)
+                yield [(prefix, False), (prompt, False), (response, True), (suffix, True)]
+
+    def _note_tokens(self, prefix: list[int], ids: list[int], learnt: Sequence[Stretch],
+                     counts: PackingCounts) -> None:
+        """Count what is odd about a conversation's tokens."""
+        counts.noted["framed_twice"] += _begins_with(ids, prefix * 2)
+        ends = (ids[max(start, stop - END_OF_TURN_TOKENS):stop] for start, stop in learnt)
+        counts.noted["endless"] += self._ids_that_end_a_turn.isdisjoint(itertools.chain(*ends))
+
+    @functools.cached_property
+    def _ids_that_end_a_turn(self) -> frozenset[int]:
+        tokenizer = self.tokenizer
+        special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        return frozenset({*special, *tokenizer.all_special_ids}
+                         - {tokenizer.bos_token_id, tokenizer.unk_token_id}
+                         | {tokenizer.eos_token_id})
 
 
-def _pieces(text: str) -> list[str]:
-    """The text in pieces of at most PIECE_BYTES characters that end at white space if possible."""
-    pieces = []
-    while len(text) > PIECE_BYTES:
-        last_space = max(text.rfind("\n", 0, PIECE_BYTES), text.rfind(" ", 0, PIECE_BYTES))
-        cut = last_space + 1 or PIECE_BYTES
-        pieces.append(text[:cut])
-        text = text[cut:]
-    return [*pieces, text]
+def _begins_with(ids: list[int], prefix: list[int]) -> bool:
+    return bool(prefix) and ids[:len(prefix)] == prefix
+
+
+def _segments(ids: list[int], learnt: Sequence[Stretch]) -> list[Segment]:
+    segments: list[Segment] = []
+    done = 0
+    for start, stop in learnt:
+        start = max(start, done)
+        segments += [(ids[done:start], False), (ids[start:stop], True)]
+        done = max(start, stop)
+    return [*segments, (ids[done:], False)]

@@ -24,7 +24,8 @@ from amid_ds.config.typed_json import parse_as
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import replace_text
 
-PREPARED_FORMAT = 2
+# 3: conversations, prompts with their responses, and long texts are encoded whole.
+PREPARED_FORMAT = 3
 PREPARED_MANIFEST, PREPARED_PLAN, SHARD_FOLDER = "manifest.json", "plan.json", "shards"
 
 _T = TypeVar("_T")
@@ -38,7 +39,7 @@ class SourcePlan(TypedDict):
 
     path: str
     fields: list[str]
-    template: list[str] | str | None
+    template: list[str] | str | dict[str, str] | None
     truncate: str
     isolate: bool
     files: list[FileIdentity]
@@ -62,6 +63,7 @@ class _Counts(TypedDict):
     dropped: int
     skipped: int
     shown: list[str]
+    noted: dict[str, int]
 
 
 class ShardCounts(_Counts):

@@ -14,12 +14,12 @@ and their first token is not predicted.
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from amid_ds.data.chat import Segment
-
+# (token ids, True if they are predicted)
+Segment = tuple[list[int], bool]
 # That many rows wait for a document that fits; beyond it the fullest is closed.
 OPEN_ROWS = 64
 
@@ -29,6 +29,20 @@ ROW_ISSUES: Mapping[str, str] = {
     "dropped": "rows left out, their response having vanished",
     "skipped": "bad rows left out",
 }
+# Of rows that are made, what the user may not have meant, by its name in PackingCounts.noted.
+ROW_NOTES: Mapping[str, str] = {
+    "framed_twice": "begin with the token that the tokenizer puts before every text, and so have "
+    "it twice: remove it from the text",
+    "endless": "teach no end of a turn, so the model will not learn to stop: have the chat "
+    "template end what the assistant says with a special token, inside its {% generation %} if it "
+    "has one",
+    "reasoning": "hold reasoning that the chat template leaves out: use a template that writes it, "
+    "or train on what is left",
+    "unused": "have tools, documents or other fields that the chat template does not take: use a "
+    "template that does, or remove them",
+    "nulls": "have nulls in tools or tool calls, as a table puts them where other rows have a key: "
+    "keep arguments and tools as JSON text, or the rows as JSON lines",
+}
 
 
 @dataclass
@@ -37,7 +51,8 @@ class PackingCounts:
 
     truncated: documents that were too long for a row; dropped: documents without a token to
     predict, as when a prompt fills the row; skipped: unusable rows; shown: the first of these, with
-    their problems; lines: (file, number of its lines), in the order of reading.
+    their problems; noted: of ROW_NOTES, the documents that each applies to; lines: (file, number of
+    its lines), in the order of reading.
     """
 
     rows: int = 0
@@ -48,12 +63,13 @@ class PackingCounts:
     dropped: int = 0
     skipped: int = 0
     shown: list[str] = field(default_factory=list)
+    noted: Counter[str] = field(default_factory=Counter)
     lines: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class SourceDocument:
-    """The segments of one row of a source, in order, and the file and line that it was read from.
+    """The tokens of one row of a source, in order, and the file and line that it was read from.
 
     is_start: False for a piece that continues the document before it.
     """
@@ -63,13 +79,9 @@ class SourceDocument:
     line: int
     is_start: bool = True
 
-    def __len__(self) -> int:
-        return sum(len(text) for text, _ in self.segments)
-
     def ids(self) -> list[int]:
-        """All its token ids. Every segment must be encoded."""
-        segments = (ids for ids, _ in self.segments)
-        return list(itertools.chain.from_iterable(segments))    # type: ignore[arg-type]
+        """All its token ids."""
+        return list(itertools.chain.from_iterable(ids for ids, _ in self.segments))
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,12 @@ class PackedRow:
     file: int
     line: int
     doc_starts: list[int] = field(default_factory=list)
+
+
+def note_lines(noted: Mapping[str, int]) -> list[str]:
+    """For the user: a line for each of ROW_NOTES that applies to any row."""
+    return [f"warning: {noted[name]:,} rows {note}" for name, note in ROW_NOTES.items()
+            if noted.get(name)]
 
 
 def pack_text(documents: Iterable[SourceDocument], seq_length: int,

@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
@@ -48,7 +48,7 @@ from amid_ds.data.manifest import (
     shard_path,
     write_json,
 )
-from amid_ds.data.pack import ROW_ISSUES
+from amid_ds.data.pack import ROW_ISSUES, ROW_NOTES, note_lines
 from amid_ds.data.readers import DataFile
 from amid_ds.data.shard import (
     ShardWriter,
@@ -78,7 +78,8 @@ class SourceInfo:
 
     tokens: those that are predicted; truncated: documents longer than a row; dropped: documents
     without a token to predict; skipped: bad rows left out, under data.on_bad_row=skip; shown: the
-    first ten of these; padding: the unused share of rows × seq_length.
+    first ten of these; noted: of ROW_NOTES, the documents that each applies to; padding: the
+    unused share of rows × seq_length.
     """
 
     path: str
@@ -89,13 +90,14 @@ class SourceInfo:
     dropped: int
     skipped: int
     shown: tuple[str, ...]
+    noted: Mapping[str, int]
     padding: float
 
     def __str__(self) -> str:
         summary = (f"{self.path}: {self.documents:,} documents, {self.rows:,} rows, "
                    f"{self.tokens:,} tokens to predict, {self.padding:.1%} padding")
         issues = _issue_lines(self.truncated, self.dropped, self.skipped)
-        return "\n    ".join([summary, *issues, *self.shown])
+        return "\n    ".join([summary, *note_lines(self.noted), *issues, *self.shown])
 
 
 @dataclass(frozen=True)
@@ -260,7 +262,7 @@ def _make_plan(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
     """
     sources: list[SourcePlan] = []
     for source, paths in zip(data.train, files, strict=True):
-        template: list[str] | str | None = None
+        template: list[str] | str | dict[str, str] | None = None
         if source.messages is not None:
             template = require_chat_template(tokenizer)
         elif source.template is not None:
@@ -341,7 +343,9 @@ def _source_totals(path: str, shards: Sequence[ShardCounts]) -> SourceTotals:
             "truncated": sum(shard["truncated"] for shard in shards),
             "dropped": sum(shard["dropped"] for shard in shards),
             "skipped": sum(shard["skipped"] for shard in shards),
-            "shown": shown[:MAX_SHOWN_ROWS]}
+            "shown": shown[:MAX_SHOWN_ROWS],
+            "noted": {name: sum(shard["noted"].get(name, 0) for shard in shards)
+                      for name in ROW_NOTES}}
 
 
 def _issue_lines(truncated: int, dropped: int, skipped: int) -> list[str]:
@@ -359,7 +363,7 @@ def _prepared_info(folder: Path, manifest: PreparedManifest, reused: bool) -> Pr
         SourceInfo(path=source["path"], rows=source["rows"], tokens=source["tokens"],
                    documents=source["documents"], truncated=source["truncated"],
                    dropped=source["dropped"], skipped=source["skipped"],
-                   shown=tuple(source["shown"]),
+                   shown=tuple(source["shown"]), noted=source["noted"],
                    padding=1 - source["places"] / (source["rows"] * seq_length))
         for source in manifest["sources"])
     return PreparedInfo(folder, sum(source.rows for source in sources),

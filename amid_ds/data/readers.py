@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import itertools
 import json
 import os
 import shlex
@@ -119,9 +120,28 @@ def split_file(number: int, file: DataFile, target: int) -> Iterator[FileSpan]:
     elif Path(path).suffix in COMPRESSION_CODECS:
         yield FileSpan(number, path, 0, size, size)
     else:
-        for start in range(0, size, target):
-            stop = min(start + target, size)
+        starts: Sequence[int] = range(0, size, target)
+        if file_format(path) in TEXT_FORMATS:
+            starts = [0, *_unindented_lines(path, starts[1:], target)]
+        for start, stop in itertools.pairwise([*starts, size]):
             yield FileSpan(number, path, start, stop, stop - start)
+
+
+def _unindented_lines(path: str, places: Iterable[int], target: int) -> Iterator[int]:
+    """The beginnings of lines behind these places where no tokenizer joins what is before.
+
+    Many join a line end with white space after it: so lines without any at their beginning, or,
+    in a text without such lines, none.
+    """
+    with open(path, "rb") as file:
+        for place in places:
+            file.seek(place - 1)
+            file.readline()
+            start = file.tell()
+            while (line := file.readline()) and line[:1].isspace():
+                start = file.tell()
+            if line and start < place + target:
+                yield start
 
 
 def read_raw_rows(span: FileSpan, fields: Sequence[str],
@@ -191,6 +211,18 @@ def rows_before_span(span: FileSpan) -> int:
         # A line that began before the span and ends in it is not one of the span's.
         file.seek(span.start - 1)
         return line_ends + (file.read(1) != b"\n")
+
+
+def text_before_span(span: FileSpan, most: int) -> str:
+    """The last characters, `most` bytes of them, before the first line of a span of lines."""
+    if span.start == 0:
+        return ""
+    with open(span.path, "rb") as file:
+        file.seek(span.start - 1)
+        file.readline()
+        stop = file.tell()
+        file.seek(max(stop - most, 0))
+        return file.read(min(most, stop)).decode("utf-8", errors="ignore")
 
 
 def json_type_name(value: object) -> str:

@@ -26,9 +26,18 @@ from numpy.typing import NDArray
 
 from amid_ds.config.recipe import Source
 from amid_ds.data.encode import SourcePacker
+from amid_ds.data.joints import CONTEXT
 from amid_ds.data.manifest import ShardCounts, read_shard_counts, write_json
 from amid_ds.data.pack import PackedRow, PackingCounts, SourceDocument
-from amid_ds.data.readers import DataFile, FileSpan, RawRow, batched_by_size
+from amid_ds.data.readers import (
+    TEXT_FORMATS,
+    DataFile,
+    FileSpan,
+    RawRow,
+    batched_by_size,
+    file_format,
+    text_before_span,
+)
 from amid_ds.data.sources import read_checked_rows, shard_spans, span_row_location
 from amid_ds.errors import InputError
 
@@ -102,8 +111,9 @@ class ShardWriter:
         return {"source": chunk.source, "rows": counts.rows, "places": counts.inputs,
                 "tokens": counts.tokens, "documents": counts.documents,
                 "truncated": counts.truncated, "dropped": counts.dropped,
-                "skipped": counts.skipped, "shown": counts.shown, "lines": counts.lines,
-                "bytes": size, "sha256": digest}
+                "skipped": counts.skipped, "shown": counts.shown,
+                "noted": {name: count for name, count in counts.noted.items() if count},
+                "lines": counts.lines, "bytes": size, "sha256": digest}
 
     def _rows(self, chunk: SourceChunk, counts: PackingCounts) -> Iterator[PackedRow]:
         source = self.sources[chunk.source]
@@ -116,12 +126,15 @@ class ShardWriter:
 
                 def rows(span: FileSpan = span) -> Iterator[RawRow]:
                     nonlocal lines
-                    for row in read_checked_rows(span, source):
+                    for row in read_checked_rows(span, source, packer.columns):
                         lines += row.line_count
                         yield row
 
                 location_of = functools.partial(span_row_location, span)
-                yield from packer.documents(rows(), span.file, location_of, counts)
+                before = ""
+                if file_format(span.path) in TEXT_FORMATS:
+                    before = text_before_span(span, CONTEXT)
+                yield from packer.documents(rows(), span.file, location_of, counts, before)
                 counts.lines.append((span.file, lines))
 
         return packer.pack(documents(), counts)

@@ -8,12 +8,13 @@ A .txt FILE is one document. The files themselves are found in locate.py.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from amid_ds.config.prompt_templates import fill_template
 from amid_ds.config.recipe import Data, Rows, Source
+from amid_ds.data.chat import REASONING_KEYS
 from amid_ds.data.locate import first_line_of, is_hub_id, source_files
 from amid_ds.data.readers import (
     TEXT_FORMATS,
@@ -48,10 +49,16 @@ def shard_spans(files: Sequence[DataFile], target: int) -> Iterator[list[FileSpa
 
 def read_checked_rows(span: FileSpan, source: Source,
                       fields: Sequence[str] | None = None) -> Iterator[RawRow]:
-    """The rows of a span, each checked. fields: those of the source's to read; None: all."""
+    """The rows of a span, each checked.
+
+    fields: the columns to read, None for the source's; those of a conversation's template that
+    are not the source's may be missing.
+    """
     fields = source.fields if fields is None else fields
     names = ("text",) if file_format(span.path) in TEXT_FORMATS else fields
-    optional = OPTIONAL_FIELDS if source.template is not None else ()
+    optional: Sequence[str] = OPTIONAL_FIELDS if source.template is not None else ()
+    if source.messages is not None:
+        optional = tuple(field for field in fields if field not in source.fields)
     for row in read_raw_rows(span, fields, optional):
         yield check_row(row, names, source)
 
@@ -66,7 +73,10 @@ def check_row(row: RawRow, names: Sequence[str], source: Rows) -> RawRow:
         return _fill_prompt(row, source.template)
     if row.problem is not None:
         return row
-    check = _text_problem if source.messages is None else _messages_problem
+    check = _text_problem
+    if source.messages is not None:
+        # The template's columns are checked as they are given to it.
+        check, names = _messages_problem, names[:1]
     # A text file's row has one value, `text`, for whichever column the recipe names.
     for name, value in zip(names, row.values, strict=False):
         if problem := check(value):
@@ -217,8 +227,16 @@ def _messages_problem(value: object) -> str | None:
         if not isinstance(message.get("role"), str):
             return f"has no role in message {number}"
         content = message.get("content")
-        if content is not None and (problem := _text_problem(content)):
+        empty = content is None or (content == "" and _may_be_empty(message))
+        if not empty and (problem := _text_problem(content)):
             return f"has a message {number} whose content {problem}"
     if not any(message["role"] == "assistant" for message in value):
         return "has no message of the role 'assistant'"
     return None
+
+
+def _may_be_empty(message: Mapping[str, object]) -> bool:
+    """True for a message that says something without content: all but a plain turn of a user or
+    an assistant."""
+    return (message["role"] not in ("user", "assistant")
+            or any(message.get(key) for key in ("tool_calls", "function_call", *REASONING_KEYS)))

@@ -16,6 +16,7 @@ read the same shard.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -24,7 +25,7 @@ from amid_ds.data.batch import Batch, TokenRow, collate_rows
 from amid_ds.data.encode import SourcePacker
 from amid_ds.data.loader import StepLoader
 from amid_ds.data.order import assign_source
-from amid_ds.data.pack import ROW_ISSUES, PackingCounts
+from amid_ds.data.pack import ROW_ISSUES, ROW_NOTES, PackingCounts, note_lines
 from amid_ds.data.readers import RawRow
 from amid_ds.data.sources import check_row, open_streaming_dataset
 from amid_ds.errors import InputError
@@ -41,8 +42,8 @@ class StreamShardState(TypedDict):
 
     count: rows taken so far; epoch: passes over the files; block: the state of the `datasets`
     stream at the block's beginning, None at that of the files; document: documents of this pass
-    before the block; row: rows taken of the block; truncated, dropped, skipped: counts of finished
-    blocks.
+    before the block; row: rows taken of the block; truncated, dropped, skipped, noted: counts of
+    finished blocks.
     """
 
     count: int
@@ -53,6 +54,7 @@ class StreamShardState(TypedDict):
     truncated: int
     dropped: int
     skipped: int
+    noted: dict[str, int]
 
 
 class StreamState(TypedDict):
@@ -76,7 +78,8 @@ class StreamShard:
                  state: StreamShardState | None) -> None:
         self.name, self.reopen, self.packer = name, reopen, packer
         self.state: StreamShardState = {"count": 0, "epoch": 0, "block": None, "document": 0,
-                                        "row": 0, "truncated": 0, "dropped": 0, "skipped": 0}
+                                        "row": 0, "truncated": 0, "dropped": 0, "skipped": 0,
+                                        "noted": {}}
         if state is not None:
             self.state.update(state)
         self.stream = reopen()
@@ -103,6 +106,8 @@ class StreamShard:
         self.state["truncated"] += self.counts.truncated
         self.state["dropped"] += self.counts.dropped
         self.state["skipped"] += self.counts.skipped
+        # Replaced, since copies of the state share it.
+        self.state["noted"] = dict(Counter(self.state["noted"]) + self.counts.noted)
         self.state["block"] = self.stream.state_dict()
         self.state["document"] = self.documents_read
         self.state["row"] = 0
@@ -133,7 +138,7 @@ class StreamShard:
     def _read_block(self) -> None:
         """Read and pack the block that begins at the current position."""
         self.counts, self.documents_read = PackingCounts(), self.state["document"]
-        fields = self.packer.source.fields
+        fields = self.packer.columns
 
         def raw_rows() -> Iterator[RawRow]:
             size = 0
@@ -245,6 +250,9 @@ def stream_summary(data: Data, state: StreamState | None) -> str:
                   "dropped": sum(position["dropped"] for position in own),
                   "skipped": sum(position["skipped"] for position in own)}
         epochs = min((position["epoch"] for position in own), default=0)
-        issues = [f"{count:,} {ROW_ISSUES[name]}" for name, count in counts.items() if count]
+        noted = {name: sum(position.get("noted", {}).get(name, 0) for position in own)
+                 for name in ROW_NOTES}
+        issues = [*(f"{count:,} {ROW_ISSUES[name]}" for name, count in counts.items() if count),
+                  *note_lines(noted)]
         lines.append(", ".join([f"{source.path} {epochs}", *issues]))
     return "; ".join(lines)
