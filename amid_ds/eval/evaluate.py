@@ -8,6 +8,7 @@ ones, in the engine).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -33,6 +34,7 @@ from amid_ds.data import (
     read_batches,
     read_prompts_with_references,
     require_same_tokenizer,
+    vocabulary_size,
 )
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
@@ -45,8 +47,9 @@ from amid_ds.eval.text_metrics import (
     score_generations,
 )
 from amid_ds.losses import IGNORE_INDEX
-from amid_ds.models.heads import head_of, logits_of, run_body
-from amid_ds.models.loading import model_config
+from amid_ds.models.fit import require_positions, require_rows
+from amid_ds.models.heads import check_head, head_of, ids_to_check, logits_of, run_body
+from amid_ds.models.loading import meta_model, model_config
 from amid_ds.run.log import perplexity
 
 if TYPE_CHECKING:
@@ -223,21 +226,24 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     """Every score of `model`, on every rank.
 
     Over the ids below the tokenizer's size, both models renormalised over them. args.model and
-    args.teacher are not read. Collective; world None: this process alone.
+    args.teacher are the models' names. Collective; world None: this process alone.
     """
     rank, size = (0, 1) if world is None else (world.rank, world.size)
     source = _run_checked(world, lambda: eval_source(args.data, args.template))
-    limits = [getattr(each.config, "max_position_embeddings", None)
-              for each in (model, teacher) if each is not None]
+    models = [(args.model, model), *([] if teacher is None else [(str(args.teacher), teacher)])]
+    vocab_size = vocabulary_size(tokenizer)
+    _run_checked(world, lambda: _check_heads(models, vocab_size))
+    limits = [getattr(each.config, "max_position_embeddings", None) for _, each in models]
     room = min([args.seq_length, *filter(None, limits)])
     sampling = _run_checked(world, lambda: args.sampling(source, room))
     # Each rank prepares all rows in a folder of its own: nodes may share no file system.
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "data"
         _run_checked(world, lambda: prepare(Data(train=[source]), args.seq_length, tokenizer, rows))
-        batches = tqdm(list(read_batches(rows, args.batch_size, rank, size)), desc="evaluate",
-                       leave=False, disable=True if rank else None)
-        sums = _run_checked(world, lambda: sum_scores(model, teacher, batches, len(tokenizer)))
+        batches = list(read_batches(rows, args.batch_size, rank, size))
+        _run_checked(world, lambda: _check_positions(models, batches))
+        shown = tqdm(batches, desc="evaluate", leave=False, disable=True if rank else None)
+        sums = _run_checked(world, lambda: sum_scores(model, teacher, shown, vocab_size))
     scores = score_model(sums if world is None else world.sum(sums), teacher is not None)
     if sampling is None:
         return scores
@@ -245,9 +251,22 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     prompts = _run_checked(world, lambda: _prompts(source, tokenizer, longest))
     teacher_nll = None
     if teacher is not None:
-        teacher_nll = partial(answers_nll, teacher, vocab_size=len(tokenizer))
+        teacher_nll = partial(answers_nll, teacher, vocab_size=vocab_size)
     generations = score_generations(model, tokenizer, prompts, sampling, teacher_nll, world)
     return dataclasses.replace(scores, **dataclasses.asdict(generations))
+
+
+def _check_heads(models: Sequence[tuple[str, nn.Module]], vocab_size: int) -> None:
+    for name, model in models:
+        check_head(model, f"the model {name}", ids_to_check(model, vocab_size),
+                   lambda _: contextlib.nullcontext())
+
+
+def _check_positions(models: Sequence[tuple[str, nn.Module]], batches: Sequence[Batch]) -> None:
+    longest = max(batch.input_ids.shape[1] if batch.positions is None
+                  else int(batch.positions.max()) + 1 for batch in batches)
+    for name, model in models:
+        require_positions(model, f"the model {name}", longest)
 
 
 def _run_checked(world: World | None, work: Callable[[], _T]) -> _T:
@@ -315,6 +334,8 @@ def evaluate_command(args: EvalArgs, as_json: bool) -> None:
 def _load(args: EvalArgs, device: torch.device
           ) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
     tokenizer = load_tokenizer(args.model)
+    for name in filter(None, (args.model, args.teacher)):
+        require_rows(meta_model(name), f"the model {name}", vocabulary_size(tokenizer))
     teacher = None
     if args.teacher is not None:
         require_same_tokenizer(tokenizer, load_tokenizer(args.teacher), args.model, args.teacher)
