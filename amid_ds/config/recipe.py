@@ -115,7 +115,10 @@ class Loss(Section):
     """The divergence's arguments of p (teacher), q (student), r (assistant): `pr` is D(p‖r); a
     mapping from orders to weights is their weighted sum."""
     temperature: Annotated[Scheduled, within(0, math.inf, open_low=True)] = 1.0
-    """Divides both models' logits; no τ² factor is applied."""
+    """Divides both models' logits."""
+    temperature_scaling: Literal["none", "squared"] = "none"
+    """A factor of the divergence. none: 1; squared: temperature², so that the gradient keeps its
+    size at high temperatures (Hinton et al., 2015)."""
     detach_assistant: bool = False
     """Treat the assistant as a fixed target, without a gradient through it."""
     kd_weight: Annotated[Scheduled, within(0, math.inf)] = 1.0

@@ -73,8 +73,9 @@ class Scores:
     """Token-weighted means over a data set, in nats; then the scores of generations.
 
     loss: negative log-likelihood. perplexity: None if it is more than a float holds.
-    kl_to_teacher: KL(teacher ‖ model); reverse_kl: KL(model ‖ teacher); top1_agreement: the share
-    of tokens at which both have the same first choice; all three None without a teacher.
+    kl_to_teacher: KL(teacher ‖ model); reverse_kl: KL(model ‖ teacher), None if it is infinite;
+    top1_agreement: the share of tokens at which both have the same first choice; all three None
+    without a teacher.
     calibration_error: the expected gap between the probability of the first choice and the share of
     right ones, over 15 bins of equal width. The others are GenerationScores'; None without
     generations.
@@ -105,22 +106,25 @@ def load_model(model: str) -> nn.Module:
 def score_model(sums: Sequence[float], has_teacher: bool) -> Scores:
     """Scores from the sums of `sum_scores`, added up over all ranks.
 
-    Raises InputError if there is no token to score, and TrainingError if a mean is infinite: a
-    token, or one that the other model may choose, has no probability at all.
+    Raises InputError if there is no token to score, and TrainingError if the loss or KL(teacher ‖
+    model) is infinite: the model gives a token, or one that the teacher may choose, no probability
+    at all.
     """
     tokens = sums[TOKEN_COUNT]
     if not tokens:
         raise InputError("the data hold no token to score",
                          "at least one token after the first", "check the file")
     loss, kl, reverse_kl, agreement = (value / tokens for value in sums[:TOKEN_COUNT])
-    if not all(map(math.isfinite, sums)):
-        raise TrainingError(f"over the data the loss is {loss}, KL(teacher ‖ model) {kl} and "
-                            f"KL(model ‖ teacher) {reverse_kl}")
+    if not math.isfinite(loss) or not math.isfinite(kl) or math.isnan(reverse_kl):
+        raise TrainingError(
+            f"over the data the loss is {loss}, KL(teacher ‖ model) {kl} and KL(model ‖ teacher) "
+            f"{reverse_kl}\n  infinite: the model's logit is -inf for a token of the data, or for "
+            "one that the teacher gives some probability")
     bins = zip(sums[CONFIDENCE_SUMS], sums[CORRECT_COUNTS], strict=True)
     gaps = sum(abs(confidence - correct) for confidence, correct in bins)
     return Scores(loss, perplexity(loss),
                   kl_to_teacher=kl if has_teacher else None,
-                  reverse_kl=reverse_kl if has_teacher else None,
+                  reverse_kl=reverse_kl if has_teacher and math.isfinite(reverse_kl) else None,
                   top1_agreement=agreement if has_teacher else None,
                   calibration_error=gaps / tokens)
 
@@ -150,8 +154,8 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
             confidence, choice = log_q.max(-1)
             if teacher is not None and teacher_hidden is not None:
                 log_p = _log_probabilities(teacher, teacher_hidden[part], vocab_size)
-                sums[KL_SUM] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-                sums[REVERSE_KL_SUM] += F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+                sums[KL_SUM] += _kl_sum(log_p, log_q)
+                sums[REVERSE_KL_SUM] += _kl_sum(log_q, log_p)
                 sums[AGREED_SUM] += (choice == log_p.argmax(-1)).sum()
             confidence = confidence.exp().double()
             bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
@@ -160,6 +164,12 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
         sums[TOKEN_COUNT] += len(labels)
     values: list[float] = sums.tolist()
     return values
+
+
+def _kl_sum(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    """Σ KL(a ‖ b) of log-probabilities [N, V]: 0·log 0 is 0, and where b alone is 0, infinite."""
+    ratio = (log_a - log_b).masked_fill(log_a == -math.inf, 0)
+    return torch.where(ratio == math.inf, ratio, log_a.exp() * ratio).sum()
 
 
 def _hidden_states(model: nn.Module, batch: Batch, keep: torch.Tensor) -> torch.Tensor:
