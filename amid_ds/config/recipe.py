@@ -235,7 +235,7 @@ class Rollout(Section):
     batch_size: PositiveInt = 32
     """Prompts that a rank completes at once."""
     end_of_text: str | None = None
-    """The token that ends a response; None: the tokenizer's end of text."""
+    """The token that ends a response; None: the ends that the student and its tokenizer name."""
 
     @model_validator(mode="after")
     def _one_scheme(self) -> Rollout:
