@@ -269,7 +269,7 @@ def test_prompts_of_unequal_lengths_share_a_batch_without_a_trace(family, tmp_pa
     prompts = [SamplerPrompt(torch.randint(3, vocabulary, (length,), generator=draw).tolist(),
                              room, 0)
                for length, room in ((3, 60), (40, 5), (1, 30), (120, 8))]
-    completions = Sampler(0.0, 1.0, END, vocabulary).complete(model, prompts, bool,
+    completions = Sampler(0.0, 1.0, (END,), vocabulary).complete(model, prompts, bool,
                                                               torch.device("cpu"))
     for prompt, ids in zip(prompts, completions, strict=True):
         truth = model.generate(torch.tensor([prompt.ids]), max_new_tokens=prompt.room,
@@ -297,7 +297,7 @@ def test_what_the_threshold_follows_does_not_change_between_attempts(change, rec
 def test_sampling_follows_temperature_and_top_p(pair):
     student = AutoModelForCausalLM.from_pretrained(pair[0]).eval()
     prompt, draws, vocabulary = [5, 9, 4], 4000, student.config.vocab_size
-    sampler = Sampler(0.7, 0.8, END, vocabulary)
+    sampler = Sampler(0.7, 0.8, (END,), vocabulary)
     completions = sampler.complete(student,
                                    [SamplerPrompt(prompt, 2, seed) for seed in range(draws)],
                                    bool, torch.device("cpu"))
@@ -335,7 +335,7 @@ def test_sampling_follows_temperature_and_top_p(pair):
 def test_logits_that_are_no_distributions_choose_nothing(temperature, top_p):
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[1, nan, 0], [nan] * 3, [inf, 0, 0], [-inf] * 3, [-inf, 5, -inf]])
-    chosen = Sampler(temperature, top_p, 0, 3).choose(logits,
+    chosen = Sampler(temperature, top_p, (0,), 3).choose(logits,
                                                       torch.tensor([0.1, 0.1, 0.1, 0.1, 0.99]))
     assert chosen.tolist() == [NO_TOKEN] * 4 + [1]
 

@@ -15,6 +15,7 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Loss, Piecewise, Schedule
 from amid_ds.config.schedule import loss_at, value_at
 from amid_ds.errors import InputError
+from amid_ds.training.objective import objective_at
 
 TOTAL = 11
 
@@ -30,6 +31,19 @@ TOTAL = 11
 def test_a_schedule_takes_these_values(spec, values):
     scheduled = (Piecewise if "pieces" in spec else Schedule).model_validate(spec)
     assert [value_at(scheduled, step, TOTAL) for step in range(TOTAL)] == pytest.approx(values)
+
+
+@pytest.mark.parametrize("spec", [{}, {"preset": "skl", "lam": 0.2}])
+def test_the_squared_temperature_is_each_steps_own_factor_of_the_divergence(spec):
+    loss = {"temperature": {"linear": [1.0, 3.0]}, "kd_weight": 0.5, "ce_weight": 0.25, **spec}
+    plain, squared = (Loss.model_validate({**loss, **more})
+                      for more in ({}, {"temperature_scaling": "squared"}))
+    for step, temperature in ((0, 1.0), (5, 2.0), (10, 3.0)):
+        one, other = (objective_at(each, step, TOTAL) for each in (plain, squared))
+        assert (one.amid, one.ce_weight, one.kd_weight) == (other.amid, 0.25, 0.5)
+        assert one.amid.temperature == pytest.approx(temperature)
+        assert other.kd_weight == pytest.approx(0.5 * temperature**2)
+        assert other.scheduled == one.scheduled and other.ce_weight == 0.25
 
 
 def test_presets_own_keys_are_scheduled_too():

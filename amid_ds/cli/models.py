@@ -72,7 +72,7 @@ def add_generate(commands: Commands) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts of a rank")
-    parser.add_argument("--end-of-text", metavar="TOKEN", help="default: the tokenizer's own")
+    parser.add_argument("--end-of-text", metavar="TOKEN", help="default: all the model's ends")
 
 
 def _generate(args: argparse.Namespace) -> None:

@@ -115,7 +115,10 @@ class Loss(Section):
     """The divergence's arguments of p (teacher), q (student), r (assistant): `pr` is D(p‖r); a
     mapping from orders to weights is their weighted sum."""
     temperature: Annotated[Scheduled, within(0, math.inf, open_low=True)] = 1.0
-    """Divides both models' logits; no τ² factor is applied."""
+    """Divides both models' logits."""
+    temperature_scaling: Literal["none", "squared"] = "none"
+    """A factor of the divergence. none: 1; squared: temperature², so that the gradient keeps its
+    size at high temperatures (Hinton et al., 2015)."""
     detach_assistant: bool = False
     """Treat the assistant as a fixed target, without a gradient through it."""
     kd_weight: Annotated[Scheduled, within(0, math.inf)] = 1.0
@@ -232,7 +235,7 @@ class Rollout(Section):
     batch_size: PositiveInt = 32
     """Prompts that a rank completes at once."""
     end_of_text: str | None = None
-    """The token that ends a response; None: the tokenizer's end of text."""
+    """The token that ends a response; None: the ends that the student and its tokenizer name."""
 
     @model_validator(mode="after")
     def _one_scheme(self) -> Rollout:

@@ -28,6 +28,7 @@ from amid_ds.data.tokenizer import (
     require_same_tokenizer,
     tokenizer_fingerprint,
     train_sentencepiece,
+    vocabulary_size,
 )
 
 __all__ = ["Batch", "PreparedDataset", "PreparedInfo", "PreparedLoader", "SourceInfo",
@@ -35,4 +36,4 @@ __all__ = ["Batch", "PreparedDataset", "PreparedInfo", "PreparedLoader", "Source
            "end_of_text_id", "load_tokenizer", "merge_stream_states", "planned_epochs", "prepare",
            "prepare_all", "read_batches", "read_prompts", "read_prompts_with_references",
            "require_same_tokenizer", "sample_texts", "source_columns", "stream_summary",
-           "tokenizer_fingerprint", "train_sentencepiece"]
+           "tokenizer_fingerprint", "train_sentencepiece", "vocabulary_size"]

@@ -80,6 +80,14 @@ def _saved_class(folder: Path) -> str | None:
     return name if (folder / "tokenizer.json").is_file() else None
 
 
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The largest id + 1: the distributions of both models are over the ids below it.
+
+    Not the number of tokens: ids may have holes, as cl100k's have. A hole counts like a token.
+    """
+    return max(tokenizer.get_vocab().values()) + 1
+
+
 def end_of_text_id(tokenizer: PreTrainedTokenizerBase, named: str | None = None) -> int:
     """The id of the token that ends a document: the token `named`, or the tokenizer's eos_token.
 

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -19,7 +18,7 @@ from amid_ds.distributed.world import World
 from amid_ds.engine import gather, memory, restore, staging
 from amid_ds.errors import TrainingError
 from amid_ds.models.distiller import Distiller, MicroBatchLoss, StepObjective
-from amid_ds.models.heads import check_head, check_isolation
+from amid_ds.models.heads import check_head, check_isolation, ids_to_check
 from amid_ds.models.sizes import default_teacher_tokens, hidden_states_fit, teacher_bytes_per_token
 
 
@@ -181,12 +180,11 @@ class Engine:
 
         Where documents are to be isolated (`isolated`), also unless they are. Collective.
         """
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(vocab_size, (2, 16), generator=generator).to(self.world.device)
         for name, model in (("student", self.distiller.student),
                             ("teacher", self.distiller.teacher)):
             if model is not None:
                 title = f"the {name} {model.config.name_or_path}"   # type: ignore[union-attr]
+                ids = ids_to_check(model, vocab_size).to(self.world.device)
                 check_head(model, title, ids, self.gathered_head)
                 if isolated:
                     check_isolation(model, title, ids)

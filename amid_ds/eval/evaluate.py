@@ -8,6 +8,7 @@ ones, in the engine).
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -33,6 +34,7 @@ from amid_ds.data import (
     read_batches,
     read_prompts_with_references,
     require_same_tokenizer,
+    vocabulary_size,
 )
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
@@ -46,8 +48,9 @@ from amid_ds.eval.text_metrics import (
     score_generations,
 )
 from amid_ds.losses import IGNORE_INDEX
-from amid_ds.models.heads import head_of, logits_of, run_body
-from amid_ds.models.loading import model_config
+from amid_ds.models.fit import require_positions, require_rows
+from amid_ds.models.heads import check_head, head_of, ids_to_check, logits_of, run_body
+from amid_ds.models.loading import meta_model, model_config
 from amid_ds.run.log import perplexity
 
 if TYPE_CHECKING:
@@ -71,8 +74,9 @@ class Scores:
     """Token-weighted means over a data set, in nats; then the scores of generations.
 
     loss: negative log-likelihood. perplexity: None if it is more than a float holds.
-    kl_to_teacher: KL(teacher ‖ model); reverse_kl: KL(model ‖ teacher); top1_agreement: the share
-    of tokens at which both have the same first choice; all three None without a teacher.
+    kl_to_teacher: KL(teacher ‖ model); reverse_kl: KL(model ‖ teacher), None if it is infinite;
+    top1_agreement: the share of tokens at which both have the same first choice; all three None
+    without a teacher.
     calibration_error: the expected gap between the probability of the first choice and the share of
     right ones, over 15 bins of equal width. The others are GenerationScores'; None without
     generations.
@@ -103,22 +107,25 @@ def load_model(model: str) -> nn.Module:
 def score_model(sums: Sequence[float], has_teacher: bool) -> Scores:
     """Scores from the sums of `sum_scores`, added up over all ranks.
 
-    Raises InputError if there is no token to score, and TrainingError if a mean is infinite: a
-    token, or one that the other model may choose, has no probability at all.
+    Raises InputError if there is no token to score, and TrainingError if the loss or KL(teacher ‖
+    model) is infinite: the model gives a token, or one that the teacher may choose, no probability
+    at all.
     """
     tokens = sums[TOKEN_COUNT]
     if not tokens:
         raise InputError("the data hold no token to score",
                          "at least one token after the first", "check the file")
     loss, kl, reverse_kl, agreement = (value / tokens for value in sums[:TOKEN_COUNT])
-    if not all(map(math.isfinite, sums)):
-        raise TrainingError(f"over the data the loss is {loss}, KL(teacher ‖ model) {kl} and "
-                            f"KL(model ‖ teacher) {reverse_kl}")
+    if not math.isfinite(loss) or not math.isfinite(kl) or math.isnan(reverse_kl):
+        raise TrainingError(
+            f"over the data the loss is {loss}, KL(teacher ‖ model) {kl} and KL(model ‖ teacher) "
+            f"{reverse_kl}\n  infinite: the model's logit is -inf for a token of the data, or for "
+            "one that the teacher gives some probability")
     bins = zip(sums[CONFIDENCE_SUMS], sums[CORRECT_COUNTS], strict=True)
     gaps = sum(abs(confidence - correct) for confidence, correct in bins)
     return Scores(loss, perplexity(loss),
                   kl_to_teacher=kl if has_teacher else None,
-                  reverse_kl=reverse_kl if has_teacher else None,
+                  reverse_kl=reverse_kl if has_teacher and math.isfinite(reverse_kl) else None,
                   top1_agreement=agreement if has_teacher else None,
                   calibration_error=gaps / tokens)
 
@@ -148,8 +155,8 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
             confidence, choice = log_q.max(-1)
             if teacher is not None and teacher_hidden is not None:
                 log_p = _log_probabilities(teacher, teacher_hidden[part], vocab_size)
-                sums[KL_SUM] += F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-                sums[REVERSE_KL_SUM] += F.kl_div(log_p, log_q, reduction="sum", log_target=True)
+                sums[KL_SUM] += _kl_sum(log_p, log_q)
+                sums[REVERSE_KL_SUM] += _kl_sum(log_q, log_p)
                 sums[AGREED_SUM] += (choice == log_p.argmax(-1)).sum()
             confidence = confidence.exp().double()
             bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
@@ -158,6 +165,12 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
         sums[TOKEN_COUNT] += len(labels)
     values: list[float] = sums.tolist()
     return values
+
+
+def _kl_sum(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
+    """Σ KL(a ‖ b) of log-probabilities [N, V]: 0·log 0 is 0, and where b alone is 0, infinite."""
+    ratio = (log_a - log_b).masked_fill(log_a == -math.inf, 0)
+    return torch.where(ratio == math.inf, ratio, log_a.exp() * ratio).sum()
 
 
 def _hidden_states(model: nn.Module, batch: Batch, keep: torch.Tensor) -> torch.Tensor:
@@ -226,22 +239,25 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     """Every score of `model`, on every rank.
 
     Over the ids below the tokenizer's size, both models renormalised over them. args.model and
-    args.teacher are not read. Collective; world None: this process alone.
+    args.teacher are the models' names. Collective; world None: this process alone.
     """
     rank, size = (0, 1) if world is None else (world.rank, world.size)
     data = _run_checked(world, lambda: args.rows.data(args.data))
     source = data.train[0]
-    limits = [getattr(each.config, "max_position_embeddings", None)
-              for each in (model, teacher) if each is not None]
+    models = [(args.model, model), *([] if teacher is None else [(str(args.teacher), teacher)])]
+    vocab_size = vocabulary_size(tokenizer)
+    _run_checked(world, lambda: _check_heads(models, vocab_size))
+    limits = [getattr(each.config, "max_position_embeddings", None) for _, each in models]
     room = min([args.seq_length, *filter(None, limits)])
     sampling = _run_checked(world, lambda: args.sampling(source, room))
     # Each rank prepares all rows in a folder of its own: nodes may share no file system.
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "data"
         _run_checked(world, lambda: prepare(data, args.seq_length, tokenizer, rows))
-        batches = tqdm(list(read_batches(rows, args.batch_size, rank, size)), desc="evaluate",
-                       leave=False, disable=True if rank else None)
-        sums = _run_checked(world, lambda: sum_scores(model, teacher, batches, len(tokenizer)))
+        batches = list(read_batches(rows, args.batch_size, rank, size))
+        _run_checked(world, lambda: _check_positions(models, batches))
+        shown = tqdm(batches, desc="evaluate", leave=False, disable=True if rank else None)
+        sums = _run_checked(world, lambda: sum_scores(model, teacher, shown, vocab_size))
     scores = score_model(sums if world is None else world.sum(sums), teacher is not None)
     if sampling is None:
         return scores
@@ -250,9 +266,22 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
                                                    longest))
     teacher_nll = None
     if teacher is not None:
-        teacher_nll = partial(answers_nll, teacher, vocab_size=len(tokenizer))
+        teacher_nll = partial(answers_nll, teacher, vocab_size=vocab_size)
     generations = score_generations(model, tokenizer, prompts, sampling, teacher_nll, world)
     return dataclasses.replace(scores, **dataclasses.asdict(generations))
+
+
+def _check_heads(models: Sequence[tuple[str, nn.Module]], vocab_size: int) -> None:
+    for name, model in models:
+        check_head(model, f"the model {name}", ids_to_check(model, vocab_size),
+                   lambda _: contextlib.nullcontext())
+
+
+def _check_positions(models: Sequence[tuple[str, nn.Module]], batches: Sequence[Batch]) -> None:
+    longest = max(batch.input_ids.shape[1] if batch.positions is None
+                  else int(batch.positions.max()) + 1 for batch in batches)
+    for name, model in models:
+        require_positions(model, f"the model {name}", longest)
 
 
 def _run_checked(world: World | None, work: Callable[[], _T]) -> _T:
@@ -298,6 +327,8 @@ def evaluate_command(args: EvalArgs, as_json: bool) -> None:
 def _load(args: EvalArgs, device: torch.device
           ) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
     tokenizer = load_tokenizer(args.model)
+    for name in filter(None, (args.model, args.teacher)):
+        require_rows(meta_model(name), f"the model {name}", vocabulary_size(tokenizer))
     teacher = None
     if args.teacher is not None:
         require_same_tokenizer(tokenizer, load_tokenizer(args.teacher), args.model, args.teacher)

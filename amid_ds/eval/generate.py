@@ -28,10 +28,10 @@ from amid_ds.config.recipe import Recipe, Source, Teacher
 from amid_ds.config.schedule import step_seed
 from amid_ds.data import (
     encode_prompts,
-    end_of_text_id,
     load_tokenizer,
     read_prompts,
     tokenizer_fingerprint,
+    vocabulary_size,
 )
 from amid_ds.data.readers import TEXT_FORMATS, file_format
 from amid_ds.distributed.rendezvous import init_distributed
@@ -42,6 +42,9 @@ from amid_ds.errors import InputError, Stopped
 from amid_ds.eval.rows import require_template
 from amid_ds.files.atomic import replace_text
 from amid_ds.models import loading
+from amid_ds.models.ends import end_ids, generation_config
+from amid_ds.models.fit import require_rows
+from amid_ds.models.heads import check_head, ids_to_check
 from amid_ds.models.sampler import Sampler, SamplerPrompt
 from amid_ds.monitor.stop_request import StopRequest
 from amid_ds.run.folder import RunFolder
@@ -121,6 +124,9 @@ def generate(args: GenerateArgs) -> None:
               open_model(task, world) as (model, sampler, any_rank),
               tqdm(total=total, initial=done, desc="generate",
                    disable=not world.is_main or None) as bar):
+            ids = ids_to_check(model, sampler.vocab_size).to(world.device)
+            world.run_checked(lambda: check_head(model, f"the model {task.model.model}", ids,
+                                                 sampler.head))
             size = args.batch_size
             for first in range(done, total, size * world.size):
                 start = first + world.rank * size
@@ -151,7 +157,10 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
     model = (recipe.teacher if recipe is not None else None) or Teacher(model=args.source)
     config = loading.model_config(model.model, **model.hub_kwargs)
     tokenizer = load_tokenizer(model.model, **model.hub_kwargs)
-    end = end_of_text_id(tokenizer, args.end_of_text)
+    require_rows(loading.meta_model(model.model, **model.hub_kwargs), f"the model {model.model}",
+                 vocabulary_size(tokenizer))
+    ends = end_ids(generation_config(model.model, **model.hub_kwargs), tokenizer,
+                   args.end_of_text)
     on_bad_row = args.on_bad_row or (recipe.data.on_bad_row if recipe is not None else "error")
     prompts = [prompt for source in prompt_sources(args, recipe)
                for prompt in read_prompts(source, on_bad_row)]
@@ -160,7 +169,7 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
     if not Path(args.out).parent.is_dir():
         raise InputError(f"the folder of --out {args.out} is not there", "a folder to write into",
                          "make it")
-    sampler = Sampler(args.temperature, args.top_p, end, len(tokenizer))
+    sampler = Sampler(args.temperature, args.top_p, ends, vocabulary_size(tokenizer))
     return GenerateTask(args, recipe, model, tokenizer, sampler, prompts)
 
 
@@ -300,7 +309,7 @@ def prepare_output(task: GenerateTask) -> int | None:
     return len(kept)
 
 
-def task_identity(task: GenerateTask) -> dict[str, str | float | None]:
+def task_identity(task: GenerateTask) -> dict[str, str | float | list[int] | None]:
     """Everything that the answers depend on."""
     args, model = task.args, task.model
     digest = hashlib.sha256("\0".join(task.prompts).encode()).hexdigest()
@@ -310,7 +319,7 @@ def task_identity(task: GenerateTask) -> dict[str, str | float | None]:
             "prompts": len(task.prompts), "prompts.sha256": digest,
             "max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
             "top_p": args.top_p, "seed": args.seed, "batch_size": args.batch_size,
-            "end_of_text": task.sampler.end}
+            "end_of_text": list(task.sampler.ends)}
 
 
 def append_answers(task: GenerateTask, first: int, answers: Sequence[list[int]]) -> None:
@@ -318,7 +327,7 @@ def append_answers(task: GenerateTask, first: int, answers: Sequence[list[int]])
     lines = []
     prompts = task.prompts[first:first + len(answers)]
     for prompt, ids in zip(prompts, answers, strict=True):
-        ended = ids[-1] == task.sampler.end
+        ended = ids[-1] in task.sampler.ends
         response = task.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         row = {"prompt": prompt, "response": response, "ended": ended}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")

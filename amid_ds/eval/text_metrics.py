@@ -19,8 +19,10 @@ from torch import nn
 from tqdm import tqdm
 
 from amid_ds.config.schedule import step_seed
+from amid_ds.data import vocabulary_size
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
+from amid_ds.models.ends import end_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,33 +144,34 @@ def sample_responses(model: nn.Module, tokenizer: PreTrainedTokenizerBase,
                      ) -> list[list[int]]:
     """One answer to each prompt, without its end of text, of ids below the tokenizer's size.
 
-    Models are compared, so nothing is taken from a model's own generation_config.
+    Models are compared, so of a model's own generation_config only its ends of text are taken.
     """
     from transformers import GenerationConfig
 
     device = next(model.parameters()).device
-    end = tokenizer.eos_token_id
+    own_config: Any = model.generation_config
+    ends = end_ids(own_config, tokenizer)
     # Padding on the left: answers begin where the rows end.
     longest = max(map(len, prompts))
     padding = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[end] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)],
-                       device=device)
+    rows = [[ends[0]] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+    ids = torch.tensor(rows, device=device)
     mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=device)
-    unused = range(len(tokenizer), model.config.vocab_size)   # type: ignore[union-attr, arg-type]
+    unused = range(vocabulary_size(tokenizer),
+                   model.get_output_embeddings().weight.shape[0])   # type: ignore[operator]
     config = GenerationConfig(do_sample=True, temperature=sampling.temperature,
                               top_p=sampling.top_p, top_k=0, max_new_tokens=sampling.new_tokens,
-                              eos_token_id=end, pad_token_id=end,
+                              eos_token_id=list(ends), pad_token_id=ends[0],
                               suppress_tokens=list(unused) or None)
     torch.manual_seed(seed)
     # `generate` takes from the model's own config what its argument leaves unset: penalties, least
     # lengths.
-    own_config: Any = model.generation_config
     model.generation_config = config
     try:
         output = model.generate(ids, attention_mask=mask, generation_config=config)   # type: ignore[operator]
     finally:
         model.generation_config = own_config
-    return [list(itertools.takewhile(lambda token: token != end, row))
+    return [list(itertools.takewhile(lambda token: token not in ends, row))
             for row in output[:, longest:].tolist()]
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from amid_ds.data import vocabulary_size
+
 logger = logging.getLogger(__name__)
 
 HEAD_WIDTH = 64
@@ -44,7 +46,7 @@ def new_llama(size: LlamaSize, vocab_size: int, seed: int = 0, **config: int) ->
 
 def save_new_llama(folder: Path, size: LlamaSize, tokenizer: Any, seed: int) -> None:
     """Save a Llama with random weights for `tokenizer`, and the tokenizer, in `folder`."""
-    model = new_llama(size, len(tokenizer), seed, max_position_embeddings=MAX_POSITIONS,
+    model = new_llama(size, vocabulary_size(tokenizer), seed, max_position_embeddings=MAX_POSITIONS,
                       bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                       pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)

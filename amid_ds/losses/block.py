@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses.objective import AMiD
+from amid_ds.losses.objective import INFINITE_RATIO, LOG_ZERO, AMiD
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def needs_normaliser(objective: AMiD) -> bool:
 
 
 def normalised(x: Tensor, log_sum: Tensor) -> Tensor:
-    """x [n, tile] less a log-sum-exp [2, n], part by part."""
-    return (x - log_sum[0][:, None]).sub_(log_sum[1][:, None])
+    """x [n, tile] less a log-sum-exp [2, n], part by part; LOG_ZERO for -inf."""
+    return (x - log_sum[0][:, None]).sub_(log_sum[1][:, None]).clamp_(min=LOG_ZERO)
 
 
 def forward_backward_block(block: Block, shard: VocabShard,
@@ -178,7 +178,9 @@ def forward_backward_block(block: Block, shard: VocabShard,
     if label_logits is not None:
         assert norms.log_z is not None
         loss = norms.log_z[0] - label_logits + norms.log_z[1]
+        # No shard has the logit of a token without a label.
         ce = torch.where(label_logits == -torch.inf, 0.0, loss)
+        ce.masked_fill_(ce > INFINITE_RATIO, torch.inf)
     if block.gradient is not None:
         backend.write_gradient(block, norms, stats)
     return None if stats is None else stats.sums[0], ce
@@ -202,11 +204,12 @@ def _row_normalisers(block: Block, shard: VocabShard,
 
 
 def _label_logits(block: Block) -> Tensor:
-    """[n] the label's logit if this shard holds it, else -inf."""
+    """[n] the label's logit if this shard holds it (at least LOG_ZERO), else -inf."""
     assert block.labels is not None
     width = block.student.width
     if not width:
         return torch.full((block.tokens,), -torch.inf, dtype=block.dtype, device=block.device)
     here = (block.labels >= 0) & (block.labels < width)
     raw = block.student.raw.gather(1, block.labels.clamp(0, width - 1)[:, None])[:, 0]
-    return torch.where(here, block.student.scale_and_cap(raw.to(block.dtype)), -torch.inf)
+    logits = block.student.scale_and_cap(raw.to(block.dtype)).clamp(min=LOG_ZERO)
+    return torch.where(here, logits, -torch.inf)

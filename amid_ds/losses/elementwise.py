@@ -24,7 +24,7 @@ from amid_ds.losses.block import (
     normalised,
 )
 from amid_ds.losses.moments import MOMENT_ROWS, merge_moments, sums_from_moments
-from amid_ds.losses.objective import KL, AMiD, LogProbs
+from amid_ds.losses.objective import INFINITE_RATIO, KL, LOG_ZERO, AMiD, LogProbs
 from amid_ds.losses.tiles import each_tile
 
 
@@ -83,7 +83,12 @@ def _kl_moments_tile(tile: Block, norms: RowNormalisers) -> Tensor:
             continue
         m, rise = log_m.exp(), log_r - log_m
         excess = excess + (from_r - to_r) * m.sum(-1)
+        # D(model‖r) is infinite where r has no probability and the model has some; D(r‖model), the
+        # other way round.
+        if to_r:
+            value = value.masked_fill(rise.amin(-1) < -INFINITE_RATIO, math.inf)
         if from_r:
+            value = value.masked_fill(rise.amax(-1) > INFINITE_RATIO, math.inf)
             t_r = t_r + from_r * (r * rise).sum(-1) / total
             wt_r = wt_r + from_r * (w_r * rise).sum(-1) / total
         if to_r:
@@ -140,7 +145,8 @@ def _gradient_tile(tile: Block, norms: RowNormalisers, stats: RowStatistics | No
 
 def _log_sum_exp(x: Tensor) -> Tensor:
     """[n, tile] -> [2, n], in two parts (vocab_parallel.py)."""
-    peak = x.amax(-1)
+    # A tile may hold nothing but -inf.
+    peak = x.amax(-1).clamp_(min=LOG_ZERO)
     return torch.stack([peak, (x - peak[:, None]).exp_().sum(-1).log_()])
 
 
@@ -165,7 +171,8 @@ def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tens
     if lam in (0, 1):
         return (log_p, 0.0) if lam else (log_q, 1.0)
     if alpha == 1:
-        return torch.lerp(log_q, log_p, lam), 1.0 - lam
+        log_r = torch.lerp(log_q, log_p, lam)
+        return log_r.masked_fill_(log_r < LOG_ZERO / INFINITE_RATIO, LOG_ZERO), 1.0 - lam
     c = (1 - alpha) / 2
     x = (log_p - log_q).mul_(c)
     log_lam, log_rest = objective.log_weights

@@ -13,6 +13,7 @@ import math
 import triton
 import triton.language as tl
 
+from amid_ds.losses import objective as objectives
 from amid_ds.losses.objective import (
     KL,
     ORDERS,
@@ -22,6 +23,10 @@ from amid_ds.losses.objective import (
     SquaredHellinger,
     TotalVariation,
 )
+
+# Those of objective.py.
+LOG_ZERO = tl.constexpr(objectives.LOG_ZERO)
+INFINITE_RATIO = tl.constexpr(objectives.INFINITE_RATIO)
 
 # The constexpr MIXTURE: r is the student, the teacher, or their mixture for α = 1 or any other α.
 MIXTURE_STUDENT = tl.constexpr(0)
@@ -87,6 +92,18 @@ def load_logits(pointer, offsets, mask, scale, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
+def at_least_log_zero(log):
+    """LOG_ZERO for a logarithm of -inf; NaN stays."""
+    return tl.where(log < LOG_ZERO, LOG_ZERO, log)
+
+
+@triton.jit
+def infinite_where(value, infinite):
+    """`value`, and infinity where `infinite` is true."""
+    return tl.where(infinite, float("inf"), value)
+
+
+@triton.jit
 def load_pair(pointer, row, tokens):
     """A token's log-sum-exp of [2, n], in two parts: its peak and the logarithm of the rest."""
     return tl.load(pointer + row), tl.load(pointer + tokens + row)
@@ -106,6 +123,7 @@ def log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE: tl.constexpr):
         log_r = log_p
     elif MIXTURE == MIXTURE_GEOMETRIC:
         log_r = log_q + lam * (log_p - log_q)
+        log_r = tl.where(log_r < LOG_ZERO / INFINITE_RATIO, LOG_ZERO, log_r)
         w = w + (1.0 - lam)
     else:
         x = c * (log_p - log_q)
@@ -131,8 +149,12 @@ def divergence_terms(log_a, log_b, x, y, DIVERGENCE: tl.constexpr):
         a = tl.exp(log_a)
         d_a = a * (log_a - log_b)
         d_b = tl.exp(log_b) - a
-        value = d_a + d_b
+        value = infinite_where(d_a + d_b, log_a - log_b > INFINITE_RATIO)
     elif DIVERGENCE == DIVERGENCE_ALPHA_BETA:
+        # Where neither has any probability, powers below 0 are infinite and their sum is 0.
+        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -INFINITE_RATIO)
+        log_a = tl.where(neither, 0.0, log_a)
+        log_b = tl.where(neither, 0.0, log_b)
         both = tl.exp(x * log_a + y * log_b)
         d_a = (tl.exp((x + y) * log_a) - both) / y
         d_b = (tl.exp((x + y) * log_b) - both) / x

@@ -25,7 +25,11 @@ from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses.block import Block, RowNormalisers, RowStatistics, needs_normaliser
 from amid_ds.losses.kernel_math import (
     DIVERGENCE_CODES,
+    INFINITE_RATIO,
+    LOG_ZERO,
+    at_least_log_zero,
     divergence_arguments,
+    infinite_where,
     load_logits,
     load_pair,
     log_mixture,
@@ -149,7 +153,8 @@ def _normalisers_kernel(
     HAS_Z; each as its peak and the logarithm of the rest."""
     row = tl.program_id(0).to(tl.int64)
     tokens = tl.num_programs(0)
-    max_q = tl.full((), -float("inf"), tl.float32)
+    # No -inf: a block of columns may hold nothing else.
+    max_q = tl.full((), LOG_ZERO, tl.float32)
     max_p = max_q
     max_z = max_q
     sum_q = tl.zeros((BLOCK,), tl.float32)
@@ -204,10 +209,12 @@ def _assistant_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
-        log_q = load_logits(student + row * student_stride, columns, mask, student_scale,
-                            student_cap, STUDENT_CAPPED) * inverse_tau - peak_q - norm_q
-        log_p = load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale,
-                            teacher_cap, TEACHER_CAPPED) * inverse_tau - peak_p - norm_p
+        log_q = at_least_log_zero(
+            load_logits(student + row * student_stride, columns, mask, student_scale, student_cap,
+                        STUDENT_CAPPED) * inverse_tau - peak_q - norm_q)
+        log_p = at_least_log_zero(
+            load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale, teacher_cap,
+                        TEACHER_CAPPED) * inverse_tau - peak_p - norm_p)
         log_r, _ = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
         new = tl.maximum(peak, tl.max(tl.where(mask, log_r, -float("inf")), 0))
         r = tl.where(mask, tl.exp(tl.where(mask, log_r, new) - new), 0.0)
@@ -243,10 +250,12 @@ def _kl_moments_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
-        log_q = load_logits(student + row * student_stride, columns, mask, student_scale,
-                            student_cap, STUDENT_CAPPED) * inverse_tau - peak_q - norm_q
-        log_p = load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale,
-                            teacher_cap, TEACHER_CAPPED) * inverse_tau - peak_p - norm_p
+        log_q = at_least_log_zero(
+            load_logits(student + row * student_stride, columns, mask, student_scale, student_cap,
+                        STUDENT_CAPPED) * inverse_tau - peak_q - norm_q)
+        log_p = at_least_log_zero(
+            load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale, teacher_cap,
+                        TEACHER_CAPPED) * inverse_tau - peak_p - norm_p)
         log_r, w = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
         if DETACHED:
             w = tl.zeros_like(w)
@@ -260,17 +269,25 @@ def _kl_moments_kernel(
             t = rp * (log_r - log_p) + rq * (log_r - log_q)
             t_r = t_r * rescale + r * t
             wt_r = wt_r * rescale + r * w * t
+            if RP:
+                value = infinite_where(value, mask & (log_r - log_p > INFINITE_RATIO))
+            if RQ:
+                value = infinite_where(value, mask & (log_r - log_q > INFINITE_RATIO))
         if PR or RP:
             p = tl.where(mask, tl.exp(log_p), 0.0)
-            value += pr * p * (log_p - log_r)
-            w_models += pr * p * w
             excess += (rp - pr) * p
+            if PR:
+                fall = tl.where(mask, log_p - log_r, 0.0)
+                value += infinite_where(pr * p * fall, fall > INFINITE_RATIO)
+                w_models += pr * p * w
         if QR or RQ:
             q = tl.where(mask, tl.exp(log_q), 0.0)
             excess += (rq - qr) * q
-            value += qr * q * (log_q - log_r)
-            pull += qr * q * (log_q - log_r)
-            w_models += qr * q * w
+            if QR:
+                fall = tl.where(mask, log_q - log_r, 0.0)
+                value += infinite_where(qr * q * fall, fall > INFINITE_RATIO)
+                pull += qr * q * fall
+                w_models += qr * q * w
     total = tl.sum(sum_r, 0)
     tl.store(out + row, peak)
     tl.store(out + tokens + row, tl.log(total))
@@ -309,10 +326,12 @@ def _sums_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
-        log_q = load_logits(student + row * student_stride, columns, mask, student_scale,
-                            student_cap, STUDENT_CAPPED) * inverse_tau - peak_q - norm_q
-        log_p = load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale,
-                            teacher_cap, TEACHER_CAPPED) * inverse_tau - peak_p - norm_p
+        log_q = at_least_log_zero(
+            load_logits(student + row * student_stride, columns, mask, student_scale, student_cap,
+                        STUDENT_CAPPED) * inverse_tau - peak_q - norm_q)
+        log_p = at_least_log_zero(
+            load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale, teacher_cap,
+                        TEACHER_CAPPED) * inverse_tau - peak_p - norm_p)
         log_r, w = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
         log_r = log_r - peak_r - norm_r
         if DETACHED:
@@ -376,9 +395,10 @@ def _gradient_kernel(
                         STUDENT_CAPPED)
         g = tl.zeros_like(z)
         if HAS_KD:
-            log_q = z * inverse_tau - peak_q - norm_q
-            log_p = load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale,
-                                teacher_cap, TEACHER_CAPPED) * inverse_tau - peak_p - norm_p
+            log_q = at_least_log_zero(z * inverse_tau - peak_q - norm_q)
+            log_p = at_least_log_zero(
+                load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale,
+                            teacher_cap, TEACHER_CAPPED) * inverse_tau - peak_p - norm_p)
             log_r, w = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
             log_r = log_r - peak_r - norm_r
             if DETACHED:

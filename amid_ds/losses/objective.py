@@ -48,12 +48,21 @@ from torch import Tensor
 
 from amid_ds.errors import InputError
 
+# The logarithm of a probability that is 0, of a logit of -inf: 0 · LOG_ZERO is 0, where 0 · -inf
+# would be NaN. Sums of many stay finite in fp32.
+LOG_ZERO = -1e30
+# Where one of two probabilities is 0 their log ratio is beyond this; finite logits' never is.
+INFINITE_RATIO = 1e20
+
 Terms = tuple[Tensor, Tensor, Tensor]
 ORDERS = ("pr", "qr", "rp", "rq")
 
 
 class LogProbs:
-    """Logarithms of probabilities [n, tile], and the probabilities, made once for all formulas."""
+    """Logarithms of probabilities [n, tile], and the probabilities, made once for all formulas.
+
+    LOG_ZERO for a probability of 0.
+    """
 
     def __init__(self, log: Tensor) -> None:
         self.log = log
@@ -100,15 +109,17 @@ def register(cls: type[Divergence]) -> type[Divergence]:
 class KL(Divergence):
     """D_KL(a‖b) = Σ a (log a - log b).
 
-    Summed as Σ [a (log a - log b) - a + b]: equal, and free of first-order rounding.
+    Summed as Σ [a (log a - log b) - a + b]: equal, and free of first-order rounding. 0·log 0 is 0;
+    infinite where a has some probability and b has none.
     """
 
     name = "kl"
 
     def terms(self, a: LogProbs, b: LogProbs) -> Terms:
-        d_a = (a.log - b.log).mul_(a.p)
+        ratio = a.log - b.log
+        d_a = ratio * a.p
         d_b = b.p - a.p
-        return d_a + d_b, d_a, d_b
+        return (d_a + d_b).masked_fill_(ratio > INFINITE_RATIO, math.inf), d_a, d_b
 
 
 @register
@@ -132,6 +143,10 @@ class AlphaBeta(Divergence):
 
     def terms(self, a: LogProbs, b: LogProbs) -> Terms:
         x, y = self.alpha, self.beta
+        if x + y < 0:
+            # Where neither has any probability, the powers are infinite and their sum is 0.
+            neither = torch.maximum(a.log, b.log) < -INFINITE_RATIO
+            a, b = (LogProbs(each.log.masked_fill(neither, 0.0)) for each in (a, b))
         both = (x * a.log + y * b.log).exp()
         d_a = (((x + y) * a.log).exp() - both) / y
         d_b = (((x + y) * b.log).exp() - both) / x

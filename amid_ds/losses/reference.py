@@ -39,25 +39,36 @@ def naive_assistant(log_p: Tensor, log_q: Tensor, alpha: float, lam: float) -> T
     if lam in (0.0, 1.0):
         return log_p if lam else log_q
     c = (1 - alpha) / 2
+    # Where r has no probability: up to the harmonic mean both models are needed for some.
+    no_p, no_q = log_p == -math.inf, log_q == -math.inf
+    none = no_p & no_q if c > 0 else no_p | no_q
+    log_p, log_q = log_p.masked_fill(none, 0), log_q.masked_fill(none, 0)
     if c == 0:
-        return (lam * log_p + (1 - lam) * log_q).log_softmax(-1)
-    weighted = torch.logaddexp(math.log(lam) + c * log_p, math.log1p(-lam) + c * log_q)
-    return (weighted / c).log_softmax(-1)
+        log_r = lam * log_p + (1 - lam) * log_q
+    else:
+        log_r = torch.logaddexp(math.log(lam) + c * log_p, math.log1p(-lam) + c * log_q) / c
+    return log_r.masked_fill(none, -math.inf).log_softmax(-1)
 
 
 def naive_divergence(log_a: Tensor, log_b: Tensor, divergence: Divergence) -> Tensor:
-    """D(a‖b) [...] of log-probabilities [..., V]."""
-    return FORMULAS[divergence.name](log_a, log_b, divergence)
+    """D(a‖b) [...] of log-probabilities [..., V], -inf for a probability of 0."""
+    # Where both are 0 they add nothing, like any two equal probabilities: two of 1, say.
+    none = (log_a == -math.inf) & (log_b == -math.inf)
+    return FORMULAS[divergence.name](log_a.masked_fill(none, 0), log_b.masked_fill(none, 0),
+                                     divergence)
 
 
 def _kl(log_a: Tensor, log_b: Tensor, _: Divergence) -> Tensor:
-    return (log_a.exp() * (log_a - log_b)).sum(-1)
+    # 0·log 0 = 0.
+    return (log_a.exp() * (log_a - log_b).masked_fill(log_a == -math.inf, 0)).sum(-1)
 
 
 def _alpha_beta(log_a: Tensor, log_b: Tensor, divergence: Divergence) -> Tensor:
     assert isinstance(divergence, AlphaBeta)
-    a, b, x, y = log_a.exp(), log_b.exp(), divergence.alpha, divergence.beta
-    terms = a**x * b**y - x / (x + y) * a ** (x + y) - y / (x + y) * b ** (x + y)
+    x, y = divergence.alpha, divergence.beta
+    # a^x b^y and so on, in logarithms: the derivative of a^x at 0 is infinite.
+    both, a, b = x * log_a + y * log_b, (x + y) * log_a, (x + y) * log_b
+    terms = both.exp() - x / (x + y) * a.exp() - y / (x + y) * b.exp()
     return -terms.sum(-1) / (x * y)
 
 
@@ -66,7 +77,7 @@ def _total_variation(log_a: Tensor, log_b: Tensor, _: Divergence) -> Tensor:
 
 
 def _squared_hellinger(log_a: Tensor, log_b: Tensor, _: Divergence) -> Tensor:
-    return ((log_a.exp().sqrt() - log_b.exp().sqrt()) ** 2 / 2).sum(-1)
+    return (((log_a / 2).exp() - (log_b / 2).exp()) ** 2 / 2).sum(-1)
 
 
 # By the divergence's name.

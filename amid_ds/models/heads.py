@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.distributed.world import slice_replicated
 from amid_ds.errors import InputError
 from amid_ds.losses import LMHead
+from amid_ds.models.head_form import HeadForm, head_form
 
 
 def body_of(model: nn.Module) -> nn.Module:
@@ -37,15 +39,12 @@ def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None) -> T
 
 
 def head_of(model: nn.Module) -> LMHead:
-    """A causal LM's head as the loss takes it: weight, bias, and the scale and cap that its config
-    names. `check_head` refuses a model that does more to its logits."""
-    projection = model.get_output_embeddings()   # type: ignore[operator]
-    config = model.config
-    # Cohere multiplies its logits by logit_scale, Granite divides them by logits_scaling.
-    scale = float(getattr(config, "logit_scale", None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return LMHead(projection.weight, bias=projection.bias,
-                  softcap=getattr(config, "final_logit_softcapping", None), scale=scale)
+    """A causal LM's head as the loss takes it: weight, bias, and the model's own scale and cap.
+
+    Raises InputError for a model that does more to its logits.
+    """
+    projection, form = model.get_output_embeddings(), head_form(model)   # type: ignore[operator]
+    return LMHead(projection.weight, bias=projection.bias, softcap=form.softcap, scale=form.scale)
 
 
 def sharded_head_of(model: nn.Module, shard: VocabShard | None) -> LMHead:
@@ -67,8 +66,8 @@ def sharded_head_of(model: nn.Module, shard: VocabShard | None) -> LMHead:
 
 def logits_of(head: LMHead, hidden: Tensor) -> Tensor:
     """Logits [..., V] of hidden states [..., H], in full: to compare a few tokens, not to train."""
-    logits = head.scale * nn.functional.linear(hidden, head.weight, head.bias)
-    return head.softcap * torch.tanh(logits / head.softcap) if head.softcap else logits
+    product = nn.functional.linear(hidden, head.weight, head.bias)
+    return HeadForm(head.scale, head.softcap).apply(product)
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -84,6 +83,16 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(was_training)
+
+
+def ids_to_check(model: nn.Module, vocab_size: int) -> Tensor:
+    """Token ids [2, 16] for the checks below, random and the same on every rank; fewer columns for
+    a model of fewer positions."""
+    config: Any = model.config.get_text_config()   # type: ignore[union-attr, operator]
+    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocab_size, (2, length), generator=generator)
+    return ids.to(next(model.parameters()).device)
 
 
 @torch.no_grad()
@@ -118,20 +127,23 @@ def check_head(model: nn.Module, name: str, input_ids: Tensor,
                gathered: Callable[[nn.Module], AbstractContextManager[None]]) -> None:
     """Refuse a model whose own logits our body and head do not reproduce.
 
-    Such a model has a scale, cap or bias that we do not know. `gathered(model)` is a context in
-    which the head's weight can be read. Collective under ZeRO-3: every rank calls it with inputs of
-    one shape. Raises InputError.
+    Called wherever a head is used, before it is. `gathered(model)` is a context in which the head's
+    weight can be read. Collective under ZeRO-3: every rank calls it with inputs of one shape.
+    Raises InputError.
     """
     with _eval_mode(model):
         own = model(input_ids=input_ids, use_cache=False).logits.float()
         hidden = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
         with gathered(model):
             ours = logits_of(head_of(model), hidden).float()
-    worst, size = (ours - own).abs().max().item(), own.abs().max().item()
+    # A token that is never said has a logit of -inf; NaN is reported where it is met.
+    same = (ours == own) | (ours.isnan() & own.isnan())
+    worst = (ours - own).masked_fill(same, 0).abs().max().item()
+    size = own.masked_fill(~own.isfinite(), 0).abs().max().item()
     if not worst <= _tolerance(hidden.dtype) * max(size, 1e-6):
         raise InputError(
             f"the fused head does not reproduce the logits of {name} ({type(model).__name__}): "
             f"they differ by up to {worst:.3g} where the model's own reach {size:.3g}",
-            "logits = scale · (h Wᵀ + b), with a soft cap where the config names one",
+            "logits = scale · (h Wᵀ + b), with or without a soft cap",
             "this architecture changes its logits in a way that the loss does not know; "
             "choose another model")

@@ -14,6 +14,7 @@ from torch import nn
 
 from amid_ds.config.recipe import Dtype
 from amid_ds.errors import InputError
+from amid_ds.models.head_form import head_form
 from amid_ds.models.heads import body_of
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -125,6 +126,10 @@ def _unsupported_reason(config: Any, model: str, revision: str | None, trust_rem
         return str(error).strip().splitlines()[0][:MAX_REASON]
     if not isinstance(module.get_output_embeddings(), nn.Linear) or body_of(module) is module:
         return f"{type(module).__name__} is not a body with one linear head"
+    try:
+        head_form(module)
+    except InputError as error:
+        return error.found
     return None
 
 

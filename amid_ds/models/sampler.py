@@ -3,7 +3,7 @@
 A loop of its own rather than transformers' `generate`: under tensor parallelism no rank has all
 logits, and random numbers belong to a prompt (its seed) and not to the batch that it happens to be
 in, so ranks and batches change samples through the last digits of the logits alone. It supports
-temperature and top-p, one token that ends a text, and models that cache keys and values.
+temperature and top-p, tokens that end a text, and models that cache keys and values.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SamplerPrompt:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Sampling settings: the ids below `vocab_size`, up to and including the token `end`.
+    """Sampling settings: the ids below `vocab_size`, up to and including one of `ends`.
 
     temperature 0 takes the most probable token. shard: this rank's rows of the head; None: all.
     `head(model)` is a context in which the head can be read.
@@ -43,7 +43,7 @@ class Sampler:
 
     temperature: float
     top_p: float
-    end: int
+    ends: tuple[int, ...]
     vocab_size: int
     shard: VocabShard | None = None
     head: Callable[[nn.Module], AbstractContextManager[None]] = lambda model: nullcontext()
@@ -51,7 +51,7 @@ class Sampler:
     @torch.no_grad()
     def complete(self, model: nn.Module, prompts: Sequence[SamplerPrompt],
                  any_rank: Callable[[bool], bool], device: torch.device) -> list[list[int]]:
-        """The ids that `model` (in eval mode) adds to each prompt, `end` included if it came to it.
+        """The ids that `model` (in eval mode) adds to each prompt, the end included if it came.
 
         any_rank(own) is true if any rank has work left: all ranks take as many steps, so they may
         share weights. Collective: one `any_rank` per token, and under tensor parallelism one sum of
@@ -59,7 +59,7 @@ class Sampler:
         no other rank waits in a collective.
         """
         # A rank without prompts runs a dummy one: the collectives need every rank.
-        rows = prompts or [SamplerPrompt([self.end], 0, 0)]
+        rows = prompts or [SamplerPrompt([self.ends[0]], 0, 0)]
         ids, mask = _pad_left([prompt.ids for prompt in rows], device)
         longest = ids.shape[1]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -83,7 +83,8 @@ class Sampler:
                     not_finite = (len(rows[row].ids), len(completions[row]))
                 else:
                     completions[row].append(token)
-                    unfinished[row] = token != self.end and len(completions[row]) < rows[row].room
+                    unfinished[row] = (token not in self.ends
+                                       and len(completions[row]) < rows[row].room)
             ids = chosen.clamp(min=0)[:, None]
             counted = torch.tensor(unfinished, device=device).long()[:, None]
             mask = torch.cat([mask, counted], 1)

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.errors import InputError
 from amid_ds.models import loading
+from amid_ds.models.fit import require_positions
 from amid_ds.models.heads import body_of, head_of
 from amid_ds.models.sizes import intermediate_size, teacher_bytes_per_token
 from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
@@ -84,6 +85,7 @@ def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     Raises InputError for a model that does not run on the meta device.
     """
     meta: Any = loading.meta_model(model.model, **model.hub_kwargs).to(dtype)
+    require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
     replicated = isinstance(model, Teacher) and model.placement == "replicated"
     weights = count_weights(meta, tp, data_parallel, replicated)

@@ -19,13 +19,15 @@ from amid_ds.data import (
     load_tokenizer,
     require_same_tokenizer,
     tokenizer_fingerprint,
+    vocabulary_size,
 )
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.files.atomic import replace_text
-from amid_ds.models.loading import model_config, require_supported
+from amid_ds.models.fit import require_positions, require_rows
+from amid_ds.models.loading import meta_model, require_supported
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.provenance import model_hash, prepared_hash, provenance
 from amid_ds.run.warm_start import resolve_student
@@ -59,7 +61,7 @@ class Job:
     @property
     def vocab_size(self) -> int:
         """The number of ids that both models share; a wider model's further columns are padding."""
-        return len(self.tokenizer)
+        return vocabulary_size(self.tokenizer)
 
     def layout(self, world: World) -> Layout:
         """The layout that the engine will have on these ranks."""
@@ -81,22 +83,18 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
     models: dict[str, Student | Teacher] = {f"student {student.model}": student}
     if teacher is not None:
         models[f"teacher {teacher.model}"] = teacher
-    widths = {name: model_config(model.model, **model.hub_kwargs).vocab_size
-              for name, model in models.items()}
+    for model in models.values():
+        require_supported(model.model, **model.hub_kwargs)
     tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
     if teacher is not None:
         require_same_tokenizer(tokenizer, load_tokenizer(teacher.model, **teacher.hub_kwargs),
                                student.model, teacher.model)
-    for model in models.values():
-        require_supported(model.model, **model.hub_kwargs)
+    for name, model in models.items():
+        meta = meta_model(model.model, **model.hub_kwargs)
+        require_rows(meta, f"the {name}", vocabulary_size(tokenizer))
+        require_positions(meta, f"the {name}", recipe.train.seq_length)
     if recipe.rollout is not None:
         end_of_text_id(tokenizer, recipe.rollout.end_of_text)
-    for name, width in widths.items():
-        if width < len(tokenizer):
-            raise InputError(
-                f"the {name} has a vocabulary of {width}, the tokenizer of {len(tokenizer)}",
-                "a model with a row for every id of the tokenizer",
-                "resize the model's embeddings, or use the tokenizer that it was made with")
     return Job(recipe, config, tokenizer)
 
 

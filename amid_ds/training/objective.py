@@ -17,13 +17,15 @@ def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = Non
     """
     now = loss_at(loss, step, total, taid)
     scheduled = {name: getattr(now, name) for name in loss.scheduled}
+    amid = _amid(now)
+    factor = amid.temperature**2 if loss.temperature_scaling == "squared" else 1.0
     # loss_at leaves numbers where the recipe has schedules.
-    return StepObjective(_amid(now), now.kd_weight, now.ce_weight, scheduled)   # type: ignore[arg-type]
+    return StepObjective(amid, now.kd_weight * factor, now.ce_weight, scheduled)   # type: ignore[arg-type, operator]
 
 
 def _amid(loss: Loss) -> AMiD:
     """The AMiD objective of a loss without schedules."""
-    not_amids = {"preset", "kd_weight", "ce_weight"}
+    not_amids = {"preset", "kd_weight", "ce_weight", "temperature_scaling"}
     values = {key: value for key, value in loss if key not in not_amids}
     if isinstance(loss.divergence, DivergenceSpec):
         values["divergence"] = AlphaBeta(loss.divergence.alpha_beta.alpha,

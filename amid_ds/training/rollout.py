@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,13 +29,14 @@ from amid_ds.checkpoint.manifest import checkpoint_name
 from amid_ds.checkpoint.state import RolloutState, TrainState
 from amid_ds.config.recipe import Recipe, Replay
 from amid_ds.config.schedule import step_seed, value_at
-from amid_ds.data import Batch, end_of_text_id
+from amid_ds.data import Batch, vocabulary_size
 from amid_ds.data.batch import TokenRow, collate_rows
 from amid_ds.data.pack import PackedRow, pack_best_fit
 from amid_ds.data.prepared import PreparedDataset
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import InputError
 from amid_ds.losses import IGNORE_INDEX
+from amid_ds.models.ends import end_ids
 from amid_ds.models.sampler import Sampler, SamplerPrompt
 from amid_ds.run.folder import RunFolder
 from amid_ds.training.validation import EvalMetrics, validate
@@ -88,9 +89,11 @@ class Rollouts:
         self.world, self.student = engine.world, engine.distiller.student
         # Weights are gathered once per generation where they fit, else for each token.
         self.gather_once = engine.fits_gathered(self.student)
+        own: Any = self.student.generation_config
         self.sampler = Sampler(self.rollout.temperature, self.rollout.top_p,
-                               end_of_text_id(tokenizer, self.rollout.end_of_text), len(tokenizer),
-                               engine.distiller.head.shard, self._readable_head)
+                               end_ids(own, tokenizer, self.rollout.end_of_text),
+                               vocabulary_size(tokenizer), engine.distiller.head.shard,
+                               self._readable_head)
         self.buffer: list[RolloutDocument] = []
         if state.rollout is not None:
             folder = RunFolder(Path(recipe.output_dir)).checkpoints / checkpoint_name(state.step)

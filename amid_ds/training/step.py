@@ -167,6 +167,9 @@ class Stepper:
         bad = [index for index, finite in enumerate(losses[:, 0].isfinite().tolist()) if not finite]
         report = self.world.gather([source for index in bad
                                     for source in micro_batches[index].batch.sources])
+        if value == math.inf:
+            problem += (" (a token has no probability in one distribution and some in the other: a "
+                        "logit of -inf)")
         lines = [f"    - rank {rank}: {', '.join(sources)}"
                  for rank, sources in enumerate(report) if sources]
         if not lines:
