@@ -23,7 +23,6 @@ from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.config.recipe import Recipe, Student
 from amid_ds.data import load_tokenizer
-from amid_ds.engine.backend import import_deepspeed
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import replace_folder, require_disk_space
 from amid_ds.files.json_lines import read_jsonl
@@ -46,8 +45,6 @@ def export(source: str | Path, out: str | Path, dtype: str | None = None,
     the student trained in. Raises InputError where there is no good checkpoint, where `out` is in
     use, or where the disk has no room.
     """
-    # The shards name classes of DeepSpeed's.
-    import_deepspeed()
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"the output {out} is there already and not empty",
@@ -93,7 +90,6 @@ def start_from(recipe: Recipe) -> None:
     """Export the run or checkpoint that `student.model` names into this run, once, in fp32."""
     start = RunFolder(Path(recipe.output_dir)).start_model
     if find_run(recipe.student.model) is not None and not start.is_dir():
-        import_deepspeed()
         checkpoint, its_recipe = find_checkpoint(Path(recipe.student.model))
         write_export(checkpoint, its_recipe, start, "fp32")
         logger.info("%s begins with the weights of %s", recipe.output_dir, checkpoint)
