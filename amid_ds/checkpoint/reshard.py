@@ -15,7 +15,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from amid_ds.checkpoint.manifest import Manifest, verify_together, write_file
+from amid_ds.checkpoint.manifest import (
+    CONSOLIDATED,
+    Manifest,
+    verify_together,
+    write_file,
+)
 from amid_ds.checkpoint.state import Layout, TrainState
 from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.config.recipe import Student
@@ -26,9 +31,6 @@ from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import TrainingError
 from amid_ds.files.atomic import replace_folder, require_disk_space
 from amid_ds.models.loading import meta_model
-
-# The folder of whole tensors, inside the checkpoint.
-CONSOLIDATED = "whole"
 
 logger = logging.getLogger(__name__)
 

@@ -35,8 +35,8 @@ def read_torch_file(path: str | Path, mmap: bool = False) -> Any:
         raise TrainingError(f"{path} cannot be read: {error.strerror}") from None
     # A damaged file can make the unpickler raise nearly anything.
     except Exception as error:
-        lines = str(error).splitlines()
-        reason = next((line.strip() for line in lines if "Unsupported" in line), *lines[:1])
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next((line for line in lines if "GLOBAL" in line), next(iter(lines), ""))
         raise TrainingError(
             f"{path} is not read: {type(error).__name__}: {reason}\n"
             "  it is damaged, or holds more than tensors and numbers: such a file may run code "
