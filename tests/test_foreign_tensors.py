@@ -151,7 +151,7 @@ def test_a_pickled_model_with_a_call_in_it_runs_nothing(tmp_path, marker):
     weights = tmp_path / "model" / "model.safetensors"
     torch.save({"x": Call(marker)}, weights.with_name("pytorch_model.bin"))
     weights.unlink()
-    with pytest.raises(ValueError, match="weights of .*model"):
+    with pytest.raises(ValueError, match=r"weights of .*model"):
         load_causal_lm(str(tmp_path / "model"), "fp32")
     assert not marker.exists()
 

@@ -81,8 +81,10 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
     models: dict[str, Student | Teacher] = {f"student {student.model}": student}
     if teacher is not None:
         models[f"teacher {teacher.model}"] = teacher
-    widths = {name: model_config(model.model, **model.hub_kwargs).vocab_size
-              for name, model in models.items()}
+    configs = {name: model_config(model.model, **model.hub_kwargs)
+               for name, model in models.items()}
+    # The language model's numbers may be nested.
+    widths = {name: config.get_text_config().vocab_size for name, config in configs.items()}
     tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
     if teacher is not None:
         require_same_tokenizer(tokenizer, load_tokenizer(teacher.model, **teacher.hub_kwargs),

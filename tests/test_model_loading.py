@@ -1,0 +1,229 @@
+"""A model is loaded whole or not at all, and a run's models stay those that it began with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from support.models import make_tokenizer
+from support.ranks import Ranks
+from support.runs import write_recipe
+
+from amid_ds.cli import main
+from amid_ds.errors import InputError
+from amid_ds.models.loading import load_causal_lm, require_supported
+
+
+def rewrite(folder: Path, change: Callable[[dict], dict]) -> None:
+    """Write the weights of the model in `folder` anew, as `change` gives them."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def shard(folder: Path) -> None:
+    """Save the model in `folder` anew, in several files with an index."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="10KB")
+
+
+def shards_without(folder: Path, remove: bool) -> None:
+    """Take a file of a sharded model away, or its name out of the index too."""
+    shard(folder)
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    gone = content["weight_map"]["model.norm.weight"]
+    (folder / gone).unlink()
+    if remove:
+        content["weight_map"] = {name: file for name, file in content["weight_map"].items()
+                                 if file != gone}
+        index.write_text(json.dumps(content))
+
+
+def cut(folder: Path, size: int) -> None:
+    with open(folder / "model.safetensors", "r+b") as file:
+        file.truncate(size)
+
+
+def layer_more(weights: dict) -> dict:
+    return {**weights, **{name.replace("layers.1", "layers.2"): tensor.clone()
+                          for name, tensor in weights.items() if "layers.1" in name}}
+
+
+# name -> (what is done to a Llama's folder, what the message must say).
+DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "one tensor missing": (
+        lambda folder: rewrite(folder, lambda weights: {
+            name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}),
+        ["1 missing: lm_head.weight"]),
+    "all names prefixed": (
+        lambda folder: rewrite(folder, lambda weights: {
+            f"module.{name}": tensor for name, tensor in weights.items()}),
+        ["21 missing: lm_head.weight", "21 unexpected: module.lm_head.weight", "…"]),
+    "a further layer": (lambda folder: rewrite(folder, layer_more),
+                        ["9 unexpected: model.layers.2.input_layernorm.weight"]),
+    "another shape": (
+        lambda folder: rewrite(folder, lambda weights: {
+            **weights, "lm_head.weight": weights["lm_head.weight"][:5].clone()}),
+        ["1 of another shape: lm_head.weight [5, 32], in the model [31, 32]"]),
+    "truncated": (lambda folder: cut(folder, 20_000), ["cannot be read"]),
+    "its header cut": (lambda folder: cut(folder, 100), ["cannot be read"]),
+    "empty": (lambda folder: cut(folder, 0), ["cannot be read"]),
+    "a shard absent": (lambda folder: shards_without(folder, remove=False), ["cannot be read"]),
+    "an index without a shard": (lambda folder: shards_without(folder, remove=True),
+                                 ["missing: ", "model.norm.weight"]),
+    "an index that is no JSON": (
+        lambda folder: (shard(folder), (folder / "model.safetensors.index.json").write_text("{")),
+        ["cannot be read"]),
+    "config alone": (lambda folder: (folder / "model.safetensors").unlink(), ["cannot be read"]),
+    "a pickle that is none": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        ["cannot be read"]),
+}
+
+
+@pytest.fixture
+def damaged(shared_model, tmp_path) -> Callable[[str], Path]:
+    """damaged(name): a model's folder after that damage."""
+    def make(name: str) -> Path:
+        folder = Path(shutil.copytree(shared_model("llama", 0), tmp_path / "model"))
+        DAMAGES[name][0](folder)
+        return folder
+    return make
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_weights_that_are_not_the_models_are_named_before_anything_starts(
+        name, role, damaged, shared_model, text_file, tmp_path, capsys):
+    models = {"student": shared_model("llama", 0), "teacher": shared_model("llama", 1)}
+    models[role] = damaged(name)
+    recipe = write_recipe(tmp_path / "r.yaml", models["student"], models["teacher"], text_file,
+                          tmp_path / "run")
+    assert main(["train", str(recipe)]) == 2
+    message = capsys.readouterr().err
+    assert "Traceback" not in message and f"the weights of {models[role]}" in message
+    assert "remedy:" in message and not (tmp_path / "run").exists()
+    for words in DAMAGES[name][1]:
+        assert words in message
+    # The same of a model that was not checked before, such as one of the hub.
+    with pytest.raises(InputError, match="the weights of"):
+        load_causal_lm(str(models[role]), "fp32")
+
+
+def test_every_command_that_reads_a_model_names_its_missing_weights(damaged, shared_model,
+                                                                    text_file, tmp_path, capsys):
+    model, good = str(damaged("one tensor missing")), str(shared_model("llama", 0))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "the river"}\n')
+    recipe = str(write_recipe(tmp_path / "r.yaml", Path(good), Path(model), text_file,
+                              tmp_path / "run"))
+    for argv in (["eval", model, "--data", str(text_file)],
+                 ["eval", good, "--teacher", model, "--data", str(text_file)],
+                 ["generate", model, "--prompts", str(prompts), "--out", str(tmp_path / "o.jsonl"),
+                  "--max-new-tokens", "8"],
+                 ["submit", recipe, "--dry-run", "--ranks-per-node", "1"],
+                 ["doctor", recipe]):
+        assert main(argv) == (1 if argv[0] == "doctor" else 2), argv
+        told = capsys.readouterr()
+        assert "1 missing: lm_head" in " ".join((told.err + told.out).split()), argv
+        assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_both_ranks_refuse_a_teacher_with_a_missing_layer(stage, damaged, shared_model, text_file,
+                                                          tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", shared_model("llama", 0),
+                          damaged("a further layer"), text_file, tmp_path / "run",
+                          deepspeed=f"ds_configs/zero{stage}_fp32.json")
+    ranks = Ranks(2, "train", recipe)
+    assert ranks.wait() == [2, 2]
+    assert ranks.output().count("9 unexpected") == 1 and "Traceback" not in ranks.output()
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "qwen3", "gemma2", "qwen2-tied",
+                                    "gpt2"])
+def test_what_a_class_declares_is_no_damage(family, shared_model):
+    folder = str(shared_model(family))
+    require_supported(folder)
+    load_causal_lm(folder, "fp32")
+
+
+def test_experts_that_are_merged_at_loading_are_no_damage_and_one_less_is(tmp_path):
+    vocabulary = len(make_tokenizer(tmp_path))
+    config = transformers.MixtralConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2)
+    transformers.MixtralForCausalLM(config).save_pretrained(tmp_path)
+    on_disk = load_file(tmp_path / "model.safetensors")
+    assert any(".experts.1." in name for name in on_disk)
+    require_supported(str(tmp_path))
+    rewrite(tmp_path, lambda weights: {name: tensor for name, tensor in weights.items()
+                                       if ".experts.1." not in name})
+    with pytest.raises(InputError, match=r"of another shape: model.layers.0"):
+        require_supported(str(tmp_path))
+
+
+def test_pickled_weights_and_a_file_without_metadata_are_read(shared_model, tmp_path):
+    shutil.copytree(shared_model("llama"), tmp_path / "pickled")
+    weights = load_file(tmp_path / "pickled" / "model.safetensors")
+    shutil.copytree(tmp_path / "pickled", tmp_path / "plain")
+    save_file(weights, tmp_path / "plain" / "model.safetensors")
+    torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "pickled" / "model.safetensors").unlink()
+    for name in ("pickled", "plain"):
+        require_supported(str(tmp_path / name))
+        loaded = load_causal_lm(str(tmp_path / name), "fp32").state_dict()
+        assert all(torch.equal(loaded[key], weights[key]) for key in weights)
+
+
+def test_the_check_reads_no_weight(shared_model, tmp_path):
+    """The values are holes of a sparse file of 40 GB, far more than would be read in a test."""
+    folder = Path(shutil.copytree(shared_model("llama"), tmp_path / "big"))
+    config = json.loads((folder / "config.json").read_text())
+    rows, width = 10_000_000, 1024
+    config |= {"vocab_size": rows, "hidden_size": width, "intermediate_size": 8,
+               "num_hidden_layers": 1, "tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with torch.device("meta"):
+        shapes = {name: list(parameter.shape) for name, parameter in
+                  transformers.AutoModelForCausalLM.from_config(
+                      transformers.AutoConfig.from_pretrained(folder)).named_parameters()}
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * torch.Size(shape).numel()
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    assert end > 40e9
+    require_supported(str(folder))
+
+
+def test_a_multimodal_model_is_refused_by_name(tmp_path, shared_model, text_file, capsys):
+    vocabulary = len(make_tokenizer(tmp_path / "mm"))
+    text = dict(vocab_size=vocabulary, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                  image_size=28, patch_size=14)
+    transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, boi_token_index=3,
+        eoi_token_index=4, image_token_index=5)).save_pretrained(tmp_path / "mm")
+    for student, teacher in (("mm", "good"), ("good", "mm")):
+        models = {"mm": tmp_path / "mm", "good": shared_model("llama")}
+        recipe = write_recipe(tmp_path / "r.yaml", models[student], models[teacher], text_file,
+                              tmp_path / "run")
+        for argv in (["train", str(recipe)], ["plan", str(recipe), "--device", "cpu"],
+                     ["submit", str(recipe), "--dry-run", "--ranks-per-node", "1"]):
+            assert main(argv) == 2, argv
+            message = capsys.readouterr().err
+            assert "Gemma3ForConditionalGeneration is multimodal" in message, argv
+            assert "Traceback" not in message
