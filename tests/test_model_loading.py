@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.hub import publish, use_cache
 from support.models import make_tokenizer
-from support.ranks import Ranks
-from support.runs import write_recipe
+from support.ranks import Ranks, rank_main
+from support.runs import comparable_metrics, write_recipe
 
 from amid_ds.cli import main
+from amid_ds.config.parse import load_recipe
 from amid_ds.errors import InputError
 from amid_ds.models.loading import load_causal_lm, require_supported
+from amid_ds.training.job import check_recipe
 
 
 def rewrite(folder: Path, change: Callable[[dict], dict]) -> None:
@@ -227,3 +233,81 @@ def test_a_multimodal_model_is_refused_by_name(tmp_path, shared_model, text_file
             message = capsys.readouterr().err
             assert "Gemma3ForConditionalGeneration is multimodal" in message, argv
             assert "Traceback" not in message
+
+
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+def rank_with_cache(cache: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """A rank without a network, whose cache of the hub is the folder `cache`."""
+    use_cache(Path(cache))
+    rank_main(argv, variables, log)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """The folder of this process's cache of the hub, empty."""
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def test_a_run_goes_on_with_the_commits_of_the_hub_that_it_began_with(cache, shared_model,
+                                                                       text_file, tmp_path):
+    teachers = [shared_model("llama", seed) for seed in (1, 2)]
+    publish(cache, "org/student", shared_model("llama", 0), FIRST)
+    publish(cache, "org/teacher", teachers[0], FIRST)
+    target = functools.partial(rank_with_cache, str(cache))
+    recipe = write_recipe(tmp_path / "r.yaml", Path("org/student"), Path("org/teacher"), text_file,
+                          tmp_path / "run", train__steps=4, checkpoint__every=2)
+    through = write_recipe(tmp_path / "t.yaml", Path("org/student"), Path("org/teacher"), text_file,
+                           tmp_path / "through", train__steps=4, checkpoint__every=2)
+    for path in (recipe, through):
+        ranks = Ranks(1, "train", path, target=target)
+        assert ranks.wait() == [0], ranks.output()
+    # As after two steps, with main moved since.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000004")
+    shutil.rmtree(tmp_path / "run" / "model")
+    publish(cache, "org/teacher", teachers[1], SECOND)
+    resumed = Ranks(1, "train", recipe, target=target)
+    assert resumed.wait() == [0] and "resumed after step 2" in resumed.output()
+    assert comparable_metrics(tmp_path / "run") == comparable_metrics(tmp_path / "through")
+    facts = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert facts["teacher"]["revision"] == facts["student"]["revision"] == FIRST
+    assert load_recipe(tmp_path / "run" / "recipe.yaml").teacher.revision == FIRST
+    # A branch that is named and has moved is not the run's teacher.
+    moved = Ranks(1, "train", recipe, "teacher.revision=main", target=target)
+    assert moved.wait() == [2]
+    assert f"teacher.revision: '{FIRST}' before, '{SECOND}' now" in moved.output()
+    # A new run takes what main is now.
+    assert check_recipe(load_recipe(recipe, [f"output_dir={tmp_path / 'new'}"]), 1
+                        ).recipe.teacher.revision == SECOND
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+
+
+def test_generated_answers_are_not_continued_by_another_commit(cache, shared_model, tmp_path,
+                                                               capsys):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the river"}\n')
+    argv = ["generate", "org/model", "--prompts", str(tmp_path / "prompts.jsonl"),
+            "--out", str(tmp_path / "out.jsonl"), "--max-new-tokens", "2"]
+    publish(cache, "org/model", shared_model("llama", 0), FIRST)
+    assert main(argv) == 0
+    publish(cache, "org/model", shared_model("llama", 1), SECOND)
+    assert main(argv) == 2
+    assert "made with something else: revision" in capsys.readouterr().err
+
+
+def test_a_model_that_the_cache_does_not_hold_is_one_message(cache, shared_model, text_file,
+                                                            tmp_path, capsys):
+    publish(cache, "org/half", shared_model("llama", 0), FIRST)
+    (cache / "models--org--half" / "snapshots" / FIRST / "model.safetensors").unlink()
+    good = shared_model("llama", 0)
+    for model, words in (("org/absent", r"no (model|tokenizer) can be .* 'org/absent'"),
+                         ("org/half", "the weights of org/half cannot be read")):
+        recipe = write_recipe(tmp_path / "r.yaml", Path(model), good, text_file, tmp_path / "run")
+        for argv in (["train", str(recipe)], ["eval", model, "--data", str(text_file)]):
+            assert main(argv) == 2, argv
+            message = capsys.readouterr().err
+            assert re.search(words, message) and message.count("remedy:") == 1
+            assert "Traceback" not in message and not (tmp_path / "run").exists()

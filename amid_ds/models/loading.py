@@ -7,6 +7,7 @@ models are supported.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,6 +93,22 @@ def model_config(model: str, revision: str | None = None, trust_remote_code: boo
         raise InputError(f"no model can be read from {model!r}: {first_line}",
                          "a folder with config.json and weights, or the id of a model on the hub",
                          "check the path; relative paths start where the command is run") from None
+
+
+def resolved_commit(model: str, revision: str | None = None) -> str | None:
+    """The commit that `revision` of a model on the hub is now; None for a folder.
+
+    Without a network that of the local cache, and None where it has none.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    if Path(model).exists():
+        return None
+    try:
+        return extract_commit_hash(cached_file(model, "config.json", revision=revision), None)
+    except (OSError, ValueError):
+        return None
 
 
 def meta_model(model: str, revision: str | None = None, trust_remote_code: bool = False

@@ -48,6 +48,7 @@ def require_weights(meta: Any, model: str, revision: str | None = None, fetch: b
 
 def _weight_files(meta: Any, model: str, revision: str | None, fetch: bool) -> list[str] | None:
     """The paths of the weight files; None where they are on the hub and not to be fetched."""
+    from huggingface_hub.constants import is_offline_mode
     from transformers.modeling_utils import _get_resolved_checkpoint_files
 
     named = getattr(meta.config, "transformers_weights", None)
@@ -58,7 +59,7 @@ def _weight_files(meta: Any, model: str, revision: str | None, fetch: bool) -> l
             is_remote_code=True, transformers_explicit_filename=named,
             download_kwargs={"revision": revision, "local_files_only": not fetch})
     except OSError:
-        if fetch or Path(model).is_dir():
+        if fetch or Path(model).is_dir() or is_offline_mode():
             raise
         return None
     return files

@@ -29,7 +29,12 @@ from amid_ds.models.loading import model_config, require_supported
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.provenance import model_hash, prepared_hash, provenance
 from amid_ds.run.warm_start import resolve_student
-from amid_ds.training.compatibility import flat_recipe, refuse_other_identity, refuse_other_run
+from amid_ds.training.compatibility import (
+    flat_recipe,
+    pin_models,
+    refuse_other_identity,
+    refuse_other_run,
+)
 from amid_ds.training.objective import objective_at
 
 if TYPE_CHECKING:
@@ -70,8 +75,9 @@ class Job:
 def check_recipe(recipe: Recipe, ranks: int) -> Job:
     """The job, after every check that needs neither a model's weights nor prepared data.
 
-    Raises InputError.
+    Its recipe names the commits of models on the hub. Raises InputError.
     """
+    recipe = pin_models(recipe)
     config = ds_config.read_deepspeed_config(recipe, ds_config.data_parallel_size(recipe, ranks))
     for step in turning_points(recipe.loss, recipe.train.steps):
         objective_at(recipe.loss, step, recipe.train.steps)
