@@ -16,9 +16,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.hub import publish, use_cache
 from support.models import make_tokenizer
-from support.ranks import Ranks, rank_main
+from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import comparable_metrics, write_recipe
 
+from amid_ds.checkpoint.export import export
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
 from amid_ds.errors import InputError
@@ -311,3 +312,30 @@ def test_a_model_that_the_cache_does_not_hold_is_one_message(cache, shared_model
             message = capsys.readouterr().err
             assert re.search(words, message) and message.count("remedy:") == 1
             assert "Traceback" not in message and not (tmp_path / "run").exists()
+
+
+def test_a_run_is_exported_after_its_student_has_moved_with_the_settings_of_generation(
+        shared_model, text_file, tmp_path):
+    student = Path(shutil.copytree(shared_model("llama", 0), tmp_path / "student"))
+    config = json.loads((student / "config.json").read_text())
+    # As older models of the hub have them; the second is one that validation warns about.
+    config |= {"do_sample": True, "temperature": 0.7, "max_length": 50, "num_beams": 3}
+    (student / "config.json").write_text(json.dumps(config))
+    (student / "generation_config.json").unlink()
+    transformers.AutoModelForCausalLM.from_pretrained(student).save_pretrained(tmp_path / "truth")
+    recipe = write_recipe(tmp_path / "r.yaml", student, None, text_file, tmp_path / "run",
+                          train__steps=1)
+    run_ranks(1, "train", recipe)
+    student.rename(tmp_path / "elsewhere")
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    for folder in ("run/model", "out"):
+        for name in ("generation_config.json", "config.json"):
+            assert (json.loads((tmp_path / folder / name).read_text())
+                    == json.loads((tmp_path / "truth" / name).read_text())), (folder, name)
+        assert ((tmp_path / folder / "tokenizer.json").read_text()
+                == (tmp_path / "elsewhere" / "tokenizer.json").read_text())
+    load_causal_lm(str(tmp_path / "out"), "fp32")
+    # A run of an older version kept nothing: one message says what is missing.
+    shutil.rmtree(tmp_path / "run" / "student_files")
+    with pytest.raises(InputError, match=f"no model can be read from '{student}'"):
+        export(tmp_path / "run", tmp_path / "late")

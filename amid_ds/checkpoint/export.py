@@ -29,7 +29,7 @@ from amid_ds.files.json_lines import read_jsonl
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.loading import DTYPES, meta_model
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.warm_start import find_run, resolve_student
+from amid_ds.run.warm_start import find_run, kept_student, resolve_student
 
 # The most weights in one file, and the memory that an export needs.
 FILE_BYTES = 2 * 10**9
@@ -58,7 +58,7 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
     """Export a good checkpoint to `out`, which keeps what it held until the new is complete."""
     manifest = Manifest.read(checkpoint)
     dtype = dtype or manifest.layout.student_dtype
-    student = resolve_student(recipe, checkpoint.parent.parent)
+    student = kept_student(recipe, RunFolder(checkpoint.parent.parent))
     model: Any = meta_model(student.model, **student.hub_kwargs)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     try:
@@ -84,6 +84,23 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
                          "a folder that can be written, with room",
                          "make room there, or choose a folder elsewhere; "
                          "what was there is untouched") from None
+
+
+def keep_student(recipe: Recipe) -> None:
+    """Copy what an export needs beside the weights into the run's folder, once.
+
+    So a run can be exported after its student's folder has moved.
+    """
+    kept = RunFolder(Path(recipe.output_dir)).student_files
+    if kept.is_dir():
+        return
+    student = resolve_student(recipe)
+    model: Any = meta_model(student.model, **student.hub_kwargs)
+    staging = kept.with_name(f".{kept.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    _write_configs(student, model, model.dtype, staging)
+    replace_folder(staging, kept)
 
 
 def start_from(recipe: Recipe) -> None:
@@ -131,7 +148,8 @@ def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size
 
 
 def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) -> None:
-    """Write config.json, the student's generation_config.json, and the tokenizer with template."""
+    """Write config.json, the student's generation settings, and the tokenizer with template."""
+    from transformers import GenerationConfig
     from transformers.utils import cached_file
 
     model.config.architectures = [type(model).__name__]
@@ -142,7 +160,11 @@ def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) 
     if own is not None:
         shutil.copy(own, out / "generation_config.json")
     elif model.can_generate():
-        model.generation_config.save_pretrained(out)
+        # Older models have them in config.json, from where save_pretrained moves them too.
+        settings = GenerationConfig.from_pretrained(
+            student.model, config_file_name="config.json", revision=student.revision,
+            _from_model_config=True)
+        settings.to_json_file(out / "generation_config.json")
     if student.trust_remote_code:
         # A local folder's own code goes with it; for a hub's the config names it.
         for code in Path(student.model).glob("*.py"):

@@ -137,6 +137,7 @@ def open_run(job: Job, world: World) -> None:
             job.run.path.mkdir(parents=True, exist_ok=True)
             replace_text(job.run.recipe, dump_recipe(job.recipe))
             replace_text(job.run.provenance, provenance(job.recipe, job.tokenizer, world.size))
+            export.keep_student(job.recipe)
         except OSError as error:
             raise InputError(f"the output folder {job.run.path} cannot be written: {error}",
                              "a folder that can be written",
