@@ -113,10 +113,11 @@ def test_weights_that_are_not_the_models_are_named_before_anything_starts(
     models[role] = damaged(name)
     recipe = write_recipe(tmp_path / "r.yaml", models["student"], models["teacher"], text_file,
                           tmp_path / "run")
+    capsys.readouterr()
     assert main(["train", str(recipe)]) == 2
     message = capsys.readouterr().err
-    assert "Traceback" not in message and f"the weights of {models[role]}" in message
-    assert "remedy:" in message and not (tmp_path / "run").exists()
+    assert message.startswith(f"amid-ds: the weights of {models[role]} "), message
+    assert "Traceback" not in message and "remedy:" in message and not (tmp_path / "run").exists()
     for words in DAMAGES[name][1]:
         assert words in message
     # The same of a model that was not checked before, such as one of the hub.

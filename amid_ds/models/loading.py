@@ -35,15 +35,11 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     first collective, where its weights are not exactly those of its config.
     """
     from transformers import AutoModelForCausalLM
-    from transformers import logging as transformers_logging
     from transformers.integrations.deepspeed import (
         set_hf_deepspeed_config,
         unset_hf_deepspeed_config,
     )
 
-    # Its advice on generation and padding does not apply here.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
     require_weights(meta_model(model, revision, trust_remote_code), model, revision)
     if zero3_config is not None:

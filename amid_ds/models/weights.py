@@ -28,9 +28,14 @@ def require_weights(meta: Any, model: str, revision: str | None = None, fetch: b
     versions). fetch: download the files of a model on the hub; False: one whose weights are not on
     this machine passes. `meta` is used up.
     """
+    from transformers import logging as transformers_logging
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
+    # From here on: what it reports is in our message, and its advice on generation and padding
+    # does not apply.
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     with readable_weights(model):
         files = _weight_files(meta, model, revision, fetch)
         if files is None:
