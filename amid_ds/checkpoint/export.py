@@ -89,10 +89,11 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
 def keep_student(recipe: Recipe) -> None:
     """Copy what an export needs beside the weights into the run's folder, once.
 
-    So a run can be exported after its student's folder has moved.
+    So a run can be exported after its student's folder has moved. Not of a student with Python code
+    of its own: that is trusted where the user has it, not in a folder that others may write into.
     """
     kept = RunFolder(Path(recipe.output_dir)).student_files
-    if kept.is_dir():
+    if kept.is_dir() or recipe.student.trust_remote_code:
         return
     student = resolve_student(recipe)
     model: Any = meta_model(student.model, **student.hub_kwargs)
