@@ -23,14 +23,13 @@ from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.config.recipe import Recipe, Student
 from amid_ds.data import load_tokenizer
-from amid_ds.engine.backend import import_deepspeed
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import replace_folder, require_disk_space
 from amid_ds.files.json_lines import read_jsonl
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.loading import DTYPES, meta_model
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.warm_start import find_run, resolve_student
+from amid_ds.run.warm_start import find_run, kept_student, resolve_student
 
 # The most weights in one file, and the memory that an export needs.
 FILE_BYTES = 2 * 10**9
@@ -46,8 +45,6 @@ def export(source: str | Path, out: str | Path, dtype: str | None = None,
     the student trained in. Raises InputError where there is no good checkpoint, where `out` is in
     use, or where the disk has no room.
     """
-    # The shards name classes of DeepSpeed's.
-    import_deepspeed()
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"the output {out} is there already and not empty",
@@ -61,7 +58,7 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
     """Export a good checkpoint to `out`, which keeps what it held until the new is complete."""
     manifest = Manifest.read(checkpoint)
     dtype = dtype or manifest.layout.student_dtype
-    student = resolve_student(recipe, checkpoint.parent.parent)
+    student = kept_student(recipe, RunFolder(checkpoint.parent.parent))
     model: Any = meta_model(student.model, **student.hub_kwargs)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     try:
@@ -89,11 +86,28 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
                          "what was there is untouched") from None
 
 
+def keep_student(recipe: Recipe) -> None:
+    """Copy what an export needs beside the weights into the run's folder, once.
+
+    So a run can be exported after its student's folder has moved. Not of a student with Python code
+    of its own: that is trusted where the user has it, not in a folder that others may write into.
+    """
+    kept = RunFolder(Path(recipe.output_dir)).student_files
+    if kept.is_dir() or recipe.student.trust_remote_code:
+        return
+    student = resolve_student(recipe)
+    model: Any = meta_model(student.model, **student.hub_kwargs)
+    staging = kept.with_name(f".{kept.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    _write_configs(student, model, model.dtype, staging)
+    replace_folder(staging, kept)
+
+
 def start_from(recipe: Recipe) -> None:
     """Export the run or checkpoint that `student.model` names into this run, once, in fp32."""
     start = RunFolder(Path(recipe.output_dir)).start_model
     if find_run(recipe.student.model) is not None and not start.is_dir():
-        import_deepspeed()
         checkpoint, its_recipe = find_checkpoint(Path(recipe.student.model))
         write_export(checkpoint, its_recipe, start, "fp32")
         logger.info("%s begins with the weights of %s", recipe.output_dir, checkpoint)
@@ -135,7 +149,8 @@ def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size
 
 
 def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) -> None:
-    """Write config.json, the student's generation_config.json, and the tokenizer with template."""
+    """Write config.json, the student's generation settings, and the tokenizer with template."""
+    from transformers import GenerationConfig
     from transformers.utils import cached_file
 
     model.config.architectures = [type(model).__name__]
@@ -146,7 +161,11 @@ def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) 
     if own is not None:
         shutil.copy(own, out / "generation_config.json")
     elif model.can_generate():
-        model.generation_config.save_pretrained(out)
+        # Older models have them in config.json, from where save_pretrained moves them too.
+        settings = GenerationConfig.from_pretrained(
+            student.model, config_file_name="config.json", revision=student.revision,
+            _from_model_config=True)
+        settings.to_json_file(out / "generation_config.json")
     if student.trust_remote_code:
         # A local folder's own code goes with it; for a hub's the config names it.
         for code in Path(student.model).glob("*.py"):

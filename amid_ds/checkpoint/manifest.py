@@ -1,7 +1,9 @@
 """A checkpoint's manifest: the run's state, the shards' layout, and every file's size and checksum.
 
 The manifest is written last, so a folder that has a good one is complete, and a file that differs
-from what was written is found before anything is loaded from it.
+from what was written is found before anything is loaded from it. The checksums are against
+accidents, not against people: whoever can write into the folder can seal it anew (engine/
+tensor_files.py is what keeps such a file from running anything).
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ from amid_ds.files.atomic import fsync, replace_text
 from amid_ds.run.folder import RunFolder
 
 MANIFEST_FILE = "manifest.json"
+# The folder of whole tensors that a checkpoint may hold beside its files (reshard.py).
+CONSOLIDATED = "whole"
 CHUNK_BYTES = 1 << 20
 
 logger = logging.getLogger(__name__)
@@ -69,11 +73,29 @@ class Manifest:
                 raise ValueError
             state = content["state"]
             layout = Layout(**{name: state[name] for name in Layout.__dataclass_fields__})
-            return cls(TrainState.from_json(state), layout, state["identity"], content["files"])
+            manifest = cls(TrainState.from_json(state), layout, state["identity"],
+                           content["files"])
+            if not manifest._is_sound():
+                raise ValueError
+            return manifest
         except OSError as error:
             raise ValueError(f"no manifest: {error.strerror}") from None
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise ValueError("the manifest is damaged") from None
+
+    def _is_sound(self) -> bool:
+        """True where the values can be a checkpoint's: some files, each by a plain name."""
+        layout = self.layout
+        counts = (layout.ranks, layout.tensor_parallel)
+        return (all(type(count) is int and count > 0 for count in counts)
+                and layout.ranks % layout.tensor_parallel == 0
+                and layout.zero_stage in (0, 1, 2, 3) and layout.student_dtype in ("bf16", "fp32")
+                and type(self.state.step) is int and self.state.step >= 0
+                and type(self.state.tokens) is int and isinstance(self.identity, dict)
+                and bool(self.files)
+                and all(name == Path(name).name != MANIFEST_FILE and not name.startswith(".")
+                        and type(record["bytes"]) is int and isinstance(record["xxh3_128"], str)
+                        for name, record in self.files.items()))
 
 
 def _text_checksum(content: object) -> str:
@@ -118,18 +140,24 @@ def checkpoint_step(checkpoint: Path) -> int:
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in `folder`, oldest first, good or damaged."""
     return sorted(path for path in folder.glob("step_*")
-                  if path.is_dir() and path.name[5:].isdigit())
+                  if path.is_dir() and path.name[5:].isdecimal())
 
 
 def verify(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """The damage of a checkpoint in words; None where every file is as it was written.
 
-    Reads every `parts`-th file whole, from `part` on, so that ranks can share the work.
+    Reads every `parts`-th file whole, from `part` on, so that ranks can share the work. A file
+    that the manifest does not list is damage too; hidden ones, which nothing opens, are not.
     """
     try:
         files = Manifest.read(checkpoint).files
-    except ValueError as error:
+        unlisted = sorted(path.name for path in checkpoint.iterdir()
+                          if path.name not in (*files, MANIFEST_FILE, CONSOLIDATED)
+                          and not path.name.startswith("."))
+    except (ValueError, OSError) as error:
         return str(error)
+    if unlisted:
+        return f"{', '.join(unlisted)} is not in its manifest; move it out of the folder"
     for name, record in list(files.items())[part::parts]:
         path = checkpoint / name
         size = path.stat().st_size if path.is_file() else None

@@ -13,23 +13,24 @@ import logging
 import shutil
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from amid_ds.checkpoint.manifest import Manifest, verify_together, write_file
+from amid_ds.checkpoint.manifest import (
+    CONSOLIDATED,
+    Manifest,
+    verify_together,
+    write_file,
+)
 from amid_ds.checkpoint.state import Layout, TrainState
 from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.config.recipe import Student
 from amid_ds.distributed.world import World
-from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.engine import Engine
 from amid_ds.engine.restore import TENSOR_KINDS
+from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import TrainingError
 from amid_ds.files.atomic import replace_folder, require_disk_space
 from amid_ds.models.loading import meta_model
-
-# The folder of whole tensors, inside the checkpoint.
-CONSOLIDATED = "whole"
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,6 @@ def ensure_consolidated(checkpoint: Path, layout: Layout, student: Student,
 
 def consolidate(checkpoint: Path, student: Student) -> None:
     """Write the whole tensors into the checkpoint, in one rename at the end. Needs no engine."""
-    # The shards name classes of DeepSpeed's.
-    import_deepspeed()
     model = meta_model(student.model, **student.hub_kwargs)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     staging = checkpoint / f".{CONSOLIDATED}.tmp"
@@ -88,6 +87,6 @@ def load_checkpoint(engine: Engine, checkpoint: Path, consolidated: Path | None)
     if consolidated is None:
         engine.load_checkpoint(checkpoint)
     else:
-        engine.load_tensors(lambda name: torch.load(consolidated / f"{name}.pt", mmap=True),
+        engine.load_tensors(lambda name: read_torch_file(consolidated / f"{name}.pt", mmap=True),
                             state.step)
     return state

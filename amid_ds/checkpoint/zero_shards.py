@@ -14,7 +14,8 @@ keys and files in it are DeepSpeed's file format.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import torch
 
 from amid_ds.checkpoint.manifest import Manifest
 from amid_ds.engine.restore import STUDENT_PREFIX, TENSOR_KINDS
+from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import TrainingError
 
 # By kind: a run of the flattened parameter.
@@ -51,42 +53,89 @@ class ZeroShards:
     """
 
     def __init__(self, checkpoint: Path, shapes: Mapping[str, torch.Size]) -> None:
-        layout = Manifest.read(checkpoint).layout
-        tp_size = layout.tensor_parallel
-        read = {0: _stage_0, 1: _stages_1_and_2, 2: _stages_1_and_2, 3: _stage_3}[layout.zero_stage]
-        parts = read(checkpoint, shapes, layout.ranks // tp_size, tp_size)
+        manifest = Manifest.read(checkpoint)
+        layout, tp_size = manifest.layout, manifest.layout.tensor_parallel
+        files = _Files(checkpoint, sorted(manifest.files))
+        parts_of = {0: _stage_0, 1: _stages_1_and_2, 2: _stages_1_and_2, 3: _stage_3}
+        with _errors_named(checkpoint):
+            parts = parts_of[layout.zero_stage](files, shapes, layout.ranks // tp_size, tp_size)
         if parts.keys() != shapes.keys():
             raise TrainingError(f"{checkpoint} does not hold the parameters of this model: "
                                 f"missing {sorted(shapes.keys() - parts.keys())}, "
                                 f"unexpected {sorted(parts.keys() - shapes.keys())}")
-        self.checkpoint, self.shapes, self.parts = checkpoint, shapes, parts
+        self.files, self.shapes, self.parts = files, shapes, parts
 
     def whole(self, name: str, kind: str = "fp32") -> torch.Tensor:
         """A parameter's fp32 weights, or one of its moments, whole: a copy in memory."""
         parts, shape = self.parts[name], self.shapes[name]
-        tensors = [part.tensor(kind) for part in parts]
-        split = [dim for dim, (own, all_) in enumerate(zip(parts[0].shape, shape, strict=True))
-                 if own != all_]
-        return torch.cat(tensors, dim=split[0]) if split else tensors[0]
+        with _errors_named(self.files.checkpoint):
+            tensors = [part.tensor(kind) for part in parts]
+            split = [dim for dim, (own, all_) in enumerate(zip(parts[0].shape, shape, strict=True))
+                     if own != all_]
+            tensor = torch.cat(tensors, dim=split[0]) if split else tensors[0]
+            if tensor.shape != shape:
+                raise ValueError(f"{name} is of shape {list(tensor.shape)}, in the model of "
+                                 f"{list(shape)}")
+            return tensor
 
     def buffer(self, name: str) -> torch.Tensor:
         """A buffer of the model; every rank has it whole."""
-        file = next(self.checkpoint.glob("*mp_rank_00_model_states.pt"))
-        tensor: torch.Tensor = _read(file)["module"][STUDENT_PREFIX + name]
-        return tensor
+        with _errors_named(self.files.checkpoint):
+            module = self.files.read("mp_rank_00_model_states.pt")["module"]
+            tensor: torch.Tensor = module[STUDENT_PREFIX + name]
+            return tensor
 
 
-def _stage_3(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int,
+@contextlib.contextmanager
+def _errors_named(checkpoint: Path) -> Iterator[None]:
+    """A context in which what a changed or foreign file may lack (keys, ranks, lengths, types) is
+    a TrainingError that names the checkpoint."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError,
+            RuntimeError) as error:
+        if isinstance(error, TrainingError):
+            raise
+        raise TrainingError(
+            f"{checkpoint} does not hold what its manifest says: {type(error).__name__}: {error}\n"
+            "  it was not written by this program, or was changed since") from None
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a checkpoint that its manifest lists, sorted; no other is opened."""
+
+    checkpoint: Path
+    names: list[str]
+
+    def read(self, ending: str) -> Mapping[str, Any]:
+        """The first file whose name ends so, mapped into memory.
+
+        In bf16 DeepSpeed puts a prefix before the name of an optimizer's file.
+        """
+        name = next((name for name in self.names if name.endswith(ending)), None)
+        if name is None:
+            raise TrainingError(f"{self.checkpoint} has no file …{ending}")
+        content: Mapping[str, Any] = read_torch_file(self.checkpoint / name, mmap=True)
+        return content
+
+    def optimizer_state(self, dp: int, tp: int) -> Mapping[str, Any]:
+        """The optimizer's state on one rank."""
+        name = f"zero_pp_rank_{dp}_mp_rank_{tp:02d}_optim_states.pt"
+        state: Mapping[str, Any] = self.read(name)["optimizer_state_dict"]
+        return state
+
+
+def _stage_3(files: _Files, shapes: Mapping[str, torch.Size], dp_size: int,
              tp_size: int) -> dict[str, list[Part]]:
     """Parts by parameter: each is padded and cut into equal pieces, a group to a flat row."""
     parts_by_name: dict[str, list[Part]] = {}
     for tp in range(tp_size):
-        held = _read(
-            checkpoint / f"zero_pp_rank_0_mp_rank_{tp:02d}_model_states.pt")["param_shapes"]
-        files = [_optimizer_state(checkpoint, dp, tp) for dp in range(dp_size)]
+        held = files.read(f"zero_pp_rank_0_mp_rank_{tp:02d}_model_states.pt")["param_shapes"]
+        states = [files.optimizer_state(dp, tp) for dp in range(dp_size)]
         for group, named_shapes in enumerate(held):
-            rows = [{"fp32": file["fp32_flat_groups"][group],
-                     **file["optimizer_state_dict"]["state"][group]} for file in files]
+            rows = [{"fp32": state["fp32_flat_groups"][group],
+                     **state["optimizer_state_dict"]["state"][group]} for state in states]
             start = 0
             for full_name, shape in named_shapes.items():
                 name = full_name.removeprefix(STUDENT_PREFIX)
@@ -103,27 +152,27 @@ def _stage_3(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int,
     return parts_by_name
 
 
-def _stages_1_and_2(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int,
+def _stages_1_and_2(files: _Files, shapes: Mapping[str, torch.Size], dp_size: int,
                     tp_size: int) -> dict[str, list[Part]]:
     """Parts by parameter: they lie in one row, cut anywhere; each rank lists its pieces."""
     parts_by_name: dict[str, list[Part]] = {}
     for tp in range(tp_size):
-        held = _read(checkpoint / f"mp_rank_{tp:02d}_model_states.pt")["param_shapes"]
+        held = files.read(f"mp_rank_{tp:02d}_model_states.pt")["param_shapes"]
         local = {name: Part(shape, []) for group in held for name, shape in group.items()}
         for dp in range(dp_size):
-            file = _optimizer_state(checkpoint, dp, tp)
-            for group, addresses in enumerate(file["param_slice_mappings"]):
+            state = files.optimizer_state(dp, tp)
+            for group, addresses in enumerate(state["param_slice_mappings"]):
                 if not addresses:
                     continue
-                row = {"fp32": file["single_partition_of_fp32_groups"][group],
-                       **file["base_optimizer_state"]["state"][group]}
+                row = {"fp32": state["single_partition_of_fp32_groups"][group],
+                       **state["base_optimizer_state"]["state"][group]}
                 for name, address in addresses.items():
                     local[name].pieces.append(_cut(row, address.start, address.numel))
         _add(parts_by_name, local)
     return _first_of_equals(parts_by_name, shapes)
 
 
-def _stage_0(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int,
+def _stage_0(files: _Files, shapes: Mapping[str, torch.Size], dp_size: int,
              tp_size: int) -> dict[str, list[Part]]:
     """Parts by parameter: nothing is partitioned.
 
@@ -131,7 +180,7 @@ def _stage_0(checkpoint: Path, shapes: Mapping[str, torch.Size], dp_size: int,
     """
     parts_by_name: dict[str, list[Part]] = {}
     for tp in range(tp_size):
-        file = _read(checkpoint / f"mp_rank_{tp:02d}_model_states.pt")
+        file = files.read(f"mp_rank_{tp:02d}_model_states.pt")
         optimizer = file["optimizer"]
         moments = optimizer.get("optimizer_state_dict", optimizer)["state"]
         names = [f"{STUDENT_PREFIX}{name}" for name in shapes]
@@ -162,19 +211,3 @@ def _first_of_equals(parts_by_name: dict[str, list[Part]],
 
 def _cut(row: Mapping[str, torch.Tensor], start: int, size: int) -> Piece:
     return {kind: row[kind].narrow(0, start, size) for kind in TENSOR_KINDS}
-
-
-def _optimizer_state(checkpoint: Path, dp: int, tp: int) -> Mapping[str, Any]:
-    """The optimizer's state on one rank; in bf16 DeepSpeed puts a prefix before the file's name."""
-    file, = checkpoint.glob(f"*zero_pp_rank_{dp}_mp_rank_{tp:02d}_optim_states.pt")
-    state: Mapping[str, Any] = _read(file)["optimizer_state_dict"]
-    return state
-
-
-def _read(file: Path) -> Mapping[str, Any]:
-    """One of DeepSpeed's files, mapped into memory.
-
-    A pickle runs code when it is read: these are our own.
-    """
-    content: Mapping[str, Any] = torch.load(file, map_location="cpu", mmap=True, weights_only=False)
-    return content

@@ -254,7 +254,7 @@ def _bandwidth_verdict(rates: Mapping[str, float]) -> Verdict:
 
 
 def check_model_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
-    """Tokenizers and configs load, and every weight file opens, on every node."""
+    """Tokenizers and configs load, and the weights are those of the config, on every node."""
     if recipe is None:
         return
     for name, model in (("student", resolve_student(recipe)), ("teacher", recipe.teacher)):
@@ -269,15 +269,11 @@ def check_model_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 
 def _model_problem(model: Student | Teacher) -> str | None:
     from amid_ds.data import load_tokenizer
-    from amid_ds.models.loading import model_config
+    from amid_ds.models.loading import require_supported
 
-    folder = Path(model.model)
     try:
-        model_config(model.model, **model.hub_kwargs)
+        require_supported(model.model, **model.hub_kwargs)
         load_tokenizer(model.model, **model.hub_kwargs)
-        for path in folder.glob("*.safetensors") if folder.is_dir() else ():
-            with open(path, "rb") as file:
-                file.read(1)
     except (InputError, OSError, ValueError) as error:
         return str(error).splitlines()[0]
     return None

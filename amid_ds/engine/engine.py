@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from amid_ds.config.recipe import Recipe
 from amid_ds.data import Batch
 from amid_ds.distributed.world import World
-from amid_ds.engine import gather, memory, restore, staging
+from amid_ds.engine import gather, memory, restore, staging, tensor_files
 from amid_ds.errors import TrainingError
 from amid_ds.models.distiller import Distiller, MicroBatchLoss, StepObjective
 from amid_ds.models.heads import check_head, check_isolation, ids_to_check
@@ -41,6 +41,7 @@ class Engine:
     def __init__(self, deepspeed_engine: Any, world: World,
                  gathered_bytes: gather.GatheredBytes | None = None) -> None:
         self._deepspeed, self.world = deepspeed_engine, world
+        tensor_files.read_safely(deepspeed_engine)
         self.gathered_bytes = gathered_bytes or gather.GatheredBytes()
         self.module: nn.Module = deepspeed_engine.module
         self._step_hooks: OrderedDict[int, Callable[[], None]] = OrderedDict()
@@ -198,9 +199,19 @@ class Engine:
         self._deepspeed.save_checkpoint(str(folder), tag=tag, exclude_frozen_parameters=True)
 
     def load_checkpoint(self, checkpoint: Path) -> None:
-        """Restore weights and optimizer in the layout that they were saved in. Collective."""
-        loaded, _ = self._deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name,
-                                                    load_module_strict=False)
+        """Restore weights and optimizer in the layout that they were saved in. Collective.
+
+        Raises TrainingError where the files are not what DeepSpeed wrote.
+        """
+        try:
+            loaded, _ = self._deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name,
+                                                        load_module_strict=False)
+        except TrainingError:
+            raise
+        # DeepSpeed takes its files' content for granted: a changed one can make it raise anything.
+        except Exception as error:
+            raise TrainingError(f"{checkpoint} could not be loaded: {type(error).__name__}: "
+                                f"{error}") from error
         if loaded is None:
             raise TrainingError(f"DeepSpeed could not load {checkpoint}")
 

@@ -50,7 +50,7 @@ from amid_ds.eval.text_metrics import (
 from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.fit import require_positions, require_rows
 from amid_ds.models.heads import check_head, head_of, ids_to_check, logits_of, run_body
-from amid_ds.models.loading import meta_model, model_config
+from amid_ds.models.loading import load_causal_lm, meta_model
 from amid_ds.run.log import perplexity
 
 if TYPE_CHECKING:
@@ -97,11 +97,7 @@ class Scores:
 
 def load_model(model: str) -> nn.Module:
     """A causal LM for evaluation, in the dtype of its checkpoint. Raises InputError."""
-    from transformers import AutoModelForCausalLM
-
-    # Raises one clear error if there is no model.
-    model_config(model)
-    return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    return load_causal_lm(model, "auto").eval()
 
 
 def score_model(sums: Sequence[float], has_teacher: bool) -> Scores:

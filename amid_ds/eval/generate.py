@@ -155,6 +155,9 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
                          "a model to answer the prompts",
                          "name a teacher in it, or give a model instead of the recipe")
     model = (recipe.teacher if recipe is not None else None) or Teacher(model=args.source)
+    # A branch of the hub may move before the answers are complete.
+    commit = loading.resolved_commit(model.model, model.revision)
+    model = model.model_copy(update={"revision": commit or model.revision})
     config = loading.model_config(model.model, **model.hub_kwargs)
     tokenizer = load_tokenizer(model.model, **model.hub_kwargs)
     require_rows(loading.meta_model(model.model, **model.hub_kwargs), f"the model {model.model}",

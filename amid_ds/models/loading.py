@@ -7,6 +7,7 @@ models are supported.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,14 @@ from amid_ds.config.recipe import Dtype
 from amid_ds.errors import InputError
 from amid_ds.models.head_form import head_form
 from amid_ds.models.heads import body_of
+from amid_ds.models.weights import (
+    MAX_REASON,
+    readable_weights,
+    refuse_other_keys,
+    require_weights,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# The longest excerpt of an error of transformers in a message.
-MAX_REASON = 200
 
 
 def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] | None = None,
@@ -27,29 +32,31 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     """A causal LM with its weights; dtype "auto" is the checkpoint's.
 
     With a DeepSpeed config of ZeRO-3 it is loaded straight into shards (collective): rank 0 reads,
-    each rank keeps its part. Without one every rank loads all of it.
+    each rank keeps its part. Without one every rank loads all of it. Raises InputError, before the
+    first collective, where its weights are not exactly those of its config.
     """
     from transformers import AutoModelForCausalLM
-    from transformers import logging as transformers_logging
     from transformers.integrations.deepspeed import (
         set_hf_deepspeed_config,
         unset_hf_deepspeed_config,
     )
 
-    # Its advice on generation and padding does not apply here.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
+    require_weights(meta_model(model, revision, trust_remote_code), model, revision)
     if zero3_config is not None:
         bf16 = {"enabled": torch_dtype == torch.bfloat16}
         config_holder = _Zero3Config({**zero3_config, "bf16": bf16})
         set_hf_deepspeed_config(config_holder)
     try:
-        return AutoModelForCausalLM.from_pretrained(model, revision=revision, dtype=torch_dtype,
-                                                    trust_remote_code=trust_remote_code)
+        with readable_weights(model):
+            loaded, report = AutoModelForCausalLM.from_pretrained(
+                model, revision=revision, dtype=torch_dtype, output_loading_info=True,
+                trust_remote_code=trust_remote_code)
     finally:
         if zero3_config is not None:
             unset_hf_deepspeed_config()
+    refuse_other_keys(model, report)
+    return loaded
 
 
 class _Zero3Config:
@@ -85,52 +92,81 @@ def model_config(model: str, revision: str | None = None, trust_remote_code: boo
                          "check the path; relative paths start where the command is run") from None
 
 
+def resolved_commit(model: str, revision: str | None = None) -> str | None:
+    """The commit that `revision` of a model on the hub is now; None for a folder.
+
+    Without a network that of the local cache, and None where it has none.
+    """
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    if Path(model).exists():
+        return None
+    try:
+        return extract_commit_hash(cached_file(model, "config.json", revision=revision), None)
+    except (OSError, ValueError):
+        return None
+
+
 def meta_model(model: str, revision: str | None = None, trust_remote_code: bool = False
                ) -> nn.Module:
     """The model without its weights: every parameter on the meta device.
 
-    Raises InputError if there is no such model, and what transformers raises for one of no causal
-    architecture.
+    Raises InputError if there is no such model, or none of a causal architecture.
     """
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config(model, revision, trust_remote_code),
-                                                trust_remote_code=trust_remote_code)
+    config = model_config(model, revision, trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    # What transformers makes of an encoder, or of values that its class does not take.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON]
+        raise _unsupported(model, config, reason) from None
 
 
-def require_supported(model: str, revision: str | None = None, trust_remote_code: bool = False
-                      ) -> None:
-    """Raise InputError for a model that the engine or the fused head does not support.
+def supported_model(model: str, revision: str | None = None, trust_remote_code: bool = False
+                    ) -> nn.Module:
+    """The meta model of one that the engine and the fused head support.
 
-    Judged by its config and its meta model, without its weights.
+    Raises InputError for any other, judged without its weights.
     """
     config = model_config(model, revision, trust_remote_code)
-    reason = _unsupported_reason(config, model, revision, trust_remote_code)
-    if reason is not None:
-        raise InputError(f"the model {model} (model_type {config.model_type}) cannot be distilled "
-                         f"here: {reason}",
-                         "a causal language model of transformers: a body, a linear head, weights "
-                         "in bf16 or fp32",
-                         "choose such a model, or save this one's weights unquantized with "
-                         "save_pretrained")
-
-
-def _unsupported_reason(config: Any, model: str, revision: str | None, trust_remote_code: bool
-                        ) -> str | None:
     if getattr(config, "quantization_config", None) is not None:
-        return "its weights are quantized"
-    try:
-        module: Any = meta_model(model, revision, trust_remote_code)
-    except (ValueError, ImportError, KeyError) as error:
-        return str(error).strip().splitlines()[0][:MAX_REASON]
+        raise _unsupported(model, config, "its weights are quantized")
+    module: Any = meta_model(model, revision, trust_remote_code)
+    name = type(module).__name__
+    if module.config.get_text_config() is not module.config:
+        raise _unsupported(model, config, f"{name} is multimodal: the language model's numbers are "
+                                          "nested in its config")
     if not isinstance(module.get_output_embeddings(), nn.Linear) or body_of(module) is module:
-        return f"{type(module).__name__} is not a body with one linear head"
+        raise _unsupported(model, config, f"{name} is not a body with one linear head")
     try:
         head_form(module)
     except InputError as error:
-        return error.found
-    return None
+        raise _unsupported(model, config, error.found) from None
+    return module
+
+
+def require_supported(model: str, revision: str | None = None, trust_remote_code: bool = False
+                      ) -> nn.Module:
+    """The meta model of one that is supported and whose weight files are those of its config.
+
+    The files are judged by their headers, where they are on this machine. Raises InputError.
+    """
+    meta = supported_model(model, revision, trust_remote_code)
+    require_weights(meta, model, revision, fetch=False)
+    return meta
+
+
+def _unsupported(model: str, config: Any, reason: str) -> InputError:
+    return InputError(f"the model {model} (model_type {config.model_type}) cannot be distilled "
+                      f"here: {reason}",
+                      "a causal language model of transformers: a body, a linear head, weights "
+                      "in bf16 or fp32",
+                      "choose such a model, or save this one's weights unquantized, its language "
+                      "model by itself, with save_pretrained")
 
 
 def checkpoint_dtype(model: str, revision: str | None = None, trust_remote_code: bool = False

@@ -84,7 +84,7 @@ def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
 
     Raises InputError for a model that does not run on the meta device.
     """
-    meta: Any = loading.meta_model(model.model, **model.hub_kwargs).to(dtype)
+    meta: Any = loading.supported_model(model.model, **model.hub_kwargs).to(dtype)
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
     replicated = isinstance(model, Teacher) and model.placement == "replicated"

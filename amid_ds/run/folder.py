@@ -53,6 +53,11 @@ class RunFolder:
         return self.path / "start"
 
     @property
+    def student_files(self) -> Path:
+        """The student's config, tokenizer and generation settings, for an export."""
+        return self.path / "student_files"
+
+    @property
     def provenance(self) -> Path:
         """Versions, git revision, hashes of models and tokenizer."""
         return self.path / "provenance.json"

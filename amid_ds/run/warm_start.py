@@ -39,3 +39,15 @@ def resolve_student(recipe: Recipe, run: Path | None = None) -> Student:
         folder = RunFolder(other)
         student = load_recipe(folder.recipe).student
     return student.model_copy(update={"model": str(folder.start_model), "revision": None})
+
+
+def kept_student(recipe: Recipe, run: RunFolder) -> Student:
+    """The student whose config and tokenizer an export of `run` takes.
+
+    They are kept in the run's folder, but for models with code of their own, and for runs that
+    began under version 0.1.
+    """
+    if run.student_files.is_dir() and not recipe.student.trust_remote_code:
+        return recipe.student.model_copy(update={"model": str(run.student_files),
+                                                 "revision": None})
+    return resolve_student(recipe, run.path)

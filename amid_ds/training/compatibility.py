@@ -14,6 +14,7 @@ from amid_ds.checkpoint.manifest import Manifest
 from amid_ds.config.parse import load_recipe, resolved
 from amid_ds.config.recipe import Recipe
 from amid_ds.errors import InputError
+from amid_ds.models.loading import resolved_commit
 from amid_ds.run.folder import RunFolder
 
 # Keys that a resumed run may change: they do not affect what is learnt. Of `deepspeed` that is all
@@ -24,6 +25,28 @@ MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepare
               "teacher.placement", "tensor_parallel", "deepspeed")
 # Also free, unless rollout.adaptive uses the validation loss.
 EVALUATION_KEYS = ("data.eval", "train.eval_every")
+
+
+def pin_models(recipe: Recipe) -> Recipe:
+    """The recipe with the commit of each model on the hub as its `revision`.
+
+    A branch moves: where the recipe names no revision, it is the commit that the run in the output
+    folder began with, in a new run today's. One that it does name must still be that commit.
+    """
+    saved = RunFolder(Path(recipe.output_dir)).recipe
+    began = load_recipe(saved) if saved.exists() else None
+    pinned = {}
+    for section in ("student", "teacher"):
+        model = getattr(recipe, section)
+        if model is None:
+            continue
+        before = getattr(began, section, None)
+        if model.revision is None and before is not None and before.model == model.model:
+            revision = before.revision
+        else:
+            revision = resolved_commit(model.model, model.revision) or model.revision
+        pinned[section] = model.model_copy(update={"revision": revision})
+    return recipe.model_copy(update=pinned)
 
 
 def refuse_other_run(recipe: Recipe) -> None:

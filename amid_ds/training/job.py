@@ -27,11 +27,16 @@ from amid_ds.engine.ds_config import DeepSpeedConfig
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.files.atomic import replace_text
 from amid_ds.models.fit import require_positions, require_rows
-from amid_ds.models.loading import meta_model, require_supported
+from amid_ds.models.loading import require_supported
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.provenance import model_hash, prepared_hash, provenance
 from amid_ds.run.warm_start import resolve_student
-from amid_ds.training.compatibility import flat_recipe, refuse_other_identity, refuse_other_run
+from amid_ds.training.compatibility import (
+    flat_recipe,
+    pin_models,
+    refuse_other_identity,
+    refuse_other_run,
+)
 from amid_ds.training.objective import objective_at
 
 if TYPE_CHECKING:
@@ -72,8 +77,9 @@ class Job:
 def check_recipe(recipe: Recipe, ranks: int) -> Job:
     """The job, after every check that needs neither a model's weights nor prepared data.
 
-    Raises InputError.
+    Its recipe names the commits of models on the hub. Raises InputError.
     """
+    recipe = pin_models(recipe)
     config = ds_config.read_deepspeed_config(recipe, ds_config.data_parallel_size(recipe, ranks))
     for step in turning_points(recipe.loss, recipe.train.steps):
         objective_at(recipe.loss, step, recipe.train.steps)
@@ -83,14 +89,13 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
     models: dict[str, Student | Teacher] = {f"student {student.model}": student}
     if teacher is not None:
         models[f"teacher {teacher.model}"] = teacher
-    for model in models.values():
-        require_supported(model.model, **model.hub_kwargs)
+    metas = {name: require_supported(model.model, **model.hub_kwargs)
+             for name, model in models.items()}
     tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
     if teacher is not None:
         require_same_tokenizer(tokenizer, load_tokenizer(teacher.model, **teacher.hub_kwargs),
                                student.model, teacher.model)
-    for name, model in models.items():
-        meta = meta_model(model.model, **model.hub_kwargs)
+    for name, meta in metas.items():
         require_rows(meta, f"the {name}", vocabulary_size(tokenizer))
         require_positions(meta, f"the {name}", recipe.train.seq_length)
     if recipe.rollout is not None:
@@ -127,6 +132,7 @@ def open_run(job: Job, world: World) -> None:
             job.run.path.mkdir(parents=True, exist_ok=True)
             replace_text(job.run.recipe, dump_recipe(job.recipe))
             replace_text(job.run.provenance, provenance(job.recipe, job.tokenizer, world.size))
+            export.keep_student(job.recipe)
         except OSError as error:
             raise InputError(f"the output folder {job.run.path} cannot be written: {error}",
                              "a folder that can be written",

@@ -34,6 +34,7 @@ from amid_ds.data.batch import TokenRow, collate_rows
 from amid_ds.data.pack import PackedRow, pack_best_fit
 from amid_ds.data.prepared import PreparedDataset
 from amid_ds.engine.engine import Engine
+from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import InputError
 from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.ends import end_ids
@@ -98,7 +99,7 @@ class Rollouts:
         if state.rollout is not None:
             folder = RunFolder(Path(recipe.output_dir)).checkpoints / checkpoint_name(state.step)
             self.buffer = [RolloutDocument(*document)
-                           for document in torch.load(folder / BUFFER_FILE)]
+                           for document in read_torch_file(folder / BUFFER_FILE)]
         elif self.rollout.adaptive is not None:
             self.update_threshold(validate(recipe, engine))
 

@@ -19,7 +19,7 @@ from amid_ds.errors import InputError
 from amid_ds.monitor.hang_watchdog import GRACE_S
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.warm_start import resolve_student
-from amid_ds.training.compatibility import changes_since_last_attempt
+from amid_ds.training.compatibility import changes_since_last_attempt, pin_models
 from amid_ds.training.job import Job, check_recipe, export_final_model, identity_of, open_run
 from amid_ds.training.rollout import check_prompt_lengths
 from amid_ds.training.trainer import Trainer
@@ -38,8 +38,9 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         timeout = load_recipe(recipe_path, overrides).train.hang_timeout
     # The hang watchdog ends a step that hangs, before a collective gives up by itself.
     with init_distributed(timeout + GRACE_S) as world, Attempt(world.rank, world.size) as attempt:
-        job = world.run_checked(
-            lambda: check_recipe(load_recipe(recipe_path, overrides), world.size))
+        # Nodes may see different commits of a model on the hub: rank 0 decides.
+        recipe = world.run_on_main(lambda: pin_models(load_recipe(recipe_path, overrides)))
+        job = world.run_checked(lambda: check_recipe(recipe, world.size))
         world = world.split(job.recipe.tensor_parallel)
         world.run_on_main(lambda: export.start_from(job.recipe))
         changed = world.run_on_main(lambda: changes_since_last_attempt(job.recipe))
