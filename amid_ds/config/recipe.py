@@ -22,6 +22,7 @@ from amid_ds.config.scheduled_values import (
     within,
 )
 from amid_ds.config.section import (
+    MAX_INT,
     Finite,
     NonNegative,
     NonNegativeInt,
@@ -166,7 +167,7 @@ class Train(Section):
 
     steps: PositiveInt
     """Optimizer steps of the whole run."""
-    seq_length: Annotated[int, Field(ge=2)] = 512
+    seq_length: Annotated[int, Field(ge=2, le=MAX_INT)] = 512
     """Tokens in a row."""
     micro_batch_size: PositiveInt = 1
     """Rows in one forward and backward pass of a rank."""
@@ -246,7 +247,7 @@ class CheckpointPolicy(Section):
 
     every: PositiveInt = 100
     """Steps between checkpoints."""
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[int, Field(ge=2, le=MAX_INT)] = 2
     """The newest ones that stay; two at least, so that one is left if the newest is damaged."""
     keep_every: PositiveInt | None = None
     """Checkpoints of steps that this number divides stay too."""
