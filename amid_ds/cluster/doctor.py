@@ -278,7 +278,9 @@ def _model_problem(model: Student | Teacher) -> str | None:
         for path in folder.glob("*.safetensors") if folder.is_dir() else ():
             with open(path, "rb") as file:
                 file.read(1)
-    except (InputError, OSError, ValueError) as error:
+    except InputError as error:
+        return f"{error.found}; {error.remedy}"
+    except (OSError, ValueError) as error:
         return str(error).splitlines()[0]
     return None
 

@@ -341,6 +341,19 @@ class Recipe(Section):
             raise ValueError("the path is empty; name a folder or file")
         return value
 
+    def trusting(self, allowed: bool) -> Recipe:
+        """This recipe; unless `allowed`, without leave to run the code that comes with its models.
+
+        For a recipe that another run left: what it allowed, its own user had read. The user of this
+        command allows it, or nobody does.
+        """
+        if allowed:
+            return self
+        untrusted = {"trust_remote_code": False}
+        return self.model_copy(update={
+            "student": self.student.model_copy(update=untrusted),
+            "teacher": self.teacher and self.teacher.model_copy(update=untrusted)})
+
     @property
     def prepared_dir(self) -> Path:
         """The folder of the prepared data."""

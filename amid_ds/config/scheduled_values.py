@@ -14,7 +14,6 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from amid_ds.config.section import Finite, NonNegativeInt, PositiveInt, Section, Share
 
-
 # A pair of numbers is a list in YAML; the numbers in it are as strict as everywhere.
 FROM_A_LIST = Field(strict=False)
 

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -41,8 +41,8 @@ for _name, (_pattern, _starts) in _SCHEMA.items():
 class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers = _RESOLVERS
     # No dates, sets, pairs or bytes, which no recipe has.
-    yaml_constructors = {tag: yaml.SafeLoader.yaml_constructors[tag]
-                         for tag in (_TAG + "str", _TAG + "seq", _TAG + "map", None)}
+    yaml_constructors: ClassVar = {tag: yaml.SafeLoader.yaml_constructors[tag]
+                                   for tag in (_TAG + "str", _TAG + "seq", _TAG + "map", None)}
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -93,7 +93,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
     def construct_plain(self, node: yaml.ScalarNode) -> object:
-        """null, a boolean or a number; also under a tag such as `!!int`, which any text may have."""
+        """null, a boolean or a number; also under a tag such as `!!int`, before any text."""
         kind, text = node.tag.removeprefix(_TAG), str(node.value)
         if not isinstance(node, yaml.ScalarNode) or not re.fullmatch(_SCHEMA[kind][0], text):
             raise yaml.constructor.ConstructorError(None, None, f"{text!r} is not a YAML {kind}",
@@ -121,7 +121,7 @@ class _Dumper(yaml.SafeDumper):
 def load_yaml(text: str) -> object:
     """The one document in `text`. Raises ValueError with the line and the fault."""
     try:
-        return yaml.load(text, _Loader)   # noqa: S506 - a subclass of SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
 

@@ -90,13 +90,14 @@ class Scores:
     teacher_nll: float | None = None
 
 
-def load_model(model: str) -> nn.Module:
+def load_model(model: str, trust_remote_code: bool = False) -> nn.Module:
     """A causal LM for evaluation, in the dtype of its checkpoint. Raises InputError."""
     from transformers import AutoModelForCausalLM
 
     # Raises one clear error if there is no model.
-    model_config(model)
-    return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
+    model_config(model, trust_remote_code=trust_remote_code)
+    return AutoModelForCausalLM.from_pretrained(
+        model, dtype="auto", trust_remote_code=trust_remote_code).eval()
 
 
 def score_model(sums: Sequence[float], has_teacher: bool) -> Scores:
@@ -190,6 +191,7 @@ class EvalArgs:
     seeds: int | None = None
     new_tokens: int | None = None
     batch_size: int = 4
+    trust_remote_code: bool = False
 
     def sampling(self, source: Source, room: int) -> Sampling | None:
         """Settings for sampled answers to the source's rows; None: no generations.
@@ -314,12 +316,15 @@ def evaluate_command(args: EvalArgs, as_json: bool) -> None:
 
 def _load(args: EvalArgs, device: torch.device
           ) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
-    tokenizer = load_tokenizer(args.model)
+    trust = args.trust_remote_code
+    tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
     teacher = None
     if args.teacher is not None:
-        require_same_tokenizer(tokenizer, load_tokenizer(args.teacher), args.model, args.teacher)
-        teacher = load_model(args.teacher).to(device)
-    return load_model(args.model).to(device), teacher, tokenizer
+        require_same_tokenizer(
+            tokenizer, load_tokenizer(args.teacher, trust_remote_code=trust), args.model,
+            args.teacher)
+        teacher = load_model(args.teacher, trust).to(device)
+    return load_model(args.model, trust).to(device), teacher, tokenizer
 
 
 # heading -> (field of Scores, format).

@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 from amid_ds.checkpoint.export import export
 from amid_ds.config.strict import dump_yaml
 from amid_ds.data import load_tokenizer, train_sentencepiece

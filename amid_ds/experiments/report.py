@@ -154,14 +154,14 @@ def read_reported_run(folder: Path, name: str) -> ReportedRun:
                        measured, unmeasured)
 
 
-def report(folders: Sequence[str], out: str) -> None:
+def report(folders: Sequence[str], out: str, trust_remote_code: bool = False) -> None:
     """`amid-ds report RUN [RUN …] -o OUT`."""
     figure = require_matplotlib()
     paths = [Path(folder) for folder in folders]
     short = [path.resolve().name for path in paths]
     names = short if len(set(short)) == len(short) else [str(path) for path in paths]
     runs = [read_reported_run(path, name) for path, name in zip(paths, names, strict=True)]
-    page = _page(runs, _sections(runs, _Draw(figure, runs)))
+    page = _page(runs, _sections(runs, _Draw(figure, runs), trust_remote_code))
     try:
         replace_text(Path(out), page)
     except OSError as error:
@@ -229,9 +229,11 @@ class _Draw:
         return self.picture(title, 1.9 + 0.35 * len(bars), fill)
 
 
-def _sections(runs: Sequence[ReportedRun], draw: _Draw) -> list[ReportSection]:
+def _sections(runs: Sequence[ReportedRun], draw: _Draw,
+              trust_remote_code: bool = False) -> list[ReportSection]:
     return [ReportSection("Curves", [*_metric_curves(runs, draw), *_evaluation_curves(runs, draw)]),
-            ReportSection("Time", _time_bars(runs, draw)), _memory_section(runs, draw)]
+            ReportSection("Time", _time_bars(runs, draw)),
+            _memory_section(runs, draw, trust_remote_code)]
 
 
 def _metric_curves(runs: Sequence[ReportedRun], draw: _Draw) -> list[Drawing]:
@@ -265,11 +267,12 @@ def _time_bars(runs: Sequence[ReportedRun], draw: _Draw) -> list[Drawing]:
     return [draw.bars("Where the time went", "seconds per step, rank 0", bars, caption)]
 
 
-def _memory_section(runs: Sequence[ReportedRun], draw: _Draw) -> ReportSection:
+def _memory_section(runs: Sequence[ReportedRun], draw: _Draw,
+                    trust_remote_code: bool) -> ReportSection:
     """Memory by part, planned and measured, with a note for each run that lacks a plan."""
     bars, notes = {}, []
     for run in runs:
-        planned, note = _planned(run)
+        planned, note = _planned(run, trust_remote_code)
         if planned:
             bars[f"{run.name}, planned"] = _gigabytes(planned)
         if run.measured:
@@ -281,15 +284,16 @@ def _memory_section(runs: Sequence[ReportedRun], draw: _Draw) -> ReportSection:
     return ReportSection("Memory", drawings, notes)
 
 
-def _planned(run: ReportedRun) -> tuple[dict[str, int], str]:
+def _planned(run: ReportedRun, trust_remote_code: bool = False) -> tuple[dict[str, int], str]:
     """A rank's planned bytes by part on the run's own ranks and device; or {} and the reason."""
     if not run.measured:
         return {}, f"{run.name}: no plan, because nothing was measured: {run.unmeasured}"
     try:
-        return plan_measured_run(run.measured).memory_per_rank, ""
+        plan = plan_measured_run(run.measured, trust_remote_code=trust_remote_code)
+        return plan.memory_per_rank, ""
     except InputError as error:
         # E.g. its models have been moved.
-        return {}, f"{run.name}: no plan can be made here: {error.found}"
+        return {}, f"{run.name}: no plan can be made here: {error.found}; {error.remedy}"
 
 
 def _gigabytes(memory: Mapping[str, int]) -> dict[str, float]:
