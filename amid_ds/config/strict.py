@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 # Bounds of a file: bytes, mappings inside one another, values once its aliases are followed.
 MAX_BYTES = 4_000_000
@@ -164,3 +165,14 @@ def read_user_file(path: Path) -> str:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
     # With or without the mark that some editors put before the first character.
     return data.decode("utf-8-sig")
+
+
+def type_problem(kind: Any, constraints: Sequence[object], value: object) -> str | None:
+    """What keeps a value out of JSON from being a `kind` under pydantic's constraints; or None."""
+    for constraint in constraints:
+        kind = Annotated[kind, constraint]
+    try:
+        TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        return str(error.errors()[0]["msg"])
+    return None
