@@ -38,6 +38,7 @@ _FLOPS_PROFILER: Mapping[str, object] = {
 
 _DATA, _PRECISION = "the recipe's `data` says what is read", "`student.dtype` says the precision"
 _OTHER = "an engine here does not do it"
+_EXCHANGE = "weights and gradients are exchanged as they are"
 REFUSED_KEYS = {
     "bfloat16": "its name is `bf16`", "amp": _PRECISION, "data_types": _PRECISION,
     "torch_autocast": _PRECISION, "quantize_training": _PRECISION,
@@ -70,6 +71,15 @@ _ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
                                                    "checkpoints are made from memory"),
     "zero_optimization.offload_optimizer.ratio": ((1,), "the optimizer is offloaded whole"),
     "zero_optimization.offload_optimizer.super_offload": ((False,), _OTHER),
+    # DeepSpeed makes one secondary group only, and two models are loaded.
+    "zero_optimization.zero_hpz_partition_size": ((1,), _OTHER),
+    # It gathers before a layer's own hooks, the loss's among them.
+    "zero_optimization.stage3_module_granularity_threshold": ((0,), _OTHER),
+    "zero_optimization.zero_quantized_weights": ((False,), _EXCHANGE),
+    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _EXCHANGE),
+    "zero_optimization.zero_quantized_gradients": ((False,), _EXCHANGE),
+    "prescale_gradients": ((False,), "ZeRO does not do it"),
+    "gradient_predivide_factor": ((1,), "ZeRO does not do it"),
     "zero_force_ds_cpu_optimizer": ((False,), "the optimizer is torch's AdamW")}
 
 

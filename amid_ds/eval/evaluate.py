@@ -341,8 +341,9 @@ PIPED_TABLE_WIDTH = 240
 
 def print_table(scores: dict[str, Scores]) -> None:
     """Print the scores of models by their names, without the columns that no model has."""
-    from rich.console import Console
     from rich.table import Table
+
+    from amid_ds.run.console import PlainConsole
 
     table = Table(title="held-out")
     table.add_column("model")
@@ -354,7 +355,7 @@ def print_table(scores: dict[str, Scores]) -> None:
         values = [(getattr(row, field), form) for field, form in columns.values()]
         table.add_row(name, *("-" if value is None else form.format(value)
                               for value, form in values))
-    console = Console()
+    console = PlainConsole()
     if not console.is_terminal:
         console.width = PIPED_TABLE_WIDTH
     console.print(table)
