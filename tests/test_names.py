@@ -157,4 +157,4 @@ def test_what_can_be_read_stays_as_it_is():
     text = "naïve 名前 🦙 α=−5 \u00a0\u3000[x] $y$\n\tz"
     assert printable(text) == text
     assert printable("a\nb\tc", keep="") == "a\\nb\\tc"
-    assert figure_text("x" * 300).endswith("…") and len(figure_text("x" * 300)) == 50
+    assert figure_text("x" * 300).endswith("…") and len(figure_text("x" * 300)) == 40

@@ -26,6 +26,7 @@ from amid_ds.config.section import (
     Finite,
     NonNegative,
     NonNegativeInt,
+    PathText,
     Positive,
     PositiveInt,
     Section,
@@ -52,7 +53,7 @@ class HubKwargs(TypedDict):
 class PretrainedModel(Section):
     """A causal language model: a folder, or an id on the hub."""
 
-    model: str
+    model: PathText
     """The folder's path, or the id."""
     revision: str | None = None
     """The commit, branch or tag of a model on the hub."""
@@ -275,11 +276,11 @@ class Recipe(Section):
     train: Train
     tensor_parallel: PositiveInt = 1
     """Neighbouring ranks that share each copy of the models."""
-    deepspeed: str = "ds_configs/zero3.json"
+    deepspeed: PathText = "ds_configs/zero3.json"
     """The path of a DeepSpeed config; its batch sizes come from the recipe."""
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     slurm: Slurm = Slurm()
-    output_dir: str
+    output_dir: PathText
     """The run's folder."""
 
     @model_validator(mode="before")

@@ -61,11 +61,11 @@ class _Loader(yaml.SafeLoader):
 
     def compose_document(self) -> Any:
         document = super().compose_document()
-        self._require_bounded(document, {})
+        self._require_sound(document, {})
         return document
 
-    def _require_bounded(self, node: Any, sizes: dict[int, int]) -> int:
-        """The number of values under `node` with every alias followed; `sizes` by node."""
+    def _require_sound(self, node: Any, sizes: dict[int, int]) -> int:
+        """The number of values under `node` with every alias followed; `sizes` has those known."""
         if id(node) in sizes:
             # 0: the node is being counted, so it holds itself.
             if not sizes[id(node)]:
@@ -75,8 +75,10 @@ class _Loader(yaml.SafeLoader):
         sizes[id(node)], size = 0, 1
         if isinstance(node, yaml.CollectionNode):
             for child in node.value:
-                size += sum(self._require_bounded(part, sizes)
+                size += sum(self._require_sound(part, sizes)
                             for part in (child if isinstance(child, tuple) else (child,)))
+        elif any("\ud800" <= character <= "\udfff" for character in node.value):
+            raise yaml.composer.ComposerError(None, None, "half of a character", node.start_mark)
         if size > MAX_VALUES:
             raise yaml.composer.ComposerError(
                 None, None, f"more than {MAX_VALUES} values, its aliases followed", node.start_mark)

@@ -27,7 +27,7 @@ Points = dict[Any, list[float]]
 TEACHER_COLOUR = "#4e79a7"
 CE_COLOUR = "#bab0ac"
 # Characters.
-LONGEST_LABEL = 50
+LONGEST_LABEL = 40
 # The light line under a smoothed one.
 RAW_ALPHA = 0.25
 # A curve is smoothed by means over this part of its steps.
