@@ -45,6 +45,7 @@ PUBLISHED = {
         "stage3_prefetch_bucket_size": "auto", "stage3_param_persistence_threshold": "auto",
         "stage3_max_live_parameters": 1e9, "stage3_max_reuse_distance": 1e9,
         "stage3_gather_16bit_weights_on_model_save": True},
+    "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}},
     "gradient_accumulation_steps": "auto", "gradient_clipping": "auto", "steps_per_print": 2000,
     "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
     "wall_clock_breakdown": False, "flops_profiler": {"enabled": False},

@@ -296,7 +296,7 @@ def test_auto_of_transformers_documentation_is_the_recipes_or_the_models_number(
     ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage"),
     ({"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": "auto"}}}, "train.schedule"),
     ({"optimizer": {"type": "Lion", "params": {"lr": "auto"}}}, "train.learning_rate"),
-    ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, "train.learning_rate")])
+    ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9, 0.95]}}}, "train.learning_rate")])
 def test_auto_that_nothing_decides_is_refused_by_name(config, words, check):
     with pytest.raises(InputError, match=words):
         check(config)

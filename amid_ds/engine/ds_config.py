@@ -27,20 +27,21 @@ DeepSpeedConfig: TypeAlias = Mapping[str, Any]
 
 # The lowest ZeRO stage that offloads the weights, and the optimizer's state.
 OFFLOAD_STAGES = {"offload_param": 3, "offload_optimizer": 1}
-# ZeRO's sizes that may be "auto", from the hidden size.
-AUTOMATIC_BUCKETS: Mapping[str, Callable[[int], int]] = {
-    "reduce_bucket_size": lambda width: width * width,
-    "stage3_prefetch_bucket_size": lambda width: width * width * 9 // 10,
-    "stage3_param_persistence_threshold": lambda width: 10 * width}
+# ZeRO's sizes that may be "auto", from the hidden size by the formulas of transformers' documents.
+AUTOMATIC_SIZES: Mapping[str, Callable[[int], int]] = {
+    "zero_optimization.reduce_bucket_size": lambda width: width * width,
+    "zero_optimization.stage3_prefetch_bucket_size": lambda width: width * width * 9 // 10,
+    "zero_optimization.stage3_param_persistence_threshold": lambda width: 10 * width}
 
 
 def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig:
     """The DeepSpeed config with the recipe's numbers in it.
 
-    Raises InputError where the two contradict.
+    Raises InputError, with all faults, for a config that DeepSpeed would misread, that an engine
+    here cannot honour, or that contradicts the recipe.
     """
     path = find_deepspeed_config(recipe.deepspeed)
-    config = _with_automatic_values(_read_json(path), recipe)
+    config = {key: _resolve_auto(key, value, recipe) for key, value in _read_json(path).items()}
     accumulation = accumulation_steps(recipe, data_parallel)
     ours = {"train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
             "gradient_accumulation_steps": accumulation,
@@ -85,36 +86,31 @@ def _whole_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _with_automatic_values(config: DeepSpeedConfig, recipe: Recipe) -> DeepSpeedConfig:
-    """The config with numbers for the values "auto" that recipe and models decide.
-
-    The precision is the student's, and ZeRO's buckets follow from the hidden size, by the formulas
-    of transformers' documentation. Any other "auto" stays, for a message.
-    """
-    config = dict(config)
-    for section, enabled in (("bf16", recipe.student.dtype == "bf16"), ("fp16", False)):
-        if _has(config, section, "enabled", "auto") and (section == "fp16"
-                                                         or recipe.student.dtype != "auto"):
-            config[section] = {**config[section], "enabled": enabled}
-    automatic = [key for key in AUTOMATIC_BUCKETS
-                 if _has(config, "zero_optimization", key, "auto")]
-    if automatic:
-        width = _hidden_size(recipe)
-        config["zero_optimization"] = {
-            **config["zero_optimization"],
-            **{key: AUTOMATIC_BUCKETS[key](width) for key in automatic}}
-    optimizer = config.get("optimizer")
-    if (isinstance(optimizer, dict) and optimizer.get("type") == "AdamW"
-            and isinstance(parameters := optimizer.get("params", {}), dict)
-            and all(value == "auto" for value in parameters.values())
-            and optimizer.keys() <= {"type", "params"}):
-        config["optimizer"] = "auto"
-    return config
+def _resolve_auto(key: str, value: Any, recipe: Recipe) -> Any:
+    """The section `key` with a value for each "auto" that recipe or models decide; any other stays,
+    for a message."""
+    if not isinstance(value, dict):
+        return value
+    if key == "optimizer" and _is_recipes_optimizer(value):
+        return "auto"
+    return {name: _resolve_value(f"{key}.{name}", part, recipe) if part == "auto" else part
+            for name, part in value.items()}
 
 
-def _has(config: DeepSpeedConfig, section: str, key: str, value: object) -> bool:
-    values = config.get(section)
-    return isinstance(values, dict) and values.get(key) == value
+def _is_recipes_optimizer(section: Mapping[str, Any]) -> bool:
+    """True where nothing is said but that the optimizer is AdamW, as the recipe's is."""
+    parameters = section.get("params", {})
+    return (section.keys() <= {"type", "params"} and section.get("type") == "AdamW"
+            and isinstance(parameters, dict)
+            and all(value == "auto" for value in parameters.values()))
+
+
+def _resolve_value(name: str, auto: str, recipe: Recipe) -> Any:
+    if name == "fp16.enabled":
+        return False
+    if name == "bf16.enabled" and recipe.student.dtype != "auto":
+        return recipe.student.dtype == "bf16"
+    return AUTOMATIC_SIZES[name](_hidden_size(recipe)) if name in AUTOMATIC_SIZES else auto
 
 
 def _hidden_size(recipe: Recipe) -> int:
