@@ -21,6 +21,7 @@ from amid_ds.cli import main
 from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.errors import InputError, printable, report_error
 from amid_ds.experiments.plots import figure_text
+from amid_ds.experiments.sweep import markdown_table
 from amid_ds.run import attempts
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import RunLog
@@ -151,6 +152,12 @@ def test_a_message_an_error_and_the_progress_bar_obey_no_name(tmp_path, capsys, 
     log = RunLog(RunFolder(tmp_path / name), 0, 2)
     assert not CONTROL.search(log.title) and "\\x1b" in log.title
     log.close()
+
+
+def test_a_sweeps_table_keeps_its_columns_and_obeys_no_name():
+    table = markdown_table(["key", "a|b"], [["x|y\n", NAMES["escape"]], [None, 0.5]])
+    assert not CONTROL.search(table) and table.count("\n") == 4
+    assert "a\\|b" in table and "x\\|y\\n" in table
 
 
 def test_what_can_be_read_stays_as_it_is():
