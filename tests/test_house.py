@@ -36,7 +36,7 @@ OWNERS = {
     "nltk": {"eval"},
     "tensorboard": set(),
     "matplotlib": {"experiments"},
-    "yaml": {"config", "experiments", "planning"},
+    "yaml": {"config"},
     "pydantic": {"config"},
     "torch.distributed": {"distributed", "monitor"},
 }

@@ -38,19 +38,20 @@ logger = logging.getLogger(__name__)
 
 
 def export(source: str | Path, out: str | Path, dtype: str | None = None,
-           step: int | None = None) -> Path:
+           step: int | None = None, trust_remote_code: bool = False) -> Path:
     """Export a run or a checkpoint to the folder `out`.
 
     Of a run: its newest good checkpoint, or that of `step`. dtype: bf16 or fp32; None: the one that
-    the student trained in. Raises InputError where there is no good checkpoint, where `out` is in
-    use, or where the disk has no room.
+    the student trained in. trust_remote_code: run the code that came with the student. Raises
+    InputError where there is no good checkpoint, where `out` is in use, or where the disk has no
+    room.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"the output {out} is there already and not empty",
                          "a new or empty folder", "choose another name")
     checkpoint, recipe = find_checkpoint(Path(source), step)
-    write_export(checkpoint, recipe, out, dtype)
+    write_export(checkpoint, recipe.trusting(trust_remote_code), out, dtype)
     return out
 
 
@@ -109,7 +110,8 @@ def start_from(recipe: Recipe) -> None:
     start = RunFolder(Path(recipe.output_dir)).start_model
     if find_run(recipe.student.model) is not None and not start.is_dir():
         checkpoint, its_recipe = find_checkpoint(Path(recipe.student.model))
-        write_export(checkpoint, its_recipe, start, "fp32")
+        write_export(checkpoint, its_recipe.trusting(recipe.student.trust_remote_code), start,
+                     "fp32")
         logger.info("%s begins with the weights of %s", recipe.output_dir, checkpoint)
 
 

@@ -219,8 +219,9 @@ def find_latest_valid(folder: Path, world: World) -> ResumePoint:
 
 def print_checkpoints(run: str) -> None:
     """`amid-ds checkpoints RUN`: each with step, size, layout and verdict."""
-    from rich.console import Console
     from rich.table import Table
+
+    from amid_ds.run.console import PlainConsole
 
     folder = RunFolder(Path(run))
     if not folder.exists:
@@ -238,4 +239,4 @@ def print_checkpoints(run: str) -> None:
             layout = "?"
         table.add_row(path.name, str(checkpoint_step(path)), f"{size / 1e6:,.1f}", layout,
                       verify(path) or "good")
-    Console(width=None).print(table)
+    PlainConsole().print(table)

@@ -17,6 +17,11 @@ def add_command(commands: Commands, run: Callable[[argparse.Namespace], None],
     return parser
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="run the Python code that comes with the models")
+
+
 def add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     parser.add_argument("recipe", nargs="?" if optional else None)
     parser.add_argument("overrides", nargs="*", metavar="key=value")

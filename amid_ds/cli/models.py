@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from amid_ds.cli.arguments import Commands, add_command
+from amid_ds.cli.arguments import Commands, add_command, add_trust
 
 
 def add_tokenizer(commands: Commands) -> None:
@@ -41,6 +41,7 @@ def add_eval(commands: Commands) -> None:
     parser.add_argument("--seeds", type=int, metavar="N", help="samples per prompt; default 5")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="per sample; default half of L")
     parser.add_argument("--json", action="store_true")
+    add_trust(parser)
 
 
 def _add_row_options(parser: argparse.ArgumentParser, on_bad_row: str | None) -> None:
@@ -56,7 +57,8 @@ def _eval(args: argparse.Namespace) -> None:
     rows = RowOptions(args.text, args.prompt, args.response, args.messages, args.template,
                       args.split, args.on_bad_row)
     evaluate_command(EvalArgs(args.model, args.teacher, args.data, args.seq_length, rows,
-                              args.seeds, args.new_tokens), args.json)
+                              args.seeds, args.new_tokens,
+                              trust_remote_code=args.trust_remote_code), args.json)
 
 
 def add_generate(commands: Commands) -> None:
@@ -73,6 +75,7 @@ def add_generate(commands: Commands) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="prompts of a rank")
     parser.add_argument("--end-of-text", metavar="TOKEN", help="default: all the model's ends")
+    add_trust(parser)
 
 
 def _generate(args: argparse.Namespace) -> None:

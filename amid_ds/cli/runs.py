@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from amid_ds.cli.arguments import Commands, add_command, add_recipe
+from amid_ds.cli.arguments import Commands, add_command, add_recipe, add_trust
 from amid_ds.errors import InputError, TrainingError
 
 
@@ -28,6 +28,7 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--device", metavar="NAME", help="h100-80g (default), h200, a100-80g, cpu, "
                         "or {memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}")
     parser.add_argument("--json", action="store_true")
+    add_trust(parser)
 
 
 def _plan(args: argparse.Namespace) -> None:
@@ -43,8 +44,12 @@ def _plan(args: argparse.Namespace) -> None:
         raise InputError(f"the recipe {args.recipe} and the run {args.check}", "one of the two",
                          "amid-ds plan RECIPE, or amid-ds plan --check RUN")
     if args.check is not None:
-        print_check(check_plan(Path(args.check), args.device), args.json)
+        check = check_plan(Path(args.check), args.device, args.trust_remote_code)
+        print_check(check, args.json)
         return
+    if args.trust_remote_code:
+        raise InputError("--trust-remote-code beside a recipe", "the recipe's own keys",
+                         "set trust_remote_code: true in it, beside the model")
     recipe = load_recipe(args.recipe, args.overrides)
     device = find_device(args.device or DEFAULT_DEVICE, args.ranks_per_node)
     made = make_plan(recipe, args.nodes, args.ranks_per_node, device)
@@ -88,12 +93,15 @@ def add_export(commands: Commands) -> None:
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: as trained")
     parser.add_argument("--step", type=int, metavar="S", help="default: the newest valid one")
+    add_trust(parser)
 
 
 def _export(args: argparse.Namespace) -> None:
     from amid_ds.checkpoint.export import export
 
-    print(export(args.source, args.out, args.dtype, args.step))
+    print(export(args.source, args.out, args.dtype, args.step, args.trust_remote_code))
+
+
 def add_status(commands: Commands) -> None:
     parser = add_command(commands, _status, "a run's state, step, speed, time left and last error")
     parser.add_argument("run_folder", nargs="?", metavar="RUN")
@@ -109,9 +117,10 @@ def add_report(commands: Commands) -> None:
     parser = add_command(commands, _report, "a page about one or several runs")
     parser.add_argument("run_folders", nargs="+", metavar="RUN")
     parser.add_argument("-o", "--out", default="report.html", metavar="FILE")
+    add_trust(parser)
 
 
 def _report(args: argparse.Namespace) -> None:
     from amid_ds.experiments.report import report
 
-    report(args.run_folders, args.out)
+    report(args.run_folders, args.out, args.trust_remote_code)

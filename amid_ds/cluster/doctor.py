@@ -274,7 +274,9 @@ def _model_problem(model: Student | Teacher) -> str | None:
     try:
         require_supported(model.model, **model.hub_kwargs)
         load_tokenizer(model.model, **model.hub_kwargs)
-    except (InputError, OSError, ValueError) as error:
+    except InputError as error:
+        return f"{error.found}; {error.remedy}"
+    except (OSError, ValueError) as error:
         return str(error).splitlines()[0]
     return None
 

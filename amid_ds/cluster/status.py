@@ -10,7 +10,7 @@ from typing import Any
 from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
 from amid_ds.cluster import slurm
 from amid_ds.config.parse import load_recipe
-from amid_ds.errors import ExitStatus, InputError
+from amid_ds.errors import ExitStatus, InputError, printable
 from amid_ds.run import attempts
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
@@ -39,9 +39,9 @@ def print_status(run: str | None) -> None:
         raise InputError("no run under ./runs", "runs/NAME with recipe.yaml",
                          "amid-ds status RUN, with its output_dir")
     for folder in folders:
-        print(folder)
+        print(printable(str(folder), keep=""))
         for name, value in run_status(folder).items():
-            print(f"  {name:<10} {value}")
+            print(f"  {name:<10} {printable(value, keep='')}")
 
 
 def is_run(folder: Path) -> bool:

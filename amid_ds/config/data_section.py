@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from amid_ds.config.prompt_templates import TEMPLATES
-from amid_ds.config.section import NonNegativeInt, Positive, Section
+from amid_ds.config.section import NonNegativeInt, PathText, Positive, Section
 from amid_ds.errors import suggest
 
 
@@ -19,7 +19,7 @@ class Rows(Section):
     prompts of them, the columns `instruction`, `input` and `output`.
     """
 
-    path: str
+    path: PathText
     """A file, folder or glob, or a data set on the hub."""
     config: str | None = None
     """The configuration of a data set on the hub."""
@@ -124,7 +124,7 @@ class Data(Section):
     """Sets that `train.eval_every` evaluates on."""
     auxiliary: Auxiliary | None = None
     """A second corpus in addition to `train`; None: none."""
-    prepared: str | None = None
+    prepared: PathText | None = None
     """The folder of the prepared rows; None: `data` inside output_dir."""
     workers: NonNegativeInt = 4
     """Processes that prepare, and threads that read ahead."""

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from amid_ds.config.recipe import Loss, Recipe, Section
 from amid_ds.config.scheduled_values import VALUE_KINDS
+from amid_ds.config.strict import dump_yaml, load_yaml, read_user_file
 from amid_ds.errors import InputError, suggest
+
+# After pydantic's words for a value of another type.
+HINTS = {"string_type": ", in quotes if it looks like a number", "bool_type": ": true or false"}
+# Shows the beginning and the end of a value that is too long for a message.
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 
 # A recipe as YAML has it, before or after its check: sections and values by key.
 RawRecipe = dict[str, Any]
@@ -32,8 +39,8 @@ def parse_recipe(text: str, name: str) -> Recipe:
     Raises InputError, which calls it `name`, if the keys are not those of this version.
     """
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError:
+        raw = load_yaml(text)
+    except ValueError:
         raw = None
     return _validated(raw if isinstance(raw, dict) else {}, name)
 
@@ -65,13 +72,12 @@ def resolved(recipe: Recipe) -> RawRecipe:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; loading it again gives an equal recipe."""
-    return yaml.safe_dump(resolved(recipe), sort_keys=False, allow_unicode=True)
+    return dump_yaml(resolved(recipe))
 
 
 def merge_overrides(path: str | Path, overrides: Sequence[str]) -> str:
     """The YAML file at `path` with the overrides applied and no default filled in."""
-    raw = _read_with_overrides(path, overrides)
-    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+    return dump_yaml(_read_with_overrides(path, overrides))
 
 
 def _read_with_overrides(path: str | Path, overrides: Sequence[str]) -> RawRecipe:
@@ -83,11 +89,13 @@ def _read_with_overrides(path: str | Path, overrides: Sequence[str]) -> RawRecip
 
 def _read_yaml(path: Path) -> RawRecipe:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_user_file(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"the recipe {path} cannot be read: {error}", "a YAML file",
                          "check the path") from None
-    except yaml.YAMLError as error:
+    try:
+        raw = load_yaml(text)
+    except ValueError as error:
         raise InputError(f"the recipe {path} is not YAML: {error}", "a YAML file",
                          "fix that line") from None
     if not isinstance(raw, dict):
@@ -106,7 +114,7 @@ def _apply_override(raw: RawRecipe, override: str) -> None:
     *sections, leaf = key.split(".")
     node: Any = raw
     for section in sections:
-        if isinstance(node, list) and section.isdigit() and int(section) < len(node):
+        if isinstance(node, list) and section in map(str, range(len(node))):
             node = node[int(section)]
             continue
         if not isinstance(node, dict):
@@ -115,10 +123,10 @@ def _apply_override(raw: RawRecipe, override: str) -> None:
             node[section] = {}
         node = node[section]
     try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(f"the override {override!r}", "a value in YAML",
-                         "quote it for the shell") from None
+        parsed = load_yaml(value)
+    except ValueError as error:
+        raise InputError(f"the override {override!r} has a value that is not YAML: {error}",
+                         "a value in YAML", "quote it for the shell") from None
     if not isinstance(node, dict):
         raise _no_section(override, f"sets a key of {'.'.join(sections)!r}")
     node[leaf] = parsed
@@ -158,8 +166,8 @@ def _error_lines(error: ValidationError) -> list[str]:
         else:
             message = problem["msg"].removeprefix("Value error, ")
             value = problem["input"]
-            shown = "" if isinstance(value, (Mapping, Section)) else f": found {value!r}"
-            lines.append(f"`{name}`{shown}; {message}")
+            shown = "" if isinstance(value, (Mapping, Section)) else f": found {_SHORT.repr(value)}"
+            lines.append(f"`{name}`{shown}; {message}{HINTS.get(problem['type'], '')}")
     return lines
 
 

@@ -22,9 +22,11 @@ from amid_ds.config.scheduled_values import (
     within,
 )
 from amid_ds.config.section import (
+    MAX_INT,
     Finite,
     NonNegative,
     NonNegativeInt,
+    PathText,
     Positive,
     PositiveInt,
     Section,
@@ -51,7 +53,7 @@ class HubKwargs(TypedDict):
 class PretrainedModel(Section):
     """A causal language model: a folder, or an id on the hub."""
 
-    model: str
+    model: PathText
     """The folder's path, or the id."""
     revision: str | None = None
     """The commit, branch or tag of a model on the hub."""
@@ -169,7 +171,7 @@ class Train(Section):
 
     steps: PositiveInt
     """Optimizer steps of the whole run."""
-    seq_length: Annotated[int, Field(ge=2)] = 512
+    seq_length: Annotated[int, Field(ge=2, le=MAX_INT)] = 512
     """Tokens in a row."""
     micro_batch_size: PositiveInt = 1
     """Rows in one forward and backward pass of a rank."""
@@ -249,7 +251,7 @@ class CheckpointPolicy(Section):
 
     every: PositiveInt = 100
     """Steps between checkpoints."""
-    keep: Annotated[int, Field(ge=2)] = 2
+    keep: Annotated[int, Field(ge=2, le=MAX_INT)] = 2
     """The newest ones that stay; two at least, so that one is left if the newest is damaged."""
     keep_every: PositiveInt | None = None
     """Checkpoints of steps that this number divides stay too."""
@@ -277,11 +279,11 @@ class Recipe(Section):
     train: Train
     tensor_parallel: PositiveInt = 1
     """Neighbouring ranks that share each copy of the models."""
-    deepspeed: str = "ds_configs/zero3.json"
+    deepspeed: PathText = "ds_configs/zero3.json"
     """The path of a DeepSpeed config; its batch sizes come from the recipe."""
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     slurm: Slurm = Slurm()
-    output_dir: str
+    output_dir: PathText
     """The run's folder."""
 
     @model_validator(mode="before")
@@ -342,6 +344,19 @@ class Recipe(Section):
         if not value.strip():
             raise ValueError("the path is empty; name a folder or file")
         return value
+
+    def trusting(self, allowed: bool) -> Recipe:
+        """This recipe; unless `allowed`, without leave to run the code that comes with its models.
+
+        For a recipe that another run left: what it allowed, its own user had read. The user of this
+        command allows it, or nobody does.
+        """
+        if allowed:
+            return self
+        untrusted = {"trust_remote_code": False}
+        return self.model_copy(update={
+            "student": self.student.model_copy(update=untrusted),
+            "teacher": self.teacher and self.teacher.model_copy(update=untrusted)})
 
     @property
     def prepared_dir(self) -> Path:

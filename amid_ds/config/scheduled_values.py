@@ -14,18 +14,21 @@ from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from amid_ds.config.section import Finite, NonNegativeInt, PositiveInt, Section, Share
 
+# A pair of numbers is a list in YAML; the numbers in it are as strict as everywhere.
+FROM_A_LIST = Field(strict=False)
+
 
 class Schedule(Section):
     """A value that goes from one number to another: exactly one of `value`, `linear`, `cosine`."""
 
-    steps: tuple[NonNegativeInt, PositiveInt] | None = None
+    steps: Annotated[tuple[NonNegativeInt, PositiveInt], FROM_A_LIST] | None = None
     """[first, last], counted from 0: the first value holds before, the last one after. None: all
     of the run's steps."""
     value: Finite | None = None
     """One value for all steps."""
-    linear: tuple[Finite, Finite] | None = None
+    linear: Annotated[tuple[Finite, Finite], FROM_A_LIST] | None = None
     """[first value, last value], joined by a straight line."""
-    cosine: tuple[Finite, Finite] | None = None
+    cosine: Annotated[tuple[Finite, Finite], FROM_A_LIST] | None = None
     """[first value, last value], joined by half a cosine wave."""
 
     @model_validator(mode="after")
@@ -67,7 +70,7 @@ class TaidSchedule(Section):
     faster while the divergence falls.
     """
 
-    adaptive: tuple[Share, Share] = (0.4, 1.0)
+    adaptive: Annotated[tuple[Share, Share], FROM_A_LIST] = (0.4, 1.0)
     """[first value, last value]."""
     rate: Share = 5e-4
     """α: the most that one step goes, as a share of the distance that is left to 1."""

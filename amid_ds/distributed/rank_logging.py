@@ -13,6 +13,7 @@ import sys
 from tqdm import tqdm
 
 from amid_ds.distributed.launch import launched_rank
+from amid_ds.errors import printable
 
 PACKAGE_LOGGER = logging.getLogger("amid_ds")
 
@@ -32,7 +33,7 @@ class _RankHandler(logging.Handler):
         else:
             return
         try:
-            tqdm.write(f"{prefix}{self.format(record)}", file=stream)
+            tqdm.write(f"{prefix}{printable(self.format(record))}", file=stream)
             stream.flush()
         except Exception:
             # A message that cannot be written (a closed terminal) does not end a run.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,59 +16,125 @@ import torch
 
 from amid_ds.config.library import packaged_folder
 from amid_ds.config.recipe import Recipe
+from amid_ds.config.strict import load_json, read_user_file
+from amid_ds.engine.ds_schema import OWNED_BY_RECIPE, find_problems
 from amid_ds.errors import InputError
-from amid_ds.models.loading import checkpoint_dtype
+from amid_ds.models.loading import checkpoint_dtype, model_config
+from amid_ds.run.warm_start import resolve_student
 
 # DeepSpeed's own JSON, whose keys and values are its documentation's.
 DeepSpeedConfig: TypeAlias = Mapping[str, Any]
 
-OWNED_BY_RECIPE = {"optimizer": "train.learning_rate and train.weight_decay",
-                   "scheduler": "train.schedule",
-                   "train_batch_size": "train.global_batch_size",
-                   "tensor_parallel": "tensor_parallel",
-                   "activation_checkpointing": "student.activation_checkpointing"}
+# The lowest ZeRO stage that offloads the weights, and the optimizer's state.
+OFFLOAD_STAGES = {"offload_param": 3, "offload_optimizer": 1}
+# ZeRO's sizes that may be "auto", from the hidden size by the formulas of transformers' documents.
+AUTOMATIC_SIZES: Mapping[str, Callable[[int], int]] = {
+    "zero_optimization.reduce_bucket_size": lambda width: width * width,
+    "zero_optimization.stage3_prefetch_bucket_size": lambda width: width * width * 9 // 10,
+    "zero_optimization.stage3_param_persistence_threshold": lambda width: 10 * width}
 
 
 def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig:
     """The DeepSpeed config with the recipe's numbers in it.
 
-    Raises InputError where the two contradict.
+    Raises InputError, with all faults, for a config that DeepSpeed would misread, that an engine
+    here cannot honour, or that contradicts the recipe.
     """
     path = find_deepspeed_config(recipe.deepspeed)
+    config = {key: _resolve_auto(key, value, recipe) for key, value in _read_json(path).items()}
+    accumulation = accumulation_steps(recipe, data_parallel)
+    ours = {"train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
+            "gradient_accumulation_steps": accumulation,
+            "gradient_clipping": recipe.train.gradient_clipping}
+    problems = find_problems(config)
+    lines = [line for of_key in problems.values() for line in of_key]
+    lines += _conflicts(recipe, config, ours, path.name)
+    if not problems:
+        lines += _section_conflicts(recipe, config, path.name)
+    if lines:
+        shown = "\n".join(f"    - {line}" for line in lines)
+        raise InputError(f"the DeepSpeed config {path} is not one for this recipe:\n{shown}",
+                         "DeepSpeed's own keys and types, and each value in one place; batch "
+                         "sizes, clipping, optimizer and schedule in the recipe",
+                         f'take these keys out of {path}, or set them to what the line asks for; '
+                         'what the recipe says may be "auto"')
+    if recipe.data.auxiliary is not None:
+        # Each micro-batch is followed by one of the auxiliary corpus.
+        ours["gradient_accumulation_steps"] = 2 * accumulation
+    kept = {key: value for key, value in config.items() if key not in OWNED_BY_RECIPE}
+    # DeepSpeed offloads an optimizer that is not its own where it is told so.
+    return {**kept, **ours, "steps_per_print": sys.maxsize, "zero_force_ds_cpu_optimizer": False}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file. Raises InputError."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = load_json(read_user_file(path))
         if not isinstance(config, dict):
             raise ValueError(f"it holds a {type(config).__name__}, not a mapping")
     except (OSError, ValueError) as error:
         raise InputError(f"the DeepSpeed config {path} cannot be read: {error}", "a JSON object",
                          "fix the file, or start from one in ds_configs/") from None
-    accumulation = accumulation_steps(recipe, data_parallel)
-    ours = {"train_micro_batch_size_per_gpu": recipe.train.micro_batch_size,
-            "gradient_accumulation_steps": accumulation,
-            "gradient_clipping": recipe.train.gradient_clipping}
-    if conflicts := list(_conflicts(recipe, config, ours, path.name)):
-        lines = "\n".join(f"    - {conflict}" for conflict in conflicts)
-        raise InputError(f"recipe and DeepSpeed config contradict each other:\n{lines}",
-                         "each value in one place; batch sizes, clipping, optimizer and schedule "
-                         "in the recipe",
-                         f'take these keys out of {path}, or set them to "auto", '
-                         "or to what the line asks for")
-    if recipe.data.auxiliary is not None:
-        # Each micro-batch is followed by one of the auxiliary corpus.
-        ours["gradient_accumulation_steps"] = 2 * accumulation
-    kept = {key: value for key, value in config.items() if key not in OWNED_BY_RECIPE}
-    return {**kept, **ours, "steps_per_print": sys.maxsize}
+    return {key: _whole_numbers(value) for key, value in config.items()}
+
+
+def _whole_numbers(value: Any) -> Any:
+    """`value` with an integer for every number such as 5e8, as JSON and DeepSpeed's documents have
+    them."""
+    if isinstance(value, dict):
+        return {key: _whole_numbers(part) for key, part in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _resolve_auto(key: str, value: Any, recipe: Recipe) -> Any:
+    """The section `key` with a value for each "auto" that recipe or models decide; any other stays,
+    for a message."""
+    if not isinstance(value, dict):
+        return value
+    if key == "optimizer" and _is_recipes_optimizer(value):
+        return "auto"
+    return {name: _resolve_value(f"{key}.{name}", part, recipe) if part == "auto" else part
+            for name, part in value.items()}
+
+
+def _is_recipes_optimizer(section: Mapping[str, Any]) -> bool:
+    """True where nothing is said but that the optimizer is AdamW, as the recipe's is."""
+    parameters = section.get("params", {})
+    return (section.keys() <= {"type", "params"} and section.get("type") == "AdamW"
+            and isinstance(parameters, dict)
+            and all(value == "auto" for value in parameters.values()))
+
+
+def _resolve_value(name: str, auto: str, recipe: Recipe) -> Any:
+    if name == "fp16.enabled":
+        return False
+    if name == "bf16.enabled" and recipe.student.dtype != "auto":
+        return recipe.student.dtype == "bf16"
+    return AUTOMATIC_SIZES[name](_hidden_size(recipe)) if name in AUTOMATIC_SIZES else auto
+
+
+def _hidden_size(recipe: Recipe) -> int:
+    """The width of the wider model."""
+    student, teacher = resolve_student(recipe), recipe.teacher
+    models = [student] if teacher is None else [student, teacher]
+    return max(int(model_config(model.model, **model.hub_kwargs).get_text_config().hidden_size)
+               for model in models)
 
 
 def _conflicts(recipe: Recipe, config: DeepSpeedConfig, ours: Mapping[str, float],
                name: str) -> Iterator[str]:
-    """A line for each key in which the config of the file `name` contradicts the recipe."""
+    """A line for each key of the recipe's that the config of the file `name` contradicts."""
     for key, value in ours.items():
-        if config.get(key, "auto") not in ("auto", value):
-            yield f"{key}: {config[key]} in {name}, {value} by the recipe"
+        said = config.get(key, "auto")
+        if said != "auto" and (isinstance(said, bool) or said != value):
+            yield f"{key}: {json.dumps(said)} in {name}, {value} by the recipe"
     for key, owner in OWNED_BY_RECIPE.items():
         if config.get(key, "auto") != "auto":
             yield f"{key}: {json.dumps(config[key])} in {name}, {owner} in the recipe"
+
+
+def _section_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Iterator[str]:
+    """A line for each section that is sound in itself and wrong for the recipe."""
     yield from _zero_stage_conflicts(recipe, config, name)
     if config.get("fp16", {}).get("enabled"):
         yield f"fp16.enabled: true in {name}, the recipe knows bf16 and fp32"
@@ -79,11 +145,13 @@ def _conflicts(recipe: Recipe, config: DeepSpeedConfig, ours: Mapping[str, float
 
 
 def _zero_stage_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Iterator[str]:
-    """A line for a ZeRO stage that is wrong in itself or for the recipe's layout."""
+    """A line for a ZeRO stage that is wrong for the recipe's layout, or for what is offloaded."""
     stage, bf16 = zero_stage(config), uses_bf16(config)
-    if stage not in (0, 1, 2, 3):
-        yield f"zero_optimization.stage: {stage!r} in {name}, the stages are 0 to 3"
-    elif stage == 0 and bf16 and recipe.tensor_parallel > 1:
+    for part, least in OFFLOAD_STAGES.items():
+        if offload_device(config, part) != "none" and stage < least:
+            yield (f"zero_optimization.{part} at stage {stage} in {name}, "
+                   f"it needs stage {least}")
+    if stage == 0 and bf16 and recipe.tensor_parallel > 1:
         # DeepSpeed's optimizer of that stage gets the gradient norm of a split model wrong (0.780
         # for 0.883).
         yield (f"zero_optimization.stage: 0 with bf16 in {name}, "
@@ -104,9 +172,14 @@ def _engine_has_fp32_teacher(recipe: Recipe, config: DeepSpeedConfig) -> bool:
     return teacher.dtype == "fp32"
 
 
-def zero_stage(config: DeepSpeedConfig) -> Any:
-    """The ZeRO stage that the config names: 0 to 3, or the wrong value that is written there."""
-    return config.get("zero_optimization", {}).get("stage", 0)
+def zero_stage(config: DeepSpeedConfig) -> int:
+    """The ZeRO stage that the config names, 0 to 3."""
+    return int(config.get("zero_optimization", {}).get("stage", 0))
+
+
+def offload_device(config: DeepSpeedConfig, part: str) -> str:
+    """Where ZeRO keeps `part`, a key of OFFLOAD_STAGES: `cpu`; `none`: on the device."""
+    return str((config.get("zero_optimization", {}).get(part) or {}).get("device", "none"))
 
 
 def uses_bf16(config: DeepSpeedConfig) -> bool:

@@ -95,9 +95,9 @@ class Scores:
     teacher_nll: float | None = None
 
 
-def load_model(model: str) -> nn.Module:
+def load_model(model: str, trust_remote_code: bool = False) -> nn.Module:
     """A causal LM for evaluation, in the dtype of its checkpoint. Raises InputError."""
-    return load_causal_lm(model, "auto").eval()
+    return load_causal_lm(model, "auto", trust_remote_code=trust_remote_code).eval()
 
 
 def score_model(sums: Sequence[float], has_teacher: bool) -> Scores:
@@ -201,6 +201,7 @@ class EvalArgs:
     seeds: int | None = None
     new_tokens: int | None = None
     batch_size: int = 4
+    trust_remote_code: bool = False
 
     def sampling(self, source: Source, room: int) -> Sampling | None:
         """Settings for sampled answers to the source's rows; None: no generations.
@@ -322,14 +323,18 @@ def evaluate_command(args: EvalArgs, as_json: bool) -> None:
 
 def _load(args: EvalArgs, device: torch.device
           ) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
-    tokenizer = load_tokenizer(args.model)
+    trust = args.trust_remote_code
+    tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
     for name in filter(None, (args.model, args.teacher)):
-        require_rows(meta_model(name), f"the model {name}", vocabulary_size(tokenizer))
+        require_rows(meta_model(name, trust_remote_code=trust), f"the model {name}",
+                     vocabulary_size(tokenizer))
     teacher = None
     if args.teacher is not None:
-        require_same_tokenizer(tokenizer, load_tokenizer(args.teacher), args.model, args.teacher)
-        teacher = load_model(args.teacher).to(device)
-    return load_model(args.model).to(device), teacher, tokenizer
+        require_same_tokenizer(
+            tokenizer, load_tokenizer(args.teacher, trust_remote_code=trust), args.model,
+            args.teacher)
+        teacher = load_model(args.teacher, trust).to(device)
+    return load_model(args.model, trust).to(device), teacher, tokenizer
 
 
 # heading -> (field of Scores, format).
@@ -346,8 +351,9 @@ PIPED_TABLE_WIDTH = 240
 
 def print_table(scores: dict[str, Scores]) -> None:
     """Print the scores of models by their names, without the columns that no model has."""
-    from rich.console import Console
     from rich.table import Table
+
+    from amid_ds.run.console import PlainConsole
 
     table = Table(title="held-out")
     table.add_column("model")
@@ -359,7 +365,7 @@ def print_table(scores: dict[str, Scores]) -> None:
         values = [(getattr(row, field), form) for field, form in columns.values()]
         table.add_row(name, *("-" if value is None else form.format(value)
                               for value, form in values))
-    console = Console()
+    console = PlainConsole()
     if not console.is_terminal:
         console.width = PIPED_TABLE_WIDTH
     console.print(table)

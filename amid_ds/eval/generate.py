@@ -79,6 +79,7 @@ class GenerateArgs:
     seed: int = 0
     batch_size: int = 32
     end_of_text: str | None = None
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,15 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
     """The task of the arguments, checked without reading a weight. Raises InputError."""
     _require_ranges(args)
     recipe = load_recipe(args.source) if args.source.endswith((".yaml", ".yml")) else None
+    if recipe is not None and args.trust_remote_code:
+        raise InputError("--trust-remote-code beside a recipe", "the recipe's own keys",
+                         "set teacher.trust_remote_code: true in it")
     if recipe is not None and recipe.teacher is None:
         raise InputError(f"the recipe {args.source} has no `teacher`",
                          "a model to answer the prompts",
                          "name a teacher in it, or give a model instead of the recipe")
-    model = (recipe.teacher if recipe is not None else None) or Teacher(model=args.source)
+    model = (recipe.teacher if recipe is not None else None) or Teacher(
+        model=args.source, trust_remote_code=args.trust_remote_code)
     # A branch of the hub may move before the answers are complete.
     commit = loading.resolved_commit(model.model, model.revision)
     model = model.model_copy(update={"revision": commit or model.revision})

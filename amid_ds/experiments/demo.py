@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from amid_ds.checkpoint.export import export
+from amid_ds.config.strict import dump_yaml
 from amid_ds.data import load_tokenizer, train_sentencepiece
 from amid_ds.distributed.launch import launch_command
 from amid_ds.errors import InputError, TrainingError
@@ -194,7 +193,7 @@ def _train(folder: DemoFolder, name: str, corpus: Path, student: str, teacher: s
         recipe |= {"teacher": {"model": str(folder.model(teacher))}, "loss": OBJECTIVE}
     path = folder.recipe(name)
     path.parent.mkdir(exist_ok=True)
-    path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    path.write_text(dump_yaml(recipe))
     command = launch_command(RANKS, "train", str(path))
     logger.info("  " + " ".join(command))
     # A machine's one GPU cannot serve two ranks.

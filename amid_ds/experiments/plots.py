@@ -13,7 +13,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, printable
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 
@@ -26,6 +26,8 @@ Points = dict[Any, list[float]]
 
 TEACHER_COLOUR = "#4e79a7"
 CE_COLOUR = "#bab0ac"
+# Characters.
+LONGEST_LABEL = 40
 # The light line under a smoothed one.
 RAW_ALPHA = 0.25
 # A curve is smoothed by means over this part of its steps.
@@ -51,13 +53,25 @@ class PlottedRun(Protocol):
 
 
 def require_matplotlib() -> Any:
-    """matplotlib's class Figure, which needs no window. InputError if it is not installed."""
+    """matplotlib's class Figure, which needs no window. InputError if it is not installed.
+
+    From then on no text in a figure is a formula, whatever dollar signs it has.
+    """
     try:
+        from matplotlib import rcParams
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("matplotlib is not installed", "what figures are drawn with",
                          "pip install 'amid-ds[plots]'") from None
+    rcParams["text.parse_math"] = False
     return Figure
+
+
+def figure_text(name: str) -> str:
+    """`name` as a label in a figure: one short line, which no first `_` keeps out of a legend."""
+    shown = printable(name, keep="")
+    shown = shown if len(shown) <= LONGEST_LABEL else f"{shown[:LONGEST_LABEL - 1]}…"
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -79,10 +93,12 @@ def plot_sweep(rows: Sequence[PlottedRun], path: Path) -> Path:
     for panel, score in zip(panels, scores, strict=True):
         for label, points in _lines(rows, across, score).items():
             means, errors = zip(*map(mean_and_error, points.values()), strict=True)
-            panel.errorbar(list(points), means, errors, marker="o", capsize=3, label=label)
-        panel.set(title=score, xlabel=across or "")
-        if across is None:
-            panel.tick_params(axis="x", rotation=60)
+            positions = range(len(points)) if across is None else list(points)
+            panel.errorbar(positions, means, errors, marker="o", capsize=3,
+                           label=figure_text(label) if label else None)
+            if across is None:
+                panel.set_xticks(positions, map(figure_text, points), rotation=60)
+        panel.set(title=figure_text(score), xlabel=across or "")
     if any(_lines(rows, across, scores[0])):
         panels[0].legend(fontsize="small")
     return _save(figure, path)
@@ -140,7 +156,7 @@ def plot_losses(rows: Sequence[PlottedRun], path: Path) -> Path:
         label = run_label(row, leave_out=(SEED_KEY,))
         curve, = panel.plot([line["step"] for line in lines], [line["loss"] for line in lines],
                             linewidth=0.8, color=colours.get(label),
-                            label=None if label in colours else label)
+                            label=None if label in colours else figure_text(label))
         colours[label] = curve.get_color()
     panel.set(xlabel="step", ylabel="loss")
     figure.legend(loc="outside lower center", fontsize="x-small")

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from amid_ds.cluster.status import run_status
-from amid_ds.errors import InputError
-from amid_ds.experiments.plots import require_matplotlib
+from amid_ds.errors import InputError, printable
+from amid_ds.experiments.plots import figure_text, require_matplotlib
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.json_lines import read_jsonl
 from amid_ds.monitor.memory_probe import Measurements, read_measurements
@@ -154,16 +154,16 @@ def read_reported_run(folder: Path, name: str) -> ReportedRun:
                        measured, unmeasured)
 
 
-def report(folders: Sequence[str], out: str) -> None:
+def report(folders: Sequence[str], out: str, trust_remote_code: bool = False) -> None:
     """`amid-ds report RUN [RUN …] -o OUT`."""
     figure = require_matplotlib()
     paths = [Path(folder) for folder in folders]
     short = [path.resolve().name for path in paths]
     names = short if len(set(short)) == len(short) else [str(path) for path in paths]
     runs = [read_reported_run(path, name) for path, name in zip(paths, names, strict=True)]
-    page = _page(runs, _sections(runs, _Draw(figure, runs)))
+    page = _page(runs, _sections(runs, _Draw(figure, runs), trust_remote_code))
     try:
-        replace_text(Path(out), page)
+        replace_text(Path(out), printable(page))
     except OSError as error:
         raise InputError(f"the page {out} cannot be written: {error}", "a file that can be written",
                          "give -o another path") from None
@@ -181,7 +181,7 @@ class _Draw:
         """A drawing of `height` inches; `fill` draws on the axes and returns the caption."""
         figure = self.figure(figsize=(7.2, height), layout="constrained")
         axes = figure.subplots()
-        axes.set_title(title, fontsize=11)
+        axes.set_title(figure_text(title), fontsize=11)
         axes.spines[["top", "right"]].set_visible(False)
         caption = fill(axes)
         svg = io.BytesIO()
@@ -194,7 +194,8 @@ class _Draw:
             drawn = [run for run in self.runs if curves[run.name].steps]
             for run in drawn:
                 curve, colour = curves[run.name], self.colours[run.name]
-                axes.plot(curve.steps, curve.values, color=colour, linewidth=1.2, label=run.name,
+                axes.plot(curve.steps, curve.values, color=colour, linewidth=1.2,
+                          label=figure_text(run.name),
                           marker="." if len(curve.steps) < FEW_POINTS else None)
                 for step in run.restarts:
                     axes.axvline(step, color=colour, linestyle=":", linewidth=1)
@@ -219,9 +220,10 @@ class _Draw:
             for part, colour in zip(parts, itertools.cycle(PART_COLOURS)):
                 widths = [amounts.get(part, 0.0) for amounts in bars.values()]
                 if any(widths):
-                    axes.barh(list(bars), widths, left=starts, color=colour,
-                              label=part.replace("_", " "), height=0.6)
+                    axes.barh(range(len(bars)), widths, left=starts, color=colour,
+                              label=figure_text(part.replace("_", " ")), height=0.6)
                     starts = [start + width for start, width in zip(starts, widths, strict=True)]
+            axes.set_yticks(range(len(bars)), map(figure_text, bars))
             axes.invert_yaxis()
             axes.set_xlabel(axis)
             axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -229,9 +231,11 @@ class _Draw:
         return self.picture(title, 1.9 + 0.35 * len(bars), fill)
 
 
-def _sections(runs: Sequence[ReportedRun], draw: _Draw) -> list[ReportSection]:
+def _sections(runs: Sequence[ReportedRun], draw: _Draw,
+              trust_remote_code: bool = False) -> list[ReportSection]:
     return [ReportSection("Curves", [*_metric_curves(runs, draw), *_evaluation_curves(runs, draw)]),
-            ReportSection("Time", _time_bars(runs, draw)), _memory_section(runs, draw)]
+            ReportSection("Time", _time_bars(runs, draw)),
+            _memory_section(runs, draw, trust_remote_code)]
 
 
 def _metric_curves(runs: Sequence[ReportedRun], draw: _Draw) -> list[Drawing]:
@@ -265,11 +269,12 @@ def _time_bars(runs: Sequence[ReportedRun], draw: _Draw) -> list[Drawing]:
     return [draw.bars("Where the time went", "seconds per step, rank 0", bars, caption)]
 
 
-def _memory_section(runs: Sequence[ReportedRun], draw: _Draw) -> ReportSection:
+def _memory_section(runs: Sequence[ReportedRun], draw: _Draw,
+                    trust_remote_code: bool) -> ReportSection:
     """Memory by part, planned and measured, with a note for each run that lacks a plan."""
     bars, notes = {}, []
     for run in runs:
-        planned, note = _planned(run)
+        planned, note = _planned(run, trust_remote_code)
         if planned:
             bars[f"{run.name}, planned"] = _gigabytes(planned)
         if run.measured:
@@ -281,15 +286,16 @@ def _memory_section(runs: Sequence[ReportedRun], draw: _Draw) -> ReportSection:
     return ReportSection("Memory", drawings, notes)
 
 
-def _planned(run: ReportedRun) -> tuple[dict[str, int], str]:
+def _planned(run: ReportedRun, trust_remote_code: bool = False) -> tuple[dict[str, int], str]:
     """A rank's planned bytes by part on the run's own ranks and device; or {} and the reason."""
     if not run.measured:
         return {}, f"{run.name}: no plan, because nothing was measured: {run.unmeasured}"
     try:
-        return plan_measured_run(run.measured).memory_per_rank, ""
+        plan = plan_measured_run(run.measured, trust_remote_code=trust_remote_code)
+        return plan.memory_per_rank, ""
     except InputError as error:
         # E.g. its models have been moved.
-        return {}, f"{run.name}: no plan can be made here: {error.found}"
+        return {}, f"{run.name}: no plan can be made here: {error.found}; {error.remedy}"
 
 
 def _gigabytes(memory: Mapping[str, int]) -> dict[str, float]:

@@ -85,7 +85,9 @@ def model_config(model: str, revision: str | None = None, trust_remote_code: boo
             raise InputError(f"the model {model!r} comes with Python code of its own",
                              "one that transformers knows",
                              "read its code; if you trust it, set trust_remote_code: true beside "
-                             "the model") from None
+                             "the model in your own recipe (student.trust_remote_code also for a "
+                             "run that the student is), or give the command --trust-remote-code"
+                             ) from None
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"no model can be read from {model!r}: {first_line}",
                          "a folder with config.json and weights, or the id of a model on the hub",

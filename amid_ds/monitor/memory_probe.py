@@ -114,7 +114,8 @@ def _is_complete(values: object) -> bool:
     if not all(isinstance(values.get(key), kind) for key, kind in kinds.items()):
         return False
     sizes = [*values["memory_per_rank"].values(), *values["network_per_step"].values()]
-    return len(values["hosts"]) > 0 and all(isinstance(size, int) for size in sizes)
+    return (len(values["hosts"]) > 0 and all(isinstance(host, str) for host in values["hosts"])
+            and all(isinstance(size, int) for size in sizes))
 
 
 class _MemoryProbe:

@@ -29,11 +29,12 @@ class PlannedAndMeasured(TypedDict):
 Comparison = dict[str, dict[str, PlannedAndMeasured]]
 
 
-def plan_measured_run(measured: Measurements, device: str | None = None) -> Plan:
+def plan_measured_run(measured: Measurements, device: str | None = None,
+                      trust_remote_code: bool = False) -> Plan:
     """The plan, without remedies, of the run that left `measured`, on as many ranks as it had.
 
     `device`: as find_device reads it; None: the run's own. Raises InputError where that is not in
-    the table, or its models are elsewhere by now.
+    the table, its models are elsewhere by now, or they come with code that may not run here.
     """
     ranks, nodes = len(measured.hosts), len(set(measured.hosts))
     ranks_per_node = ranks // nodes
@@ -44,17 +45,18 @@ def plan_measured_run(measured: Measurements, device: str | None = None) -> Plan
                          f"one of {', '.join(DEVICES)}, or cpu",
                          "give its numbers by --device '{memory: …, flops: …, bandwidth: …}'")
     recipe = parse_recipe(measured.recipe, "the recipe of the run that was measured")
+    recipe = recipe.trusting(trust_remote_code)
     return estimate_plan(recipe, nodes, ranks, known)
 
 
-def check_plan(run: Path, device: str | None) -> Comparison:
+def check_plan(run: Path, device: str | None, trust_remote_code: bool = False) -> Comparison:
     """Planned and measured bytes and seconds of the run in the folder `run`.
 
     `device`: as find_device reads it; None: the run's own. Raises InputError where nothing was
     measured.
     """
     measured = read_measurements(run)
-    plan = plan_measured_run(measured, device)
+    plan = plan_measured_run(measured, device, trust_remote_code)
     times = [line["time/step"] for line in read_metrics(run)
              if line["step"] >= measured.step and "time/step" in line]
     if not times:

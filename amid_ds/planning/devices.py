@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import psutil
 import torch
-import yaml
 
+from amid_ds.config.strict import load_yaml
 from amid_ds.errors import InputError
 
 # Of a device's dense peak that large matrix products reach in training. An assumption: no step's
@@ -64,8 +64,10 @@ def find_device(name: str, ranks_per_node: int) -> Device:
                       flops=CPU_FLOPS_PER_CORE * cores / ranks_per_node,
                       bandwidth=CPU_BANDWIDTH, neighbours=CPU_BANDWIDTH)
     try:
-        numbers = {key: float(value) for key, value in yaml.safe_load(name).items()}
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError, OverflowError):
+        given = load_yaml(name)
+        numbers = {key: float(value) for key, value in given.items()   # type: ignore[attr-defined]
+                   if type(value) in (int, float)}
+    except (AttributeError, ValueError, OverflowError):
         numbers = {}
     complete = numbers.keys() == {"memory", "flops", "bandwidth"}
     if not complete or not all(0 < number < math.inf for number in numbers.values()):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from amid_ds.config.parse import dump_recipe, resolved
 from amid_ds.config.recipe import Recipe
+from amid_ds.errors import printable
 from amid_ds.planning.check import Comparison, PlannedAndMeasured
 from amid_ds.planning.devices import EFFICIENCY, HEADROOM, Device
 from amid_ds.planning.estimate import Plan, estimate_plan
@@ -36,14 +37,13 @@ def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
         print(json.dumps({"recipe": resolved(recipe), **asdict(plan),
                           "hours": plan.hours, "mfu": plan.mfu}))
         return
-    from rich.console import Console
+    from amid_ds.run.console import PlainConsole
 
-    print(dump_recipe(recipe))
-    console = Console()
+    print(printable(dump_recipe(recipe)))
+    console = PlainConsole()
     console.print(_plan_table(plan))
     console.print(_work_line(plan))
-    # Paths may have square brackets, which are not markup.
-    console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}", markup=False)
+    console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}")
     console.print(_activations_line(plan))
     console.print(_time_line(plan))
     for line in _fit_lines(plan):
@@ -113,8 +113,9 @@ def print_check(comparison: Comparison, as_json: bool) -> None:
     if as_json:
         print(json.dumps(comparison))
         return
-    from rich.console import Console
     from rich.table import Table
+
+    from amid_ds.run.console import PlainConsole
 
     table = Table()
     table.add_column("", justify="left")
@@ -125,7 +126,7 @@ def print_check(comparison: Comparison, as_json: bool) -> None:
         for part, pair in parts.items():
             table.add_row(f"{_words(part)}, {symbol}", *_check_cells(pair, unit))
         table.add_section()
-    Console().print(table)
+    PlainConsole().print(table)
 
 
 def _check_cells(pair: PlannedAndMeasured, unit: float) -> list[str]:

@@ -11,6 +11,7 @@ from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     accumulation_steps,
     data_parallel_size,
+    offload_device,
     read_deepspeed_config,
     teacher_is_replicated,
     uses_bf16,
@@ -49,11 +50,13 @@ def read_zero_settings(ds_config: DeepSpeedConfig) -> ZeroSettings:
     return ZeroSettings(
         stage=stage,
         bf16=uses_bf16(ds_config),
-        offloads_weights=zero.get("offload_param", {}).get("device", "none") != "none",
-        offloads_optimizer=zero.get("offload_optimizer", {}).get("device", "none") != "none",
+        offloads_weights=offload_device(ds_config, "offload_param") != "none",
+        offloads_optimizer=offload_device(ds_config, "offload_optimizer") != "none",
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)) if stage else 0,
         contiguous_gradients=zero.get("contiguous_gradients", True),
-        overlaps_communication=zero.get("overlap_comm", False),
+        # By default DeepSpeed overlaps at stage 3 alone.
+        overlaps_communication=(stage == 3 if zero.get("overlap_comm") is None
+                                else zero["overlap_comm"]),
         max_live=int(zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE)),
         max_reuse_distance=int(zero.get("stage3_max_reuse_distance", DEFAULT_MAX_REUSE_DISTANCE)))
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from amid_ds.distributed.rank_logging import PACKAGE_LOGGER
+from amid_ds.errors import printable
 from amid_ds.files.json_lines import read_jsonl, truncate_jsonl
 from amid_ds.run.folder import RunFolder
 
@@ -71,7 +72,7 @@ class RunLog:
         self.folder, self.start, self.total = folder, start, total
         if folder is None:
             return
-        self.title = folder.path.name
+        self.title = printable(folder.path.name, keep="")
         from torch.utils.tensorboard import SummaryWriter
 
         self.metrics_file = _JsonLines(folder.metrics, start)

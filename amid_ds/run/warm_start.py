@@ -29,7 +29,8 @@ def resolve_student(recipe: Recipe, run: Path | None = None) -> Student:
     """The recipe's student with a `model` that `from_pretrained` opens.
 
     `run`: the run's folder; None: the recipe's output_dir. A student that names another run is
-    that run's start_model, or in turn the student of that run's recipe.
+    that run's start_model, or in turn the student of that run's recipe; whether code that comes
+    with it may run is said by `recipe`.
     """
     student, folder = recipe.student, RunFolder(run or Path(recipe.output_dir))
     while not folder.start_model.is_dir():
@@ -37,7 +38,7 @@ def resolve_student(recipe: Recipe, run: Path | None = None) -> Student:
         if other is None:
             return student
         folder = RunFolder(other)
-        student = load_recipe(folder.recipe).student
+        student = load_recipe(folder.recipe).trusting(recipe.student.trust_remote_code).student
     return student.model_copy(update={"model": str(folder.start_model), "revision": None})
 
 
