@@ -144,12 +144,13 @@ def _discover() -> tuple[int, int, int]:
         found = _discover_slurm()
     elif "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
         missing = "WORLD_SIZE" if "RANK" in env else "RANK"
-        raise _launch_error(f"the variable {missing} is missing")
+        raise RankError(str(_launch_error(f"the variable {missing} is missing")))
     else:
         return 0, 1, 0
     rank, size, _ = found
-    if not 0 <= rank < size:
-        raise _launch_error(f"this is rank {rank} of {size}")
+    if rank >= size:
+        # There may be no rank 0 to say it.
+        raise RankError(str(_launch_error(f"this is rank {rank} of {size}")))
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if size > 1 and not env.get(name):
             raise _launch_error(f"the variable {name} is missing")

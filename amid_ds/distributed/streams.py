@@ -75,6 +75,7 @@ def output_is_messages() -> Iterator[None]:
         yield
     finally:
         sys.stdout = stdout
+        _discard_unwritten(stdout)
 
 
 def _open_closed_streams() -> None:
