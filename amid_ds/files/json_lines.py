@@ -12,15 +12,17 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from amid_ds.files.atomic import replace_bytes
 
 logger = logging.getLogger(__name__)
 
+# Whether an object that has the key has all that its file's lines have.
+IsWhole: TypeAlias = Callable[[Mapping[str, Any]], bool]
 
-def read_jsonl(path: Path, key: str,
-               is_whole: Callable[[Mapping[str, Any]], bool] = lambda line: True
+
+def read_jsonl(path: Path, key: str, is_whole: IsWhole = lambda line: True
                ) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines that have a `key` and are whole; [] without a file.
 
@@ -34,11 +36,13 @@ def read_jsonl(path: Path, key: str,
     return [line.values for line in whole]
 
 
-def truncate_jsonl(path: Path, step: int) -> None:
+def truncate_jsonl(path: Path, step: int, is_whole: IsWhole) -> None:
     """Keep the whole lines of `path` with a `step` of at most `step`, byte for byte."""
     if path.exists():
-        kept = [line.text for line in _read_lines(path, "step", has_step)[0]
-                if line.values["step"] <= step]
+        whole, damaged = _read_lines(path, "step", is_whole)
+        if damaged:
+            _warn_of_damage(path, damaged)
+        kept = [line.text for line in whole if line.values["step"] <= step]
         replace_bytes(path, b"".join(text + b"\n" for text in kept))
 
 
@@ -59,8 +63,7 @@ class _Line(NamedTuple):
     values: dict[str, Any]
 
 
-def _read_lines(path: Path, key: str, is_whole: Callable[[Mapping[str, Any]], bool]
-                ) -> tuple[list[_Line], int]:
+def _read_lines(path: Path, key: str, is_whole: IsWhole) -> tuple[list[_Line], int]:
     """(the whole lines, the number of damaged ones)."""
     if not path.is_file():
         return [], 0

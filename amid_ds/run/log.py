@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from amid_ds.distributed.rank_logging import PACKAGE_LOGGER
 from amid_ds.files.append import EnduringFile
-from amid_ds.files.json_lines import has_step, is_number, read_jsonl, truncate_jsonl
+from amid_ds.files.json_lines import IsWhole, has_step, is_number, read_jsonl, truncate_jsonl
 from amid_ds.run.board import Board, BoardHandler
 from amid_ds.run.folder import RunFolder
 
@@ -87,8 +87,8 @@ class RunLog:
         if folder is None:
             return
         self.title = folder.path.name
-        self.metrics_file = _JsonLines(folder.metrics, start)
-        self.evaluations_file = _JsonLines(folder.evaluations, start)
+        self.metrics_file = _JsonLines(folder.metrics, start, _is_metrics_line)
+        self.evaluations_file = _JsonLines(folder.evaluations, start, _is_evaluation_line)
         self.board = Board(folder.tensorboard, first_step=start + 1)
         self.board_handler = BoardHandler(self.board)
         PACKAGE_LOGGER.addHandler(self.board_handler)
@@ -164,8 +164,8 @@ def _tag(name: str) -> str:
 class _JsonLines:
     """A file of JSON lines, each with its step, continued after `start` steps."""
 
-    def __init__(self, path: Path, start: int) -> None:
-        truncate_jsonl(path, start)
+    def __init__(self, path: Path, start: int, is_whole: IsWhole) -> None:
+        truncate_jsonl(path, start, is_whole)
         self.file = EnduringFile(path)
 
     def write(self, values: Mapping[str, object]) -> None:
