@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -10,11 +13,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from support.disks import SmallDisk
+import safetensors
+import yaml
+from support.disks import SmallDisk, obeying_permissions
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import count_steps, read_metrics, write_recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -24,7 +30,8 @@ from amid_ds.cli import main
 from amid_ds.data.prepared import PreparedDataset
 from amid_ds.distributed import rendezvous
 from amid_ds.distributed.launch import free_port
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, exit_status, expected_error
+from amid_ds.files.atomic import replace_text
 from amid_ds.monitor.memory_probe import PROBED_STEP
 
 LAUNCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PMI_SIZE",
@@ -259,3 +266,113 @@ def test_a_port_that_is_taken_is_one_message(recipe_for, launched, tmp_path, cap
         assert main(["train", str(recipe_for(tmp_path / "run"))]) == 1
     printed = capsys.readouterr().err
     assert "address already in use" in printed and printed.count("amid-ds: ") == 1
+
+
+def rank_without_home(argv: list[str], variables: dict[str, str], log: str) -> None:
+    for name in ("XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR", "HF_HOME", "MPLCONFIGDIR"):
+        os.environ.pop(name, None)
+    rank_main(argv, {**variables, "HOME": "/proc/nowhere"}, log)
+
+
+def test_a_run_needs_no_home(recipe_for, tmp_path):
+    """Nor do the caches of what it is made of."""
+    ranks = Ranks(2, "train", recipe_for(tmp_path / "run"), target=rank_without_home)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert count_steps(tmp_path / "run") == 6
+
+
+@pytest.fixture
+def closed_folder(tmp_path) -> Iterator[Path]:
+    """A folder that its owner may not enter, with nothing of interest in it."""
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    folder.chmod(0)
+    yield folder
+    folder.chmod(0o755)
+
+
+COMMANDS_ON_A_FOLDER = {
+    "plan a recipe there": ["plan", "{closed}/r.yaml"],
+    "plan for a student there": ["plan", "{recipe}", "student.model={closed}/s"],
+    "train into it": ["train", "{recipe}", "output_dir={closed}/run"],
+    "train on data there": ["train", "{recipe}", "data.prepared={closed}/data"],
+    "train by a configuration there": ["train", "{recipe}", "deepspeed={closed}/ds.json"],
+    "train with a teacher there": ["train", "{recipe}", "teacher.model={closed}/t"],
+    "prepare into it": ["prepare", "{recipe}", "data.prepared={closed}/data"],
+    "tokenizer into it": ["tokenizer", "train", "{recipe}", "{closed}/tok", "--vocab-size", "300"],
+    "status": ["status", "{closed}/run"],
+    "checkpoints": ["checkpoints", "{closed}/run"],
+    "report": ["report", "{closed}/run"],
+    "export": ["export", "{closed}/run", "out"],
+    "plan --check": ["plan", "--check", "{closed}/run"],
+    "demo": ["demo", "--out", "{closed}/demo"],
+    "study": ["study", "--out", "{closed}/study"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS_ON_A_FOLDER)
+def test_a_folder_without_permission_is_one_message_and_2(name, closed_folder, recipe_for,
+                                                          tmp_path, capsys):
+    recipe = recipe_for(tmp_path / "run")
+    arguments = [argument.format(closed=closed_folder, recipe=recipe)
+                 for argument in COMMANDS_ON_A_FOLDER[name]]
+    with obeying_permissions():
+        assert main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("amid-ds: ") == 1 and str(closed_folder) in printed
+    assert "expected:" in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize("state", ["full", "read-only"])
+@pytest.mark.parametrize("command", [
+    ["prepare", "{recipe}", "data.prepared={disk}/data"],
+    ["tokenizer", "train", "{recipe}", "{disk}/tok", "--vocab-size", "300"],
+    ["generate", "{student}", "--prompts", "{prompts}", "--out", "{disk}/answers.jsonl",
+     "--max-new-tokens", "4"],
+    ["train", "{recipe}", "output_dir={disk}/run"]], ids=lambda command: command[0])
+def test_a_disk_that_cannot_be_written_is_one_message_and_2(
+        command, state, recipe_for, llama_pair, instructions_file, tmp_path, capsys):
+    disk = SmallDisk(tmp_path / "disk", 0.3)
+    try:
+        disk.fill() if state == "full" else disk.make_read_only()
+        assert main([argument.format(disk=disk.folder, recipe=recipe_for(tmp_path / "run"),
+                                     student=llama_pair[0], prompts=instructions_file)
+                     for argument in command]) == 2
+        printed = capsys.readouterr().err
+        assert printed.count("amid-ds: ") == 1 and "Traceback" not in printed
+        assert ("No space left" if state == "full" else "Read-only") in printed
+    finally:
+        disk.vanish()
+
+
+class NotUTF8:
+    def __init__(self) -> None:
+        b"\xff".decode()
+
+
+@pytest.mark.parametrize("raises, status", [
+    (lambda: os.stat("/nowhere/at/all"), 2), (lambda: os.listdir(__file__), 2),
+    (lambda: json.loads("{"), 2), (NotUTF8, 2), (lambda: gzip.decompress(b"\x1f\x8b\x08"), 2),
+    (lambda: pa.ipc.open_stream(b"not arrow"), 2), (lambda: yaml.safe_load("{"), 2),
+    (lambda: safetensors.deserialize(b"short"), 2), (lambda: pickle.loads(b"\x80"), 2),
+    (lambda: json.loads("[" * 100_000), 2), (lambda: bytearray(1 << 62), 1),
+    (lambda: socket.create_connection(("127.0.0.1", 1)), 1), (lambda: os.read(10**6, 1), 1),
+    (lambda: {}["a bug"], None), (lambda: 1 / 0, None), (lambda: int("x"), None)])
+def test_errors_of_the_system_and_of_readers_are_messages_and_bugs_are_not(raises, status):
+    with pytest.raises(Exception) as caught:
+        raises()
+    message = expected_error(caught.value)
+    assert (None if message is None else exit_status(message)) == status
+    # A launcher sees the same status on every rank.
+    assert status is None or exit_status(caught.value) == status
+
+
+def test_an_error_says_where_in_the_package_it_arose(tmp_path):
+    with pytest.raises(OSError) as caught:
+        replace_text(tmp_path / "nowhere" / "file", "")
+    assert "(files/atomic.py:" in str(expected_error(caught.value))
+
+
+def test_an_error_of_a_library_in_rust_is_known_by_its_number():
+    error = Exception("No space left on device (os error 28)")
+    assert "the disk is full" in str(expected_error(error))

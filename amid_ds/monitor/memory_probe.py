@@ -93,7 +93,7 @@ def read_measurements(run: Path) -> Measurements:
     path = RunFolder(run).measurements
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         raise InputError(f"{run} has no {path.name}",
                          f"the folder of a run with an attempt of {PROBED_STEP} steps or more",
                          "give the output_dir of such a run") from None
