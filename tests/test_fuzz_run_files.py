@@ -104,7 +104,7 @@ def read_everything(run: Path) -> None:
         reported.evaluation_curve("a", "loss")
 
 
-@pytest.mark.parametrize("seed, count", [(0, 12), pytest.param(1, 1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("seed, count", [(0, 12), pytest.param(1, 300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "eval.jsonl", "attempts.jsonl", "lives.jsonl",
                                   "measured.json", "provenance.json", "failures/local.0.1.json"])
 def test_no_damage_stops_a_reader(name, seed, count, run):
