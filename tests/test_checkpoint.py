@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.data import write_instructions
+from support.disks import SmallDisk
 from support.models import make_model
 from support.ranks import Ranks, run_ranks
 from support.runs import comparable_metrics, count_steps, read_metrics, write_recipe
@@ -330,37 +330,8 @@ def test_a_stop_file_and_the_time_limit_stop_in_order(how, recipe_for, uninterru
     assert comparable_metrics(run) == comparable_metrics(uninterrupted)
 
 
-class SmallDisk:
-    """A tmpfs under a run's checkpoints, which can be filled, made read-only and taken away."""
-
-    def __init__(self, folder: Path, megabytes: float) -> None:
-        folder.mkdir(parents=True)
-        self.folder = folder
-        self._mount("-t", "tmpfs", "-o", f"size={int(megabytes * 2**20)}", "tmpfs", str(folder))
-
-    def _mount(self, *arguments: str) -> None:
-        subprocess.run(["mount", *arguments], check=True, capture_output=True)
-
-    def fill(self) -> None:
-        with open(self.folder / "filler", "wb", buffering=0) as file, pytest.raises(OSError):
-            while True:
-                file.write(b"x" * 4096)
-
-    def repair(self) -> None:
-        self._mount("-o", "remount,rw", str(self.folder))
-        (self.folder / "filler").unlink(missing_ok=True)
-
-    def make_read_only(self) -> None:
-        self._mount("-o", "remount,ro", str(self.folder))
-
-    def vanish(self) -> None:
-        subprocess.run(["umount", "-l", str(self.folder)], check=False, capture_output=True)
-
-
 @pytest.fixture
 def disk(tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
     disk = SmallDisk(tmp_path / "run" / "checkpoints", 8)
     yield disk
     disk.vanish()

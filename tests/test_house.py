@@ -34,7 +34,7 @@ OWNERS = {
     "argparse": {"cli"},
     "rouge_score": {"eval"},
     "nltk": {"eval"},
-    "tensorboard": set(),
+    "tensorboard": {"run"},
     "matplotlib": {"experiments"},
     "yaml": {"config"},
     "pydantic": {"config"},

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,10 @@ from amid_ds.config.recipe import Recipe, Student
 from amid_ds.data import load_tokenizer
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import replace_folder, require_disk_space
-from amid_ds.files.json_lines import read_jsonl
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.loading import DTYPES, meta_model
 from amid_ds.run.folder import RunFolder
+from amid_ds.run.log import read_evaluations, read_metrics
 from amid_ds.run.warm_start import find_run, kept_student, resolve_student
 
 # The most weights in one file, and the memory that an export needs.
@@ -179,8 +179,8 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) 
     """The text of the folder's README.md: what this model is, how it was trained and its scores."""
     run = RunFolder(checkpoint.parent.parent)
     teacher = f", distilled from `{recipe.teacher.model}`" if recipe.teacher is not None else ""
-    logged, evaluated = (_lines_of_last_step(path, state.step)
-                         for path in (run.metrics, run.evaluations))
+    logged, evaluated = (_lines_of_last_step(lines, state.step)
+                         for lines in (read_metrics(run.path), read_evaluations(run.path)))
     # A slash marks times, speeds and memory.
     metrics = [f"| {key} | {value:g} |" for key, value in (logged[-1] if logged else {}).items()
                if value is not None and "/" not in key]
@@ -194,15 +194,17 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) 
     if evaluated:
         parts.append("## Evaluation\n\n```json\n"
                      + "\n".join(json.dumps(line) for line in evaluated) + "\n```")
-    origin = run.provenance.read_text(encoding="utf-8") if run.provenance.is_file() else ""
+    origin = ""
+    if run.provenance.is_file():
+        origin = run.provenance.read_text(encoding="utf-8", errors="replace")
     parts.append("## Provenance\n\n```json\n" + origin.strip() + "\n```")
     parts.append("## Recipe\n\n```yaml\n" + dump_recipe(recipe).strip() + "\n```")
     return "\n\n".join(parts) + "\n"
 
 
-def _lines_of_last_step(path: Path, step: int) -> list[dict[str, Any]]:
+def _lines_of_last_step(lines: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
     """The last step's lines, up to `step`: one of metrics.jsonl, one per set of eval.jsonl."""
-    lines = [line for line in read_jsonl(path) if line["step"] <= step]
+    lines = [line for line in lines if line["step"] <= step]
     return [line for line in lines if line["step"] == lines[-1]["step"]]
 
 

@@ -7,6 +7,7 @@ arguments, `_X` imports what it needs and runs it. `errors.ExitStatus` has the e
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from amid_ds.cli.jobs import add_doctor, add_requeue, add_submit, add_sweep
@@ -23,22 +24,36 @@ from amid_ds.cli.runs import (
 )
 from amid_ds.distributed.launch import launched_rank
 from amid_ds.distributed.rank_logging import set_up_logging
-from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError, exit_status, report_error
+from amid_ds.distributed.streams import guarded_streams
+from amid_ds.errors import (
+    ExitStatus,
+    RankError,
+    Stopped,
+    exit_status,
+    expected_error,
+    report_error,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     args = _parse(argv)
     set_up_logging()
-    try:
-        args.run(args)
-    except (InputError, TrainingError, Stopped) as error:
-        # The ranks have agreed on the error before it gets here, so one of them reports it.
-        if launched_rank() == 0 and not isinstance(error, Stopped):
-            report_error(error)
-        return exit_status(error)
-    except KeyboardInterrupt:
-        return ExitStatus.FAILED
+    with guarded_streams():
+        try:
+            args.run(args)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            return ExitStatus.FAILED
+        except Exception as error:
+            message = expected_error(error)
+            if message is None and not isinstance(error, Stopped):
+                raise
+            # Ranks agree on errors of ours before they get here, so one of them reports it.
+            is_own = message is not error or isinstance(error, RankError)
+            if message is not None and (is_own or launched_rank() == 0):
+                report_error(message)
+            return exit_status(error)
     return ExitStatus.DONE
 
 

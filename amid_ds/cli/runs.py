@@ -14,9 +14,11 @@ def add_train(commands: Commands) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from amid_ds.distributed.streams import output_is_messages
     from amid_ds.training.train import train
 
-    train(args.recipe, args.overrides)
+    with output_is_messages():
+        train(args.recipe, args.overrides)
 
 
 def add_plan(commands: Commands) -> None:

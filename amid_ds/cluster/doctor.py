@@ -26,7 +26,6 @@ import torch
 
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe, Student, Teacher
-from amid_ds.distributed.launch import launched_rank
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
@@ -71,8 +70,10 @@ def doctor(recipe_path: str | None, overrides: Sequence[str]) -> None:
     with contextlib.ExitStack() as stack:
         try:
             world = stack.enter_context(init_distributed(MEET_TIMEOUT_S))
-        except (RuntimeError, OSError) as error:
-            print(_ranks_did_not_meet(error), flush=True)
+        except TrainingError as error:
+            met, _, remedy = str(error).partition("\n")
+            print(Verdict("ranks meet", False, met, remedy.rpartition("remedy:")[2].strip()),
+                  flush=True)
             raise TrainingError("") from None
         verdicts = [verdict for check in CHECKS for verdict in check(recipe, world)]
         if world.is_main:
@@ -81,18 +82,6 @@ def doctor(recipe_path: str | None, overrides: Sequence[str]) -> None:
         failed = world.gather(sum(not verdict.passed for verdict in verdicts))[0]
         if failed:
             raise TrainingError(f"{failed} of {len(verdicts)} checks failed")
-
-
-def _ranks_did_not_meet(error: Exception) -> Verdict:
-    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-    message = str(error).splitlines()[0][:200]
-    return Verdict(
-        "ranks meet", False,
-        f"rank {launched_rank()} on {_hostname()} did not meet the others at {address} within "
-        f"{MEET_TIMEOUT_S:g} s: {message}",
-        "the name must resolve on every node (`getent hosts NAME`), the port be open between "
-        "nodes, and all ranks be started; if a node has several networks, set MASTER_ADDR to the "
-        "right one's name")
 
 
 def _by_node(values: Sequence[tuple[str, str]]) -> str:

@@ -234,7 +234,7 @@ def _start_worker(writer: ShardWriter) -> None:
     """Set up a worker process, which leaves signals to its parent and ends with it."""
     global _worker_writer
     _worker_writer = writer
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     # One core for each worker.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -14,9 +14,12 @@ SLURM_PORTS = 20000
 
 
 def launched_rank() -> int:
-    """This process's rank in its launcher's variables, before any group exists; 0 without one."""
+    """This process's rank in its launcher's variables, before any group exists; 0 without one.
+
+    Where it is no number, rendezvous.py reports it.
+    """
     rank = next((os.environ[name] for name in RANK_VARIABLES if name in os.environ), "0")
-    return int(rank)
+    return int(rank) if rank.isdecimal() else 0
 
 
 def launch_command(ranks: int, *arguments: str) -> list[str]:

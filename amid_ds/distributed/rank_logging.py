@@ -7,13 +7,14 @@ command (a table, a path, JSON) are printed and not logged.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 
 from tqdm import tqdm
 
 from amid_ds.distributed.launch import launched_rank
-from amid_ds.errors import printable
+from amid_ds.errors import TrainingError, printable
 
 PACKAGE_LOGGER = logging.getLogger("amid_ds")
 
@@ -32,12 +33,10 @@ class _RankHandler(logging.Handler):
             prefix, stream = ("WARNING: ", sys.stderr) if is_warning else ("", sys.stdout)
         else:
             return
-        try:
+        # A message that cannot be written (a closed terminal, a full disk) does not end a run.
+        with contextlib.suppress(OSError, ValueError, TrainingError):
             tqdm.write(f"{prefix}{printable(self.format(record))}", file=stream)
             stream.flush()
-        except Exception:
-            # A message that cannot be written (a closed terminal) does not end a run.
-            self.handleError(record)
 
 
 def set_up_logging() -> None:

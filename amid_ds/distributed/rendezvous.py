@@ -16,10 +16,12 @@ from amid_ds.distributed.failures import FailureMonitor
 from amid_ds.distributed.launch import free_port, slurm_port
 from amid_ds.distributed.rank_logging import set_up_logging
 from amid_ds.distributed.world import World
-from amid_ds.errors import InputError, Stopped, TrainingError
+from amid_ds.errors import InputError, RankError, Stopped, TrainingError
 
 # slurm/train_mpi.sbatch sets AMID_DS_MPI_RANKS: not every MPI under Slurm has one of the others.
 MPI_SIZE_VARIABLES = ("AMID_DS_MPI_RANKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+# Seconds in which all ranks must have come: a job with a rank missing holds its nodes no longer.
+MEET_S = 600.0
 
 
 @contextlib.contextmanager
@@ -27,8 +29,10 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
     """Join the process group that the launcher laid out, or be a group of one.
 
     Launchers: deepspeed, torchrun, srun, mpirun. A collective waits at most `timeout_s` for its
-    peers. On a clean exit, and on an error that all ranks have agreed on, the ranks leave together;
-    any other error is reported to the peers, whose FailureMonitor ends them.
+    peers, and the ranks at most MEET_S to meet. On a clean exit, and on an error that all ranks
+    have agreed on, the ranks leave together; any other error is reported to the peers, whose
+    FailureMonitor ends them. Raises TrainingError where the launcher's variables make no sense,
+    RankError where the ranks do not meet.
     """
     # A program that calls train() has not set it up.
     set_up_logging()
@@ -38,11 +42,15 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
         _share_cores(size)
     timeout = timedelta(seconds=timeout_s)
     with _rank_variables(rank, size, local_rank):
-        store = (dist.HashStore() if size == 1
-                 else next(dist.rendezvous("env://", rank, size, timeout=timeout))[0])
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-                                rank=rank, world_size=size, timeout=timeout, store=store)
-        agreement = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        try:
+            store = _meet(rank, size, timeout)
+            dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+                                    rank=rank, world_size=size, timeout=timeout, store=store)
+            agreement = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
+        except (RuntimeError, OSError) as error:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            raise _did_not_meet(rank, error) from None
         failures = FailureMonitor(store, rank) if size > 1 else None
         world = World(rank, size, device, agreement=agreement, failures=failures)
         try:
@@ -59,6 +67,29 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
                 dist.destroy_process_group()
             if failures is not None:
                 failures.stop()
+
+
+def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store that all ranks share, once all of them have come to it."""
+    if size == 1:
+        return dist.HashStore()
+    patience = min(timeout, timedelta(seconds=MEET_S))
+    store: dist.Store = next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
+    store.set_timeout(timeout)
+    return store
+
+
+def _did_not_meet(rank: int, error: Exception) -> TrainingError:
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    message = (f"rank {rank} on {socket.gethostname()} did not meet the others at {address}: "
+               f"{reason}\n  expected: all ranks started, and a free port that every node reaches\n"
+               "  remedy:   see whether all ranks run (`amid-ds doctor` under the same launcher "
+               "checks it); choose another MASTER_PORT; on nodes with several networks set "
+               "MASTER_ADDR to the right one's name")
+    # Rank 0 has the port: if it was there, it has seen what any other rank has.
+    reached = isinstance(error, dist.DistNetworkError) or rank == 0
+    return RankError(message) if reached else TrainingError(message)
 
 
 def _choose_device(local_rank: int) -> torch.device:
@@ -104,18 +135,65 @@ def _discover() -> tuple[int, int, int]:
     env = os.environ
     # deepspeed, torchrun
     if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
+        found = _number("RANK"), _number("WORLD_SIZE"), _number("LOCAL_RANK", "0")
     # mpirun, srun --mpi
-    if any(name in env for name in MPI_SIZE_VARIABLES):
+    elif any(name in env for name in MPI_SIZE_VARIABLES):
         return _discover_mpi()
     # srun
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-        hosts = subprocess.run(["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]],
-                               capture_output=True, text=True, check=True).stdout.split()
+    elif "SLURM_PROCID" in env and _number("SLURM_NTASKS", "1") > 1:
+        found = _discover_slurm()
+    elif "RANK" in env or env.get("WORLD_SIZE", "1") != "1":
+        missing = "WORLD_SIZE" if "RANK" in env else "RANK"
+        raise RankError(str(_launch_error(f"the variable {missing} is missing")))
+    else:
+        return 0, 1, 0
+    rank, size, _ = found
+    if rank >= size:
+        # There may be no rank 0 to say it.
+        raise RankError(str(_launch_error(f"this is rank {rank} of {size}")))
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if size > 1 and not env.get(name):
+            raise _launch_error(f"the variable {name} is missing")
+    if size > 1 and not 0 < _number("MASTER_PORT") < 2**16:
+        raise _launch_error(f"MASTER_PORT is {env['MASTER_PORT']}")
+    return found
+
+
+def _number(name: str, default: str | None = None) -> int:
+    """The variable's number."""
+    value = os.environ.get(name, default)
+    if value is None or not value.strip().isdecimal():
+        raise _launch_error(f"the variable {name} is " + ("missing" if value is None else
+                                                          f"{value!r}"))
+    return int(value)
+
+
+def _launch_error(found: str) -> TrainingError:
+    return TrainingError(
+        f"{found}\n  expected: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as "
+        "deepspeed and torchrun set them, or what srun or mpirun set\n  remedy:   start the ranks "
+        "with one of these launchers, or one process without any of their variables")
+
+
+def _discover_slurm() -> tuple[int, int, int]:
+    """`_discover` by the variables of srun."""
+    env = os.environ
+    # A batch script has a rank and a size too, but is one process.
+    if not any(name in env for name in ("SLURM_STEP_ID", "SLURM_STEPID")):
+        raise TrainingError(
+            f"a job of {env['SLURM_NTASKS']} tasks has started this once, without srun\n"
+            "  expected: a process for each task\n"
+            "  remedy:   put `srun` before the command, as slurm/train.sbatch does; `srun -n 1` "
+            "for a single process")
+    nodes = env.get("SLURM_JOB_NODELIST", "")
+    try:
+        hosts = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True,
+                               text=True, check=True).stdout.split()
         env.setdefault("MASTER_ADDR", hosts[0])
-        env.setdefault("MASTER_PORT", str(slurm_port(int(env["SLURM_JOB_ID"]))))
-        return int(env["SLURM_PROCID"]), int(env["SLURM_NTASKS"]), int(env["SLURM_LOCALID"])
-    return 0, 1, 0
+    except (OSError, subprocess.CalledProcessError, IndexError) as error:
+        raise _launch_error(f"`scontrol show hostnames {nodes}` names no host: {error}") from None
+    env.setdefault("MASTER_PORT", str(slurm_port(_number("SLURM_JOB_ID"))))
+    return _number("SLURM_PROCID"), _number("SLURM_NTASKS"), _number("SLURM_LOCALID")
 
 
 def _discover_mpi() -> tuple[int, int, int]:
@@ -123,10 +201,12 @@ def _discover_mpi() -> tuple[int, int, int]:
 
     Two collectives of MPI's world.
     """
-    from mpi4py import MPI
-
+    expected = _number(next(name for name in MPI_SIZE_VARIABLES if name in os.environ))
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise _launch_error(f"mpi4py cannot be used: {error}") from None
     world = MPI.COMM_WORLD
-    expected = next(int(os.environ[name]) for name in MPI_SIZE_VARIABLES if name in os.environ)
     # Under the wrong kind of MPI each process is a world by itself, and would train alone.
     if world.Get_size() != expected:
         raise InputError(

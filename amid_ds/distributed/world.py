@@ -19,7 +19,13 @@ import torch
 import torch.distributed as dist
 
 from amid_ds.distributed.failures import FailureMonitor
-from amid_ds.errors import InputError, Stopped, TrainingError, report_error
+from amid_ds.errors import (
+    InputError,
+    Stopped,
+    TrainingError,
+    expected_error,
+    report_error,
+)
 
 _T = TypeVar("_T")
 # Seconds between the signs of life of rank 0 while the others wait for it.
@@ -161,8 +167,9 @@ class World:
             report_error(error)
         if self.size > 1:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            # Slurm may send it more than once.
+            # Slurm may send it more than once; a terminal that closes sends its own.
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
         # RuntimeError: a peer is gone. A rank that did not agree is ended by `failures`.
         with contextlib.suppress(RuntimeError):
             if self.failures is not None:
@@ -210,9 +217,9 @@ class World:
 
 
 def _shareable(rank: int, error: Exception) -> InputError | TrainingError:
-    """The error to raise on all ranks; one that is not ours leaves its traceback on this rank."""
-    if isinstance(error, (InputError, TrainingError)):
-        return error
+    """The error to raise on all ranks; one that nobody expects leaves its traceback on this one."""
+    if (expected := expected_error(error)) is not None:
+        return expected
     traceback.print_exception(error)
     return TrainingError(f"rank {rank} failed: {type(error).__name__}: {error}")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,15 @@ def stage_checkpoint(deepspeed_engine: Any) -> dict[str, object]:
     """
     staging = _HostCheckpointEngine(deepspeed_engine.checkpoint_engine)
     deepspeed_engine.checkpoint_engine = staging
+    # DeepSpeed also copies scripts into the folder that it is given: there is none, so a save needs
+    # no room but where it ends.
+    deepspeed_engine._copy_recovery_script = lambda folder: None
     try:
-        # DeepSpeed also copies its recovery scripts into the folder that it is given.
-        with tempfile.TemporaryDirectory() as unused:
-            deepspeed_engine.save_checkpoint(unused, tag="staged", save_latest=False,
-                                             exclude_frozen_parameters=True)
+        deepspeed_engine.save_checkpoint("nowhere", tag="staged", save_latest=False,
+                                         exclude_frozen_parameters=True)
     finally:
         deepspeed_engine.checkpoint_engine = staging.real
+        del deepspeed_engine._copy_recovery_script
     return staging.files
 
 

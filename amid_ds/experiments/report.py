@@ -22,13 +22,12 @@ from amid_ds.cluster.status import run_status
 from amid_ds.errors import InputError, printable
 from amid_ds.experiments.plots import figure_text, require_matplotlib
 from amid_ds.files.atomic import replace_text
-from amid_ds.files.json_lines import read_jsonl
 from amid_ds.monitor.memory_probe import Measurements, read_measurements
 from amid_ds.monitor.step_timer import OUTSIDE_STEPS, PHASES
 from amid_ds.planning.check import plan_measured_run
 from amid_ds.run.attempts import AttemptRecord, read_attempts
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.log import read_metrics
+from amid_ds.run.log import read_evaluations, read_metrics
 
 # Points of a curve.
 POINTS = 1000
@@ -123,7 +122,7 @@ class ReportedRun:
         last_step = 0
         for line in self.steps:
             for name in PHASES:
-                total[name] += line.get(f"time/{name}", 0.0) * (line["step"] - last_step)
+                total[name] += (line.get(f"time/{name}") or 0.0) * (line["step"] - last_step)
             last_step = line["step"]
         return total
 
@@ -150,8 +149,8 @@ def read_reported_run(folder: Path, name: str) -> ReportedRun:
         measured = read_measurements(folder)
     except InputError as error:
         unmeasured = error.found
-    return ReportedRun(name, folder, steps, read_jsonl(run.evaluations), read_attempts(folder),
-                       measured, unmeasured)
+    return ReportedRun(name, folder, steps, read_evaluations(folder),
+                       read_attempts(folder), measured, unmeasured)
 
 
 def report(folders: Sequence[str], out: str, trust_remote_code: bool = False) -> None:
@@ -330,7 +329,7 @@ def _provenance(folder: Path) -> str:
         return "none"
     try:
         return json.dumps(json.loads(path.read_text(encoding="utf-8")), indent=1)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         return f"{path.name} cannot be read: {error}"
 
 

@@ -123,7 +123,7 @@ def _make_inputs(root: Path) -> Path:
 
 
 def _read_texts(path: Path) -> list[str]:
-    return [row["text"] for row in read_jsonl(path)]
+    return [row["text"] for row in read_jsonl(path, "text")]
 
 
 def _prompt_pieces(held_out: Path) -> list[str]:

@@ -29,9 +29,8 @@ from amid_ds.distributed.launch import launch_command
 from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError, printable
 from amid_ds.experiments.plots import plot_losses, plot_sweep, require_matplotlib
 from amid_ds.files.atomic import replace_text
-from amid_ds.files.json_lines import read_jsonl
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.log import read_metrics
+from amid_ds.run.log import read_evaluations, read_metrics
 from amid_ds.training.compatibility import flat_recipe
 from amid_ds.training.job import check_recipe
 
@@ -245,7 +244,7 @@ def final_metrics(run: Path) -> dict[str, float | None]:
     metrics: dict[str, float | None] = {
         "step": lines[-1]["step"] if lines else 0,
         "train_loss": sum(line["loss"] for line in last) / len(last) if last else None}
-    latest = {line["name"]: line for line in read_jsonl(RunFolder(run).evaluations)}
+    latest = {line["name"]: line for line in read_evaluations(run)}
     for name, line in latest.items():
         prefix = "" if len(latest) == 1 else f"{name}."
         metrics |= {prefix + key: value for key, value in line.items()

@@ -6,8 +6,10 @@ the next start after a crash, sees the old content or the new one and nothing in
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 from pathlib import Path
 
 from amid_ds.errors import InputError
@@ -15,13 +17,29 @@ from amid_ds.errors import InputError
 
 def replace_text(path: Path, text: str) -> None:
     """Write `text` to `path` in one rename: `path` holds what it held before or all of `text`."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """`replace_text` for bytes. A file that is replaced hands down its permissions.
+
+    Where it cannot be written, nothing is left beside it, and the OSError names `path`.
+    """
     # Processes of several nodes may write to one file system at the same time.
     staging = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    with open(staging, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, path)
+    try:
+        with open(staging, "wb") as file:
+            with contextlib.suppress(OSError):
+                os.fchmod(file.fileno(), stat.S_IMODE(path.stat().st_mode))
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+        fsync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def replace_folder(staging: Path, path: Path) -> None:

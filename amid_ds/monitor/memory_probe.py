@@ -93,11 +93,11 @@ def read_measurements(run: Path) -> Measurements:
     path = RunFolder(run).measurements
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+    except FileNotFoundError:
         raise InputError(f"{run} has no {path.name}",
                          f"the folder of a run with an attempt of {PROBED_STEP} steps or more",
                          "give the output_dir of such a run") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not _is_complete(values):
         raise InputError(f"{path} is damaged",

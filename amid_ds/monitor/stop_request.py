@@ -1,19 +1,22 @@
 """The ways to ask a run to stop in good order, as one question asked before every step.
 
-SIGTERM, SIGUSR1 and Ctrl-C reach single ranks; the file STOP in the run's folder and the time limit
-are seen by rank 0 alone. So each rank answers for itself, and the answers are added up in the small
-collective that every step makes anyway: all ranks stop before the same step.
+SIGTERM, SIGUSR1, Ctrl-C and a terminal that closes (SIGHUP) reach single ranks; the file STOP in
+the run's folder and the time limit are seen by rank 0 alone. So each rank answers for itself, and
+the answers are added up in the small collective that every step makes anyway: all ranks stop before
+the same step.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import time
 from types import FrameType
 
 from amid_ds.run.folder import RunFolder
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -30,7 +33,10 @@ class StopRequest:
         self.received: list[int] = []
 
     def __enter__(self) -> StopRequest:
-        self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # Under nohup a run is to outlive its terminal.
+        heard = [number for number in SIGNALS
+                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+        self.previous = {number: signal.signal(number, self._note) for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -46,7 +52,8 @@ class StopRequest:
         """The reason for which this rank would stop now; None where nobody has asked it to."""
         if self.received:
             return signal.Signals(self.received[0]).name
-        if self.stop_file is not None and self.stop_file.exists():
+        # Not Path.exists, which raises where the folder cannot be read for a moment.
+        if self.stop_file is not None and os.path.exists(self.stop_file):
             return f"the file {self.stop_file}"
         if self.deadline is not None and time.monotonic() >= self.deadline:
             return "train.max_hours"
@@ -55,4 +62,5 @@ class StopRequest:
     def honoured(self) -> None:
         """Remove the STOP file: the run has stopped, and it must not stop the next attempt too."""
         if self.stop_file is not None:
-            self.stop_file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.stop_file.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ def check_plan(run: Path, device: str | None, trust_remote_code: bool = False) -
     measured = read_measurements(run)
     plan = plan_measured_run(measured, device, trust_remote_code)
     times = [line["time/step"] for line in read_metrics(run)
-             if line["step"] >= measured.step and "time/step" in line]
+             if line["step"] >= measured.step and line.get("time/step") is not None]
     if not times:
         raise InputError(f"{run} has no metrics", "metrics.jsonl with the steps that were measured",
                          "check the folder")

@@ -16,16 +16,25 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import Any, TypedDict, cast
+from types import NoneType, TracebackType
+from typing import Any, TypeAlias, TypedDict, cast
 
 from amid_ds.errors import ExitStatus, TrainingError, exit_status, print_error
+from amid_ds.files.append import append_line
 from amid_ds.files.atomic import replace_text
-from amid_ds.files.json_lines import read_jsonl
+from amid_ds.files.json_lines import is_number, read_jsonl
 from amid_ds.run.folder import RunFolder
 
 # How a step that hangs is recorded; requeueing recognises it.
 HANG_ERROR = "the step has not ended"
+Types: TypeAlias = Mapping[str, type | tuple[type, ...]]
+# The types of what an event has beside its header.
+FACTS_OF_EVENT: Mapping[str, Types] = {
+    "submitted": {"jobs": list, "folder": str},
+    "begun": {"nodes": str, "ranks": int, "changed": dict},
+    "stepping": {"step": int},
+    "ended": {"status": int, "failure": (dict, NoneType)},
+}
 # Characters of an error's first line that a failure keeps.
 MAX_ERROR_LENGTH = 300
 
@@ -102,21 +111,45 @@ def current_attempt() -> tuple[str | None, int]:
 
 
 def append_event(run: Path, event: str, **facts: object) -> None:
-    """Append one line to the run's attempts.jsonl, in a single write."""
+    """Append one line to the run's attempts.jsonl."""
     job, restart = current_attempt()
     header = {"event": event, "job": job, "restart": restart, "time": time.time()}
-    with open(RunFolder(run).attempts, "ab", buffering=0) as file:
-        file.write((json.dumps({**header, **facts}) + "\n").encode())
+    append_line(RunFolder(run).attempts, json.dumps({**header, **facts}))
 
 
 def read_events(run: Path) -> list[AttemptEvent]:
-    """All events of a run, oldest first; a line cut short by a crash is left out.
+    """All events of a run, oldest first; what a crash has damaged is left out.
 
     A run that began under version 0.1 has its first events in lives.jsonl.
     """
     folder = RunFolder(run)
-    lines = [*read_jsonl(folder.old_attempts), *read_jsonl(folder.attempts)]
+    lines = [line for path in (folder.old_attempts, folder.attempts)
+             for line in read_jsonl(path, "event", _is_event)]
     return cast("list[AttemptEvent]", lines)
+
+
+def _is_event(line: Mapping[str, Any]) -> bool:
+    """True for a line that has the facts of its event."""
+    if not (_has_types(line, {"job": (str, NoneType), "restart": int})
+            and is_number(line.get("time"))):
+        return False
+    kind = line["event"]
+    if kind == "ended" and line.get("failure") is not None and _failure(line["failure"]) is None:
+        return False
+    return isinstance(kind, str) and _has_types(line, FACTS_OF_EVENT.get(kind, {}))
+
+
+def _has_types(values: Mapping[str, Any], types: Types) -> bool:
+    return all(key in values and isinstance(values[key], kind) for key, kind in types.items())
+
+
+def _failure(values: object) -> Failure | None:
+    """The failure that was recorded as `values`; None for anything else."""
+    kinds: Types = {"rank": (int, NoneType), "host": str, "step": (int, NoneType), "error": str}
+    if (not isinstance(values, dict) or values.keys() != {*kinds, "time"}
+            or not _has_types(values, kinds) or not is_number(values["time"])):
+        return None
+    return Failure(**values)
 
 
 def read_attempts(run: Path) -> list[AttemptRecord]:
@@ -143,17 +176,16 @@ def _add_event(record: AttemptRecord, event: AttemptEvent) -> None:
         record.first_step = event["step"]
     elif event["event"] == "ended":
         # The batch script's `ended` comes after rank 0's and replaces it: it knows more.
-        record.status, failure = event["status"], event["failure"]
-        record.failure = Failure(**failure) if failure else None
+        record.status, record.failure = event["status"], _failure(event["failure"])
 
 
 def read_failures(run: Path) -> list[Failure]:
     """The failures that ranks of the current attempt have recorded, earliest first."""
     failures = []
     for path in _failure_files(run):
-        with contextlib.suppress(ValueError, TypeError, OSError):
-            failures.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
-    return sorted(failures, key=lambda failure: failure.time)
+        with contextlib.suppress(ValueError, RecursionError, OSError):
+            failures.append(_failure(json.loads(path.read_bytes())))
+    return sorted(filter(None, failures), key=lambda failure: failure.time)
 
 
 def _failure_files(run: Path) -> Iterator[Path]:

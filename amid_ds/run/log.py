@@ -7,32 +7,31 @@ files: lines after the step that it resumes from are dropped first, so no step i
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from amid_ds.distributed.rank_logging import PACKAGE_LOGGER
 from amid_ds.errors import printable
-from amid_ds.files.json_lines import read_jsonl, truncate_jsonl
+from amid_ds.files.append import EnduringFile
+from amid_ds.files.json_lines import IsWhole, has_step, is_number, read_jsonl, truncate_jsonl
+from amid_ds.run.board import Board, BoardHandler
 from amid_ds.run.folder import RunFolder
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
 # Seconds between two progress messages where there is no terminal; the first and the last step have
 # one in any case.
 MESSAGE_INTERVAL_S = 10
+# What every line of metrics.jsonl has.
+ALWAYS_LOGGED = ("tokens", "loss", "tokens_per_second")
 TENSORBOARD_TAGS = {
     "loss": "loss/total",
     "kd_loss": "loss/kd",
@@ -58,8 +57,24 @@ def perplexity(loss: float) -> float | None:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl: numbers by name, None for those that the run lacks."""
-    return read_jsonl(RunFolder(run).metrics)
+    """The whole lines of a run's metrics.jsonl: numbers by name, None for what the run lacks."""
+    return read_jsonl(RunFolder(run).metrics, "step", _is_metrics_line)
+
+
+def read_evaluations(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's eval.jsonl: the set's `name`, else as in metrics.jsonl."""
+    return read_jsonl(RunFolder(run).evaluations, "step", _is_evaluation_line)
+
+
+def _is_metrics_line(line: Mapping[str, Any]) -> bool:
+    return (has_step(line) and all(is_number(line.get(key)) for key in ALWAYS_LOGGED)
+            and all(value is None or is_number(value) for value in line.values()))
+
+
+def _is_evaluation_line(line: Mapping[str, Any]) -> bool:
+    return (has_step(line) and isinstance(line.get("name"), str)
+            and all(value is None or is_number(value)
+                    for key, value in line.items() if key != "name"))
 
 
 class RunLog:
@@ -73,12 +88,10 @@ class RunLog:
         if folder is None:
             return
         self.title = printable(folder.path.name, keep="")
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.metrics_file = _JsonLines(folder.metrics, start)
-        self.evaluations_file = _JsonLines(folder.evaluations, start)
-        self.board = SummaryWriter(str(folder.tensorboard), purge_step=start + 1)
-        self.board_handler = _BoardHandler(self.board)
+        self.metrics_file = _JsonLines(folder.metrics, start, _is_metrics_line)
+        self.evaluations_file = _JsonLines(folder.evaluations, start, _is_evaluation_line)
+        self.board = Board(folder.tensorboard, first_step=start + 1)
+        self.board_handler = BoardHandler(self.board)
         PACKAGE_LOGGER.addHandler(self.board_handler)
         self.bar = tqdm(total=total, initial=start, desc=self.title, unit="step",
                         disable=not sys.stderr.isatty(), dynamic_ncols=True)
@@ -100,9 +113,8 @@ class RunLog:
             return
         if metrics is not None:
             self.metrics_file.write({"step": step, **metrics})
-            for name, value in metrics.items():
-                if value is not None:
-                    self._add_scalar(_tag(name), value, step)
+            self.board.add_scalars({_tag(name): value for name, value in metrics.items()
+                                    if value is not None}, step)
             self._show_progress(step, metrics, slowest)
         self.bar.update(1)
 
@@ -130,18 +142,10 @@ class RunLog:
         for name, metrics in sets.items():
             self.evaluations_file.write({"step": step, "name": name, **metrics})
             known = {key: value for key, value in metrics.items() if value is not None}
-            for key, value in known.items():
-                if key != "tokens":
-                    self._add_scalar(f"eval/{name}/{key}", value, step)
+            self.board.add_scalars({f"eval/{name}/{key}": value for key, value in known.items()
+                                    if key != "tokens"}, step)
             shown = "  ".join(f"{key} {value:.4g}" for key, value in known.items())
             logger.info(f"{self.title}: step {step}/{self.total}  eval {name}: {shown}")
-
-    def _add_scalar(self, tag: str, value: float, step: int) -> None:
-        # TensorBoard is a convenience: a full disk there does not end the run.
-        try:
-            self.board.add_scalar(tag, value, step)
-        except OSError as error:
-            logger.warning(f"TensorBoard cannot be written: {error}")
 
     def close(self) -> None:
         """Close the files and the progress bar."""
@@ -158,43 +162,16 @@ def _tag(name: str) -> str:
     return name if "/" in name else TENSORBOARD_TAGS.get(name, f"objective/{name}")
 
 
-class _BoardHandler(logging.Handler):
-    """Adds each warning to TensorBoard as a text note."""
-
-    def __init__(self, board: SummaryWriter) -> None:
-        super().__init__(logging.WARNING)
-        self.board = board
-
-    def emit(self, record: logging.LogRecord) -> None:
-        # One that cannot be written is dropped: a warning about it would come here again.
-        with contextlib.suppress(OSError):
-            self.board.add_text("alarm", record.getMessage())
-
-
 class _JsonLines:
     """A file of JSON lines, each with its step, continued after `start` steps."""
 
-    def __init__(self, path: Path, start: int) -> None:
-        truncate_jsonl(path, start)
-        self.path = path
-        self.file = open(path, "ab", buffering=0)   # noqa: SIM115 - closed by `close`
-        self.unwritten = b""
+    def __init__(self, path: Path, start: int, is_whole: IsWhole) -> None:
+        truncate_jsonl(path, start, is_whole)
+        self.file = EnduringFile(path)
 
     def write(self, values: Mapping[str, object]) -> None:
-        """Append a line, whole or not at all.
-
-        Lines that a full disk refuses are kept in memory and tried again with the next one.
-        """
-        self.unwritten += (json.dumps(values, allow_nan=False) + "\n").encode()
-        size = os.fstat(self.file.fileno()).st_size
-        try:
-            if self.file.write(self.unwritten) != len(self.unwritten):
-                raise OSError("only a part was written")
-        except OSError as error:
-            self.file.truncate(size)
-            logger.warning(f"{self.path.name} cannot be written, its lines wait in memory: {error}")
-        else:
-            self.unwritten = b""
+        """Append a line."""
+        self.file.append((json.dumps(values, allow_nan=False) + "\n").encode())
 
     def close(self) -> None:
         self.file.close()

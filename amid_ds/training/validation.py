@@ -9,6 +9,7 @@ eval/evaluate.py, for a model by itself, is written independently of this; tests
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -20,6 +21,8 @@ from amid_ds.errors import TrainingError
 from amid_ds.run.log import perplexity
 
 EvalMetrics = dict[str, float | None]
+# Batches that are read before the ranks agree that they could be.
+BATCHES_READ = 32
 
 
 def validate(recipe: Recipe, engine: Engine) -> dict[str, EvalMetrics]:
@@ -40,12 +43,16 @@ def _sums(recipe: Recipe, engine: Engine, name: str) -> list[float]:
     """`Distiller.score` of the whole set, over all ranks."""
     distiller, world = engine.distiller, engine.world
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
-    for batch in read_batches(recipe.prepared_dir / "eval" / name, recipe.train.micro_batch_size,
-                              world.dp_rank, world.dp_size):
-        batch = batch.to(world.device)
-        hidden = distiller.hidden_states(batch.input_ids, batch.positions)
-        with engine.gathered_head(distiller.student), engine.gathered_head(distiller.teacher):
-            sums += distiller.score(*hidden, batch.labels)
+    batches = read_batches(recipe.prepared_dir / "eval" / name, recipe.train.micro_batch_size,
+                           world.dp_rank, world.dp_size)
+    # Agreed on, because every batch has collectives: a row that is damaged on one rank is an error
+    # of all.
+    while read := world.run_checked(lambda: list(itertools.islice(batches, BATCHES_READ))):
+        for batch in read:
+            batch = batch.to(world.device)
+            hidden = distiller.hidden_states(batch.input_ids, batch.positions)
+            with engine.gathered_head(distiller.student), engine.gathered_head(distiller.teacher):
+                sums += distiller.score(*hidden, batch.labels)
     return world.sum(sums.tolist())
 
 

@@ -1,0 +1,73 @@
+"""TensorBoard's event files.
+
+Written here and not by its SummaryWriter: that writes in a thread, which a disk that is full for a
+moment ends for good, and every later call raises.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from amid_ds.files.append import EnduringFile
+
+FILE_VERSION = "brain.Event:2"
+
+
+class Board:
+    """The curves and notes of one attempt.
+
+    Those that earlier attempts wrote from `first_step` on are hidden.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names.
+        self.file = EnduringFile(folder / f"events.out.tfevents.{time.time():010.0f}."
+                                          f"{socket.gethostname()}.{os.getpid()}.0")
+        self._add(file_version=FILE_VERSION)
+        self._add(step=first_step, file_version=FILE_VERSION)
+        self._add(step=first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Add a point to each curve, by its tag."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        self._add(step=step, summary=Summary(value=[
+            Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
+
+    def add_note(self, tag: str, text: str) -> None:
+        """Add a text."""
+        from torch.utils.tensorboard.summary import text as text_summary
+
+        self._add(summary=text_summary(tag, text))
+
+    def _add(self, **event: object) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        record = io.BytesIO()
+        RecordWriter(record).write(Event(wall_time=time.time(), **event).SerializeToString())
+        self.file.append(record.getvalue())
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class BoardHandler(logging.Handler):
+    """Adds each warning to TensorBoard as a text note."""
+
+    def __init__(self, board: Board) -> None:
+        super().__init__(logging.WARNING)
+        self.board = board
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.board.add_note("alarm", record.getMessage())
