@@ -33,12 +33,16 @@ OWN_SHARD_FILE = re.compile(rf"\d{{6,}}\.(arrow|json)|{LEFTOVER_SHARD_FILE.patte
 def require_own_prepared(folder: Path) -> None:
     """Raise InputError unless `folder` may be prepared in: new, empty, or with a plan.json of ours.
 
-    The parts of the data in it have plans of their own.
+    The parts of the data in it have plans of their own; locks alone are nobody's data.
     """
     plan = read_prepared_plan(folder)
     is_own = plan is not None and {"seq_length", "tokenizer", "sources"} <= plan.keys()
-    require_own_folder(folder, is_own, "the folder for the prepared data",
-                       lambda entry: entry.name in ("eval", "auxiliary"))
+
+    def is_spared(entry: Path) -> bool:
+        return entry.name in ("eval", "auxiliary") or (entry.name == SHARD_FOLDER and all(
+            LEFTOVER_SHARD_FILE.fullmatch(file.name) for file in entry.iterdir()))
+
+    require_own_folder(folder, is_own, "the folder for the prepared data", is_spared)
 
 
 @contextlib.contextmanager

@@ -129,14 +129,22 @@ def identity_of(job: Job, checkpoint: Path | None) -> dict[str, object]:
 
 @contextlib.contextmanager
 def hold_run(job: Job, world: World) -> Iterator[Fence]:
-    """Make the run's folder and hold its lease. Collective, at the beginning."""
+    """Make the run's folder and hold its lease. Collective, at the beginning.
+
+    A run that is refused before it has written anything leaves no folder.
+    """
     def make() -> None:
         with _unwritable_is_bad_input(job):
             job.run.path.mkdir(parents=True, exist_ok=True)
 
     world.run_on_main(make)
-    with exclusive(job.run.lease, f"the run {job.run.path}", world) as fence:
-        yield fence
+    try:
+        with exclusive(job.run.lease, f"the run {job.run.path}", world) as fence:
+            yield fence
+    finally:
+        if world.is_main:
+            with contextlib.suppress(OSError):
+                job.run.path.rmdir()
 
 
 def open_run(job: Job, world: World) -> None:
