@@ -29,7 +29,7 @@ def path(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    for name, value in (("HEARTBEAT_S", 0.1), ("STALE_S", 1.5), ("POLL_S", 0.05),
+    for name, value in (("BEAT_S", 0.1), ("STALE_S", 1.5), ("WATCH_S", 0.05),
                         ("SETTLE_S", 0.01)):
         monkeypatch.setattr(leases, name, value)
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):

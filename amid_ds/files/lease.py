@@ -1,6 +1,6 @@
 """One writer at a time: a lease, a small file that says who works in a place.
 
-It is created exclusively. Its holder writes a heartbeat into it every HEARTBEAT_S seconds and
+It is created exclusively. Its holder writes a heartbeat into it every BEAT_S seconds and
 removes it at the end. Whoever finds one
 
     takes over at once   its process is gone, on this machine, or it is of an earlier restart of
@@ -32,9 +32,9 @@ from pathlib import Path
 
 from amid_ds.errors import InputError, TrainingError
 
-HEARTBEAT_S = 5.0
+BEAT_S = 5.0
 STALE_S = 60.0
-POLL_S = 0.5
+WATCH_S = 0.5
 # After a lease was taken over: another one who does so at the same moment shows in this time.
 SETTLE_S = 0.5
 
@@ -207,7 +207,7 @@ class Lease:
             self.path.unlink()
 
     def _beat(self) -> None:
-        while not self._released.wait(HEARTBEAT_S):
+        while not self._released.wait(BEAT_S):
             # A full disk or a file server that is away: the holder is known by its process too.
             with contextlib.suppress(OSError):
                 self._write()
@@ -262,11 +262,11 @@ def _stands_still(path: Path, content: bytes, work: str) -> bool:
         age = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return True
-    rounds = round((3 * HEARTBEAT_S if age > STALE_S else STALE_S) / POLL_S)
+    rounds = round((3 * BEAT_S if age > STALE_S else STALE_S) / WATCH_S)
     logger.info("%s was in use elsewhere (%s): looking for its next heartbeat, for at most %g s",
-                work, path, rounds * POLL_S)
+                work, path, rounds * WATCH_S)
     for _ in range(rounds):
-        time.sleep(POLL_S)
+        time.sleep(WATCH_S)
         found = _read(path)
         if found is None or found[0] != content:
             return found is None
