@@ -125,6 +125,12 @@ def test_what_is_legal_stays_so(here, capsys):
     assert main(["prepare", "P/mine.yaml", "train.seq_length=16"]) == 0, capsys.readouterr().err
     assert json.loads((here / "P/data/plan.json").read_text())["seq_length"] == 16
     assert (here / "P" / "data" / "shards" / "mine.jsonl").read_text() == "{}\n"
+    # A warm start was killed after it had exported its weights.
+    shutil.copytree(here / "base", here / "P" / "start")
+    (here / "P" / "start" / "README.md").write_text("tags: [distillation, amid-ds]\n")
+    assert main(["prepare", "P/mine.yaml", "train.seq_length=16"]) == 0, capsys.readouterr().err
+    (here / "P" / "start" / "README.md").write_text("a model of mine\n")
+    assert main(["prepare", "P/mine.yaml", "train.seq_length=16"]) == 2
 
 
 def test_a_recipe_written_by_hand_is_not_replaced_by_the_resolved_one(refused, here):

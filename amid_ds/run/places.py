@@ -19,9 +19,10 @@ from amid_ds.run.folder import RunFolder
 from amid_ds.run.warm_start import find_run
 
 # In a run's folder before its first attempt: what prepare, submit, requeue, sweep, Slurm and the
-# user put there. Beside these only settings do not count: YAML files, and the DeepSpeed config.
-BEFORE_TRAINING = ("data", "submissions", "logs", "attempts.jsonl", "sweep.log", "STOP",
-                   "lease.json")
+# user put there. Beside these only settings do not count, YAML files and the DeepSpeed config; and
+# the weights that a warm start has exported.
+BEFORE_TRAINING = ("data", "submissions", "logs", "attempts.jsonl", "lives.jsonl", "sweep.log",
+                   "STOP", "lease.json")
 # The sign of a model that `export` wrote is its card.
 MODEL_CARD_SIGN = "amid-ds"
 
@@ -34,7 +35,8 @@ def check_places(recipe: Recipe) -> None:
     def is_spared(entry: Path) -> bool:
         is_setting = entry.suffix in (".yaml", ".yml") and entry != run.recipe
         return (entry.name in BEFORE_TRAINING or is_setting
-                or os.path.realpath(entry) == deepspeed)
+                or os.path.realpath(entry) == deepspeed
+                or (entry == run.start_model and is_exported(entry)))
 
     require_own_folder(run.path, run.is_own, "output_dir", is_spared)
     require_own_model(run)
