@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.data.prepared_folder import require_own_prepared
 from amid_ds.data.sources import is_hub_id, source_files
@@ -36,7 +37,8 @@ def check_places(recipe: Recipe) -> None:
         is_setting = entry.suffix in (".yaml", ".yml") and entry != run.recipe
         return (entry.name in BEFORE_TRAINING or is_setting
                 or os.path.realpath(entry) == deepspeed
-                or (entry == run.start_model and is_exported(entry)))
+                or (entry == run.start_model and is_exported(entry))
+                or (entry == run.recipe and _is_resolved(entry)))
 
     require_own_folder(run.path, run.is_own, "output_dir", is_spared)
     require_own_model(run)
@@ -66,6 +68,14 @@ def is_exported(model: Path) -> bool:
 def require_own_model(run: RunFolder) -> None:
     """Raise InputError where the run's model is not one that it has exported."""
     require_own_folder(run.model, is_exported(run.model), "the run's model")
+
+
+def _is_resolved(recipe: Path) -> bool:
+    """True for a recipe as a run's start writes it: every key, and nothing of a person's hand."""
+    try:
+        return recipe.read_text(encoding="utf-8") == dump_recipe(load_recipe(recipe))
+    except (InputError, OSError, UnicodeDecodeError):
+        return False
 
 
 def _written_places(run: RunFolder) -> tuple[Path, ...]:
