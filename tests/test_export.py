@@ -192,7 +192,8 @@ def exporting_process(source: str, out: str, argv: list[str], variables: dict[st
 def test_killed_while_it_writes_there_is_nothing_and_the_next_one_is_whole(run, tmp_path):
     out = tmp_path / "out"
     process = Ranks(1, target=functools.partial(exporting_process, str(run), str(out)))
-    process.wait_until((tmp_path / ".out.tmp" / "model.safetensors").exists, 60, interval=0.0005)
+    process.wait_until(lambda: list(tmp_path.glob(".out.amid-ds.*/model.safetensors")), 60,
+                       interval=0.0005)
     process.signal(signal.SIGKILL)
     process.wait()
     assert not out.exists()

@@ -79,8 +79,8 @@ def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(re
         assert (out / figure).read_bytes().startswith(b"\x89PNG")
         (out / figure).unlink()
     before = (out / "sweep.csv").read_bytes()
-    # As if one of them had not finished.
-    shutil.rmtree(out / names[1] / "checkpoints")
+    # As if one of them had not begun.
+    shutil.rmtree(out / names[1])
     (out / "sweep.csv").unlink()
     assert main(words) == 0 and started[2:] == [out / names[1]]
     assert capsys.readouterr().out.count("finished already") == 1

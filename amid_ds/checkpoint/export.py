@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.config.recipe import Recipe, Student
 from amid_ds.data import load_tokenizer
 from amid_ds.errors import InputError
-from amid_ds.files.atomic import replace_folder, require_disk_space
+from amid_ds.files.atomic import require_disk_space
+from amid_ds.files.ownership import new_folder, replacing_folder, require_new_folder
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.loading import DTYPES, meta_model
 from amid_ds.run.folder import RunFolder
@@ -46,17 +48,22 @@ def export(source: str | Path, out: str | Path, dtype: str | None = None,
     InputError where there is no good checkpoint, where `out` is in use, or where the disk has no
     room.
     """
-    out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"the output {out} is there already and not empty",
-                         "a new or empty folder", "choose another name")
+    require_new_folder(out, "the output")
     checkpoint, recipe = find_checkpoint(Path(source), step)
-    write_export(checkpoint, recipe.trusting(trust_remote_code), out, dtype)
-    return out
+    if checkpoint.parent.resolve() in Path(out).resolve().parents:
+        raise InputError(f"the output {out} is inside {checkpoint.parent}",
+                         "a folder apart from the run's checkpoints", "choose another folder")
+    write_export(checkpoint, recipe.trusting(trust_remote_code), Path(out), dtype, new_folder)
+    return Path(out)
 
 
-def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None) -> None:
-    """Export a good checkpoint to `out`, which keeps what it held until the new is complete."""
+def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None,
+                 open_folder: Callable[[Path], AbstractContextManager[Path]] = replacing_folder
+                 ) -> None:
+    """Export a good checkpoint to `out`, which keeps what it held until the new is complete.
+
+    open_folder: new_folder for a folder that anybody may write, replacing_folder for a run's own.
+    """
     manifest = Manifest.read(checkpoint)
     dtype = dtype or manifest.layout.student_dtype
     student = kept_student(recipe, RunFolder(checkpoint.parent.parent))
@@ -68,18 +75,12 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
         require_disk_space(existing, needed, f"exporting {checkpoint} to {out}",
                            "choose a folder elsewhere")
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = out.with_name(f".{out.name}.tmp")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir()
-        try:
+        with open_folder(out) as staging:
             with freed_memory_given_back():
                 _write_weights(checkpoint, model, shapes, DTYPES[dtype], staging)
             _write_configs(student, model, DTYPES[dtype], staging)
             card = model_card(checkpoint, recipe, manifest.state, dtype)
             (staging / "README.md").write_text(card, encoding="utf-8")
-            replace_folder(staging, out)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
     except OSError as error:
         raise InputError(f"the export to {out} could not be written: {error}",
                          "a folder that can be written, with room",
@@ -98,11 +99,8 @@ def keep_student(recipe: Recipe) -> None:
         return
     student = resolve_student(recipe)
     model: Any = meta_model(student.model, **student.hub_kwargs)
-    staging = kept.with_name(f".{kept.name}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    _write_configs(student, model, model.dtype, staging)
-    replace_folder(staging, kept)
+    with replacing_folder(kept) as staging:
+        _write_configs(student, model, model.dtype, staging)
 
 
 def start_from(recipe: Recipe) -> None:

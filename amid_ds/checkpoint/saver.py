@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,7 +34,11 @@ from amid_ds.engine.backend import recovery_script
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
 from amid_ds.files.atomic import fsync, replace_text
+from amid_ds.files.lease import UNFENCED, Fence, LeaseLostError
 
+# What a save is called while it is written, replaced or removed; `tmp` without a token is of runs
+# before there were any.
+UNFINISHED = re.compile(r"\.(?P<final>step_\d+)(\.\w+)?\.(?P<state>tmp|replaced|old)")
 # After so many saves in a row that failed the run stops.
 FAILURES_IN_A_ROW = 3
 
@@ -55,11 +60,15 @@ class Saver:
     """The saves of one attempt.
 
     Every method but `writing` is collective: all ranks call it at the same step. identity: what the
-    run learns from, for the manifest. damaged: checkpoints that do not count.
+    run learns from, for the manifest. damaged: checkpoints that do not count. fence: the right to
+    write in `folder`. on_commit: called on rank 0 with the step of each checkpoint that is there.
     """
 
     def __init__(self, engine: Engine, folder: Path, policy: CheckpointPolicy,
-                 identity: Mapping[str, object], damaged: frozenset[Path] = frozenset()) -> None:
+                 identity: Mapping[str, object], damaged: frozenset[Path] = frozenset(),
+                 fence: Fence = UNFENCED,
+                 on_commit: Callable[[int], None] = lambda step: None) -> None:
+        self.fence, self.on_commit = fence, on_commit
         self.engine, self.folder, self.policy, self.identity = engine, folder, policy, identity
         self.world, self.damaged = engine.world, damaged
         self.layout = layout_of(engine)
@@ -89,7 +98,9 @@ class Saver:
             logger.info("the previous save is still being written: waiting for it")
             self.finish()
         contents = {**self.engine.stage_checkpoint(), **(extra_files or {})}
-        save = _Save(replace(state), self.folder / f".{checkpoint_name(state.step)}.tmp")
+        # No other attempt writes under this name, not even one that was cut off and came back.
+        name = f".{checkpoint_name(state.step)}.{self.fence.token}.tmp"
+        save = _Save(replace(state), self.folder / name)
         save.thread = threading.Thread(target=self._write, args=(save, contents),
                                        name="checkpoint", daemon=True)
         self._save = save
@@ -119,7 +130,8 @@ class Saver:
         """Wait until every rank has written, then commit.
 
         A failure is logged and the training goes on: older checkpoints are untouched. Raises
-        TrainingError after the third failure in a row.
+        TrainingError after the third failure in a row, LeaseLostError where another process has
+        taken over the run.
         """
         save = self._save
         if save is None:
@@ -131,6 +143,8 @@ class Saver:
             files = {name: record for written, _ in outcomes for name, record in written.items()}
             outcome = self.world.gather(
                 self._commit(save, files) if self.world.is_main else None)[0]
+            if isinstance(outcome, LeaseLostError):
+                raise outcome
             problems = [outcome] if outcome is not None else []
         self._save = None
         if not problems:
@@ -148,10 +162,12 @@ class Saver:
             raise TrainingError(f"{message}\n  the last good checkpoint is untouched; make room or "
                                 f"fix the file system under {self.folder} and start again")
 
-    def _commit(self, save: _Save, files: Mapping[str, FileRecord]) -> str | None:
+    def _commit(self, save: _Save,
+                files: Mapping[str, FileRecord]) -> str | LeaseLostError | None:
         """On rank 0, the one rename. Returns None, or the reason why it failed."""
         final = self.folder / checkpoint_name(save.state.step)
         try:
+            self.fence.check()
             Manifest(save.state, self.layout, self.identity, files).write(save.staging)
             replaced = self.folder / f".{final.name}.replaced"
             if final.exists():
@@ -162,11 +178,15 @@ class Saver:
             replace_text(self.folder / "latest", final.name)
             shutil.rmtree(replaced, ignore_errors=True)
             self.damaged -= {final}
+            self.on_commit(save.state.step)
+            self.fence.check()
             self._prune()
             if not (self.folder / "zero_to_fp32.py").exists():
                 shutil.copy(recovery_script(), self.folder / "zero_to_fp32.py")
         except OSError as error:
             return f"rank 0, commit: {error}"
+        except LeaseLostError as error:
+            return error
         return None
 
     def _prune(self) -> None:
@@ -182,9 +202,12 @@ class Saver:
     def _remove_unfinished(self) -> None:
         """Remove what earlier attempts left half-written or half-removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob(".step_*"):
-            final = self.folder / path.name[1:].removesuffix(".replaced")
-            if path.name.endswith(".replaced") and not final.exists():
+        for path in self.folder.iterdir():
+            name = UNFINISHED.fullmatch(path.name)
+            if name is None:
+                continue
+            final = self.folder / name["final"]
+            if name["state"] == "replaced" and not final.exists():
                 # The attempt died between two renames of `_commit`.
                 os.replace(path, final)
             else:

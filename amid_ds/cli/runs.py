@@ -66,15 +66,21 @@ def add_prepare(commands: Commands) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
+    from pathlib import Path
+
     from amid_ds.config.parse import load_recipe
     from amid_ds.data import load_tokenizer, prepare_all
+    from amid_ds.run.folder import RunFolder
+    from amid_ds.run.places import check_places
     from amid_ds.run.warm_start import resolve_student
     from amid_ds.training.rollout import check_prompt_lengths
 
     recipe = load_recipe(args.recipe, args.overrides)
+    check_places(recipe)
     student = resolve_student(recipe)
     tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
-    prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir, verify=True)
+    prepare_all(recipe.data, recipe.train.seq_length, tokenizer, recipe.prepared_dir, verify=True,
+                run_lease=RunFolder(Path(recipe.output_dir)).lease)
     check_prompt_lengths(recipe)
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from amid_ds.cluster import slurm
 from amid_ds.config.parse import load_recipe
 from amid_ds.errors import ExitStatus, InputError
+from amid_ds.files.lease import current_attempt
 from amid_ds.run import attempts
 from amid_ds.run.attempts import HANG_ERROR, AttemptRecord, Failure
 
@@ -49,7 +50,7 @@ def requeue_or_explain(status: int, recipe_path: str, overrides: Sequence[str]) 
     # Ranks that ended before they made the folder count as an attempt too.
     run.mkdir(parents=True, exist_ok=True)
     attempts.append_event(run, "ended", status=status, failure=asdict(failure) if failure else None)
-    job, _ = attempts.current_attempt()
+    job, _ = current_attempt()
     of_this_job = [attempt for attempt in attempts.read_attempts(run) if attempt.job == job]
     why_not = refusal(of_this_job, recipe.slurm.max_restarts)
     if why_not is None and os.environ.get("REQUEUE", "yes") == "no":

@@ -22,12 +22,11 @@ def packaged_folder(name: str) -> Path:
 
 def find_recipe(name: str) -> Path:
     """The file of a packaged recipe. Raises InputError if none has that name."""
-    path = RECIPES_FOLDER / f"{name}.yaml"
     known = sorted(recipe.stem for recipe in RECIPES_FOLDER.glob("*.yaml"))
-    if path.stem not in known:
+    if name not in known:
         raise InputError(f"no recipe {name!r} comes with the package",
                          f"one of {', '.join(known)}", suggest(name, known))
-    return path
+    return RECIPES_FOLDER / f"{name}.yaml"
 
 
 def list_recipes() -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -34,7 +33,6 @@ from amid_ds.data.locate import file_identities, source_files
 from amid_ds.data.manifest import (
     PREPARED_FORMAT,
     PREPARED_MANIFEST,
-    PREPARED_PLAN,
     SHARD_FOLDER,
     PreparedManifest,
     PreparedPlan,
@@ -43,12 +41,17 @@ from amid_ds.data.manifest import (
     SourcePlan,
     SourceTotals,
     read_prepared_manifest,
-    read_prepared_plan,
     read_shard_counts,
     shard_path,
     write_json,
 )
 from amid_ds.data.pack import ROW_ISSUES, ROW_NOTES, note_lines
+from amid_ds.data.prepared_folder import (
+    LEFTOVER_SHARD_FILE,
+    remove_own_files,
+    require_plan,
+    shared_folder,
+)
 from amid_ds.data.readers import DataFile
 from amid_ds.data.shard import (
     ShardWriter,
@@ -112,19 +115,21 @@ class PreparedInfo:
 
 
 def prepare_all(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path,
-                verify: bool = False) -> None:
+                verify: bool = False, run_lease: Path | None = None) -> None:
     """Prepare the training sources in `folder`, each evaluation set in eval/NAME under it, and the
     auxiliary corpus in auxiliary.
 
     Of streamed sources only the access is checked. With `verify` the shards of a folder that was
-    complete already are read and compared with their checksums. Raises InputError.
+    complete already are read and compared with their checksums. run_lease: the lease that is taken
+    before shards of another plan are removed, which its run may be reading; None: the caller has
+    it. Raises InputError.
     """
     for subfolder, part in data.parts().items():
         if part.streams:
             for source in part.train:
                 open_streaming_dataset(source)
             continue
-        info = prepare(part, seq_length, tokenizer, folder / subfolder)
+        info = prepare(part, seq_length, tokenizer, folder / subfolder, run_lease)
         if verify and info.reused:
             manifest = read_prepared_manifest(info.folder)
             assert manifest is not None
@@ -132,8 +137,8 @@ def prepare_all(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
                 require_shard_checksum(shard_path(info.folder, shard["name"]), shard["sha256"])
 
 
-def prepare(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
-            folder: Path) -> PreparedInfo:
+def prepare(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase, folder: Path,
+            run_lease: Path | None = None) -> PreparedInfo:
     """Tokenise and pack the missing shards of `folder`; a complete folder is reused at once.
 
     A folder prepared from other data, or with another tokenizer or seq_length, is prepared anew if
@@ -146,7 +151,8 @@ def prepare(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
     manifest = read_prepared_manifest(folder)
     reused = manifest is not None and manifest["plan"] == plan
     if manifest is None or not reused:
-        manifest = _write_folder(data, plan, tokenizer, folder, files)
+        with shared_folder(folder, plan, data.prepared is not None, run_lease):
+            manifest = _write_folder(data, plan, tokenizer, folder, files)
     for shard in manifest["shards"]:
         require_shard_size(shard_path(folder, shard["name"]), shard["bytes"])
     info = _prepared_info(folder, manifest, reused)
@@ -164,20 +170,17 @@ def prepare(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
 
 def _write_folder(data: Data, plan: PreparedPlan, tokenizer: PreTrainedTokenizerBase, folder: Path,
                   files: Sequence[Sequence[DataFile]]) -> PreparedManifest:
-    """Write the plan, the missing shards and the manifest, and remove temporary files."""
+    """Write the missing shards and the manifest, and remove temporary files."""
     chunks = list(plan_chunks(files))
-    _start_folder(folder, plan, named=data.prepared is not None)
     largest_id = max(tokenizer.get_vocab().values())
     writer = ShardWriter(data.train, [data.isolates(source) for source in data.train],
                          plan["seq_length"], data.on_bad_row, tokenizer,
                          "uint16" if largest_id < 1 << 16 else "uint32", folder / SHARD_FOLDER)
     _write_shards(writer, chunks, data.workers)
     manifest = _make_manifest(folder, plan, chunks, data)
+    require_plan(folder, plan)
     write_json(folder / PREPARED_MANIFEST, manifest)
-    # Locks, and temporary files of killed jobs.
-    for leftover in (folder / SHARD_FOLDER).iterdir():
-        if leftover.suffix not in (".arrow", ".json"):
-            leftover.unlink(missing_ok=True)
+    remove_own_files(folder / SHARD_FOLDER, LEFTOVER_SHARD_FILE)
     return manifest
 
 
@@ -272,37 +275,6 @@ def _make_plan(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
                         "files": file_identities(source, paths)})
     return {"format": PREPARED_FORMAT, "seq_length": seq_length,
             "tokenizer": tokenizer_fingerprint(tokenizer), "sources": sources}
-
-
-def _start_folder(folder: Path, plan: PreparedPlan, named: bool) -> None:
-    """Make the folder ready for shards of this plan; finished shards of the same plan stay."""
-    present = read_prepared_plan(folder)
-    if present is not None and present != plan:
-        if named:
-            raise InputError(f"{folder} was prepared differently: "
-                             f"{_first_difference(present, plan)}",
-                             "a folder prepared from this recipe's data, tokenizer and seq_length",
-                             "name another folder in data.prepared, or remove this one")
-        (folder / PREPARED_MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder / SHARD_FOLDER, ignore_errors=True)
-    try:
-        (folder / SHARD_FOLDER).mkdir(parents=True, exist_ok=True)
-        write_json(folder / PREPARED_PLAN, plan)
-    except OSError as error:
-        raise InputError(f"the folder {folder} for the prepared data cannot be written: {error}",
-                         "a folder that can be written",
-                         "name another in data.prepared or output_dir") from None
-
-
-def _first_difference(present: object, wanted: object, name: str = "") -> str:
-    """The first value that differs between two JSON values, by its path."""
-    if isinstance(present, dict) and isinstance(wanted, dict) and present.keys() == wanted.keys():
-        key = next(key for key in wanted if present[key] != wanted[key])
-        return _first_difference(present[key], wanted[key], f"{name}.{key}".lstrip("."))
-    if isinstance(present, list) and isinstance(wanted, list) and len(present) == len(wanted):
-        index = next(index for index in range(len(wanted)) if present[index] != wanted[index])
-        return _first_difference(present[index], wanted[index], f"{name}[{index}]")
-    return f"`{name}` is {present!r} there and {wanted!r} in this recipe"
 
 
 def _make_manifest(folder: Path, plan: PreparedPlan, chunks: Sequence[SourceChunk],

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amid_ds.errors import InputError
-from amid_ds.files.atomic import replace_bytes
+from amid_ds.files.ownership import new_folder, require_new_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -197,10 +197,12 @@ def train_sentencepiece(texts: Iterable[str], folder: Path, vocab_size: int) -> 
     token. The one exception is sentencepiece's own: U+2581, its sign for a space, decodes to a
     space. Special tokens are </s> and <pad>; their spelling inside a text is text
     (`split_special_tokens`). No beginning-of-text token.
-    Raises InputError if the texts are too few for `vocab_size`.
+    Raises InputError if the texts are too few for `vocab_size`, or the folder is not new or empty.
     """
     import sentencepiece
 
+    # Before the training, which takes minutes.
+    require_new_folder(folder, "the tokenizer's folder")
     model = io.BytesIO()
     # The line end is a token by itself.
     lines = (line for text in texts for line in text.splitlines(keepends=True))
@@ -218,9 +220,10 @@ def train_sentencepiece(texts: Iterable[str], folder: Path, vocab_size: int) -> 
                          "texts that hold more different pieces than `vocab_size`, which is at "
                          "least 300 or so",
                          "give it more text, or another vocab_size") from None
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_bytes(folder / "sentencepiece.model", model.getvalue())
-    tokenizer_from_sentencepiece(model.getvalue(), str(folder)).save_pretrained(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with new_folder(folder) as staging:
+        (staging / "sentencepiece.model").write_bytes(model.getvalue())
+        tokenizer_from_sentencepiece(model.getvalue(), str(folder)).save_pretrained(staging)
 
 
 def tokenizer_from_sentencepiece(model: bytes, name: str) -> PreTrainedTokenizerBase:

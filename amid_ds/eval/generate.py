@@ -41,13 +41,15 @@ from amid_ds.engine.build import build_teacher_engine
 from amid_ds.errors import InputError, Stopped
 from amid_ds.eval.rows import require_template
 from amid_ds.files.atomic import replace_text
+from amid_ds.files.lease import Fence
+from amid_ds.files.ownership import require_own_file
 from amid_ds.models import loading
 from amid_ds.models.ends import end_ids, generation_config
 from amid_ds.models.fit import require_rows
 from amid_ds.models.heads import check_head, ids_to_check
 from amid_ds.models.sampler import Sampler, SamplerPrompt
 from amid_ds.monitor.stop_request import StopRequest
-from amid_ds.run.folder import RunFolder
+from amid_ds.run.exclusive import exclusive
 from amid_ds.run.provenance import model_hash
 
 if TYPE_CHECKING:
@@ -111,40 +113,50 @@ class GenerateTask:
         """The file that names model, prompts and settings."""
         return Path(f"{self.args.out}.made")
 
+    @property
+    def lease(self) -> Path:
+        """There while a process generates."""
+        return Path(f"{self.args.out}.lease.json")
+
 
 def generate(args: GenerateArgs) -> None:
     """`amid-ds generate`, on every rank of any launcher. Raises InputError, Stopped."""
     with init_distributed(GENERATE_TIMEOUT_S) as world:
         task = world.run_checked(lambda: check_generate(args))
-        done = world.run_on_main(lambda: prepare_output(task))
-        if done is None:
-            logger.info(f"{task.out} is complete: nothing to do")
-            return
-        total = len(task.prompts)
-        with (StopRequest(RunFolder(task.out.parent), None, world.is_main) as request,
-              open_model(task, world) as (model, sampler, any_rank),
-              tqdm(total=total, initial=done, desc="generate",
-                   disable=not world.is_main or None) as bar):
-            ids = ids_to_check(model, sampler.vocab_size).to(world.device)
-            world.run_checked(lambda: check_head(model, f"the model {task.model.model}", ids,
-                                                 sampler.head))
-            size = args.batch_size
-            for first in range(done, total, size * world.size):
-                start = first + world.rank * size
-                prompts = sampler_prompts(task, range(start, min(start + size, total)))
-                answers = world.run_checked(
-                    partial(sampler.complete, model, prompts, any_rank, world.device))
-                by_rank = world.gather((answers, request.reason()))
-                in_order = [answer for batch, _ in by_rank for answer in batch]
-                world.run_on_main(partial(append_answers, task, first, in_order))
-                bar.update(len(in_order))
-                reasons = sorted({reason for _, reason in by_rank if reason is not None})
-                if reasons and first + len(in_order) < total:
-                    request.honoured()
-                    logger.info(f"stopped in order ({', '.join(reasons)}); the same command goes "
-                                "on from there")
-                    raise Stopped
-        logger.info(world.run_on_main(lambda: publish_answers(task)))
+        with exclusive(task.lease, f"the output {task.out}", world) as fence:
+            _generate(task, world, fence)
+
+
+def _generate(task: GenerateTask, world: World, fence: Fence) -> None:
+    """Generate what is missing; the lease on the output is held."""
+    done = world.run_on_main(lambda: prepare_output(task))
+    if done is None:
+        logger.info(f"{task.out} is complete: nothing to do")
+        return
+    total = len(task.prompts)
+    with (StopRequest(None, None, world.is_main) as request,
+          open_model(task, world) as (model, sampler, any_rank),
+          tqdm(total=total, initial=done, desc="generate",
+               disable=not world.is_main or None) as bar):
+        ids = ids_to_check(model, sampler.vocab_size).to(world.device)
+        world.run_checked(lambda: check_head(model, f"the model {task.model.model}", ids,
+                                             sampler.head))
+        size = task.args.batch_size
+        for first in range(done, total, size * world.size):
+            start = first + world.rank * size
+            prompts = sampler_prompts(task, range(start, min(start + size, total)))
+            answers = world.run_checked(
+                partial(sampler.complete, model, prompts, any_rank, world.device))
+            by_rank = world.gather((answers, request.reason()))
+            in_order = [answer for batch, _ in by_rank for answer in batch]
+            world.run_on_main(partial(append_answers, task, first, in_order, fence))
+            bar.update(len(in_order))
+            reasons = sorted({reason for _, reason in by_rank if reason is not None})
+            if reasons and first + len(in_order) < total:
+                logger.info(f"stopped in order ({', '.join(reasons)}); the same command goes "
+                            "on from there")
+                raise Stopped
+    logger.info(world.run_on_main(lambda: publish_answers(task, fence)))
 
 
 def check_generate(args: GenerateArgs) -> GenerateTask:
@@ -174,11 +186,15 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
                for prompt in read_prompts(source, on_bad_row)]
     check_prompts_fit(tokenizer, prompts, args.max_new_tokens,
                       getattr(config, "max_position_embeddings", None))
-    if not Path(args.out).parent.is_dir():
+    sampler = Sampler(args.temperature, args.top_p, ends, vocabulary_size(tokenizer))
+    task = GenerateTask(args, recipe, model, tokenizer, sampler, prompts)
+    # `prepare_output` refuses answers without the file that names their origin.
+    require_own_file(task.out, lambda text: True, "--out")
+    if not task.out.parent.is_dir():
         raise InputError(f"the folder of --out {args.out} is not there", "a folder to write into",
                          "make it")
-    sampler = Sampler(args.temperature, args.top_p, ends, vocabulary_size(tokenizer))
-    return GenerateTask(args, recipe, model, tokenizer, sampler, prompts)
+    require_own_file(task.identity_file, lambda text: "prompts.sha256" in text, "--out: the file")
+    return task
 
 
 def _require_ranges(args: GenerateArgs) -> None:
@@ -330,7 +346,8 @@ def task_identity(task: GenerateTask) -> dict[str, str | float | list[int] | Non
             "end_of_text": list(task.sampler.ends)}
 
 
-def append_answers(task: GenerateTask, first: int, answers: Sequence[list[int]]) -> None:
+def append_answers(task: GenerateTask, first: int, answers: Sequence[list[int]],
+                   fence: Fence) -> None:
     """On rank 0: append to OUT.partial the answers to the prompts from number `first` on."""
     lines = []
     prompts = task.prompts[first:first + len(answers)]
@@ -339,14 +356,16 @@ def append_answers(task: GenerateTask, first: int, answers: Sequence[list[int]])
         response = task.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         row = {"prompt": prompt, "response": response, "ended": ended}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    fence.check()
     with open(task.partial_file, "ab") as file:
         file.write("".join(lines).encode())
         file.flush()
         os.fsync(file.fileno())
 
 
-def publish_answers(task: GenerateTask) -> str:
+def publish_answers(task: GenerateTask, fence: Fence) -> str:
     """On rank 0: rename OUT.partial to OUT. Returns a summary to log."""
+    fence.check()
     os.replace(task.partial_file, task.out)
     with open(task.out, encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]

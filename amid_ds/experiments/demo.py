@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -30,6 +29,7 @@ from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval import evaluate
 from amid_ds.experiments import plots
 from amid_ds.experiments.small_models import LlamaSize, save_new_llama
+from amid_ds.files.ownership import require_new_folder
 
 logger = logging.getLogger(__name__)
 
@@ -90,10 +90,7 @@ def demo(out: str, seed: int) -> None:
     """Run everything under `out`, a new or empty folder; end with a table and `summary.json`."""
     began = time.monotonic()
     root = Path(out)
-    if root.exists() and any(root.iterdir()):
-        raise InputError(f"the folder {root} is there already and not empty",
-                         "a new or empty folder",
-                         f"remove it, or run amid-ds demo --out {root}-2")
+    require_new_folder(root, "--out")
     root.mkdir(parents=True, exist_ok=True)
     folder = DemoFolder(root)
     _announce(1, "corpus: the Python standard library's source on this disk")
@@ -201,7 +198,6 @@ def _train(folder: DemoFolder, name: str, corpus: Path, student: str, teacher: s
     if status:
         raise TrainingError(f"the training of {name} ended with status {status}; its messages are "
                             "above")
-    shutil.rmtree(folder.model(name), ignore_errors=True)
     export(folder.run(name), folder.model(name))
 
 

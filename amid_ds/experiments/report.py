@@ -22,6 +22,7 @@ from amid_ds.cluster.status import run_status
 from amid_ds.errors import InputError, printable
 from amid_ds.experiments.plots import figure_text, require_matplotlib
 from amid_ds.files.atomic import replace_text
+from amid_ds.files.ownership import require_own_file
 from amid_ds.monitor.memory_probe import Measurements, read_measurements
 from amid_ds.monitor.step_timer import OUTSIDE_STEPS, PHASES
 from amid_ds.planning.check import plan_measured_run
@@ -29,6 +30,8 @@ from amid_ds.run.attempts import AttemptRecord, read_attempts
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_evaluations, read_metrics
 
+# In the head of every page, by which it is known as ours.
+PAGE_SIGN = '<meta name="generator" content="amid-ds report">'
 # Points of a curve.
 POINTS = 1000
 # A curve of fewer points is drawn with a marker for each.
@@ -156,6 +159,7 @@ def read_reported_run(folder: Path, name: str) -> ReportedRun:
 def report(folders: Sequence[str], out: str, trust_remote_code: bool = False) -> None:
     """`amid-ds report RUN [RUN …] -o OUT`."""
     figure = require_matplotlib()
+    require_own_file(Path(out), lambda text: PAGE_SIGN in text, "-o")
     paths = [Path(folder) for folder in folders]
     short = [path.resolve().name for path in paths]
     names = short if len(set(short)) == len(short) else [str(path) for path in paths]
@@ -340,7 +344,8 @@ def _format_number(value: object) -> str:
 
 
 PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<html lang="en"><head><meta charset="utf-8"><meta name="generator" content="amid-ds report">
+<title>{{ title }}</title>
 <link rel="icon" href="data:,">
 <style>
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1500px; margin: 2em auto; padding: 0 1.5em;

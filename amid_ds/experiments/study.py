@@ -41,6 +41,7 @@ from amid_ds.experiments.sweep import (
 )
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.json_lines import read_jsonl
+from amid_ds.files.ownership import is_signed, require_own_folder, sign
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 
@@ -83,6 +84,8 @@ def study(out: str, seeds: int) -> None:
     require_rouge()
     plots.require_matplotlib()
     root = Path(out)
+    require_own_folder(root, is_signed(root, "study"), "--out")
+    sign(root, "study")
     prompts = _make_inputs(root)
     recipe = str(find_recipe("study"))
     _train(root, recipe, "teacher", TEACHER_STEPS)
@@ -111,8 +114,9 @@ def _make_inputs(root: Path) -> Path:
     prompts = root / "corpus" / "prompts.jsonl"
     if prompts.exists():
         return prompts
-    shutil.rmtree(root / "corpus", ignore_errors=True)
-    root.mkdir(parents=True, exist_ok=True)
+    # What a killed start has left.
+    for name in ("corpus", "tokenizer", "init"):
+        shutil.rmtree(root / name, ignore_errors=True)
     train, held_out = demo.make_corpus(root)
     train_sentencepiece(_read_texts(train), root / "tokenizer", STUDY_VOCABULARY)
     tokenizer = load_tokenizer(str(root / "tokenizer"))

@@ -29,8 +29,10 @@ from amid_ds.distributed.launch import launch_command
 from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError, printable
 from amid_ds.experiments.plots import plot_losses, plot_sweep, require_matplotlib
 from amid_ds.files.atomic import replace_text
+from amid_ds.files.ownership import require_own_file, require_own_folder
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_evaluations, read_metrics
+from amid_ds.run.places import BEFORE_TRAINING
 from amid_ds.training.compatibility import flat_recipe
 from amid_ds.training.job import check_recipe
 
@@ -89,9 +91,26 @@ def plan_sweep(recipe_path: str, settings: Sequence[str], ranks: int) -> Sweep:
     if recipe.data.prepared is None and shares_data:
         fixed.append(f"data.prepared={Path(recipe.output_dir) / 'data'}")
     sweep = Sweep(recipe_path, tuple(fixed), sweep_combinations(swept), Path(recipe.output_dir))
+    _require_own_sweep(sweep)
     for run in sweep.runs:
         check_recipe(sweep.recipe(run), ranks)
     return sweep
+
+
+def _require_own_sweep(sweep: Sweep) -> None:
+    """Raise InputError unless the sweep's folder is new, or holds runs: of this sweep or others."""
+    own_names = {run.name for run in sweep.runs} | set(BEFORE_TRAINING)
+    require_own_folder(sweep.folder, bool(_run_folders(sweep.folder)), "output_dir",
+                       lambda entry: entry.name in own_names or entry.suffix in (".yaml", ".yml"))
+    _require_own_table(sweep.folder)
+
+
+def _require_own_table(folder: Path) -> None:
+    """Raise InputError where the table or a figure is there, and is not that of a sweep."""
+    table = folder / "sweep.md"
+    require_own_file(table, lambda text: text.startswith("| "), "the table")
+    for name in ("sweep.csv", "sweep.png", "losses.png"):
+        require_own_file(folder / name, lambda _: table.exists(), "the table")
 
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
@@ -261,11 +280,12 @@ def write_table(folder: Path, rows: Sequence[SweepRow]) -> str:
     metrics = [name for name in names if any(row.metrics.get(name) is not None for row in rows)]
     lines = [[*row.settings.values(), *(row.metrics.get(name) for name in metrics)]
              for row in rows]
+    table = markdown_table([*settings, *metrics], lines, left_aligned=len(settings))
+    # First: the other files are known as ours by it.
+    replace_text(folder / "sweep.md", table)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([[*settings, *metrics], *lines])
     replace_text(folder / "sweep.csv", text.getvalue())
-    table = markdown_table([*settings, *metrics], lines, left_aligned=len(settings))
-    replace_text(folder / "sweep.md", table)
     return table
 
 
@@ -289,6 +309,7 @@ def _cell(value: object) -> str:
 def write_results(folder: Path) -> None:
     """Print and write the table of a sweep's folder, and draw its figures."""
     rows = read_sweep_rows(folder)
+    _require_own_table(folder)
     print(write_table(folder, rows))
     figures = [plot_sweep(rows, folder / "sweep.png"), plot_losses(rows, folder / "losses.png")]
     print(f"the table is in {folder / 'sweep.csv'} and sweep.md, the figures in "

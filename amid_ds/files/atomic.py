@@ -45,18 +45,20 @@ def replace_bytes(path: Path, content: bytes) -> None:
 def replace_folder(staging: Path, path: Path) -> None:
     """Move the finished folder `staging` to `path`; the folder that was there is removed last.
 
-    Both lie in the same parent folder. Every file is flushed to disk before the rename.
+    Both lie in the same parent folder. Every file is flushed to disk before the rename. The name of
+    `staging` is nobody else's, and neither is the one that the old folder has meanwhile.
     """
     for file in staging.rglob("*"):
         if file.is_file():
             fsync(file)
     fsync(staging)
-    previous = path.with_name(f".{path.name}.old")
-    shutil.rmtree(previous, ignore_errors=True)
-    if path.exists():
+    previous = staging.with_name(f"{staging.name}.old")
+    if os.path.lexists(path):
         os.replace(path, previous)
     os.replace(staging, path)
     fsync(path.parent)
+    if previous.is_symlink():
+        previous.unlink()
     shutil.rmtree(previous, ignore_errors=True)
 
 

@@ -22,11 +22,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 class StopRequest:
     """A context in which the signals are noted instead of ending the process.
 
-    A second Ctrl-C still ends it at once. max_hours: the attempt's time limit, None without one.
+    A second Ctrl-C still ends it at once. run: the folder that a STOP file is looked for in, None
+    for none. max_hours: the attempt's time limit, None without one.
     """
 
-    def __init__(self, run: RunFolder, max_hours: float | None, is_main: bool) -> None:
-        self.stop_file = run.stop_file if is_main else None
+    def __init__(self, run: RunFolder | None, max_hours: float | None, is_main: bool) -> None:
+        self.stop_file = run.stop_file if run is not None and is_main else None
         self.deadline = None
         if max_hours is not None and is_main:
             self.deadline = time.monotonic() + max_hours * 3600

@@ -2,8 +2,9 @@
 
 A run may take several attempts: one is pre-empted, runs out of time or loses a node, and the next
 one resumes. `attempts.jsonl` in the run's folder has one line per event: `submitted`, `begun`,
-`stepping` (every rank has reached its first step), `ended`. A rank that fails writes a file of its
-own in `failures/`, because no other rank may be left to do it. A rank that is killed writes none.
+`stepping` (every rank has reached its first step), `saved` (its first checkpoint), `ended`. A rank
+that fails writes a file of its own in `failures/`, because no other rank may be left to do it. A
+rank that is killed writes none.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from amid_ds.errors import ExitStatus, TrainingError, exit_status, print_error
 from amid_ds.files.append import append_line
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.json_lines import is_number, read_jsonl
+from amid_ds.files.lease import LeaseLostError, current_attempt
 from amid_ds.run.folder import RunFolder
 
 # How a step that hangs is recorded; requeueing recognises it.
@@ -57,7 +59,7 @@ class AttemptEvent(_EventHeader, total=False):
     nodes: str
     ranks: int
     changed: dict[str, list[object]]
-    # stepping
+    # stepping, saved
     step: int
     # ended
     status: int
@@ -102,12 +104,6 @@ class AttemptRecord:
     first_step: int | None = None
     status: int | None = None
     failure: Failure | None = None
-
-
-def current_attempt() -> tuple[str | None, int]:
-    """(job id, restart count) of this process's attempt, as Slurm numbers them."""
-    # SLURM_RESTART_COUNT is unset, not 0, in the first attempt.
-    return os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
 def append_event(run: Path, event: str, **facts: object) -> None:
@@ -179,6 +175,13 @@ def _add_event(record: AttemptRecord, event: AttemptEvent) -> None:
         record.status, record.failure = event["status"], _failure(event["failure"])
 
 
+def has_saved(run: Path) -> bool:
+    """True if an attempt says that it saved a checkpoint: every one that ended in order has."""
+    return any(event["event"] == "saved"
+               or event.get("status") in (ExitStatus.DONE, ExitStatus.RESTART)
+               for event in read_events(run))
+
+
 def read_failures(run: Path) -> list[Failure]:
     """The failures that ranks of the current attempt have recorded, earliest first."""
     failures = []
@@ -205,6 +208,7 @@ class Attempt:
         self.rank, self.size = rank, size
         self.run: Path | None = None
         self.step: int | None = None
+        self.has_saved = False
 
     def begin(self, run: Path, changed: Mapping[str, list[Any]]) -> None:
         """Record, on rank 0, that the attempt has begun in the folder `run`.
@@ -227,6 +231,13 @@ class Attempt:
                 append_event(self.run, "stepping", step=step)
         self.step = step
 
+    def saved(self, step: int) -> None:
+        """Record, on rank 0, the attempt's first checkpoint, that of `step`."""
+        if not self.has_saved and self.run is not None:
+            with _printing_os_errors():
+                append_event(self.run, "saved", step=step)
+        self.has_saved = True
+
     def record_failure(self, error: str, rank: int | None = None, host: str | None = None) -> None:
         """Write the failure of this rank, or of the other one that it names, to failures/."""
         if self.run is None:
@@ -242,7 +253,8 @@ class Attempt:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  _: TracebackType | None) -> None:
-        if self.run is None:
+        # One that was replaced has nothing more to say in the run's folder.
+        if self.run is None or isinstance(error, LeaseLostError):
             return
         status = exit_status(error)
         # Every rank raises the same TrainingError: rank 0 alone records it.

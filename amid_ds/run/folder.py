@@ -23,6 +23,21 @@ class RunFolder:
         return self.recipe.is_file()
 
     @property
+    def is_own(self) -> bool:
+        """True for a folder that this package made a run's: its sign is its provenance.json."""
+        try:
+            facts = self.provenance.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return False
+        # A damaged one beside a recipe is ours all the same.
+        return self.recipe.is_file() or "tokenizer_sha256" in facts
+
+    @property
+    def lease(self) -> Path:
+        """There while a process works in the folder; says which."""
+        return self.path / "lease.json"
+
+    @property
     def metrics(self) -> Path:
         """JSON lines, one per logged optimizer step."""
         return self.path / "metrics.jsonl"

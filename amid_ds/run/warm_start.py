@@ -10,6 +10,7 @@ from pathlib import Path
 
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe, Student
+from amid_ds.errors import InputError
 from amid_ds.run.folder import RunFolder
 
 
@@ -30,13 +31,20 @@ def resolve_student(recipe: Recipe, run: Path | None = None) -> Student:
 
     `run`: the run's folder; None: the recipe's output_dir. A student that names another run is
     that run's start_model, or in turn the student of that run's recipe; whether code that comes
-    with it may run is said by `recipe`.
+    with it may run is said by `recipe`. Raises InputError where that leads back to where it began.
     """
     student, folder = recipe.student, RunFolder(run or Path(recipe.output_dir))
+    chain = [folder.path]
     while not folder.start_model.is_dir():
         other = find_run(student.model)
         if other is None:
             return student
+        chain.append(other)
+        if other.resolve() in [earlier.resolve() for earlier in chain[:-1]]:
+            raise InputError(
+                f"student.model leads back to a run itself: {' -> '.join(map(str, chain))}",
+                "a model, or another run that began with one",
+                "name the model that the student begins with")
         folder = RunFolder(other)
         student = load_recipe(folder.recipe).trusting(recipe.student.trust_remote_code).student
     return student.model_copy(update={"model": str(folder.start_model), "revision": None})

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amid_ds.checkpoint import export
-from amid_ds.checkpoint.manifest import checkpoint_name
+from amid_ds.checkpoint.manifest import checkpoint_name, list_checkpoints
 from amid_ds.checkpoint.state import Layout
 from amid_ds.config.parse import dump_recipe
 from amid_ds.config.recipe import Recipe, Student, Teacher
@@ -26,9 +28,14 @@ from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.files.atomic import replace_text
+from amid_ds.files.lease import Fence
 from amid_ds.models.fit import require_positions, require_rows
 from amid_ds.models.loading import require_supported
+from amid_ds.run.attempts import has_saved
+from amid_ds.run.exclusive import exclusive
 from amid_ds.run.folder import RunFolder
+from amid_ds.run.log import read_metrics
+from amid_ds.run.places import check_places, require_own_model
 from amid_ds.run.provenance import model_hash, prepared_hash, provenance
 from amid_ds.run.warm_start import resolve_student
 from amid_ds.training.compatibility import (
@@ -81,6 +88,7 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
     """
     recipe = pin_models(recipe)
     config = ds_config.read_deepspeed_config(recipe, ds_config.data_parallel_size(recipe, ranks))
+    check_places(recipe)
     for step in turning_points(recipe.loss, recipe.train.steps):
         objective_at(recipe.loss, step, recipe.train.steps)
     refuse_other_run(recipe)
@@ -122,25 +130,71 @@ def identity_of(job: Job, checkpoint: Path | None) -> dict[str, object]:
     return identity
 
 
-def open_run(job: Job, world: World) -> None:
-    """Make the run's folder; write the resolved recipe and the provenance of everything it uses.
+@contextlib.contextmanager
+def hold_run(job: Job, world: World) -> Iterator[Fence]:
+    """Make the run's folder and hold its lease. Collective, at the beginning.
 
-    Collective.
+    A run that is refused before it has written anything leaves no folder.
     """
-    def write() -> None:
-        try:
+    def make() -> None:
+        with _unwritable_is_bad_input(job):
             job.run.path.mkdir(parents=True, exist_ok=True)
-            replace_text(job.run.recipe, dump_recipe(job.recipe))
+
+    world.run_on_main(make)
+    try:
+        with exclusive(job.run.lease, f"the run {job.run.path}", world) as fence:
+            yield fence
+    finally:
+        if world.is_main:
+            with contextlib.suppress(OSError):
+                job.run.path.rmdir()
+
+
+def open_run(job: Job, world: World) -> None:
+    """Write the resolved recipe and the provenance of everything that the run uses. Collective."""
+    def write() -> None:
+        with _unwritable_is_bad_input(job):
+            # First: it is the sign that the folder is ours.
             replace_text(job.run.provenance, provenance(job.recipe, job.tokenizer, world.size))
+            replace_text(job.run.recipe, dump_recipe(job.recipe))
             export.keep_student(job.recipe)
-        except OSError as error:
-            raise InputError(f"the output folder {job.run.path} cannot be written: {error}",
-                             "a folder that can be written",
-                             "set output_dir to another folder") from None
     world.run_on_main(write)
 
 
-def export_final_model(job: Job, world: World) -> None:
+@contextlib.contextmanager
+def _unwritable_is_bad_input(job: Job) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"the output folder {job.run.path} cannot be written: {error}",
+                         "a folder that can be written",
+                         "set output_dir to another folder") from None
+
+
+def require_checkpoints(job: Job) -> None:
+    """Raise TrainingError if checkpoints of the run are out of sight: it must not start over.
+
+    A run that has logged steps and saved none may: its folder of checkpoints is there, since that
+    is made before the first step.
+    """
+    steps = max((line["step"] for line in read_metrics(job.run.path)), default=0)
+    if not steps:
+        return
+    try:
+        # Of a folder without permission `glob` says that it is empty.
+        if any(job.run.checkpoints.iterdir()) and list_checkpoints(job.run.checkpoints):
+            return
+        problem = "holds no checkpoint" if has_saved(job.run.path) else None
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+    if problem is not None:
+        raise TrainingError(
+            f"the run {job.run.path} had {steps} steps, and {job.run.checkpoints} {problem}: is a "
+            "file system not mounted?\n  the run does not start over by itself: bring the "
+            "checkpoints back, or move the folder away to begin again")
+
+
+def export_final_model(job: Job, world: World, fence: Fence) -> None:
     """Export the finished run's student into the run's folder. Collective."""
     last = job.run.checkpoints / checkpoint_name(job.recipe.train.steps)
 
@@ -148,6 +202,8 @@ def export_final_model(job: Job, world: World) -> None:
         if not last.is_dir():
             raise TrainingError(f"the last checkpoint {last} could not be saved\n"
                                 "  make room, and start again: the run goes on from the one before")
+        require_own_model(job.run)
+        fence.check()
         export.write_export(last, job.recipe, job.run.model)
 
     world.run_on_main(write)

@@ -16,11 +16,20 @@ from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine.build import build_engine
 from amid_ds.errors import InputError
+from amid_ds.files.lease import Fence
 from amid_ds.monitor.hang_watchdog import GRACE_S
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.warm_start import resolve_student
 from amid_ds.training.compatibility import changes_since_last_attempt, pin_models
-from amid_ds.training.job import Job, check_recipe, export_final_model, identity_of, open_run
+from amid_ds.training.job import (
+    Job,
+    check_recipe,
+    export_final_model,
+    hold_run,
+    identity_of,
+    open_run,
+    require_checkpoints,
+)
 from amid_ds.training.rollout import check_prompt_lengths
 from amid_ds.training.trainer import Trainer
 
@@ -42,19 +51,26 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         recipe = world.run_on_main(lambda: pin_models(load_recipe(recipe_path, overrides)))
         job = world.run_checked(lambda: check_recipe(recipe, world.size))
         world = world.split(job.recipe.tensor_parallel)
-        world.run_on_main(lambda: export.start_from(job.recipe))
-        changed = world.run_on_main(lambda: changes_since_last_attempt(job.recipe))
-        open_run(job, world)
-        world.run_checked(lambda: attempt.begin(job.run.path, changed))
-        resume = find_latest_valid(job.run.checkpoints, world)
-        if _is_finished(job, resume):
-            logger.info("%s has reached its last step %d: nothing to do", job.run.path,
-                        job.recipe.train.steps)
-            # Missing where the attempt before was killed between its last save and its export.
-            if not world.gather(job.run.model.is_dir())[0]:
-                export_final_model(job, world)
-            return
-        build_trainer(job, resume, world, attempt).run()
+        with hold_run(job, world) as fence:
+            _train(job, world, attempt, fence)
+
+
+def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
+    """Open the run, resume, train; the run's lease is held."""
+    world.run_on_main(lambda: require_checkpoints(job))
+    world.run_on_main(lambda: export.start_from(job.recipe))
+    changed = world.run_on_main(lambda: changes_since_last_attempt(job.recipe))
+    open_run(job, world)
+    world.run_checked(lambda: attempt.begin(job.run.path, changed))
+    resume = find_latest_valid(job.run.checkpoints, world)
+    if _is_finished(job, resume):
+        logger.info("%s has reached its last step %d: nothing to do", job.run.path,
+                    job.recipe.train.steps)
+        # Missing where the attempt before was killed between its last save and its export.
+        if not world.gather(job.run.model.is_dir())[0]:
+            export_final_model(job, world, fence)
+        return
+    build_trainer(job, resume, world, attempt, fence).run()
 
 
 def _is_finished(job: Job, resume: ResumePoint) -> bool:
@@ -62,7 +78,8 @@ def _is_finished(job: Job, resume: ResumePoint) -> bool:
             and checkpoint_step(resume.checkpoint) == job.recipe.train.steps)
 
 
-def build_trainer(job: Job, resume: ResumePoint, world: World, attempt: Attempt) -> Trainer:
+def build_trainer(job: Job, resume: ResumePoint, world: World, attempt: Attempt,
+                  fence: Fence) -> Trainer:
     """Prepared data, the engine, and the state to go on from, put together. Collective."""
     recipe = job.recipe
     world.run_on_main(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
@@ -80,4 +97,4 @@ def build_trainer(job: Job, resume: ResumePoint, world: World, attempt: Attempt)
     if resume.checkpoint is not None:
         checkpoint = resume.checkpoint
         state = world.run_checked(lambda: reshard.load_checkpoint(engine, checkpoint, consolidated))
-    return Trainer(job, engine, state, identity, resume.damaged, attempt)
+    return Trainer(job, engine, state, identity, resume.damaged, attempt, fence)

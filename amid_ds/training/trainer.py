@@ -14,6 +14,7 @@ from amid_ds.checkpoint.state import TrainState
 from amid_ds.data import StreamLoader, merge_stream_states
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import Stopped
+from amid_ds.files.lease import Fence
 from amid_ds.monitor.monitors import Monitors, PlannedCosts
 from amid_ds.monitor.step_timer import phase
 from amid_ds.monitor.stop_request import StopRequest
@@ -45,13 +46,14 @@ class Trainer(Stepper):
     """
 
     def __init__(self, job: Job, engine: Engine, state: TrainState, identity: Mapping[str, object],
-                 damaged: frozenset[Path], attempt: Attempt) -> None:
+                 damaged: frozenset[Path], attempt: Attempt, fence: Fence) -> None:
         super().__init__(job.recipe, engine, state)
-        self.job, self.attempt = job, attempt
+        self.job, self.attempt, self.fence = job, attempt, fence
         self.data, self.auxiliary = self.world.run_checked(
             lambda: open_step_data(job, state, self.world))
         self.rollouts = self._open_rollouts()
-        self.saver = Saver(engine, job.run.checkpoints, self.recipe.checkpoint, identity, damaged)
+        self.saver = Saver(engine, job.run.checkpoints, self.recipe.checkpoint, identity, damaged,
+                           fence, attempt.saved)
         self.saved_step = state.step
 
     def run(self) -> None:
@@ -120,6 +122,7 @@ class Trainer(Stepper):
         monitors.evaluation_begin()
         with phase("evaluation"):
             metrics = self.world.run_checked(lambda: validate(self.recipe, self.engine))
+            self.fence.check()
             self.log.evaluation(step, metrics)
         if self.rollouts is not None:
             self.rollouts.update_threshold(metrics)
@@ -154,7 +157,7 @@ class Trainer(Stepper):
         logger.info("epochs read: %s", describe_epochs(self.job, self.data, self.state))
         logger.info("done: %d steps, checkpoint in %s", self.state.step, self.job.run.checkpoints)
         # A request to stop waits for it.
-        export_final_model(self.job, self.world)
+        export_final_model(self.job, self.world, self.fence)
 
     def _log_step(self, metrics: Metrics, batch: StepBatch, info: StepInfo,
                   monitors: Monitors) -> None:
@@ -168,6 +171,7 @@ class Trainer(Stepper):
         logged = step % train.log_every == 0 or step == train.steps
         if logged:
             metrics |= monitors.metrics(uses_teacher=metrics["kd_loss"] is not None)
+            self.fence.check()
         self.log.step(step, metrics if logged else None, monitors.slowest_name)
 
     def _open_log(self) -> RunLog:

@@ -1,0 +1,127 @@
+"""The places that a run writes to, checked against what it reads and against what lies there.
+
+Before anything is written: a run's folder and its prepared data are new or our own, and no input
+is equal to, inside or around a place that is written. Symbolic links and `..` are resolved.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from amid_ds.config.parse import dump_recipe, load_recipe
+from amid_ds.config.recipe import Recipe
+from amid_ds.data.locate import is_hub_id, source_files
+from amid_ds.data.prepared_folder import require_own_prepared
+from amid_ds.errors import InputError
+from amid_ds.files.ownership import require_own_folder
+from amid_ds.run.folder import RunFolder
+from amid_ds.run.warm_start import find_run
+
+# In a run's folder before its first attempt: what prepare, submit, requeue, sweep, Slurm and the
+# user put there. Beside these only settings do not count, YAML files and the DeepSpeed config; and
+# the weights that a warm start has exported.
+BEFORE_TRAINING = ("data", "submissions", "logs", "attempts.jsonl", "lives.jsonl", "sweep.log",
+                   "STOP", "lease.json")
+# The sign of a model that `export` wrote is its card.
+MODEL_CARD_SIGN = "amid-ds"
+
+
+def check_places(recipe: Recipe) -> None:
+    """Raise InputError where the run would write over, into or around what is not its own."""
+    run = RunFolder(Path(recipe.output_dir))
+    deepspeed = os.path.realpath(recipe.deepspeed)
+
+    def is_spared(entry: Path) -> bool:
+        is_setting = entry.suffix in (".yaml", ".yml") and entry != run.recipe
+        return (entry.name in BEFORE_TRAINING or is_setting
+                or os.path.realpath(entry) == deepspeed
+                or (entry == run.start_model and is_exported(entry))
+                or (entry == run.recipe and _is_resolved(entry)))
+
+    require_own_folder(run.path, run.is_own, "output_dir", is_spared)
+    require_own_model(run)
+    if not recipe.data.streams:
+        require_own_prepared(recipe.prepared_dir)
+    other = find_run(recipe.student.model)
+    if other is not None and other.resolve() == run.path.resolve():
+        raise InputError(f"student.model, {recipe.student.model}, is the run's own folder",
+                         "a model, or another run", "name the model that the student begins with")
+    places = [os.path.realpath(place) for place in _written_places(run)]
+    prepared = os.path.realpath(recipe.prepared_dir)
+    for place in places:
+        _refuse_overlap("data.prepared", prepared, place)
+    for setting, path in _inputs(recipe):
+        for place in (*places, prepared):
+            _refuse_overlap(setting, path, place)
+
+
+def is_exported(model: Path) -> bool:
+    """True for a model's folder that `export` wrote."""
+    try:
+        return MODEL_CARD_SIGN in (model / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def require_own_model(run: RunFolder) -> None:
+    """Raise InputError where the run's model is not one that it has exported."""
+    require_own_folder(run.model, is_exported(run.model), "the run's model")
+
+
+def _is_resolved(recipe: Path) -> bool:
+    """True for a recipe as a run's start writes it: every key, and nothing of a person's hand."""
+    try:
+        return recipe.read_text(encoding="utf-8") == dump_recipe(load_recipe(recipe))
+    except (InputError, OSError, UnicodeDecodeError):
+        return False
+
+
+def _written_places(run: RunFolder) -> tuple[Path, ...]:
+    """What the run writes beside the prepared data."""
+    return (run.checkpoints, run.model, run.start_model, run.student_files, run.tensorboard,
+            run.profile, run.failures, run.submissions, run.logs, run.recipe, run.provenance,
+            run.metrics, run.evaluations, run.measurements, run.attempts)
+
+
+def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """(what names it, real path) of all that the run reads on this machine."""
+    models = {"student.model": recipe.student.model}
+    if recipe.teacher is not None:
+        models["teacher.model"] = recipe.teacher.model
+    for setting, model in models.items():
+        # A run may be the student's start; of its folder only the checkpoints are read.
+        if os.path.exists(model) and find_run(model) is None:
+            yield setting, os.path.realpath(model)
+    for subfolder, part in recipe.data.parts().items():
+        for source in part.train:
+            if is_hub_id(source.path):
+                continue
+            setting = f"the data source {source.path!r} of data.{subfolder or 'train'}"
+            paths = ([source.path] if os.path.exists(source.path)
+                     else [file.path for file in source_files(source)])
+            for path in {*paths, *_searched_folder(source.path)}:
+                yield setting, os.path.realpath(path)
+    if os.path.exists(recipe.deepspeed):
+        yield "deepspeed", os.path.realpath(recipe.deepspeed)
+
+
+def _searched_folder(pattern: str) -> list[str]:
+    """The folder that a pattern with `**` takes everything below of; [] for any other path."""
+    head, found, _ = pattern.partition("**")
+    return [os.path.dirname(head) or "."] if found and not os.path.exists(pattern) else []
+
+
+def _refuse_overlap(setting: str, path: str, place: str) -> None:
+    if path == place:
+        relation = "is"
+    elif path.startswith(place.rstrip("/") + "/"):
+        relation = "is inside"
+    elif place.startswith(path.rstrip("/") + "/"):
+        relation = "is around"
+    else:
+        return
+    raise InputError(f"{setting}, {path}, {relation} {place}, which the run writes",
+                     "inputs apart from the folders that are written",
+                     "set output_dir or data.prepared to another folder, or move the input")
