@@ -122,6 +122,50 @@ def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_no
     assert second.ranks == 2 * ranks_per_node
 
 
+TEMPLATES = ["train", "train_deepspeed", "train_mpi", "sweep"]
+
+
+@pytest.mark.parametrize("template, signalled", [
+    pytest.param(template, signalled, id=f"{template}-{signalled.replace(' --signal=', '-')}",
+                 marks=[] if (template, signalled) == ("train", "--full --signal=USR1")
+                 else pytest.mark.slow)
+    for template in TEMPLATES
+    for signalled in ("--full --signal=USR1", "--batch --signal=USR1", "--batch --signal=TERM")])
+def test_a_signal_to_the_batch_script_saves_the_run_and_the_job_goes_on(
+        cluster, recipe_in, tmp_path, template, signalled):
+    recipe = recipe_in(tmp_path, checkpoint__every=1000)
+    # The launcher's node has one task; a job of the sweep runs on one node.
+    words = {"train_deepspeed": ["--ranks-per-node", 2],
+             "sweep": ["--ranks-per-node", 2, "--sweep", "loss.lam=0.3"]}.get(
+                 template, ["--ranks-per-node", 1, "--nodes", 2])
+    job = submit(cluster, tmp_path, recipe, "--template", template, "--cpus-per-rank", 1, *words)
+    run = tmp_path / "run" / ("loss.lam=0.3" if template == "sweep" else "")
+    cluster.until(lambda: count_steps(run) >= 3, what="the first steps")
+    cluster.run("scancel", *signalled.split(), f"{job}_0" if template == "sweep" else job)
+    assert cluster.wait(job) == "COMPLETED", output(tmp_path)
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 41)), output(tmp_path)
+    first, second = attempts.read_attempts(run)
+    assert (first.status, second.status, second.restart) == (75, 0, 1), output(tmp_path)
+    assert second.first_step > 3, output(tmp_path)
+
+
+@pytest.mark.parametrize("signalled", [
+    "--full --signal=USR1", pytest.param("--batch --signal=TERM", marks=pytest.mark.slow)])
+def test_a_signal_to_the_script_that_prepares_starts_it_again(cluster, recipe_in, tmp_path,
+                                                              signalled):
+    # Enough rows for the signal to find it at work.
+    text = tmp_path / "long.jsonl"
+    text.write_text(('{"text": "' + "word " * 500 + '"}\n') * 2000)
+    recipe = recipe_in(tmp_path, data__train=[{"path": str(text)}],
+                       data__prepared=str(tmp_path / "data"))
+    job = sbatch(cluster, tmp_path, "prepare.sbatch", recipe, nodes=1, ranks_per_node=1)
+    cluster.until(lambda: (tmp_path / "data").exists(), what="its beginning")
+    cluster.run("scancel", *signalled.split(), job)
+    assert cluster.wait(job) == "COMPLETED", output(tmp_path)
+    assert cluster.job(job)["Restarts"] == "1", output(tmp_path)
+    assert (tmp_path / "data" / "manifest.json").exists(), output(tmp_path)
+
+
 @pytest.mark.parametrize("ranks_per_node", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_deepspeed_launcher_trains_across_nodes_without_ssh(cluster, recipe_in, whole, tmp_path,
                                                                 ranks_per_node):
@@ -292,9 +336,11 @@ def test_a_rank_that_is_stopped_or_killed_is_named_and_the_job_goes_on(cluster, 
 
 
 @pytest.mark.slow
-def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, recipe_in, tmp_path):
+# To the ranks, or to the batch script.
+@pytest.mark.parametrize("asked", ["USR1@40", "B:USR1@40"])
+def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, recipe_in, tmp_path, asked):
     recipe = recipe_in(tmp_path, train__steps=5000)
-    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, time=2, signal="USR1@40")
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, time=2, signal=asked)
     cluster.until(lambda: cluster.job(job)["Restarts"] == "1", timeout=240,
                   what="the second attempt")
     cluster.until(lambda: len(attempts.read_attempts(tmp_path / "run")) == 2, what="its beginning")
