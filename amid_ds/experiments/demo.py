@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import time
@@ -27,6 +26,7 @@ import yaml
 from amid_ds.checkpoint.export import export
 from amid_ds.data import load_tokenizer, train_sentencepiece
 from amid_ds.distributed.launch import launch_command
+from amid_ds.distributed.leash import start_on_leash
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval import evaluate
 from amid_ds.experiments import plots
@@ -198,7 +198,8 @@ def _train(folder: DemoFolder, name: str, corpus: Path, student: str, teacher: s
     command = launch_command(RANKS, "train", str(path))
     logger.info("  " + " ".join(command))
     # A machine's one GPU cannot serve two ranks.
-    status = subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}).returncode
+    with start_on_leash(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}) as process:
+        status = process.wait()
     if status:
         raise TrainingError(f"the training of {name} ended with status {status}; its messages are "
                             "above")
