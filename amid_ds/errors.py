@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import enum
 import sys
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -51,9 +52,24 @@ def exit_status(error: BaseException | None) -> ExitStatus:
     return ExitStatus.RESTART if isinstance(error, Stopped) else ExitStatus.FAILED
 
 
+# Unicode's categories of what a terminal obeys, what changes the order of what it shows, and halves
+# of characters, which no file or stream takes.
+UNPRINTABLE = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """`text` with an escape such as \\x1b for each unprintable character that is not in `keep`.
+
+    For whatever a terminal or a page shows and somebody else may have named: a run, a file, a set.
+    """
+    return "".join(character if character in keep
+                   or unicodedata.category(character) not in UNPRINTABLE
+                   else character.encode("unicode_escape").decode() for character in text)
+
+
 def print_error(message: str) -> None:
     """Print on stderr without logging, whose lock a thread that never goes on may hold."""
-    print(f"amid-ds: {message}", file=sys.stderr, flush=True)
+    print(f"amid-ds: {printable(message)}", file=sys.stderr, flush=True)
 
 
 def report_error(error: Exception) -> None:

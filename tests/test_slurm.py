@@ -101,14 +101,15 @@ def finished(cluster, job: str, folder: Path, expected: list[tuple[int, float, f
     return output(folder)
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, pytest.param(2, marks=pytest.mark.slow)])
+# To every process of the job, or to the ranks as sbatch's --signal before the time limit.
+@pytest.mark.parametrize("ranks_per_node, signalled", [
+    (1, "--full --signal=USR1"), pytest.param(2, "--signal=USR1", marks=pytest.mark.slow)])
 def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_none(
-        cluster, recipe_in, whole, tmp_path, ranks_per_node):
+        cluster, recipe_in, whole, tmp_path, ranks_per_node, signalled):
     job = sbatch(cluster, tmp_path, "train.sbatch", recipe_in(tmp_path, checkpoint__every=1000),
                  ranks_per_node=ranks_per_node)
     cluster.until(lambda: count_steps(tmp_path / "run") >= 3, what="the first steps")
-    # The signal of sbatch's --signal before the time limit.
-    cluster.run("scancel", "--signal=USR1", job)
+    cluster.run("scancel", *signalled.split(), job)
     messages = finished(cluster, job, tmp_path, whole(2 * ranks_per_node))
     assert "stopped in order" in messages and "it is started again" in messages
     assert cluster.job(job)["Restarts"] == "1", messages
@@ -125,12 +126,10 @@ def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_no
 TEMPLATES = ["train", "train_deepspeed", "train_mpi", "sweep"]
 
 
-@pytest.mark.parametrize("template, signalled", [
-    pytest.param(template, signalled, id=f"{template}-{signalled.replace(' --signal=', '-')}",
-                 marks=[] if (template, signalled) == ("train", "--full --signal=USR1")
-                 else pytest.mark.slow)
-    for template in TEMPLATES
-    for signalled in ("--full --signal=USR1", "--batch --signal=USR1", "--batch --signal=TERM")])
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", ["--full --signal=USR1", "--batch --signal=USR1",
+                                       "--batch --signal=TERM"])
+@pytest.mark.parametrize("template", TEMPLATES)
 def test_a_signal_to_the_batch_script_saves_the_run_and_the_job_goes_on(
         cluster, recipe_in, tmp_path, template, signalled):
     recipe = recipe_in(tmp_path, checkpoint__every=1000)
@@ -200,7 +199,8 @@ def test_the_wrong_kind_of_mpi_is_refused_instead_of_training_many_times_alone(c
 
 
 def test_data_are_prepared_once_and_an_array_of_jobs_sweeps_a_key(cluster, recipe_in, tmp_path):
-    recipe = recipe_in(tmp_path, train__steps=3, data__prepared=str(tmp_path / "data"))
+    odd = "a b%j'$(touch pwned);ü"
+    recipe = recipe_in(tmp_path, odd, train__steps=3, data__prepared=str(tmp_path / "data"))
     job = sbatch(cluster, tmp_path, "prepare.sbatch", recipe, nodes=1, ranks_per_node=1)
     assert cluster.wait(job) == "COMPLETED", output(tmp_path)
     assert (tmp_path / "data" / "manifest.json").exists(), output(tmp_path)
@@ -209,13 +209,31 @@ def test_data_are_prepared_once_and_an_array_of_jobs_sweeps_a_key(cluster, recip
     assert done.returncode == 0, done.stderr
     cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "",
                   what="the end of the array")
-    runs = [tmp_path / "run" / f"loss.lam={value}" for value in ("0.1", "0.9")]
+    runs = [tmp_path / odd / f"loss.lam={value}" for value in ("0.1", "0.9")]
     assert [count_steps(run) for run in runs] == [3, 3], output(tmp_path)
     assert [read_metrics(run)[0]["lam"] for run in runs] == [0.1, 0.9]
     # Written by the job that ended last.
     assert [line.split(",")[0]
-            for line in (tmp_path / "run" / "sweep.csv").read_text().splitlines()] == [
+            for line in (tmp_path / odd / "sweep.csv").read_text().splitlines()] == [
                 "loss.lam", "0.1", "0.9"], output(tmp_path)
+    logs = sorted(re.sub(r"\d+_", "N_", path.name) for path in (tmp_path / odd / "logs").iterdir())
+    assert [name for name in logs if "-n" not in name] == ["N_0.log", "N_1.log"], logs
+    assert [name.partition("-n")[0] for name in logs if "-n" in name] == ["N_0", "N_1"], logs
+    assert not list(tmp_path.rglob("pwned*"))
+
+
+def test_ranks_share_the_cpus_of_a_small_node(recipe_in, tmp_path):
+    missing = slurm_cluster.missing()
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}")
+    recipe = recipe_in(tmp_path)
+    with slurm_cluster.Cluster(1, cpus=5) as small:
+        job = submit(small, tmp_path, recipe, "--ranks-per-node", 2)
+        assert small.job(job)["CPUs/Task"] == "2"
+        small.run("scancel", job)
+        done = small.run(sys.executable, "-m", "amid_ds", "submit", recipe, "--ranks-per-node", 2,
+                         "--cpus-per-rank", 3, cwd=tmp_path)
+        assert done.returncode == 2 and "Slurm refuses" in done.stderr
 
 
 def test_a_wrong_recipe_fails_in_seconds_and_is_not_started_again(cluster, recipe_in, tmp_path):

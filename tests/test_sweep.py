@@ -254,6 +254,11 @@ def test_a_comma_inside_brackets_belongs_to_the_value():
         sweep_combinations(["train.seed=1,1"])
 
 
+def test_a_value_is_one_cell_of_a_table_whatever_it_holds():
+    table = sweep.markdown_table(["a|b", "c"], [["x|\ny\x1b[31m", 1.23456]])
+    assert table == "| a\\|b | c |\n| --- | ---: |\n| x\\|\\ny\\x1b[31m | 1.235 |\n"
+
+
 def test_runs_that_differ_in_their_seed_alone_are_one_point_with_a_standard_error():
     assert mean_and_error([1.0, 2.0, 6.0]) == (3.0, pytest.approx((14 / 2 / 3) ** 0.5))
     assert mean_and_error([2.0]) == (2.0, 0.0)

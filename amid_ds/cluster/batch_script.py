@@ -8,17 +8,15 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from amid_ds.config.library import packaged_folder
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, printable
 
 # sbatch's own options that `submit` passes on.
 SBATCH_OPTIONS = ("time", "partition", "account", "qos", "signal")
-# Control characters (a newline is one), surrogates, Unicode's separators of lines and paragraphs.
-UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")
+
 _REMEDY = "change output_dir, or the option or the sweep's value that it comes from"
 
 
@@ -83,7 +81,7 @@ def quote(value: str) -> str:
 
     Raises InputError for line breaks and other control characters.
     """
-    if any(unicodedata.category(character) in UNPRINTABLE for character in value):
+    if printable(value, keep="") != value:
         raise InputError(f"{value!r} in the batch script",
                          "text without line breaks and other control characters", _REMEDY)
     return shlex.quote(value)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from amid_ds.cluster import slurm
 from amid_ds.config.parse import load_recipe
-from amid_ds.errors import ExitStatus, InputError
+from amid_ds.errors import ExitStatus, InputError, printable
 from amid_ds.run import attempts
 from amid_ds.run.attempts import HANG_ERROR, AttemptRecord, Failure
 
@@ -64,7 +64,7 @@ def requeue_or_explain(status: int, recipe_path: str, overrides: Sequence[str]) 
     decision = "it is started again" if why_not is None else f"it is not started again: {why_not}"
     print(f"amid-ds: the attempt ended with status {status}: {decision}", flush=True)
     if failure is not None:
-        print(f"amid-ds: first to fail: {failure}", flush=True)
+        print(f"amid-ds: first to fail: {printable(str(failure))}", flush=True)
     if why_not is None:
         slurm.requeue_job(slurm.current_job())
 

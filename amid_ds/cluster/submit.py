@@ -25,7 +25,7 @@ from amid_ds.cluster.batch_script import log_pattern, read_template, refuse_faul
 from amid_ds.config.grid import Combination
 from amid_ds.config.parse import dump_recipe, load_recipe, merge_overrides
 from amid_ds.config.recipe import Recipe
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, printable
 from amid_ds.planning.devices import DEFAULT_DEVICE, find_device
 from amid_ds.planning.report import fit_summary
 from amid_ds.run import attempts
@@ -90,7 +90,7 @@ def submit(recipe_path: str, overrides: Sequence[str], args: SubmitArgs, dry_run
     if args.template != "prepare":
         print(_fit(recipe, args), file=sys.stderr if dry_run else sys.stdout, flush=True)
     script = render(template, _template_values(recipe, template, args))
-    refuse_faults(script, new_folder=run.logs.resolve())
+    refuse_faults(script, new_folder=run.logs.absolute())
     if dry_run:
         print(script, end="")
         return
@@ -100,9 +100,11 @@ def submit(recipe_path: str, overrides: Sequence[str], args: SubmitArgs, dry_run
     estimate = slurm.sbatch_test_only(sbatch_arguments)
     jobs = _submit_chain(sbatch_arguments, args.chain)
     attempts.append_event(run.path, "submitted", jobs=jobs, folder=str(folder))
-    print(f"recipe, script and code revision are kept in {folder}\n{estimate}\n"
-          f"logs: {run.logs}/, the job's in {jobs[0]}.log, the ranks' in {jobs[0]}-NODE.log\n"
-          f"how it goes: amid-ds status {recipe.output_dir}")
+    # A user's own template may have no line for the logs, where an odd name would be refused.
+    print(printable(
+        f"recipe, script and code revision are kept in {folder}\n{estimate}\n"
+        f"logs: {run.logs}/, the job's in {jobs[0]}.log, the ranks' in {jobs[0]}-NODE.log\n"
+        f"how it goes: amid-ds status {shlex.quote(recipe.output_dir)}"))
     if len(jobs) > 1:
         print(f"a chain of {len(jobs)} jobs, one after the other: {' '.join(jobs)}")
     print(jobs[-1])
@@ -143,7 +145,7 @@ def _fit(recipe: Recipe, args: SubmitArgs) -> str:
 def _template_values(recipe: Recipe, template: str,
                      args: SubmitArgs) -> dict[str, str | Sequence[str]]:
     """Values for the lines marked EDIT: sbatch's options and the script's variables, by name."""
-    logs = RunFolder(Path(recipe.output_dir)).logs.resolve()
+    logs = RunFolder(Path(recipe.output_dir)).logs.absolute()
     log_name = "%A_%a" if args.sweep else "%j"
     values: dict[str, str | Sequence[str]] = {
         "nodes": str(args.nodes),

@@ -29,7 +29,7 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.launch import launch_command
 from amid_ds.distributed.leash import start_on_leash
-from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError
+from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError, printable
 from amid_ds.experiments.plots import plot_losses, plot_sweep, require_matplotlib
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.json_lines import read_jsonl
@@ -301,14 +301,18 @@ def markdown_table(titles: Sequence[str], lines: Sequence[Sequence[object]],
                    left_aligned: int = 1) -> str:
     """A Markdown table with floats to four significant digits; the other columns align right."""
     rule = ["---"] * left_aligned + ["---:"] * (len(titles) - left_aligned)
-    rows = [titles, rule, *([_cell(value) for value in line] for line in lines)]
+    rows = [[_cell(title) for title in titles], rule,
+            *([_cell(value) for value in line] for line in lines)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    # One cell of one line, whatever it holds.
+    return printable(str(value), keep="").replace("|", "\\|")
 
 
 def write_results(folder: Path) -> None:
