@@ -358,7 +358,7 @@ def test_a_rank_that_is_stopped_or_killed_is_named_and_the_job_goes_on(cluster, 
 @pytest.mark.parametrize("asked", ["USR1@40", "B:USR1@40"])
 def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, recipe_in, tmp_path, asked):
     recipe = recipe_in(tmp_path, train__steps=5000)
-    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, time=2, signal=asked)
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, ranks_per_node=1, time=2, signal=asked)
     cluster.until(lambda: cluster.job(job)["Restarts"] == "1", timeout=240,
                   what="the second attempt")
     cluster.until(lambda: len(attempts.read_attempts(tmp_path / "run")) == 2, what="its beginning")
