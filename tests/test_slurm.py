@@ -101,14 +101,15 @@ def finished(cluster, job: str, folder: Path, expected: list[tuple[int, float, f
     return output(folder)
 
 
-@pytest.mark.parametrize("ranks_per_node", [1, pytest.param(2, marks=pytest.mark.slow)])
+# To every process of the job, or to the ranks as sbatch's --signal before the time limit.
+@pytest.mark.parametrize("ranks_per_node, signalled", [
+    (1, "--full --signal=USR1"), pytest.param(2, "--signal=USR1", marks=pytest.mark.slow)])
 def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_none(
-        cluster, recipe_in, whole, tmp_path, ranks_per_node):
+        cluster, recipe_in, whole, tmp_path, ranks_per_node, signalled):
     job = sbatch(cluster, tmp_path, "train.sbatch", recipe_in(tmp_path, checkpoint__every=1000),
                  ranks_per_node=ranks_per_node)
     cluster.until(lambda: count_steps(tmp_path / "run") >= 3, what="the first steps")
-    # The signal of sbatch's --signal before the time limit.
-    cluster.run("scancel", "--signal=USR1", job)
+    cluster.run("scancel", *signalled.split(), job)
     messages = finished(cluster, job, tmp_path, whole(2 * ranks_per_node))
     assert "stopped in order" in messages and "it is started again" in messages
     assert cluster.job(job)["Restarts"] == "1", messages
@@ -120,6 +121,48 @@ def test_a_signal_reaches_every_rank_and_the_job_goes_on_as_if_there_had_been_no
         (step, pytest.approx(loss, rel=1e-6)) for step, loss, _ in whole(2 * ranks_per_node)]
     assert first.first_step == 1 and second.first_step > 3 and second.nodes == "n[1-2]"
     assert second.ranks == 2 * ranks_per_node
+
+
+TEMPLATES = ["train", "train_deepspeed", "train_mpi", "sweep"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", ["--full --signal=USR1", "--batch --signal=USR1",
+                                       "--batch --signal=TERM"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_signal_to_the_batch_script_saves_the_run_and_the_job_goes_on(
+        cluster, recipe_in, tmp_path, template, signalled):
+    recipe = recipe_in(tmp_path, checkpoint__every=1000)
+    # The launcher's node has one task; a job of the sweep runs on one node.
+    words = {"train_deepspeed": ["--ranks-per-node", 2],
+             "sweep": ["--ranks-per-node", 2, "--sweep", "loss.lam=0.3"]}.get(
+                 template, ["--ranks-per-node", 1, "--nodes", 2])
+    job = submit(cluster, tmp_path, recipe, "--template", template, "--cpus-per-rank", 1, *words)
+    run = tmp_path / "run" / ("loss.lam=0.3" if template == "sweep" else "")
+    cluster.until(lambda: count_steps(run) >= 3, what="the first steps")
+    cluster.run("scancel", *signalled.split(), f"{job}_0" if template == "sweep" else job)
+    assert cluster.wait(job) == "COMPLETED", output(tmp_path)
+    assert [line["step"] for line in read_metrics(run)] == list(range(1, 41)), output(tmp_path)
+    first, second = attempts.read_attempts(run)
+    assert (first.status, second.status, second.restart) == (75, 0, 1), output(tmp_path)
+    assert second.first_step > 3, output(tmp_path)
+
+
+@pytest.mark.parametrize("signalled", [
+    "--full --signal=USR1", pytest.param("--batch --signal=TERM", marks=pytest.mark.slow)])
+def test_a_signal_to_the_script_that_prepares_starts_it_again(cluster, recipe_in, tmp_path,
+                                                              signalled):
+    # Enough rows for the signal to find it at work.
+    text = tmp_path / "long.jsonl"
+    text.write_text(('{"text": "' + "word " * 500 + '"}\n') * 2000)
+    recipe = recipe_in(tmp_path, data__train=[{"path": str(text)}],
+                       data__prepared=str(tmp_path / "data"))
+    job = sbatch(cluster, tmp_path, "prepare.sbatch", recipe, nodes=1, ranks_per_node=1)
+    cluster.until(lambda: (tmp_path / "data").exists(), what="its beginning")
+    cluster.run("scancel", *signalled.split(), job)
+    assert cluster.wait(job) == "COMPLETED", output(tmp_path)
+    assert cluster.job(job)["Restarts"] == "1", output(tmp_path)
+    assert (tmp_path / "data" / "manifest.json").exists(), output(tmp_path)
 
 
 @pytest.mark.parametrize("ranks_per_node", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -156,7 +199,8 @@ def test_the_wrong_kind_of_mpi_is_refused_instead_of_training_many_times_alone(c
 
 
 def test_data_are_prepared_once_and_an_array_of_jobs_sweeps_a_key(cluster, recipe_in, tmp_path):
-    recipe = recipe_in(tmp_path, train__steps=3, data__prepared=str(tmp_path / "data"))
+    odd = "a b%j'$(touch pwned);ü"
+    recipe = recipe_in(tmp_path, odd, train__steps=3, data__prepared=str(tmp_path / "data"))
     job = sbatch(cluster, tmp_path, "prepare.sbatch", recipe, nodes=1, ranks_per_node=1)
     assert cluster.wait(job) == "COMPLETED", output(tmp_path)
     assert (tmp_path / "data" / "manifest.json").exists(), output(tmp_path)
@@ -165,13 +209,31 @@ def test_data_are_prepared_once_and_an_array_of_jobs_sweeps_a_key(cluster, recip
     assert done.returncode == 0, done.stderr
     cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "",
                   what="the end of the array")
-    runs = [tmp_path / "run" / f"loss.lam={value}" for value in ("0.1", "0.9")]
+    runs = [tmp_path / odd / f"loss.lam={value}" for value in ("0.1", "0.9")]
     assert [count_steps(run) for run in runs] == [3, 3], output(tmp_path)
     assert [read_metrics(run)[0]["lam"] for run in runs] == [0.1, 0.9]
     # Written by the job that ended last.
     assert [line.split(",")[0]
-            for line in (tmp_path / "run" / "sweep.csv").read_text().splitlines()] == [
+            for line in (tmp_path / odd / "sweep.csv").read_text().splitlines()] == [
                 "loss.lam", "0.1", "0.9"], output(tmp_path)
+    logs = sorted(re.sub(r"\d+_", "N_", path.name) for path in (tmp_path / odd / "logs").iterdir())
+    assert [name for name in logs if "-n" not in name] == ["N_0.log", "N_1.log"], logs
+    assert [name.partition("-n")[0] for name in logs if "-n" in name] == ["N_0", "N_1"], logs
+    assert not list(tmp_path.rglob("pwned*"))
+
+
+def test_ranks_share_the_cpus_of_a_small_node(recipe_in, tmp_path):
+    missing = slurm_cluster.missing()
+    if missing:
+        pytest.skip(f"no {', '.join(missing)}")
+    recipe = recipe_in(tmp_path)
+    with slurm_cluster.Cluster(1, cpus=5) as small:
+        job = submit(small, tmp_path, recipe, "--ranks-per-node", 2)
+        assert small.job(job)["CPUs/Task"] == "2"
+        small.run("scancel", job)
+        done = small.run(sys.executable, "-m", "amid_ds", "submit", recipe, "--ranks-per-node", 2,
+                         "--cpus-per-rank", 3, cwd=tmp_path)
+        assert done.returncode == 2 and "Slurm refuses" in done.stderr
 
 
 def test_a_wrong_recipe_fails_in_seconds_and_is_not_started_again(cluster, recipe_in, tmp_path):
@@ -292,9 +354,11 @@ def test_a_rank_that_is_stopped_or_killed_is_named_and_the_job_goes_on(cluster, 
 
 
 @pytest.mark.slow
-def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, recipe_in, tmp_path):
+# To the ranks, or to the batch script.
+@pytest.mark.parametrize("asked", ["USR1@40", "B:USR1@40"])
+def test_at_the_time_limit_the_run_is_saved_and_goes_on(cluster, recipe_in, tmp_path, asked):
     recipe = recipe_in(tmp_path, train__steps=5000)
-    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, time=2, signal="USR1@40")
+    job = sbatch(cluster, tmp_path, "train.sbatch", recipe, ranks_per_node=1, time=2, signal=asked)
     cluster.until(lambda: cluster.job(job)["Restarts"] == "1", timeout=240,
                   what="the second attempt")
     cluster.until(lambda: len(attempts.read_attempts(tmp_path / "run")) == 2, what="its beginning")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
 import re
@@ -89,25 +90,76 @@ def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(re
     assert (out / "sweep.csv").read_bytes() == before and (out / "sweep.png").exists()
 
 
-def test_a_stopped_sweep_stops_its_run_in_order_and_starts_no_other(recipe, tmp_path):
+def commands_with(word: Path) -> list[str]:
+    """The command lines of the processes that hold `word`, but for zombies."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            lines += [line] if str(word) in line else []
+    return lines
+
+
+def wait_for_the_end_of(run: Path) -> None:
+    """Wait until no process works on the run."""
+    deadline = time.monotonic() + 120
+    while commands_with(run):
+        assert time.monotonic() < deadline, commands_with(run)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGKILL, -9)])
+def test_a_stopped_or_killed_sweep_stops_its_run_in_order_and_starts_no_other(
+        recipe, tmp_path, number, status):
     words = ["sweep", recipe, "loss.lam=0.1,0.9", "train.steps=400", "checkpoint.every=1000"]
     first = tmp_path / "out" / "loss.lam=0.1"
     ranks = Ranks(1, *words)
-    ranks.wait_until(lambda: count_steps(first) >= 3, 90)
-    ranks.signal(signal.SIGTERM)
-    assert ranks.wait() == [75], ranks.output()
+    ranks.wait_until(lambda: count_steps(first) >= 3, 180)
+    ranks.signal(number)
+    assert ranks.wait() == [status], ranks.output()
+    wait_for_the_end_of(first)
     steps = len(read_metrics(first))
     assert 3 <= steps < 400 and (first / "checkpoints" / f"step_{steps:08d}").is_dir()
-    assert not (first / "STOP").exists() and not (tmp_path / "out" / "loss.lam=0.9").exists()
+    assert not (tmp_path / "out" / "loss.lam=0.9").exists()
     assert [attempt.status for attempt in attempts.read_attempts(first)] == [75]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_sweep_takes_its_run_with_it_and_goes_on_when_started_again(recipe, tmp_path,
+                                                                             ranks):
+    words = ["sweep", recipe, "loss.lam=0.1,0.9", "train.steps=60", "checkpoint.every=1000",
+             "--ranks-per-node", ranks]
+    first = tmp_path / "out" / "loss.lam=0.1"
+    killed = Ranks(1, *words)
+    killed.wait_until(lambda: count_steps(first) >= 3, 180)
+    killed.signal(signal.SIGKILL)
+    killed.wait()
+    # At once: it waits for the ranks of the first, which save.
+    again = Ranks(1, *words)
+    assert again.wait(300) == [0], again.output()
+    # The first attempt has saved, the second has gone on from there.
+    assert [attempt.status for attempt in attempts.read_attempts(first)] == [75, 0]
+    assert [line["step"] for line in read_metrics(first)] == list(range(1, 61))
+    assert len(read_metrics(tmp_path / "out" / "loss.lam=0.9")) == 60
+    assert commands_with(tmp_path / "out") == []
+
+
+def test_a_sweep_that_is_killed_while_its_run_loads_leaves_nothing_behind(recipe, tmp_path):
+    run = tmp_path / "out" / "loss.lam=0.1"
+    sweep = Ranks(1, "sweep", recipe, "loss.lam=0.1,0.9", "train.steps=100000")
+    sweep.wait_until(lambda: commands_with(run), 90)
+    sweep.signal(signal.SIGKILL)
+    wait_for_the_end_of(run)
+    assert count_steps(run) < 100
 
 
 @pytest.mark.parametrize("status, outcome",
                          [(75, Stopped), (0, Stopped), (1, TrainingError), (2, TrainingError)])
 def test_a_terminal_that_closes_stops_the_run_which_may_fail_at_that(tmp_path, status, outcome):
     (tmp_path / sweep.TRAIN_LOG).write_text("what it said\n")
-    run = (f"touch {tmp_path}/begun; while [ ! -e {tmp_path}/STOP ]; do sleep 0.01; done; "
-           f"sleep 0.1; exit {status}")
+    # Its input ends when it is to stop.
+    run = f"touch {tmp_path}/begun; cat; sleep 0.1; exit {status}"
 
     def close() -> None:
         while not (tmp_path / "begun").exists():
@@ -129,7 +181,6 @@ def test_a_terminal_that_closes_stops_the_run_which_may_fail_at_that(tmp_path, s
         signal.signal(signal.SIGHUP, before)
     if outcome is not Stopped:
         assert f"ended with status {status}\n    what it said" in str(raised.value)
-    assert not (tmp_path / "STOP").exists()
 
 
 def test_a_run_that_fails_is_named_with_its_output_and_the_others_run(recipe, tmp_path, started,
@@ -149,8 +200,13 @@ def test_a_run_that_fails_is_named_with_its_output_and_the_others_run(recipe, tm
     (["loss.alpha=1,1"], ["two runs", "loss.alpha=1"]),
     (["loss.lam=0.5,1.5"], ["loss.lam", "1.5", "from 0 to 1"]),
     (["train.global_batch_size=4,5", "train.micro_batch_size=2"], ["global_batch_size 5"]),
-    (["loss.lam=0.1,0.9", "--here", "--nodes", "2"], ["--nodes 2 without --slurm"]),
-], ids=["key", "none", "empty", "twice", "value", "check", "nodes"])
+    (["loss.lam=0.1,0.9", "--here", "--nodes", "2"], ["--nodes without --slurm"]),
+    (["loss.lam=0.1,0.9", "--time", "1", "--partition", "p", "--at-once", "0", "--account", "a",
+      "--qos", "q", "--signal", "USR1", "--cpus-per-rank", "2", "--device", "h200"],
+     ["--cpus-per-rank, --at-once, --time, --partition, --account, --qos, --signal, --device "
+      "without --slurm"]),
+    (["loss.lam=0.1,0.9", "--ranks-per-node", "0"], ["0 ranks"]),
+], ids=["key", "none", "empty", "twice", "value", "check", "nodes", "slurm", "ranks"])
 def test_a_sweep_that_cannot_be_run_is_refused_before_its_first_run(recipe, tmp_path, started,
                                                                     capsys, words, named):
     assert main(["sweep", str(recipe), *words]) == 2
@@ -196,6 +252,11 @@ def test_a_comma_inside_brackets_belongs_to_the_value():
     assert all(set(run.name) <= set("abcdefghijklmnopqrstuvwxyz0123456789._=,") for run in runs)
     with pytest.raises(InputError, match="two runs"):
         sweep_combinations(["train.seed=1,1"])
+
+
+def test_a_value_is_one_cell_of_a_table_whatever_it_holds():
+    table = sweep.markdown_table(["a|b", "c"], [["x|\ny\x1b[31m", 1.23456]])
+    assert table == "| a\\|b | c |\n| --- | ---: |\n| x\\|\\ny\\x1b[31m | 1.235 |\n"
 
 
 def test_runs_that_differ_in_their_seed_alone_are_one_point_with_a_standard_error():

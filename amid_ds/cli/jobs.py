@@ -9,8 +9,14 @@ from amid_ds.cli.arguments import Commands, add_command, add_recipe
 from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from amid_ds.cluster.submit import SubmitArgs
     from amid_ds.config.grid import Combination
+
+# Options of `submit` and of `sweep --slurm` that mean nothing on this machine alone.
+SLURM_OPTIONS = ("nodes", "cpus_per_rank", "at_once", "time", "partition", "account", "qos",
+                 "signal", "device")
 
 
 def add_submit(commands: Commands) -> None:
@@ -24,10 +30,12 @@ def add_submit(commands: Commands) -> None:
 
 
 def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--nodes", type=int, default=1, metavar="N")
     parser.add_argument("--ranks-per-node", type=int, metavar="R", help="8 under Slurm, else 1")
-    parser.add_argument("--cpus-per-rank", type=int, default=8, metavar="C")
-    parser.add_argument("--at-once", type=int, default=0, metavar="M", help="jobs of a sweep")
+    # Those of Slurm alone, None if they are not given: SLURM_OPTIONS.
+    parser.add_argument("--nodes", type=int, metavar="N")
+    parser.add_argument("--cpus-per-rank", type=int, metavar="C",
+                        help="8, or fewer where the partition's nodes have fewer")
+    parser.add_argument("--at-once", type=int, metavar="M", help="jobs of a sweep")
     for name in ("time", "partition", "account", "qos", "signal"):
         parser.add_argument(f"--{name}", help="sbatch's option of that name")
     parser.add_argument("--device", metavar="NAME", help="as in plan; default h100-80g")
@@ -36,14 +44,31 @@ def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
 
 def _submit_args(args: argparse.Namespace, template: str, chain: int,
                  sweep: tuple[Combination, ...]) -> SubmitArgs:
-    from amid_ds.cluster.submit import RANKS_PER_NODE, SBATCH_OPTIONS, SubmitArgs
+    from amid_ds.cluster.batch_script import SBATCH_OPTIONS
+    from amid_ds.cluster.submit import RANKS_PER_NODE, SubmitArgs
 
     chosen = vars(args)
     options = {name: chosen[name] for name in SBATCH_OPTIONS if chosen[name] is not None}
-    return SubmitArgs(template=template, nodes=args.nodes,
-                      ranks_per_node=args.ranks_per_node or RANKS_PER_NODE,
+    return SubmitArgs(template=template, nodes=_given(args.nodes, 1),
+                      ranks_per_node=_given(args.ranks_per_node, RANKS_PER_NODE),
                       cpus_per_rank=args.cpus_per_rank, options=options, chain=chain, sweep=sweep,
-                      at_once=args.at_once, device=args.device)
+                      at_once=_given(args.at_once, 0), device=args.device)
+
+
+def _given(number: int | None, default: int) -> int:
+    return default if number is None else number
+
+
+def _refuse_options(args: argparse.Namespace, names: Sequence[str], where: str,
+                    remedy: str) -> None:
+    """Raise InputError for those of these arguments that were given, where they have no effect."""
+    # 0 is given too.
+    given = [name for name in names
+             if vars(args)[name] is not False and vars(args)[name] not in (None, [])]
+    if given:
+        options = ["key=value" if name == "overrides" else f"--{name.replace('_', '-')}"
+                   for name in given]
+        raise InputError(f"{', '.join(options)} {where}", "options that have an effect", remedy)
 
 
 def _submit(args: argparse.Namespace) -> None:
@@ -73,12 +98,17 @@ def _sweep(args: argparse.Namespace) -> None:
     from amid_ds.experiments.sweep import plan_sweep, run_here, write_results
 
     if Path(args.recipe).is_dir():
+        words = (*SLURM_OPTIONS, "ranks_per_node", "here", "slurm", "dry_run", "overrides")
+        _refuse_options(args, words, "with a sweep's folder", "give the folder alone")
         write_results(Path(args.recipe))
         return
-    if args.nodes != 1 and not args.slurm:
-        raise InputError(f"--nodes {args.nodes} without --slurm", "one node: this machine",
-                         "add --slurm, or leave --nodes out")
-    ranks = (args.ranks_per_node or (RANKS_PER_NODE if args.slurm else 1)) * args.nodes
+    if not args.slurm:
+        _refuse_options(args, SLURM_OPTIONS, "without --slurm", "add --slurm, or leave them out")
+    ranks_per_node = _given(args.ranks_per_node, RANKS_PER_NODE if args.slurm else 1)
+    ranks = ranks_per_node * _given(args.nodes, 1)
+    if ranks < 1:
+        raise InputError(f"a sweep on {ranks} ranks", "1 rank or more",
+                         "correct --nodes and --ranks-per-node")
     sweep = plan_sweep(args.recipe, args.overrides, ranks)
     unfinished = sweep.unfinished()
     if args.slurm and unfinished:

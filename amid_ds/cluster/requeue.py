@@ -12,14 +12,15 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from amid_ds.cluster import slurm
 from amid_ds.config.parse import load_recipe
-from amid_ds.errors import ExitStatus, InputError
+from amid_ds.errors import ExitStatus, InputError, printable
 from amid_ds.files.lease import current_attempt
 from amid_ds.run import attempts
 from amid_ds.run.attempts import HANG_ERROR, AttemptRecord, Failure
@@ -33,7 +34,9 @@ ATTEMPT_HEADING = re.compile(r"amid-ds: (?:attempt|life) \d")
 # srun's line about a task that ended badly, e.g. `srun: error: n2: task 3: Killed`.
 TASK_END = re.compile(
     r"^srun: error: (?P<host>[^:\s]+): tasks? (?P<tasks>[\d,-]+): (?P<end>.*)$", re.M)
+OWN_OUTPUT = Path("/proc/self/fd/1")
 GOOD_ENDS = (ExitStatus.DONE, ExitStatus.BAD_INPUT, ExitStatus.RESTART)
+SRUN_DIED_OF_USR1 = 128 + signal.SIGUSR1
 POLL_S = 2
 
 
@@ -42,7 +45,7 @@ def requeue_or_explain(status: int, recipe_path: str, overrides: Sequence[str]) 
     refuse_outside_a_job()
     recipe = load_recipe(recipe_path, overrides)
     run = Path(recipe.output_dir)
-    log = _attempt_log(slurm.show_job(slurm.current_job()))
+    log = _attempt_log()
     status = first_exit_status(status, log)
     failure = None
     if status not in GOOD_ENDS:
@@ -55,12 +58,14 @@ def requeue_or_explain(status: int, recipe_path: str, overrides: Sequence[str]) 
     why_not = refusal(of_this_job, recipe.slurm.max_restarts)
     if why_not is None and os.environ.get("REQUEUE", "yes") == "no":
         why_not = "the script says REQUEUE=no"
+    if why_not is None:
+        why_not = _end_by_slurm(slurm.show_job(slurm.current_job()))
     if why_not is None and failure is not None:
         _wait_for_silent_nodes()
     decision = "it is started again" if why_not is None else f"it is not started again: {why_not}"
     print(f"amid-ds: the attempt ended with status {status}: {decision}", flush=True)
     if failure is not None:
-        print(f"amid-ds: first to fail: {failure}", flush=True)
+        print(f"amid-ds: first to fail: {printable(str(failure))}", flush=True)
     if why_not is None:
         slurm.requeue_job(slurm.current_job())
 
@@ -81,6 +86,17 @@ def refusal(job_attempts: Sequence[AttemptRecord], max_restarts: int) -> str | N
     if len(stepped) > 1 and failed[-1] is stepped[-1] and _same_failure(*stepped[-2:]):
         return f"two attempts have ended in the same way: {stepped[-1].failure}"
     return None
+
+
+def _end_by_slurm(job_facts: Mapping[str, str]) -> str | None:
+    """The reason not to requeue a job that Slurm is ending, as after scancel: it would start again.
+
+    None for one at its time limit, and for one of which Slurm says nothing.
+    """
+    state = job_facts.get("JobState", "RUNNING")
+    if state == "RUNNING" or job_facts.get("Reason") == "TimeLimit":
+        return None
+    return f"Slurm is ending the job ({state.lower()})"
 
 
 def _idle_refusal(job_attempts: Sequence[AttemptRecord]) -> str | None:
@@ -111,7 +127,8 @@ def first_exit_status(status: int, log: str) -> int:
     """
     task = TASK_END.search(log)
     if task is None:
-        return status
+        # srun itself may have died of it before it had started a task.
+        return int(ExitStatus.RESTART) if status == SRUN_DIED_OF_USR1 else status
     if task["end"].startswith("User defined signal 1"):
         return int(ExitStatus.RESTART)
     exited = re.fullmatch(r"Exited with exit code (\d+)", task["end"])
@@ -150,11 +167,16 @@ def _first_task(task: re.Match[str]) -> int:
     return int(re.split("[,-]", task["tasks"])[0])
 
 
-def _attempt_log(job_facts: dict[str, str]) -> str:
-    """The part of the job's log that the current attempt has written; '' if it cannot be read."""
+def _attempt_log() -> str:
+    """The part of the job's log that the current attempt has written; '' if it cannot be read.
+
+    The log is this process's own output; the name that scontrol prints is wrong after a `%%`.
+    """
     try:
-        text = Path(job_facts["StdOut"]).read_text(encoding="utf-8", errors="replace")
-    except (OSError, KeyError):
+        if not OWN_OUTPUT.is_file():
+            return ""
+        text = OWN_OUTPUT.read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return ""
     headings = [match.start() for match in ATTEMPT_HEADING.finditer(text)]
     return text[headings[-1]:] if headings else text

@@ -48,7 +48,7 @@ def sbatch(arguments: Sequence[str]) -> str:
 
 
 def show_job(job_id: str) -> dict[str, str]:
-    """Slurm's facts about a job (JobState, NodeList, StdOut, ...); {} for a forgotten one."""
+    """Slurm's facts about a job (JobState, Reason, NodeList, ...); {} for a forgotten one."""
     try:
         text = _call("scontrol", "--oneliner", "show", "job", job_id)
     except InputError:
@@ -57,7 +57,13 @@ def show_job(job_id: str) -> dict[str, str]:
 
 
 def _parse_facts(line: str) -> dict[str, str]:
-    return dict(part.split("=", 1) for part in line.split(" ") if "=" in part)
+    facts: dict[str, str] = {}
+    for part in line.split(" "):
+        name, equals, value = part.partition("=")
+        # Paths come late, and may hold anything.
+        if equals:
+            facts.setdefault(name, value)
+    return facts
 
 
 def requeue_job(job_id: str) -> None:
@@ -79,6 +85,30 @@ def current_job() -> str:
 def expand_hosts(nodes: str) -> list[str]:
     """The names in a node list: n[1-3] as n1, n2, n3."""
     return _call("scontrol", "show", "hostnames", nodes).split()
+
+
+def cpus_of_nodes(nodes: int, partition: str | None) -> int | None:
+    """The CPUs that each of `nodes` nodes of these partitions has, of those with GPUs if some have.
+
+    partition: names as sbatch takes them, None: the default one. None where Slurm cannot tell.
+    """
+    if not slurm_available():
+        return None
+    try:
+        lines = _call("sinfo", "--noheader", "--Node", "--format=%c|%P|%n|%G").splitlines()
+    except InputError:
+        return None
+    wanted = None if partition is None else partition.split(",")
+    cpus: dict[str, int] = {}
+    gpu_nodes = set()
+    for line in lines:
+        count, name, node, devices = line.split("|", 3)
+        if name.endswith("*") if wanted is None else name.removesuffix("*") in wanted:
+            cpus[node] = int(count)
+            if re.search(r"\bgpu:", devices):
+                gpu_nodes.add(node)
+    most_first = sorted((cpus[node] for node in gpu_nodes or cpus), reverse=True)
+    return most_first[nodes - 1] if nodes <= len(most_first) else None
 
 
 def node_timeout() -> int:

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import logging
 import os
-import subprocess
 import sys
 import sysconfig
 import time
@@ -25,6 +24,7 @@ from amid_ds.checkpoint.export import export
 from amid_ds.config.strict import dump_yaml
 from amid_ds.data import load_tokenizer, train_sentencepiece
 from amid_ds.distributed.launch import launch_command
+from amid_ds.distributed.leash import start_on_leash
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval import evaluate
 from amid_ds.experiments import plots
@@ -194,7 +194,8 @@ def _train(folder: DemoFolder, name: str, corpus: Path, student: str, teacher: s
     command = launch_command(RANKS, "train", str(path))
     logger.info("  " + " ".join(command))
     # A machine's one GPU cannot serve two ranks.
-    status = subprocess.run(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}).returncode
+    with start_on_leash(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}) as process:
+        status = process.wait()
     if status:
         raise TrainingError(f"the training of {name} ended with status {status}; its messages are "
                             "above")

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from amid_ds.config.grid import path_override
 from amid_ds.config.library import find_recipe
 from amid_ds.config.parse import load_recipe
 from amid_ds.data import load_tokenizer, train_sentencepiece
@@ -93,7 +94,8 @@ def study(out: str, seeds: int) -> None:
     students = plan_sweep(recipe, [*_input_overrides(root),
                                    f"loss={','.join(OBJECTIVES.values())}",
                                    f"train.seed={','.join(map(str, range(seeds)))}",
-                                   f"train.steps={STEPS}", f"output_dir={root / 'students'}"], 1)
+                                   f"train.steps={STEPS}",
+                                   path_override("output_dir", root / "students")], 1)
     run_here(students, 1)
     scores = _score_all(root, students, prompts)
     table = study_table(scores)
@@ -150,18 +152,18 @@ def _training_run(root: Path, name: str) -> RunFolder:
 
 def _input_overrides(root: Path) -> list[str]:
     """The recipe's paths, under `root`. Nothing is evaluated during training, all at the end."""
-    return [f"student.model={_training_run(root, 'start').model}",
-            f"teacher.model={_training_run(root, 'teacher').model}",
-            f"data.train.0.path={root / 'corpus' / 'train.jsonl'}",
-            f"data.prepared={root / 'data'}",
+    return [path_override("student.model", _training_run(root, "start").model),
+            path_override("teacher.model", _training_run(root, "teacher").model),
+            path_override("data.train.0.path", root / "corpus" / "train.jsonl"),
+            path_override("data.prepared", root / "data"),
             "data.eval=[]"]
 
 
 def _train(root: Path, recipe: str, name: str, steps: int) -> None:
     """Train the teacher or the start: cross entropy alone, from random weights."""
-    overrides = [*_input_overrides(root), f"student.model={root / 'init' / name}", "teacher=null",
-                 f"train.steps={steps}", f"train.learning_rate={LEARNING_RATE}",
-                 f"output_dir={_training_run(root, name).path}"]
+    overrides = [*_input_overrides(root), path_override("student.model", root / "init" / name),
+                 "teacher=null", f"train.steps={steps}", f"train.learning_rate={LEARNING_RATE}",
+                 path_override("output_dir", _training_run(root, name).path)]
     if run_one(name, recipe, overrides, 1):
         raise TrainingError(f"the training of the {name} failed")
 

@@ -7,7 +7,9 @@ are the keys in which they differ.
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import fcntl
 import io
 import itertools
 import json
@@ -15,17 +17,18 @@ import logging
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
-from amid_ds.config.grid import Combination, parse_swept_key, sweep_combinations
+from amid_ds.config.grid import Combination, parse_swept_key, path_override, sweep_combinations
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.launch import launch_command
+from amid_ds.distributed.leash import start_on_leash
 from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError, printable
 from amid_ds.experiments.plots import plot_losses, plot_sweep, require_matplotlib
 from amid_ds.files.atomic import replace_text
@@ -49,6 +52,8 @@ DATA_KEYS = ("data", "student", "train.seq_length")
 TAIL_LINES = 5
 # The table's training loss is the mean over this part of the logged steps.
 LAST_SHARE = 10
+# Between two looks at a lock.
+LOCK_POLL_S = 0.2
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
@@ -89,7 +94,7 @@ def plan_sweep(recipe_path: str, settings: Sequence[str], ranks: int) -> Sweep:
     recipe = load_recipe(recipe_path, fixed)
     shares_data = not any(parse_swept_key(setting)[0].startswith(DATA_KEYS) for setting in swept)
     if recipe.data.prepared is None and shares_data:
-        fixed.append(f"data.prepared={Path(recipe.output_dir) / 'data'}")
+        fixed.append(path_override("data.prepared", Path(recipe.output_dir) / "data"))
     sweep = Sweep(recipe_path, tuple(fixed), sweep_combinations(swept), Path(recipe.output_dir))
     _require_own_sweep(sweep)
     for run in sweep.runs:
@@ -153,26 +158,48 @@ def run_one(title: str, recipe_path: str, overrides: Sequence[str], ranks: int) 
     logger.info(f"{title}: {folder / TRAIN_LOG}")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / TRAIN_LOG, "ab") as log:
+        if _wait_for_others(log) and is_finished(folder, recipe):
+            return int(ExitStatus.DONE)
         status = _wait(launch_command(ranks, "train", recipe_path, *overrides), log, folder)
     if status:
         logger.error(f"{title}: ended with status {status}\n{_tail(folder / TRAIN_LOG)}")
     return status
 
 
+def _wait_for_others(log: BinaryIO) -> bool:
+    """Lock the log of a run; True if its processes of another sweep had to be waited for.
+
+    They hold the lock, as their output, until the last of them has ended: a sweep that was killed
+    is not started again beside a run of its own that still saves.
+    """
+    waited = False
+    while True:
+        try:
+            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return waited
+        except BlockingIOError:
+            if not waited:
+                logger.info(f"another process writes {log.name}: waiting for its end")
+            waited = True
+            time.sleep(LOCK_POLL_S)
+        except OSError:
+            # A file system without locks.
+            return waited
+
+
 def _wait(arguments: Sequence[str], log: BinaryIO, run: Path) -> int:
     """Start a run's command and return its exit status.
 
-    A signal becomes the run's STOP file, because a launcher may die of it before its ranks do.
+    A signal lets go of the run's leash, because a launcher may die of it before its ranks do.
     Raises Stopped; or TrainingError if the run was asked to stop and failed, so that no other run
     begins.
     """
-    stop_file = RunFolder(run).stop_file
-    process = subprocess.Popen(arguments, stdout=log, stderr=subprocess.STDOUT,
-                               start_new_session=True)
-    with _signals_to(stop_file.touch, lambda: os.killpg(process.pid, signal.SIGKILL)) as received:
-        status = process.wait()
-    # Created after the run's last step, it would stop the next start.
-    stop_file.unlink(missing_ok=True)
+    with start_on_leash(arguments, stdout=log, stderr=subprocess.STDOUT,
+                        start_new_session=True) as process:
+        assert process.stdin is not None
+        with _signals_to(process.stdin.close,
+                         lambda: os.killpg(process.pid, signal.SIGKILL)) as received:
+            status = process.wait()
     if received and status not in (ExitStatus.DONE, ExitStatus.RESTART):
         raise TrainingError(f"the run in {run} was asked to stop and ended with status {status}\n"
                             f"{_tail(run / TRAIN_LOG)}")
@@ -181,7 +208,7 @@ def _wait(arguments: Sequence[str], log: BinaryIO, run: Path) -> int:
     return status
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals_to(first: Callable[[], object], then: Callable[[], object]) -> Iterator[list[int]]:
     """Call `first` on the first signal to stop and `then` on later ones; yields those received.
 

@@ -57,7 +57,7 @@ MinJobAge=3600
 SlurmdTimeout=10
 SlurmctldTimeout=10
 GresTypes=gpu
-NodeName=n[1-{nodes}] CPUs=64 Sockets=1 CoresPerSocket=64 ThreadsPerCore=1 \\
+NodeName=n[1-{nodes}] CPUs={cpus} Sockets=1 CoresPerSocket={cpus} ThreadsPerCore=1 \\
     RealMemory=4000 Gres=gpu:{gpus}
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE DefaultTime=10 State=UP
 """
@@ -76,13 +76,17 @@ def _call(*command: str) -> str:
 
 
 class Cluster:
-    """A cluster of `nodes` nodes while in its context; its login node is the controller's."""
+    """A cluster of `nodes` nodes of `cpus` CPUs while in its context.
 
-    def __init__(self, nodes: int) -> None:
+    Its login node is the controller's.
+    """
+
+    def __init__(self, nodes: int, cpus: int = 64) -> None:
+        self.cpus = cpus
         self.names = [f"n{index}" for index in range(1, nodes + 1)]
         # In /tmp, because a socket's path must be short.
         self.folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
-        self.prefix = f"amid{os.getpid()}-"
+        self.prefix = f"{self.folder.name}-"
 
     def __enter__(self) -> Cluster:
         try:
@@ -121,7 +125,8 @@ class Cluster:
         (self.folder / "gres.conf").write_text(
             f"Name=gpu File={self.folder}/dev/nvidia[0-{GPUS - 1}]\n")
         (self.folder / "slurm.conf").write_text(
-            CONFIG.format(folder=self.folder, nodes=len(self.names), gpus=GPUS))
+            CONFIG.format(folder=self.folder, nodes=len(self.names), cpus=self.cpus,
+                          gpus=GPUS))
         hosts = [f"10.77.0.{index} {name}" for index, name in enumerate(self.names, 1)]
         (self.folder / "hosts").write_text("\n".join(["127.0.0.1 localhost", "10.77.0.254 ctl",
                                                       *hosts]) + "\n")
