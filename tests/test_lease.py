@@ -151,6 +151,12 @@ def test_a_later_restart_of_the_same_job_is_never_locked_out(path, process, monk
 def test_a_replaced_holder_commits_nothing_and_leaves_the_others_lease(path):
     lease = Lease.take(path, "the run R")
     path.unlink()
+    path.write_text("something else\n")
+    with pytest.raises(LeaseLostError, match="an unknown process"):
+        lease.check()
+    path.unlink()
+    with pytest.raises(LeaseLostError, match="is gone"):
+        lease.check()
     text = write(path, elsewhere())
     with pytest.raises(LeaseLostError, match=r"the run R is no longer.*on elsewhere"):
         lease.check()
@@ -158,6 +164,24 @@ def test_a_replaced_holder_commits_nothing_and_leaves_the_others_lease(path):
     time.sleep(0.5)
     lease.release()
     assert path.read_text() == text
+
+
+def test_a_start_on_a_full_disk_leaves_no_lease_and_a_full_disk_later_ends_nothing(path,
+                                                                                   monkeypatch):
+    def no_room(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leases.os, "pwrite", no_room)
+        with pytest.raises(InputError, match="No space left"):
+            Lease.take(path, "it")
+        assert not path.exists()
+    with Lease.held(path, "it") as lease:
+        monkeypatch.setattr(leases.os, "pwrite", no_room)
+        # Some heartbeats.
+        time.sleep(0.4)
+        lease.check()
+    assert not path.exists()
 
 
 def test_a_file_of_that_name_that_is_no_lease_is_left_alone(path):

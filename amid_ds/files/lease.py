@@ -159,9 +159,7 @@ class Lease:
         lease = None
         while lease is None:
             try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
-                lease = cls(path, work, Holder.this_process(), descriptor)
-                lease._write()
+                lease = cls._create(path, work)
             except FileExistsError:
                 _remove_if_dead(path, work)
             except OSError as error:
@@ -182,6 +180,19 @@ class Lease:
         finally:
             lease.release()
 
+    @classmethod
+    def _create(cls, path: Path, work: str) -> Lease:
+        """The new file, with its first heartbeat; none where the disk is full."""
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+        lease = cls(path, work, Holder.this_process(), descriptor)
+        try:
+            lease._write()
+        except OSError:
+            os.close(descriptor)
+            path.unlink(missing_ok=True)
+            raise
+        return lease
+
     def check(self) -> None:
         """Raise LeaseLostError if another process has taken over.
 
@@ -191,6 +202,8 @@ class Lease:
             found = _read(self.path)
         except OSError:
             return
+        except InputError:
+            found = (b"", None)
         if found is None or found[1] is None or found[1].token != self.holder.token:
             now = "gone" if found is None else f"that of {found[1] or 'an unknown process'}"
             raise LeaseLostError(f"{self.work} is no longer this process's: {self.path} is {now}\n"
