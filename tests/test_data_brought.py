@@ -500,3 +500,7 @@ def test_the_kind_of_rows_is_found_by_their_columns(tmp_path):
             source = RowOptions().data(str(tmp_path / name)).train[0]
             assert [name for name in kinds if getattr(source, name) is not None] == \
                 ([] if kind == "text" else [kind])
+        # A line that cannot be used does not say what the others are.
+        (tmp_path / "a.jsonl").write_text("\n{}\nno JSON\n" + json.dumps(row))
+        data = RowOptions(on_bad_row="skip").data(str(tmp_path / "a.jsonl"))
+        assert kind == "text" or getattr(data.train[0], kind) is not None

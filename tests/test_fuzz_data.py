@@ -28,7 +28,7 @@ from amid_ds.data.readers import split_file
 from amid_ds.data.sources import read_checked_rows
 from amid_ds.errors import InputError
 
-FEW, MANY = 24, 1500
+FEW, MANY = 24, 400
 MEMORY = 16 << 30
 COLUMNS = {"text": {"text": "text"}, "chat": {"messages": "chat"}}
 

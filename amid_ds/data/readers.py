@@ -179,8 +179,7 @@ def column_names(path: str) -> list[str]:
     if name in LINE_FORMATS:
         size = os.path.getsize(path)
         for line, problem, _ in _read_lines(FileSpan(0, path, 0, size, size)):
-            row = _parse_json(line)[0] if problem is None else None
-            if isinstance(row, dict):
+            if problem is None and (row := _parse_json(line)[0]):
                 return list(row)
     return []
 
