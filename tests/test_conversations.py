@@ -400,11 +400,14 @@ def test_reasoning_that_the_template_leaves_out_is_said(tmp_path, tokenizers):
     tokenizer.chat_template = THINKING
     thought = {"role": "assistant", "content": "<think>\nold stone\n</think>\n\nyes"}
     keyed = {"role": "assistant", "content": "yes", "reasoning_content": "old stone"}
-    chats = [[TURNS[0], thought], [TURNS[0], thought, *TURNS[2:]], [TURNS[0], keyed], TURNS]
+    chats = [[TURNS[0], thought], [TURNS[0], thought, *TURNS[2:]], [TURNS[0], keyed], TURNS,
+             [TURNS[0], {"role": "assistant", "content": "", "tool_calls": CALL},
+              {"role": "tool", "content": "small"}, TURNS[1]]]
     rows, info = template_rows(tmp_path, tokenizer, [{"messages": chat} for chat in chats])
     assert [tokens for tokens, _ in rows] == [own_ids(tokenizer, chat) for chat in chats]
     learnt = [[tokenizer.decode(run) for run in runs] for _, runs in rows]
     assert learnt[0] == [f"<think>\nold stone\n</think>\n\nyes{END}\n"]
     assert learnt[1] == [f"yes{END}\n", f"<think>\n\n</think>\n\n yes 😀 {END}\n"]
+    assert learnt[4] == [f"CALL f{END}\n", f"<think>\n\n</think>\n\nthe answer{END}\n"]
     assert str(info).count("warning") == 1
     assert "warning: 2 rows hold reasoning that the chat template leaves out" in str(info)

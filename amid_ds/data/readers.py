@@ -122,9 +122,12 @@ def split_file(number: int, file: DataFile, target: int) -> Iterator[FileSpan]:
     else:
         starts: Sequence[int] = range(0, size, target)
         if file_format(path) in TEXT_FORMATS:
-            starts = [0, *_unindented_lines(path, starts[1:], target)]
+            starts = list(dict.fromkeys([0, *_unindented_lines(path, starts[1:], target)]))
         for start, stop in itertools.pairwise([*starts, size]):
-            yield FileSpan(number, path, start, stop, stop - start)
+            # A span that lost bytes to the one before is still a shard's worth: lines are counted
+            # by shard.
+            yield FileSpan(number, path, start, stop,
+                           stop - start if stop == size else max(stop - start, target))
 
 
 def _unindented_lines(path: str, places: Iterable[int], target: int) -> Iterator[int]:

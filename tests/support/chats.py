@@ -36,6 +36,7 @@ THINKING = ("{% set ns = namespace(last=-1) %}{% for m in messages %}{% if m.rol
             " if '</think>' in m.content else '' %}"
             "{% if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or thought) %}"
             "{{ '<think>\n' + thought + '\n</think>\n\n' + said }}{% else %}{{ said }}{% endif %}"
+            "{% if m.tool_calls %}CALL {{ m.tool_calls[0].function.name }}{% endif %}"
             "{{ '<|end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}"
             "{% endif %}")
 
