@@ -20,7 +20,7 @@ from support.runs import write_recipe
 
 from amid_ds.cli import main
 from amid_ds.files import ownership
-from amid_ds.files.lease import Holder
+from amid_ds.files.lease import Holder, Lease, _process_start
 from amid_ds.files.ownership import new_folder
 
 OLD_RUNS = Path(__file__).parent / "fixtures" / "old_runs"
@@ -148,8 +148,6 @@ def test_data_that_are_being_prepared_or_read_are_not_replaced_by_others(refused
                                                               "train.seq_length=16")
     process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
     try:
-        from amid_ds.files.lease import _process_start
-
         facts = vars(Holder.this_process()) | {"pid": process.pid,
                                                "started": _process_start(process.pid)}
         (here / "P" / "lease.json").write_text(json.dumps(facts))
@@ -214,6 +212,10 @@ def test_generate_stops_at_no_file_of_the_users_and_overwrites_none(here, capsys
     argv = ["generate", "base", "--prompts", "prompts.jsonl", "--max-new-tokens", "2", "--out"]
     for out in ("answers.jsonl", "other.jsonl", "prompts.jsonl", "", ".", "corpus"):
         assert main([*argv, out]) == 2 and "remedy:" in capsys.readouterr().err
+    assert contents(here) == before
+    # Another process generates there: this one, as it happens.
+    with Lease.held(here / "out.jsonl.lease.json", "the output"):
+        assert main([*argv, "out.jsonl"]) == 2 and "is in use by" in capsys.readouterr().err
     assert contents(here) == before
     assert main([*argv, "out.jsonl"]) == 0
     after = contents(here)
