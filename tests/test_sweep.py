@@ -117,6 +117,8 @@ def test_a_stopped_or_killed_sweep_stops_its_run_in_order_and_starts_no_other(
     ranks.wait_until(lambda: count_steps(first) >= 3, 180)
     ranks.signal(number)
     assert ranks.wait() == [status], ranks.output()
+    said = f"stopped in {first}; the same command goes on from there"
+    assert (said in ranks.output()) == (number == signal.SIGTERM), ranks.output()
     wait_for_the_end_of(first)
     steps = len(read_metrics(first))
     assert 3 <= steps < 400 and (first / "checkpoints" / f"step_{steps:08d}").is_dir()

@@ -204,7 +204,9 @@ def _wait(arguments: Sequence[str], log: BinaryIO, run: Path) -> int:
         raise TrainingError(f"the run in {run} was asked to stop and ended with status {status}\n"
                             f"{_tail(run / TRAIN_LOG)}")
     if received or status == ExitStatus.RESTART:
-        raise Stopped(f"stopped in {run}; the same command goes on from there")
+        message = f"stopped in {run}; the same command goes on from there"
+        logger.info(message)
+        raise Stopped(message)
     return status
 
 
