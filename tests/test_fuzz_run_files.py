@@ -18,7 +18,7 @@ from amid_ds.checkpoint.state import TrainState
 from amid_ds.cluster.status import run_status
 from amid_ds.config.parse import load_recipe
 from amid_ds.errors import InputError
-from amid_ds.experiments.report import read_reported_run
+from amid_ds.experiments.reported_run import read_reported_run
 from amid_ds.experiments.sweep import final_metrics
 from amid_ds.files.json_lines import has_step, truncate_jsonl
 from amid_ds.monitor.memory_probe import read_measurements

@@ -11,29 +11,23 @@ import base64
 import io
 import itertools
 import json
-import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from amid_ds.cluster.status import run_status
 from amid_ds.errors import InputError, printable
 from amid_ds.experiments.plots import figure_text, require_matplotlib
+from amid_ds.experiments.reported_run import Curve, ReportedRun, read_reported_run
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.ownership import require_own_file
-from amid_ds.monitor.memory_probe import Measurements, read_measurements
-from amid_ds.monitor.step_timer import OUTSIDE_STEPS, PHASES
+from amid_ds.monitor.step_timer import OUTSIDE_STEPS
 from amid_ds.planning.check import plan_measured_run
-from amid_ds.run.attempts import AttemptRecord, read_attempts
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.log import read_evaluations, read_metrics
 
 # In the head of every page, by which it is known as ours.
 PAGE_SIGN = '<meta name="generator" content="amid-ds report">'
-# Points of a curve.
-POINTS = 1000
 # A curve of fewer points is drawn with a marker for each.
 FEW_POINTS = 40
 # Title: (key in metrics.jsonl, label of the vertical axis).
@@ -53,16 +47,6 @@ CURVES = {
 PART_COLOURS = ["#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#b07aa1", "#76b7b2", "#edc948",
                 "#9c755f", "#bab0ac", "#d37295", "#8cd17d", "#499894"]
 RUN_COLOURS = 10
-# A line of eval.jsonl; its numbers are None where the run had none.
-EvaluationLine = Mapping[str, Any]
-
-
-class Curve(NamedTuple):
-    """Points of a curve; each is the mean of `lines_per_point` logged lines, at the last step."""
-
-    steps: list[int]
-    values: list[float]
-    lines_per_point: int
 
 
 @dataclass(frozen=True)
@@ -81,79 +65,6 @@ class ReportSection:
     title: str
     drawings: Sequence[Drawing]
     notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class ReportedRun:
-    """One run, as read from its folder.
-
-    measured: the measurements of memory and network, None if there are none; unmeasured: the
-    reason.
-    """
-
-    name: str
-    folder: Path
-    steps: Sequence[Mapping[str, Any]]
-    evaluations: Sequence[EvaluationLine]
-    attempts: Sequence[AttemptRecord]
-    measured: Measurements | None
-    unmeasured: str
-
-    @property
-    def restarts(self) -> list[int]:
-        """The first steps of all attempts but the first."""
-        return [attempt.first_step for attempt in self.attempts[1:]
-                if attempt.first_step is not None]
-
-    def curve(self, key: str) -> Curve:
-        """The curve of `key`, without steps that have no value, thinned to POINTS points."""
-        points = [(line["step"], line[key]) for line in self.steps if line.get(key) is not None]
-        width = math.ceil(len(points) / POINTS) or 1
-        parts = [points[start:start + width] for start in range(0, len(points), width)]
-        means = [statistics.fmean(value for _, value in part) for part in parts]
-        return Curve([part[-1][0] for part in parts], means, width)
-
-    def evaluation_curve(self, name: str, key: str) -> Curve:
-        """The curve of `key` on the evaluation set `name`."""
-        lines = [line for line in self.evaluations
-                 if line["name"] == name and line.get(key) is not None]
-        return Curve([line["step"] for line in lines], [line[key] for line in lines], 1)
-
-    def seconds_by_phase(self) -> dict[str, float]:
-        """Seconds of all steps by phase. A line's are means over the steps since the last one."""
-        total = dict.fromkeys(PHASES, 0.0)
-        last_step = 0
-        for line in self.steps:
-            for name in PHASES:
-                total[name] += (line.get(f"time/{name}") or 0.0) * (line["step"] - last_step)
-            last_step = line["step"]
-        return total
-
-    @property
-    def last_evaluations(self) -> list[EvaluationLine]:
-        """Each set's last line."""
-        return list({line["name"]: line for line in self.evaluations}.values())
-
-
-def read_reported_run(folder: Path, name: str) -> ReportedRun:
-    """Read a run's folder. Raises InputError for one without a run that has logged a step."""
-    run = RunFolder(folder)
-    if not run.exists:
-        raise InputError(f"{folder} is not the folder of a run",
-                         "a folder with recipe.yaml and metrics.jsonl",
-                         "give the recipe's output_dir")
-    steps = read_metrics(folder)
-    if not steps:
-        raise InputError(f"{folder} has no metrics yet", "metrics.jsonl with a step at least",
-                         "report on it once it has logged its first step")
-    measured = None
-    unmeasured = ""
-    try:
-        measured = read_measurements(folder)
-    except InputError as error:
-        unmeasured = error.found
-    return ReportedRun(name, folder, steps, read_evaluations(folder),
-                       read_attempts(folder), measured, unmeasured)
 
 
 def report(folders: Sequence[str], out: str, trust_remote_code: bool = False) -> None:
