@@ -13,9 +13,10 @@ import math
 import triton
 import triton.language as tl
 
-from amid_ds.losses import objective as objectives
 from amid_ds.losses.objective import (
+    INFINITE_RATIO,
     KL,
+    LOG_ZERO,
     ORDERS,
     AlphaBeta,
     AMiD,
@@ -24,9 +25,8 @@ from amid_ds.losses.objective import (
     TotalVariation,
 )
 
-# Those of objective.py.
-LOG_ZERO = tl.constexpr(objectives.LOG_ZERO)
-INFINITE_RATIO = tl.constexpr(objectives.INFINITE_RATIO)
+ZERO_LOG = tl.constexpr(LOG_ZERO)
+UNBOUNDED = tl.constexpr(INFINITE_RATIO)
 
 # The constexpr MIXTURE: r is the student, the teacher, or their mixture for α = 1 or any other α.
 MIXTURE_STUDENT = tl.constexpr(0)
@@ -93,14 +93,30 @@ def load_logits(pointer, offsets, mask, scale, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def at_least_log_zero(log):
-    """LOG_ZERO for a logarithm of -inf; NaN stays."""
-    return tl.where(log < LOG_ZERO, LOG_ZERO, log)
+    """ZERO_LOG for a logarithm of -inf; NaN stays."""
+    return tl.where(log < ZERO_LOG, ZERO_LOG, log)
+
+
+@triton.jit
+def load_log_probs(pointer, offsets, mask, scale, cap, inverse_tau, peak, norm,
+                   CAPPED: tl.constexpr):
+    """Log-probabilities at the temperature, given their log-sum-exp in two parts."""
+    z = load_logits(pointer, offsets, mask, scale, cap, CAPPED)
+    return at_least_log_zero(z * inverse_tau - peak - norm)
 
 
 @triton.jit
 def infinite_where(value, infinite):
     """`value`, and infinity where `infinite` is true."""
     return tl.where(infinite, float("inf"), value)
+
+
+@triton.jit
+def add_to_logsumexp(peak, sums, x, mask):
+    """Peak and Σ exp(… - peak), lane by lane, with the unmasked numbers x added."""
+    x = tl.where(mask, x, -float("inf"))
+    new = tl.maximum(peak, tl.max(x, 0))
+    return new, sums * tl.exp(peak - new) + tl.exp(x - new)
 
 
 @triton.jit
@@ -123,7 +139,7 @@ def log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE: tl.constexpr):
         log_r = log_p
     elif MIXTURE == MIXTURE_GEOMETRIC:
         log_r = log_q + lam * (log_p - log_q)
-        log_r = tl.where(log_r < LOG_ZERO / INFINITE_RATIO, LOG_ZERO, log_r)
+        log_r = tl.where(log_r < ZERO_LOG / UNBOUNDED, ZERO_LOG, log_r)
         w = w + (1.0 - lam)
     else:
         x = c * (log_p - log_q)
@@ -149,10 +165,10 @@ def divergence_terms(log_a, log_b, x, y, DIVERGENCE: tl.constexpr):
         a = tl.exp(log_a)
         d_a = a * (log_a - log_b)
         d_b = tl.exp(log_b) - a
-        value = infinite_where(d_a + d_b, log_a - log_b > INFINITE_RATIO)
+        value = infinite_where(d_a + d_b, log_a - log_b > UNBOUNDED)
     elif DIVERGENCE == DIVERGENCE_ALPHA_BETA:
         # Where neither has any probability, powers below 0 are infinite and their sum is 0.
-        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -INFINITE_RATIO)
+        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -UNBOUNDED)
         log_a = tl.where(neither, 0.0, log_a)
         log_b = tl.where(neither, 0.0, log_b)
         both = tl.exp(x * log_a + y * log_b)

@@ -25,11 +25,13 @@ from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses.block import Block, RowNormalisers, RowStatistics, needs_normaliser
 from amid_ds.losses.kernel_math import (
     DIVERGENCE_CODES,
-    INFINITE_RATIO,
-    LOG_ZERO,
+    UNBOUNDED,
+    ZERO_LOG,
+    add_to_logsumexp,
     at_least_log_zero,
     divergence_arguments,
     infinite_where,
+    load_log_probs,
     load_logits,
     load_pair,
     log_mixture,
@@ -154,7 +156,7 @@ def _normalisers_kernel(
     row = tl.program_id(0).to(tl.int64)
     tokens = tl.num_programs(0)
     # No -inf: a block of columns may hold nothing else.
-    max_q = tl.full((), LOG_ZERO, tl.float32)
+    max_q = tl.full((), ZERO_LOG, tl.float32)
     max_p = max_q
     max_z = max_q
     sum_q = tl.zeros((BLOCK,), tl.float32)
@@ -166,21 +168,12 @@ def _normalisers_kernel(
         z = load_logits(student + row * student_stride, columns, mask, student_scale, student_cap,
                         STUDENT_CAPPED)
         if HAS_TEACHER:
-            q = tl.where(mask, z * inverse_tau, -float("inf"))
-            new = tl.maximum(max_q, tl.max(q, 0))
-            sum_q = sum_q * tl.exp(max_q - new) + tl.exp(q - new)
-            max_q = new
+            max_q, sum_q = add_to_logsumexp(max_q, sum_q, z * inverse_tau, mask)
             p = load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale,
                             teacher_cap, TEACHER_CAPPED)
-            p = tl.where(mask, p * inverse_tau, -float("inf"))
-            new = tl.maximum(max_p, tl.max(p, 0))
-            sum_p = sum_p * tl.exp(max_p - new) + tl.exp(p - new)
-            max_p = new
+            max_p, sum_p = add_to_logsumexp(max_p, sum_p, p * inverse_tau, mask)
         if HAS_Z:
-            z = tl.where(mask, z, -float("inf"))
-            new = tl.maximum(max_z, tl.max(z, 0))
-            sum_z = sum_z * tl.exp(max_z - new) + tl.exp(z - new)
-            max_z = new
+            max_z, sum_z = add_to_logsumexp(max_z, sum_z, z, mask)
     if HAS_TEACHER:
         tl.store(rows + row, max_q)
         tl.store(rows + tokens + row, tl.log(tl.sum(sum_q, 0)))
@@ -209,12 +202,10 @@ def _assistant_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
-        log_q = at_least_log_zero(
-            load_logits(student + row * student_stride, columns, mask, student_scale, student_cap,
-                        STUDENT_CAPPED) * inverse_tau - peak_q - norm_q)
-        log_p = at_least_log_zero(
-            load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale, teacher_cap,
-                        TEACHER_CAPPED) * inverse_tau - peak_p - norm_p)
+        log_q = load_log_probs(student + row * student_stride, columns, mask, student_scale,
+                               student_cap, inverse_tau, peak_q, norm_q, STUDENT_CAPPED)
+        log_p = load_log_probs(teacher + row * teacher_stride, columns, mask, teacher_scale,
+                               teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
         log_r, _ = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
         new = tl.maximum(peak, tl.max(tl.where(mask, log_r, -float("inf")), 0))
         r = tl.where(mask, tl.exp(tl.where(mask, log_r, new) - new), 0.0)
@@ -250,12 +241,10 @@ def _kl_moments_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
-        log_q = at_least_log_zero(
-            load_logits(student + row * student_stride, columns, mask, student_scale, student_cap,
-                        STUDENT_CAPPED) * inverse_tau - peak_q - norm_q)
-        log_p = at_least_log_zero(
-            load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale, teacher_cap,
-                        TEACHER_CAPPED) * inverse_tau - peak_p - norm_p)
+        log_q = load_log_probs(student + row * student_stride, columns, mask, student_scale,
+                               student_cap, inverse_tau, peak_q, norm_q, STUDENT_CAPPED)
+        log_p = load_log_probs(teacher + row * teacher_stride, columns, mask, teacher_scale,
+                               teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
         log_r, w = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
         if DETACHED:
             w = tl.zeros_like(w)
@@ -269,23 +258,20 @@ def _kl_moments_kernel(
             t = rp * (log_r - log_p) + rq * (log_r - log_q)
             t_r = t_r * rescale + r * t
             wt_r = wt_r * rescale + r * w * t
-            if RP:
-                value = infinite_where(value, mask & (log_r - log_p > INFINITE_RATIO))
-            if RQ:
-                value = infinite_where(value, mask & (log_r - log_q > INFINITE_RATIO))
+            value = infinite_where(value, mask & (t > UNBOUNDED))
         if PR or RP:
             p = tl.where(mask, tl.exp(log_p), 0.0)
             excess += (rp - pr) * p
             if PR:
                 fall = tl.where(mask, log_p - log_r, 0.0)
-                value += infinite_where(pr * p * fall, fall > INFINITE_RATIO)
+                value += infinite_where(pr * p * fall, fall > UNBOUNDED)
                 w_models += pr * p * w
         if QR or RQ:
             q = tl.where(mask, tl.exp(log_q), 0.0)
             excess += (rq - qr) * q
             if QR:
                 fall = tl.where(mask, log_q - log_r, 0.0)
-                value += infinite_where(qr * q * fall, fall > INFINITE_RATIO)
+                value += infinite_where(qr * q * fall, fall > UNBOUNDED)
                 pull += qr * q * fall
                 w_models += qr * q * w
     total = tl.sum(sum_r, 0)
@@ -326,12 +312,10 @@ def _sums_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
-        log_q = at_least_log_zero(
-            load_logits(student + row * student_stride, columns, mask, student_scale, student_cap,
-                        STUDENT_CAPPED) * inverse_tau - peak_q - norm_q)
-        log_p = at_least_log_zero(
-            load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale, teacher_cap,
-                        TEACHER_CAPPED) * inverse_tau - peak_p - norm_p)
+        log_q = load_log_probs(student + row * student_stride, columns, mask, student_scale,
+                               student_cap, inverse_tau, peak_q, norm_q, STUDENT_CAPPED)
+        log_p = load_log_probs(teacher + row * teacher_stride, columns, mask, teacher_scale,
+                               teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
         log_r, w = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
         log_r = log_r - peak_r - norm_r
         if DETACHED:
@@ -396,9 +380,8 @@ def _gradient_kernel(
         g = tl.zeros_like(z)
         if HAS_KD:
             log_q = at_least_log_zero(z * inverse_tau - peak_q - norm_q)
-            log_p = at_least_log_zero(
-                load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale,
-                            teacher_cap, TEACHER_CAPPED) * inverse_tau - peak_p - norm_p)
+            log_p = load_log_probs(teacher + row * teacher_stride, columns, mask, teacher_scale,
+                                   teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
             log_r, w = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
             log_r = log_r - peak_r - norm_r
             if DETACHED:
