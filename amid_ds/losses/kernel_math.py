@@ -13,7 +13,6 @@ import math
 import triton
 import triton.language as tl
 
-from amid_ds.losses.block import Block
 from amid_ds.losses.objective import (
     INFINITE_RATIO,
     KL,
@@ -26,13 +25,8 @@ from amid_ds.losses.objective import (
     TotalVariation,
 )
 
-# objective.LOG_ZERO and INFINITE_RATIO as kernels take them.
-LOG_OF_ZERO = tl.constexpr(LOG_ZERO)
-TO_INFINITY = tl.constexpr(INFINITE_RATIO)
-
-# Columns that a program reads at once.
-MIN_COLUMNS, MAX_COLUMNS = 16, 2048
-NUM_WARPS = 8
+ZERO_LOG = tl.constexpr(LOG_ZERO)
+UNBOUNDED = tl.constexpr(INFINITE_RATIO)
 
 # The constexpr MIXTURE: r is the student, the teacher, or their mixture for α = 1 or any other α.
 MIXTURE_STUDENT = tl.constexpr(0)
@@ -86,21 +80,6 @@ def divergence_arguments(objective: AMiD) -> dict[str, float]:
     return {"x": x, "y": y, "DIVERGENCE": DIVERGENCE_CODES[type(divergence)]}
 
 
-def logit_arguments(block: Block) -> dict[str, float]:
-    """The arguments of the kernels that read both models' logits, and their launch's."""
-    student, teacher, objective = block.student, block.teacher or block.student, block.objective
-    columns = triton.next_power_of_2(student.width)
-    return {
-        "width": student.width,
-        "inverse_tau": 1.0 if objective is None else 1 / objective.temperature,
-        "student_scale": student.scale, "student_cap": student.softcap or 0.0,
-        "teacher_scale": teacher.scale, "teacher_cap": teacher.softcap or 0.0,
-        "STUDENT_CAPPED": student.softcap is not None,
-        "TEACHER_CAPPED": teacher.softcap is not None,
-        "BLOCK": min(MAX_COLUMNS, max(MIN_COLUMNS, columns)), "num_warps": NUM_WARPS,
-    }
-
-
 @triton.jit
 def load_logits(pointer, offsets, mask, scale, cap, CAPPED: tl.constexpr):
     """Logits in fp32, scaled and capped; 0 where masked."""
@@ -114,14 +93,14 @@ def load_logits(pointer, offsets, mask, scale, cap, CAPPED: tl.constexpr):
 
 @triton.jit
 def at_least_log_zero(log):
-    """LOG_OF_ZERO for a logarithm of -inf; NaN stays."""
-    return tl.where(log < LOG_OF_ZERO, LOG_OF_ZERO, log)
+    """ZERO_LOG for a logarithm of -inf; NaN stays."""
+    return tl.where(log < ZERO_LOG, ZERO_LOG, log)
 
 
 @triton.jit
-def load_log_probability(pointer, offsets, mask, scale, cap, inverse_tau, peak, norm,
-                         CAPPED: tl.constexpr):
-    """Logarithms of probabilities at a temperature; LOG_OF_ZERO for a probability of 0."""
+def load_log_probs(pointer, offsets, mask, scale, cap, inverse_tau, peak, norm,
+                   CAPPED: tl.constexpr):
+    """Log-probabilities at the temperature, given their log-sum-exp in two parts."""
     z = load_logits(pointer, offsets, mask, scale, cap, CAPPED)
     return at_least_log_zero(z * inverse_tau - peak - norm)
 
@@ -130,6 +109,14 @@ def load_log_probability(pointer, offsets, mask, scale, cap, inverse_tau, peak, 
 def infinite_where(value, infinite):
     """`value`, and infinity where `infinite` is true."""
     return tl.where(infinite, float("inf"), value)
+
+
+@triton.jit
+def add_to_logsumexp(peak, sums, x, mask):
+    """Peak and Σ exp(… - peak), lane by lane, with the unmasked numbers x added."""
+    x = tl.where(mask, x, -float("inf"))
+    new = tl.maximum(peak, tl.max(x, 0))
+    return new, sums * tl.exp(peak - new) + tl.exp(x - new)
 
 
 @triton.jit
@@ -152,7 +139,7 @@ def log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE: tl.constexpr):
         log_r = log_p
     elif MIXTURE == MIXTURE_GEOMETRIC:
         log_r = log_q + lam * (log_p - log_q)
-        log_r = tl.where(log_r < LOG_OF_ZERO / TO_INFINITY, LOG_OF_ZERO, log_r)
+        log_r = tl.where(log_r < ZERO_LOG / UNBOUNDED, ZERO_LOG, log_r)
         w = w + (1.0 - lam)
     else:
         x = c * (log_p - log_q)
@@ -178,10 +165,10 @@ def divergence_terms(log_a, log_b, x, y, DIVERGENCE: tl.constexpr):
         a = tl.exp(log_a)
         d_a = a * (log_a - log_b)
         d_b = tl.exp(log_b) - a
-        value = infinite_where(d_a + d_b, log_a - log_b > TO_INFINITY)
+        value = infinite_where(d_a + d_b, log_a - log_b > UNBOUNDED)
     elif DIVERGENCE == DIVERGENCE_ALPHA_BETA:
         # Where neither has any probability, powers below 0 are infinite and their sum is 0.
-        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -TO_INFINITY)
+        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -UNBOUNDED)
         log_a = tl.where(neither, 0.0, log_a)
         log_b = tl.where(neither, 0.0, log_b)
         both = tl.exp(x * log_a + y * log_b)

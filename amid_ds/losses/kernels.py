@@ -25,16 +25,16 @@ from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses.block import Block, RowNormalisers, RowStatistics, needs_normaliser
 from amid_ds.losses.kernel_math import (
     DIVERGENCE_CODES,
-    LOG_OF_ZERO,
-    TO_INFINITY,
+    UNBOUNDED,
+    ZERO_LOG,
+    add_to_logsumexp,
     at_least_log_zero,
     divergence_arguments,
     infinite_where,
-    load_log_probability,
+    load_log_probs,
     load_logits,
     load_pair,
     log_mixture,
-    logit_arguments,
     mixture_arguments,
     objective_terms,
     order_arguments,
@@ -43,6 +43,9 @@ from amid_ds.losses.moments import MOMENT_ROWS, merge_moments, sums_from_moments
 from amid_ds.losses.objective import KL, AMiD
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Columns that a program reads at once.
+MIN_COLUMNS, MAX_COLUMNS = 16, 2048
+NUM_WARPS = 8
 
 
 def supports(objective: AMiD | None, dtypes: list[torch.dtype]) -> bool:
@@ -58,7 +61,7 @@ def log_normalisers(block: Block) -> Tensor:
     if rows.numel():
         _normalisers_kernel[(block.tokens,)](
             *_models(block), rows, HAS_TEACHER=block.teacher is not None, HAS_Z="z" in names,
-            **logit_arguments(block))
+            **_logit_arguments(block))
     return rows
 
 
@@ -70,7 +73,7 @@ def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowSta
     objective = block.objective
     assert objective is not None and norms.log_p is not None and norms.log_q is not None
     grid, models = (block.tokens,), (*_models(block), norms.log_p, norms.log_q)
-    logits, mixture = logit_arguments(block), mixture_arguments(objective)
+    logits, mixture = _logit_arguments(block), mixture_arguments(objective)
 
     def empty(rows: int) -> Tensor:
         return torch.empty(rows, block.tokens, dtype=torch.float32, device=block.device)
@@ -113,7 +116,7 @@ def write_gradient(block: Block, norms: RowNormalisers, stats: RowStatistics | N
         HAS_KD=block.kd_scale is not None, HAS_CE=has_ce, HAS_ASSISTANT=log_assistant is not None,
         DETACHED=objective.detach_assistant, **order_arguments(objective),
         **divergence_arguments(objective), **mixture_arguments(objective),
-        **logit_arguments(block))
+        **_logit_arguments(block))
 
 
 def _models(block: Block) -> tuple[Tensor, int, Tensor, int]:
@@ -125,6 +128,20 @@ def _models(block: Block) -> tuple[Tensor, int, Tensor, int]:
 def _or_unread(tensor: Tensor | None, block: Block) -> Tensor:
     """`tensor`, or for None any pointer: the kernel does not read it."""
     return block.student.raw if tensor is None else tensor
+
+
+def _logit_arguments(block: Block) -> dict[str, float]:
+    student, teacher, objective = block.student, block.teacher or block.student, block.objective
+    columns = triton.next_power_of_2(student.width)
+    return {
+        "width": student.width,
+        "inverse_tau": 1.0 if objective is None else 1 / objective.temperature,
+        "student_scale": student.scale, "student_cap": student.softcap or 0.0,
+        "teacher_scale": teacher.scale, "teacher_cap": teacher.softcap or 0.0,
+        "STUDENT_CAPPED": student.softcap is not None,
+        "TEACHER_CAPPED": teacher.softcap is not None,
+        "BLOCK": min(MAX_COLUMNS, max(MIN_COLUMNS, columns)), "num_warps": NUM_WARPS,
+    }
 
 
 @triton.jit
@@ -139,7 +156,7 @@ def _normalisers_kernel(
     row = tl.program_id(0).to(tl.int64)
     tokens = tl.num_programs(0)
     # No -inf: a block of columns may hold nothing else.
-    max_q = tl.full((), LOG_OF_ZERO, tl.float32)
+    max_q = tl.full((), ZERO_LOG, tl.float32)
     max_p = max_q
     max_z = max_q
     sum_q = tl.zeros((BLOCK,), tl.float32)
@@ -151,21 +168,12 @@ def _normalisers_kernel(
         z = load_logits(student + row * student_stride, columns, mask, student_scale, student_cap,
                         STUDENT_CAPPED)
         if HAS_TEACHER:
-            q = tl.where(mask, z * inverse_tau, -float("inf"))
-            new = tl.maximum(max_q, tl.max(q, 0))
-            sum_q = sum_q * tl.exp(max_q - new) + tl.exp(q - new)
-            max_q = new
+            max_q, sum_q = add_to_logsumexp(max_q, sum_q, z * inverse_tau, mask)
             p = load_logits(teacher + row * teacher_stride, columns, mask, teacher_scale,
                             teacher_cap, TEACHER_CAPPED)
-            p = tl.where(mask, p * inverse_tau, -float("inf"))
-            new = tl.maximum(max_p, tl.max(p, 0))
-            sum_p = sum_p * tl.exp(max_p - new) + tl.exp(p - new)
-            max_p = new
+            max_p, sum_p = add_to_logsumexp(max_p, sum_p, p * inverse_tau, mask)
         if HAS_Z:
-            z = tl.where(mask, z, -float("inf"))
-            new = tl.maximum(max_z, tl.max(z, 0))
-            sum_z = sum_z * tl.exp(max_z - new) + tl.exp(z - new)
-            max_z = new
+            max_z, sum_z = add_to_logsumexp(max_z, sum_z, z, mask)
     if HAS_TEACHER:
         tl.store(rows + row, max_q)
         tl.store(rows + tokens + row, tl.log(tl.sum(sum_q, 0)))
@@ -194,10 +202,10 @@ def _assistant_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
-        log_q = load_log_probability(student + row * student_stride, columns, mask, student_scale,
-                                     student_cap, inverse_tau, peak_q, norm_q, STUDENT_CAPPED)
-        log_p = load_log_probability(teacher + row * teacher_stride, columns, mask, teacher_scale,
-                                     teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
+        log_q = load_log_probs(student + row * student_stride, columns, mask, student_scale,
+                               student_cap, inverse_tau, peak_q, norm_q, STUDENT_CAPPED)
+        log_p = load_log_probs(teacher + row * teacher_stride, columns, mask, teacher_scale,
+                               teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
         log_r, _ = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
         new = tl.maximum(peak, tl.max(tl.where(mask, log_r, -float("inf")), 0))
         r = tl.where(mask, tl.exp(tl.where(mask, log_r, new) - new), 0.0)
@@ -233,10 +241,10 @@ def _kl_moments_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
-        log_q = load_log_probability(student + row * student_stride, columns, mask, student_scale,
-                                     student_cap, inverse_tau, peak_q, norm_q, STUDENT_CAPPED)
-        log_p = load_log_probability(teacher + row * teacher_stride, columns, mask, teacher_scale,
-                                     teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
+        log_q = load_log_probs(student + row * student_stride, columns, mask, student_scale,
+                               student_cap, inverse_tau, peak_q, norm_q, STUDENT_CAPPED)
+        log_p = load_log_probs(teacher + row * teacher_stride, columns, mask, teacher_scale,
+                               teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
         log_r, w = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
         if DETACHED:
             w = tl.zeros_like(w)
@@ -250,23 +258,20 @@ def _kl_moments_kernel(
             t = rp * (log_r - log_p) + rq * (log_r - log_q)
             t_r = t_r * rescale + r * t
             wt_r = wt_r * rescale + r * w * t
-            if RP:
-                value = infinite_where(value, mask & (log_r - log_p > TO_INFINITY))
-            if RQ:
-                value = infinite_where(value, mask & (log_r - log_q > TO_INFINITY))
+            value = infinite_where(value, mask & (t > UNBOUNDED))
         if PR or RP:
             p = tl.where(mask, tl.exp(log_p), 0.0)
             excess += (rp - pr) * p
             if PR:
                 fall = tl.where(mask, log_p - log_r, 0.0)
-                value += infinite_where(pr * p * fall, fall > TO_INFINITY)
+                value += infinite_where(pr * p * fall, fall > UNBOUNDED)
                 w_models += pr * p * w
         if QR or RQ:
             q = tl.where(mask, tl.exp(log_q), 0.0)
             excess += (rq - qr) * q
             if QR:
                 fall = tl.where(mask, log_q - log_r, 0.0)
-                value += infinite_where(qr * q * fall, fall > TO_INFINITY)
+                value += infinite_where(qr * q * fall, fall > UNBOUNDED)
                 pull += qr * q * fall
                 w_models += qr * q * w
     total = tl.sum(sum_r, 0)
@@ -307,10 +312,10 @@ def _sums_kernel(
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         mask = columns < width
-        log_q = load_log_probability(student + row * student_stride, columns, mask, student_scale,
-                                     student_cap, inverse_tau, peak_q, norm_q, STUDENT_CAPPED)
-        log_p = load_log_probability(teacher + row * teacher_stride, columns, mask, teacher_scale,
-                                     teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
+        log_q = load_log_probs(student + row * student_stride, columns, mask, student_scale,
+                               student_cap, inverse_tau, peak_q, norm_q, STUDENT_CAPPED)
+        log_p = load_log_probs(teacher + row * teacher_stride, columns, mask, teacher_scale,
+                               teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
         log_r, w = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
         log_r = log_r - peak_r - norm_r
         if DETACHED:
@@ -375,9 +380,8 @@ def _gradient_kernel(
         g = tl.zeros_like(z)
         if HAS_KD:
             log_q = at_least_log_zero(z * inverse_tau - peak_q - norm_q)
-            log_p = load_log_probability(teacher + row * teacher_stride, columns, mask,
-                                         teacher_scale, teacher_cap, inverse_tau, peak_p, norm_p,
-                                         TEACHER_CAPPED)
+            log_p = load_log_probs(teacher + row * teacher_stride, columns, mask, teacher_scale,
+                                   teacher_cap, inverse_tau, peak_p, norm_p, TEACHER_CAPPED)
             log_r, w = log_mixture(log_p, log_q, c, lam, log_lam, log_rest, MIXTURE)
             log_r = log_r - peak_r - norm_r
             if DETACHED:
