@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from amid_ds.errors import InputError
-from amid_ds.files.atomic import replace_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -211,7 +210,7 @@ def train_sentencepiece(texts: Iterable[str], folder: Path, vocab_size: int) -> 
                          "least 300 or so",
                          "give it more text, or another vocab_size") from None
     folder.mkdir(parents=True, exist_ok=True)
-    replace_bytes(folder / "sentencepiece.model", model.getvalue())
+    (folder / "sentencepiece.model").write_bytes(model.getvalue())
     tokenizer_from_sentencepiece(model.getvalue(), str(folder)).save_pretrained(folder)
 
 
