@@ -35,6 +35,7 @@ FACTS_OF_EVENT: Mapping[str, Types] = {
     "submitted": {"jobs": list, "folder": str},
     "begun": {"nodes": str, "ranks": int, "changed": dict},
     "stepping": {"step": int},
+    "saved": {"step": int},
     "ended": {"status": int, "failure": (dict, NoneType)},
 }
 # Characters of an error's first line that a failure keeps.
