@@ -322,7 +322,7 @@ def _parse_json(text: str) -> tuple[dict[str, object], str | None]:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         # A ValueError also where a number has more digits than Python reads.
-        hint = ("; each line is to be an object by itself (`jq -c '.[]'` makes such lines of a list)"
+        hint = ("; each line is to be an object by itself (`jq -c '.[]'` makes lines of a list)"
                 if text.strip() in ("[", "{") else "")
         return {}, f"not JSON: {error}{hint}"
     if not isinstance(row, dict):
