@@ -216,6 +216,12 @@ def test_a_bad_line_is_named_or_skipped(tmp_path, line):
     assert texts_of(tmp_path / "a.jsonl", on_bad_row="skip") == ["first", "last"]
 
 
+def test_json_over_several_lines_is_refused_with_what_makes_lines_of_it(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}], indent=1))
+    refused(r"a.json line 1: not JSON: .*each line is to be an object by itself \(`jq -c",
+            tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.txt"])
 def test_a_line_too_long_to_hold_is_one_bad_row(tmp_path, monkeypatch, name):
     monkeypatch.setattr(readers, "MAX_LINE_BYTES", 1000)

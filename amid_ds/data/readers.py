@@ -353,14 +353,13 @@ def _parse_json(text: str) -> tuple[dict[str, object], str | None]:
     """(the object in a line, or an empty one; the line's problem or None)."""
     if not text.strip():
         return {}, "an empty line"
-    if text.lstrip().startswith("["):
-        return {}, ("begins a JSON list where a line is to be an object (`jq -c '.[]'` makes such "
-                    "lines)")
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
         # A ValueError also where a number has more digits than Python reads.
-        return {}, f"not JSON: {error}"
+        hint = ("; each line is to be an object by itself (`jq -c '.[]'` makes lines of a list)"
+                if text.strip() in ("[", "{") else "")
+        return {}, f"not JSON: {error}{hint}"
     if not isinstance(row, dict):
         return {}, f"holds {json_type_name(row)} where an object is expected"
     return row, None
