@@ -303,8 +303,7 @@ def markdown_table(titles: Sequence[str], lines: Sequence[Sequence[object]],
                    left_aligned: int = 1) -> str:
     """A Markdown table with floats to four significant digits; the other columns align right."""
     rule = ["---"] * left_aligned + ["---:"] * (len(titles) - left_aligned)
-    rows = [[_cell(title) for title in titles], rule,
-            *([_cell(value) for value in line] for line in lines)]
+    rows = [map(_cell, titles), rule, *(map(_cell, line) for line in lines)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in rows)
 
 
@@ -313,7 +312,7 @@ def _cell(value: object) -> str:
         return ""
     if isinstance(value, float):
         return f"{value:.4g}"
-    # One cell of one line, whatever it holds.
+    # A name may have a bar in it, or what a terminal would obey.
     return printable(str(value), keep="").replace("|", "\\|")
 
 
