@@ -139,11 +139,10 @@ def _unindented_lines(path: str, places: Iterable[int], target: int) -> Iterator
     with open(path, "rb") as file:
         for place in places:
             file.seek(place - 1)
-            file.readline()
-            start = file.tell()
-            while (line := file.readline()) and line[:1].isspace():
-                start = file.tell()
-            if line and start < place + target:
+            start = place - 1 + _pass_line(file)
+            while (first := file.read(1)).isspace():
+                start += 1 if first == b"\n" else 1 + _pass_line(file)
+            if first and start < place + target:
                 yield start
 
 
@@ -221,8 +220,7 @@ def text_before_span(span: FileSpan, most: int) -> str:
         return ""
     with open(span.path, "rb") as file:
         file.seek(span.start - 1)
-        file.readline()
-        stop = file.tell()
+        stop = span.start - 1 + _pass_line(file)
         file.seek(max(stop - most, 0))
         return file.read(min(most, stop)).decode("utf-8", errors="ignore")
 
