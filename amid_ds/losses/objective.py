@@ -117,9 +117,10 @@ class KL(Divergence):
 
     def terms(self, a: LogProbs, b: LogProbs) -> Terms:
         ratio = a.log - b.log
-        d_a = ratio * a.p
+        infinite = ratio > INFINITE_RATIO
+        d_a = ratio.mul_(a.p)
         d_b = b.p - a.p
-        return (d_a + d_b).masked_fill_(ratio > INFINITE_RATIO, math.inf), d_a, d_b
+        return (d_a + d_b).masked_fill_(infinite, math.inf), d_a, d_b
 
 
 @register
