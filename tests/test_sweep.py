@@ -191,7 +191,7 @@ def test_a_run_that_fails_is_named_with_its_output_and_the_others_run(recipe, tm
     (tmp_path / "out" / "loss.lam=0.1" / "metrics.jsonl").mkdir(parents=True)
     assert main(["sweep", str(recipe), "loss.lam=0.1,0.9"]) == 1
     message = capsys.readouterr().err
-    assert "1 of 2 run(s) failed: loss.lam=0.1" in message and "ended with status 1" in message
+    assert "1 of 2 run(s) failed: loss.lam=0.1" in message and "ended with status 2" in message
     assert len(read_metrics(tmp_path / "out" / "loss.lam=0.9")) == 2
 
 

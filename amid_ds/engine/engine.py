@@ -41,7 +41,6 @@ class Engine:
     def __init__(self, deepspeed_engine: Any, world: World,
                  gathered_bytes: gather.GatheredBytes | None = None) -> None:
         self._deepspeed, self.world = deepspeed_engine, world
-        tensor_files.read_safely(deepspeed_engine)
         self.gathered_bytes = gathered_bytes or gather.GatheredBytes()
         self.module: nn.Module = deepspeed_engine.module
         self._step_hooks: OrderedDict[int, Callable[[], None]] = OrderedDict()
@@ -203,6 +202,7 @@ class Engine:
 
         Raises TrainingError where the files are not what DeepSpeed wrote.
         """
+        tensor_files.read_safely(self._deepspeed)
         try:
             loaded, _ = self._deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name,
                                                         load_module_strict=False)
