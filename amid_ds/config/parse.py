@@ -137,19 +137,33 @@ def _no_section(override: str, problem: str) -> InputError:
                       "a.b=value where a is a section of the recipe", "check the key")
 
 
+def default_of(key: str) -> object:
+    """The value that a dotted key of the recipe has where none is given; None if it must be."""
+    *location, name = key.split(".")
+    section = _section_at([part for part in location if not part.isdigit()])
+    field = section.model_fields.get(name) if section is not None else None
+    if field is None or field.is_required():
+        return None
+    return field.get_default(call_default_factory=True)
+
+
 def _known_keys(location: Sequence[int | str]) -> list[str]:
     """The keys of the section at `location`, a path of keys and list indices; or []."""
+    section = _section_at([part for part in location if isinstance(part, str)])
+    return list(section.model_fields) if section is not None else []
+
+
+def _section_at(location: Sequence[str]) -> type[Section] | None:
+    """The class of the section at a path of keys; None where there is no section."""
     section: type[Section] | None = Recipe
     for part in location:
-        if isinstance(part, int):
-            continue
         field = section.model_fields.get(part) if section is not None else None
         if field is None:
-            return []
+            return None
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
         section = next((candidate for candidate in candidates
                         if isinstance(candidate, type) and issubclass(candidate, Section)), None)
-    return list(section.model_fields) if section is not None else []
+    return section
 
 
 def _error_lines(error: ValidationError) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from amid_ds.checkpoint.manifest import Manifest
-from amid_ds.config.parse import load_recipe, resolved
+from amid_ds.config.parse import default_of, load_recipe, resolved
 from amid_ds.config.recipe import Recipe
 from amid_ds.errors import InputError
 from amid_ds.models.loading import resolved_commit
@@ -91,9 +91,13 @@ def refuse_other_identity(checkpoint: Path, identity: Mapping[str, object],
 
 def _differences(before: Mapping[str, object], now: Mapping[str, object],
                  allowed: Sequence[str]) -> str:
-    """A line for each key that differs and may not."""
+    """A line for each key that differs and may not.
+
+    A key that an older version did not know has had its default.
+    """
     uses_evaluation = any(key.startswith("rollout.adaptive.") for key in (*before, *now))
     free = (*MAY_CHANGE, *(() if uses_evaluation else EVALUATION_KEYS), *allowed)
+    before = {**{key: default_of(key) for key in now.keys() - before.keys()}, **before}
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
                and not any(key == name or key.startswith(f"{name}.") for name in free)]
     return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now"
