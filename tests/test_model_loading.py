@@ -69,6 +69,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda folder: rewrite(folder, lambda weights: {
             name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}),
         ["1 missing: lm_head.weight"]),
+    "integers without a scale": (
+        lambda folder: rewrite(folder, lambda weights: {
+            **weights, "lm_head.weight": weights["lm_head.weight"].to(torch.int8)}),
+        ["1 quantized, without a quantization_config: lm_head.weight I8"]),
     "all names prefixed": (
         lambda folder: rewrite(folder, lambda weights: {
             f"module.{name}": tensor for name, tensor in weights.items()}),

@@ -112,6 +112,32 @@ def test_inputs_equal_to_inside_or_around_outputs_are_refused(case, refused, her
         refused(command, "r.yaml", *OVERLAPS[case])
 
 
+def test_a_run_or_data_inside_what_another_run_replaces_are_refused(refused, here):
+    shutil.copytree(OLD_RUNS / "stream", here / "run")
+    for place in ("checkpoints", "model", "start/deeper"):
+        assert "another run" in refused("train", "r.yaml", f"output_dir=run/{place}/again")
+        assert "another run" in refused("prepare", "r.yaml", f"data.prepared=run/{place}/data")
+
+
+def test_data_of_an_evaluation_set_that_are_not_ours_are_refused_before_anything(refused, here):
+    (here / "D" / "eval" / "held" / "shards").mkdir(parents=True)
+    write_texts(here / "D" / "eval" / "held" / "shards" / "held.jsonl")
+    refused("prepare", "r.yaml", "data.prepared=D",
+            "data.eval=[{path: corpus/shards/b.jsonl, name: held}]")
+
+
+def test_named_data_that_another_version_prepared_are_refused_as_such(here, capsys):
+    assert main(["prepare", "r.yaml", "data.prepared=D"]) == 0
+    for name in ("plan.json", "manifest.json"):
+        text = (here / "D" / name).read_text()
+        assert '"format": 3' in text
+        (here / "D" / name).write_text(text.replace('"format": 3', '"format": 2'))
+    capsys.readouterr()
+    assert main(["prepare", "r.yaml", "data.prepared=D"]) == 2
+    message = capsys.readouterr().err
+    assert "prepared by another version" in message and "or remove this one" in message
+
+
 def test_what_is_legal_stays_so(here, capsys):
     """A recipe and logs in the run's folder, a hidden file, the data inside it; a second time."""
     (here / "P" / "logs").mkdir(parents=True)
@@ -170,7 +196,7 @@ def test_a_study_a_demo_and_a_tokenizer_go_into_no_folder_of_somebody_elses(refu
 
 def test_an_export_leaves_its_neighbours_alone(here, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(shutil.copytree(OLD_RUNS, tmp_path / "old"))
-    for name in (".out.tmp", ".out.old", ".out.mine"):
+    for name in (".out.tmp", ".out.old", ".out.mine", f".out{ownership.STAGING_SIGN}mine"):
         (tmp_path / "e" / name).mkdir(parents=True)
         (tmp_path / "e" / name / "thesis.tex").write_text("the only copy")
     before = contents(tmp_path / "e")

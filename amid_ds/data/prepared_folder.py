@@ -108,6 +108,10 @@ def _replace_plan(folder: Path, plan: PreparedPlan) -> None:
 
 def _other_plan(folder: Path, present: PreparedPlan | None, plan: PreparedPlan,
                 remedy: str) -> InputError:
+    if present is not None and present["format"] != plan["format"]:
+        return InputError(f"{folder} was prepared by another version of amid-ds: its format is "
+                          f"{present['format']}, this version's {plan['format']}",
+                          "a folder that this version prepared", remedy)
     return InputError(f"{folder} was prepared differently: {_first_difference(present, plan)}",
                       "a folder prepared from this recipe's data, tokenizer and seq_length", remedy)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,7 +103,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     other hidden folders of this name are those of makers that were killed.
     """
     prefix = f".{path.name}{STAGING_SIGN}"
-    for leftover in [entry for entry in path.parent.iterdir() if entry.name.startswith(prefix)]:
+    ours = re.compile(rf"{re.escape(prefix)}.+\.\d+")
+    for leftover in [entry for entry in path.parent.iterdir() if ours.fullmatch(entry.name)]:
         shutil.rmtree(leftover, ignore_errors=True)
     staging = path.with_name(f"{prefix}{os.uname().nodename}.{os.getpid()}")
     staging.mkdir()

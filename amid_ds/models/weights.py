@@ -19,6 +19,8 @@ from amid_ds.errors import InputError
 # The most names of each kind, and characters of another library's error, in a message.
 MAX_NAMES = 4
 MAX_REASON = 200
+# How the dtypes of weights begin, as torch and safetensors name them: 8 bits need a scale.
+FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64", "BF16", "F16", "F32", "F64")
 
 
 def require_weights(meta: Any, model: str, revision: str | None = None, fetch: bool = True) -> None:
@@ -44,11 +46,15 @@ def require_weights(meta: Any, model: str, revision: str | None = None, fetch: b
             pretrained_model_name_or_path=model, ignore_mismatched_sizes=True,
             device_map={"": torch.device("meta")}, dtype=meta.dtype,
             weight_mapping=get_model_conversion_mapping(meta))
+        headers = {name: header for file in files for name, header in _headers(file).items()}
+        floats = {name for name, tensor in meta.named_parameters() if tensor.is_floating_point()}
+        integers = [f"{name} {dtype}" for name, (_, dtype) in headers.items()
+                    if name in floats and not dtype.startswith(FLOAT_DTYPES)]
         hollow = {name: torch.empty(shape, dtype=meta.dtype, device="meta")
-                  for file in files for name, shape in _shapes(file).items()}
+                  for name, (shape, _) in headers.items()}
         report, _ = meta._load_pretrained_model(meta, hollow, None, config)
         report = meta._finalize_model_loading(meta, config, report)
-    refuse_other_keys(model, vars(report))
+    refuse_other_keys(model, {**vars(report), "integers": integers})
 
 
 def _weight_files(meta: Any, model: str, revision: str | None, fetch: bool) -> list[str] | None:
@@ -70,17 +76,18 @@ def _weight_files(meta: Any, model: str, revision: str | None, fetch: bool) -> l
     return files
 
 
-def _shapes(file: str) -> dict[str, Sequence[int]]:
-    """The shapes of the tensors in a weight file, by name, without their values."""
+def _headers(file: str) -> dict[str, tuple[Sequence[int], str]]:
+    """(shape, dtype) of the tensors in a weight file, by name, without their values."""
     from safetensors import safe_open
     from transformers.modeling_utils import load_state_dict
 
     if not file.endswith(".safetensors"):
-        return {name: tensor.shape
+        return {name: (tensor.shape, str(tensor.dtype).removeprefix("torch."))
                 for name, tensor in load_state_dict(file, map_location="meta").items()}
     # As numpy's: for torch it would reserve memory for the whole file.
     with safe_open(file, framework="numpy") as opened:
-        return {name: opened.get_slice(name).get_shape() for name in opened.keys()}   # noqa: SIM118
+        slices = {name: opened.get_slice(name) for name in opened.keys()}   # noqa: SIM118
+        return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
 
 
 @contextmanager
@@ -109,6 +116,7 @@ def refuse_other_keys(model: str, report: Mapping[str, Any]) -> None:
                   for name, found, expected in report["mismatched_keys"]]
     problems = {"missing": report["missing_keys"], "unexpected": report["unexpected_keys"],
                 "of another shape": mismatched,
+                "quantized, without a quantization_config": report.get("integers", ()),
                 "not convertible": report.get("conversion_errors", ())}
     found = "; ".join(f"{len(names)} {kind}: {_first(names)}"
                       for kind, names in problems.items() if names)

@@ -43,7 +43,8 @@ def check_places(recipe: Recipe) -> None:
     require_own_folder(run.path, run.is_own, "output_dir", is_spared)
     require_own_model(run)
     if not recipe.data.streams:
-        require_own_prepared(recipe.prepared_dir)
+        for subfolder in recipe.data.parts():
+            require_own_prepared(recipe.prepared_dir / subfolder)
     other = find_run(recipe.student.model)
     if other is not None and other.resolve() == run.path.resolve():
         raise InputError(f"student.model, {recipe.student.model}, is the run's own folder",
@@ -55,6 +56,21 @@ def check_places(recipe: Recipe) -> None:
     for setting, path in _inputs(recipe):
         for place in (*places, prepared):
             _refuse_overlap(setting, path, place)
+    for setting, path in (("output_dir", os.path.realpath(run.path)), ("data.prepared", prepared)):
+        _refuse_inside_another_run(setting, Path(path))
+
+
+def _refuse_inside_another_run(setting: str, path: Path) -> None:
+    """Raise InputError where another run would replace or prune what is written to `path`."""
+    for parent in path.parents:
+        other = RunFolder(parent)
+        if not other.exists:
+            continue
+        for place in map(os.path.realpath, _written_places(other)):
+            if path.is_relative_to(place):
+                raise InputError(f"{setting}, {path}, is inside {place}, which another run writes",
+                                 "a folder apart from what another run writes",
+                                 f"set {setting} to another folder")
 
 
 def is_exported(model: Path) -> bool:
