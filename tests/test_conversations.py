@@ -14,6 +14,7 @@ import pytest
 from support.chats import (
     END,
     INST,
+    PHI,
     PLAIN,
     ROLE_TOKENS,
     SENTENCES,
@@ -65,8 +66,8 @@ def own_ids(tokenizer, messages, **fields):
     return tokenizer.apply_chat_template(messages, **fields)["input_ids"]
 
 
-@pytest.mark.parametrize("template", [ZEPHYR, INST, PLAIN, ROLE_TOKENS, THINKING],
-                         ids=["zephyr", "inst", "plain", "role tokens", "thinking"])
+@pytest.mark.parametrize("template", [ZEPHYR, INST, PHI, PLAIN, ROLE_TOKENS, THINKING],
+                         ids=["zephyr", "inst", "phi", "plain", "role tokens", "thinking"])
 @pytest.mark.parametrize("name", ["normalizer", "metaspace", "byte level"])
 def test_a_conversation_has_the_ids_of_the_whole_and_learns_what_the_assistant_says(
         tmp_path, tokenizers, name, template):

@@ -4,6 +4,7 @@ holes, several ends; the same in train, eval and generate."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import transformers as t
 from support.data import write_instructions, write_texts
 from support.models import WORDS, make_model, make_tokenizer
+from support.ranks import Ranks
 from support.runs import write_recipe
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
@@ -145,6 +147,45 @@ def test_a_logit_of_minus_infinity_is_the_models_own(shared_model):
     model.lm_head.bias.data[3] = float("-inf")
     heads.check_head(model, "the teacher", heads.ids_to_check(model, 10),
                      lambda _: torch.no_grad())
+
+
+def save_banning(folder: Path, banned: int, seed: int = 0) -> Path:
+    """A model whose head gives the id `banned` a logit of -inf, and the word-level tokenizer."""
+    torch.manual_seed(seed)
+    model = t.PhiForCausalLM(t.PhiConfig(**SIZES))
+    model.lm_head.bias.data[banned] = float("-inf")
+    make_tokenizer(folder)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_infinite_loss_is_said_by_token_and_id(shared_model, tmp_path, ranks):
+    student = save_banning(tmp_path / "student", VOCABULARY - 2)
+    texts = write_texts(tmp_path / "t.jsonl", rows=20)
+    recipe = write_recipe(tmp_path / "r.yaml", student, shared_model("llama", 1), texts,
+                          tmp_path / "run", loss={"preset": "fkl"}, tensor_parallel=ranks)
+    job = Ranks(ranks, "train", recipe)
+    assert job.wait(120) == [1] * ranks
+    message = job.output(0)
+    assert f"a logit of -inf, the student's for id {VOCABULARY - 2})" in message
+    assert re.search(r"rank 0: \S+t.jsonl line \d+ \(the divergence at token 1 of the row, "
+                     r"which id \d+ follows, is inf\)", message)
+    assert "Traceback" not in message
+
+
+def test_eval_names_the_token_and_the_id_that_make_a_score_infinite(shared_model, tmp_path, capsys):
+    texts = write_texts(tmp_path / "t.jsonl", rows=20)
+    tokenizer = load_tokenizer(str(shared_model("llama", 1)))
+    second = tokenizer(json.loads(texts.read_text().splitlines()[0])["text"])["input_ids"][1]
+    for banned, more, cause in (
+            (second, [], "it is the next of the data"),
+            (2, ["--teacher", str(shared_model("llama", 1))], "it has 0.* of the teacher")):
+        model = save_banning(tmp_path / str(banned), banned)
+        assert main(["eval", str(model), "--data", str(texts), *more]) == 1
+        message = capsys.readouterr().err
+        assert re.search(rf"after token 1 of the row from \S+t.jsonl line 1 the model gives id "
+                         rf"{banned} no probability .*, and {cause}", message), message
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ would also match a user who types them. A template that marks the turns (`{% gen
 itself where they are. With any other, the conversation is rendered up to each assistant turn, with
 the generation prompt, which has to be a beginning of the whole: there the turn begins. It ends
 where the conversation up to and with it does; or, if the template writes the last turn otherwise
-(Qwen 3 puts an empty thought into it), where what follows the turn in both is found in the whole.
-A template that does neither is refused.
+(Qwen 3 puts an empty thought into it, Phi 3 the end of the text behind it), where what follows the
+turn in both is found in the whole. A template that does neither is refused.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, messages: Sequence[ChatMessa
             text, learnt = _render(tokenizer, template, messages, fields, marked=True)
         else:
             text = render(messages)
-            learnt = _turns(render, messages, text)
+            learnt = _turns(render, messages, text, tokenizer.eos_token or "")
     except Exception as error:
         # A template is its author's program, and raises anything.
         raise ValueError(f"the chat template cannot be used: {error}") from None
@@ -134,8 +134,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str, messages: Sequenc
     return texts[0], marks[0] if marked else []
 
 
-def _turns(render: Callable[..., str], messages: Sequence[ChatMessage],
-           whole: str) -> list[Stretch]:
+def _turns(render: Callable[..., str], messages: Sequence[ChatMessage], whole: str,
+           eos_token: str) -> list[Stretch]:
     """The stretches of the assistant's turns in the whole conversation's text."""
     turns: list[Stretch] = []
     done = 0
@@ -143,7 +143,7 @@ def _turns(render: Callable[..., str], messages: Sequence[ChatMessage],
         if message["role"] != "assistant":
             continue
         before = render(messages[:number], prompted=True)
-        stop = _turn_end(render, messages, number, whole)
+        stop = _turn_end(render, messages, number, whole, eos_token)
         if not (whole.startswith(before) and done <= len(before) <= stop):
             raise ValueError(f"it changes the text before message {number + 1} as the conversation "
                              "grows, so the assistant's turns cannot be told; mark them in it with "
@@ -153,8 +153,8 @@ def _turns(render: Callable[..., str], messages: Sequence[ChatMessage],
     return turns
 
 
-def _turn_end(render: Callable[..., str], messages: Sequence[ChatMessage], number: int,
-              whole: str) -> int:
+def _turn_end(render: Callable[..., str], messages: Sequence[ChatMessage], number: int, whole: str,
+              eos_token: str) -> int:
     """Where the turn ends that is message `number`; 0 if that cannot be told."""
     after = render(messages[:number + 1])
     if whole.startswith(after):
@@ -166,6 +166,9 @@ def _turn_end(render: Callable[..., str], messages: Sequence[ChatMessage], numbe
                                   else "a"}]
     end = _common_ending(after, render(other))
     rest = _common_ending(whole, render([*other, *messages[number + 1:]]))
+    if not rest.startswith(end):
+        # The end of the text may stand behind the last turn alone.
+        end = end.removesuffix(eos_token)
     return len(whole) - len(rest) + len(end) if rest.startswith(end) else 0
 
 

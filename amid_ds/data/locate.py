@@ -168,7 +168,8 @@ def _saved_files(folder: str, source: Source) -> list[DataFile]:
     splits = {name: _saved_split(os.path.join(folder, name))[1] for name in names}
     if not source.names_split and len(splits) > 1:
         raise InputError(f"the data set in {folder} has the splits {', '.join(splits)}, and the "
-                         "source names none", "the split to read", "name it: `split: train`")
+                         "source names none", "the split to read",
+                         "name it: `split: train` in the recipe, `--split train` in `eval`")
     return _split_files(source.split, splits, folder)
 
 

@@ -134,7 +134,8 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
     AGREED_SUM: tokens at which both models have the same first choice. CONFIDENCE_SUMS: by bin of
     the first choice's probability, the sum of that probability; CORRECT_COUNTS: by the same bin,
     the number of right first choices. Without a teacher KL_SUM, REVERSE_KL_SUM and AGREED_SUM are
-    0. Raises TrainingError if a model's logits are NaN.
+    0. Raises TrainingError if a model's logits are NaN, or the model gives a token no probability
+    that the data have or the teacher may choose.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(CORRECT_COUNTS.stop, dtype=torch.float64, device=device)
@@ -142,11 +143,13 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
         labels = batch.labels.flatten()
         keep = labels != IGNORE_INDEX
         labels = labels[keep]
+        places = keep.nonzero()[:, 0]
         hidden = _hidden_states(model, batch, keep)
         teacher_hidden = None if teacher is None else _hidden_states(teacher, batch, keep)
         for start in range(0, len(labels), TOKENS_AT_ONCE):
             part = slice(start, start + TOKENS_AT_ONCE)
             log_q = _log_probabilities(model, hidden[part], vocab_size)
+            log_p = None
             sums[NLL_SUM] += F.nll_loss(log_q, labels[part], reduction="sum")
             confidence, choice = log_q.max(-1)
             if teacher is not None and teacher_hidden is not None:
@@ -154,6 +157,8 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
                 sums[KL_SUM] += _kl_sum(log_p, log_q)
                 sums[REVERSE_KL_SUM] += _kl_sum(log_q, log_p)
                 sums[AGREED_SUM] += (choice == log_p.argmax(-1)).sum()
+            if not sums[[NLL_SUM, KL_SUM]].isfinite().all():
+                _name_impossible(batch, places[part], labels[part], log_q, log_p)
             confidence = confidence.exp().double()
             bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
             sums[CONFIDENCE_SUMS].index_add_(0, bins, confidence)
@@ -161,6 +166,25 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
         sums[TOKEN_COUNT] += len(labels)
     values: list[float] = sums.tolist()
     return values
+
+
+def _name_impossible(batch: Batch, places: torch.Tensor, labels: torch.Tensor, log_q: torch.Tensor,
+                     log_p: torch.Tensor | None) -> None:
+    """Raise TrainingError that names the first token without a probability where one is needed.
+
+    places, labels: of the tokens, whose log-probabilities are log_q, log_p [n, V].
+    """
+    needed = F.one_hot(labels, log_q.shape[1]) > 0
+    if log_p is not None:
+        needed |= log_p > -math.inf
+    for token, missing in (needed & (log_q == -math.inf)).nonzero()[:1].tolist():
+        row, column = divmod(int(places[token]), batch.labels.shape[1])
+        need = ("is the next of the data" if missing == labels[token] or log_p is None
+                else f"has {log_p[token, missing].exp().item():.3g} of the teacher")
+        where = f" of the row from {batch.sources[row]}" if batch.sources else ""
+        raise TrainingError(f"after token {column + 1}{where} the model gives id {missing} no "
+                            f"probability (a logit of -inf), and it {need}: the loss or the "
+                            "divergence is infinite")
 
 
 def _kl_sum(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:

@@ -36,11 +36,15 @@ class StepObjective:
 
 
 class MicroBatchLoss(NamedTuple):
-    """Scalars of one micro-batch: weighted loss (with gradient), divergence and cross entropy."""
+    """Scalars of one micro-batch: weighted loss (with gradient), divergence and cross entropy.
+
+    tokens: [n, 2], the divergence and cross entropy of each token, as far as they count.
+    """
 
     loss: Tensor
     kd: Tensor
     ce: Tensor
+    tokens: Tensor
 
 
 class FusedHead(nn.Module):
@@ -67,15 +71,17 @@ class FusedHead(nn.Module):
         student_head, teacher_head = self.heads()
         if teacher_hidden is None:
             teacher_head = None
+        weights = (0.0 if teacher_hidden is None else objective.kd_weight, objective.ce_weight)
         with phase("loss"):
             out = linear_amid_loss(
                 student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
-                token_weights=token_weights, labels=labels,
-                kd_weight=0.0 if teacher_hidden is None else objective.kd_weight,
-                ce_weight=objective.ce_weight, vocab_size=self.vocab_size, shard=self.shard)
-        sums = [out.loss.new_zeros(()) if part is None else (token_weights * part).sum()
-                for part in (out.kd, out.ce)]
-        return MicroBatchLoss(out.loss, *sums)
+                token_weights=token_weights, labels=labels, kd_weight=weights[0],
+                ce_weight=weights[1], vocab_size=self.vocab_size, shard=self.shard)
+        kd, ce = (out.loss.new_zeros(()) if part is None else (token_weights * part).sum()
+                  for part in (out.kd, out.ce))
+        tokens = [torch.zeros_like(token_weights) if part is None or not weight else part
+                  for part, weight in zip((out.kd, out.ce), weights, strict=True)]
+        return MicroBatchLoss(out.loss, kd, ce, torch.stack(tokens, -1))
 
 
 class Distiller(nn.Module):

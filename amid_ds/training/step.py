@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from amid_ds.training.objective import objective_at
 from amid_ds.training.rollout import StepBatch
 
 Metrics = dict[str, float | None]
+MAX_IDS_SHOWN = 10
 
 
 class _MicroBatch(NamedTuple):
@@ -77,13 +79,13 @@ class Stepper:
         torch.manual_seed(step_seed(recipe.train.seed, step, self.world.dp_rank))
         self.engine.start_step(rate)
         micro_batches = self._micro_batches(batch, auxiliary, objective)
-        losses = self._forward_backward(micro_batches, len(batch.window), objective)
+        losses, tokens = self._forward_backward(micro_batches, len(batch.window), objective)
         sums = self._reduce(losses, len(batch.window))
-        self._require_finite(f"the loss of step {step + 1} is {sums.loss}", sums.loss, losses,
+        self._require_finite(f"the loss of step {step + 1} is {sums.loss}", sums.loss, tokens,
                              micro_batches)
         with phase("optimizer"):
             norm = self.engine.optimizer_step()
-        self._require_finite(f"the gradient norm of step {step + 1} is not finite", norm, losses,
+        self._require_finite(f"the gradient norm of step {step + 1} is not finite", norm, tokens,
                              micro_batches)
         uses_teacher = self.engine.distiller.uses_teacher(objective)
         if uses_teacher and recipe.loss.adaptive is not None:
@@ -115,8 +117,9 @@ class Stepper:
         return micro_batches
 
     def _forward_backward(self, micro_batches: list[_MicroBatch], main_count: int,
-                          objective: StepObjective) -> Tensor:
-        """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy.
+                          objective: StepObjective) -> tuple[Tensor, list[Tensor]]:
+        """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy; and of
+        each micro-batch its tokens' as `MicroBatchLoss` has them.
 
         Gradients are accumulated. The teacher runs first, over the first `main_count`
         micro-batches at once.
@@ -129,7 +132,7 @@ class Stepper:
                 teacher_hidden[:main_count] = self.engine.teacher_hidden_states(
                     [each.batch for each in micro_batches[:main_count]],
                     train.micro_batch_size * train.seq_length, self.teacher_batch)
-        losses = []
+        losses, tokens = [], []
         with self.engine.gathered_head(distiller.teacher if uses_teacher else None):
             for index, (batch, divisor, own) in enumerate(micro_batches):
                 token_weights = (batch.labels != IGNORE_INDEX).float() / divisor
@@ -142,7 +145,8 @@ class Stepper:
                 with phase("backward"):
                     self.engine.backward(loss.loss)
                 losses.append(torch.stack([loss.loss.detach(), loss.kd, loss.ce]))
-        return torch.stack(losses).double()
+                tokens.append(loss.tokens)
+        return torch.stack(losses).double(), tokens
 
     def _reduce(self, losses: Tensor, main_count: int) -> _StepSums:
         """The step's sums over all ranks, in one collective that also spreads ranks' statistics."""
@@ -156,20 +160,20 @@ class Stepper:
                   else 1.0)
         return _StepSums(loss, kd, ce, auxiliary / weight)
 
-    def _require_finite(self, problem: str, value: float | None, losses: Tensor,
+    def _require_finite(self, problem: str, value: float | None, tokens: list[Tensor],
                         micro_batches: list[_MicroBatch]) -> None:
         """Raise TrainingError, on every rank alike, unless the reduced `value` is a finite number.
 
-        The message names the ranks and rows behind it. The weights are those of the step before.
+        The message names the ranks, rows and tokens behind it. The weights are those of the step
+        before.
         """
         if value is not None and math.isfinite(value):
             return
-        bad = [index for index, finite in enumerate(losses[:, 0].isfinite().tolist()) if not finite]
-        report = self.world.gather([source for index in bad
-                                    for source in micro_batches[index].batch.sources])
+        report = self.world.gather([place for each, own in zip(micro_batches, tokens, strict=True)
+                                    for place in _bad_places(each.batch, own)])
         if value == math.inf:
             problem += (" (a token has no probability in one distribution and some in the other: a "
-                        "logit of -inf)")
+                        f"logit of -inf{self._banned_ids()})")
         lines = [f"    - rank {rank}: {', '.join(sources)}"
                  for rank, sources in enumerate(report) if sources]
         if not lines:
@@ -181,6 +185,41 @@ class Stepper:
                      for rank, sources in enumerate(everyone)]
         raise TrainingError(f"{problem}; no optimizer step was taken. Where it arose:\n"
                             + "\n".join(lines))
+
+
+    def _banned_ids(self) -> str:
+        """Which ids the two heads' biases give no probability, as a part of a message. Collective.
+        """
+        distiller = self.engine.distiller
+        with (self.engine.gathered_head(distiller.student),
+              self.engine.gathered_head(distiller.teacher)):
+            start = 0 if distiller.head.shard is None else distiller.head.shard.start
+            own = [[] if head is None or head.bias is None
+                   else ((head.bias == -math.inf).nonzero()[:, 0] + start).tolist()
+                   for head in distiller.head.heads()]
+        said = ""
+        for name, ids in zip(("student", "teacher"), zip(*self.world.gather(own), strict=True),
+                             strict=True):
+            if some := sorted({i for part in ids for i in part if i < distiller.head.vocab_size}):
+                more = f" and {len(some) - MAX_IDS_SHOWN} more" * (len(some) > MAX_IDS_SHOWN)
+                said += (f", the {name}'s for id {', '.join(map(str, some[:MAX_IDS_SHOWN]))}{more}")
+        return said
+
+
+def _bad_places(batch: Batch, tokens: Tensor) -> Iterator[str]:
+    """The rows in which a token's divergence or cross entropy is not finite, and the first such
+    token of each."""
+    rows, columns = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)
+    bad = ~tokens.isfinite()
+    seen = set()
+    for index in bad.any(-1).nonzero()[:, 0].tolist():
+        row, column = int(rows[index]), int(columns[index])
+        if row not in seen:
+            seen.add(row)
+            part = "divergence" if bad[index, 0] else "cross entropy"
+            yield (f"{batch.sources[row]} (the {part} at token {column + 1} of the row, which id "
+                   f"{int(batch.labels[row, column])} follows, is "
+                   f"{tokens[index][bad[index]][0].item()})")
 
 
 def _objective_metrics(objective: StepObjective, uses_teacher: bool) -> Metrics:

@@ -21,6 +21,10 @@ ZEPHYR = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + 
 INST = ("{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}"
         "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% elif m['role'] == 'assistant' %}"
         "{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}")
+# As Phi 3: the end of the text stands behind the last turn alone.
+PHI = ("{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}"
+       "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}"
+       "{% else %}{{ eos_token }}{% endif %}")
 PLAIN = ("{% for m in messages %}{{ m['role'] | upper + ': ' + m['content'] + '\n' }}{% endfor %}"
          "{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}")
 ROLE_TOKENS = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + (m['content'] or '') }}"
