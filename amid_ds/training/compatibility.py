@@ -25,8 +25,6 @@ MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepare
               "teacher.placement", "tensor_parallel", "deepspeed")
 # Also free, unless rollout.adaptive uses the validation loss.
 EVALUATION_KEYS = ("data.eval", "train.eval_every")
-# Keys that checkpoints of earlier versions lack, with the value that those versions worked by.
-ADDED_KEYS = {"loss.temperature_scaling": "none"}
 
 
 def pin_models(recipe: Recipe) -> Recipe:
@@ -82,8 +80,7 @@ def refuse_other_identity(checkpoint: Path, identity: Mapping[str, object],
                           allowed: Sequence[str]) -> None:
     """Raise InputError if the checkpoint learnt from another teacher, tokenizer, data or loss."""
     saved = Manifest.read(checkpoint)
-    added = {key: value for key, value in ADDED_KEYS.items() if key in identity}
-    before = {**added, **saved.identity, "student.dtype": saved.layout.student_dtype}
+    before = {**saved.identity, "student.dtype": saved.layout.student_dtype}
     lines = _differences(before, identity, allowed)
     if lines:
         raise InputError(f"what {checkpoint} was trained with has changed since:\n{lines}",
