@@ -174,6 +174,21 @@ def test_an_infinite_loss_is_said_by_token_and_id(shared_model, tmp_path, ranks)
     assert "Traceback" not in message
 
 
+def test_an_infinite_evaluation_is_null_and_said_and_ends_no_run(shared_model, tmp_path):
+    """Reverse KL is finite where the student never says a token; the evaluation's KL is not."""
+    student = save_banning(tmp_path / "student", VOCABULARY - 2)
+    texts = write_texts(tmp_path / "t.jsonl", rows=20)
+    recipe = write_recipe(tmp_path / "r.yaml", student, shared_model("llama", 1), texts,
+                          tmp_path / "run", loss={"preset": "rkl"},
+                          data__eval=[{"path": str(texts), "text": "text"}])
+    job = Ranks(1, "train", recipe)
+    assert job.wait(120) == [0]
+    assert job.output(0).count("WARNING: on the evaluation set 't' the KL to the teacher is") == 1
+    line, = map(json.loads, (tmp_path / "run" / "eval.jsonl").read_text().splitlines())
+    assert line["kl_to_teacher"] is None and line["loss"] > 0
+    assert (tmp_path / "run" / "model").is_dir()
+
+
 def test_eval_names_the_token_and_the_id_that_make_a_score_infinite(shared_model, tmp_path, capsys):
     texts = write_texts(tmp_path / "t.jsonl", rows=20)
     tokenizer = load_tokenizer(str(shared_model("llama", 1)))

@@ -106,7 +106,7 @@ def test_it_needs_nothing_but_itself(page):
 
 
 def test_curves_are_the_metrics_and_restarts_are_at_their_steps(runs, monkeypatch):
-    from amid_ds.experiments import report
+    from amid_ds.experiments import report, reported_run
 
     drawn = {}
 
@@ -129,7 +129,7 @@ def test_curves_are_the_metrics_and_restarts_are_at_their_steps(runs, monkeypatc
                 json.loads((runs[0] / "measured.json").read_text())["memory_per_rank"])
     for phase, seconds in drawn["Where the time went"]["first"].items():
         assert seconds == pytest.approx(sum(line[f"time/{phase}"] for line in lines) / STEPS), phase
-    monkeypatch.setattr(report, "POINTS", 4)
+    monkeypatch.setattr(reported_run, "POINTS", 4)
     assert both[0].curve("loss") == (
         [3, 6, 9], [pytest.approx(sum(line["loss"] for line in lines[i:i + 3]) / 3)
                     for i in (0, 3, 6)], 3)

@@ -35,7 +35,7 @@ from amid_ds.data.pack import PackedRow, pack_best_fit
 from amid_ds.data.prepared import PreparedDataset
 from amid_ds.engine.engine import Engine
 from amid_ds.engine.tensor_files import read_torch_file
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, TrainingError
 from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.ends import end_ids
 from amid_ds.models.sampler import Sampler, SamplerPrompt
@@ -106,12 +106,19 @@ class Rollouts:
     def update_threshold(self, metrics: Mapping[str, EvalMetrics]) -> None:
         """Raise the threshold where the mean loss over the evaluation sets has risen.
 
-        Called before the first step and after each evaluation.
+        Called before the first step and after each evaluation. Raises TrainingError for a loss that
+        is infinite.
         """
         if self.rollout.adaptive is None:
             return
-        sizes = [(each["loss"], each["tokens"]) for each in metrics.values()]
-        loss = sum(loss * tokens for loss, tokens in sizes) / sum(tokens for _, tokens in sizes)   # type: ignore[operator, misc]
+        total = tokens = 0.0
+        for name, each in metrics.items():
+            if each["loss"] is None or each["tokens"] is None:
+                raise TrainingError(f"the loss on the evaluation set {name!r} is infinite, and "
+                                    "rollout.adaptive follows it\n  leave rows out that have "
+                                    "tokens which the student never says, or set rollout.share")
+            total, tokens = total + each["loss"] * each["tokens"], tokens + each["tokens"]
+        loss = total / tokens
         self.state.rollout = updated_threshold(self.rollout.adaptive, self.state.rollout, loss)
 
     @property

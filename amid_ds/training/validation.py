@@ -10,6 +10,7 @@ eval/evaluate.py, for a model by itself, is written independently of this; tests
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 
 import torch
@@ -19,6 +20,8 @@ from amid_ds.data import read_batches
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
 from amid_ds.run.log import perplexity
+
+logger = logging.getLogger(__name__)
 
 EvalMetrics = dict[str, float | None]
 # Batches that are read before the ranks agree that they could be.
@@ -30,8 +33,9 @@ def validate(recipe: Recipe, engine: Engine) -> dict[str, EvalMetrics]:
 
     tokens; loss: mean negative log-likelihood in nats; perplexity, None beyond a float;
     kl_to_teacher: mean KL(teacher ‖ student) in nats; top1_agreement: the share of tokens where
-    both have the same first choice. The last two are None without a teacher. Raises TrainingError
-    where the loss is not finite. Collective: every rank calls it after the same step.
+    both have the same first choice. The last two are None without a teacher. A loss or divergence
+    that is infinite is None, with a warning: a student that never says some token may be trained
+    soundly. Raises TrainingError for NaN. Collective: every rank calls it after the same step.
     """
     with engine.evaluating():
         return {each.name: _metrics(each.name, _sums(recipe, engine, each.name),
@@ -58,10 +62,20 @@ def _sums(recipe: Recipe, engine: Engine, name: str) -> list[float]:
 
 def _metrics(name: str, sums: list[float], has_teacher: bool) -> EvalMetrics:
     nll, kl, agreed, tokens = sums
-    loss = nll / tokens
-    if not math.isfinite(loss) or not math.isfinite(kl):
-        raise TrainingError(f"on the evaluation set {name!r} the loss is {loss}, "
+    if math.isnan(nll) or math.isnan(kl):
+        raise TrainingError(f"on the evaluation set {name!r} the loss is {nll / tokens}, "
                             f"the KL to the teacher {kl / tokens}")
-    return {"tokens": int(tokens), "loss": loss, "perplexity": perplexity(loss),
-            "kl_to_teacher": kl / tokens if has_teacher else None,
+    for value, what in ((nll, "loss"), (kl, "KL to the teacher")):
+        if math.isinf(value):
+            logger.warning(f"on the evaluation set {name!r} the {what} is infinite: the student's "
+                           "logit is -inf for a token of the data, or for one that the teacher "
+                           "gives some probability")
+    loss = _finite(nll / tokens)
+    return {"tokens": int(tokens), "loss": loss,
+            "perplexity": None if loss is None else perplexity(loss),
+            "kl_to_teacher": _finite(kl / tokens) if has_teacher else None,
             "top1_agreement": agreed / tokens if has_teacher else None}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
