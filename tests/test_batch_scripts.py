@@ -122,7 +122,7 @@ def test_an_odd_output_folder_reaches_logs_runs_and_jobs_as_it_is(recipe, tmp_pa
     assert not (tmp_path / "pwned").exists()
 
 
-@pytest.mark.parametrize("name", ['"out\\0x"', '"out\\nx"', '"out\\e[31m"', "out\\x"])
+@pytest.mark.parametrize("name", ['"out\\nx"', '"out\\e[31m"', "out\\x"])
 def test_an_output_folder_that_sbatch_would_read_otherwise_is_refused(recipe, tmp_path, capsys,
                                                                       name):
     assert main(["submit", str(recipe), "--ranks-per-node", "1", f"output_dir={name}"]) == 2

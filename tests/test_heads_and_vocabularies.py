@@ -265,7 +265,7 @@ def test_ids_beyond_a_models_rows_are_refused_before_weights_are_read(shared_mod
     small = tmp_path / "small"
     make_model(small, "llama", words=WORDS[:4])
     make_tokenizer(small)
-    (small / "model.safetensors").unlink()
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
     data = str(write_instructions(tmp_path / "rows.jsonl", rows=3))
     large = shared_model("llama", 0)
     recipe = write_recipe(tmp_path / "r.yaml", large, small, Path(data), tmp_path / "run")

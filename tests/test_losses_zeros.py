@@ -82,7 +82,7 @@ def small_tiles(monkeypatch):
 def test_plain_torch_is_the_naive_twin(pattern, small_tiles):
     for objective in objectives(["kl"]):
         check(pattern, objective, torch.float64, 1e-9)
-    for objective in objectives(MEASURES[1:], alphas=(-5.0, 1.0)):
+    for objective in objectives(MEASURES[1:], alphas=(-5.0,)):
         check(pattern, objective, torch.float64, 1e-9)
     check(pattern, AMiD(1.0, 0.4, order="rq", detach_assistant=True), torch.float64, 1e-9)
     check(pattern, AMiD(-1.0, 0.4, order="pr", temperature=2.0), torch.float64, 1e-9)
@@ -99,9 +99,10 @@ def test_the_kernels_are_the_naive_twin(pattern):
 
 def test_compiled_tiles_are_the_naive_twin(monkeypatch):
     monkeypatch.setattr(tiles, "WORTH_COMPILING", 1)
-    for pattern, order in itertools.product(PATTERNS, ("pr", "rq")):
-        check(pattern, AMiD(-5.0, 0.3, order=order), torch.float64, 1e-9)
-        check(pattern, AMiD(-1.0, 0.0, order=order), torch.float64, 1e-9)
+    # Each objective is compiled, which takes long: one within λ's range, one at its end.
+    for pattern in PATTERNS:
+        check(pattern, AMiD(-5.0, 0.3, order="rq"), torch.float64, 1e-9)
+        check(pattern, AMiD(-1.0, 0.0, order="pr"), torch.float64, 1e-9)
 
 
 def test_an_infinite_divergence_is_infinite_at_its_token_alone():

@@ -344,3 +344,15 @@ def test_a_run_is_exported_after_its_student_has_moved_with_the_settings_of_gene
     shutil.rmtree(tmp_path / "run" / "student_files")
     with pytest.raises(InputError, match=f"no model can be read from '{student}'"):
         export(tmp_path / "run", tmp_path / "late")
+
+
+@pytest.mark.parametrize("values, words", [
+    ({"num_attention_heads": 0}, "modulo by zero"), ({"dtype": "float99"}, "float99"),
+    ({"num_hidden_layers": 10**19}, "num_hidden_layers is 10000000000000000000")])
+def test_a_config_that_its_class_fails_on_or_never_ends_with_is_one_message(
+        values, words, shared_model, tmp_path):
+    folder = shutil.copytree(shared_model("llama"), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(InputError, match=f"no model can be read from .*{words}"):
+        require_supported(str(folder))

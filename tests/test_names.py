@@ -91,7 +91,8 @@ def test_the_terminal_shows_a_name_and_obeys_nothing_in_it(named_run, name, caps
 def test_a_planned_run_is_compared_with_whatever_was_measured(named_run, kind, capsys):
     run = named_run(NAMES[kind])
     with RunFolder(run).metrics.open("a") as file:
-        file.write('{"step": 3, "loss": 1.0, "tokens_per_second": 9.0, "time/step": 1.0}\n')
+        file.write('{"step": 3, "tokens": 9, "loss": 1.0, "tokens_per_second": 9.0, '
+                   '"time/step": 1.0}\n')
     assert main(["plan", "--check", str(run)]) == 0
     shown = capsys.readouterr().out
     assert not CONTROL.search(shown)

@@ -21,7 +21,7 @@ from amid_ds.config.library import RECIPES_FOLDER
 from amid_ds.config.parse import dump_recipe, load_recipe, parse_recipe
 from amid_ds.config.strict import MAX_DEPTH, dump_yaml, load_json, load_yaml
 from amid_ds.engine.backend import import_deepspeed
-from amid_ds.engine.ds_config import read_deepspeed_config
+from amid_ds.engine.ds_config import find_deepspeed_config, read_deepspeed_config
 from amid_ds.engine.ds_schema import find_problems
 from amid_ds.errors import InputError
 from amid_ds.planning.devices import find_device
@@ -231,6 +231,20 @@ def test_every_packaged_config_is_taken(check):
     for path in (ROOT / "ds_configs").glob("*.json"):
         assert find_problems(json.loads(path.read_text())) == {}
         check(path.read_text())
+
+
+def test_a_config_that_is_missing_is_not_taken_for_the_packaged_one_of_its_name():
+    for name in ("zero3.json", "ds_configs/zero3.json", "./ds_configs/zero3.json"):
+        assert find_deepspeed_config(name).parent.name == "ds_configs"
+    for name in ("/nowhere/ds_configs/zero3.json", "my/ds_configs/zero3.json", "/zero3.json"):
+        with pytest.raises(InputError, match="is not there"):
+            find_deepspeed_config(name)
+
+
+@pytest.mark.parametrize("text", ['{"bf16": {}, // for H100\n}', '{"bf16": {},}', "{'bf16': {}}"])
+def test_what_json_lacks_is_said_where_a_config_has_it(text, check):
+    with pytest.raises(InputError, match="JSON has no comments"):
+        check(text)
 
 
 class _Asked(dict):

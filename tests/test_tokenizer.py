@@ -84,6 +84,11 @@ def test_too_little_text_for_the_vocabulary_is_refused(tmp_path):
         train_sentencepiece(["only a few words"], tmp_path, vocab_size=5000)
 
 
+def test_a_vocabulary_beyond_32_bits_is_refused(tmp_path):
+    with pytest.raises(InputError, match="could not train 4294967296"):
+        train_sentencepiece(["only a few words"], tmp_path, vocab_size=2**32)
+
+
 def test_a_tokenizer_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(InputError, match="no tokenizer"):
         load_tokenizer(str(tmp_path / "nowhere"))

@@ -91,8 +91,8 @@ def _read_yaml(path: Path) -> RawRecipe:
     try:
         text = read_user_file(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"the recipe {path} cannot be read: {error}", "a YAML file",
-                         "check the path") from None
+        raise InputError(f"the recipe {path} cannot be read: {error}",
+                         "a YAML file, its text in UTF-8", "check the path and the file") from None
     try:
         raw = load_yaml(text)
     except ValueError as error:

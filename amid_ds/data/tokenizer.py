@@ -215,7 +215,10 @@ def train_sentencepiece(texts: Iterable[str], folder: Path, vocab_size: int) -> 
             unk_id=0, eos_id=1, pad_id=2, bos_id=-1,
             unk_piece=UNK_TOKEN, eos_piece=EOS_TOKEN, pad_piece=PAD_TOKEN,
             max_sentence_length=1 << 30, num_threads=1, minloglevel=2)
-    except (RuntimeError, OSError) as error:
+    except InputError:
+        raise
+    # ValueError: a size beyond 32 bits.
+    except (RuntimeError, OSError, ValueError) as error:
         raise InputError(f"sentencepiece could not train {vocab_size} tokens: {_first_line(error)}",
                          "texts that hold more different pieces than `vocab_size`, which is at "
                          "least 300 or so",

@@ -74,7 +74,8 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise ValueError(f"it holds a {type(config).__name__}, not a mapping")
     except (OSError, ValueError) as error:
         raise InputError(f"the DeepSpeed config {path} cannot be read: {error}", "a JSON object",
-                         "fix the file, or start from one in ds_configs/") from None
+                         "fix the file (JSON has no comments, no comma at an end, and double "
+                         "quotes), or start from one in ds_configs/") from None
     return {key: _whole_numbers(value) for key, value in config.items()}
 
 
@@ -209,7 +210,8 @@ def find_deepspeed_config(name: str) -> Path:
         return Path(name)
     folder = packaged_folder("ds_configs")
     packaged = folder / Path(name).name
-    if packaged.is_file() and Path(name).parent.name in ("", "ds_configs"):
+    # Not a folder of that name elsewhere: what is missing there is another file.
+    if packaged.is_file() and Path(name).parent in (Path(), Path("ds_configs")):
         return packaged
     ready = ", ".join(sorted(p.name for p in folder.glob("*.json")))
     raise InputError(f"the DeepSpeed config {name} is not there",

@@ -25,6 +25,8 @@ from amid_ds.models.weights import (
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# More than any model has: the meta model is built layer by layer.
+MAX_LAYERS = 10_000
 
 
 def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] | None = None,
@@ -78,9 +80,12 @@ def model_config(model: str, revision: str | None = None, trust_remote_code: boo
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(model, revision=revision,
-                                          trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(model, revision=revision,
+                                            trust_remote_code=trust_remote_code)
+        _require_possible_sizes(config)
+        return config
+    # Its class divides by its values and looks them up before anybody has judged them.
+    except (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
         if "trust_remote_code" in str(error):
             raise InputError(f"the model {model!r} comes with Python code of its own",
                              "one that transformers knows",
@@ -88,10 +93,18 @@ def model_config(model: str, revision: str | None = None, trust_remote_code: boo
                              "the model in your own recipe (student.trust_remote_code also for a "
                              "run that the student is), or give the command --trust-remote-code"
                              ) from None
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"no model can be read from {model!r}: {first_line}",
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"no model can be read from {model!r}: {reason}",
                          "a folder with config.json and weights, or the id of a model on the hub",
                          "check the path; relative paths start where the command is run") from None
+
+
+def _require_possible_sizes(config: Any) -> None:
+    """Raise ValueError for a number of layers that a class would build without an end."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        raise ValueError(f"num_hidden_layers is {layers} in its config.json, "
+                         f"more than {MAX_LAYERS}")
 
 
 def resolved_commit(model: str, revision: str | None = None) -> str | None:
