@@ -48,6 +48,11 @@ TENSORBOARD_TAGS = {
 }
 
 
+def finite(value: float) -> float | None:
+    """The value; None for one that is not finite, which JSON does not hold."""
+    return value if math.isfinite(value) else None
+
+
 def perplexity(loss: float) -> float | None:
     """exp(loss); None above 709 nats, where it is more than a float, and so JSON, can hold."""
     try:

@@ -26,6 +26,7 @@ from amid_ds.errors import TrainingError
 from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.distiller import StepObjective
 from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
+from amid_ds.run.log import finite
 from amid_ds.training.fetch import AuxiliaryBatch
 from amid_ds.training.objective import objective_at
 from amid_ds.training.rollout import StepBatch
@@ -94,7 +95,8 @@ class Stepper:
         self.state.step, self.state.tokens = step + 1, self.state.tokens + int(batch.tokens)
         metrics: Metrics = {} if auxiliary is None else {"auxiliary_loss": sums.auxiliary}
         return {**metrics, "tokens": self.state.tokens, "loss": sums.loss,
-                "kd_loss": sums.kd if uses_teacher else None, "ce_loss": sums.ce,
+                # One that the loss does not count may be infinite.
+                "kd_loss": finite(sums.kd) if uses_teacher else None, "ce_loss": finite(sums.ce),
                 "grad_norm": norm, "learning_rate": rate,
                 **_objective_metrics(objective, uses_teacher),
                 "tokens_per_second": batch.tokens / (time.monotonic() - began)}
@@ -185,7 +187,6 @@ class Stepper:
                      for rank, sources in enumerate(everyone)]
         raise TrainingError(f"{problem}; no optimizer step was taken. Where it arose:\n"
                             + "\n".join(lines))
-
 
     def _banned_ids(self) -> str:
         """Which ids the two heads' biases give no probability, as a part of a message. Collective.

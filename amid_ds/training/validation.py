@@ -19,7 +19,7 @@ from amid_ds.config.recipe import Recipe
 from amid_ds.data import read_batches
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
-from amid_ds.run.log import perplexity
+from amid_ds.run.log import finite, perplexity
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +70,8 @@ def _metrics(name: str, sums: list[float], has_teacher: bool) -> EvalMetrics:
             logger.warning(f"on the evaluation set {name!r} the {what} is infinite: the student's "
                            "logit is -inf for a token of the data, or for one that the teacher "
                            "gives some probability")
-    loss = _finite(nll / tokens)
+    loss = finite(nll / tokens)
     return {"tokens": int(tokens), "loss": loss,
             "perplexity": None if loss is None else perplexity(loss),
-            "kl_to_teacher": _finite(kl / tokens) if has_teacher else None,
+            "kl_to_teacher": finite(kl / tokens) if has_teacher else None,
             "top1_agreement": agreed / tokens if has_teacher else None}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
