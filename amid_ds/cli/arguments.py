@@ -10,7 +10,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def add_command(commands: Commands, run: Callable[[argparse.Namespace], None],
-             description: str) -> argparse.ArgumentParser:
+                description: str) -> argparse.ArgumentParser:
     """A parser for the command that `run` is named after: `_train` runs `amid-ds train`."""
     parser = commands.add_parser(run.__name__.removeprefix("_"), help=description)
     parser.set_defaults(run=run)

@@ -335,6 +335,9 @@ def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequenc
 
 def evaluate_command(args: EvalArgs, as_json: bool) -> None:
     """`amid-ds eval`: rank 0 prints the scores, as a table or as JSON alone."""
+    if not 2 <= args.seq_length < 1 << 31:
+        raise InputError(f"--seq-length {args.seq_length}", "from 2 to 2147483647 tokens",
+                         "give the length of the rows")
     with init_distributed(EVAL_TIMEOUT_S) as world:
         world.run_checked(lambda: check_sources(args.rows.data(args.data)))
         model, teacher, tokenizer = world.run_checked(lambda: _load(args, world.device))
