@@ -73,7 +73,8 @@ def expected_error(error: BaseException) -> InputError | TrainingError | None:
         return error
     where = _raised_at(error)
     if isinstance(error, MemoryError):
-        return TrainingError(f"the memory is exhausted{where}")
+        detail = f": {error}" if str(error) else ""
+        return TrainingError(f"the memory is exhausted{detail}{where}")
     if isinstance(error, RecursionError):
         return InputError(f"the input is nested too deeply{where}", "a nesting of a few levels",
                           "look at the file or value that was read last")

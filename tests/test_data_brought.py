@@ -387,7 +387,7 @@ def test_prepared_data_in_another_format_are_prepared_anew_or_refused(prepared_t
         for source in value["sources"]:
             source.pop("rows", None)
         (tmp_path / "out" / name).write_text(json.dumps(value))
-    with pytest.raises(InputError, match="was prepared differently: `format` is 1"):
+    with pytest.raises(InputError, match="by another version of amid-ds: its format is 1"):
         prepare(data, SEQ, tokenizer, tmp_path / "out")
     own = data.model_copy(update={"prepared": None})
     assert not prepare(own, SEQ, tokenizer, tmp_path / "out").reused

@@ -145,7 +145,7 @@ class World:
             result = work()
         except Exception as caught:
             error = caught
-        own = None if error is None else _shareable(self.rank, error)
+        own = None if error is None else self._shareable(error)
         if own is not None and self.failures is not None:
             self.failures.report(str(own))
         errors = self.gather(own)
@@ -155,6 +155,20 @@ class World:
             if first is not None:
                 raise first from error
         return result   # type: ignore[return-value]
+
+    def _shareable(self, error: Exception) -> InputError | TrainingError:
+        """The error to raise on all ranks; one that nobody expects leaves its traceback on this
+        one. Another's than ours names its rank: a disk or a folder may be one node's."""
+        expected = expected_error(error)
+        if expected is None:
+            traceback.print_exception(error)
+            return TrainingError(f"rank {self.rank} failed: {type(error).__name__}: {error}")
+        if expected is error or self.size == 1:
+            return expected
+        if isinstance(expected, InputError):
+            return InputError(f"rank {self.rank}: {expected.found}", expected.expected,
+                              expected.remedy)
+        return TrainingError(f"rank {self.rank}: {expected}")
 
     def leave(self, error: InputError | TrainingError | Stopped) -> None:
         """Report, on rank 0, the error that all ranks have agreed on, and leave together.
@@ -214,14 +228,6 @@ class World:
             return result
 
         return self.gather(self.run_checked(finish))[0]   # type: ignore[return-value]
-
-
-def _shareable(rank: int, error: Exception) -> InputError | TrainingError:
-    """The error to raise on all ranks; one that nobody expects leaves its traceback on this one."""
-    if (expected := expected_error(error)) is not None:
-        return expected
-    traceback.print_exception(error)
-    return TrainingError(f"rank {rank} failed: {type(error).__name__}: {error}")
 
 
 class _SliceReplicated(torch.autograd.Function):
