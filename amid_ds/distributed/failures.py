@@ -24,18 +24,22 @@ class FailureMonitor:
 
     def __init__(self, store: dist.Store, rank: int) -> None:
         self.store, self.rank = dist.PrefixStore("amid_ds", store), rank
+        # This rank's own failure, while its peers have not received it.
+        self._own: str | None = None
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="failures", daemon=True)
         self._thread.start()
 
     def report(self, message: str) -> None:
         """Put the message's first line into the store: this rank has failed."""
+        self._own = message
         with contextlib.suppress(RuntimeError):
             # RuntimeError: rank 0, which holds the store, may be gone.
             self.store.set("failed", message.splitlines()[0])
 
     def withdraw(self) -> None:
         """Remove the report: every rank has received the error, and none is left waiting."""
+        self._own = None
         with contextlib.suppress(RuntimeError):
             self.store.delete_key("failed")
 
@@ -50,8 +54,8 @@ class FailureMonitor:
                 continue
             # Read again: it may have been withdrawn meanwhile.
             if message := self._reported():
-                print_error(f"rank {self.rank} ends, it was waiting for a rank that failed: "
-                            f"{message}")
+                print_error(self._own or f"rank {self.rank} ends, it was waiting for a rank that "
+                                         f"failed: {message}")
                 os._exit(ExitStatus.FAILED)
 
     def _reported(self) -> str | None:
