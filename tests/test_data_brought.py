@@ -21,6 +21,7 @@ from amid_ds.config.recipe import Data, EvalSet, Source
 from amid_ds.data import check_sources, prepare, prepare_all, read_prompts, readers
 from amid_ds.data.locate import source_files
 from amid_ds.data.prepared import PreparedDataset
+from amid_ds.data.tables import table_columns
 from amid_ds.errors import InputError
 from amid_ds.eval.rows import RowOptions
 
@@ -510,3 +511,14 @@ def test_the_kind_of_rows_is_found_by_their_columns(tmp_path):
         (tmp_path / "a.jsonl").write_text("\n{}\nno JSON\n" + json.dumps(row))
         data = RowOptions(on_bad_row="skip").data(str(tmp_path / "a.jsonl"))
         assert kind == "text" or getattr(data.train[0], kind) is not None
+
+
+@pytest.mark.parametrize("write", [pa.ipc.new_file, pa.ipc.new_stream])
+def test_a_column_whose_name_is_no_utf8_is_a_damaged_file(tmp_path, write):
+    path = tmp_path / "a.arrow"
+    table = pa.table({"text": ["a"], "né": ["b"]})
+    with write(str(path), table.schema) as file:
+        file.write_table(table)
+    path.write_bytes(path.read_bytes().replace("né".encode(), b"n\xff\xff"))
+    with pytest.raises(InputError, match="the name of a column is no UTF-8"):
+        table_columns(str(path), is_parquet=False)

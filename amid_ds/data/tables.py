@@ -41,7 +41,7 @@ def parquet_rows(path: str, groups: Sequence[int], fields: Sequence[str],
     Raises InputError for a damaged file, or without a column.
     """
     file = _open_parquet(path)
-    present = _present_columns(path, file.schema_arrow.names, fields, optional)
+    present = _present_columns(path, _names(path, file.schema_arrow), fields, optional)
     return _checked_rows(path, file.iter_batches(TABLE_BATCH_ROWS, row_groups=groups,
                                                  columns=present), fields)
 
@@ -65,9 +65,16 @@ def count_arrow_rows(path: str) -> int:
 def table_columns(path: str, is_parquet: bool) -> list[str]:
     """The names of a table's columns. Raises InputError for a damaged file."""
     if is_parquet:
-        return list(_open_parquet(path).schema_arrow.names)
+        return _names(path, _open_parquet(path).schema_arrow)
     with pa.memory_map(path) as source:
-        return list(_open_arrow(path, source)[0].names)
+        return _names(path, _open_arrow(path, source)[0])
+
+
+def _names(path: str, schema: pa.Schema) -> list[str]:
+    try:
+        return list(schema.names)
+    except UnicodeDecodeError as error:
+        raise damaged_file(path, f"the name of a column is no UTF-8 ({error})") from None
 
 
 def _present_columns(path: str, names: Sequence[str], fields: Sequence[str],
@@ -135,7 +142,7 @@ def _arrow_batches(path: str, first: int, stop: int) -> Iterator[pa.RecordBatch]
 def _checked_rows(path: str, batches: Iterable[pa.RecordBatch],
                   fields: Sequence[str]) -> Iterator[TableRow]:
     for batch in _damage_named(path, batches):
-        names = batch.schema.names
+        names = _names(path, batch.schema)
         columns = [_checked_column(path, batch, field) if field in names else
                    pa.nulls(batch.num_rows) for field in fields]
         for start in range(0, batch.num_rows, TABLE_BATCH_ROWS):
