@@ -233,11 +233,13 @@ def test_a_second_start_is_refused_and_a_killed_run_goes_on_at_once(llama_pair, 
     assert steps == list(range(1, len(steps) + 1))
 
 
-def test_a_run_that_was_taken_over_stops_and_writes_nothing_more(llama_pair, text_file, tmp_path):
+@pytest.mark.parametrize(("size", "every"), [(1, 3), (2, 100_000)], ids=["save", "log"])
+def test_a_run_that_was_taken_over_stops_and_writes_nothing_more(llama_pair, text_file, tmp_path,
+                                                                 size, every):
     run = tmp_path / "run"
     recipe = write_recipe(tmp_path / "r.yaml", llama_pair[0], None, text_file, run,
-                          train__steps=100_000, checkpoint__every=3)
-    ranks = Ranks(1, "train", recipe)
+                          train__steps=100_000, checkpoint__every=every)
+    ranks = Ranks(size, "train", recipe)
     ranks.wait_until(lambda: count_steps(run) >= 2)
     ranks.signal(signal.SIGSTOP)
     # As a start on another machine does it.
@@ -246,9 +248,11 @@ def test_a_run_that_was_taken_over_stops_and_writes_nothing_more(llama_pair, tex
 
     attempts, steps = (run / "attempts.jsonl").read_text(), count_steps(run)
     ranks.signal(signal.SIGCONT)
-    assert ranks.wait() == [1]
+    assert ranks.wait() == [1] * size
     assert "is no longer this process's" in ranks.output() and "elsewhere" in ranks.output()
     assert "Traceback" not in ranks.output()
+    # All ranks end by agreement: none is ended because it waits for rank 0.
+    assert not any("was waiting for a rank" in ranks.output(rank) for rank in range(size))
     assert (run / "attempts.jsonl").read_text() == attempts
     # At most the line that was under way when it was stopped.
     assert count_steps(run) <= steps + 1

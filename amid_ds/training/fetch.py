@@ -8,14 +8,14 @@ from typing import Any, NamedTuple
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.data import Batch, PreparedLoader, StepLoader, StreamLoader, stream_summary
 from amid_ds.distributed.world import World
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, TrainingError
 from amid_ds.losses import IGNORE_INDEX
 from amid_ds.monitor.step_timer import phase
 from amid_ds.training.job import Job
 
 
 class FetchedStep(NamedTuple):
-    """One step's micro-batches on this rank, or the error because of which there are none.
+    """One step's micro-batches on this rank, or the error because of which it is not made.
 
     window: those of the sources; auxiliary: of the auxiliary corpus. waited: seconds for both.
     """
@@ -23,7 +23,7 @@ class FetchedStep(NamedTuple):
     window: list[Batch]
     auxiliary: list[Batch]
     waited: float
-    error: InputError | None = None
+    error: InputError | TrainingError | None = None
 
 
 class AuxiliaryBatch(NamedTuple):
@@ -100,7 +100,7 @@ def fetch_steps(data: StepLoader, auxiliary: PreparedLoader | None, start: int,
 def reduce_step_info(fetched: FetchedStep, stop: bool, writing: bool, world: World) -> StepInfo:
     """The one agreement of every step: one collective.
 
-    Raises, on every rank, the error in any rank's data.
+    Raises, on every rank, the error that any rank has.
     """
     valid = [sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in window)
              for window in (fetched.window, fetched.auxiliary)]

@@ -14,7 +14,7 @@ from amid_ds.checkpoint.state import TrainState
 from amid_ds.data import StreamLoader, merge_stream_states
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import Stopped
-from amid_ds.files.lease import Fence
+from amid_ds.files.lease import Fence, LeaseLostError
 from amid_ds.monitor.monitors import Monitors, PlannedCosts
 from amid_ds.monitor.step_timer import phase
 from amid_ds.monitor.stop_request import StopRequest
@@ -49,6 +49,8 @@ class Trainer(Stepper):
                  damaged: frozenset[Path], attempt: Attempt, fence: Fence) -> None:
         super().__init__(job.recipe, engine, state)
         self.job, self.attempt, self.fence = job, attempt, fence
+        # On rank 0, once another process has taken over the run; every rank raises it together.
+        self.lost: LeaseLostError | None = None
         self.data, self.auxiliary = self.world.run_checked(
             lambda: open_step_data(job, state, self.world))
         self.rollouts = self._open_rollouts()
@@ -84,6 +86,8 @@ class Trainer(Stepper):
 
     def _reduce_info(self, fetched: FetchedStep) -> StepInfo:
         """The step's agreement; a save that every rank has written is committed."""
+        if self.lost is not None:
+            fetched = fetched._replace(error=self.lost)
         info = reduce_step_info(fetched, self.stop.reason() is not None, self.saver.writing,
                                 self.world)
         if self.saver.pending and not info.writing:
@@ -122,8 +126,8 @@ class Trainer(Stepper):
         monitors.evaluation_begin()
         with phase("evaluation"):
             metrics = self.world.run_checked(lambda: validate(self.recipe, self.engine))
-            self.fence.check()
-            self.log.evaluation(step, metrics)
+            if self._holds_run():
+                self.log.evaluation(step, metrics)
         if self.rollouts is not None:
             self.rollouts.update_threshold(metrics)
 
@@ -144,6 +148,7 @@ class Trainer(Stepper):
 
     def _finish(self) -> None:
         """Save the last step, wait, and export the model; or raise Stopped where steps are left."""
+        self.world.run_checked(self.fence.check)
         if self.state.step != self.saved_step:
             self._save()
         self.saver.finish()
@@ -171,8 +176,19 @@ class Trainer(Stepper):
         logged = step % train.log_every == 0 or step == train.steps
         if logged:
             metrics |= monitors.metrics(uses_teacher=metrics["kd_loss"] is not None)
-            self.fence.check()
+            logged = self._holds_run()
         self.log.step(step, metrics if logged else None, monitors.slowest_name)
+
+    def _holds_run(self) -> bool:
+        """False, on rank 0, once another process has taken over: the log gets no further line.
+
+        The other ranks hear of it in the next step's agreement, or in `_finish`.
+        """
+        try:
+            self.fence.check()
+        except LeaseLostError as error:
+            self.lost = error
+        return self.lost is None
 
     def _open_log(self) -> RunLog:
         run = self.job.run if self.world.is_main else None
