@@ -187,7 +187,8 @@ def test_instructions_become_the_published_prompts_and_the_first_output_is_learn
     (["--new-tokens", "128"], ["--new-tokens 128", "from 1 to 127"]),
     (["--template", "minilm"], ["'minilm'", "did you mean `minillm`?"]),
     (["--template", "alpaca"], ["lacks the field 'instruction'", "fix the row or remove it"]),
-], ids=["references", "room", "template", "columns"])
+    (["--data", "a" * 300], ["`path`", "at most 255 bytes in a name"]),
+], ids=["references", "room", "template", "columns", "path"])
 def test_what_cannot_be_scored_is_refused(pair, tmp_path, capsys, arguments, named):
     data = write_texts(tmp_path / "rows.jsonl", rows=2)
     assert main(["eval", str(pair[0]), "--data", str(data), *arguments]) == 2

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from amid_ds.config.recipe import Loss, Recipe, Section
+from amid_ds.config.recipe import Loss, Recipe, Section, Source
 from amid_ds.config.scheduled_values import VALUE_KINDS
 from amid_ds.config.strict import dump_yaml, load_yaml, read_user_file
 from amid_ds.errors import InputError, suggest
@@ -59,6 +59,18 @@ def _validated(raw: RawRecipe, name: str) -> Recipe:
         f"{name} has {len(problems)} problem(s):\n{lines}",
         "a recipe as in amid_ds/config/README.md, with keys and values of these names and ranges",
         "fix the lines above; the command line's key=value comes last and wins")
+
+
+def source_of(values: Mapping[str, str]) -> Source:
+    """The source that a command's options describe, by the keys of a recipe's source.
+
+    Raises InputError with all problems.
+    """
+    try:
+        return Source.model_validate(values)
+    except ValidationError as error:
+        raise InputError("; ".join(_error_lines(error)), "a source as in a recipe's data.train",
+                         "change the options that name it") from None
 
 
 def resolved(recipe: Recipe) -> RawRecipe:

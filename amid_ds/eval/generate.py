@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from tqdm import tqdm
 
-from amid_ds.config.parse import load_recipe
+from amid_ds.config.parse import load_recipe, source_of
 from amid_ds.config.recipe import Recipe, Source, Teacher
 from amid_ds.config.schedule import step_seed
 from amid_ds.data import (
@@ -39,7 +39,6 @@ from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.build import build_teacher_engine
 from amid_ds.errors import InputError, Stopped
-from amid_ds.eval.rows import require_template
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.files.ownership import require_own_file
@@ -215,8 +214,6 @@ def prompt_sources(args: GenerateArgs, recipe: Recipe | None) -> list[Source]:
     """
     options = {name: value for name in ("prompt", "template", "split")
                if (value := getattr(args, name)) is not None}
-    if args.template is not None:
-        require_template(args.template)
     if len(options.keys() - {"split"}) > 1 or (options and args.prompts is None):
         raise InputError(" ".join(f"--{name} {value}" for name, value in options.items())
                          + ("" if args.prompts else " without --prompts"),
@@ -230,7 +227,7 @@ def prompt_sources(args: GenerateArgs, recipe: Recipe | None) -> list[Source]:
         if args.template is None:
             # Read like a text column: a prompt without a response.
             options["text"] = options.pop("prompt", "prompt")
-        return [Source.model_validate({"path": args.prompts, **options})]
+        return [source_of({"path": args.prompts, **options})]
     if recipe is None:
         raise InputError("no --prompts, and a model has none", "a file with a `prompt` in each row",
                          "name one")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from amid_ds.config.parse import source_of
 from amid_ds.config.prompt_templates import TEMPLATES
 from amid_ds.config.recipe import Data, Source
 from amid_ds.data import source_columns
-from amid_ds.errors import InputError, suggest
+from amid_ds.errors import InputError
 
 KINDS_OF_ROW = ("--text COL, or --prompt COL and --response COL, or --messages COL, or "
                 "--template NAME for instruction, input and output")
@@ -31,8 +32,6 @@ class RowOptions:
 
     def data(self, path: str) -> Data:
         """The rows of a file, folder, glob or data set, as a source to read. Raises InputError."""
-        if self.template is not None:
-            require_template(self.template)
         columns = {name: value for name in ("text", "prompt", "response", "messages", "template")
                    if (value := getattr(self, name)) is not None}
         if columns and columns.keys() not in ({"text"}, {"prompt", "response"}, {"messages"},
@@ -40,16 +39,9 @@ class RowOptions:
             options = " ".join(f"--{name} {value}" for name, value in columns.items())
             raise InputError(options, f"one kind of row: {KINDS_OF_ROW}", "name one kind alone")
         where = {"path": path} if self.split is None else {"path": path, "split": self.split}
-        columns = columns or _detect(Source.model_validate(where))
-        return Data(train=[Source.model_validate({**where, **columns})],
+        columns = columns or _detect(source_of(where))
+        return Data(train=[source_of({**where, **columns})],
                     on_bad_row=self.on_bad_row)
-
-
-def require_template(name: str) -> None:
-    """Raise InputError unless a prompt template has this name."""
-    if name not in TEMPLATES:
-        raise InputError(f"the prompt template {name!r}", f"one of {', '.join(TEMPLATES)}",
-                         suggest(name, TEMPLATES))
 
 
 def _detect(source: Source) -> dict[str, str]:
