@@ -257,3 +257,24 @@ def test_a_run_that_was_taken_over_stops_and_writes_nothing_more(llama_pair, tex
     # At most the line that was under way when it was stopped.
     assert count_steps(run) <= steps + 1
     assert (run / "lease.json").read_text() == text
+
+
+def test_a_run_that_was_taken_over_commits_and_removes_no_checkpoint(llama_pair, text_file,
+                                                                     tmp_path):
+    run = tmp_path / "run"
+    # Nothing is logged, so the first thing to be written is a checkpoint.
+    recipe = write_recipe(tmp_path / "r.yaml", llama_pair[0], None, text_file, run,
+                          train__steps=100_000, train__log_every=50_000, checkpoint__every=3)
+    ranks = Ranks(1, "train", recipe)
+    ranks.wait_until((run / "checkpoints" / "latest").is_file)
+    ranks.signal(signal.SIGSTOP)
+    (run / "lease.json").unlink()
+    write(run / "lease.json", elsewhere())
+    before = {path.name for path in (run / "checkpoints").iterdir()
+              if path.name.startswith("step_")}
+    ranks.signal(signal.SIGCONT)
+    assert ranks.wait(60) == [1]
+    after = {path.name for path in (run / "checkpoints").iterdir()
+             if path.name.startswith("step_")}
+    # At most the commit that was under way when it was stopped.
+    assert len(before - after) <= 1 and len(after - before) <= 1
