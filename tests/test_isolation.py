@@ -29,10 +29,11 @@ def losses_of(distiller: Distiller, ids: torch.Tensor, positions: torch.Tensor) 
     """The loss of each document of the row. The teacher gets a longer row in the same pass."""
     labels = ids.roll(-1, 1)
     longer = torch.ones(1, ids.shape[1] + 3, dtype=torch.int64)
+    batch = Batch(ids, labels, positions, 0, [], [])
     teacher_hidden, _ = distiller.teacher_hidden_states(
-        [Batch(ids, labels, positions, 0, [], []), Batch(longer, longer, None, 0, [], [])], 2)
-    document = (positions == 0).cumsum(1) - 1
-    return [distiller(ids, labels, (document == i).float(), teacher_hidden, positions,
+        [batch, Batch(longer, longer, None, 0, [], [])], 2)
+    document = (positions == 0).cumsum(1).flatten() - 1
+    return [distiller((document == i).float(), teacher_hidden, batch=batch,
                       objective=OBJECTIVE).loss.item()
             for i in range(len(LENGTHS))]
 
@@ -56,10 +57,9 @@ def test_changing_a_document_leaves_the_others_losses_as_they_were_to_the_last_d
                      if old != new]
         assert different == ([changed] if length > 1 else [])
         document, labels = (tokens[:, start:start + length] for tokens in (ids, ids.roll(-1, 1)))
-        teacher_hidden, = distiller.teacher_hidden_states(
-            [Batch(document, labels, None, 0, [], [])], 1)
-        alone = distiller(document, labels, torch.ones(1, length), teacher_hidden,
-                          objective=OBJECTIVE).loss
+        batch = Batch(document, labels, None, 0, [], [])
+        teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
+        alone = distiller(torch.ones(length), teacher_hidden, batch=batch, objective=OBJECTIVE).loss
         assert alone.item() == pytest.approx(before[changed], rel=1e-4)
         start += length
 

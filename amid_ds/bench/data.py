@@ -143,13 +143,13 @@ def demo_speed(rounds: int = 5) -> float:
     objective = StepObjective(preset("skl"), kd_weight=1.0, ce_weight=0.0)
     optimizer = torch.optim.AdamW(student.parameters())
     ids = torch.randint(demo.VOCABULARY, (demo.TRAIN["micro_batch_size"], demo.SEQ_LENGTH))
-    weights = torch.full_like(ids, 1 / ids.numel(), dtype=torch.float32)
+    weights = torch.full((ids.numel(),), 1 / ids.numel())
     batch = Batch(ids, ids, None, 0, [], [])
     seconds = []
     for _ in range(1 + rounds):
         began = time.perf_counter()
         teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
-        distiller(ids, ids, weights, teacher_hidden, objective=objective).loss.backward()
+        distiller(weights, teacher_hidden, batch=batch, objective=objective).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)

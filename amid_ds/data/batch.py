@@ -7,8 +7,9 @@ so no attention mask is needed, and short rows cost less than seq_length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from amid_ds.data.pack import PackedRow
+from amid_ds.distributed.transfer import to_device
+from amid_ds.errors import InputError
 from amid_ds.losses import IGNORE_INDEX
 
 
@@ -31,6 +34,8 @@ class Batch:
     rows: the rows' numbers in the prepared data.
     sources: the location of each row's first token, "corpus.jsonl line 17" or
         "corpus.parquet row 16".
+    valid: [n] int64, which of the B · L positions have a label, in their order. It is made on the
+        host, because a GPU would have to be waited for to know n.
     """
 
     input_ids: torch.Tensor
@@ -39,14 +44,24 @@ class Batch:
     padding: int
     rows: list[int]
     sources: list[str]
+    valid: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        found = np.flatnonzero(self.labels.numpy() != IGNORE_INDEX)
+        object.__setattr__(self, "valid", torch.from_numpy(found))
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy on `device`; from pinned memory it is made asynchronously."""
-        positions = self.positions
-        if positions is not None:
-            positions = positions.to(device, non_blocking=True)
-        return replace(self, input_ids=self.input_ids.to(device, non_blocking=True),
-                       labels=self.labels.to(device, non_blocking=True), positions=positions)
+        """A copy on `device`, which nothing waits for."""
+        moved = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                object.__setattr__(moved, name, to_device(value, device))
+        return moved
+
+    @property
+    def targets(self) -> torch.Tensor:
+        """[n] int64, the labels of the positions `valid`."""
+        return self.labels.flatten().index_select(0, self.valid)
 
 
 class TokenRow(NamedTuple):
@@ -68,6 +83,21 @@ class TokenRow(NamedTuple):
         """A packed row as arrays, with the location of its first token."""
         return cls(np.array(row.tokens), np.array(row.loss_spans, np.int32),
                    np.array(row.doc_starts, np.int32), source)
+
+
+def require_ids_below(vocab_size: int, batches: Iterable[Batch]) -> None:
+    """Raise InputError, naming the row, for a label that is no id below `vocab_size`.
+
+    On the host, before the losses take it for granted: a device would have to be waited for.
+    """
+    for batch in batches:
+        targets = batch.targets.numpy()
+        wrong = np.flatnonzero((targets < 0) | (targets >= vocab_size))
+        if len(wrong):
+            row = int(batch.valid[wrong[0]]) // batch.labels.shape[1]
+            raise InputError(f"{batch.sources[row]}: a token of id {targets[wrong[0]]}",
+                             f"ids below {vocab_size}, those of the tokenizer",
+                             "prepare the data with the tokenizer of the models")
 
 
 def collate_rows(rows: Sequence[TokenRow], numbers: list[int]) -> Batch:

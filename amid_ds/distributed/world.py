@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from amid_ds.distributed.failures import FailureMonitor
+from amid_ds.distributed.transfer import to_device
 from amid_ds.errors import (
     InputError,
     Stopped,
@@ -78,27 +79,34 @@ class World:
         group = dist.new_subgroups(group_size=tp_size)[0] if tp_size > 1 else None
         return replace(self, tp_size=tp_size, tp_group=group)
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def numbers(self, values: Sequence[float]) -> torch.Tensor:
+        """`values` on this rank's device, in float64; the host waits for nothing."""
+        return to_device(torch.tensor(values, dtype=torch.float64), self.device)
+
+    def sum(self, values: Sequence[float] | torch.Tensor) -> list[float]:
         """Elementwise sum over the data-parallel ranks, in float64. One collective, of all ranks.
 
-        Tensor-parallel peers work on the same tokens, so each counts as 1 / tp_size; a value that
-        one rank alone has (a request to stop) still shows.
+        values: numbers, or a tensor [n] on this rank's device. The host waits for the device once,
+        for the sums. Tensor-parallel peers work on the same tokens, so each counts as 1 / tp_size;
+        a value that one rank alone has (a request to stop) still shows.
         """
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor)
-        return (tensor / self.tp_size).tolist()
+        # A copy: the sum is made in place.
+        total = (values.double().clone() if isinstance(values, torch.Tensor)
+                 else self.numbers(values))
+        dist.all_reduce(total)
+        return (total / self.tp_size).tolist()
 
-    def sum_beside(self, values: Sequence[float], own: Sequence[float]
+    def sum_beside(self, values: torch.Tensor, own: torch.Tensor
                    ) -> tuple[list[float], list[list[float]]]:
-        """(`sum` of `values`, every rank's `own` numbers by rank), in one collective."""
+        """(`sum` of `values` [n], every rank's `own` [m] by rank), in one collective."""
         width = len(own)
         # One row per rank, zeros but in this rank's: their sum is all rows.
-        rows = [0.0] * (width * self.size)
-        rows[self.rank * width:(self.rank + 1) * width] = [value * self.tp_size for value in own]
-        total = self.sum([*values, *rows])
+        by_rank = own.new_zeros(self.size, width, dtype=torch.float64)
+        by_rank[self.rank] = own * self.tp_size
+        total = self.sum(torch.cat([values.double(), by_rank.flatten()]))
         rows = total[len(values):]
-        by_rank = [rows[start:start + width] for start in range(0, len(rows), width)]
-        return total[:len(values)], by_rank
+        return total[:len(values)], [rows[start:start + width]
+                                     for start in range(0, len(rows), width)]
 
     def gather(self, value: _T) -> list[_T]:
         """Every rank's `value` (anything that pickles), by rank. One collective of objects.

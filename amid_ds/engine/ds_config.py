@@ -62,8 +62,10 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig
         # Each micro-batch is followed by one of the auxiliary corpus.
         ours["gradient_accumulation_steps"] = 2 * accumulation
     kept = {key: value for key, value in config.items() if key not in OWNED_BY_RECIPE}
-    # DeepSpeed offloads an optimizer that is not its own where it is told so.
-    return {**kept, **ours, "steps_per_print": sys.maxsize, "zero_force_ds_cpu_optimizer": False}
+    # DeepSpeed offloads an optimizer that is not its own where it is told so. Its timer, of which
+    # nothing is ever printed, would wait for the GPU at the beginning of each micro-batch.
+    return {**kept, **ours, "steps_per_print": sys.maxsize, "zero_force_ds_cpu_optimizer": False,
+            "timers": {"throughput": {"enabled": False}}}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -77,8 +78,7 @@ class Engine:
         """
         self._deepspeed.set_gradient_accumulation_boundary(last)
         loss: MicroBatchLoss = self._deepspeed(
-            batch.input_ids, batch.labels, token_weights, teacher_hidden, batch.positions,
-            objective=objective)
+            token_weights, teacher_hidden, batch=batch, objective=objective)
         return loss
 
     def backward(self, loss: Tensor) -> None:
@@ -100,16 +100,16 @@ class Engine:
         if engine.zero_optimization() or engine.bfloat16_enabled():
             engine.step()
             return float(engine.get_global_grad_norm()) if engine.was_step_applied() else None
-        squares = {True: 0.0, False: 0.0}
+        # Of parameters that every rank has whole, and of those that tensor parallelism splits.
+        squares = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for parameter in self.module.parameters():
             if parameter.grad is not None:
-                square = float(parameter.grad.double().square().sum())
-                squares[hasattr(parameter, "tensor_model_parallel")] += square
-        whole, split = squares[False], squares[True]
+                is_split = int(hasattr(parameter, "tensor_model_parallel"))
+                squares[is_split] += parameter.grad.double().square().sum()
         # Every rank has the gradients of the whole step: world.sum counts each of the dp_size
         # copies.
-        norm = math.sqrt(
-            whole + self.world.sum([split])[0] * self.world.tp_size / self.world.dp_size)
+        whole, split = self.world.sum(squares)
+        norm = math.sqrt((whole + split * self.world.tp_size) / self.world.dp_size)
         if not math.isfinite(norm):
             return None
         engine.step()

@@ -1,6 +1,7 @@
 """Checks of the losses' arguments: an error names the value, what was expected, and the remedy.
 
-Shapes, dtypes and numbers cost nothing to check; `check_values` looks into the tensors, once.
+Shapes, dtypes and numbers cost nothing to check; `check_values` looks into the tensors, for which
+the host waits for a GPU once.
 """
 
 from __future__ import annotations

@@ -112,6 +112,7 @@ def linear_amid_loss(
     shard: VocabShard | None = None,
     backend: str = "auto",
     workspace_bytes: int | None = None,
+    checked: bool = False,
 ) -> LossOutput:
     """Σ_i token_weights_i · (kd_weight · kd_i + ce_weight · ce_i), fused with both heads. Replaces
 
@@ -132,6 +133,9 @@ def linear_amid_loss(
     may the objective, which is not read, and kd is None).
     shard: both heads hold the rows [start, stop), and the hidden states, weights and labels are the
     same on every rank of the group; the hidden states' gradient comes back whole.
+    checked: the caller knows that every weight is finite and every label an id or -100, and wants
+    every token computed, one of weight 0 too. Without it the host waits for a GPU twice, to look at
+    the values and to find the tokens that count.
     Collectives under a shard: at most three per block in forward, one in backward.
     Raises InputError (a ValueError) for shapes, dtypes and numbers that do not fit.
     """
@@ -144,12 +148,13 @@ def linear_amid_loss(
         rows["teacher_head"] = teacher.weight.shape[0]
     layout = checks.check_vocabulary(rows, vocab_size, shard, student_hidden.shape[0],
                                      student_hidden.device)
-    checks.check_values(token_weights, labels, layout.vocabulary)
+    if not checked:
+        checks.check_values(token_weights, labels, layout.vocabulary)
     hidden = [x for x in (student_hidden, teacher_hidden) if x is not None]
     inputs = LossInputs(
         teacher_hidden=teacher_hidden, student_head=student, teacher_head=teacher,
         objective=objective if teacher is not None else None,
-        token_weights=token_weights, labels=labels,
+        token_weights=token_weights, labels=labels, every_token=checked,
         ce_weight=float(ce_weight), kd_weight=float(kd_weight), layout=layout,
         backend=_choose_backend(backend, objective, hidden), workspace_bytes=workspace_bytes,
         wants=tuple(_wants_gradient(x) for x in (student_hidden, student.weight, student.bias)))
@@ -204,6 +209,8 @@ class LossInputs:
     objective: AMiD | None
     token_weights: Tensor
     labels: Tensor | None
+    # True: tokens of weight 0 are not left out.
+    every_token: bool
     ce_weight: float
     kd_weight: float
     layout: VocabLayout
@@ -300,11 +307,13 @@ def _loss_and_gradients(hidden: Tensor, inputs: LossInputs) -> tuple[
     gradients = HeadGradients(hidden, inputs.student_head, layout.valid, dtype, inputs.wants)
     heads = [head for head in (inputs.student_head, inputs.teacher_head) if head is not None]
     size = _tokens_per_block(layout, [head.weight for head in heads], inputs.workspace_bytes)
-    index = weights.nonzero()[:, 0]
-    workspaces = [torch.empty(min(size, len(index)) * layout.valid, dtype=head.weight.dtype,
+    index = None if inputs.every_token else weights.nonzero()[:, 0]
+    count = len(weights if index is None else index)
+    workspaces = [torch.empty(min(size, count) * layout.valid, dtype=head.weight.dtype,
                               device=hidden.device) for head in heads]
-    for rows in _blocks(len(index), size):
-        tokens = index[rows]
+    for rows in _blocks(count, size):
+        # A slice takes no copies.
+        tokens = rows if index is None else index[rows]
         block_hidden = hidden[tokens]
         block = _make_block(block_hidden, inputs, tokens, weights[tokens], workspaces, dtype)
         block_kd, block_ce = forward_backward_block(block, layout.shard, inputs.backend)
@@ -321,9 +330,9 @@ def _loss_and_gradients(hidden: Tensor, inputs: LossInputs) -> tuple[
     return loss, kd, ce, gradients.totals()
 
 
-def _make_block(hidden: Tensor, inputs: LossInputs, tokens: Tensor, weights: Tensor,
+def _make_block(hidden: Tensor, inputs: LossInputs, tokens: Tensor | slice, weights: Tensor,
                 workspaces: list[Tensor], dtype: torch.dtype) -> Block:
-    """The block of `tokens` [n] with student hidden states [n, H_s], its logits in `workspaces`."""
+    """The block of n `tokens` with student hidden states [n, H_s], its logits in `workspaces`."""
     layout, wants_gradient = inputs.layout, any(inputs.wants)
     student = inputs.student_head.logits(hidden, layout.valid, workspaces[0])
     teacher = labels = kd_scale = ce_scale = None

@@ -66,8 +66,8 @@ class HeadGradients:
                 # The padding rows are not written to; the first block writes the others.
                 tensor[columns:] = 0
 
-    def add(self, gradient: Tensor, hidden: Tensor, tokens: Tensor) -> None:
-        """Add a block: gradient [n, columns] of raw logits, hidden [n, H], tokens [n] indices."""
+    def add(self, gradient: Tensor, hidden: Tensor, tokens: Tensor | slice) -> None:
+        """Add a block: gradient [n, columns] of raw logits, hidden [n, H], its tokens' places."""
         if self.hidden is not None:
             self.hidden[tokens] = torch.mm(gradient, self.head_weight).to(self.hidden.dtype)
         if self.weight is not None:

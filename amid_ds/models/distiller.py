@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from amid_ds.data import Batch
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses import IGNORE_INDEX, AMiD, LMHead, linear_amid_loss, linear_argmax, preset
+from amid_ds.losses import AMiD, LMHead, linear_amid_loss, linear_argmax, preset
 from amid_ds.models.heads import run_body, sharded_head_of
 from amid_ds.monitor.step_timer import phase
 
@@ -65,8 +65,9 @@ class FusedHead(nn.Module):
                 token_weights: Tensor, *, objective: StepObjective) -> MicroBatchLoss:
         """The loss of n tokens.
 
-        student_hidden [n, H_s], teacher_hidden [n, H_t] or None (cross entropy alone), labels and
-        token_weights [n]. The collectives are those of `linear_amid_loss`.
+        student_hidden [n, H_s], teacher_hidden [n, H_t] or None (cross entropy alone), labels [n]
+        below `vocab_size`, token_weights [n] above 0. Neither is looked at: the host does not wait
+        for a GPU. The collectives are those of `linear_amid_loss`.
         """
         student_head, teacher_head = self.heads()
         if teacher_hidden is None:
@@ -76,7 +77,7 @@ class FusedHead(nn.Module):
             out = linear_amid_loss(
                 student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
                 token_weights=token_weights, labels=labels, kd_weight=weights[0],
-                ce_weight=weights[1], vocab_size=self.vocab_size, shard=self.shard)
+                ce_weight=weights[1], vocab_size=self.vocab_size, shard=self.shard, checked=True)
         kd, ce = (out.loss.new_zeros(()) if part is None else (token_weights * part).sum()
                   for part in (out.kd, out.ce))
         tokens = [torch.zeros_like(token_weights) if part is None or not weight else part
@@ -140,60 +141,61 @@ class Distiller(nn.Module):
             positions = _padded_positions([batch.positions for batch in group], inputs)
             states = run_body(self.teacher, padded, positions)
             for batch, part in zip(group, states.split([len(ids) for ids in inputs]), strict=True):
-                valid = part[:, :batch.labels.shape[1]][batch.labels != IGNORE_INDEX]
+                valid = _labelled(part[:, :batch.labels.shape[1]], batch)
                 hidden.append(_to_pinned_host(valid) if on_host else valid)
         return hidden
 
-    def forward(self, input_ids: Tensor, labels: Tensor, token_weights: Tensor,
-                teacher_hidden: Tensor | None, positions: Tensor | None = None, *,
+    def forward(self, token_weights: Tensor, teacher_hidden: Tensor | None, *, batch: Batch,
                 objective: StepObjective) -> MicroBatchLoss:
         """One micro-batch's loss.
 
-        input_ids, labels [B, L] (shifted, -100 ignored), token_weights [B, L] fp32, teacher_hidden:
-        its part of `teacher_hidden_states` (None: cross entropy alone), positions [B, L] as
-        `run_body` has them.
+        token_weights: [n] fp32, of the batch's n labelled tokens. teacher_hidden: its part of
+        `teacher_hidden_states` (None: cross entropy alone).
         """
-        hidden = run_body(self.student, input_ids, positions)
-        keep = labels != IGNORE_INDEX
+        hidden = _labelled(run_body(self.student, batch.input_ids, batch.positions), batch)
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
-        return self.head(hidden[keep], teacher_hidden, labels[keep], token_weights[keep],
-                         objective=objective)
+        return self.head(hidden, teacher_hidden, batch.targets, token_weights, objective=objective)
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor,
-                      positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Both models' hidden states [B · L, H_s] and [B · L, H_t] of one batch, to be scored."""
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Both models' hidden states [n, H_s] and [n, H_t] at the n labelled tokens of a batch."""
         teacher = None
         if self.teacher is not None:
-            teacher = run_body(self.teacher, input_ids, positions).flatten(0, 1)
-        return run_body(self.student, input_ids, positions).flatten(0, 1), teacher
+            teacher = _labelled(run_body(self.teacher, batch.input_ids, batch.positions), batch)
+        return _labelled(run_body(self.student, batch.input_ids, batch.positions), batch), teacher
 
     @torch.no_grad()
-    def score(self, student_hidden: Tensor, teacher_hidden: Tensor | None,
-              labels: Tensor) -> Tensor:
-        """Sums [4] float64 over the labelled tokens of labels [B, L].
+    def score(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        """Sums [4] float64 over n tokens with these labels [n] and `hidden_states`.
 
         They are: negative log-likelihood, KL(teacher ‖ student), tokens where both have the same
         first choice, tokens. Both heads must be gathered.
         """
-        keep = (labels.flatten() != IGNORE_INDEX).nonzero()[:, 0]
-        student, target = student_hidden[keep], labels.flatten()[keep]
-        teacher = None if teacher_hidden is None else teacher_hidden[keep]
         student_head, teacher_head = self.head.heads()
         vocab_size, shard = self.head.vocab_size, self.head.shard
         out = linear_amid_loss(
-            student, student_head, teacher, teacher_head, preset("fkl"), labels=target,
-            token_weights=torch.ones(len(keep), device=student.device), ce_weight=1.0,
-            kd_weight=0.0 if teacher is None else 1.0, vocab_size=vocab_size, shard=shard)
+            student, student_head, teacher, teacher_head, preset("fkl"), labels=labels,
+            token_weights=torch.ones(len(labels), device=student.device), ce_weight=1.0,
+            kd_weight=0.0 if teacher is None else 1.0, vocab_size=vocab_size, shard=shard,
+            checked=True)
         assert out.ce is not None
         sums = torch.zeros(4, dtype=torch.float64, device=student.device)
-        sums[0], sums[3] = out.ce.double().sum(), len(keep)
+        sums[0], sums[3] = out.ce.double().sum(), len(labels)
         if out.kd is not None and teacher is not None and teacher_head is not None:
             choices = [linear_argmax(hidden, head, vocab_size=vocab_size, shard=shard)
                        for hidden, head in ((student, student_head), (teacher, teacher_head))]
             sums[1], sums[2] = out.kd.double().sum(), (choices[0] == choices[1]).sum()
         return sums
+
+
+def _labelled(states: Tensor, batch: Batch) -> Tensor:
+    """states [B, L, H] -> [n, H], at the batch's labelled tokens.
+
+    By an index that the host has made, not by a mask: a GPU would have to be waited for to know n.
+    Its backward adds each row once to zeros, so it is exact in any order.
+    """
+    return states.flatten(0, 1).index_select(0, batch.valid)
 
 
 def _to_pinned_host(states: Tensor) -> Tensor:

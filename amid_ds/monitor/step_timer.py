@@ -134,10 +134,10 @@ class StepTimer:
 
         Seconds per step by phase, FLOPs per step, MFU, memory in bytes. `time/step` leaves out
         OUTSIDE_STEPS; `memory/peak` is the highest of all ranks; the teacher's FLOPs are 0 unless a
-        step `uses_teacher`.
+        step `uses_teacher`. On a GPU the end of the last step, which it may not have reached yet,
+        counts in the next line: to wait for it would leave the GPU without work.
         """
         self._mark()
-        self._marks[-1][1].synchronize()
         self._drain()
         spent = {name: (self.seconds[name] - self._logged[name]) / steps for name in PHASES}
         self._logged = Counter(self.seconds)
@@ -166,9 +166,6 @@ class _HostMark:
 
     def query(self) -> bool:
         return True
-
-    def synchronize(self) -> None:
-        pass
 
     def elapsed_time(self, later: _HostMark) -> float:
         return (later.time - self.time) * 1e3

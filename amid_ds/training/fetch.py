@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.data import Batch, PreparedLoader, StepLoader, StreamLoader, stream_summary
+from amid_ds.data.batch import require_ids_below
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
-from amid_ds.losses import IGNORE_INDEX
 from amid_ds.monitor.step_timer import phase
 from amid_ds.training.job import Job
 
@@ -74,9 +75,9 @@ def open_step_data(job: Job, state: TrainState,
     return steps, PreparedLoader(prepared / "auxiliary", seed=train.seed, **layout)
 
 
-def fetch_steps(data: StepLoader, auxiliary: PreparedLoader | None, start: int,
+def fetch_steps(data: StepLoader, auxiliary: PreparedLoader | None, vocab_size: int, start: int,
                 stop: int) -> Iterator[FetchedStep]:
-    """Yield each step's data.
+    """Yield each step's data, whose labels are ids below `vocab_size`.
 
     On InputError yield one last item that carries it, so that `reduce_step_info` can raise it on
     every rank.
@@ -88,6 +89,7 @@ def fetch_steps(data: StepLoader, auxiliary: PreparedLoader | None, start: int,
         try:
             with phase("data"):
                 window = next(windows, None)
+                require_ids_below(vocab_size, itertools.chain(*(window or [])))
         except InputError as error:
             yield FetchedStep([], [], 0.0, error)
             return
@@ -102,7 +104,7 @@ def reduce_step_info(fetched: FetchedStep, stop: bool, writing: bool, world: Wor
 
     Raises, on every rank, the error that any rank has.
     """
-    valid = [sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in window)
+    valid = [sum(len(batch.valid) for batch in window)
              for window in (fetched.window, fetched.auxiliary)]
     batches = [*fetched.window, *fetched.auxiliary]
     padding, positions = (sum(batch.padding for batch in batches),

@@ -239,8 +239,7 @@ class Rollouts:
             empty = collate_rows([TokenRow(np.zeros(3, np.int64), np.empty(0, np.int32),
                                            np.empty(0, np.int32), "")], [])
             window.append(replace(empty, padding=empty.input_ids.numel(), sources=[]))
-        counts = [[int((b.labels != IGNORE_INDEX).sum()), b.padding, b.input_ids.numel()]
-                  for b in window]
+        counts = [[len(b.valid), b.padding, b.input_ids.numel()] for b in window]
         tokens, padding, total = self.world.sum(
             [sum(column) for column in zip(*counts, strict=True)])
         return StepBatch(window, tokens, padding / total, True, metrics)

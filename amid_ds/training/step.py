@@ -23,7 +23,6 @@ from amid_ds.config.schedule import learning_rate, step_seed, taid_update
 from amid_ds.data import Batch
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
-from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.distiller import StepObjective
 from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
 from amid_ds.run.log import finite
@@ -137,7 +136,7 @@ class Stepper:
         losses, tokens = [], []
         with self.engine.gathered_head(distiller.teacher if uses_teacher else None):
             for index, (batch, divisor, own) in enumerate(micro_batches):
-                token_weights = (batch.labels != IGNORE_INDEX).float() / divisor
+                token_weights = torch.ones(len(batch.valid), device=self.world.device) / divisor
                 with phase("forward"):
                     last = index == len(micro_batches) - 1
                     loss = self.engine.forward(batch, token_weights, teacher_hidden[index], own,
@@ -153,10 +152,11 @@ class Stepper:
     def _reduce(self, losses: Tensor, main_count: int) -> _StepSums:
         """The step's sums over all ranks, in one collective that also spreads ranks' statistics."""
         main, added = losses[:main_count], losses[main_count:]
-        own_loss = losses[:, 0].sum().item()
+        # Summed on the device, so that the host waits for it once.
+        own_loss = losses[:, 0].sum()[None]
         (loss, kd, ce, auxiliary), peers = self.world.sum_beside(
-            [own_loss, *main[:, 1:].sum(0).tolist(), added[:, 2].sum().item()],
-            [own_loss, *local_stats()])
+            torch.cat([own_loss, main[:, 1:].sum(0), added[:, 2].sum()[None]]),
+            torch.cat([own_loss, self.world.numbers(local_stats())]))
         set_peer_stats(peers)
         weight = (self.recipe.data.auxiliary.weight if self.recipe.data.auxiliary is not None
                   else 1.0)
@@ -210,11 +210,10 @@ class Stepper:
 def _bad_places(batch: Batch, tokens: Tensor) -> Iterator[str]:
     """The rows in which a token's divergence or cross entropy is not finite, and the first such
     token of each."""
-    rows, columns = (batch.labels != IGNORE_INDEX).nonzero(as_tuple=True)
     bad = ~tokens.isfinite()
     seen = set()
     for index in bad.any(-1).nonzero()[:, 0].tolist():
-        row, column = int(rows[index]), int(columns[index])
+        row, column = divmod(int(batch.valid[index]), batch.labels.shape[1])
         if row not in seen:
             seen.add(row)
             part = "divergence" if bad[index, 0] else "cross entropy"

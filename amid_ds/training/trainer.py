@@ -67,8 +67,8 @@ class Trainer(Stepper):
         with (self._open_log() as self.log, self._open_stop_request() as self.stop,
               self._open_monitors() as monitors):
             self._log_start()
-            for fetched in fetch_steps(self.data, self.auxiliary, self.state.step,
-                                       self.recipe.train.steps):
+            for fetched in fetch_steps(self.data, self.auxiliary, self.job.vocab_size,
+                                       self.state.step, self.recipe.train.steps):
                 monitors.step_begin(self.state.step + 1)
                 info = self._reduce_info(fetched)
                 if info.stop:

@@ -16,7 +16,8 @@ import math
 import torch
 
 from amid_ds.config.recipe import Recipe
-from amid_ds.data import read_batches
+from amid_ds.data import Batch, read_batches
+from amid_ds.data.batch import require_ids_below
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
 from amid_ds.run.log import finite, perplexity
@@ -49,15 +50,21 @@ def _sums(recipe: Recipe, engine: Engine, name: str) -> list[float]:
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
     batches = read_batches(recipe.prepared_dir / "eval" / name, recipe.train.micro_batch_size,
                            world.dp_rank, world.dp_size)
+
+    def read_some() -> list[Batch]:
+        read = list(itertools.islice(batches, BATCHES_READ))
+        require_ids_below(distiller.head.vocab_size, read)
+        return read
+
     # Agreed on, because every batch has collectives: a row that is damaged on one rank is an error
     # of all.
-    while read := world.run_checked(lambda: list(itertools.islice(batches, BATCHES_READ))):
+    while read := world.run_checked(read_some):
         for batch in read:
             batch = batch.to(world.device)
-            hidden = distiller.hidden_states(batch.input_ids, batch.positions)
+            hidden = distiller.hidden_states(batch)
             with engine.gathered_head(distiller.student), engine.gathered_head(distiller.teacher):
-                sums += distiller.score(*hidden, batch.labels)
-    return world.sum(sums.tolist())
+                sums += distiller.score(*hidden, batch.targets)
+    return world.sum(sums)
 
 
 def _metrics(name: str, sums: list[float], has_teacher: bool) -> EvalMetrics:

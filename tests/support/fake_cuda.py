@@ -13,7 +13,6 @@ import functools
 import inspect
 import json
 import os
-import sys
 import time
 import types
 from collections import Counter
@@ -24,25 +23,24 @@ import torch
 import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
+from support.host_waits import FakedDeviceName, HostWaits, is_cuda, mark_host_tensor, pinned_copy
+
 DEVICE_NAME = "NVIDIA H100 80GB HBM3"
 TOTAL_BYTES = 80 << 30
-# Functions of a tensor that wait for the device, when the tensor is on one.
-WAITING = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "cpu",
-           "is_nonzero", "equal", "argwhere", "masked_select"}
 
 
 class FakeCuda:
     """`devices` faked GPUs in this process, and what was asked of them.
 
-    calls: the names of the functions that were called, with their number; waits: between
-    `watch()` and `watched()` the places (file:line function) at which the host waited for a tensor.
+    calls: the names of the functions that were called, with their number; waits: where the host
+    waits for a GPU, while that is watched.
     """
 
     def __init__(self, devices: int, free_bytes: int = 60 << 30) -> None:
         self.devices, self.free_bytes = devices, free_bytes
         self.current = 0
         self.calls: Counter[str] = Counter()
-        self.waits: Counter[str] | None = None
+        self.waits = HostWaits()
         # The arguments of each `init_process_group`.
         self.groups: list[dict[str, Any]] = []
 
@@ -51,23 +49,15 @@ class FakeCuda:
         for name, function in self._functions().items():
             self._replace(name, function)
         torch.cuda.Event, torch.cuda.Stream = _Event, _Stream
+        for kind in (_Event, _Stream):
+            kind.synchronize = self._recorded(kind.synchronize)
         torch.cuda.nccl.version = lambda: (2, 27, 5)
         torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = lambda message: 0, lambda: 0
         torch.Tensor.record_stream = lambda tensor, stream: self.calls.update(["record_stream"])
-        torch.Tensor.pin_memory = lambda tensor, device=None: tensor
+        torch.Tensor.pin_memory = pinned_copy
         self._replace_groups()
         self._replace_accelerator()
         _Mode(self).__enter__()
-
-    def watch(self) -> None:
-        """Record from now on where the host waits for a tensor."""
-        self.waits = Counter()
-
-    def watched(self) -> Counter[str]:
-        """The places since `watch`, with their number."""
-        waits, self.waits = self.waits, None
-        assert waits is not None
-        return waits
 
     def require(self, device: Any) -> int:
         """The index of `device`. Raises RuntimeError where there is no such GPU, as CUDA does."""
@@ -102,7 +92,8 @@ class FakeCuda:
             "set_device": set_device, "current_device": lambda: self.current,
             "current_stream": lambda device=None: stream,
             "default_stream": lambda device=None: stream,
-            "stream": lambda stream: contextlib.nullcontext(), "synchronize": forget,
+            "stream": lambda stream: contextlib.nullcontext(),
+            "synchronize": self._recorded(forget),
             "empty_cache": lambda: None, "reset_peak_memory_stats": forget,
             "reset_max_memory_allocated": forget,
             "mem_get_info": lambda device=None: (self.free_bytes, TOTAL_BYTES),
@@ -113,6 +104,14 @@ class FakeCuda:
             "get_device_properties": get_device_properties,
             "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
             "set_rng_state": lambda new_state, device="cuda": None}
+
+    def _recorded(self, function: Any) -> Any:
+        """`function`, whose caller waits for the device."""
+        @functools.wraps(function)
+        def recorded(*arguments, **options):
+            self.waits.record("synchronize")
+            return function(*arguments, **options)
+        return recorded
 
     def _replace(self, name: str, function: Any) -> None:
         """Put `function` in the place of torch.cuda's, whose signature its callers must keep."""
@@ -149,10 +148,10 @@ class FakeCuda:
                 if device_index is not None:
                     # DeepSpeed passes LOCAL_RANK as it stands in the environment.
                     self.require(int(device_index))
-                return "cpu"
+                return FakedDeviceName("cpu")
 
             def current_device_name(own):
-                return "cpu"
+                return FakedDeviceName("cpu")
 
             def device(own, device_index=None):
                 return torch.device("cpu")
@@ -231,43 +230,17 @@ class _Mode(TorchFunctionMode):
         name = getattr(function, "__name__", str(function))
         if function is torch.device or name == "device":
             return function(*args, **kwargs)
-        if _is_cuda(kwargs.get("device")):
+        self.fake.waits.see(name, args, kwargs)
+        if is_cuda(kwargs.get("device")):
             self.fake.require(kwargs["device"])
             kwargs["device"] = torch.device("cpu")
-        if kwargs.pop("pin_memory", False):
+        pinned = bool(kwargs.pop("pin_memory", False))
+        if pinned:
             self.fake.calls["pin_memory"] += 1
-        args = tuple(torch.device("cpu") if _is_cuda(value) else value for value in args)
-        waits = self.fake.waits
-        if waits is not None and (name in WAITING or (name == "__getitem__"
-                                                       and _by_mask(args[1]))):
-            waits[f"{_caller()} {name if name in WAITING else 'boolean index'}"] += 1
-        return function(*args, **kwargs)
-
-
-def _is_cuda(value: object) -> bool:
-    if isinstance(value, torch.device):
-        return value.type == "cuda"
-    return isinstance(value, str) and value.split(":")[0] == "cuda"
-
-
-def _by_mask(index: Any) -> bool:
-    parts = index if isinstance(index, tuple) else (index,)
-    return any(isinstance(part, torch.Tensor) and part.dtype == torch.bool for part in parts)
-
-
-def _caller() -> str:
-    """file:line of the innermost frame that is neither torch's nor of this file."""
-    frame = sys._getframe(1)
-    torch_folder = str(Path(torch.__file__).parent)
-    while frame is not None and (frame.f_code.co_filename.startswith(torch_folder)
-                                 or frame.f_code.co_filename == __file__):
-        frame = frame.f_back
-    if frame is None:
-        return "?"
-    parts = Path(frame.f_code.co_filename).parts
-    packages = {"amid_ds", "transformers", "deepspeed"}
-    first = max((i for i, name in enumerate(parts) if name in packages), default=-1)
-    return f"{'/'.join(parts[first:])}:{frame.f_lineno}"
+        args = tuple(torch.device("cpu") if is_cuda(value) else value for value in args)
+        result = function(*args, **kwargs)
+        mark_host_tensor(result, pinned, kwargs)
+        return result
 
 
 def fake_cuda_rank(argv: list[str], variables: dict[str, str], log: str, *, devices: int = 8,
@@ -286,14 +259,15 @@ def fake_cuda_rank(argv: list[str], variables: dict[str, str], log: str, *, devi
 
 
 def _watch_step(fake: FakeCuda, number: int, path: Path) -> None:
-    from support.patches import patch_train_step
+    """Watch from one agreement of the ranks to the next: the step, its log and what is due."""
+    from amid_ds.training.trainer import Trainer
 
-    def around(trainer, batch):
-        watched = trainer.state.step == number
-        if watched:
-            fake.watch()
-        yield
-        if watched:
-            path.write_text(json.dumps(fake.watched()))
+    reduce_info = Trainer._reduce_info
 
-    patch_train_step(around)
+    def watched(trainer, fetched):
+        if fake.waits.watching:
+            path.write_text(json.dumps(fake.waits.places))
+        fake.waits.watching = trainer.state.step == number
+        return reduce_info(trainer, fetched)
+
+    Trainer._reduce_info = watched

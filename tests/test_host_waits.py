@@ -1,0 +1,125 @@
+"""The host hardly ever waits for its GPU, so that a GPU always has work: on a faked CUDA."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.fake_cuda import fake_cuda_rank
+from support.host_waits import HostWaits, mark_host_tensor
+from support.ranks import Ranks
+from support.runs import write_recipe
+
+from amid_ds.data.batch import Batch, TokenRow, collate_rows, require_ids_below
+from amid_ds.errors import InputError
+from amid_ds.training.fetch import fetch_steps
+
+# Our own, in a whole step with its log: what the ranks agree on before it, its sums, its norm.
+OURS = {"amid_ds/distributed/world.py:sum tolist": 2,
+        "amid_ds/engine/engine.py:optimizer_step __float__": 1}
+WATCHED = 2
+
+
+def waits_of_a_step(recipe: Path) -> Counter[str]:
+    """Where rank 0 of 2 waits in one step, by place."""
+    ranks = Ranks(2, "train", recipe, target=functools.partial(fake_cuda_rank,
+                                                               watched_step=WATCHED))
+    assert ranks.wait() == [0, 0], ranks.output()
+    return Counter(json.loads(Path(f"{ranks._log(0)}.waits").read_text()))
+
+
+def ours(waits: Counter[str]) -> dict[str, int]:
+    return {place: number for place, number in waits.items() if place.startswith("amid_ds/")}
+
+
+# Threads read the data: rows on the host are not counted.
+def test_a_step_waits_three_times_however_many_micro_batches_it_has(llama_pair, text_file,
+                                                                    tmp_path):
+    waits = waits_of_a_step(write_recipe(
+        tmp_path / "r.yaml", *llama_pair, text_file, tmp_path / "run",
+        train__steps=WATCHED + 2, train__global_batch_size=8, data__workers=1))
+    assert ours(waits) == OURS
+    # DeepSpeed and transformers wait once in each of the four, transformers also for the teacher.
+    assert {place: number for place, number in waits.items() if number > 2} == {
+        "deepspeed/runtime/zero/stage3.py:independent_gradient_partition_epilogue synchronize": 4,
+        "transformers/masking_utils.py:find_packed_sequence_indices __bool__": 5}
+
+
+def test_masked_tokens_a_second_corpus_and_shared_rows_add_no_wait(llama_pair, text_file,
+                                                                   instructions_file, tmp_path):
+    assert ours(waits_of_a_step(write_recipe(
+        tmp_path / "r.yaml", *llama_pair, instructions_file, tmp_path / "run",
+        train__steps=WATCHED + 2, data__workers=1, data__isolate_documents=True,
+        data__auxiliary={"path": str(text_file), "text": "text", "weight": 0.5}))) == OURS
+
+
+ROW = torch.zeros(3)
+PINNED, PAGEABLE = torch.zeros(3), torch.zeros(3)
+mark_host_tensor(PINNED, True, {})
+mark_host_tensor(PAGEABLE, False, {"device": "cpu"})
+QUEUED = {"non_blocking": True}
+
+
+@pytest.mark.parametrize("name, args, kwargs, waits", [
+    ("item", (ROW,), {}, True), ("tolist", (ROW,), {}, True), ("sum", (ROW,), {}, False),
+    ("__getitem__", (ROW, ROW > 0), {}, True), ("__getitem__", (ROW, (0, ROW > 0)), {}, True),
+    ("__getitem__", (ROW, torch.tensor([1])), {}, False), ("__getitem__", (ROW, 1), {}, False),
+    ("__setitem__", (ROW, ROW > 0, ROW), {}, True), ("__setitem__", (ROW, ROW > 0, 1.0), {}, False),
+    ("where", (ROW > 0,), {}, True), ("where", (ROW > 0, ROW, ROW), {}, False),
+    ("repeat_interleave", (ROW, torch.tensor([1, 2, 0])), {}, True),
+    ("repeat_interleave", (ROW, torch.tensor([1, 2, 0])), {"output_size": 3}, False),
+    ("tensor", ([1.0],), {"device": "cuda:0"}, True), ("tensor", ([1.0],), {}, False),
+    ("zeros", (3,), {"device": torch.device("cuda", 0)}, False),
+    ("to", (PAGEABLE, "cuda"), {}, True), ("to", (PAGEABLE, "cuda"), QUEUED, True),
+    ("to", (PINNED, "cuda"), {}, True), ("to", (PINNED, torch.device("cuda", 0)), QUEUED, False),
+    ("to", (ROW,), {"device": "cpu"}, True), ("to", (ROW, "cpu"), QUEUED, False),
+    ("to", (ROW, torch.float64), {}, False), ("cpu", (ROW,), {}, True),
+    ("copy_", (PINNED, ROW), QUEUED, False), ("copy_", (PINNED, ROW), {}, True),
+    ("copy_", (PAGEABLE, ROW), QUEUED, True), ("copy_", (ROW, ROW.clone()), {}, False)])
+def test_what_counts_as_a_wait_is_what_makes_a_host_wait(name, args, kwargs, waits):
+    seen = HostWaits()
+    seen.see(name, args, kwargs)
+    assert not seen.places
+    seen.watching = True
+    seen.see(name, args, kwargs)
+    assert seen.places.total() == waits
+
+
+def row_of(*tokens: int, spans: tuple[int, ...], source: str = "rows.jsonl line 7") -> TokenRow:
+    return TokenRow(np.array(tokens), np.array(spans, np.int32), np.empty(0, np.int32), source)
+
+
+def test_a_batch_knows_on_the_host_which_tokens_have_labels():
+    batch = collate_rows([row_of(5, 6, 7, 8, spans=(1, 2, 3, 4)), row_of(1, 2, spans=(1, 2))], [])
+    assert batch.labels.tolist() == [[6, -100, 8], [2, -100, -100]]
+    assert batch.valid.tolist() == [0, 2, 3] and batch.targets.tolist() == [6, 8, 2]
+    moved = batch.to("meta")
+    assert {tensor.device.type for tensor in (moved.valid, moved.labels, moved.targets)} == {"meta"}
+    assert batch.valid.device.type == "cpu"
+
+
+class OneWindow:
+    """A loader of one step."""
+
+    waited = 0.0
+
+    def __init__(self, window: list[Batch]) -> None:
+        self.window = window
+
+    def windows(self, start, stop):
+        return iter([self.window])
+
+
+def test_a_label_beyond_the_vocabulary_is_refused_by_its_row_before_a_step():
+    batch = collate_rows([row_of(1, 2, spans=(1, 2), source="a line 1"),
+                          row_of(9, 1, 9, spans=(2, 3), source="a line 2")], [])
+    require_ids_below(10, [batch])
+    fetched, = fetch_steps(OneWindow([batch]), None, 9, 0, 1)
+    assert isinstance(fetched.error, InputError) and not fetched.window
+    assert "a line 2: a token of id 9" in str(fetched.error)
+    assert "ids below 9" in str(fetched.error)
