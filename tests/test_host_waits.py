@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 import torch
 from support.fake_cuda import fake_cuda_rank
-from support.host_waits import HostWaits, mark_host_tensor
+from support.host_waits import HostWaits, Watched, mark_host_tensor
+from support.losses import LossProblem
 from support.ranks import Ranks
 from support.runs import write_recipe
+from transformers import AutoModelForCausalLM
 
+from amid_ds import AMiD
 from amid_ds.data.batch import Batch, TokenRow, collate_rows, require_ids_below
 from amid_ds.errors import InputError
+from amid_ds.losses import fused
+from amid_ds.models.distiller import Distiller
 from amid_ds.training.fetch import fetch_steps
 
 # Our own, in a whole step with its log: what the ranks agree on before it, its sums, its norm.
@@ -88,6 +93,36 @@ def test_what_counts_as_a_wait_is_what_makes_a_host_wait(name, args, kwargs, wai
     seen.watching = True
     seen.see(name, args, kwargs)
     assert seen.places.total() == waits
+
+
+def test_a_loss_whose_values_are_known_to_be_sound_is_the_same_and_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr(fused, "_tokens_per_block", lambda *_: 4)
+    results, places = [], []
+    for checked in (True, False):
+        problem = LossProblem()
+        problem.weights += 0.1
+        with Watched() as watched:
+            out = problem.fused(AMiD(-5.0, 0.1), checked=checked)
+            gradients = problem.gradients(out.loss)
+        results.append([out.loss, out.kd, out.ce, *gradients])
+        places.append({place for place in watched.waits.places if "/losses/" in place})
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    assert places == [set(), {"amid_ds/losses/checks.py:check_values tolist",
+                              "amid_ds/losses/fused.py:_loss_and_gradients nonzero"}]
+
+
+def test_a_batch_of_an_evaluation_is_scored_without_a_wait(llama_pair):
+    student, teacher = map(AutoModelForCausalLM.from_pretrained, llama_pair)
+    distiller = Distiller(student, teacher, vocab_size=30)
+    batch = collate_rows([row_of(5, 6, 7, 8, spans=(1, 2, 3, 4)), row_of(1, 2, spans=(1, 2))], [])
+    # The form of a model's head is measured once.
+    distiller.head.heads()
+    with Watched() as watched:
+        sums = distiller.score(*distiller.hidden_states(batch), batch.targets)
+    assert ours(watched.waits.places) == {} and sums[3].item() == 3
+    log_q = student(input_ids=batch.input_ids).logits[..., :30].log_softmax(-1)
+    nll = -(log_q[0, 0, 6] + log_q[0, 2, 8] + log_q[1, 0, 2])
+    torch.testing.assert_close(sums[0].float(), nll.detach())
 
 
 def row_of(*tokens: int, spans: tuple[int, ...], source: str = "rows.jsonl line 7") -> TokenRow:

@@ -33,8 +33,8 @@ def losses_of(distiller: Distiller, ids: torch.Tensor, positions: torch.Tensor) 
     teacher_hidden, _ = distiller.teacher_hidden_states(
         [batch, Batch(longer, longer, None, 0, [], [])], 2)
     document = (positions == 0).cumsum(1).flatten() - 1
-    return [distiller((document == i).float(), teacher_hidden, batch=batch,
-                      objective=OBJECTIVE).loss.item()
+    return [distiller(ids, batch.valid, batch.targets, (document == i).float(), teacher_hidden,
+                      positions, objective=OBJECTIVE).loss.item()
             for i in range(len(LENGTHS))]
 
 
@@ -59,7 +59,8 @@ def test_changing_a_document_leaves_the_others_losses_as_they_were_to_the_last_d
         document, labels = (tokens[:, start:start + length] for tokens in (ids, ids.roll(-1, 1)))
         batch = Batch(document, labels, None, 0, [], [])
         teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
-        alone = distiller(torch.ones(length), teacher_hidden, batch=batch, objective=OBJECTIVE).loss
+        alone = distiller(document, batch.valid, batch.targets, torch.ones(length), teacher_hidden,
+                          objective=OBJECTIVE).loss
         assert alone.item() == pytest.approx(before[changed], rel=1e-4)
         start += length
 

@@ -149,7 +149,8 @@ def demo_speed(rounds: int = 5) -> float:
     for _ in range(1 + rounds):
         began = time.perf_counter()
         teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
-        distiller(weights, teacher_hidden, batch=batch, objective=objective).loss.backward()
+        distiller(ids, batch.valid, batch.targets, weights, teacher_hidden,
+                  objective=objective).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)

@@ -72,13 +72,14 @@ class Engine:
 
     def forward(self, batch: Batch, token_weights: Tensor, teacher_hidden: Tensor | None,
                 objective: StepObjective, last: bool) -> MicroBatchLoss:
-        """The loss of one micro-batch, see `Distiller.forward`.
+        """The loss of one micro-batch on the device, see `Distiller.forward`.
 
         last: whether it is the last one of the accumulation window.
         """
         self._deepspeed.set_gradient_accumulation_boundary(last)
         loss: MicroBatchLoss = self._deepspeed(
-            token_weights, teacher_hidden, batch=batch, objective=objective)
+            batch.input_ids, batch.valid, batch.targets, token_weights, teacher_hidden,
+            batch.positions, objective=objective)
         return loss
 
     def backward(self, loss: Tensor) -> None:

@@ -122,10 +122,8 @@ def linear_amid_loss(
         loss = (token_weights * (kd_weight * kd + ce_weight * ce)).sum()
 
     The cross entropy is of the untempered student logits.
-
     The gradient reaches student_hidden, weight and bias, in their dtypes; the teacher gets none,
-    and token_weights count as constants. kd [N] and ce [N] (None without labels) are detached, fp32
-    (fp64 if an input is).
+    and token_weights count as constants.
     The logits' gradient is held in the inputs' dtype between the products, as autograd does: with
     fp16 keep token_weights large enough that it does not underflow, for a scale on the loss acts
     only after this gradient has been rounded.
@@ -133,9 +131,7 @@ def linear_amid_loss(
     may the objective, which is not read, and kd is None).
     shard: both heads hold the rows [start, stop), and the hidden states, weights and labels are the
     same on every rank of the group; the hidden states' gradient comes back whole.
-    checked: the caller knows that every weight is finite and every label an id or -100, and wants
-    every token computed, one of weight 0 too. Without it the host waits for a GPU twice, to look at
-    the values and to find the tokens that count.
+    checked: the values are known to be sound, no token is left out; else the host waits for a GPU.
     Collectives under a shard: at most three per block in forward, one in backward.
     Raises InputError (a ValueError) for shapes, dtypes and numbers that do not fit.
     """
@@ -143,22 +139,21 @@ def linear_amid_loss(
     teacher = LMHead(teacher_head) if isinstance(teacher_head, Tensor) else teacher_head
     checks.check_linear(student_hidden, student, teacher_hidden, teacher, objective, token_weights,
                         labels, ce_weight, kd_weight)
-    rows = {"student_head": student.weight.shape[0]}
-    if teacher is not None:
-        rows["teacher_head"] = teacher.weight.shape[0]
+    rows = {f"{side}_head": head.weight.shape[0]
+            for side, head in (("student", student), ("teacher", teacher)) if head is not None}
     layout = checks.check_vocabulary(rows, vocab_size, shard, student_hidden.shape[0],
                                      student_hidden.device)
     if not checked:
         checks.check_values(token_weights, labels, layout.vocabulary)
     hidden = [x for x in (student_hidden, teacher_hidden) if x is not None]
+    leaves = (student_hidden, student.weight, student.bias)
     inputs = LossInputs(
         teacher_hidden=teacher_hidden, student_head=student, teacher_head=teacher,
-        objective=objective if teacher is not None else None,
-        token_weights=token_weights, labels=labels, every_token=checked,
-        ce_weight=float(ce_weight), kd_weight=float(kd_weight), layout=layout,
-        backend=_choose_backend(backend, objective, hidden), workspace_bytes=workspace_bytes,
-        wants=tuple(_wants_gradient(x) for x in (student_hidden, student.weight, student.bias)))
-    return LossOutput(*_LinearLoss.apply(student_hidden, student.weight, student.bias, inputs))
+        objective=objective if teacher is not None else None, token_weights=token_weights,
+        labels=labels, every_token=checked, ce_weight=float(ce_weight), kd_weight=float(kd_weight),
+        layout=layout, backend=_choose_backend(backend, objective, hidden),
+        workspace_bytes=workspace_bytes, wants=tuple(map(_wants_gradient, leaves)))
+    return LossOutput(*_LinearLoss.apply(*leaves, inputs))
 
 
 @torch.no_grad()
@@ -209,7 +204,6 @@ class LossInputs:
     objective: AMiD | None
     token_weights: Tensor
     labels: Tensor | None
-    # True: tokens of weight 0 are not left out.
     every_token: bool
     ce_weight: float
     kd_weight: float
@@ -307,13 +301,13 @@ def _loss_and_gradients(hidden: Tensor, inputs: LossInputs) -> tuple[
     gradients = HeadGradients(hidden, inputs.student_head, layout.valid, dtype, inputs.wants)
     heads = [head for head in (inputs.student_head, inputs.teacher_head) if head is not None]
     size = _tokens_per_block(layout, [head.weight for head in heads], inputs.workspace_bytes)
-    index = None if inputs.every_token else weights.nonzero()[:, 0]
-    count = len(weights if index is None else index)
-    workspaces = [torch.empty(min(size, count) * layout.valid, dtype=head.weight.dtype,
+    index: Tensor | range = range(len(weights))
+    if not inputs.every_token:
+        index = weights.nonzero()[:, 0]
+    workspaces = [torch.empty(min(size, len(index)) * layout.valid, dtype=head.weight.dtype,
                               device=hidden.device) for head in heads]
-    for rows in _blocks(count, size):
-        # A slice takes no copies.
-        tokens = rows if index is None else index[rows]
+    for rows in _blocks(len(index), size):
+        tokens = rows if isinstance(index, range) else index[rows]
         block_hidden = hidden[tokens]
         block = _make_block(block_hidden, inputs, tokens, weights[tokens], workspaces, dtype)
         block_kd, block_ce = forward_backward_block(block, layout.shard, inputs.backend)

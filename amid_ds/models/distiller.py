@@ -141,29 +141,32 @@ class Distiller(nn.Module):
             positions = _padded_positions([batch.positions for batch in group], inputs)
             states = run_body(self.teacher, padded, positions)
             for batch, part in zip(group, states.split([len(ids) for ids in inputs]), strict=True):
-                valid = _labelled(part[:, :batch.labels.shape[1]], batch)
+                valid = _rows(part[:, :batch.labels.shape[1]], batch.valid)
                 hidden.append(_to_pinned_host(valid) if on_host else valid)
         return hidden
 
-    def forward(self, token_weights: Tensor, teacher_hidden: Tensor | None, *, batch: Batch,
+    def forward(self, input_ids: Tensor, valid: Tensor, labels: Tensor, token_weights: Tensor,
+                teacher_hidden: Tensor | None, positions: Tensor | None = None, *,
                 objective: StepObjective) -> MicroBatchLoss:
         """One micro-batch's loss.
 
-        token_weights: [n] fp32, of the batch's n labelled tokens. teacher_hidden: its part of
-        `teacher_hidden_states` (None: cross entropy alone).
+        input_ids [B, L]; valid [n], the places of its labelled tokens in B · L; their labels and
+        token_weights [n] (fp32); teacher_hidden: its part of `teacher_hidden_states` (None: cross
+        entropy alone); positions [B, L] as `run_body` has them.
         """
-        hidden = _labelled(run_body(self.student, batch.input_ids, batch.positions), batch)
+        hidden = _rows(run_body(self.student, input_ids, positions), valid)
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
-        return self.head(hidden, teacher_hidden, batch.targets, token_weights, objective=objective)
+        return self.head(hidden, teacher_hidden, labels, token_weights, objective=objective)
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Both models' hidden states [n, H_s] and [n, H_t] at the n labelled tokens of a batch."""
         teacher = None
         if self.teacher is not None:
-            teacher = _labelled(run_body(self.teacher, batch.input_ids, batch.positions), batch)
-        return _labelled(run_body(self.student, batch.input_ids, batch.positions), batch), teacher
+            teacher = _rows(run_body(self.teacher, batch.input_ids, batch.positions), batch.valid)
+        student = run_body(self.student, batch.input_ids, batch.positions)
+        return _rows(student, batch.valid), teacher
 
     @torch.no_grad()
     def score(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
@@ -189,13 +192,13 @@ class Distiller(nn.Module):
         return sums
 
 
-def _labelled(states: Tensor, batch: Batch) -> Tensor:
-    """states [B, L, H] -> [n, H], at the batch's labelled tokens.
+def _rows(states: Tensor, valid: Tensor) -> Tensor:
+    """states [B, L, H] -> [n, H], at the places `valid` [n] of B · L.
 
     By an index that the host has made, not by a mask: a GPU would have to be waited for to know n.
     Its backward adds each row once to zeros, so it is exact in any order.
     """
-    return states.flatten(0, 1).index_select(0, batch.valid)
+    return states.flatten(0, 1).index_select(0, valid)
 
 
 def _to_pinned_host(states: Tensor) -> Tensor:

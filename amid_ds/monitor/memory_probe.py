@@ -153,7 +153,7 @@ class _MemoryProbe:
             hook.remove()
 
     def _begin_micro_batch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        _, teacher_hidden = inputs
+        teacher_hidden = inputs[4]
         self.bytes["teacher_hidden"] += teacher_hidden.nbytes if teacher_hidden is not None else 0
         self._see_gradients()
         self.kept, self.in_body = {}, True

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 # Functions of a tensor that wait for the device, when the tensor is on one: they read its values,
 # or the number of values that fit a condition. (Tensor.numpy refuses such a tensor.)
@@ -45,6 +46,19 @@ class HostWaits:
         """Record that the caller waits, by a call of this name."""
         if self.watching:
             self.places[f"{_caller()} {name}"] += 1
+
+
+class Watched(TorchFunctionMode):
+    """Records in `waits` what the code in this context would wait for, had it a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = HostWaits()
+        self.waits.watching = True
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.waits.see(getattr(function, "__name__", ""), args, kwargs or {})
+        return function(*args, **kwargs or {})
 
 
 def pinned_copy(tensor: torch.Tensor, device: object = None) -> torch.Tensor:
