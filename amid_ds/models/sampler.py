@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from amid_ds.distributed.transfer import to_device
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.errors import TrainingError
 from amid_ds.models.heads import body_of, logits_of, sharded_head_of
@@ -65,7 +66,7 @@ class Sampler:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         last = torch.tensor([[max(len(prompt.ids) + prompt.room - 2, 0)] for prompt in rows],
                             device=device)
-        uniform = _uniform_numbers(rows)
+        uniform = to_device(_uniform_numbers(rows), device)
         completions: list[list[int]] = [[] for _ in rows]
         unfinished = [prompt.room > 0 for prompt in rows]
         not_finite: tuple[int, int] | None = None
@@ -74,7 +75,7 @@ class Sampler:
             hidden = next_hidden(ids, mask, positions)
             # Other ranks may take more steps than this one has numbers for.
             step = min(mask.shape[1] - longest, uniform.shape[1] - 1)
-            chosen = self.choose(self.logits(model, hidden), uniform[:, step].to(device))
+            chosen = self.choose(self.logits(model, hidden), uniform[:, step])
             for row, token in enumerate(chosen.tolist()):
                 if not unfinished[row]:
                     continue
@@ -86,7 +87,7 @@ class Sampler:
                     unfinished[row] = (token not in self.ends
                                        and len(completions[row]) < rows[row].room)
             ids = chosen.clamp(min=0)[:, None]
-            counted = torch.tensor(unfinished, device=device).long()[:, None]
+            counted = to_device(torch.tensor(unfinished).long()[:, None], device)
             mask = torch.cat([mask, counted], 1)
             # Finished rows repeat their last position.
             positions = torch.minimum(positions[:, -1:] + 1, last)

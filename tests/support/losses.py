@@ -46,13 +46,14 @@ class LossProblem:
         """The tensors with gradients: the student's hidden states, its head and its bias."""
         return [self.student, self.weight, self.bias]
 
-    def to(self, dtype: torch.dtype) -> LossProblem:
-        """The same numbers in another dtype."""
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> LossProblem:
+        """The same numbers in another dtype, on another device."""
         other = object.__new__(LossProblem)
         for name, value in vars(self).items():
-            is_input = (isinstance(value, Tensor) and value.is_floating_point()
-                        and name != "weights")
-            setattr(other, name, value.detach().to(dtype) if is_input else value)
+            if isinstance(value, Tensor):
+                is_input = value.is_floating_point() and name != "weights"
+                value = value.detach().to(device, dtype if is_input else value.dtype)
+            setattr(other, name, value)
         for tensor in other.leaves():
             tensor.requires_grad_()
         return other

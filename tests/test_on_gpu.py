@@ -1,0 +1,178 @@
+"""On a GPU: the loss against float64, its memory and waits, and a training run killed and resumed.
+
+All of it is skipped without one. Two minutes at most, so that it is the first thing to run there;
+how fast anything is, the benchmarks say.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support.data import write_texts
+from support.losses import LossProblem, relative_error
+from support.runs import BIN, launch_train, rank_environment, read_metrics, write_recipe
+
+from amid_ds import AMiD, LMHead, amid_loss, linear_amid_loss, preset
+from amid_ds.data.batch import Batch
+from amid_ds.losses.reference import naive_loss
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+# A power of two; neither even nor a multiple of the kernels' blocks; GPT-2's, odd.
+VOCABULARIES = (4096, 5000, 50257)
+OBJECTIVES = {"jsd": preset("gkd", beta=0.5), "amid": AMiD(-5.0, 0.1),
+              "near-1": AMiD(1 - 1e-6, 0.3), "geometric": AMiD(1.0, 0.3, order="rq"),
+              "all-orders": AMiD(3.0, 0.3, order={"pr": 0.4, "qr": 0.3, "rp": 0.2, "rq": 0.1})}
+STEPS, KILLED_AFTER = 60, 10
+
+
+@pytest.fixture(scope="module")
+def problem(request: pytest.FixtureRequest) -> LossProblem:
+    """64 tokens over a vocabulary in bf16 on the GPU; every fourth is masked, labels are ignored.
+
+    The two models' widths differ, and so do the widths of their heads.
+    """
+    exact = LossProblem(64, request.param, student=256, teacher=320, dtype=torch.float64)
+    return exact.to(torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("problem", VOCABULARIES, indirect=True)
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_the_loss_is_no_further_from_float64_than_the_naive_one(problem, objective, backend):
+    """In value and gradients, but for 2⁻⁹, a unit of bf16's last place; with cross entropy."""
+    exact = problem.to(torch.float64, "cuda")
+    truth, naive = exact.naive(objective), problem.naive(objective)
+    ours = problem.fused(objective, backend=backend).loss
+    assert (ours - truth).abs() <= (naive - truth).abs() + 2**-9 * truth.abs()
+    for mine, usual, right in zip(problem.gradients(ours), problem.gradients(naive),
+                                  exact.gradients(truth), strict=True):
+        assert relative_error(mine, right) <= relative_error(usual, right) + 2**-9
+
+
+@pytest.mark.parametrize("problem", VOCABULARIES, indirect=True)
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_cross_entropy_alone_and_a_head_with_scale_and_cap(problem, backend):
+    exact = problem.to(torch.float64, "cuda")
+    kept = exact.labels >= 0
+    logits = (exact.student @ exact.weight.t() + exact.bias)[:, :problem.vocab_size] * 0.5
+    logits = 20 * (logits / 20).tanh()
+    truth = torch.nn.functional.cross_entropy(logits[kept], exact.labels[kept], reduction="none")
+    out = linear_amid_loss(
+        problem.student, LMHead(problem.weight, problem.bias, softcap=20.0, scale=0.5), None, None,
+        None, token_weights=kept.float(), labels=problem.labels, kd_weight=0.0, ce_weight=1.0,
+        vocab_size=problem.vocab_size, backend=backend)
+    # The logits are rounded to bf16.
+    torch.testing.assert_close(out.ce[kept].double(), truth.detach(), rtol=2**-7, atol=2**-7)
+    right, mine = exact.gradients(truth.sum()), problem.gradients(out.loss)
+    for a, b in zip(mine, right, strict=True):
+        assert relative_error(a, b) < 2**-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_that_are_longer_than_the_vocabulary_change_nothing(dtype):
+    width = 5000
+    for stride in (width, 5056, 5057):
+        logits = [torch.randn(8, stride, device="cuda",
+                              generator=torch.Generator("cuda").manual_seed(seed)).to(dtype)
+                  for seed in (1, 2)]
+        student, teacher = (rows[:, :width] for rows in logits)
+        student.requires_grad_()
+        exact = student.detach().double().requires_grad_()
+        ours = amid_loss(student, teacher, OBJECTIVES["amid"], backend="triton")
+        truth = naive_loss(exact, teacher.double(), OBJECTIVES["amid"])
+        torch.testing.assert_close(ours.double(), truth.detach(), rtol=2e-4, atol=1e-5)
+        mine, = torch.autograd.grad(ours.sum(), student)
+        right, = torch.autograd.grad(truth.sum(), exact)
+        budget = {torch.float32: 2e-4, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+        assert relative_error(mine, right) < budget
+
+
+def test_logits_are_never_whole():
+    tokens, width, hidden, workspace = 8192, 50257, 64, 512 << 20
+    student, teacher = (torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16,
+                                    requires_grad=grad) for grad in (True, False))
+    heads = [torch.randn(width, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=grad)
+             for grad in (True, False)]
+    weights = torch.ones(tokens, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    linear_amid_loss(student, heads[0], teacher, heads[1], OBJECTIVES["jsd"], token_weights=weights,
+                     workspace_bytes=workspace).loss.backward()
+    gradients = 6 * (student.numel() + heads[0].numel())
+    whole = 2 * 2 * tokens * width
+    assert torch.cuda.max_memory_allocated() - before < workspace + gradients + (64 << 20) < whole
+
+
+@pytest.fixture
+def no_waits() -> Iterator[None]:
+    """Torch raises where the host would wait for the GPU."""
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("problem", VOCABULARIES[:1], indirect=True)
+def test_a_micro_batch_with_its_loss_is_queued_without_a_wait(problem, no_waits):
+    rows = torch.arange(64).reshape(4, 16)
+    batch = Batch(rows, torch.where(rows % 3 == 0, -100, rows), None, 0, [], [])
+    hidden = torch.randn(4, 16, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+
+    def step(checked: bool) -> None:
+        moved = batch.to("cuda")
+        taken = hidden.flatten(0, 1).index_select(0, moved.valid)
+        out = linear_amid_loss(
+            taken, problem.weight, problem.teacher[:len(batch.valid)], problem.teacher_weight,
+            OBJECTIVES["jsd"], token_weights=torch.ones(len(batch.valid), device="cuda"),
+            labels=moved.targets, ce_weight=0.5, vocab_size=problem.vocab_size, checked=checked)
+        out.loss.backward()
+
+    # Kernels are compiled at their first use.
+    step(checked=True)
+    torch.cuda.set_sync_debug_mode("error")
+    step(checked=True)
+    with pytest.raises(RuntimeError, match="synchroniz"):
+        step(checked=False)
+
+
+def training_losses(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run)]
+
+
+def test_a_killed_and_resumed_run_is_the_uninterrupted_run_within_rounding(llama_pair, tmp_path):
+    texts = tmp_path / "texts.jsonl"
+    write_texts(texts)
+
+    def recipe(name: str) -> Path:
+        return write_recipe(
+            tmp_path / f"{name}.yaml", *llama_pair, texts, tmp_path / name, train__steps=STEPS,
+            deepspeed="ds_configs/zero3.json", checkpoint__every=5,
+            data__prepared=str(tmp_path / "data"))
+
+    done = launch_train(0, recipe("whole"))
+    assert done.returncode == 0, done.stderr
+    killed = tmp_path / "killed"
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [str(BIN / "amid-ds"), "train", str(recipe("killed"))], env=rank_environment(),
+            stdout=log, stderr=log, start_new_session=True)
+    while not (killed / "checkpoints" / f"step_{KILLED_AFTER:08}").exists():
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(training_losses(killed)) < STEPS, "it had ended before it was killed"
+    done = launch_train(0, recipe("killed"))
+    assert done.returncode == 0, done.stderr
+    lines, whole = read_metrics(killed), read_metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert [line["tokens"] for line in lines] == [line["tokens"] for line in whole]
+    assert training_losses(killed) == pytest.approx(training_losses(tmp_path / "whole"), rel=2e-2)
+    assert whole[-1]["loss"] < whole[0]["loss"]
+    assert whole[-1]["memory/peak"] > 0 and whole[-1]["time/loss"] > 0
