@@ -7,7 +7,9 @@ how fast anything is, the benchmarks say.
 from __future__ import annotations
 
 import os
+import random
 import signal
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator
@@ -15,12 +17,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.data import write_texts
+from support.data import write_jsonl, write_texts
 from support.losses import LossProblem, relative_error
+from support.models import make_tokenizer
 from support.runs import BIN, launch_train, rank_environment, read_metrics, write_recipe
 
 from amid_ds import AMiD, LMHead, amid_loss, linear_amid_loss, preset
 from amid_ds.data.batch import Batch
+from amid_ds.experiments.small_models import LlamaSize, save_new_llama
 from amid_ds.losses.reference import naive_loss
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -141,13 +145,32 @@ def test_a_micro_batch_with_its_loss_is_queued_without_a_wait(problem, no_waits)
         step(checked=False)
 
 
-def training_losses(run: Path) -> list[float]:
+def losses_of(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run)]
 
 
+def kill_and_resume(recipe: Path, run: Path, step: int, timeout: float, *overrides: str) -> int:
+    """Train, SIGKILL once `step` is saved, and train on; return the second attempt's status."""
+    log = run.with_suffix(".log")
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [str(BIN / "amid-ds"), "train", str(recipe), *overrides], env=rank_environment(),
+            stdout=file, stderr=file, start_new_session=True)
+    name = f"step_{step:08}"
+    while not any(path.name >= name for path in (run / "checkpoints").glob("step_*")):
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = launch_train(0, recipe, *overrides, timeout=timeout)
+    assert done.returncode in (0, 75), done.stderr
+    steps = [line["step"] for line in read_metrics(run)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) > step
+    return done.returncode
+
+
 def test_a_killed_and_resumed_run_is_the_uninterrupted_run_within_rounding(llama_pair, tmp_path):
-    texts = tmp_path / "texts.jsonl"
-    write_texts(texts)
+    texts = write_texts(tmp_path / "texts.jsonl")
 
     def recipe(name: str) -> Path:
         return write_recipe(
@@ -157,22 +180,38 @@ def test_a_killed_and_resumed_run_is_the_uninterrupted_run_within_rounding(llama
 
     done = launch_train(0, recipe("whole"))
     assert done.returncode == 0, done.stderr
-    killed = tmp_path / "killed"
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            [str(BIN / "amid-ds"), "train", str(recipe("killed"))], env=rank_environment(),
-            stdout=log, stderr=log, start_new_session=True)
-    while not (killed / "checkpoints" / f"step_{KILLED_AFTER:08}").exists():
-        assert process.poll() is None, (tmp_path / "log").read_text()
-        time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(training_losses(killed)) < STEPS, "it had ended before it was killed"
-    done = launch_train(0, recipe("killed"))
-    assert done.returncode == 0, done.stderr
-    lines, whole = read_metrics(killed), read_metrics(tmp_path / "whole")
-    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
-    assert [line["tokens"] for line in lines] == [line["tokens"] for line in whole]
-    assert training_losses(killed) == pytest.approx(training_losses(tmp_path / "whole"), rel=2e-2)
-    assert whole[-1]["loss"] < whole[0]["loss"]
-    assert whole[-1]["memory/peak"] > 0 and whole[-1]["time/loss"] > 0
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    assert kill_and_resume(recipe("killed"), killed, KILLED_AFTER, 240) == 0
+    assert [line["tokens"] for line in read_metrics(killed)] == [
+        line["tokens"] for line in read_metrics(whole)]
+    assert losses_of(killed) == pytest.approx(losses_of(whole), rel=2e-2)
+    first, *_, last = read_metrics(whole)
+    assert last["loss"] < first["loss"] and last["memory/peak"] > 0 and last["time/loss"] > 0
+
+
+@pytest.mark.slow
+def test_hundreds_of_millions_of_parameters_learn_for_minutes_over_a_kill(tmp_path):
+    """A student of 0.25 B parameters, its teacher of 0.91 B, both random; prints what it took."""
+    words = [f"word{number}" for number in range(VOCABULARIES[-1])]
+    draw = random.Random(0)
+    data = write_jsonl(tmp_path / "texts.jsonl",
+                       ({"text": " ".join(draw.choices(words[:1000], k=1200))} for _ in range(500)))
+    models = [tmp_path / name for name in ("student", "teacher")]
+    for seed, (folder, width) in enumerate(zip(models, (1024, 2048), strict=True)):
+        tokenizer = make_tokenizer(folder, words)
+        save_new_llama(folder, LlamaSize.of_width(width, layers=12), tokenizer, seed)
+    recipe = write_recipe(
+        tmp_path / "r.yaml", *models, data, tmp_path / "run", deepspeed="ds_configs/zero3.json",
+        train={"steps": 100_000, "seq_length": 1024, "micro_batch_size": 4, "global_batch_size": 16,
+               "learning_rate": 3e-4, "warmup_steps": 10, "max_hours": 90 / 3600},
+        checkpoint={"every": 20, "keep": 2})
+    assert kill_and_resume(recipe, tmp_path / "run", 20, 600) == 75
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    timed = lines[len(lines) // 2:]
+    names = ["tokens_per_second", "perf/mfu", "memory/peak",
+             *(name for name in timed[-1] if name.startswith("time/"))]
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, {len(lines)} steps:")
+    for name in names:
+        values = [line[name] for line in timed if line[name] is not None]
+        print(f"  {name}: {statistics.median(values):.4g}" if values else f"  {name}: unknown")
