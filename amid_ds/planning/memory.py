@@ -105,11 +105,13 @@ def _reduce_bucket_bytes(setting: Setting) -> int:
 def _loss_bytes(setting: Setting) -> int:
     """Bytes of the fused loss: its workspace, the gradients of the head and the hidden states."""
     student, teacher, tokens = setting.student, setting.teacher, setting.tokens
-    kind = torch.device("cpu" if setting.device.name == "cpu" else "cuda")
     logit_bytes = student.element_size + (teacher.element_size if teacher is not None else 0)
     logits = tokens * student.head // student.hidden_size * logit_bytes
-    tile_bytes, _ = tiling(kind)
-    workspace = min(default_workspace_bytes(kind), logits + tile_bytes)
+    on_cpu = setting.device.name == "cpu"
+    # On a GPU the kernels need nothing beside the logits.
+    tile_bytes = tiling(torch.device("cpu"))[0] if on_cpu else 0
+    most = default_workspace_bytes(None if on_cpu else setting.device.memory)
+    workspace = min(most, logits + tile_bytes)
     # Both gradients are summed in fp32, then given in the weights' dtype.
     gradient_bytes = FP32_BYTES + (BF16_BYTES if student.element_size == BF16_BYTES else 0)
     return workspace + (student.head + tokens * student.hidden_size) * gradient_bytes
