@@ -176,7 +176,7 @@ def test_products_write_and_read_aligned_rows_without_a_copy(aligned, dtype, bia
     torch.testing.assert_close(raw, torch.nn.functional.linear(hidden, weight, head.bias))
     # The padding is nobody's.
     assert workspace.view(50, 1024)[:, 1001:].isnan().all()
-    sums = lm_head.HeadGradients(hidden, head, 1001, dtype, (True, True, False))
+    sums = lm_head.HeadGradients(hidden, head, 1001, dtype, (True, True, False), True)
     assert largest_allocation(
         lambda: sums.add(raw, hidden, torch.arange(50))) < logit_bytes / 2
 
@@ -243,6 +243,27 @@ def test_gradients_are_added_up_in_fp32_by_one_product_each(cuda_products, monke
         assert relative_error(actual, expected) < 2e-2
 
 
+@pytest.mark.parametrize(("dtype", "tokens", "held"), [
+    (torch.bfloat16, 3, torch.bfloat16), (torch.bfloat16, 4, torch.float32),
+    # A loss scale comes in backward, after this gradient has been rounded.
+    (torch.float16, 3, torch.float32)])
+def test_a_single_block_in_bf16_holds_no_fp32_copy_of_the_heads_gradient(cuda_products, monkeypatch,
+                                                                         dtype, tokens, held):
+    monkeypatch.setattr(fused, "_tokens_per_block", lambda *_: 3)
+    kept = []
+    real = lm_head.HeadGradients.totals
+    monkeypatch.setattr(lm_head.HeadGradients, "totals",
+                        lambda self: kept.append(self.weight.dtype) or real(self))
+    exact = LossProblem(tokens, 61, 16, 16, dtype=torch.float64)
+    exact.weights[:] = 1
+    problem = exact.to(dtype)
+    gradients = problem.gradients(problem.fused(AMiD(-5.0, 0.1)).loss)
+    assert kept == [held]
+    for actual, expected in zip(gradients, exact.gradients(exact.naive(AMiD(-5.0, 0.1))),
+                                strict=True):
+        assert actual.dtype == dtype and relative_error(actual, expected) < 2e-2
+
+
 def test_products_in_fp32_are_asked_of_nvidias_gpus_alone(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     monkeypatch.setattr(torch.version, "hip", None)
@@ -259,13 +280,18 @@ def test_products_in_fp32_are_asked_of_nvidias_gpus_alone(monkeypatch):
 @pytest.mark.parametrize("per_row", [False, True])
 def test_one_pass_scales_and_rounds_to_the_same_bits_as_two(dtype, per_row):
     gradient = torch.randn(201, 37, generator=torch.Generator().manual_seed(0))
-    factor = torch.rand(201, 1) if per_row else torch.tensor(1 / 3)
-    expected = (gradient * factor).to(dtype)
+    factor = torch.rand(201) if per_row else torch.tensor(1 / 3)
+    by_row = factor[:, None] if per_row else factor.item()
+    expected = (gradient * by_row).to(dtype)
     assert torch.equal(fused._scaled(gradient.clone(), factor, dtype), expected)
+    # In place, and the factor is not rounded to the gradient's dtype.
     low = gradient.to(dtype)
-    assert torch.equal(fused._scaled(low.clone(), factor, dtype), (low * factor).to(dtype))
-    scaled = fused._scaled(low, factor, dtype)
-    assert scaled is low
+    expected = (low.float() * by_row).to(dtype)
+    assert fused._scaled(low, factor, dtype) is low
+    assert torch.equal(low, expected)
+    bias = gradient[:, 0].clone()
+    assert torch.equal(fused._scaled(bias, torch.tensor(1 / 3), dtype),
+                       (gradient[:, 0] * torch.tensor(1 / 3).item()).to(dtype))
 
 
 def test_one_pass_makes_no_fp32_copy_of_the_gradient():

@@ -39,7 +39,7 @@ MUTATIONS = {
     "ignore the temperature in the gradient": (elementwise, "/ tile.objective.temperature)", ")"),
     "leave out a block": (fused, "for rows in _blocks(len(index), size):",
                           "for rows in [*_blocks(len(index), size)][1:]:"),
-    "forget the upstream gradient": (fused, "factor[rows] if factor.dim() else factor",
+    "forget the upstream gradient": (fused, "factor[rows] if per_row else factor",
                                     "torch.ones(())"),
 }
 

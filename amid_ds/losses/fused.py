@@ -11,10 +11,10 @@ Memory beyond inputs and gradients: the workspace (`workspace_bytes`, by default
 `blocks.default_workspace_bytes`; plain torch takes 25 MB of it on a CPU and 168 MB elsewhere for
 other things than logits, and with less blocks are single tokens), a few vectors per token, and one
 copy of the head's and of the hidden states' gradient in fp32 if these are of lower precision,
-because sums over blocks are made in fp32. Masked tokens are dropped at the start. Collectives under
-a shard: at most three per block, of row sums; one in backward, of the hidden states' gradient; and
-at the first call with a VocabShard object one check, on a GPU also two about what all its ranks'
-devices can do.
+because sums over blocks are made in fp32 (the head's not if it is in bf16 and there is one block).
+Masked tokens are dropped at the start. Collectives under a shard: at most three per block, of row
+sums; one in backward, of the hidden states' gradient; and at the first call with a VocabShard
+object one check, on a GPU also two about what all its ranks' devices can do.
 
 The objective travels by argument: `linear_amid_loss` -> `LossInputs` -> `_LinearLoss` ->
 `block.forward_backward_block` -> the backend's three functions -> `elementwise.mixture` or
@@ -246,7 +246,7 @@ class _LogitLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient, = _take_gradients(ctx)
         assert gradient is not None
-        return (_scaled(gradient, upstream[:, None], gradient.dtype), *[None] * 6)
+        return (_scaled(gradient, upstream, gradient.dtype), *[None] * 6)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -297,12 +297,15 @@ def _take_gradients(ctx: Any) -> list[Tensor | None]:
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """gradient · factor, rounded to `dtype` in the same pass; in place if that is its dtype.
 
-    factor: a scalar, or one entry per row [n, 1].
+    factor: a scalar, or one entry per row [n].
     """
     result = gradient if dtype == gradient.dtype else torch.empty_like(gradient, dtype=dtype)
     at_once = gradient.device.type != "cpu" or gradient.dtype == factor.dtype == dtype
+    per_row = factor.dim() > 0
+    # A tensor without dimensions would be rounded to the gradient's dtype first.
+    factor = factor.reshape(-1, *[1] * (gradient.dim() - 1))
     for rows in _blocks(len(gradient), len(gradient) if at_once else BACKWARD_ROWS):
-        torch.mul(gradient[rows], factor[rows] if factor.dim() else factor, out=result[rows])
+        torch.mul(gradient[rows], factor[rows] if per_row else factor, out=result[rows])
     return result
 
 
@@ -313,11 +316,12 @@ def _loss_and_gradients(hidden: Tensor, inputs: LossInputs) -> tuple[
     weights = inputs.token_weights.to(dtype)
     kd = None if inputs.objective is None else torch.zeros_like(weights)
     ce = None if inputs.labels is None else torch.zeros_like(weights)
-    gradients = HeadGradients(hidden, inputs.student_head, layout.valid, dtype, inputs.wants)
     heads = [head for head in (inputs.student_head, inputs.teacher_head) if head is not None]
     index = weights.nonzero()[:, 0]
     size = _tokens_per_block(len(index), layout, [head.weight for head in heads],
                              inputs.workspace_bytes, inputs.backend, hidden.shape[1])
+    gradients = HeadGradients(hidden, inputs.student_head, layout.valid, dtype, inputs.wants,
+                              single_block=len(index) <= size)
     workspaces = [_logits_workspace(min(size, len(index)), layout, head.weight.dtype, hidden.device)
                   for head in heads]
     for rows in _blocks(len(index), size):

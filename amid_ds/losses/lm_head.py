@@ -50,17 +50,22 @@ class LMHead:
 class HeadGradients:
     """Sums over blocks of the gradients of hidden [N, H], weight [V_local, H] and bias [V_local].
 
-    They are held in `dtype`, the arithmetic's; wants: of which of the three there is one.
+    They are held in `dtype`, the arithmetic's, but for the weight's of a single block in bf16,
+    which nothing is added to: it is held in bf16. In fp16 it would underflow, for a scale on the
+    loss comes later. wants: of which of the three there is one.
     """
 
     def __init__(self, hidden: Tensor, head: LMHead, columns: int, dtype: torch.dtype,
-                 wants: tuple[bool, ...]) -> None:
+                 wants: tuple[bool, ...], single_block: bool) -> None:
         self.head_weight = head.weight.detach()[:columns]
         self.columns, self.first = columns, True
+        low = single_block and head.weight.dtype == torch.bfloat16
         self.hidden, self.weight, self.bias = (
-            torch.empty(x.shape, dtype=dtype, device=hidden.device)
+            torch.empty(x.shape, dtype=held, device=hidden.device)
             if x is not None and wanted else None
-            for x, wanted in zip((hidden, head.weight, head.bias), wants, strict=True))
+            for x, held, wanted in zip((hidden, head.weight, head.bias),
+                                       (dtype, torch.bfloat16 if low else dtype, dtype), wants,
+                                       strict=True))
         if self.hidden is not None:
             # Masked tokens are not written to.
             self.hidden.zero_()
