@@ -9,6 +9,7 @@ would make there. Nothing in it has been held against a GPU yet.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 
 import torch
@@ -56,8 +57,8 @@ class PredictedShape:
 
     def __post_init__(self) -> None:
         sizes = (self.tokens, self.vocabulary, self.student_width, self.teacher_width)
-        if min(sizes) < 1 or self.alpha != self.alpha:
-            raise InputError(f"{self}", "sizes of at least 1 and a number for alpha",
+        if min(sizes) < 1 or not math.isfinite(self.alpha):
+            raise InputError(f"{self}", "sizes of at least 1 and a finite alpha",
                              "give such values")
 
 

@@ -100,13 +100,15 @@ TORCH_NAMES = {
 def find_device(name: str, ranks_per_node: int) -> Device:
     """The device that `name` means for each of `ranks_per_node` ranks.
 
-    A name of DEVICES, `cpu` for this machine's share, or a YAML mapping {memory: BYTES, flops:
-    FLOP/s, bandwidth: BYTES/s} of finite numbers above 0. Raises InputError for any other, and for
-    less than one rank.
+    A name of DEVICES, or its beginning ("h100", the first one of the table), `cpu` for this
+    machine's share, or a YAML mapping {memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s} of finite
+    numbers above 0. Raises InputError for any other, and for less than one rank.
     """
     require_ranks(1, ranks_per_node)
-    if name in DEVICES:
-        return DEVICES[name]
+    known = next((device for each, device in DEVICES.items()
+                  if f"{each}-".startswith(f"{name.lower()}-")), None)
+    if known is not None:
+        return known
     if name == "cpu":
         cores = psutil.cpu_count() or 1
         return Device("cpu", memory=psutil.virtual_memory().total / ranks_per_node,
