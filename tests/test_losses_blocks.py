@@ -274,6 +274,27 @@ def test_products_in_fp32_are_asked_of_nvidias_gpus_alone(monkeypatch):
     assert not blocks.adds_in_fp32(gpu, torch.float32)
 
 
+def test_all_of_it_together_gives_the_naive_loss(h100, aligned, cuda_products, monkeypatch):
+    """Blocks, rows and products as on a GPU, on 600 tokens in three blocks and in one."""
+    real, lengths = blocks.tokens_per_block, []
+
+    def as_on_a_gpu(tokens: int, layout: VocabLayout, hidden_size: int, element_bytes: int,
+                    workspace_bytes: int | None, device: torch.device, tiled: bool) -> int:
+        lengths.append(real(tokens, layout, hidden_size, element_bytes, workspace_bytes,
+                            torch.device("cuda"), tiled=False))
+        return lengths[-1]
+
+    monkeypatch.setattr(fused, "tokens_per_block", as_on_a_gpu)
+    exact = LossProblem(800, 41, 8, 8, dtype=torch.float64)
+    truth = exact.gradients(exact.naive(AMiD(-5.0, 0.1)))
+    problem = exact.to(torch.bfloat16)
+    for workspace in (300 * 64 * 4, None):
+        loss = problem.fused(AMiD(-5.0, 0.1), workspace_bytes=workspace).loss
+        for actual, expected in zip(problem.gradients(loss), truth, strict=True):
+            assert relative_error(actual, expected) < 2e-2
+    assert lengths == [256, 600]
+
+
 # --- backward -------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -54,7 +54,7 @@ def tokens_per_block(tokens: int, layout: VocabLayout, hidden_size: int, element
     Raises InputError for a workspace that is not above 0.
     """
     memory = multiprocessors = None
-    if device.type != "cpu":
+    if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         memory, multiprocessors = layout.shard.least(
             "the device", [card.total_memory, card.multi_processor_count], device)
