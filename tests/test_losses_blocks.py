@@ -83,12 +83,15 @@ def test_blocks_fit_the_workspace_and_no_multiple_of_256_is_faster(tokens, most,
     assert rounds(size) <= best * (1 + 1e-9)
 
 
-@pytest.mark.parametrize(("vocabulary", "gib", "expected"), [
+@pytest.mark.parametrize(("tokens", "vocabulary", "gib", "expected"), [
     # On 132 multiprocessors 2048 tokens are 256 tiles of the hidden states' gradient, in 2 rounds.
-    (128256, 1, 2048), (128256, 2, 4096), (128256, 4, 8192), (262144, 1, 1024)])
-def test_8192_tokens_are_cut_into_whole_rounds(vocabulary, gib, expected):
+    (8192, 128256, 1, 2048), (8192, 128256, 2, 4096), (8192, 128256, 4, 8192),
+    (8192, 262144, 1, 1024),
+    # Not the longest that fit, which would leave a block of one token, or two of 1536 and 512.
+    (8193, 128256, 1, 1536), (2048, 151936, 1, 1024)])
+def test_tokens_are_cut_into_whole_rounds(tokens, vocabulary, gib, expected):
     most = gib * GIB // (4 * vocabulary)
-    assert blocks.accelerator_block(8192, most, vocabulary, 4096, 132) == expected
+    assert blocks.accelerator_block(tokens, most, vocabulary, 4096, 132) == expected
 
 
 def test_a_cpu_has_blocks_of_nearly_equal_length():
@@ -313,6 +316,16 @@ def test_one_pass_scales_and_rounds_to_the_same_bits_as_two(dtype, per_row):
     bias = gradient[:, 0].clone()
     assert torch.equal(fused._scaled(bias, torch.tensor(1 / 3), dtype),
                        (gradient[:, 0] * torch.tensor(1 / 3).item()).to(dtype))
+
+
+def test_the_factor_has_dimensions_without_which_a_gpu_would_round_it_first(monkeypatch):
+    factors, real = [], torch.mul
+    monkeypatch.setattr(torch, "mul", lambda gradient, factor, out: factors.append(factor)
+                        or real(gradient, factor, out=out))
+    for shape in ((5, 3), (5,)):
+        fused._scaled(torch.ones(shape, dtype=torch.bfloat16), torch.tensor(1 / 3), torch.bfloat16)
+    assert [factor.dim() for factor in factors] == [2, 1]
+    assert all(factor.dtype == torch.float32 for factor in factors)
 
 
 def test_one_pass_makes_no_fp32_copy_of_the_gradient():
