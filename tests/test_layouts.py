@@ -8,12 +8,15 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
-from support.models import make_model
+from support.models import WORDS, make_model
+from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main, run_ranks
 from support.reference_loop import reference_loop
 from support.runs import comparable_metrics, count_steps, read_metrics, write_recipe
@@ -147,6 +150,47 @@ def test_a_stopped_tensor_parallel_run_carries_on_as_if_it_had_not_been(pair, in
     assert 2 <= len(read_metrics(tmp_path / "parts")) < 14
     run_ranks(2, "train", parts, timeout=300)
     assert comparable_metrics(tmp_path / "parts") == comparable_metrics(tmp_path / "whole")
+
+
+def earlier_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank of the version that cut heads as evenly as possible, and that stops at step 3.
+    """
+    from amid_ds.checkpoint import state
+    from amid_ds.models import tensor_parallel
+
+    def around(trainer: Any, batch: object) -> Iterator[None]:
+        yield
+        if trainer.world.is_main and trainer.state.step == 3:
+            (trainer.job.run.path / "STOP").touch()
+
+    patch_train_step(around)
+    for module in (state, tensor_parallel):
+        module.HEAD_ROW_MULTIPLE = 1
+    rank_main(argv, variables, log)
+
+
+@pytest.mark.slow
+def test_a_run_whose_heads_were_cut_elsewhere_carries_on_as_if_they_had_not_been(text_file,
+                                                                                 tmp_path):
+    words = [*WORDS, *(f"rare{number}" for number in range(101))]
+    models = [make_model(tmp_path / name, family, seed, words=words, num_key_value_heads=4)
+              for name, family, seed in [("student", "qwen3", 0), ("teacher", "llama", 1)]]
+    settings = {"tensor_parallel": 2, "data__prepared": str(tmp_path / "data")}
+    whole, parts = (write_recipe(tmp_path / f"{name}.yaml", *models, text_file, tmp_path / name,
+                                 **settings)
+                    for name in ("whole", "parts"))
+    run_ranks(2, "train", whole, timeout=300)
+    earlier = Ranks(2, "train", parts, target=earlier_rank)
+    assert earlier.wait(200) == [75, 75], earlier.output()
+    manifest = next((tmp_path / "parts" / "checkpoints").glob("step_*/manifest.json"))
+    assert "head_row_multiple" not in manifest.read_text()
+    assert "converting it once" in run_ranks(2, "train", parts, timeout=300).output()
+    for ours, theirs in zip(*(read_metrics(tmp_path / name) for name in ("parts", "whole")),
+                            strict=True):
+        for key in ("loss", "kd_loss", "ce_loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
+    saved = max((tmp_path / "parts" / "checkpoints").glob("step_*/manifest.json"))
+    assert json.loads(saved.read_text())["content"]["state"]["head_row_multiple"] == 64
 
 
 def memory_measuring_rank(folder: str, argv: list[str], variables: dict[str, str],

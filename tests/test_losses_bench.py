@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,3 +61,45 @@ def test_the_peak_of_a_process_is_that_of_its_largest_moment():
 def test_the_table_names_every_method(small, capsys):
     bench.bench_loss(False)
     assert "amid_ds torch" in capsys.readouterr().out
+
+
+def test_a_row_is_printed_before_the_next_one_is_measured(small, monkeypatch, capsys):
+    printed = []
+
+    def peak(name: str, *_: object) -> int:
+        printed.append((name, capsys.readouterr().out))
+        return 1000
+
+    monkeypatch.setattr(bench, "_peak_bytes", peak)
+    bench.bench_loss(False)
+    for (before, _), (_, out) in itertools.pairwise(printed):
+        assert before in out
+    assert printed[-1][0] in capsys.readouterr().out
+
+
+def test_a_method_that_does_not_fit_has_no_row_and_the_others_have_theirs(small, monkeypatch,
+                                                                         capsys):
+    def too_large(inputs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench, "_naive", too_large)
+    bench.bench_loss(True)
+    rows = json.loads(capsys.readouterr().out)["results"][0]["rows"]
+    assert "naive" not in [row["method"] for row in rows] and len(rows) >= 2
+    for row in rows:
+        assert row["of_naive_time"] is None and row["of_naive_memory"] is None
+        assert row["of_products_time"] > 0
+    bench.bench_loss(False)
+    assert "products" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["_trl_chunked"])
+def test_other_peoples_losses_are_the_same_divergence(small, method):
+    pytest.importorskip("trl")
+    gradients = []
+    for compute in (bench._naive, getattr(bench, method)):
+        inputs = bench._Inputs(replace(small, objective="jsd"), "cpu")
+        compute(inputs)
+        gradients.append((inputs.student.grad, inputs.student_head.grad))
+    for actual, expected in zip(*gradients[::-1], strict=True):
+        torch.testing.assert_close(actual, expected)

@@ -164,6 +164,7 @@ def test_shards_are_put_together_in_two_collectives_for_kl_and_three_otherwise(o
             shard = TwoRanks(cuts[rank], cuts[rank + 1], group="peers")  # type: ignore[arg-type]
             object.__setattr__(shard, "noted", (sent[rank], received[1 - rank]))
             shard._extent.extend([44, 61])
+            shard._least["the device"] = [80 << 30, 132]
             part = student[:, cuts[rank]:cuts[rank + 1]].clone().requires_grad_()
             loss = amid_loss(part, teacher[:, cuts[rank]:cuts[rank + 1]], objective, shard=shard,
                              backend="triton")

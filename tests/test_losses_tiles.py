@@ -14,7 +14,7 @@ from support.losses import EVERY_DIVERGENCE, OBJECTIVES, LossProblem, relative_e
 from torch import Tensor
 
 from amid_ds import AlphaBeta, AMiD
-from amid_ds.losses import elementwise, fused, tiles
+from amid_ds.losses import blocks, elementwise, fused, tiles
 from amid_ds.losses.objective import Divergence, LogProbs, Terms
 
 WHOLE_FAMILY = [AMiD(alpha, lam, measure, order, 1.5, detach)
@@ -29,7 +29,8 @@ def compile_all(monkeypatch):
     """Compile blocks of every size; a failed compilation fails the test."""
     monkeypatch.setattr(tiles, "WORTH_COMPILING", 0)
     monkeypatch.setitem(tiles.TILE_ELEMENTS, "cpu", 200)
-    monkeypatch.setattr(fused, "_tokens_per_block", lambda *_: 16)
+    monkeypatch.setattr(fused, "_tokens_per_block",
+                        lambda tokens, *_: blocks.equal_blocks(tokens, 16))
     monkeypatch.setattr(tiles, "_say_once", pytest.fail)
     tiles._compiled.cache_clear()
     torch._dynamo.reset()

@@ -22,6 +22,7 @@ from support.runs import read_metrics, write_recipe
 from amid_ds.checkpoint import reshard
 from amid_ds.checkpoint.manifest import Manifest, list_checkpoints, verify
 from amid_ds.checkpoint.saver import Saver
+from amid_ds.checkpoint.state import Layout
 from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.cli import main
 from amid_ds.config.recipe import Student
@@ -135,6 +136,19 @@ def test_a_run_moved_through_layouts_is_the_uninterrupted_run(chain, folder, pre
     times = [read.count(row) for row in range(len(PreparedDataset(prepared)))]
     assert sum(times) == 4 * STEPS, "a row again before every row was read once"
     assert max(times) - min(times) <= 1, "a row again before every row was read once"
+
+
+def test_a_tensor_parallel_checkpoint_that_does_not_say_how_its_heads_were_cut_is_another_layout():
+    """Its heads were cut as evenly as possible (test_layouts.py resumes such a run)."""
+    now = Layout.of(Namespace(size=4, tp_size=2), 3, "bf16")
+    assert Layout.from_json(now.to_json()) == now
+    earlier = Layout.from_json({"ranks": 4, "tensor_parallel": 2, "zero_stage": 3,
+                                "student_dtype": "bf16", "step": 4})
+    assert earlier != now and "multiples of 1 rows" in str(earlier)
+    # Without a group nothing is cut, and all versions read each other's manifests.
+    alone = Layout.of(Namespace(size=4, tp_size=1), 3, "bf16")
+    assert alone == Layout(4, 1, 3, "bf16")
+    assert alone.to_json().keys() == {"ranks", "tensor_parallel", "zero_stage", "student_dtype"}
 
 
 def saving_rank(other: str, argv: list[str], variables: dict[str, str], log: str) -> None:

@@ -51,10 +51,18 @@ def test_a_body_that_its_plan_does_not_split_evenly_stays_whole_and_says_why():
     assert tp_unsupported_reason(forgetful, 2) == "layers.0.self_attn.q_norm is not in its plan"
 
 
-def test_the_rows_of_the_common_vocabulary_cover_it_without_a_gap():
-    for size in (2, 3, 4, 7):
-        shards = [vocab_shard(31, rank, size, None) for rank in range(size)]
-        assert [row for shard in shards
-                for row in range(shard.start, shard.stop)] == list(range(31))
-        assert max(shard.width for shard in shards) - min(shard.width for shard in shards) <= 1
-    assert vocab_shard(31, 0, 1, None) is None
+@pytest.mark.parametrize("vocabulary", [31, 127, 128, 129, 320, 50257, 151669])
+def test_the_rows_of_the_common_vocabulary_cover_it_without_a_gap_and_no_shard_is_empty(vocabulary):
+    for size in (2, 3, 4, 7, 8):
+        shards = [vocab_shard(vocabulary, rank, size, None) for rank in range(size)]
+        ends = [0, *(shard.stop for shard in shards)]
+        assert [shard.start for shard in shards] == ends[:-1] and ends[-1] == vocabulary
+        widths = [shard.width for shard in shards]
+        assert min(widths) > 0
+        if vocabulary >= 64 * size:
+            # Rows of logits are then aligned on every rank but the last.
+            assert all(end % 64 == 0 for end in ends[:-1])
+            assert max(widths) - min(widths) < 128
+        else:
+            assert max(widths) - min(widths) <= 1
+    assert vocab_shard(vocabulary, 0, 1, None) is None

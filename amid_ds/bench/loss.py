@@ -3,7 +3,8 @@
 The four products are those that any exact method has to make: teacher logits, student logits,
 gradient of the hidden states, gradient of the head. Rounds are interleaved, times are medians.
 Memory is the peak above the inputs: on a CPU the resident set of a fresh process, on a GPU the
-allocator's peak.
+allocator's peak. A row is printed when it has been measured; a method that does not fit the
+device's memory has none.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 
 import torch
@@ -53,25 +54,30 @@ ROUNDS_BY_DEVICE = {"cpu": 5, "cuda": 30}
 class LossRow:
     """One method: seconds of forward and backward (median), bytes of peak memory above the inputs.
 
-    The other three are ratios to the naive twin's time, the products' time, the twin's memory.
+    The other three are ratios to the naive twin's time, the products' time, the twin's memory; None
+    where those did not fit the device.
     """
 
     method: str
     seconds: float
     peak_bytes: int
-    of_naive_time: float
-    of_products_time: float
-    of_naive_memory: float
+    of_naive_time: float | None
+    of_products_time: float | None
+    of_naive_memory: float | None
 
 
 def bench_loss(as_json: bool) -> None:
     """`amid-ds bench loss`: measure at each shape of this device; print tables, or JSON alone."""
     results = []
     for shape in LOSS_SHAPES[_device()]:
-        rows = measure_losses(shape)
-        results.append({"shape": asdict(shape), "rows": [asdict(row) for row in rows]})
         if not as_json:
-            _print_loss(rows, shape)
+            _print_title(shape)
+        rows = []
+        for row in measure_losses(shape):
+            rows.append(asdict(row))
+            if not as_json:
+                _print_row(row)
+        results.append({"shape": asdict(shape), "rows": rows})
     if as_json:
         print(json.dumps({"device": device_name(), "threads": torch.get_num_threads(),
                           "results": results}))
@@ -81,26 +87,43 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def measure_losses(shape: LossShape, rounds: int | None = None) -> list[LossRow]:
-    """Every method at `shape`, in turn, for `rounds` after one to warm up.
+def measure_losses(shape: LossShape, rounds: int | None = None) -> Iterator[LossRow]:
+    """A row for every method that fits the device at `shape`, as soon as it is measured.
 
-    `rounds` None: ROUNDS_BY_DEVICE.
+    All of them are timed in turn, for `rounds` (None: ROUNDS_BY_DEVICE) after one to warm up.
     """
     device = _device()
-    methods = _loss_methods(device, shape.objective)
-    inputs = _Inputs(shape, device)
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    for round_number in range(1 + (rounds or ROUNDS_BY_DEVICE[device])):
-        for name, method in methods.items():
-            elapsed = _timed(method, inputs)
-            if round_number > 0:
-                seconds[name].append(elapsed)
-    del inputs
-    peaks = {name: _peak_bytes(name, shape, device) for name in methods}
-    median = {name: statistics.median(values) for name, values in seconds.items()}
-    return [LossRow(name, median[name], peaks[name], median[name] / median["naive"],
-                    median[name] / median["products"], peaks[name] / peaks["naive"])
-            for name in methods]
+    seconds = _median_seconds(shape, device, rounds or ROUNDS_BY_DEVICE[device])
+    naive_peak = None
+    for name in seconds:
+        try:
+            peak = _peak_bytes(name, shape, device)
+        except torch.OutOfMemoryError:
+            continue
+        if name == "naive":
+            naive_peak = peak
+        yield LossRow(name, seconds[name], peak, _ratio(seconds[name], seconds.get("naive")),
+                      _ratio(seconds[name], seconds.get("products")), _ratio(peak, naive_peak))
+
+
+def _ratio(value: float, to: float | None) -> float | None:
+    return None if to is None else value / to
+
+
+def _median_seconds(shape: LossShape, device: str, rounds: int) -> dict[str, float]:
+    """Median seconds by method, of those that fit."""
+    methods, inputs = _loss_methods(device, shape.objective), _Inputs(shape, device)
+    seconds: dict[str, list[float]] = {}
+    for name, method in methods.items():
+        try:
+            _timed(method, inputs)
+            seconds[name] = []
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    for _ in range(rounds):
+        for name, times in seconds.items():
+            times.append(_timed(methods[name], inputs))
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 class _Inputs:
@@ -125,12 +148,16 @@ class _Inputs:
 
 
 def _loss_methods(device: str, objective: str) -> dict[str, Callable[[_Inputs], None]]:
-    methods = {"products": _products, "naive": _naive, "amid_ds torch": _fused("torch")}
+    # The naive twin first: the others' memory is a ratio to its.
+    methods = {"naive": _naive, "products": _products, "amid_ds torch": _fused("torch")}
     if device == "cuda":
         methods |= {"naive, torch.compile": _compiled, "amid_ds triton": _fused("triton")}
         # pip install --no-deps liger-kernel
         if objective == "jsd" and importlib.util.find_spec("liger_kernel"):
             methods |= {"Liger, fused": _liger_fused, "Liger, chunked and compiled": _liger_chunked}
+        # pip install --no-deps "trl>=1.16" accelerate
+        if objective == "jsd" and importlib.util.find_spec("trl"):
+            methods["TRL, chunked"] = _trl_chunked
     return methods
 
 
@@ -147,6 +174,16 @@ def _liger_chunked(x: _Inputs) -> None:
     loss = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.5,
                                    compiled=True)
     loss(x.student, x.student_head, x.teacher, x.teacher_head, x.labels).backward()
+
+
+def _trl_chunked(x: _Inputs) -> None:
+    """The loss of TRL's DistillationTrainer (1.16), in its own chunks; it has no public name."""
+    from trl.trainer import distillation_trainer as trl
+
+    everywhere = torch.ones(1, len(x.student), device=x.student.device)
+    loss, *_ = trl._chunked_divergence_loss(
+        x.student[None], x.teacher[None], x.student_head, x.teacher_head, everywhere, beta=0.5)
+    loss.backward()
 
 
 def _fused(backend: str) -> Callable[[_Inputs], None]:
@@ -222,18 +259,31 @@ def _resident_peak(name: str, shape: LossShape, threads: int) -> int:
     return process_bytes("VmHWM") - before
 
 
-def _print_loss(rows: list[LossRow], shape: LossShape) -> None:
-    from rich.console import Console
-    from rich.table import Table
+# Columns of the table: title, width, the row's value as text.
+_COLUMNS: tuple[tuple[str, int, Callable[[LossRow], str]], ...] = (
+    ("seconds", 10, lambda row: f"{row.seconds:.4f}"),
+    ("× naive", 10, lambda row: _two_digits(row.of_naive_time)),
+    ("× products", 11, lambda row: _two_digits(row.of_products_time)),
+    ("peak MB", 10, lambda row: f"{row.peak_bytes / 1e6:.0f}"),
+    ("× naive's", 10, lambda row: _two_digits(row.of_naive_memory)))
 
-    table = Table(title=f"N {shape.tokens}, V {shape.vocabulary}, "
-                        f"H {shape.student_hidden}/{shape.teacher_hidden}, "
-                        f"{shape.dtype}, {shape.objective}; forward and backward, "
-                        f"{device_name()}, {torch.get_num_threads()} threads")
-    for heading in ("method", "seconds", "× naive", "× products", "peak MB", "× naive's"):
-        table.add_column(heading, justify="left" if heading == "method" else "right")
-    for row in rows:
-        table.add_row(row.method, f"{row.seconds:.3f}", f"{row.of_naive_time:.2f}",
-                      f"{row.of_products_time:.2f}", f"{row.peak_bytes / 1e6:.0f}",
-                      f"{row.of_naive_memory:.2f}")
-    Console().print(table)
+
+def _two_digits(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}"
+
+
+def _print_title(shape: LossShape) -> None:
+    print(f"N {shape.tokens}, V {shape.vocabulary}, "
+          f"H {shape.student_hidden}/{shape.teacher_hidden}, {shape.dtype}, {shape.objective}; "
+          f"forward and backward, {device_name()}, {torch.get_num_threads()} threads")
+    _print_line("method", [title for title, *_ in _COLUMNS])
+
+
+def _print_row(row: LossRow) -> None:
+    _print_line(row.method, [text(row) for *_, text in _COLUMNS])
+
+
+def _print_line(method: str, values: list[str]) -> None:
+    columns = (f"{value:>{width}}" for value, (_, width, _) in zip(values, _COLUMNS, strict=True))
+    # Seen at once, also through a pipe: what follows takes minutes.
+    print(f"{method:28}{''.join(columns)}", flush=True)

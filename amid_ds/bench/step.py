@@ -16,7 +16,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +108,24 @@ class StepTimings:
     largest_layer_bytes: int
 
 
-def bench_step(as_json: bool) -> None:
-    """`amid-ds bench step`: measure, then print a table, or JSON alone."""
+def bench_step(as_json: bool, rows: int | None = None, length: int | None = None,
+               vocabulary: int | None = None, student: tuple[int, int] | None = None,
+               teacher: tuple[int, int] | None = None) -> None:
+    """`amid-ds bench step`: measure, then print a table, or JSON alone.
+
+    rows, length, vocabulary, student, teacher: as StepScale has them; None: this device's own.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ranks = torch.cuda.device_count() if device == "cuda" else CPU_RANKS
-    result = measure_step(STEP_SCALES[device], ranks)
+    usual = STEP_SCALES[device]
+    scale = replace(usual, rows=rows or usual.rows, length=length or usual.length,
+                    vocabulary=vocabulary or usual.vocabulary, student=student or usual.student,
+                    teacher=teacher or usual.teacher)
+    result = measure_step(scale, ranks)
     if as_json:
         print(json.dumps(asdict(result)))
     else:
-        _print(result, device, STEP_SCALES[device])
+        _print(result, device, scale)
 
 
 def measure_step(scale: StepScale, size: int) -> StepResult:

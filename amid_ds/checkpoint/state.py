@@ -8,6 +8,8 @@ from typing import Any, TypedDict
 
 from amid_ds.config.schedule import TaidState
 from amid_ds.data import StreamState
+from amid_ds.distributed.world import World
+from amid_ds.models.tensor_parallel import HEAD_ROW_MULTIPLE
 
 
 class RolloutState(TypedDict):
@@ -59,7 +61,28 @@ class Layout:
     tensor_parallel: int
     zero_stage: int
     student_dtype: str
+    # The multiple of rows at which a tensor-parallel group has cut the heads; 1 without a group,
+    # and in manifests that do not name it: they are older than the rule.
+    head_row_multiple: int = 1
+
+    @classmethod
+    def of(cls, world: World, zero_stage: int, student_dtype: str) -> Layout:
+        """The layout that a run has on these ranks."""
+        return cls(world.size, world.tp_size, zero_stage, student_dtype,
+                   HEAD_ROW_MULTIPLE if world.tp_size > 1 else 1)
+
+    def to_json(self) -> dict[str, object]:
+        """The fields as a manifest has them."""
+        return {name: value for name, value in vars(self).items()
+                if name != "head_row_multiple" or value != 1}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Layout:
+        """The layout that `to_json` gave; further keys of a manifest are ignored."""
+        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
 
     def __str__(self) -> str:
-        return (f"{self.ranks} rank(s), tensor_parallel {self.tensor_parallel}, "
+        cut = (f" (heads cut at multiples of {self.head_row_multiple} rows)"
+               if self.tensor_parallel > 1 else "")
+        return (f"{self.ranks} rank(s), tensor_parallel {self.tensor_parallel}{cut}, "
                 f"ZeRO stage {self.zero_stage}, {self.student_dtype}")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 
 from amid_ds.cli.arguments import Commands, add_command
+from amid_ds.errors import InputError
 
 
 def add_recipes(commands: Commands) -> None:
@@ -47,14 +49,67 @@ def _study(args: argparse.Namespace) -> None:
     study(args.out, args.seeds)
 
 
+# The options of each benchmark beside --json, as its function names them.
+BENCH_OPTIONS: dict[str, set[str]] = {
+    "loss": {"predict", "tokens", "vocabulary", "student_width", "teacher_width", "alpha"},
+    "step": {"rows", "length", "vocabulary", "student", "teacher"},
+    "data": set(), "checkpoint": set()}
+
+
 def add_bench(commands: Commands) -> None:
     parser = add_command(commands, _bench, "measure against the alternatives, in one run")
-    parser.add_argument("what", choices=["loss", "step", "data", "checkpoint"])
+    parser.add_argument("what", choices=list(BENCH_OPTIONS))
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--vocabulary", type=_positive, metavar="V", help="of loss and step")
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--predict", metavar="DEVICE",
+                      help="a roofline for this device instead of a measurement; with it:")
+    loss.add_argument("--tokens", type=_positive, metavar="N", help="default 8192")
+    for side in ("student", "teacher"):
+        loss.add_argument(f"--{side}-width", type=_positive, metavar="H", help="default 4096")
+    loss.add_argument("--alpha", type=float, metavar="A", help="default -1")
+    step = parser.add_argument_group("step")
+    step.add_argument("--rows", type=_positive, metavar="B", help="of a micro-batch")
+    step.add_argument("--length", type=_positive, metavar="L", help="tokens of a row")
+    for side in ("student", "teacher"):
+        step.add_argument(f"--{side}", type=_width_and_layers, metavar="W,L",
+                          help="its width and layers")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, where a whole number above 0 is expected")
+    return int(text)
+
+
+def _width_and_layers(text: str) -> tuple[int, int]:
+    width, comma, layers = text.partition(",")
+    if not comma:
+        raise argparse.ArgumentTypeError(f"{text!r}, where WIDTH,LAYERS is expected: 1024,24")
+    return _positive(width), _positive(layers)
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from amid_ds.bench import checkpoint, data, loss, step
+    from amid_ds.bench import checkpoint, data, loss, predict, step
 
-    {"loss": loss.bench_loss, "step": step.bench_step, "data": data.bench_data,
-     "checkpoint": checkpoint.bench_checkpoint}[args.what](args.json)
+    known = BENCH_OPTIONS[args.what]
+    given = {name: getattr(args, name) for name in set().union(*BENCH_OPTIONS.values())
+             if getattr(args, name) is not None}
+    if foreign := sorted(given.keys() - known):
+        raise InputError(f"bench {args.what} with {_options(foreign)}",
+                         _options(known) or "no option but --json", "leave it out")
+    device = given.pop("predict", None)
+    if device is not None:
+        predict.print_prediction(device, predict.PredictedShape(**given), args.json)
+    elif args.what == "step":
+        step.bench_step(args.json, **given)
+    elif given:
+        raise InputError(f"bench loss with {_options(given)} and no --predict", "--predict DEVICE",
+                         "add it, or leave them out: the shapes that are measured are fixed")
+    else:
+        {"loss": loss.bench_loss, "data": data.bench_data,
+         "checkpoint": checkpoint.bench_checkpoint}[args.what](args.json)
+
+
+def _options(names: Iterable[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))

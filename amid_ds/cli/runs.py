@@ -27,7 +27,8 @@ def add_plan(commands: Commands) -> None:
     parser.add_argument("--check", metavar="RUN", help="compare a past run's plan and measurements")
     parser.add_argument("--nodes", type=int, default=1, metavar="N")
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="R")
-    parser.add_argument("--device", metavar="NAME", help="h100-80g (default), h200, a100-80g, cpu, "
+    parser.add_argument("--device", metavar="NAME", help="h100-80g (default), h200, b200, "
+                        "a100-80g, mi300x or another of amid_ds/planning/README.md, cpu, "
                         "or {memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}")
     parser.add_argument("--json", action="store_true")
     add_trust(parser)

@@ -36,6 +36,9 @@ class VocabShard:
     group: ProcessGroup | None = None
     # [width of the widest shard, end of the last one] over the group; empty before the first call.
     _extent: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
+    # What `least` has found, by subject.
+    _least: dict[str, list[int]] = field(default_factory=dict, init=False, repr=False,
+                                         compare=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.stop:
@@ -71,6 +74,18 @@ class VocabShard:
                              "shards that cover the vocabulary",
                              "lower vocab_size or give the ranks the missing rows")
         return widest, end
+
+    def least(self, subject: str, values: list[int], device: torch.device) -> list[int]:
+        """The least of the ranks' `values`, number by number, as the first call has found them.
+
+        For what follows from a rank's device and has to be equal over the group, such as the
+        number of blocks. One collective at the first call with this object about `subject`.
+        """
+        if self.group is None:
+            return values
+        if subject not in self._least:
+            self._least[subject] = self.gather(torch.tensor(values, device=device)).amin(0).tolist()
+        return self._least[subject]
 
     def logsumexp(self, local: Tensor) -> Tensor:
         """Log-sum-exps over the group, pairs [..., 2, n] (see merge_logsumexp). One collective."""

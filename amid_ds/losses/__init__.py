@@ -5,11 +5,11 @@ block of logits into loss and gradient through a backend, `elementwise` (torch) 
 (Triton); `fused` goes from hidden states to the loss in blocks.
 """
 
+from amid_ds.losses.blocks import default_workspace_bytes
 from amid_ds.losses.checks import IGNORE_INDEX
 from amid_ds.losses.fused import LossOutput, amid_loss, linear_amid_loss, linear_argmax
 from amid_ds.losses.lm_head import LMHead
 from amid_ds.losses.objective import AlphaBeta, AMiD, Divergence, LogProbs, preset, register
-from amid_ds.losses.tiles import default_workspace_bytes
 
 __all__ = ["IGNORE_INDEX", "AMiD", "AlphaBeta", "Divergence", "LMHead", "LogProbs", "LossOutput",
            "amid_loss", "default_workspace_bytes", "linear_amid_loss", "linear_argmax", "preset",

@@ -7,12 +7,14 @@ made in the forward pass, with four products instead of the six of a recomputati
 multiplies them by the scalar that arrives. The trade-off: a call that will be differentiated pays
 for its gradients at once, and has no second derivative.
 
-Memory beyond inputs and gradients: the workspace (`workspace_bytes`, by default 96 MB on a CPU and
-1 GiB elsewhere; below 25 MB on a CPU, 201 MB elsewhere, blocks are single tokens), a few vectors
-per token, and one copy of the head's and of the hidden states' gradient in fp32 if these are of
-lower precision, because sums over blocks are made in fp32. Masked tokens are dropped at the start.
-Collectives under a shard: at most three per block, of row sums; one in backward, of the hidden
-states' gradient; and one check at the first call with a VocabShard object.
+Memory beyond inputs and gradients: the workspace (`workspace_bytes`, by default
+`blocks.default_workspace_bytes`; plain torch takes 25 MB of it on a CPU and 168 MB elsewhere for
+other things than logits, and with less blocks are single tokens), a few vectors per token, and one
+copy of the head's and of the hidden states' gradient in fp32 if these are of lower precision,
+because sums over blocks are made in fp32 (the head's not if it is in bf16 and there is one block).
+Masked tokens are dropped at the start. Collectives under a shard: at most three per block, of row
+sums; one in backward, of the hidden states' gradient; and at the first call with a VocabShard
+object one check, on a GPU also two about what all its ranks' devices can do.
 
 The objective travels by argument: `linear_amid_loss` -> `LossInputs` -> `_LinearLoss` ->
 `block.forward_backward_block` -> the backend's three functions -> `elementwise.mixture` or
@@ -29,8 +31,8 @@ import torch
 from torch import Tensor
 
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.errors import InputError
-from amid_ds.losses import checks, elementwise, tiles
+from amid_ds.losses import checks, elementwise
+from amid_ds.losses.backends import choose_backend
 from amid_ds.losses.block import (
     Backend,
     Block,
@@ -38,11 +40,13 @@ from amid_ds.losses.block import (
     arithmetic_dtype,
     forward_backward_block,
 )
+from amid_ds.losses.blocks import row_stride, tokens_per_block
 from amid_ds.losses.checks import IGNORE_INDEX, VocabLayout
 from amid_ds.losses.lm_head import HeadGradients, LMHead
 from amid_ds.losses.objective import AMiD
 
-# Rows that are multiplied at once in backward: fp32 times low precision makes an fp32 temporary.
+# Rows that a CPU multiplies at once in backward: where the dtypes of the factors or of the result
+# differ, it makes a temporary in the wider one. A GPU makes none.
 BACKWARD_ROWS = 64
 
 
@@ -90,10 +94,10 @@ def amid_loss(
                         for logits in (student_logits, teacher_logits.detach()))
     rows = {"student_logits": student.shape[1], "teacher_logits": teacher.shape[1]}
     layout = checks.check_vocabulary(rows, vocab_size, shard, student.shape[0], student.device)
-    size = _tokens_per_block(layout, [student, teacher], workspace_bytes)
-    per_token: Tensor = _LogitLoss.apply(
-        student, teacher, objective, layout, size,
-        _choose_backend(backend, objective, [student, teacher]), _wants_gradient(student))
+    chosen = choose_backend(backend, objective, [student, teacher], layout.shard)
+    size = _tokens_per_block(len(student), layout, [student, teacher], workspace_bytes, chosen)
+    per_token: Tensor = _LogitLoss.apply(student, teacher, objective, layout, size, chosen,
+                                         _wants_gradient(student))
     return per_token.reshape(student_logits.shape[:-1])
 
 
@@ -151,7 +155,7 @@ def linear_amid_loss(
         teacher_hidden=teacher_hidden, student_head=student, teacher_head=teacher,
         objective=objective if teacher is not None else None, token_weights=token_weights,
         labels=labels, every_token=checked, ce_weight=float(ce_weight), kd_weight=float(kd_weight),
-        layout=layout, backend=_choose_backend(backend, objective, hidden),
+        layout=layout, backend=choose_backend(backend, objective, hidden, layout.shard),
         workspace_bytes=workspace_bytes, wants=tuple(map(_wants_gradient, leaves)))
     return LossOutput(*_LinearLoss.apply(*leaves, inputs))
 
@@ -177,9 +181,9 @@ def linear_argmax(
     device, dtype = hidden.device, head.weight.dtype
     layout = checks.check_vocabulary({"head": head.weight.shape[0]}, vocab_size, shard,
                                      hidden.shape[0], device)
-    size = _tokens_per_block(layout, [head.weight], workspace_bytes)
+    size = _tokens_per_block(len(hidden), layout, [head.weight], workspace_bytes, elementwise)
     chosen = torch.empty(len(hidden), dtype=torch.int64, device=device)
-    workspace = torch.empty(min(size, len(hidden)) * layout.valid, dtype=dtype, device=device)
+    workspace = _logits_workspace(min(size, len(hidden)), layout, dtype, device)
     for rows in _blocks(len(hidden), size):
         raw = head.logits(hidden[rows], layout.valid, workspace).raw
         # The best logit and its id; a shard may be empty.
@@ -242,9 +246,7 @@ class _LogitLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradient, = _take_gradients(ctx)
         assert gradient is not None
-        for rows in _blocks(len(upstream), BACKWARD_ROWS):
-            gradient[rows].mul_(upstream[rows, None])
-        return (gradient, *[None] * 6)
+        return (_scaled(gradient, upstream, gradient.dtype), *[None] * 6)
 
 
 class _LinearLoss(torch.autograd.Function):
@@ -265,13 +267,14 @@ class _LinearLoss(torch.autograd.Function):
         gradients = _take_gradients(ctx)
         if upstream is None:
             return (None,) * 4
-        for gradient in gradients:
-            if gradient is not None:
-                gradient.mul_(upstream)
-        if gradients[0] is not None:
-            ctx.shard.add_up(gradients[0])
-        return (*[None if gradient is None else gradient.to(dtype)
-                  for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)], None)
+        hidden, *of_head = gradients
+        if hidden is not None:
+            hidden = _scaled(hidden, upstream, hidden.dtype)
+            # Before it is rounded.
+            ctx.shard.add_up(hidden)
+            hidden = hidden.to(ctx.dtypes[0])
+        return (hidden, *[None if gradient is None else _scaled(gradient, upstream, dtype)
+                          for gradient, dtype in zip(of_head, ctx.dtypes[1:], strict=True)], None)
 
 
 def _take_gradients(ctx: Any) -> list[Tensor | None]:
@@ -291,6 +294,21 @@ def _take_gradients(ctx: Any) -> list[Tensor | None]:
     return gradients
 
 
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · factor, rounded to `dtype` in the same pass; in place if that is its dtype.
+
+    factor: a scalar, or one entry per row [n].
+    """
+    result = gradient if dtype == gradient.dtype else torch.empty_like(gradient, dtype=dtype)
+    at_once = gradient.device.type != "cpu" or gradient.dtype == factor.dtype == dtype
+    per_row = factor.dim() > 0
+    # A tensor without dimensions would be rounded to the gradient's dtype first.
+    factor = factor.reshape(-1, *[1] * (gradient.dim() - 1))
+    for rows in _blocks(len(gradient), len(gradient) if at_once else BACKWARD_ROWS):
+        torch.mul(gradient[rows], factor[rows] if per_row else factor, out=result[rows])
+    return result
+
+
 def _loss_and_gradients(hidden: Tensor, inputs: LossInputs) -> tuple[
         Tensor, Tensor | None, Tensor | None, list[Tensor | None]]:
     """(loss, kd [N], ce [N], [∂loss/∂hidden, ∂loss/∂weight, ∂loss/∂bias]), arithmetic's dtype."""
@@ -298,14 +316,16 @@ def _loss_and_gradients(hidden: Tensor, inputs: LossInputs) -> tuple[
     weights = inputs.token_weights.to(dtype)
     kd = None if inputs.objective is None else torch.zeros_like(weights)
     ce = None if inputs.labels is None else torch.zeros_like(weights)
-    gradients = HeadGradients(hidden, inputs.student_head, layout.valid, dtype, inputs.wants)
     heads = [head for head in (inputs.student_head, inputs.teacher_head) if head is not None]
-    size = _tokens_per_block(layout, [head.weight for head in heads], inputs.workspace_bytes)
     index: Tensor | range = range(len(weights))
     if not inputs.every_token:
         index = weights.nonzero()[:, 0]
-    workspaces = [torch.empty(min(size, len(index)) * layout.valid, dtype=head.weight.dtype,
-                              device=hidden.device) for head in heads]
+    size = _tokens_per_block(len(index), layout, [head.weight for head in heads],
+                             inputs.workspace_bytes, inputs.backend, hidden.shape[1])
+    gradients = HeadGradients(hidden, inputs.student_head, layout.valid, dtype, inputs.wants,
+                              single_block=len(index) <= size)
+    workspaces = [_logits_workspace(min(size, len(index)), layout, head.weight.dtype, hidden.device)
+                  for head in heads]
     for rows in _blocks(len(index), size):
         tokens = rows if isinstance(index, range) else index[rows]
         block_hidden = hidden[tokens]
@@ -350,51 +370,22 @@ def _wants_gradient(tensor: Tensor | None) -> bool:
 
 
 def _blocks(tokens: int, size: int) -> Iterator[slice]:
-    """Blocks of nearly equal length, none above `size`."""
-    count = -(-tokens // size)
-    step = -(-tokens // count) if count else 1
-    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
+    """Blocks of `size` tokens, the last maybe shorter."""
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, max(1, size)))
 
 
-def _tokens_per_block(layout: VocabLayout, models: list[Tensor],
-                      workspace_bytes: int | None) -> int:
-    """As many tokens as the workspace holds logits for, besides the arithmetic's tiles.
+def _logits_workspace(tokens: int, layout: VocabLayout, dtype: torch.dtype,
+                      device: torch.device) -> Tensor:
+    """Room for the logits of `tokens` tokens (LMHead.logits)."""
+    return torch.empty(tokens * row_stride(layout.valid, device.type), dtype=dtype, device=device)
+
+
+def _tokens_per_block(tokens: int, layout: VocabLayout, models: list[Tensor],
+                      workspace_bytes: int | None, backend: Backend, hidden_size: int = 1) -> int:
+    """The length of the blocks of `tokens` tokens; the last may be shorter.
 
     The same on all ranks of a group. models: a tensor of each model's dtype.
     """
-    device = models[0].device
-    budget = tiles.default_workspace_bytes(device) if workspace_bytes is None else workspace_bytes
-    if budget <= 0:
-        raise InputError(f"workspace_bytes={budget}", "a number of bytes above 0",
-                         "leave it out for the default")
-    temporaries, most = tiles.tiling(device)
-    # Two bytes per element of a product in low precision.
-    products = 2 * tiles.product_elements(device)
-    per_token = max(1, layout.widest) * sum(model.element_size() for model in models)
-    return min(most, max(1, (budget - temporaries - products) // per_token))
-
-
-def _choose_backend(name: str, objective: AMiD | None, logits: list[Tensor]) -> Backend:
-    """The backend of this name; `auto`: Triton on a GPU if it has the kernels, else plain torch."""
-    if name not in ("auto", "torch", "triton"):
-        raise InputError(f"backend={name!r}", "auto, torch or triton",
-                         "auto takes triton on a GPU and torch elsewhere")
-    on_gpu = logits[0].device.type == "cuda"
-    if name == "torch" or (name == "auto" and not on_gpu):
-        return elementwise
-    try:
-        from amid_ds.losses import kernels
-    except ImportError as error:
-        if name == "auto":
-            return elementwise
-        raise InputError(f"backend='triton', but: {error}", "Triton",
-                         "pip install triton, or backend='auto'") from None
-    dtypes = [tensor.dtype for tensor in logits]
-    if (on_gpu or kernels.INTERPRETED) and kernels.supports(objective, dtypes):
-        return kernels
-    if name == "auto":
-        return elementwise
-    raise InputError(
-        f"backend='triton' on {logits[0].device} for {objective} and logits of {dtypes}",
-        "a GPU (or TRITON_INTERPRET=1), a built-in divergence, and fp32, bf16 or fp16",
-        "use backend='auto' or 'torch'")
+    token_bytes = sum(model.element_size() for model in models)
+    return tokens_per_block(tokens, layout, hidden_size, token_bytes, workspace_bytes,
+                            models[0].device, tiled=backend is elementwise)

@@ -10,6 +10,7 @@ from torch import Tensor
 from amid_ds.errors import InputError
 from amid_ds.losses import tiles
 from amid_ds.losses.block import Logits
+from amid_ds.losses.blocks import adds_in_fp32, row_stride
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class LMHead:
                              "None means no cap")
 
     def logits(self, hidden: Tensor, columns: int, workspace: Tensor) -> Logits:
-        """The first `columns` logits of hidden [n, H], made in `workspace` (a flat buffer).
+        """The first `columns` logits of hidden [n, H], made in `workspace`.
 
-        Detached: neither the head nor the hidden states get a gradient through them.
+        workspace: a flat buffer of at least n · row_stride(columns) elements. Detached: neither the
+        head nor the hidden states get a gradient through them.
         """
-        raw = workspace[:hidden.shape[0] * columns].view(hidden.shape[0], columns)
+        tokens, stride = hidden.shape[0], row_stride(columns, hidden.device.type)
+        raw = workspace[:tokens * stride].view(tokens, stride)[:, :columns]
         weight = self.weight.detach()[:columns].t()
         if self.bias is None:
             torch.mm(hidden, weight, out=raw)
@@ -47,17 +50,22 @@ class LMHead:
 class HeadGradients:
     """Sums over blocks of the gradients of hidden [N, H], weight [V_local, H] and bias [V_local].
 
-    They are held in `dtype`, the arithmetic's; wants: of which of the three there is one.
+    They are held in `dtype`, the arithmetic's, but for the weight's of a single block in bf16,
+    which nothing is added to: it is held in bf16. In fp16 it would underflow, for a scale on the
+    loss comes later. wants: of which of the three there is one.
     """
 
     def __init__(self, hidden: Tensor, head: LMHead, columns: int, dtype: torch.dtype,
-                 wants: tuple[bool, ...]) -> None:
+                 wants: tuple[bool, ...], single_block: bool) -> None:
         self.head_weight = head.weight.detach()[:columns]
         self.columns, self.first = columns, True
+        low = single_block and head.weight.dtype == torch.bfloat16
         self.hidden, self.weight, self.bias = (
-            torch.empty(x.shape, dtype=dtype, device=hidden.device)
+            torch.empty(x.shape, dtype=held, device=hidden.device)
             if x is not None and wanted else None
-            for x, wanted in zip((hidden, head.weight, head.bias), wants, strict=True))
+            for x, held, wanted in zip((hidden, head.weight, head.bias),
+                                       (dtype, torch.bfloat16 if low else dtype, dtype), wants,
+                                       strict=True))
         if self.hidden is not None:
             # Masked tokens are not written to.
             self.hidden.zero_()
@@ -69,7 +77,7 @@ class HeadGradients:
     def add(self, gradient: Tensor, hidden: Tensor, tokens: Tensor | slice) -> None:
         """Add a block: gradient [n, columns] of raw logits, hidden [n, H], its tokens' places."""
         if self.hidden is not None:
-            self.hidden[tokens] = torch.mm(gradient, self.head_weight).to(self.hidden.dtype)
+            self.hidden[tokens] = _product(gradient, self.head_weight, self.hidden.dtype)
         if self.weight is not None:
             _add_product(self.weight[:self.columns], gradient.t(), hidden, 0 if self.first else 1)
         if self.bias is not None:
@@ -87,10 +95,22 @@ class HeadGradients:
         return [self.hidden, self.weight, self.bias]
 
 
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a @ b in `dtype`, in which it has been added up where the device can do that."""
+    if a.dtype != dtype and adds_in_fp32(a.device, dtype):
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor, beta: int) -> None:
-    """total = beta · total + a @ b, part by part if the product's dtype is not the total's."""
+    """total = beta · total + a @ b; part by part if the product is of another dtype, and the device
+    cannot add it up in the total's."""
     if total.dtype == a.dtype:
         total.addmm_(a, b, beta=beta)
+        return
+    if adds_in_fp32(total.device, total.dtype):
+        # One tensor object for both: torch copies `total` to `out` first if they are two.
+        torch.addmm(total, a, b, out_dtype=total.dtype, beta=beta, out=total)
         return
     step = max(1, tiles.product_elements(total.device) // b.shape[1])
     for start in range(0, total.shape[0], step):

@@ -40,11 +40,6 @@ WORTH_COMPILING = 1 << 22
 MOST_VARIANTS = 1000
 
 
-def default_workspace_bytes(device: torch.device | str) -> int:
-    """The workspace of a call that names none: 96 MB on a CPU, 1 GiB on an accelerator."""
-    return 96_000_000 if torch.device(device).type == "cpu" else 1 << 30
-
-
 def tiling(device: torch.device) -> tuple[int, int]:
     """(bytes of the tiles' temporaries in fp32, the most tokens that leave a tile wide enough).
 
@@ -55,7 +50,8 @@ def tiling(device: torch.device) -> tuple[int, int]:
 
 
 def product_elements(device: torch.device) -> int:
-    """Elements of a matrix product in low precision, made before it is added to an fp32 sum."""
+    """Elements of a matrix product in low precision, made before it is added to an fp32 sum where
+    the device cannot add while it multiplies (`blocks.adds_in_fp32`)."""
     return 4 * _tile_elements(device)
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 STYLES = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "skip"}
 # The parameters, of a layer in each split style, of which a rank has a part.
 SPLIT_PARAMETERS = {"colwise": r"\.(weight|bias)", "rowwise": r"\.weight"}
+# Heads are cut at multiples of so many rows, so that every shard but the last has aligned rows of
+# logits. Once they were cut as evenly as possible; a checkpoint says how (checkpoint/state.py).
+HEAD_ROW_MULTIPLE = 64
 
 
 class LayerSpec(TypedDict):
@@ -38,10 +41,17 @@ class LayerSpec(TypedDict):
 
 def vocab_shard(vocab_size: int, tp_rank: int, tp_size: int, group: ProcessGroup | None
                 ) -> VocabShard | None:
-    """This rank's rows of the common vocabulary, as even as possible; None with a tp_size of 1."""
+    """This rank's rows of the common vocabulary, nearly as many as any other's; None with a tp_size
+    of 1.
+
+    Cut at multiples of HEAD_ROW_MULTIPLE, or anywhere if there are not so many rows for each.
+    """
     if tp_size == 1:
         return None
-    start, stop = (vocab_size * rank // tp_size for rank in (tp_rank, tp_rank + 1))
+    multiple = HEAD_ROW_MULTIPLE if vocab_size >= HEAD_ROW_MULTIPLE * tp_size else 1
+    units = -(-vocab_size // multiple)
+    start, stop = (min(vocab_size, multiple * (units * rank // tp_size))
+                   for rank in (tp_rank, tp_rank + 1))
     return VocabShard(start, stop, group)
 
 

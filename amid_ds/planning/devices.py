@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from typing import Any
 
 import psutil
 import torch
@@ -22,6 +24,29 @@ HEADROOM = 0.92
 CPU_FLOPS_PER_CORE = 1e11
 # Between processes of one machine, in bytes/s: an assumption for gloo over the loopback device.
 CPU_BANDWIDTH = 2e9
+# A GPU that is not in the table, where its own properties say nothing: a port of 200 Gb/s, and a
+# PCIe bus of the fourth generation.
+UNKNOWN_BANDWIDTH = 25e9
+UNKNOWN_NEIGHBOURS = 32e9
+# Dense bf16 FLOPs of a multiprocessor in a cycle, by compute capability, and of AMD's by the name
+# of its instruction set. Cards with "GeForce" in their name do half as many.
+FLOPS_PER_CYCLE = {(8, 0): 2048, (8, 6): 1024, (8, 9): 1024, (9, 0): 4096, (10, 0): 8192,
+                   (10, 3): 8192, (12, 0): 1024}
+AMD_FLOPS_PER_CYCLE = {"gfx90a": 1024, "gfx942": 2048, "gfx950": 4096}
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What the time of the loss depends on, beside the peak of its products.
+
+    `bandwidth`: bytes/s of the device's memory; `clock` in Hz; `lanes`: fp32 instructions that a
+    multiprocessor starts in a cycle, counted by lane.
+    """
+
+    bandwidth: float
+    multiprocessors: int
+    clock: float
+    lanes: int = 128
 
 
 @dataclass(frozen=True)
@@ -29,7 +54,7 @@ class Device:
     """One rank's device.
 
     `memory` in bytes; `flops`: dense bf16 FLOP/s; `bandwidth`, `neighbours`: bytes/s received from
-    other nodes, and from ranks on the same one.
+    other nodes, and from ranks on the same one. `chip`: None where it is not known.
     """
 
     name: str
@@ -37,27 +62,53 @@ class Device:
     flops: float
     bandwidth: float
     neighbours: float
+    chip: Chip | None = None
 
 
-# By the makers' data sheets: memory, dense bf16 peak, one 400 Gb/s (A100: 200 Gb/s) port per
-# device, and half of NVLink's 900 (A100: 600) GB/s, which the sheets count in both directions.
+# By the makers' data sheets: memory, dense bf16 peak (half of what sheets give "with sparsity"),
+# one port per device of the network that its systems come with (200, 400 or 800 Gb/s), and half of
+# the link between devices, which the sheets count in both directions (NVLink, Infinity Fabric, for
+# L40S the PCIe bus); the memory's bandwidth, multiprocessors, clock under load. The sheets of
+# H200, H20 and Blackwell name no multiprocessors and clocks: those are what drivers report.
 DEVICES = {device.name: device for device in (
-    Device("h100-80g", 80e9, 989e12, 50e9, 450e9),
-    Device("h200", 141e9, 989e12, 50e9, 450e9),
-    Device("a100-80g", 80e9, 312e12, 25e9, 300e9))}
+    Device("h100-80g", 80e9, 989e12, 50e9, 450e9, Chip(3.35e12, 132, 1.755e9)),
+    Device("h100-pcie", 80e9, 756e12, 50e9, 300e9, Chip(2.0e12, 114, 1.755e9)),
+    Device("h100-nvl", 94e9, 835e12, 50e9, 300e9, Chip(3.9e12, 132, 1.755e9)),
+    Device("h200", 141e9, 989e12, 50e9, 450e9, Chip(4.8e12, 132, 1.755e9)),
+    Device("h200-nvl", 141e9, 835e12, 50e9, 450e9, Chip(4.8e12, 132, 1.755e9)),
+    Device("h20", 96e9, 148e12, 50e9, 450e9, Chip(4.0e12, 78, 1.83e9)),
+    Device("a100-80g", 80e9, 312e12, 25e9, 300e9, Chip(2.039e12, 108, 1.41e9, lanes=64)),
+    Device("a100-40g", 40e9, 312e12, 25e9, 300e9, Chip(1.555e12, 108, 1.41e9, lanes=64)),
+    Device("l40s", 48e9, 362e12, 25e9, 32e9, Chip(0.864e12, 142, 2.52e9)),
+    Device("b200", 180e9, 2250e12, 50e9, 900e9, Chip(7.7e12, 148, 1.85e9)),
+    Device("gb200", 186e9, 2500e12, 50e9, 900e9, Chip(8.0e12, 152, 2.0e9)),
+    Device("b300", 288e9, 2250e12, 100e9, 900e9, Chip(8.0e12, 148, 1.85e9)),
+    Device("gb300", 279e9, 2500e12, 100e9, 900e9, Chip(8.0e12, 152, 2.0e9)),
+    Device("mi300x", 192e9, 1307e12, 50e9, 448e9, Chip(5.3e12, 304, 2.1e9, lanes=64)),
+    Device("mi325x", 256e9, 1307e12, 50e9, 448e9, Chip(6.0e12, 304, 2.1e9, lanes=64)),
+    Device("mi355x", 288e9, 2517e12, 50e9, 538e9, Chip(8.0e12, 256, 2.4e9, lanes=64)))}
 DEFAULT_DEVICE = "h100-80g"
+# What torch calls them, such as "NVIDIA H100 80GB HBM3"; the first pattern that is found counts.
+TORCH_NAMES = {
+    "h100-pcie": r"\bh100 pcie", "h100-nvl": r"\bh100 nvl", "h100-80g": r"\bh100\b.*\bhbm3|\bh100$",
+    "h200-nvl": r"\bh200 nvl", "h200": r"\bh200\b", "h20": r"\bh20$",
+    "a100-40g": r"\ba100\b.*40gb", "a100-80g": r"\ba100\b.*80gb", "l40s": r"\bl40s\b",
+    "b200": r"\bb200\b", "gb200": r"\bgb200\b", "b300": r"\bb300\b", "gb300": r"\bgb300\b",
+    "mi300x": r"\bmi300x\b", "mi325x": r"\bmi325x\b", "mi355x": r"\bmi355x\b"}
 
 
 def find_device(name: str, ranks_per_node: int) -> Device:
     """The device that `name` means for each of `ranks_per_node` ranks.
 
-    A name of DEVICES, `cpu` for this machine's share, or a YAML mapping {memory: BYTES, flops:
-    FLOP/s, bandwidth: BYTES/s} of finite numbers above 0. Raises InputError for any other, and for
-    less than one rank.
+    A name of DEVICES, or its beginning ("h100", the first one of the table), `cpu` for this
+    machine's share, or a YAML mapping {memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s} of finite
+    numbers above 0. Raises InputError for any other, and for less than one rank.
     """
     require_ranks(1, ranks_per_node)
-    if name in DEVICES:
-        return DEVICES[name]
+    known = next((device for each, device in DEVICES.items()
+                  if f"{each}-".startswith(f"{name.lower()}-")), None)
+    if known is not None:
+        return known
     if name == "cpu":
         cores = psutil.cpu_count() or 1
         return Device("cpu", memory=psutil.virtual_memory().total / ranks_per_node,
@@ -75,7 +126,8 @@ def find_device(name: str, ranks_per_node: int) -> Device:
                          "{memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}, "
                          "each finite and above 0",
                          "name a device, or give its numbers")
-    return Device("given", **numbers, neighbours=numbers["bandwidth"])
+    return Device("given", numbers["memory"], numbers["flops"], numbers["bandwidth"],
+                  neighbours=numbers["bandwidth"])
 
 
 def require_ranks(nodes: int, ranks_per_node: int) -> None:
@@ -86,14 +138,50 @@ def require_ranks(nodes: int, ranks_per_node: int) -> None:
 
 
 def local_device(local_ranks: int) -> Device | None:
-    """The device of this process, one of `local_ranks` on its node; None: not in DEVICES."""
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return device_by_torch_name(name, local_ranks)
+    """The device of this process, one of `local_ranks` on its node.
+
+    One that is not in DEVICES by its properties; None: its peak does not follow from them.
+    """
+    if not torch.cuda.is_available():
+        return find_device("cpu", local_ranks)
+    properties = torch.cuda.get_device_properties()
+    return device_by_torch_name(properties.name, local_ranks) or device_by_properties(properties)
 
 
 def device_by_torch_name(name: str, local_ranks: int) -> Device | None:
-    """The device that torch calls `name` ("NVIDIA H200"), or `cpu`; None: not in DEVICES."""
+    """The device that torch calls `name` ("NVIDIA H200"), or `cpu`; None: not in DEVICES.
+
+    A slice of a device (MIG) is none of them.
+    """
     if name == "cpu":
         return find_device("cpu", local_ranks)
-    return next((device for device in DEVICES.values()
-                 if device.name.split("-")[0] in name.lower()), None)
+    if " mig " in name.lower():
+        return None
+    return next((DEVICES[known] for known, pattern in TORCH_NAMES.items()
+                 if re.search(pattern, name.lower())), None)
+
+
+def device_by_properties(properties: Any) -> Device | None:
+    """The device that torch's `get_device_properties` describes; None: its peak is not known.
+
+    The peak follows from the clock and the multiprocessors by FLOPS_PER_CYCLE, the memory's
+    bandwidth from its clock and bus; the links are assumed (UNKNOWN_BANDWIDTH,
+    UNKNOWN_NEIGHBOURS).
+    """
+    architecture = getattr(properties, "gcnArchName", "").partition(":")[0]
+    per_cycle: float | None = (AMD_FLOPS_PER_CYCLE.get(architecture) if torch.version.hip
+                               else FLOPS_PER_CYCLE.get((properties.major, properties.minor)))
+    # torch gives clocks in kHz.
+    clock = 1e3 * getattr(properties, "clock_rate", 0)
+    if not per_cycle or not clock:
+        return None
+    if "geforce" in properties.name.lower():
+        per_cycle /= 2
+    # Two transfers a cycle, over a bus of so many bits.
+    bandwidth = (2e3 * getattr(properties, "memory_clock_rate", 0)
+                 * getattr(properties, "memory_bus_width", 0) / 8)
+    lanes = 64 if torch.version.hip or (properties.major, properties.minor) == (8, 0) else 128
+    chip = (Chip(bandwidth, properties.multi_processor_count, clock, lanes) if bandwidth else None)
+    return Device(properties.name, properties.total_memory,
+                  per_cycle * properties.multi_processor_count * clock, UNKNOWN_BANDWIDTH,
+                  UNKNOWN_NEIGHBOURS, chip)

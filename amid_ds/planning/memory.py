@@ -105,14 +105,20 @@ def _reduce_bucket_bytes(setting: Setting) -> int:
 def _loss_bytes(setting: Setting) -> int:
     """Bytes of the fused loss: its workspace, the gradients of the head and the hidden states."""
     student, teacher, tokens = setting.student, setting.teacher, setting.tokens
-    kind = torch.device("cpu" if setting.device.name == "cpu" else "cuda")
     logit_bytes = student.element_size + (teacher.element_size if teacher is not None else 0)
     logits = tokens * student.head // student.hidden_size * logit_bytes
-    tile_bytes, _ = tiling(kind)
-    workspace = min(default_workspace_bytes(kind), logits + tile_bytes)
-    # Both gradients are summed in fp32, then given in the weights' dtype.
-    gradient_bytes = FP32_BYTES + (BF16_BYTES if student.element_size == BF16_BYTES else 0)
-    return workspace + (student.head + tokens * student.hidden_size) * gradient_bytes
+    on_cpu = setting.device.name == "cpu"
+    # On a GPU the kernels need nothing beside the logits.
+    tile_bytes = tiling(torch.device("cpu"))[0] if on_cpu else 0
+    most = default_workspace_bytes(None if on_cpu else setting.device.memory)
+    workspace = min(most, logits + tile_bytes)
+    # Both gradients are made in fp32, then given in the weights' dtype; the head's is bf16 from the
+    # start if there is one block.
+    in_bf16 = student.element_size == BF16_BYTES
+    gradient_bytes = FP32_BYTES + (BF16_BYTES if in_bf16 else 0)
+    in_one_block = logits + tile_bytes <= most
+    head_bytes = BF16_BYTES if in_bf16 and in_one_block else gradient_bytes
+    return workspace + student.head * head_bytes + tokens * student.hidden_size * gradient_bytes
 
 
 def teacher_step_bytes(setting: Setting, teacher: ModelCosts, student_parts: dict[str, int],

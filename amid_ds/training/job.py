@@ -77,8 +77,7 @@ class Job:
 
     def layout(self, world: World) -> Layout:
         """The layout that the engine will have on these ranks."""
-        return Layout(world.size, world.tp_size, ds_config.zero_stage(self.deepspeed_config),
-                      self.student_dtype)
+        return Layout.of(world, ds_config.zero_stage(self.deepspeed_config), self.student_dtype)
 
 
 def check_recipe(recipe: Recipe, ranks: int) -> Job:
