@@ -124,6 +124,8 @@ def infinite_arguments(objective: AMiD) -> dict[str, bool]:
     r has no probability where neither model has any, and for α ≥ 1 where one has none.
     """
     weights, mixed = dict(objective.order_weights), objective.lam not in (0, 1)
+    if not isinstance(objective.resolved_divergence, KL):
+        weights = {}
     r_without_p = objective.lam == 0 or (mixed and objective.alpha < 1)
     r_without_q = objective.lam == 1 or (mixed and objective.alpha < 1)
     return {"ONLY_P": bool(("pr" in weights and not r_without_q)

@@ -35,7 +35,7 @@ from amid_ds.losses.objective import KL, AMiD
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Columns that a program reads at once.
 MIN_COLUMNS, MAX_COLUMNS = 16, 2048
-NUM_WARPS = 8
+THREADS = 256
 # Bytes that a thread reads at once.
 VECTOR_BYTES = 16
 
@@ -131,12 +131,9 @@ def _logit_arguments(block: Block) -> dict[str, float]:
     student, teacher = block.student, block.teacher or block.student
     inverse_tau = 1.0 if block.objective is None else 1 / block.objective.temperature
     columns = triton.next_power_of_2(student.width)
-    widest = min(student.raw.element_size(), teacher.raw.element_size())
-    arguments = {"width": student.width, "APPROXIMATE": _approximate(),
-                 "BLOCK": min(MAX_COLUMNS, max(MIN_COLUMNS, columns)),
-                 "VECTOR": VECTOR_BYTES // widest, "num_warps": NUM_WARPS,
-                 # A product and a sum are rounded once.
-                 "enable_fp_fusion": True}
+    narrowest = min(student.raw.element_size(), teacher.raw.element_size())
+    arguments = {"width": student.width, "BLOCK": min(MAX_COLUMNS, max(MIN_COLUMNS, columns)),
+                 "VECTOR": VECTOR_BYTES // narrowest, **_machine_arguments()}
     for name, model in (("student", student), ("teacher", teacher)):
         capped = model.softcap is not None
         arguments |= {f"{name}_scale": model.scale, f"{name}_cap": model.softcap or 0.0,
@@ -145,6 +142,11 @@ def _logit_arguments(block: Block) -> dict[str, float]:
     return arguments
 
 
-def _approximate() -> bool:
-    """True where the kernels may use NVIDIA's instructions for log₂ and the reciprocal."""
-    return not INTERPRETED and driver.active.get_current_target().backend == "cuda"
+def _machine_arguments() -> dict[str, float]:
+    """What depends on the GPU alone; APPROXIMATE is NVIDIA's instructions for log₂ and 1/x."""
+    if INTERPRETED:
+        return {"APPROXIMATE": False}
+    target = driver.active.get_current_target()
+    # Fusion: a product and a sum are one instruction.
+    return {"APPROXIMATE": target.backend == "cuda", "num_warps": THREADS // target.warp_size,
+            "enable_fp_fusion": True}
