@@ -7,8 +7,8 @@ of a real call; a stand-in for Triton's driver names the GPU. Prints one JSON ob
 with --table the table of amid_ds/losses/README.md. A case is
 ARCH:OBJECTIVE:STUDENT/TEACHER:WIDTH:TOKENS[:ce][:cap], e.g. sm_90:jsd:bf16/bf16:50257:17:ce.
 
-A script of its own, because the tests' process runs Triton's interpreter. Assembles and disassembles
-with the tools in Triton's wheel (triton/backends/nvidia/bin).
+A script of its own, because the tests' process runs Triton's interpreter. The tools that assemble
+and disassemble are those in Triton's wheel: ptxas, cuobjdump and nvdisasm.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -157,16 +157,43 @@ def _block(name: str, dtypes: list[torch.dtype], width: int, tokens: int,
 
 def _read(case: str, name: str, kernel: Any, options: dict[str, Any]) -> Compiled:
     threads = options["num_warps"] * kernel.metadata.target.warp_size
-    pairs = max(1, options["BLOCK"] // threads)
-    if "amdgcn" in kernel.asm:
-        code = kernel.asm["amdgcn"]
-        registers, spilled = (int(re.search(rf"\.{key}:\s*(\d+)", code)[1])  # type: ignore[index]
-                              for key in ("vgpr_count", "vgpr_spill_count"))
-        memory = Counter(re.findall(r"\b((?:global|buffer)_(?:load|store)_\w+)", code))
-        return Compiled(case, name, kernel.hash, threads, registers, spilled, pairs, 0, 0,
-                        dict(memory))
+    code = _machine_code(kernel)
+    return Compiled(case, name, kernel.hash, threads, code.registers, code.spilled,
+                    max(1, options["BLOCK"] // threads), code.instructions, code.special,
+                    code.memory)
+
+
+class _Code(NamedTuple):
+    """The fields of `Compiled` that only the machine code knows."""
+
+    registers: int
+    spilled: int
+    instructions: int
+    special: int
+    memory: dict[str, int]
+
+
+# By the kernel's hash.
+_CODES: dict[str, _Code] = {}
+
+
+def _machine_code(kernel: Any) -> _Code:
+    if kernel.hash not in _CODES:
+        _CODES[kernel.hash] = (_amd_code(kernel.asm["amdgcn"]) if "amdgcn" in kernel.asm
+                               else _nvidia_code(kernel.asm["cubin"]))
+    return _CODES[kernel.hash]
+
+
+def _amd_code(assembly: str) -> _Code:
+    registers, spilled = (int(re.search(rf"\.{key}:\s*(\d+)", assembly)[1])  # type: ignore[index]
+                          for key in ("vgpr_count", "vgpr_spill_count"))
+    memory = Counter(re.findall(r"\b((?:global|buffer)_(?:load|store)_\w+)", assembly))
+    return _Code(registers, spilled, 0, 0, dict(memory))
+
+
+def _nvidia_code(cubin: bytes) -> _Code:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         loop = _main_loop(_tool("nvdisasm", "-c", file.name))
@@ -175,8 +202,7 @@ def _read(case: str, name: str, kernel: Any, options: dict[str, Any]) -> Compile
     registers, stack, local = map(int, found.groups())
     memory = Counter(each for each in loop if each.startswith(("LDG", "STG", "LDL", "STL")))
     special = sum(each.startswith("MUFU") for each in loop)
-    return Compiled(case, name, kernel.hash, threads, registers, stack + local, pairs, len(loop),
-                    special, dict(memory))
+    return _Code(registers, stack + local, len(loop), special, dict(memory))
 
 
 def _tool(name: str, *arguments: str) -> str:
