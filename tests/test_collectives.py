@@ -17,6 +17,7 @@ from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main
 from support.runs import read_metrics, write_recipe
 
+from amid_ds.distributed.failures import FailureMonitor
 from amid_ds.distributed.rendezvous import init_distributed
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object",
@@ -97,6 +98,53 @@ def test_an_exception_on_one_rank_ends_all_of_them(recipe, tmp_path, where):
     assert ranks.wait(90) == [1, 1], ranks.output(0) + ranks.output(1)
     assert time.monotonic() - began < 80
     assert "no memory on this rank alone" in ranks.output(1)
+
+
+def timeouts_rank(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that writes the timeout, in seconds, of each group that it is in."""
+    def around(trainer, batch):
+        groups = dist.distributed_c10d._world.pg_map
+        seconds = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+                   for group in groups]
+        Path(folder, f"rank{variables['RANK']}").write_text(json.dumps(seconds))
+        yield
+
+    patch_train_step(around)
+    rank_main(argv, variables, log)
+
+
+def test_every_group_waits_longer_than_the_hang_watchdog(recipe, tmp_path):
+    run = recipe(out=tmp_path / "run", train__steps=1, train__hang_timeout=4000)
+    ranks = Ranks(2, "train", run, "tensor_parallel=2",
+                  target=functools.partial(timeouts_rank, str(tmp_path)))
+    assert ranks.wait() == [0, 0], ranks.output()
+    for rank in range(2):
+        seconds = json.loads((tmp_path / f"rank{rank}").read_text())
+        # The default group, the agreement's, the tensor-parallel one, and DeepSpeed's.
+        assert len(seconds) >= 4 and set(seconds) == {4030}, seconds
+
+
+def blocked_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank of two; rank 0 waits in the groups' store for a key that rank 1, which fails,
+    never sets."""
+    from amid_ds.cluster import doctor
+
+    FailureMonitor.CHECK_EVERY_S, FailureMonitor.GRACE_S = 0.1, 0.5
+
+    def check(recipe, world):
+        if not world.is_main:
+            raise ValueError("no key from this rank")
+        dist.distributed_c10d._get_default_store().get("never set")
+
+    doctor.CHECKS = (check,)
+    rank_main(argv, variables, log)
+
+
+def test_a_rank_that_waits_in_the_groups_store_still_sees_a_failure():
+    ranks = Ranks(2, "doctor", target=blocked_rank)
+    # The store itself gives up after doctor's 60 s.
+    assert ranks.wait(40) == [1, 1], ranks.output(0) + ranks.output(1)
+    assert "waiting for a rank that failed: rank 1: ValueError: no key" in ranks.output(0)
 
 
 def test_a_process_that_was_a_group_of_one_is_no_rank_afterwards(monkeypatch):

@@ -8,7 +8,6 @@ to meet is a verdict of its own.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import platform
@@ -121,21 +120,13 @@ def check_versions(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 
 
 def check_gpus(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
-    """Every node has the same GPUs, and no two ranks share one."""
+    """Every node has the same GPUs. That no two ranks share one is a condition of meeting."""
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     everyone = world.gather((_hostname(), f"{len(names)} × {names[0]}" if names else "no GPU"))
     alike = len({description for _, description in everyone}) == 1
     yield Verdict("GPUs", alike, _by_node(everyone),
                   "ask Slurm for the same GPUs on each node (--gpus-per-node, --constraint); see "
                   "`nvidia-smi` there")
-    index = world.device.index if world.device.type == "cuda" else None
-    used = collections.Counter(world.gather((_hostname(), index)))
-    shared = sorted(f"{node}: GPU {number}" for (node, number), ranks in used.items()
-                    if number is not None and ranks > 1)
-    if shared:
-        yield Verdict("GPU per rank", False, f"several ranks on one: {', '.join(shared)}",
-                      "start as many ranks per node as it has GPUs "
-                      "(--ntasks-per-node = --gpus-per-node)")
 
 
 def check_output_folder(recipe: Recipe | None, world: World) -> Iterator[Verdict]:

@@ -34,12 +34,13 @@ WAITING = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "n
 class FakeCuda:
     """`devices` faked GPUs in this process, and what was asked of them.
 
-    calls: the names of the functions that were called, with their number; waits: between
-    `watch()` and `watched()` the places (file:line function) at which the host waited for a tensor.
+    first: the host's number of the first of them, which makes their UUIDs. calls: the names of the
+    functions that were called, with their number; waits: between `watch()` and `watched()` the
+    places (file:line function) at which the host waited for a tensor.
     """
 
-    def __init__(self, devices: int, free_bytes: int = 60 << 30) -> None:
-        self.devices, self.free_bytes = devices, free_bytes
+    def __init__(self, devices: int, free_bytes: int = 60 << 30, first: int = 0) -> None:
+        self.devices, self.free_bytes, self.first = devices, free_bytes, first
         self.current = 0
         self.calls: Counter[str] = Counter()
         self.waits: Counter[str] | None = None
@@ -89,7 +90,7 @@ class FakeCuda:
 
         def get_device_properties(device=None):
             return types.SimpleNamespace(**{
-                **vars(properties), "uuid": f"GPU-{self.require(device or 0)}"})
+                **vars(properties), "uuid": f"GPU-{self.first + self.require(device or 0)}"})
 
         def forget(device=None):
             return None
@@ -271,14 +272,16 @@ def _caller() -> str:
 
 
 def fake_cuda_rank(argv: list[str], variables: dict[str, str], log: str, *, devices: int = 8,
-                   watched_step: int | None = None) -> None:
+                   own: bool = False, watched_step: int | None = None) -> None:
     """Run as a rank on faked GPUs, of which it sees `devices`.
 
-    watched_step: the step (from 0) whose waits it writes to `log`.waits as JSON {place: number}.
+    own: the first of them is the host's GPU of the rank's number, as `srun --gpus-per-task=1` has
+    it, and not the host's first. watched_step: the step (from 0) whose waits it writes to
+    `log`.waits as JSON {place: number}.
     """
     from support.ranks import rank_main
 
-    fake = FakeCuda(devices)
+    fake = FakeCuda(devices, first=int(variables["RANK"]) if own else 0)
     if watched_step is not None:
         _watch_step(fake, watched_step, Path(f"{log}.waits"))
     fake.install()
