@@ -18,6 +18,7 @@ from support.ranks import Ranks, rank_main
 from support.runs import read_metrics, write_recipe
 
 from amid_ds.distributed.failures import FailureMonitor
+from amid_ds.distributed.progress import rank_behind
 from amid_ds.distributed.rendezvous import init_distributed
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object",
@@ -145,6 +146,21 @@ def test_a_rank_that_waits_in_the_groups_store_still_sees_a_failure():
     # The store itself gives up after doctor's 60 s.
     assert ranks.wait(40) == [1, 1], ranks.output(0) + ranks.output(1)
     assert "waiting for a rank that failed: rank 1: ValueError: no key" in ranks.output(0)
+
+
+@pytest.mark.parametrize("launched, behind", [
+    # All together, on one rank or on two.
+    ([{"all": 5}, {"all": 5}], None), ([{"all": 5}], None),
+    ([{"all": 6}, {"all": 5}, {"all": 6}], 1),
+    # Groups 0 1, 2 3, 0 2, 1 3: 3 is missed by 2 and by 1, and 2 by 0, which is missed by none.
+    ([{"01": 9, "02": 8}, {"01": 9, "13": 8}, {"23": 9, "02": 7}, {"23": 8, "13": 7}], 3),
+    # A group of which a rank knows nothing says nothing of it.
+    ([{"all": 5, "0": 9}, {"all": 5}], None),
+    # They wait for each other: their program is wrong, and neither is behind.
+    ([{"a": 2, "b": 1}, {"a": 1, "b": 2}], None),
+])
+def test_the_rank_behind_is_the_one_that_others_wait_for_and_that_waits_for_none(launched, behind):
+    assert rank_behind(dict(enumerate(launched))) == behind
 
 
 def test_a_process_that_was_a_group_of_one_is_no_rank_afterwards(monkeypatch):

@@ -5,11 +5,15 @@ from __future__ import annotations
 import functools
 import json
 import re
+import time
+import types
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
-from support.fake_cuda import FakeCuda, fake_cuda_rank
+from support.fake_cuda import FakeCuda, FakeStream, fake_cuda_rank
+from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import comparable_metrics, write_recipe
 
@@ -87,3 +91,33 @@ def test_the_default_group_is_bound_to_the_ranks_gpu_and_the_one_of_gloo_has_all
     for rank in range(size):
         assert json.loads((tmp_path / str(rank)).read_text()) == [
             [["cpu:gloo,cuda:nccl", device]], made]
+
+
+def hanging_rank(sign: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank of two; in step 2 rank 1 sleeps, and rank 0 needs a number of its GPU."""
+    def around(trainer, batch):
+        if trainer.state.step == 1:
+            if sign == "a collective" and variables["RANK"] == "0":
+                # Launched, and not waited for, as by NCCL.
+                dist.all_reduce(torch.zeros(1), async_op=True)
+            elif sign == "the stream" and variables["RANK"] == "0":
+                FakeStream.unfinished.append(types.SimpleNamespace(is_completed=lambda: False))
+            time.sleep(1000)
+        yield
+
+    patch_train_step(around)
+    fake_cuda_rank(argv, variables, log)
+
+
+# What tells rank 1 from rank 0: both main threads are in Python, and in no collective.
+@pytest.mark.parametrize("sign", ["a collective", "the stream"])
+def test_a_hanging_step_names_the_rank_that_does_not_come_where_the_others_need_a_number(
+        recipe, tmp_path, sign):
+    ranks = Ranks(2, "train", recipe(tmp_path / "run", train__hang_timeout=5),
+                  target=functools.partial(hanging_rank, sign))
+    assert ranks.wait(60)[0] == 1, ranks.output()
+    said = re.search(r"step 2 hangs; look at rank 1 on .* first: it works in (.*)", ranks.output())
+    assert said, ranks.output()
+    assert said[1].endswith("wait for it in a collective") == (sign == "a collective")
+    if sign == "the stream":
+        assert re.search(r"  rank 0 on .*: it waits for its GPU in ", ranks.output())

@@ -18,7 +18,7 @@ import time
 import types
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -51,7 +51,7 @@ class FakeCuda:
         """Replace torch.cuda, NCCL and DeepSpeed's accelerator in this process, for good."""
         for name, function in self._functions().items():
             self._replace(name, function)
-        torch.cuda.Event, torch.cuda.Stream = _Event, _Stream
+        torch.cuda.Event, torch.cuda.Stream = _Event, FakeStream
         torch.cuda.nccl.version = lambda: (2, 27, 5)
         torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = lambda message: 0, lambda: 0
         torch.Tensor.record_stream = lambda tensor, stream: self.calls.update(["record_stream"])
@@ -79,7 +79,7 @@ class FakeCuda:
         return index
 
     def _functions(self) -> dict[str, Any]:
-        stream = _Stream()
+        stream = FakeStream()
         properties = types.SimpleNamespace(
             total_memory=TOTAL_BYTES, name=DEVICE_NAME, multi_processor_count=132, major=9,
             minor=0, uuid="00000000-0000-0000-0000-000000000000", clock_rate=1_980_000,
@@ -190,8 +190,11 @@ class _Event:
         return (end.time - self.time) * 1e3
 
 
-class _Stream:
-    """torch.cuda.Stream in which all is done at once."""
+class FakeStream:
+    """torch.cuda.Stream in which all is done at once, but for the `unfinished` of all streams."""
+
+    # Works of collectives, or anything else with `is_completed`.
+    unfinished: ClassVar[list[Any]] = []
 
     def __init__(self, device=None, priority: int = 0, **_: object) -> None:
         pass
@@ -211,9 +214,9 @@ class _Stream:
         return event
 
     def query(self) -> bool:
-        return True
+        return all(work.is_completed() for work in self.unfinished)
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> FakeStream:
         return self
 
     def __exit__(self, *_: object) -> None:
