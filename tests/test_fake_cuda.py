@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import re
 import time
 import types
@@ -16,6 +17,9 @@ from support.fake_cuda import FakeCuda, FakeStream, fake_cuda_rank
 from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import comparable_metrics, write_recipe
+
+from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.memory import least_free_memory
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +36,11 @@ def metrics_on_cpus(recipe, tmp_path_factory):
     return comparable_metrics(folder / "run")
 
 
-def fake_ranks(*arguments: object, **options: object) -> Ranks:
-    """Two ranks on faked GPUs; options: fake_cuda_rank's."""
-    return Ranks(2, *arguments, target=functools.partial(fake_cuda_rank, **options))
+def fake_ranks(*arguments: object, size: int = 2, variables: dict[str, str] | None = None,
+               **options: object) -> Ranks:
+    """Ranks on faked GPUs; options: fake_cuda_rank's."""
+    return Ranks(size, *arguments, variables=variables,
+                 target=functools.partial(fake_cuda_rank, **options))
 
 
 # Every rank sees all GPUs of its host, or its own alone (`srun --gpus-per-task=1`).
@@ -57,10 +63,12 @@ def test_two_ranks_on_one_gpu_are_refused_in_one_message(recipe, tmp_path, comma
 
 
 def grouped_rank(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
-    """Run as a rank on its own faked GPU that writes how it joined its groups, and their ranks."""
+    """Run as a rank on its own faked GPU that writes how it joined its groups, their ranks, the
+    bytes that are free, and what torch's allocator was told."""
     from amid_ds.cluster import doctor
 
-    fake = FakeCuda(1, first=int(variables["RANK"]))
+    fake = FakeCuda(1, free_bytes=(60 + int(variables["RANK"])) << 30,
+                    first=int(variables["RANK"]))
     fake.install()
     made: list[list] = []
     new_group = dist.new_group
@@ -74,23 +82,48 @@ def grouped_rank(folder: str, argv: list[str], variables: dict[str, str], log: s
     def check(recipe, world):
         assert world.gather(world.rank) == list(range(world.size))
         joined = [[options["backend"], str(options.get("device_id"))] for options in fake.groups]
-        Path(folder, variables["RANK"]).write_text(json.dumps([joined, made]))
+        free = least_free_memory(world)
+        # Torch 2.11 does not tell.
+        read = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+        settings = read() if read else next(map(os.environ.get, os.environ.keys() & {
+            "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"}))
+        Path(folder, variables["RANK"]).write_text(json.dumps([joined, made, free, settings]))
         return ()
 
     doctor.CHECKS = (check,)
     rank_main(argv, variables, log)
 
 
-@pytest.mark.parametrize("size", [1, 2])
-def test_the_default_group_is_bound_to_the_ranks_gpu_and_the_one_of_gloo_has_all_ranks(
-        tmp_path, size):
-    ranks = Ranks(size, "doctor", target=functools.partial(grouped_rank, str(tmp_path)))
+def joined_ranks(folder: Path, size: int, **variables: str) -> tuple[list[list], str]:
+    """What each grouped_rank wrote, and what rank 0 printed."""
+    ranks = Ranks(size, "doctor", variables=variables,
+                  target=functools.partial(grouped_rank, str(folder)))
     assert ranks.wait() == [0] * size, ranks.output()
+    return [json.loads((folder / str(rank)).read_text()) for rank in range(size)], ranks.output()
+
+
+def test_the_default_group_is_bound_to_the_ranks_gpu_and_the_one_of_gloo_has_all_ranks(tmp_path):
+    for joined, made, _, _ in joined_ranks(tmp_path, 2)[0]:
+        assert joined == [["cpu:gloo,cuda:nccl", "cuda:0"]] and made == [["gloo", None]]
     # A rank by itself has nobody to connect to, or to agree with.
-    device, made = ("cuda:0", [["gloo", None]]) if size > 1 else ("None", [])
-    for rank in range(size):
-        assert json.loads((tmp_path / str(rank)).read_text()) == [
-            [["cpu:gloo,cuda:nccl", device]], made]
+    (joined, made, _, _), = joined_ranks(tmp_path, 1)[0]
+    assert joined == [["cpu:gloo,cuda:nccl", "None"]] and made == []
+
+
+def test_free_memory_is_the_rank_with_leasts_and_has_what_torch_holds_unused(tmp_path):
+    # Rank 0: 60 GiB, and 3 held of which tensors use 1.
+    assert [free for _, _, free, _ in joined_ranks(tmp_path, 2)[0]] == [62 << 30] * 2
+
+
+@pytest.mark.parametrize("variables, settings", [
+    ({}, "expandable_segments:True"),
+    ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:False")])
+def test_gpu_memory_is_in_expandable_segments_unless_the_user_says_otherwise(
+        tmp_path, variables, settings):
+    (written,), printed = joined_ranks(tmp_path, 1, **variables)
+    assert written[-1] == settings
+    # Said once, and only what is not the user's own.
+    assert printed.count("PYTORCH_ALLOC_CONF") == (not variables)
 
 
 def hanging_rank(sign: str, argv: list[str], variables: dict[str, str], log: str) -> None:
@@ -121,3 +154,31 @@ def test_a_hanging_step_names_the_rank_that_does_not_come_where_the_others_need_
     assert said[1].endswith("wait for it in a collective") == (sign == "a collective")
     if sign == "the stream":
         assert re.search(r"  rank 0 on .*: it waits for its GPU in ", ranks.output())
+
+
+def test_importing_deepspeed_tries_to_build_no_op(monkeypatch):
+    deepspeed = import_deepspeed()
+    monkeypatch.delattr(deepspeed.ops, "__compatible_ops__")
+    # Raises a TypeError where it is called.
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", None)
+    from deepspeed.comm.torch import build_shm_op
+
+    import_deepspeed()
+    assert build_shm_op() is None
+
+
+@pytest.mark.parametrize("status, verdict", [
+    (0, "ok    C compiler   it finds Python's headers on every node"),
+    (1, "FAIL  C compiler   no Python.h here on ")])
+def test_doctor_says_on_a_gpu_whether_triton_could_compile(tmp_path, status, verdict):
+    compiler = tmp_path / "cc"
+    # It must be asked for Python's headers, in a folder that there is, and not be told to write.
+    compiler.write_text(f"""#!/bin/sh
+[ -d "$2" ] && [ "$3" = -fsyntax-only ] && grep -q Python.h || exit 2
+[ {status} = 0 ] || echo no Python.h here >&2
+exit {status}
+""")
+    compiler.chmod(0o755)
+    ranks = fake_ranks("doctor", size=1, variables={"CC": str(compiler)})
+    assert ranks.wait() == [status], ranks.output()
+    assert verdict in ranks.output()

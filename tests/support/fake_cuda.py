@@ -95,11 +95,12 @@ class FakeCuda:
         def forget(device=None):
             return None
 
-        sizes = dict.fromkeys(
-            ("memory_reserved", "max_memory_reserved", "memory_allocated", "max_memory_allocated"),
-            lambda device=None: 1 << 30)
         return {
-            **sizes, "is_available": lambda: True, "device_count": lambda: self.devices,
+            **dict.fromkeys(("memory_reserved", "max_memory_reserved"),
+                            lambda device=None: 3 << 30),
+            **dict.fromkeys(("memory_allocated", "max_memory_allocated"),
+                            lambda device=None: 1 << 30),
+            "is_available": lambda: True, "device_count": lambda: self.devices,
             "set_device": set_device, "current_device": lambda: self.current,
             "current_stream": lambda device=None: stream,
             "default_stream": lambda device=None: stream,
