@@ -43,8 +43,11 @@ def fake_ranks(*arguments: object, size: int = 2, variables: dict[str, str] | No
                  target=functools.partial(fake_cuda_rank, **options))
 
 
-# Every rank sees all GPUs of its host, or its own alone (`srun --gpus-per-task=1`).
-@pytest.mark.parametrize("visible", [{}, {"devices": 1, "own": True}], ids=["all", "own"])
+# Every rank sees all GPUs of its host, or its own alone (`srun --gpus-per-task=1`), here under Open
+# MPI, whose variable DeepSpeed compares with LOCAL_RANK.
+@pytest.mark.parametrize("visible", [
+    {}, {"devices": 1, "own": True, "variables": {"OMPI_COMM_WORLD_LOCAL_RANK": "1"}}],
+    ids=["all", "own"])
 def test_a_run_on_faked_gpus_has_the_losses_of_one_on_cpus(recipe, metrics_on_cpus, tmp_path,
                                                            visible):
     ranks = fake_ranks("train", recipe(tmp_path / "gpu"), **visible)
