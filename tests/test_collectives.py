@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -125,27 +126,35 @@ def test_every_group_waits_longer_than_the_hang_watchdog(recipe, tmp_path):
         assert len(seconds) >= 4 and set(seconds) == {4030}, seconds
 
 
-def blocked_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """Run as a rank of two; rank 0 waits in the groups' store for a key that rank 1, which fails,
-    never sets."""
+def blocked_rank(where: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank of two; rank 1 fails, and rank 0 waits for it where no collective is."""
     from amid_ds.cluster import doctor
 
     FailureMonitor.CHECK_EVERY_S, FailureMonitor.GRACE_S = 0.1, 0.5
 
+    def fail(*args, **kwargs):
+        raise RuntimeError("something is wrong with this rank")
+
     def check(recipe, world):
         if not world.is_main:
-            raise ValueError("no key from this rank")
+            fail()
         dist.distributed_c10d._get_default_store().get("never set")
 
     doctor.CHECKS = (check,)
+    if where == "connecting" and variables["RANK"] == "1":
+        dist.init_process_group = fail
     rank_main(argv, variables, log)
 
 
-def test_a_rank_that_waits_in_the_groups_store_still_sees_a_failure():
-    ranks = Ranks(2, "doctor", target=blocked_rank)
+# A key of the groups' store that the other never sets; the first connection, which NCCL does not
+# limit in time.
+@pytest.mark.parametrize("where", ["the store", "connecting"])
+def test_a_rank_that_waits_in_no_collective_still_sees_a_failure(where):
+    ranks = Ranks(2, "doctor", target=functools.partial(blocked_rank, where))
     # The store itself gives up after doctor's 60 s.
     assert ranks.wait(40) == [1, 1], ranks.output(0) + ranks.output(1)
-    assert "waiting for a rank that failed: rank 1: ValueError: no key" in ranks.output(0)
+    assert re.search("waiting for a rank that failed: rank 1.*something is wrong with this rank",
+                     ranks.output(0)), ranks.output(0)
 
 
 @pytest.mark.parametrize("launched, behind", [

@@ -65,6 +65,18 @@ def test_two_ranks_on_one_gpu_are_refused_in_one_message(recipe, tmp_path, comma
     assert "Traceback" not in ranks.output() + ranks.output(1)
 
 
+def lone_gpu_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that sees GPUs if it is rank 0."""
+    (fake_cuda_rank if variables["RANK"] == "0" else rank_main)(argv, variables, log)
+
+
+def test_a_node_without_its_gpus_is_named():
+    ranks = Ranks(2, "doctor", target=lone_gpu_rank)
+    assert ranks.wait(60) == [1, 1], ranks.output()
+    assert re.search(r"^amid-ds: no GPU is visible to rank 1 on \S+, but others have one$",
+                     ranks.output(), re.M), ranks.output()
+
+
 def grouped_rank(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank on its own faked GPU that writes how it joined its groups, their ranks, the
     bytes that are free, and what torch's allocator was told."""
