@@ -129,6 +129,8 @@ def _make_tensor_parallel_groups(tp_size: int) -> None:
     """
     from deepspeed.utils import groups
 
+    # Takes up the default group, which it has not where no model was loaded sharded.
+    import_deepspeed().init_distributed()
     groups._init_tp_groups_with_new_group(tp_size)
 
 
