@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main
 from support.runs import read_metrics, write_recipe
 
+from amid_ds.distributed.failures import FailureMonitor
+from amid_ds.distributed.progress import rank_behind
 from amid_ds.distributed.rendezvous import init_distributed
 
 COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object",
@@ -97,6 +100,76 @@ def test_an_exception_on_one_rank_ends_all_of_them(recipe, tmp_path, where):
     assert ranks.wait(90) == [1, 1], ranks.output(0) + ranks.output(1)
     assert time.monotonic() - began < 80
     assert "no memory on this rank alone" in ranks.output(1)
+
+
+def timeouts_rank(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that writes the timeout, in seconds, of each group that it is in."""
+    def around(trainer, batch):
+        groups = dist.distributed_c10d._world.pg_map
+        seconds = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+                   for group in groups]
+        Path(folder, f"rank{variables['RANK']}").write_text(json.dumps(seconds))
+        yield
+
+    patch_train_step(around)
+    rank_main(argv, variables, log)
+
+
+def test_every_group_waits_longer_than_the_hang_watchdog(recipe, tmp_path):
+    run = recipe(out=tmp_path / "run", train__steps=1, train__hang_timeout=4000)
+    ranks = Ranks(2, "train", run, "tensor_parallel=2",
+                  target=functools.partial(timeouts_rank, str(tmp_path)))
+    assert ranks.wait() == [0, 0], ranks.output()
+    for rank in range(2):
+        seconds = json.loads((tmp_path / f"rank{rank}").read_text())
+        # The default group, the agreement's, the tensor-parallel one, and DeepSpeed's.
+        assert len(seconds) >= 4 and set(seconds) == {4030}, seconds
+
+
+def blocked_rank(where: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank of two; rank 1 fails, and rank 0 waits for it where no collective is."""
+    from amid_ds.cluster import doctor
+
+    FailureMonitor.CHECK_EVERY_S, FailureMonitor.GRACE_S = 0.1, 0.5
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("something is wrong with this rank")
+
+    def check(recipe, world):
+        if not world.is_main:
+            fail()
+        dist.distributed_c10d._get_default_store().get("never set")
+
+    doctor.CHECKS = (check,)
+    if where == "connecting" and variables["RANK"] == "1":
+        dist.init_process_group = fail
+    rank_main(argv, variables, log)
+
+
+# A key of the groups' store that the other never sets; the first connection, which NCCL does not
+# limit in time.
+@pytest.mark.parametrize("where", ["the store", "connecting"])
+def test_a_rank_that_waits_in_no_collective_still_sees_a_failure(where):
+    ranks = Ranks(2, "doctor", target=functools.partial(blocked_rank, where))
+    # The store itself gives up after doctor's 60 s.
+    assert ranks.wait(40) == [1, 1], ranks.output(0) + ranks.output(1)
+    assert re.search("waiting for a rank that failed: rank 1.*something is wrong with this rank",
+                     ranks.output(0)), ranks.output(0)
+
+
+@pytest.mark.parametrize("launched, behind", [
+    # All together, on one rank or on two.
+    ([{"all": 5}, {"all": 5}], None), ([{"all": 5}], None),
+    ([{"all": 6}, {"all": 5}, {"all": 6}], 1),
+    # Groups 0 1, 2 3, 0 2, 1 3: 3 is missed by 2 and by 1, and 2 by 0, which is missed by none.
+    ([{"01": 9, "02": 8}, {"01": 9, "13": 8}, {"23": 9, "02": 7}, {"23": 8, "13": 7}], 3),
+    # A group of which a rank knows nothing says nothing of it.
+    ([{"all": 5, "0": 9}, {"all": 5}], None),
+    # They wait for each other: their program is wrong, and neither is behind.
+    ([{"a": 2, "b": 1}, {"a": 1, "b": 2}], None),
+])
+def test_the_rank_behind_is_the_one_that_others_wait_for_and_that_waits_for_none(launched, behind):
+    assert rank_behind(dict(enumerate(launched))) == behind
 
 
 def test_a_process_that_was_a_group_of_one_is_no_rank_afterwards(monkeypatch):

@@ -208,6 +208,9 @@ WRONG = {
     "shards in an order of their own": (
         {"zero_optimization": {"stage": 2, "round_robin_gradients": True}},
         ["round_robin_gradients", "scrambled"]),
+    "loading that takes a GPU's index for a rank's number": (
+        {"zero_optimization": {"stage": 3, "pipeline_loading_checkpoint": True}},
+        ["pipeline_loading_checkpoint", "true"]),
     "what DeepSpeed does and an engine here does not": (
         {"data_types": {"grad_accum_dtype": "bf16"}, "amp": {"enabled": True}, "checkpoint": {}},
         ["data_types", "amp", "checkpoint", "take it out"]),

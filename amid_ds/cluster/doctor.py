@@ -8,13 +8,14 @@ to meet is a verdict of its own.
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import os
 import platform
 import shutil
 import socket
 import statistics
+import subprocess
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -121,21 +122,40 @@ def check_versions(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 
 
 def check_gpus(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
-    """Every node has the same GPUs, and no two ranks share one."""
+    """Every node has the same GPUs. That no two ranks share one is a condition of meeting."""
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     everyone = world.gather((_hostname(), f"{len(names)} × {names[0]}" if names else "no GPU"))
     alike = len({description for _, description in everyone}) == 1
     yield Verdict("GPUs", alike, _by_node(everyone),
                   "ask Slurm for the same GPUs on each node (--gpus-per-node, --constraint); see "
                   "`nvidia-smi` there")
-    index = world.device.index if world.device.type == "cuda" else None
-    used = collections.Counter(world.gather((_hostname(), index)))
-    shared = sorted(f"{node}: GPU {number}" for (node, number), ranks in used.items()
-                    if number is not None and ranks > 1)
-    if shared:
-        yield Verdict("GPU per rank", False, f"several ranks on one: {', '.join(shared)}",
-                      "start as many ranks per node as it has GPUs "
-                      "(--ntasks-per-node = --gpus-per-node)")
+
+
+def check_compiler(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
+    """On GPUs: C that includes Python's headers compiles, as Triton needs at its first launch."""
+    if world.device.type == "cpu":
+        return
+    problems = _gather_problems(world, _compiler_problem())
+    yield Verdict("C compiler", not problems,
+                  _by_node(problems) or "it finds Python's headers on every node",
+                  "install gcc and Python's headers (on Debian and Ubuntu gcc and python3-dev), or "
+                  "set CC to a compiler: Triton compiles its launchers on the node")
+
+
+def _compiler_problem() -> str | None:
+    # As Triton looks for them.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "there is no CC, gcc or clang"
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    headers = sysconfig.get_paths(scheme)["include"]
+    try:
+        done = subprocess.run([compiler, "-I", headers, "-fsyntax-only", "-x", "c", "-"],
+                              input="#include <Python.h>\n", capture_output=True, text=True)
+    except OSError as error:
+        return str(error)
+    errors = done.stderr.splitlines() or [f"{compiler} ends with {done.returncode}"]
+    return errors[0] if done.returncode else None
 
 
 def check_output_folder(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
@@ -283,5 +303,5 @@ def check_clocks(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
                   "have the nodes' clocks set by NTP: logs and Slurm's credentials go by them")
 
 
-CHECKS: tuple[Check, ...] = (check_versions, check_gpus, check_output_folder, check_connections,
-                             check_all_reduce, check_model_files, check_clocks)
+CHECKS: tuple[Check, ...] = (check_versions, check_gpus, check_compiler, check_output_folder,
+                             check_connections, check_all_reduce, check_model_files, check_clocks)

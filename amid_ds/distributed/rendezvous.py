@@ -7,11 +7,14 @@ import os
 import socket
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
+from amid_ds.distributed.devices import choose_device, device_error
 from amid_ds.distributed.failures import FailureMonitor
 from amid_ds.distributed.launch import free_port, slurm_port
 from amid_ds.distributed.rank_logging import set_up_logging
@@ -37,31 +40,24 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
     # A program that calls train() has not set it up.
     set_up_logging()
     rank, size, local_rank = _discover()
-    device = _choose_device(local_rank)
+    device = choose_device(local_rank)
     if device.type == "cpu":
         _share_cores(size)
     timeout = timedelta(seconds=timeout_s)
-    with _rank_variables(rank, size, local_rank):
+    with (_rank_variables(rank, size, local_rank if device.index is None else device.index),
+          _timeout_of_groups(timeout)):
+        store = _meet(rank, size, timeout)
+        # A connection of its own: one that waits in a `get` keeps every other thread waiting.
+        failures = (FailureMonitor(store.clone(), rank)   # type: ignore[attr-defined]
+                    if size > 1 else None)
+        world = World(rank, size, device, failures=failures)
         try:
-            store = _meet(rank, size, timeout)
-            dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
-                                    rank=rank, world_size=size, timeout=timeout, store=store)
-            agreement = dist.new_group(backend="gloo", timeout=timeout) if size > 1 else None
-        except (RuntimeError, OSError) as error:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            raise _did_not_meet(rank, error) from None
-        failures = FailureMonitor(store, rank) if size > 1 else None
-        world = World(rank, size, device, agreement=agreement, failures=failures)
-        try:
-            yield world
-        except (InputError, TrainingError, Stopped) as error:
-            world.leave(error)
-            raise
-        except Exception as error:
-            if failures is not None:
-                failures.report(f"rank {rank}: {type(error).__name__}: {error}")
-            raise
+            agreement, wrong = _join(world, store)
+            world = replace(world, agreement=agreement)
+            with _leaving_together(world):
+                if wrong is not None:
+                    raise wrong
+                yield world
         finally:
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -69,14 +65,75 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
                 failures.stop()
 
 
+@contextlib.contextmanager
+def _leaving_together(world: World) -> Iterator[None]:
+    """Ranks that have agreed on an error leave together; another one is reported to the peers."""
+    try:
+        yield
+    except (InputError, TrainingError, Stopped) as error:
+        world.leave(error)
+        raise
+    except Exception as error:
+        if world.failures is not None:
+            world.failures.report(f"rank {world.rank}: {type(error).__name__}: {error}")
+        raise
+
+
 def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
     """The store that all ranks share, once all of them have come to it."""
     if size == 1:
         return dist.HashStore()
     patience = min(timeout, timedelta(seconds=MEET_S))
-    store: dist.Store = next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
+    try:
+        store: dist.Store = next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
+    except (RuntimeError, OSError) as error:
+        raise _did_not_meet(rank, error) from None
     store.set_timeout(timeout)
     return store
+
+
+def _join(world: World, store: dist.Store
+          ) -> tuple[dist.ProcessGroup | None, InputError | TrainingError | None]:
+    """Join the default group; returns (the agreement group, what is wrong with the devices).
+
+    The default group has gloo for tensors on the CPU and NCCL for those on a GPU; where something
+    is wrong, gloo alone, for the ranks to leave by. It is bound to the GPU: NCCL connects now,
+    where a failure is one of meeting, and its barriers know their GPU. Every later group with NCCL
+    is then a split of it, which takes all ranks: one of gloo alone must have all ranks, or those
+    left out would wait in NCCL for the others. A rank by itself is not bound: it has no peers.
+    """
+    rank, size = world.rank, world.size
+    try:
+        wrong = device_error(store, rank, size, world.device)
+        on_gpu = world.device.type == "cuda" and wrong is None
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank,
+                                world_size=size, store=store,
+                                device_id=world.device if on_gpu and size > 1 else None)
+        return (dist.new_group(backend="gloo") if size > 1 else None), wrong
+    except (RuntimeError, OSError) as error:
+        reported = _did_not_meet(rank, error)
+        if world.failures is not None:
+            # Peers may wait in NCCL, whose connecting has no time limit.
+            world.failures.report(str(reported))
+        raise reported from None
+
+
+@contextlib.contextmanager
+def _timeout_of_groups(timeout: timedelta) -> Iterator[None]:
+    """Every process group that is made meanwhile has this timeout, DeepSpeed's own too.
+
+    DeepSpeed gives its groups none, and torch's default (30 minutes, 10 for NCCL alone) would end a
+    collective before the hang watchdog does.
+    """
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    for name in names:
+        setattr(distributed_c10d, name, timeout)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(distributed_c10d, name, value)
 
 
 def _did_not_meet(rank: int, error: Exception) -> TrainingError:
@@ -92,22 +149,17 @@ def _did_not_meet(rank: int, error: Exception) -> TrainingError:
     return RankError(message) if reached else TrainingError(message)
 
 
-def _choose_device(local_rank: int) -> torch.device:
-    # DS_ACCELERATOR is DeepSpeed's own switch.
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
 @contextlib.contextmanager
-def _rank_variables(rank: int, size: int, local_rank: int) -> Iterator[None]:
+def _rank_variables(rank: int, size: int, device_index: int) -> Iterator[None]:
     """RANK, WORLD_SIZE and LOCAL_RANK in the environment, where DeepSpeed looks for them.
 
-    Restored at the end: a process started later is no rank of a group that is gone.
+    It takes LOCAL_RANK for the index of this rank's GPU, and insists that Open MPI's variable,
+    where there is one, says the same. Restored at the end: a process started later is no rank of a
+    group that is gone.
     """
-    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(device_index)}
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
+        variables["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device_index)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:

@@ -16,7 +16,8 @@ def import_deepspeed() -> Any:
     """deepspeed, quiet, and without its just-in-time shared-memory collective.
 
     That op costs 70 s of compilation and Python's headers at the first run on a CPU, and serves
-    inference alone.
+    inference alone. Nothing else asks which ops could be built, so none of them is tried: each that
+    cannot be built for a GPU costs time and a warning.
     """
     # DeepSpeed's other ops are built by ninja, which lies beside this interpreter, not always on
     # the PATH.
@@ -33,7 +34,8 @@ def import_deepspeed() -> Any:
     # DeepSpeed calls collectives by names that torch 2.13 has renamed; nothing that a user could
     # act on.
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Made by the probe where it is not there; an op that it lacks is not built.
+    deepspeed.ops.__compatible_ops__ = {}
     return deepspeed
 
 

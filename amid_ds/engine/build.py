@@ -92,6 +92,8 @@ def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConf
                 world: World) -> Engine:
     """DeepSpeed's engine around the distiller, its hooks set for our order of modules."""
     deepspeed = import_deepspeed()
+    if world.tp_size > 1:
+        _make_tensor_parallel_groups(world.tp_size)
     zero3 = zero_stage(config) == 3
     trainable = [p for p in distiller.parameters() if p.requires_grad]
     # lr=0 because DeepSpeed's bf16 stage 0 runs one empty Adam step to create its state; lr 0 moves
@@ -117,6 +119,19 @@ def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConf
             if parameter is not None:
                 deepspeed.zero.register_external_parameter(distiller.head, parameter)
     return Engine(deepspeed_engine, world, gathered_bytes)
+
+
+def _make_tensor_parallel_groups(tp_size: int) -> None:
+    """Make DeepSpeed's groups one by one. Collective.
+
+    By itself it makes a mesh, which torch splits off a default group that is bound to a GPU in one
+    act: with a warning, and with torch's own timeout in what gloo has of it.
+    """
+    from deepspeed.utils import groups
+
+    # Takes up the default group, which it has not where no model was loaded sharded.
+    import_deepspeed().init_distributed()
+    groups._init_tp_groups_with_new_group(tp_size)
 
 
 @contextlib.contextmanager

@@ -63,6 +63,8 @@ _ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
     "bf16.bf16_optimizer_states": ((False,), "the optimizer's state is in fp32"),
     "zero_optimization.compute_grad_norm": ((True,), "every step logs the gradient's norm"),
     "zero_optimization.elastic_checkpoint": ((False,), "a checkpoint resumes on any ranks without"),
+    # DeepSpeed then takes LOCAL_RANK, a GPU's index, for the number of a rank.
+    "zero_optimization.pipeline_loading_checkpoint": ((False,), _OTHER),
     # DeepSpeed then saves the shards in another order than the one that they say they are in.
     "zero_optimization.round_robin_gradients": ((False,), "checkpoints would be scrambled"),
     "zero_optimization.zenflow": ((None,), _OTHER),

@@ -62,9 +62,11 @@ def _unique_bytes(tensors: Iterable[Tensor]) -> int:
 def least_free_memory(world: World) -> int:
     """Bytes that every rank may still take, of its GPU's memory or its share of its host's.
 
-    Collective.
+    A GPU's also are those that torch holds and no tensor uses. Collective.
     """
     if world.device.type == "cuda":
-        return min(world.gather(torch.cuda.mem_get_info(world.device)[0]))
+        unused = (torch.cuda.memory_reserved(world.device)
+                  - torch.cuda.memory_allocated(world.device))
+        return min(world.gather(torch.cuda.mem_get_info(world.device)[0] + unused))
     host = socket.gethostname()
     return min(world.gather(psutil.virtual_memory().available // world.gather(host).count(host)))

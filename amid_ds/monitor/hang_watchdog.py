@@ -1,28 +1,36 @@
 """A step that hangs is reported and ended, so that the batch system can start the run again.
 
 Every rank watches itself: a thread sees that the step's time is over, prints each thread's stack,
-and tells the others through the rendezvous store where its main thread is. A rank that was stopped,
-or whose node is gone, answers nothing and is named for that. The interpreter's own timer ends a
-rank whose interpreter lock is held, where the thread cannot run.
+and tells the others through the rendezvous store where its main thread is and how many collectives
+it has launched. A rank that was stopped, or whose node is gone, answers nothing and is named for
+that; else the one that is behind in its collectives; else one that does not wait. The interpreter's
+own timer ends a rank whose interpreter lock is held, where the thread cannot run.
 """
 
 from __future__ import annotations
 
 import contextlib
 import faulthandler
+import json
 import os
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
+import torch
+
+from amid_ds.distributed.progress import launched_collectives, rank_behind
 from amid_ds.distributed.world import World
 from amid_ds.errors import ExitStatus, print_error
 from amid_ds.run.attempts import HANG_ERROR, Attempt
 
 # Seconds that ranks wait for each other's answers.
 ANSWER_S = 5.0
+# Seconds that a rank waits for its GPU's answer.
+GPU_ANSWER_S = 1.0
 # Seconds after the timeout at which the interpreter's own timer ends a rank that could not end
 # itself.
 GRACE_S = 30.0
@@ -30,6 +38,14 @@ GRACE_S = 30.0
 STDERR = 2
 # A main thread in a file of these folders waits for its peers.
 WAITING_IN = (f"torch{os.sep}distributed", f"deepspeed{os.sep}comm")
+
+
+@dataclass(frozen=True)
+class RankState:
+    """Where a rank's main thread is, in words, and the collectives it has launched by group."""
+
+    place: str
+    launched: Mapping[str, int]
 
 
 class HangWatchdog:
@@ -81,56 +97,79 @@ class HangWatchdog:
 
     def _end(self) -> None:
         """Report where this rank is, learn where the others are, and end with exit status 1."""
-        rank, location = self.world.rank, _main_thread_location()
+        rank = self.world.rank
+        state = RankState(_main_thread_place(_gpu_is_at_work(self.world.device)),
+                          launched_collectives())
         print_error(f"rank {rank} on {self.hosts[rank]}: step {self.number} has not ended after "
-                    f"{self.timeout_s:g} s; {location}. Its threads:")
+                    f"{self.timeout_s:g} s; {state.place}. Its threads:")
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
-        locations = {rank: location}
+        states = {rank: state}
         # In a thread, because the store may not answer.
-        exchange = threading.Thread(target=self._exchange, args=(locations,), daemon=True)
+        exchange = threading.Thread(target=self._exchange, args=(states,), daemon=True)
         exchange.start()
         exchange.join(ANSWER_S)
-        if rank == 0 or 0 not in locations:
-            self._report_culprit(dict(locations))
+        if rank == 0 or 0 not in states:
+            self._report_culprit(dict(states))
         # The first rank that ends makes the launcher end the others.
         time.sleep(1.0)
         os._exit(ExitStatus.FAILED)
 
-    def _exchange(self, locations: dict[int, str]) -> None:
-        """Add other ranks' locations to `locations`: all of them on rank 0, rank 0's elsewhere."""
+    def _exchange(self, states: dict[int, RankState]) -> None:
+        """Add other ranks' states to `states`: all of them on rank 0, rank 0's elsewhere."""
         if self.world.failures is None:
             return
         store = self.world.failures.store
-        awaited = set(range(self.world.size) if self.world.is_main else [0]) - locations.keys()
+        awaited = set(range(self.world.size) if self.world.is_main else [0]) - states.keys()
         # A RuntimeError: rank 0, which holds the store, is gone.
         with contextlib.suppress(RuntimeError):
-            store.set(f"place/{self.world.rank}", locations[self.world.rank])
-            while awaited - locations.keys():
-                for other in awaited - locations.keys():
-                    if store.check([f"place/{other}"]):
-                        locations[other] = store.get(f"place/{other}").decode()
+            store.set(f"state/{self.world.rank}", json.dumps(asdict(states[self.world.rank])))
+            while awaited - states.keys():
+                for other in awaited - states.keys():
+                    if store.check([f"state/{other}"]):
+                        states[other] = RankState(**json.loads(store.get(f"state/{other}")))
                 time.sleep(0.1)
 
-    def _report_culprit(self, locations: Mapping[int, str]) -> None:
-        """Print every rank's location and the rank to look at first; record that one's failure."""
-        silent = [rank for rank in range(self.world.size) if rank not in locations]
+    def _report_culprit(self, states: Mapping[int, RankState]) -> None:
+        """Print every rank's place and the rank to look at first; record that one's failure."""
+        silent = [rank for rank in range(self.world.size) if rank not in states]
         if 0 in silent:
             # It holds the store through which the others would have answered.
             silent = [0]
-        no_answer = "does not answer: it is stopped, or its node is gone"
-        answers = {**locations, **dict.fromkeys(silent, no_answer)}
-        busy = [rank for rank, answer in answers.items() if not answer.startswith("it waits")]
-        first = (silent or busy or [self.world.rank])[0]
-        for rank, answer in sorted(answers.items()):
-            print_error(f"  rank {rank} on {self.hosts[rank]}: {answer}")
-        host, answer = self.hosts[first], answers[first]
-        print_error(f"step {self.number} hangs; look at rank {first} on {host} first: {answer}")
+        places = {rank: state.place for rank, state in states.items()}
+        places |= dict.fromkeys(silent, "does not answer: it is stopped, or its node is gone")
+        candidates = silent or [
+            rank for rank, place in places.items() if not place.startswith("it waits")]
+        behind = rank_behind({rank: state.launched for rank, state in states.items()})
+        if behind is not None and not silent:
+            places[behind] += ", and its peers wait for it in a collective"
+            candidates = [behind]
+        first = (candidates or [self.world.rank])[0]
+        for rank, place in sorted(places.items()):
+            print_error(f"  rank {rank} on {self.hosts[rank]}: {place}")
+        host, place = self.hosts[first], places[first]
+        print_error(f"step {self.number} hangs; look at rank {first} on {host} first: {place}")
         self.attempt.record_failure(
-            f"{HANG_ERROR} after {self.timeout_s:g} s: {answer}", first, host)
+            f"{HANG_ERROR} after {self.timeout_s:g} s: {place}", first, host)
 
 
-def _main_thread_location() -> str:
-    """The innermost line of ours that the main thread is in, and whether it waits for its peers."""
+def _gpu_is_at_work(device: torch.device) -> bool:
+    """Whether the GPU has not finished what was launched; False on a CPU, or without an answer."""
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):
+            answers.append(not torch.cuda.default_stream(device).query())
+
+    if device.type == "cuda":
+        # In a thread, because a driver may not answer.
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(GPU_ANSWER_S)
+    return any(answers)
+
+
+def _main_thread_place(gpu_is_at_work: bool) -> str:
+    """The innermost line of ours that the main thread is in, and what it waits for, if it does."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     stack = list(traceback.extract_stack(frame))
     ours = [f for f in stack if f"{os.sep}amid_ds{os.sep}" in f.filename] or stack
@@ -139,6 +178,8 @@ def _main_thread_location() -> str:
         line = f"{os.path.basename(ours[-1].filename)}:{ours[-1].lineno} {ours[-1].name}"
     # Below the call are wrappers of torch; ZeRO's own handles have a `wait`.
     innermost = stack[-4:]
-    waits = innermost[-1].name == "wait" or any(
-        part in frame.filename for frame in innermost for part in WAITING_IN)
-    return f"it {'waits for its peers' if waits else 'works'} in {line}"
+    if innermost[-1].name == "wait" or any(
+            part in frame.filename for frame in innermost for part in WAITING_IN):
+        return f"it waits for its peers in {line}"
+    # A number that the host needs, wherever that is: `.tolist()` is no frame.
+    return f"it {'waits for its GPU' if gpu_is_at_work else 'works'} in {line}"

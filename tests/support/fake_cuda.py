@@ -17,7 +17,7 @@ import time
 import types
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -32,12 +32,13 @@ TOTAL_BYTES = 80 << 30
 class FakeCuda:
     """`devices` faked GPUs in this process, and what was asked of them.
 
-    calls: the names of the functions that were called, with their number; waits: where the host
-    waits for a GPU, while that is watched.
+    first: the host's number of the first of them, which makes their UUIDs. calls: the names of the
+    functions that were called, with their number; waits: where the host waits for a GPU, while that
+    is watched.
     """
 
-    def __init__(self, devices: int, free_bytes: int = 60 << 30) -> None:
-        self.devices, self.free_bytes = devices, free_bytes
+    def __init__(self, devices: int, free_bytes: int = 60 << 30, first: int = 0) -> None:
+        self.devices, self.free_bytes, self.first = devices, free_bytes, first
         self.current = 0
         self.calls: Counter[str] = Counter()
         self.waits = HostWaits()
@@ -48,8 +49,8 @@ class FakeCuda:
         """Replace torch.cuda, NCCL and DeepSpeed's accelerator in this process, for good."""
         for name, function in self._functions().items():
             self._replace(name, function)
-        torch.cuda.Event, torch.cuda.Stream = _Event, _Stream
-        for kind in (_Event, _Stream):
+        torch.cuda.Event, torch.cuda.Stream = _Event, FakeStream
+        for kind in (_Event, FakeStream):
             kind.synchronize = self._recorded(kind.synchronize)
         torch.cuda.nccl.version = lambda: (2, 27, 5)
         torch.cuda.nvtx.range_push, torch.cuda.nvtx.range_pop = lambda message: 0, lambda: 0
@@ -68,7 +69,7 @@ class FakeCuda:
         return index
 
     def _functions(self) -> dict[str, Any]:
-        stream = _Stream()
+        stream = FakeStream()
         properties = types.SimpleNamespace(
             total_memory=TOTAL_BYTES, name=DEVICE_NAME, multi_processor_count=132, major=9,
             minor=0, uuid="00000000-0000-0000-0000-000000000000", clock_rate=1_980_000,
@@ -79,16 +80,17 @@ class FakeCuda:
 
         def get_device_properties(device=None):
             return types.SimpleNamespace(**{
-                **vars(properties), "uuid": f"GPU-{self.require(device or 0)}"})
+                **vars(properties), "uuid": f"GPU-{self.first + self.require(device or 0)}"})
 
         def forget(device=None):
             return None
 
-        sizes = dict.fromkeys(
-            ("memory_reserved", "max_memory_reserved", "memory_allocated", "max_memory_allocated"),
-            lambda device=None: 1 << 30)
         return {
-            **sizes, "is_available": lambda: True, "device_count": lambda: self.devices,
+            **dict.fromkeys(("memory_reserved", "max_memory_reserved"),
+                            lambda device=None: 3 << 30),
+            **dict.fromkeys(("memory_allocated", "max_memory_allocated"),
+                            lambda device=None: 1 << 30),
+            "is_available": lambda: True, "device_count": lambda: self.devices,
             "set_device": set_device, "current_device": lambda: self.current,
             "current_stream": lambda device=None: stream,
             "default_stream": lambda device=None: stream,
@@ -188,8 +190,11 @@ class _Event:
         return (end.time - self.time) * 1e3
 
 
-class _Stream:
-    """torch.cuda.Stream in which all is done at once."""
+class FakeStream:
+    """torch.cuda.Stream in which all is done at once, but for the `unfinished` of all streams."""
+
+    # Works of collectives, or anything else with `is_completed`.
+    unfinished: ClassVar[list[Any]] = []
 
     def __init__(self, device=None, priority: int = 0, **_: object) -> None:
         pass
@@ -209,9 +214,9 @@ class _Stream:
         return event
 
     def query(self) -> bool:
-        return True
+        return all(work.is_completed() for work in self.unfinished)
 
-    def __enter__(self) -> _Stream:
+    def __enter__(self) -> FakeStream:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -244,14 +249,16 @@ class _Mode(TorchFunctionMode):
 
 
 def fake_cuda_rank(argv: list[str], variables: dict[str, str], log: str, *, devices: int = 8,
-                   watched_step: int | None = None) -> None:
+                   own: bool = False, watched_step: int | None = None) -> None:
     """Run as a rank on faked GPUs, of which it sees `devices`.
 
-    watched_step: the step (from 0) whose waits it writes to `log`.waits as JSON {place: number}.
+    own: the first of them is the host's GPU of the rank's number, as `srun --gpus-per-task=1` has
+    it, and not the host's first. watched_step: the step (from 0) whose waits it writes to
+    `log`.waits as JSON {place: number}.
     """
     from support.ranks import rank_main
 
-    fake = FakeCuda(devices)
+    fake = FakeCuda(devices, first=int(variables["RANK"]) if own else 0)
     if watched_step is not None:
         _watch_step(fake, watched_step, Path(f"{log}.waits"))
     fake.install()
