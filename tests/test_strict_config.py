@@ -212,8 +212,13 @@ WRONG = {
         {"zero_optimization": {"stage": 3, "pipeline_loading_checkpoint": True}},
         ["pipeline_loading_checkpoint", "true"]),
     "what DeepSpeed does and an engine here does not": (
-        {"data_types": {"grad_accum_dtype": "bf16"}, "amp": {"enabled": True}, "checkpoint": {}},
-        ["data_types", "amp", "checkpoint", "take it out"]),
+        {"amp": {"enabled": True}, "checkpoint": {}}, ["amp", "checkpoint", "take it out"]),
+    "gradients of fp32 added up in bf16": (
+        {"bf16": {"enabled": False}, "zero_optimization": {"stage": 3},
+         "data_types": {"grad_accum_dtype": "bf16"}}, ["grad_accum_dtype: bf16", "fp32"]),
+    "gradients added up in fp32 where DeepSpeed cannot": (
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+         "data_types": {"grad_accum_dtype": "fp32"}}, ["grad_accum_dtype: fp32", "needs stage 2"]),
     "the old name of bf16": ({"bfloat16": {"enabled": True}}, ["its name is `bf16`"]),
     "all at once": ({"foo": 1, "bf16": {"enabled": 2}, "gradient_clipping": 3,
                      "zero_optimization": {"stag": 3}},
@@ -282,6 +287,22 @@ def test_every_key_that_deepspeed_reads_is_known_here_as_honoured_owned_or_refus
     assert {"bf16", "zero_optimization", "optimizer", "compile"} <= config.asked
     lines = find_problems({str(key): {} for key in config.asked})
     assert [line for of_key in lines.values() for line in of_key if "unknown" in line] == []
+
+
+# Stage, bf16, micro-batches, what the file says, what DeepSpeed is told.
+ACCUMULATION = [(3, True, 4, None, "fp32"), (2, True, 4, None, "fp32"), (3, True, 1, None, None),
+                (1, True, 4, None, None), (3, False, 4, None, None), (3, True, 4, "bf16", "bf16"),
+                (3, True, 1, "fp32", "fp32")]
+
+
+@pytest.mark.parametrize("stage, bf16, micro_batches, said, told", ACCUMULATION)
+def test_gradients_of_several_micro_batches_add_up_in_fp32_unless_the_file_says_otherwise(
+        stage, bf16, micro_batches, said, told, check):
+    config = {"bf16": {"enabled": bf16}, "zero_optimization": {"stage": stage}}
+    if said is not None:
+        config["data_types"] = {"grad_accum_dtype": said}
+    read = check(config, f"train.global_batch_size={micro_batches}")
+    assert read.get("data_types", {}).get("grad_accum_dtype") == told
 
 
 # --- "auto" ------------------------------------------------------------------------------------

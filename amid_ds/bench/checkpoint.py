@@ -30,6 +30,7 @@ from amid_ds.distributed.world import World
 from amid_ds.engine.build import build_engine
 from amid_ds.engine.ds_config import read_deepspeed_config
 from amid_ds.engine.engine import Engine
+from amid_ds.engine.staging import tensors_in
 from amid_ds.experiments.small_models import LlamaSize, new_llama
 from amid_ds.training.rollout import StepBatch
 from amid_ds.training.step import Stepper
@@ -108,7 +109,7 @@ def _measure_in(folder: Path, world: World) -> CheckpointRow:
 
 def _copy_seconds(engine: Engine, world: World) -> tuple[float, int]:
     """Seconds to copy this rank's shards in memory, and their bytes."""
-    shards = _tensors(engine.stage_checkpoint())
+    shards = list(tensors_in(engine.stage_checkpoint()))
     seconds = slowest_rank_seconds(world, lambda: [shard.clone() for shard in shards])
     return seconds, sum(shard.nbytes for shard in shards)
 
@@ -137,17 +138,6 @@ def _engine_after_one_step(folder: Path, world: World) -> Engine:
     batch = StepBatch([Batch(ids, ids, None, 0, [], [])], tokens=64 * world.size, padding=0.0)
     Stepper(recipe, engine, TrainState()).train_step(batch)
     return engine
-
-
-def _tensors(value: object) -> list[torch.Tensor]:
-    """The tensors in nested dicts, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        children = list(value.values())
-    else:
-        children = list(value) if isinstance(value, (list, tuple)) else []
-    return [tensor for child in children for tensor in _tensors(child)]
 
 
 def _resume(engine: Engine, folder: Path) -> None:

@@ -3,10 +3,10 @@
 DeepSpeed decides what its shards hold; we decide how they reach the disk. `Saver.start` has them
 copied to host memory, which is all that training waits for; a thread writes the copy into a hidden
 folder, flushes every file and computes its checksum on the way. When every rank's files are on
-disk, one rename commits the folder, then `latest` moves, then old ones go. So a checkpoint is there
-whole or not at all, whenever a rank or the machine dies. The price is host memory for one copy of a
-rank's shards while it is written; a save that is due before the last one is written waits. The
-teacher is in none of them.
+disk, one rename commits the folder, then `latest` moves, then a thread removes old ones. So a
+checkpoint is there whole or not at all, whenever a rank or the machine dies. The price is host
+memory for one copy of a rank's shards, on a CPU while it is written, on a GPU always; a save that
+is due before the last one is written waits. The teacher is in none of them.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ class Saver:
         self.layout = layout_of(engine)
         self.failures = 0
         self._save: _Save | None = None
+        # Removes what the last commit has replaced or made superfluous, on rank 0.
+        self._removal: threading.Thread | None = None
         self.world.run_on_main(self._remove_unfinished)
         self.file_system = _file_system(folder)
 
@@ -96,6 +98,7 @@ class Saver:
         """
         if self.pending:
             logger.info("the previous save is still being written: waiting for it")
+            # On a GPU the next copy takes the place of the last one.
             self.finish()
         contents = {**self.engine.stage_checkpoint(), **(extra_files or {})}
         # No other attempt writes under this name, not even one that was cut off and came back.
@@ -115,6 +118,7 @@ class Saver:
             if _file_system(self.folder) != self.file_system:
                 raise OSError(f"{self.folder} is on another file system than when the run began: "
                               "it is no longer mounted")
+            self._wait_for_removal()
             save.staging.mkdir(exist_ok=True)
             for name in list(contents):
                 save.written[name] = write_file(save.staging / name, contents.pop(name))
@@ -162,6 +166,15 @@ class Saver:
             raise TrainingError(f"{message}\n  the last good checkpoint is untouched; make room or "
                                 f"fix the file system under {self.folder} and start again")
 
+    def close(self) -> None:
+        """`finish`, and wait until old checkpoints are removed."""
+        self.finish()
+        self._wait_for_removal()
+
+    def _wait_for_removal(self) -> None:
+        if self._removal is not None:
+            self._removal.join()
+
     def _commit(self, save: _Save,
                 files: Mapping[str, FileRecord]) -> str | LeaseLostError | None:
         """On rank 0, the one rename. Returns None, or the reason why it failed."""
@@ -176,11 +189,10 @@ class Saver:
             os.replace(save.staging, final)
             fsync(self.folder)
             replace_text(self.folder / "latest", final.name)
-            shutil.rmtree(replaced, ignore_errors=True)
             self.damaged -= {final}
             self.on_commit(save.state.step)
             self.fence.check()
-            self._prune()
+            self._remove([replaced, *self._hide_old()])
             if not (self.folder / "zero_to_fp32.py").exists():
                 shutil.copy(recovery_script(), self.folder / "zero_to_fp32.py")
         except OSError as error:
@@ -189,15 +201,28 @@ class Saver:
             return error
         return None
 
-    def _prune(self) -> None:
-        """Keep the newest `keep` good ones and the milestones."""
+    def _hide_old(self) -> list[Path]:
+        """Hide all but the newest `keep` good ones and the milestones; returns the new paths.
+
+        A half-removed one must not be taken for a good one.
+        """
         good = [path for path in list_checkpoints(self.folder) if path not in self.damaged]
+        hidden = []
         for path in good[:-self.policy.keep]:
             if not self.policy.keep_every or checkpoint_step(path) % self.policy.keep_every:
-                # Hidden first: a half-removed one must not be taken for a good one.
-                hidden = path.with_name(f".{path.name}.old")
-                os.replace(path, hidden)
-                shutil.rmtree(hidden, ignore_errors=True)
+                hidden.append(path.with_name(f".{path.name}.old"))
+                os.replace(path, hidden[-1])
+        return hidden
+
+    def _remove(self, folders: list[Path]) -> None:
+        """Remove the folders in a thread: training would wait longer for that than for the rest of
+        the commit."""
+        def remove() -> None:
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+        self._removal = threading.Thread(target=remove, name="old checkpoints", daemon=True)
+        self._removal.start()
 
     def _remove_unfinished(self) -> None:
         """Remove what earlier attempts left half-written or half-removed."""

@@ -15,6 +15,7 @@ from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
+    gradients_in_fp32,
     sharded_loading,
     teacher_is_replicated,
     uses_bf16,
@@ -95,6 +96,9 @@ def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConf
     if world.tp_size > 1:
         _make_tensor_parallel_groups(world.tp_size)
     zero3 = zero_stage(config) == 3
+    if config["gradient_accumulation_steps"] > 1 and not gradients_in_fp32(config):
+        logger.warning("the gradients of micro-batches add up in bf16; ZeRO stages 2 and 3 can add "
+                       "them up in fp32 (data_types.grad_accum_dtype)")
     trainable = [p for p in distiller.parameters() if p.requires_grad]
     # lr=0 because DeepSpeed's bf16 stage 0 runs one empty Adam step to create its state; lr 0 moves
     # no weight, and the loop below resets Adam's counter. Each step sets its own learning rate.

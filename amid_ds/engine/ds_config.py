@@ -27,6 +27,8 @@ DeepSpeedConfig: TypeAlias = Mapping[str, Any]
 
 # The lowest ZeRO stage that offloads the weights, and the optimizer's state.
 OFFLOAD_STAGES = {"offload_param": 3, "offload_optimizer": 1}
+# The lowest ZeRO stage at which DeepSpeed adds the gradients of a bf16 model up in fp32.
+ACCUMULATION_STAGE = 2
 # ZeRO's sizes that may be "auto", from the hidden size by the formulas of transformers' documents.
 AUTOMATIC_SIZES: Mapping[str, Callable[[int], int]] = {
     "zero_optimization.reduce_bucket_size": lambda width: width * width,
@@ -62,10 +64,22 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig
         # Each micro-batch is followed by one of the auxiliary corpus.
         ours["gradient_accumulation_steps"] = 2 * accumulation
     kept = {key: value for key, value in config.items() if key not in OWNED_BY_RECIPE}
+    if "data_types" not in kept and _should_accumulate_in_fp32(kept, ours):
+        kept["data_types"] = {"grad_accum_dtype": "fp32"}
     # DeepSpeed offloads an optimizer that is not its own where it is told so. Its timer, of which
     # nothing is ever printed, would wait for the GPU at the beginning of each micro-batch.
     return {**kept, **ours, "steps_per_print": sys.maxsize, "zero_force_ds_cpu_optimizer": False,
             "timers": {"throughput": {"enabled": False}}}
+
+
+def _should_accumulate_in_fp32(config: DeepSpeedConfig, ours: Mapping[str, float]) -> bool:
+    """True where DeepSpeed would add micro-batches' gradients up in bf16 and need not.
+
+    With one micro-batch nothing is added. Below stage 2 DeepSpeed refuses (0), or takes another
+    optimizer (1), whose checkpoints differ and which holds the whole gradient in both types.
+    """
+    return (uses_bf16(config) and zero_stage(config) >= ACCUMULATION_STAGE
+            and ours["gradient_accumulation_steps"] > 1)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -150,6 +164,12 @@ def _section_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> It
 def _zero_stage_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Iterator[str]:
     """A line for a ZeRO stage that is wrong for the recipe's layout, or for what is offloaded."""
     stage, bf16 = zero_stage(config), uses_bf16(config)
+    accumulation = config.get("data_types", {}).get("grad_accum_dtype")
+    if accumulation == "bf16" and not bf16:
+        yield f"data_types.grad_accum_dtype: bf16 in {name}, the student trains in fp32"
+    if accumulation == "fp32" and bf16 and stage < ACCUMULATION_STAGE:
+        yield (f"data_types.grad_accum_dtype: fp32 with bf16 at stage {stage} in {name}, "
+               f"it needs stage {ACCUMULATION_STAGE}")
     for part, least in OFFLOAD_STAGES.items():
         if offload_device(config, part) != "none" and stage < least:
             yield (f"zero_optimization.{part} at stage {stage} in {name}, "
@@ -188,6 +208,12 @@ def offload_device(config: DeepSpeedConfig, part: str) -> str:
 def uses_bf16(config: DeepSpeedConfig) -> bool:
     """True where the student trains in bf16; the optimizer's weights are in fp32 either way."""
     return bool(config.get("bf16", {}).get("enabled"))
+
+
+def gradients_in_fp32(config: DeepSpeedConfig) -> bool:
+    """True where the gradients that wait for the optimizer are in fp32."""
+    return (not uses_bf16(config)
+            or config.get("data_types", {}).get("grad_accum_dtype") == "fp32")
 
 
 def sharded_loading(config: DeepSpeedConfig) -> DeepSpeedConfig | None:

@@ -36,11 +36,14 @@ _FLOPS_PROFILER: Mapping[str, object] = {
     "enabled": bool, "recompute_fwd_factor": float, "profile_step": int, "module_depth": int,
     "top_modules": int, "detailed": bool, "output_file": str | None}
 
+# As is this one.
+_DATA_TYPES: Mapping[str, object] = {"grad_accum_dtype": Literal["bf16", "fp32"]}
+
 _DATA, _PRECISION = "the recipe's `data` says what is read", "`student.dtype` says the precision"
 _OTHER = "an engine here does not do it"
 _EXCHANGE = "weights and gradients are exchanged as they are"
 REFUSED_KEYS = {
-    "bfloat16": "its name is `bf16`", "amp": _PRECISION, "data_types": _PRECISION,
+    "bfloat16": "its name is `bf16`", "amp": _PRECISION,
     "torch_autocast": _PRECISION, "quantize_training": _PRECISION,
     "weight_quantization": _PRECISION, "compression_training": _PRECISION,
     "curriculum_learning": _DATA, "data_efficiency": _DATA, "dataloader_drop_last": _DATA,
@@ -96,7 +99,7 @@ def _sections() -> Mapping[str, Any]:
     return {"bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config,
             "zero_optimization": DeepSpeedZeroConfig, "comms_logger": CommsLoggerConfig,
             "tensorboard": TensorBoardConfig, "wandb": WandbConfig, "csv_monitor": CSVConfig,
-            "comet": CometConfig, "flops_profiler": _FLOPS_PROFILER}
+            "comet": CometConfig, "flops_profiler": _FLOPS_PROFILER, "data_types": _DATA_TYPES}
 
 
 def find_problems(config: Mapping[str, object]) -> dict[str, list[str]]:

@@ -48,6 +48,7 @@ class Engine:
         self.is_partitioned = bool(deepspeed_engine.zero_optimization_partition_weights())
         self.zero_stage = int(deepspeed_engine.zero_optimization_stage())
         self.student_dtype = "bf16" if deepspeed_engine.bfloat16_enabled() else "fp32"
+        self._pinned = staging.PinnedBuffers() if world.device.type == "cuda" else None
 
     @property
     def distiller(self) -> Distiller:
@@ -191,8 +192,11 @@ class Engine:
                     check_isolation(model, title, ids)
 
     def stage_checkpoint(self) -> dict[str, object]:
-        """This rank's part of a checkpoint, by file name, copied to host memory. Collective."""
-        return staging.stage_checkpoint(self._deepspeed)
+        """This rank's part of a checkpoint, by file name, copied to host memory. Collective.
+
+        On a GPU the next call overwrites it.
+        """
+        return staging.stage_checkpoint(self._deepspeed, self._pinned)
 
     def save_checkpoint(self, folder: Path, tag: str) -> None:
         """DeepSpeed's own save, which waits until all is written: for comparison. Collective."""

@@ -36,18 +36,30 @@ def state_bytes(setting: Setting) -> dict[str, int]:
     whole = student.weights.tp_rank
     weights = student.weights.zero3_rank if zero.stage == 3 else whole
     optimizer = _optimizer_elements(setting)
-    # Stage 1 adds the micro-batches' gradients up before it reduces them.
-    gradients_are_split = zero.stage >= 2 or (zero.stage == 1 and setting.micro_batches == 1)
-    gradients = optimizer if gradients_are_split else whole
     # Without ZeRO, fp32 weights are their own masters.
     master_bytes = FP32_BYTES if zero.stage or student.element_size == BF16_BYTES else 0
     parts = {
         "student_weights": 0 if zero.offloads_weights else weights * student.element_size,
-        "gradients": 0 if zero.offloads_optimizer else gradients * student.element_size,
+        "gradients": _gradient_bytes(setting),
         "optimizer": 0 if zero.offloads_optimizer else optimizer * (master_bytes + ADAM_BYTES)}
     if teacher is not None:
         parts["teacher_weights"] = _teacher_weight_bytes(setting, teacher)
     return parts
+
+
+def _gradient_bytes(setting: Setting) -> int:
+    """Bytes of the gradients that wait for the optimizer."""
+    zero = setting.zero
+    element_size = FP32_BYTES if zero.gradients_in_fp32 else BF16_BYTES
+    # At stage 2 DeepSpeed adds fp32 gradients of a bf16 model up on the device all the same.
+    on_host = zero.offloads_optimizer and not (
+        zero.stage == 2 and zero.bf16 and zero.gradients_in_fp32)
+    if on_host:
+        return 0
+    # Stage 1 adds the micro-batches' gradients up before it reduces them.
+    are_split = zero.stage >= 2 or (zero.stage == 1 and setting.micro_batches == 1)
+    elements = _optimizer_elements(setting) if are_split else setting.student.weights.tp_rank
+    return elements * element_size
 
 
 def _optimizer_elements(setting: Setting) -> int:

@@ -11,6 +11,7 @@ from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     accumulation_steps,
     data_parallel_size,
+    gradients_in_fp32,
     offload_device,
     read_deepspeed_config,
     teacher_is_replicated,
@@ -34,6 +35,7 @@ class ZeroSettings:
 
     stage: int
     bf16: bool
+    gradients_in_fp32: bool
     offloads_weights: bool
     offloads_optimizer: bool
     reduce_bucket: int
@@ -50,6 +52,7 @@ def read_zero_settings(ds_config: DeepSpeedConfig) -> ZeroSettings:
     return ZeroSettings(
         stage=stage,
         bf16=uses_bf16(ds_config),
+        gradients_in_fp32=gradients_in_fp32(ds_config),
         offloads_weights=offload_device(ds_config, "offload_param") != "none",
         offloads_optimizer=offload_device(ds_config, "offload_optimizer") != "none",
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)) if stage else 0,

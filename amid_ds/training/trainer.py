@@ -151,7 +151,7 @@ class Trainer(Stepper):
         self.world.run_checked(self.fence.check)
         if self.state.step != self.saved_step:
             self._save()
-        self.saver.finish()
+        self.saver.close()
         if self.state.step < self.recipe.train.steps:
             reasons = {reason for reason in self.world.gather(self.stop.reason())
                        if reason is not None}

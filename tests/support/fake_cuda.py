@@ -102,6 +102,8 @@ class FakeCuda:
             "get_device_name": lambda device=None: DEVICE_NAME,
             "get_device_capability": lambda device=None: (9, 0),
             "is_bf16_supported": lambda including_emulation=True: True,
+            "cudart": lambda: types.SimpleNamespace(
+                cudaHostRegister=self._register, cudaHostUnregister=lambda pointer: 0),
             "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
             "get_device_properties": get_device_properties,
             "get_rng_state": lambda device="cuda": torch.zeros(16, dtype=torch.uint8),
@@ -114,6 +116,12 @@ class FakeCuda:
             self.waits.record("synchronize")
             return function(*arguments, **options)
         return recorded
+
+    def _register(self, pointer: int, size: int, flags: int) -> int:
+        """Pin memory, as CUDA's runtime does; returns its status."""
+        assert pointer > 0 and size > 0
+        self.calls["cudaHostRegister"] += 1
+        return 0
 
     def _replace(self, name: str, function: Any) -> None:
         """Put `function` in the place of torch.cuda's, whose signature its callers must keep."""
