@@ -78,7 +78,7 @@ class Engine:
         self._deepspeed.set_gradient_accumulation_boundary(last)
         loss: MicroBatchLoss = self._deepspeed(
             batch.input_ids, batch.labels, token_weights, teacher_hidden, batch.positions,
-            objective=objective)
+            objective=objective, documents=batch.documents)
         return loss
 
     def backward(self, loss: Tensor) -> None:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amid_ds.data import Batch
+from amid_ds.data.batch import Batch, Documents
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses import IGNORE_INDEX, AMiD, LMHead, linear_amid_loss, linear_argmax, preset
 from amid_ds.models.heads import run_body, sharded_head_of
@@ -138,7 +138,7 @@ class Distiller(nn.Module):
             padded = torch.cat(
                 [nn.functional.pad(ids, (0, longest - ids.shape[1])) for ids in inputs])
             positions = _padded_positions([batch.positions for batch in group], inputs)
-            states = run_body(self.teacher, padded, positions)
+            states = run_body(self.teacher, padded, positions, _all_documents(group))
             for batch, part in zip(group, states.split([len(ids) for ids in inputs]), strict=True):
                 valid = part[:, :batch.labels.shape[1]][batch.labels != IGNORE_INDEX]
                 hidden.append(_to_pinned_host(valid) if on_host else valid)
@@ -146,14 +146,15 @@ class Distiller(nn.Module):
 
     def forward(self, input_ids: Tensor, labels: Tensor, token_weights: Tensor,
                 teacher_hidden: Tensor | None, positions: Tensor | None = None, *,
-                objective: StepObjective) -> MicroBatchLoss:
+                objective: StepObjective,
+                documents: Documents | None = None) -> MicroBatchLoss:
         """One micro-batch's loss.
 
         input_ids, labels [B, L] (shifted, -100 ignored), token_weights [B, L] fp32, teacher_hidden:
-        its part of `teacher_hidden_states` (None: cross entropy alone), positions [B, L] as
-        `run_body` has them.
+        its part of `teacher_hidden_states` (None: cross entropy alone), positions [B, L] and
+        documents as `run_body` has them.
         """
-        hidden = run_body(self.student, input_ids, positions)
+        hidden = run_body(self.student, input_ids, positions, documents)
         keep = labels != IGNORE_INDEX
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
@@ -161,13 +162,14 @@ class Distiller(nn.Module):
                          objective=objective)
 
     @torch.no_grad()
-    def hidden_states(self, input_ids: Tensor,
-                      positions: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Both models' hidden states [B · L, H_s] and [B · L, H_t] of one batch, to be scored."""
-        teacher = None
-        if self.teacher is not None:
-            teacher = run_body(self.teacher, input_ids, positions).flatten(0, 1)
-        return run_body(self.student, input_ids, positions).flatten(0, 1), teacher
+        teacher, student = (
+            None if model is None else
+            run_body(model, batch.input_ids, batch.positions, batch.documents).flatten(0, 1)
+            for model in (self.teacher, self.student))
+        assert student is not None
+        return student, teacher
 
     @torch.no_grad()
     def score(self, student_hidden: Tensor, teacher_hidden: Tensor | None,
@@ -212,3 +214,12 @@ def _padded_positions(positions: Sequence[Tensor | None],
         if own is not None:
             rows[:, :own.shape[1]] = own
     return torch.cat(padded)
+
+
+def _all_documents(batches: Sequence[Batch]) -> Documents | None:
+    """The documents of the micro-batches' rows together; None where one batch does not know them.
+    """
+    known = [batch.documents for batch in batches if batch.documents is not None]
+    if len(known) < len(batches):
+        return None
+    return Documents(tuple(starts for documents in known for starts in documents.starts))

@@ -54,7 +54,7 @@ def _sums(recipe: Recipe, engine: Engine, name: str) -> list[float]:
     while read := world.run_checked(lambda: list(itertools.islice(batches, BATCHES_READ))):
         for batch in read:
             batch = batch.to(world.device)
-            hidden = distiller.hidden_states(batch.input_ids, batch.positions)
+            hidden = distiller.hidden_states(batch)
             with engine.gathered_head(distiller.student), engine.gathered_head(distiller.teacher):
                 sums += distiller.score(*hidden, batch.labels)
     return world.sum(sums.tolist())

@@ -1,0 +1,208 @@
+"""Documents of a row kept apart by their boundaries: the numbers of a dense mask, without one.
+
+torch's kernel for it runs on a GPU alone: a twin in plain torch stands in its place.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+import transformers as t
+from support.attention import calls, varlen_twin
+from support.models import WORDS
+from transformers import AutoModelForCausalLM
+
+from amid_ds.data.batch import Documents, TokenRow, collate_rows
+from amid_ds.errors import InputError
+from amid_ds.models import attention
+from amid_ds.models.attention import attends_by_boundaries, choose_attention
+from amid_ds.models.heads import check_isolation, run_body
+
+CPU = torch.device("cpu")
+FAMILIES = ("llama", "qwen3", "qwen2-tied", "mistral", "gemma3", "gpt2")
+# Documents of each row: windows of 8 end inside some of them, and the second row has padding.
+LENGTHS = ((5, 13, 1, 9), (4, 3, 12))
+
+
+@pytest.fixture
+def twin(monkeypatch):
+    """The twin in place of the kernel, on a CPU and in fp32."""
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: varlen_twin)
+    monkeypatch.setattr(attention, "_device_refusal", lambda device, dtype: None)
+
+
+@pytest.fixture
+def load(shared_model):
+    """load(family, **changes): a model of its own for the test, in float64."""
+    def load(family: str, **changes):
+        return AutoModelForCausalLM.from_pretrained(shared_model(family, 3, **changes)).double()
+    return load
+
+
+def packed_batch(lengths=LENGTHS):
+    """A micro-batch whose rows hold documents of these lengths."""
+    draw = torch.Generator().manual_seed(0)
+    rows = []
+    for own in lengths:
+        tokens = torch.randint(len(WORDS), (sum(own) + 1,), generator=draw).numpy()
+        starts = torch.tensor(own).cumsum(0)[:-1].int().numpy()
+        spans = torch.tensor([1, len(tokens)]).int().numpy()
+        rows.append(TokenRow(tokens, spans, starts, "here"))
+    return collate_rows(rows, [])
+
+
+def states_and_gradients(model, batch, documents):
+    """Hidden states of the tokens that are no padding, and the gradients of a weighted sum."""
+    model.zero_grad()
+    hidden = run_body(model, batch.input_ids, batch.positions, documents)
+    kept = torch.cat([row[:sum(own)] for row, own in zip(hidden, LENGTHS, strict=True)])
+    kept.backward(torch.randn(kept.shape, generator=torch.Generator().manual_seed(2)).to(kept))
+    return kept.detach(), {name: parameter.grad.clone() for name, parameter
+                           in model.named_parameters() if parameter.grad is not None}
+
+
+def assert_close(ours, theirs):
+    assert ours[1].keys() == theirs[1].keys()
+    for own, other in ((ours[0], theirs[0]), *((ours[1][name], theirs[1][name])
+                                               for name in theirs[1])):
+        assert (own - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_boundaries_give_the_states_and_gradients_of_the_dense_mask(load, twin, family):
+    model, batch = load(family).train(), packed_batch()
+    dense = states_and_gradients(model, batch, batch.documents)
+    choose_attention(model, "it", CPU, trains=True)
+    before = calls["kernel"]
+    assert_close(states_and_gradients(model, batch, batch.documents), dense)
+    assert calls["kernel"] == before + model.config.num_hidden_layers
+    # A caller that does not know the boundaries still gets a mask.
+    assert_close(states_and_gradients(model, batch, None), dense)
+    assert calls["kernel"] == before + model.config.num_hidden_layers
+
+
+def test_layers_that_are_recomputed_are_recomputed_by_boundaries(load, twin):
+    model, batch = load("mistral").train(), packed_batch()
+    choose_attention(model, "it", CPU, trains=True)
+    kept = states_and_gradients(model, batch, batch.documents)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    before = calls["kernel"]
+    again = states_and_gradients(model, batch, batch.documents)
+    assert calls["kernel"] == before + 2 * model.config.num_hidden_layers
+    assert_close(again, kept)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_that_attends_by_boundaries_isolates_and_one_that_leaks_is_refused(
+        load, twin, family, monkeypatch):
+    model = load(family)
+    choose_attention(model, "it", CPU, trains=True)
+    ids = torch.randint(30, (2, 16), generator=torch.Generator().manual_seed(1))
+    before = calls["kernel"]
+    check_isolation(model, "the student", ids)
+    assert calls["kernel"] == before + model.config.num_hidden_layers
+
+    def leaking(query, key, value, starts, *_, scale, window_size):
+        whole = torch.tensor([0, len(query)], dtype=torch.int32)
+        return varlen_twin(query, key, value, whole, whole, len(query), len(query), scale=scale,
+                           window_size=window_size)
+
+    monkeypatch.setattr(attention, "varlen_kernel", lambda: leaking)
+    with pytest.raises(InputError, match="does not keep the documents of one row apart"):
+        check_isolation(model, "the student", ids)
+
+
+@pytest.mark.parametrize(("family", "changes", "trains", "reason"), [
+    ("gemma2", {}, True, "its attention is eager|its layers ask for softcap"),
+    ("gpt2", {"attn_pdrop": 0.1}, True, "it drops 0.1 of the attention in training"),
+    ("gpt2", {"n_embd": 48}, True, "its heads are 12 wide"),
+])
+def test_a_model_that_asks_for_more_than_the_kernel_has_keeps_the_mask(
+        load, twin, caplog, family, changes, trains, reason):
+    model, batch = load(family, **changes), packed_batch()
+    before = model.config._attn_implementation, run_body(model, batch.input_ids, batch.positions)
+    caplog.set_level(logging.INFO, logger="amid_ds")
+    choose_attention(model, "the student", CPU, trains)
+    assert model.config._attn_implementation == before[0]
+    assert not attends_by_boundaries(model)
+    line, = caplog.messages
+    assert "the student attends under a dense mask, because" in line
+    assert any(each in line for each in reason.split("|"))
+    assert torch.equal(run_body(model, batch.input_ids, batch.positions, batch.documents),
+                       before[1])
+
+
+def test_a_teacher_never_drops_so_its_dropout_is_no_reason(load, twin):
+    model = load("gpt2", attn_pdrop=0.1)
+    choose_attention(model, "the teacher", CPU, trains=False)
+    assert attends_by_boundaries(model)
+
+
+def test_sinks_chunks_linear_layers_and_layers_without_the_boundaries_are_reasons():
+    small = dict(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
+                 num_attention_heads=4, num_key_value_heads=2, head_dim=16, pad_token_id=0)
+    configs = {
+        "its attention is eager": t.GptOssConfig(**small, layer_types=["full_attention"] * 4),
+        "its mask is of another kind than causal or a window": t.Llama4TextConfig(
+            **small, intermediate_size_mlp=96, layer_types=["chunked_attention"] * 4),
+        "without one": t.Lfm2Config(**small, layer_types=["conv", "full_attention"] * 2),
+        "its layers are not told the boundaries": t.StableLmConfig(**small)}
+    for reason, config in configs.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        assert reason in (attention._model_refusal(model, True) or "none")
+        model.config._attn_implementation = "sdpa"
+        assert attention._model_refusal(model, True) is not None
+
+
+@pytest.mark.parametrize(("device", "dtype", "reason"), [
+    ("cpu", torch.bfloat16, "it runs on a CPU"),
+    ("cuda", torch.float32, "its weights are float32"),
+    ("cuda", torch.bfloat16, "no such kernel"),
+])
+def test_a_cpu_fp32_and_a_torch_without_the_kernel_keep_the_mask(load, device, dtype, reason):
+    model = load("llama").to(dtype)
+    assert reason in attention._device_refusal(torch.device(device), model.dtype)
+
+
+def test_boundaries_are_those_of_the_rows_laid_end_to_end_padding_by_itself():
+    documents = packed_batch().documents
+    ends = [0, 5, 18, 19, 28, 32, 35, 47, 56]
+    assert documents.boundaries(28) == ends
+    # Padded by two more, for a longer row beside them.
+    assert documents.boundaries(30) == [0, 5, 18, 19, 28, 30, 34, 37, 49, 60]
+    assert Documents(((0, 3),)).boundaries(3) == [0, 3]
+
+
+def test_plain_rows_and_keys_from_a_cache_go_the_way_they_went(load, twin):
+    model, batch = load("mistral").eval(), packed_batch()
+    ids, mask = batch.input_ids, torch.ones_like(batch.input_ids)
+    mask[1, :3] = 0
+
+    def outputs():
+        with torch.no_grad():
+            generated = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+            return [run_body(model, ids, None, batch.documents), generated]
+
+    before = outputs()
+    choose_attention(model, "it", CPU, trains=True)
+    kernel = calls["kernel"]
+    assert all(torch.equal(*pair) for pair in zip(outputs(), before, strict=True))
+    assert calls["kernel"] == kernel
+
+
+def test_plain_rows_have_no_dense_mask_in_training(load, monkeypatch):
+    masks = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def attend(*arguments, attn_mask=None, is_causal=False, **options):
+        masks.append((attn_mask, is_causal))
+        return real(*arguments, attn_mask=attn_mask, is_causal=is_causal, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    for family in ("llama", "qwen3", "gpt2"):
+        model = load(family).train()
+        run_body(model, packed_batch().input_ids, None)
+    assert masks == [(None, True)] * 6
