@@ -10,8 +10,16 @@ import logging
 import pytest
 import torch
 import transformers as t
-from support.attention import calls, varlen_twin
+from support.attention import (
+    boundaries_rank,
+    calls,
+    calls_of,
+    faked_boundaries_rank,
+    varlen_twin,
+)
 from support.models import WORDS
+from support.ranks import Ranks
+from support.runs import comparable_metrics, write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
 
 from amid_ds.data.batch import Documents, TokenRow, collate_rows
@@ -162,7 +170,9 @@ def test_sinks_chunks_linear_layers_and_layers_without_the_boundaries_are_reason
     ("cuda", torch.float32, "its weights are float32"),
     ("cuda", torch.bfloat16, "no such kernel"),
 ])
-def test_a_cpu_fp32_and_a_torch_without_the_kernel_keep_the_mask(load, device, dtype, reason):
+def test_a_cpu_fp32_and_a_torch_without_the_kernel_keep_the_mask(load, monkeypatch, device, dtype,
+                                                                 reason):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
     model = load("llama").to(dtype)
     assert reason in attention._device_refusal(torch.device(device), model.dtype)
 
@@ -206,3 +216,52 @@ def test_plain_rows_have_no_dense_mask_in_training(load, monkeypatch):
         model = load(family).train()
         run_body(model, packed_batch().input_ids, None)
     assert masks == [(None, True)] * 6
+
+
+def recipe_of_prompts(path, student, teacher, data, out, **changes):
+    """A recipe whose rows are packed prompts: two to a micro-batch, two micro-batches to a step."""
+    return write_recipe(path, student, teacher, data, out, train__steps=3, train__seq_length=48,
+                        train__micro_batch_size=2, train__global_batch_size=8,
+                        data__prepared=str(path.parent / "data"), **changes)
+
+
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_run_by_boundaries_has_the_losses_of_one_under_masks(shared_model, instructions_file,
+                                                               tmp_path, size):
+    config = str(write_gathering_config(tmp_path))
+    models = shared_model("mistral", 0), shared_model("qwen3", 1), instructions_file
+
+    def run(name, target, **changes):
+        out = tmp_path / name
+        ranks = Ranks(size, "train", recipe_of_prompts(out.with_suffix(".yaml"), *models, out,
+                                                       deepspeed=config, **changes), target=target)
+        assert ranks.wait() == [0] * size, ranks.output()
+        assert ("the teacher attends by their boundaries" in ranks.output()) == (target is not None)
+        return ranks, comparable_metrics(out)
+
+    _, dense = run("dense", None)
+    ranks, ours = run("boundaries", boundaries_rank, student__activation_checkpointing=True)
+    assert ours == [pytest.approx(line, rel=1e-5) for line in dense]
+    micro_batches = 8 // 2 // size
+    # The student's two layers in each micro-batch and again in backward, the teacher's once.
+    assert calls_of(ranks) == [{"kernel": micro_batches * 4 + 2, "masked": 0}] * 3
+
+
+@pytest.mark.parametrize(("dtype", "family", "kernel"), [
+    ("bf16", "llama", True), ("fp32", "llama", False),
+    pytest.param("bf16", "gemma2", False, marks=pytest.mark.slow)])
+def test_on_a_gpu_bf16_takes_the_kernel_and_builds_no_mask(shared_model, instructions_file,
+                                                           tmp_path, dtype, family, kernel):
+    models = shared_model(family, 0), shared_model(family, 1), instructions_file
+    recipe = recipe_of_prompts(
+        tmp_path / "r.yaml", *models, tmp_path / "run", teacher__dtype=dtype,
+        deepspeed="ds_configs/zero3.json" if dtype == "bf16" else "ds_configs/zero3_fp32.json")
+    ranks = Ranks(1, "train", recipe, target=faked_boundaries_rank)
+    assert ranks.wait() == [0], ranks.output()
+    way = "by their boundaries, in flash attention" if kernel else "under a dense mask, because"
+    for model in ("student", "teacher"):
+        assert ranks.output().count(f"the {model} attends {way}") == 1
+    for counts in calls_of(ranks):
+        # Two micro-batches of the student, one pass of the teacher, two layers each.
+        assert counts["kernel"] == (4 * 2 + 2 if kernel else 0)
+        assert (counts["masked"] == 0) == (kernel or family == "gemma2")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ def boundary_arguments(documents: Documents, input_ids: Tensor) -> dict[str, Any
     """
     rows, length = input_ids.shape
     starts = documents.boundaries(length)
-    longest = max(stop - start for start, stop in zip(starts, starts[1:], strict=False))
+    longest = max(stop - start for start, stop in itertools.pairwise(starts))
     device = input_ids.device
     boundaries = torch.tensor(starts, dtype=torch.int32, pin_memory=device.type == "cuda").to(
         device, non_blocking=True)
@@ -86,13 +87,13 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
     query, key, value = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
     # The kernel's window is of the tokens before this one, transformers' has this one in it.
     window = -1 if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1
-    out = varlen_kernel()(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q,
-                          max_length_q, scale=scaling, window_size=(window, 0))
+    out: Tensor = varlen_kernel()(query, key, value, cu_seq_lens_q, cu_seq_lens_q, max_length_q,
+                                  max_length_q, scale=scaling, window_size=(window, 0))
     return out.unflatten(0, (rows, length)), None
 
 
 @functools.cache
-def varlen_kernel() -> Callable[..., Tensor]:
+def varlen_kernel() -> Callable[..., Any]:
     """torch's `varlen_attn`, with grouped heads. Imported late: it imports torch's compiler."""
     from torch.nn.attention.varlen import varlen_attn
 
