@@ -6,6 +6,7 @@ torch's kernel for it runs on a GPU alone: a twin in plain torch stands in its p
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -165,6 +166,34 @@ def test_sinks_chunks_linear_layers_and_layers_without_the_boundaries_are_reason
         assert attention._model_refusal(model, True) is not None
 
 
+class OneLayerAttends(t.LlamaForCausalLM):
+    """Its second layer has no attention."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+
+
+class AsksForSinks(t.LlamaForCausalLM):
+    """Its layers hand sinks to their attention."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.model.layers:
+            layer.self_attn.register_forward_pre_hook(
+                lambda _, arguments, options: (arguments, {**options, "s_aux": torch.ones(4)}),
+                with_kwargs=True)
+
+
+@pytest.mark.parametrize(("model_class", "reason"), [
+    (OneLayerAttends, "1 of its 2 layers attend"),
+    (AsksForSinks, "its layers ask for s_aux"),
+    (t.LlamaForCausalLM, None)])
+def test_every_layer_has_to_attend_and_may_ask_for_nothing_else(load, model_class, reason):
+    model = model_class(load("llama").config)
+    assert attention._model_refusal(model, True) == reason
+
+
 @pytest.mark.parametrize(("device", "dtype", "reason"), [
     ("cpu", torch.bfloat16, "it runs on a CPU"),
     ("cuda", torch.float32, "its weights are float32"),
@@ -265,3 +294,7 @@ def test_on_a_gpu_bf16_takes_the_kernel_and_builds_no_mask(shared_model, instruc
         # Two micro-batches of the student, one pass of the teacher, two layers each.
         assert counts["kernel"] == (4 * 2 + 2 if kernel else 0)
         assert (counts["masked"] == 0) == (kernel or family == "gemma2")
+    if kernel:
+        waits = Path(f"{ranks.log(0)}.waits").read_text()
+        for module in ("transformers/", "amid_ds/models/attention.py", "amid_ds/models/heads.py"):
+            assert module not in waits

@@ -59,9 +59,9 @@ def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0,
                   {**rope, "head_dim": 16, "tie_word_embeddings": False}),
         "mistral": (t.MistralForCausalLM, t.MistralConfig,
                     {**rope, **window, "tie_word_embeddings": False}),
-        # Every other layer has the window.
+        # Every other layer has the window, and its scale is not that of its heads' width.
         "gemma3": (t.Gemma3ForCausalLM, t.Gemma3TextConfig, {
-            **rope, **window, "query_pre_attn_scalar": 8,
+            **rope, **window, "query_pre_attn_scalar": 32,
             "layer_types": ["sliding_attention", "full_attention"]}),
         "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config, {**rope, **gemma2}),
         "qwen2-tied": (t.Qwen2ForCausalLM, t.Qwen2Config, {**rope, "tie_word_embeddings": True}),
