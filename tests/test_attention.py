@@ -6,6 +6,7 @@ torch's kernel for it runs on a GPU alone: a twin in plain torch stands in its p
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -215,21 +216,31 @@ def test_boundaries_are_those_of_the_rows_laid_end_to_end_padding_by_itself():
     assert Documents(((0, 3),)).boundaries(3) == [0, 3]
 
 
-def test_plain_rows_and_keys_from_a_cache_go_the_way_they_went(load, twin):
+def test_plain_rows_longer_than_a_window_have_the_kernel_and_others_the_way_they_went(load, twin):
+    batch = packed_batch()
+    batch = replace(batch, positions=None, documents=Documents(((0, 28), (0, 19))))
+    for family, changes, kernel in (("mistral", {"sliding_window": 8}, 2), ("qwen3", {}, 0),
+                                    ("mistral", {"sliding_window": 29}, 0)):
+        model = load(family, **changes).train()
+        dense = states_and_gradients(model, batch, batch.documents)
+        choose_attention(model, "it", CPU, trains=True)
+        before = calls["kernel"]
+        assert_close(states_and_gradients(model, batch, batch.documents), dense)
+        assert calls["kernel"] == before + kernel
+
+
+def test_keys_from_a_cache_go_the_way_they_went(load, twin):
     model, batch = load("mistral").eval(), packed_batch()
     ids, mask = batch.input_ids, torch.ones_like(batch.input_ids)
     mask[1, :3] = 0
 
     def outputs():
         with torch.no_grad():
-            generated = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
-            return [run_body(model, ids, None, batch.documents), generated]
+            return model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
 
-    before = outputs()
+    before, kernel = outputs(), calls["kernel"]
     choose_attention(model, "it", CPU, trains=True)
-    kernel = calls["kernel"]
-    assert all(torch.equal(*pair) for pair in zip(outputs(), before, strict=True))
-    assert calls["kernel"] == kernel
+    assert torch.equal(outputs(), before) and calls["kernel"] == kernel
 
 
 def test_plain_rows_have_no_dense_mask_in_training(load, monkeypatch):
@@ -265,7 +276,7 @@ def test_a_run_by_boundaries_has_the_losses_of_one_under_masks(shared_model, ins
         ranks = Ranks(size, "train", recipe_of_prompts(out.with_suffix(".yaml"), *models, out,
                                                        deepspeed=config, **changes), target=target)
         assert ranks.wait() == [0] * size, ranks.output()
-        assert ("the teacher attends by their boundaries" in ranks.output()) == (target is not None)
+        assert ("the teacher attends by boundaries" in ranks.output()) == (target is not None)
         return ranks, comparable_metrics(out)
 
     _, dense = run("dense", None)
@@ -287,7 +298,7 @@ def test_on_a_gpu_bf16_takes_the_kernel_and_builds_no_mask(shared_model, instruc
         deepspeed="ds_configs/zero3.json" if dtype == "bf16" else "ds_configs/zero3_fp32.json")
     ranks = Ranks(1, "train", recipe, target=faked_boundaries_rank)
     assert ranks.wait() == [0], ranks.output()
-    way = "by their boundaries, in flash attention" if kernel else "under a dense mask, because"
+    way = "by boundaries, in flash attention" if kernel else "under a dense mask, because"
     for model in ("student", "teacher"):
         assert ranks.output().count(f"the {model} attends {way}") == 1
     for counts in calls_of(ranks):

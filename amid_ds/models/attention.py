@@ -1,11 +1,12 @@
-"""Attention over rows that hold several documents, each by itself and without a mask.
+"""Attention that ends with each document of a row, or with a window, without a mask.
 
-transformers keeps documents that share a row apart by a mask [B, 1, L, L], and torch has no flash
-kernel for a mask. Here the rows are laid end to end, and a kernel for sequences of many lengths
-takes the documents' boundaries instead: nothing grows with L². That kernel runs on a GPU, on 16-bit
-numbers, and computes causal attention with grouped heads and a window. A model whose layers ask for
-more keeps the mask. No config is read for that: the model's own forward runs on the meta device,
-its attention replaced by one that records what it is asked for.
+transformers keeps documents that share a row apart by a mask [B, 1, L, L], as it does with windows
+shorter than the row, and torch has no flash kernel for a mask. Here the rows are laid end to end,
+and a kernel for sequences of many lengths takes the documents' boundaries instead: nothing grows
+with L². That kernel runs on a GPU, on 16-bit numbers, and computes causal attention with grouped
+heads and a window. A model whose layers ask for more keeps the mask. No config is read for that:
+the model's own forward runs on the meta device, its attention replaced by one that records what it
+is asked for.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ UNDERSTOOD = {"dropout", "scaling", "sliding_window", "is_causal", "position_ids
 
 
 def choose_attention(model: nn.Module, title: str, device: torch.device, trains: bool) -> None:
-    """Let `model` attend to documents by their boundaries, if it and the device can; log which.
+    """Let `model` attend by boundaries, if it and the device can; log which way it attends.
 
     trains: it will run in training mode, with its dropout.
     """
@@ -44,14 +45,21 @@ def choose_attention(model: nn.Module, title: str, device: torch.device, trains:
     if reason is None:
         _register(VARLEN_NAME, _attend)
         model.set_attn_implementation(VARLEN_NAME)   # type: ignore[operator]
-    logger.info("documents that share a row: %s attends %s", title,
-                "by their boundaries, in flash attention" if reason is None
+    logger.info("where rows hold several documents, or more tokens than a window, %s attends %s",
+                title, "by boundaries, in flash attention" if reason is None
                 else f"under a dense mask, because {reason}")
 
 
 def attends_by_boundaries(model: nn.Module) -> bool:
     """True where `choose_attention` has let `model` do so."""
     return bool(model.config._attn_implementation == VARLEN_NAME)   # type: ignore[union-attr]
+
+
+def exceeds_window(model: nn.Module, length: int) -> bool:
+    """True where transformers would make a mask for a row of `length` tokens that is one document.
+    """
+    window = getattr(model.config, "sliding_window", None)
+    return window is not None and length >= window
 
 
 def boundary_arguments(documents: Documents, input_ids: Tensor) -> dict[str, Any]:

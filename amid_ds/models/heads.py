@@ -18,7 +18,11 @@ from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.distributed.world import slice_replicated
 from amid_ds.errors import InputError
 from amid_ds.losses import LMHead
-from amid_ds.models.attention import attends_by_boundaries, boundary_arguments
+from amid_ds.models.attention import (
+    attends_by_boundaries,
+    boundary_arguments,
+    exceeds_window,
+)
 from amid_ds.models.head_form import HeadForm, head_form
 
 
@@ -37,7 +41,8 @@ def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
     """
     # Not every architecture takes positions, so they are passed only where there are any.
     optional: dict[str, Any] = {} if positions is None else {"position_ids": positions}
-    if positions is not None and documents is not None and attends_by_boundaries(model):
+    if (documents is not None and attends_by_boundaries(model)
+            and (positions is not None or exceeds_window(model, input_ids.shape[1]))):
         optional |= boundary_arguments(documents, input_ids)
     hidden: Tensor = body_of(model)(
         input_ids=input_ids, use_cache=False, **optional).last_hidden_state

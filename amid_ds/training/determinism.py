@@ -25,7 +25,8 @@ def deterministic(enabled: bool) -> Iterator[None]:
     """A context in which torch takes deterministic kernels alone, if `enabled`.
 
     Its end restores what was set before. It has to begin before the first matrix product on a
-    GPU, at which the workspaces are made. Raises TrainingError at an operation that has no such kernel.
+    GPU, at which the workspaces are made. Raises TrainingError at an operation without such a
+    kernel.
     """
     if not enabled:
         yield
