@@ -29,6 +29,7 @@ from amid_ds.errors import InputError
 from amid_ds.models import attention
 from amid_ds.models.attention import attends_by_boundaries, choose_attention
 from amid_ds.models.heads import check_isolation, run_body
+from amid_ds.training.determinism import deterministic
 
 CPU = torch.device("cpu")
 FAMILIES = ("llama", "qwen3", "qwen2-tied", "mistral", "gemma3", "gpt2")
@@ -309,3 +310,56 @@ def test_on_a_gpu_bf16_takes_the_kernel_and_builds_no_mask(shared_model, instruc
         waits = Path(f"{ranks.log(0)}.waits").read_text()
         for module in ("transformers/", "amid_ds/models/attention.py", "amid_ds/models/heads.py"):
             assert module not in waits
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's kernel needs a GPU")
+
+
+def gradients_of(attend, states, given, window):
+    """Output and gradients of one attention over documents of 300, 1 and 211 tokens, in fp64."""
+    leaves = [each.detach().requires_grad_() for each in states]
+    ends = torch.tensor([0, 300, 301, 512], dtype=torch.int32, device=given.device)
+    out = attend(*leaves, ends, ends, 300, 300, scale=0.1, window_size=(window, 0))
+    return [each.double() for each in (out, *torch.autograd.grad(out, leaves, given))]
+
+
+def attention_problem(device):
+    """bf16 query [512, 8, 64], key and value [512, 2, 64], and a gradient of the output."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(512, heads, 64) for heads in (8, 2, 2, 8)]
+    *states, given = (torch.randn(shape, generator=draw).to(device, torch.bfloat16)
+                      for shape in shapes)
+    return states, given
+
+
+@needs_gpu
+@pytest.mark.parametrize("window", [-1, 100])
+def test_on_a_gpu_the_kernel_gives_the_twins_numbers(window):
+    states, given = attention_problem("cuda")
+    ours = gradients_of(attention.varlen_kernel(), states, given, window)
+    exact = gradients_of(varlen_twin, [each.double() for each in states], given.double(), window)
+    for own, other in zip(ours, exact, strict=True):
+        assert (own - other).abs().max() <= 2e-2 * other.abs().max()
+
+
+@needs_gpu
+def test_on_a_gpu_a_deterministic_kernel_gives_the_same_bits_each_time():
+    states, given = attention_problem("cuda")
+    with deterministic(True):
+        first, *others = (gradients_of(attention.varlen_kernel(), states, given, -1)
+                          for _ in range(5))
+    for other in others:
+        assert all(torch.equal(*pair) for pair in zip(first, other, strict=True))
+
+
+@needs_gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_on_a_gpu_a_model_by_boundaries_has_the_states_of_one_under_masks(load, family):
+    model = load(family).to("cuda", torch.bfloat16)
+    batch = packed_batch().to("cuda")
+    dense = states_and_gradients(model, batch, None)[0].float()
+    choose_attention(model, "it", torch.device("cuda"), trains=True)
+    assert attends_by_boundaries(model)
+    ours = states_and_gradients(model, batch, batch.documents)[0].float()
+    assert (ours - dense).abs().max() <= 3e-2 * dense.abs().max()
+    check_isolation(model, "it", batch.input_ids[:, :16])

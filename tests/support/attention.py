@@ -33,7 +33,8 @@ def varlen_twin(*arguments, **options):
         q, k, v = (states[start:stop].transpose(0, 1) for states in (query, key, value))
         k, v = (states.repeat_interleave(len(q) // len(k), 0) for states in (k, v))
         scores = (q @ k.transpose(1, 2)).double() * (q.shape[-1]**-0.5 if scale is None else scale)
-        distance = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
+        distance = torch.arange(stop - start, device=q.device)
+        distance = distance[:, None] - distance
         left, right = (float("inf") if side < 0 else side for side in window)
         seen = (distance <= left) & (-distance <= right)
         out.append((scores.masked_fill(~seen, -torch.inf).softmax(-1).to(v.dtype) @ v)
