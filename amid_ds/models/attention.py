@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 # The names under which transformers knows the attention of this module, and the recording one.
 VARLEN_NAME = "amid_varlen"
 RECORDER_NAME = "amid_recorder"
-# The kernel's limits on a head's width.
-WIDEST_HEAD, HEAD_MULTIPLE = 256, 8
+# The widths of a head that the kernel has on every GPU: others from 193 to 224 lack a backward pass
+# on some (torch's sdp_utils.cpp).
+HEAD_WIDTHS = (*range(8, 193, 8), *range(232, 257, 8))
 # What layers hand to their attention that the kernel obeys, or that changes no attention.
 UNDERSTOOD = {"dropout", "scaling", "sliding_window", "is_causal", "position_ids", "use_cache",
               "output_attentions", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
@@ -114,7 +115,7 @@ def _device_refusal(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why there is no kernel on `device` for weights of `dtype`; None: there is."""
     if device.type != "cuda":
         return "it runs on a CPU"
-    if dtype not in (torch.bfloat16, torch.float16):
+    if dtype != torch.bfloat16:
         return f"its weights are {str(dtype).removeprefix('torch.')}, and the kernel's 16-bit"
     if torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
         return "this torch has no such kernel"
@@ -155,11 +156,10 @@ def _model_refusal(model: Any, trains: bool) -> str | None:
 
 
 def _call_refusal(call: _Call, given: dict[str, Any]) -> str | None:
-    query, key, value = call.states
-    options = call.options
+    """What keeps a call that was given `boundary_arguments` from the kernel; None: nothing does."""
+    options, widths = call.options, {states.shape[-1] for states in call.states}
     asked = [name for name, option in options.items()
              if name not in UNDERSTOOD and option is not None and option is not False]
-    width = query.shape[-1]
     if asked:
         return f"its layers ask for {', '.join(sorted(asked))}"
     if (call.mask is not given["attention_mask"]
@@ -172,9 +172,8 @@ def _call_refusal(call: _Call, given: dict[str, Any]) -> str | None:
         return "it attends to what follows"
     if any(states.dtype != torch.bfloat16 for states in call.states):
         return "it attends in fp32"
-    if (key.shape[-1], value.shape[-1]) != (width, width) or width > WIDEST_HEAD \
-            or width % HEAD_MULTIPLE:
-        return f"its heads are {width} wide, its values' {value.shape[-1]}"
+    if len(widths) > 1 or not widths <= {*HEAD_WIDTHS}:
+        return f"its heads are {' and '.join(map(str, sorted(widths)))} wide"
     return None
 
 
