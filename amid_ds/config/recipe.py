@@ -189,6 +189,8 @@ class Train(Section):
     """The greatest norm of the gradient; 0: no clipping."""
     seed: NonNegativeInt = 0
     """Of the data's order, dropout and sampling."""
+    deterministic: bool = False
+    """On a GPU, take kernels that give the same digits each time; they are slower."""
     log_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl."""
     eval_every: NonNegativeInt = 0

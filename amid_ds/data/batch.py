@@ -22,6 +22,24 @@ from amid_ds.errors import InputError
 from amid_ds.losses import IGNORE_INDEX
 
 
+class Documents(NamedTuple):
+    """The documents of B rows, on the host: attention keeps them apart by their boundaries.
+
+    starts: for each row the columns at which its documents begin, 0 first, and last the column at
+        which its padding does, or the row's length.
+    """
+
+    starts: tuple[tuple[int, ...], ...]
+
+    def boundaries(self, length: int) -> list[int]:
+        """Where each document begins in the rows laid end to end, padded to `length`; then the end.
+
+        A row's padding counts as a document.
+        """
+        return [*(row * length + start for row, starts in enumerate(self.starts)
+                  for start in starts if start < length), len(self.starts) * length]
+
+
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of B rows, padded on the right to its longest row.
@@ -34,6 +52,7 @@ class Batch:
     rows: the rows' numbers in the prepared data.
     sources: the location of each row's first token, "corpus.jsonl line 17" or
         "corpus.parquet row 16".
+    documents: where the rows' documents begin; None: not known, `positions` have to tell.
     valid: [n] int64, which of the B · L positions have a label, in their order. It is made on the
         host, because a GPU would have to be waited for to know n.
     """
@@ -44,6 +63,7 @@ class Batch:
     padding: int
     rows: list[int]
     sources: list[str]
+    documents: Documents | None = None
     valid: torch.Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -117,4 +137,10 @@ def collate_rows(rows: Sequence[TokenRow], numbers: list[int]) -> Batch:
     padding = input_ids.numel() - sum(len(row.tokens) - 1 for row in rows)
     isolated = any(len(row.doc_starts) for row in rows)
     return Batch(input_ids, labels, positions if isolated else None, padding, numbers,
-                 [row.source for row in rows])
+                 [row.source for row in rows], Documents(tuple(map(_document_starts, rows))))
+
+
+def _document_starts(row: TokenRow) -> tuple[int, ...]:
+    """The row's part of `Documents.starts`."""
+    length = len(row.tokens) - 1
+    return (0, *(start for start in row.doc_starts.tolist() if start < length), length)

@@ -24,6 +24,7 @@ from amid_ds.engine.ds_config import (
 from amid_ds.engine.engine import Engine
 from amid_ds.engine.gather import GatheredBytes, count_and_order_gathers, gathered_head
 from amid_ds.losses.host_memory import freed_memory_given_back
+from amid_ds.models.attention import choose_attention, exceeds_window
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_of
 from amid_ds.models.loading import load_causal_lm
@@ -68,6 +69,10 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int,
         if replicated:
             teacher.to(world.device)
     student = _load_student(recipe, config)
+    for name, model in (("the student", student), ("the teacher", teacher)):
+        if model is not None and (recipe.data.isolates_any
+                                  or exceeds_window(model, recipe.train.seq_length - 1)):
+            choose_attention(model, name, world.device, trains=model is student)
     distiller = Distiller(student, teacher, vocab_size=vocab_size, shard=shard,
                           replicated=replicated)
     # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing.

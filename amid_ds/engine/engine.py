@@ -80,7 +80,7 @@ class Engine:
         self._deepspeed.set_gradient_accumulation_boundary(last)
         loss: MicroBatchLoss = self._deepspeed(
             batch.input_ids, batch.valid, batch.targets, token_weights, teacher_hidden,
-            batch.positions, objective=objective)
+            batch.positions, objective=objective, documents=batch.documents)
         return loss
 
     def backward(self, loss: Tensor) -> None:

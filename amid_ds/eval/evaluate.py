@@ -195,7 +195,8 @@ def _kl_sum(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
 
 def _hidden_states(model: nn.Module, batch: Batch, keep: torch.Tensor) -> torch.Tensor:
     """The model's hidden states [tokens, H] at the tokens of the batch that `keep` marks."""
-    return run_body(model, batch.input_ids, batch.positions).flatten(0, 1)[keep]
+    return run_body(model, batch.input_ids, batch.positions,
+                    batch.documents).flatten(0, 1)[keep]
 
 
 def _log_probabilities(model: nn.Module, hidden: torch.Tensor, vocab_size: int) -> torch.Tensor:

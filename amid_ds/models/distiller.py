@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from amid_ds.data import Batch
+from amid_ds.data.batch import Batch, Documents
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses import AMiD, LMHead, linear_amid_loss, linear_argmax, preset
 from amid_ds.models.heads import run_body, sharded_head_of
@@ -139,7 +139,7 @@ class Distiller(nn.Module):
             padded = torch.cat(
                 [nn.functional.pad(ids, (0, longest - ids.shape[1])) for ids in inputs])
             positions = _padded_positions([batch.positions for batch in group], inputs)
-            states = run_body(self.teacher, padded, positions)
+            states = run_body(self.teacher, padded, positions, _all_documents(group))
             for batch, part in zip(group, states.split([len(ids) for ids in inputs]), strict=True):
                 valid = _rows(part[:, :batch.labels.shape[1]], batch.valid)
                 hidden.append(_to_pinned_host(valid) if on_host else valid)
@@ -147,14 +147,15 @@ class Distiller(nn.Module):
 
     def forward(self, input_ids: Tensor, valid: Tensor, labels: Tensor, token_weights: Tensor,
                 teacher_hidden: Tensor | None, positions: Tensor | None = None, *,
-                objective: StepObjective) -> MicroBatchLoss:
+                objective: StepObjective,
+                documents: Documents | None = None) -> MicroBatchLoss:
         """One micro-batch's loss.
 
         input_ids [B, L]; valid [n], the places of its labelled tokens in B · L; their labels and
         token_weights [n] (fp32); teacher_hidden: its part of `teacher_hidden_states` (None: cross
-        entropy alone); positions [B, L] as `run_body` has them.
+        entropy alone); positions [B, L] and documents as `run_body` has them.
         """
-        hidden = _rows(run_body(self.student, input_ids, positions), valid)
+        hidden = _rows(run_body(self.student, input_ids, positions, documents), valid)
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
         return self.head(hidden, teacher_hidden, labels, token_weights, objective=objective)
@@ -162,11 +163,12 @@ class Distiller(nn.Module):
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Both models' hidden states [n, H_s] and [n, H_t] at the n labelled tokens of a batch."""
-        teacher = None
-        if self.teacher is not None:
-            teacher = _rows(run_body(self.teacher, batch.input_ids, batch.positions), batch.valid)
-        student = run_body(self.student, batch.input_ids, batch.positions)
-        return _rows(student, batch.valid), teacher
+        teacher, student = (
+            None if model is None else
+            _rows(run_body(model, batch.input_ids, batch.positions, batch.documents), batch.valid)
+            for model in (self.teacher, self.student))
+        assert student is not None
+        return student, teacher
 
     @torch.no_grad()
     def score(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
@@ -217,3 +219,12 @@ def _padded_positions(positions: Sequence[Tensor | None],
         if own is not None:
             rows[:, :own.shape[1]] = own
     return torch.cat(padded)
+
+
+def _all_documents(batches: Sequence[Batch]) -> Documents | None:
+    """The documents of the micro-batches' rows together; None where one batch does not know them.
+    """
+    known = [batch.documents for batch in batches if batch.documents is not None]
+    if len(known) < len(batches):
+        return None
+    return Documents(tuple(starts for documents in known for starts in documents.starts))

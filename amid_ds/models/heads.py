@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from amid_ds.data.batch import Documents
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.distributed.world import slice_replicated
 from amid_ds.errors import InputError
 from amid_ds.losses import LMHead
+from amid_ds.models.attention import (
+    attends_by_boundaries,
+    boundary_arguments,
+    exceeds_window,
+)
 from amid_ds.models.head_form import HeadForm, head_form
 
 
@@ -25,14 +31,19 @@ def body_of(model: nn.Module) -> nn.Module:
     return model.base_model   # type: ignore[return-value]
 
 
-def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None) -> Tensor:
+def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
+             documents: Documents | None = None) -> Tensor:
     """Hidden states [B, L, H] of input_ids [B, L].
 
-    Where `positions` [B, L] start again, transformers takes another document to begin, and builds
-    the attention mask that keeps it from the ones before; None: each row is one document.
+    Where `positions` [B, L] start again, another document begins; None: each row is one. A model
+    that attends by boundaries keeps them apart by `documents`, any other, or without them, by the
+    mask that transformers builds from the positions.
     """
     # Not every architecture takes positions, so they are passed only where there are any.
-    optional = {} if positions is None else {"position_ids": positions}
+    optional: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+    if (documents is not None and attends_by_boundaries(model)
+            and (positions is not None or exceeds_window(model, input_ids.shape[1]))):
+        optional |= boundary_arguments(documents, input_ids)
     hidden: Tensor = body_of(model)(
         input_ids=input_ids, use_cache=False, **optional).last_hidden_state
     return hidden
@@ -110,7 +121,9 @@ def check_isolation(model: nn.Module, name: str, input_ids: Tensor) -> None:
         if "position_ids" not in inspect.signature(body_of(model).forward).parameters:
             problem = "it takes no positions"
         else:
-            ends = run_body(model, rows, positions)[:, half:].float()
+            both = Documents(((0, half, 2 * half),) * 2)
+            ends = run_body(model, rows, positions, both)[:, half:].float()
+            # Without boundaries, so that flash attention is held against torch's own.
             alone = run_body(model, rows[:1, half:], positions[:1, half:]).float()
             if not (ends - alone).abs().max() <= _tolerance(model.dtype) * alone.abs().max():   # type: ignore[arg-type]
                 problem = "a document's hidden states change with the document before it"

@@ -122,6 +122,9 @@ class Sampler:
         if self.temperature == 0:
             return torch.where(highest.isfinite(), greedy, NO_TOKEN)
         mass = (logits.double() / self.temperature).softmax(-1)
+        if torch.are_deterministic_algorithms_enabled():
+            # On a GPU torch has no deterministic cumulative sum.
+            mass, uniform = mass.cpu(), uniform.cpu()
         order = None
         if self.top_p < 1:
             mass, order = torch.sort(mass, dim=-1, descending=True, stable=True)
@@ -132,7 +135,7 @@ class Sampler:
         # A row of NaN would be searched to its end.
         index = index.clamp(max=logits.shape[-1] - 1)
         chosen = index if order is None else order.gather(-1, index)
-        return torch.where(highest.isfinite(), chosen[:, 0], NO_TOKEN)
+        return torch.where(highest.isfinite(), chosen[:, 0].to(highest.device), NO_TOKEN)
 
 
 def _pad_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -21,8 +21,8 @@ from amid_ds.run.folder import RunFolder
 # but the precision, which the identity has as student.dtype.
 MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared",
               "train.log_every", "train.hang_timeout", "train.max_hours", "train.micro_batch_size",
-              "student.activation_checkpointing", "train.profile", "teacher.max_tokens_per_pass",
-              "teacher.placement", "tensor_parallel", "deepspeed")
+              "train.deterministic", "student.activation_checkpointing", "train.profile",
+              "teacher.max_tokens_per_pass", "teacher.placement", "tensor_parallel", "deepspeed")
 # Also free, unless rollout.adaptive uses the validation loss.
 EVALUATION_KEYS = ("data.eval", "train.eval_every")
 

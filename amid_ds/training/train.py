@@ -21,6 +21,7 @@ from amid_ds.monitor.hang_watchdog import GRACE_S
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.warm_start import resolve_student
 from amid_ds.training.compatibility import changes_since_last_attempt, pin_models
+from amid_ds.training.determinism import deterministic
 from amid_ds.training.job import (
     Job,
     check_recipe,
@@ -51,7 +52,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         recipe = world.run_on_main(lambda: pin_models(load_recipe(recipe_path, overrides)))
         job = world.run_checked(lambda: check_recipe(recipe, world.size))
         world = world.split(job.recipe.tensor_parallel)
-        with hold_run(job, world) as fence:
+        with deterministic(recipe.train.deterministic), hold_run(job, world) as fence:
             _train(job, world, attempt, fence)
 
 

@@ -37,8 +37,8 @@ def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0,
                words: list[str] = WORDS, dtype: torch.dtype = torch.float32, **changes) -> Path:
     """Save a causal model with random weights and its tokenizer; return the folder.
 
-    `family`: "llama", "llama-tied", "qwen3", "gemma2", "qwen2-tied" or "gpt2". `extra_rows` pads
-    its vocabulary beyond the tokenizer's. `changes` are values of its config.
+    `family`: "llama", "llama-tied", "qwen3", "mistral", "gemma3", "gemma2", "qwen2-tied" or "gpt2".
+    `extra_rows` pads its vocabulary beyond the tokenizer's. `changes` are values of its config.
     """
     import transformers as t
 
@@ -47,6 +47,7 @@ def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0,
                   bos_token_id=1)
     rope = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=128)
+    window = dict(head_dim=8, sliding_window=8)
     gemma2 = dict(head_dim=8, query_pre_attn_scalar=8, sliding_window=8,
                   final_logit_softcapping=5.0)
     gpt2 = dict(n_embd=32, n_layer=2, n_head=4, n_positions=128, resid_pdrop=0.0, embd_pdrop=0.0,
@@ -56,6 +57,12 @@ def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0,
         "llama-tied": (t.LlamaForCausalLM, t.LlamaConfig, {**rope, "tie_word_embeddings": True}),
         "qwen3": (t.Qwen3ForCausalLM, t.Qwen3Config,
                   {**rope, "head_dim": 16, "tie_word_embeddings": False}),
+        "mistral": (t.MistralForCausalLM, t.MistralConfig,
+                    {**rope, **window, "tie_word_embeddings": False}),
+        # Every other layer has the window, and its scale is not that of its heads' width.
+        "gemma3": (t.Gemma3ForCausalLM, t.Gemma3TextConfig, {
+            **rope, **window, "query_pre_attn_scalar": 32,
+            "layer_types": ["sliding_attention", "full_attention"]}),
         "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config, {**rope, **gemma2}),
         "qwen2-tied": (t.Qwen2ForCausalLM, t.Qwen2Config, {**rope, "tie_word_embeddings": True}),
         "gpt2": (t.GPT2LMHeadModel, t.GPT2Config, gpt2),
