@@ -12,7 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypedDict
 
@@ -54,7 +54,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Write the manifest of a folder that is complete, with a checksum of itself."""
-        state = {**self.state.to_json(), "identity": self.identity, **asdict(self.layout)}
+        state = {**self.state.to_json(), "identity": self.identity, **self.layout.to_json()}
         content = {"state": state, "files": self.files}
         signed = {"content": content, "xxh3_128": _text_checksum(content)}
         replace_text(folder / MANIFEST_FILE, json.dumps(signed, indent=1))
@@ -72,7 +72,8 @@ class Manifest:
             if signed["xxh3_128"] != _text_checksum(content):
                 raise ValueError
             state = content["state"]
-            layout = Layout(**{name: state[name] for name in Layout.__dataclass_fields__})
+            layout = Layout(**{name: state[name] for name in Layout.__dataclass_fields__
+                               if name in state})
             manifest = cls(TrainState.from_json(state), layout, state["identity"],
                            content["files"])
             if not manifest._is_sound():
@@ -90,6 +91,7 @@ class Manifest:
         return (all(type(count) is int and count > 0 for count in counts)
                 and layout.ranks % layout.tensor_parallel == 0
                 and layout.zero_stage in (0, 1, 2, 3) and layout.student_dtype in ("bf16", "fp32")
+                and layout.decayed in ("all", "matrices")
                 and type(self.state.step) is int and self.state.step >= 0
                 and type(self.state.tokens) is int and isinstance(self.identity, dict)
                 and bool(self.files)

@@ -216,7 +216,8 @@ class Saver:
 
 def layout_of(engine: Engine) -> Layout:
     """The layout in which `engine` saves."""
-    return Layout(engine.world.size, engine.world.tp_size, engine.zero_stage, engine.student_dtype)
+    return Layout(engine.world.size, engine.world.tp_size, engine.zero_stage, engine.student_dtype,
+                  engine.decayed)
 
 
 def _file_system(folder: Path) -> int | None:

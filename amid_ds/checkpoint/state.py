@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 from amid_ds.config.schedule import TaidState
 from amid_ds.data import StreamState
+from amid_ds.engine.optimizer import DecayedParameters
 
 
 class RolloutState(TypedDict):
@@ -59,7 +60,15 @@ class Layout:
     tensor_parallel: int
     zero_stage: int
     student_dtype: str
+    # Version 0.1 decayed all parameters, and wrote nothing about it.
+    decayed: DecayedParameters = "all"
+
+    def to_json(self) -> dict[str, object]:
+        """The fields as a manifest has them."""
+        return {name: value for name, value in asdict(self).items()
+                if (name, value) != ("decayed", "all")}
 
     def __str__(self) -> str:
         return (f"{self.ranks} rank(s), tensor_parallel {self.tensor_parallel}, "
-                f"ZeRO stage {self.zero_stage}, {self.student_dtype}")
+                f"ZeRO stage {self.zero_stage}, {self.student_dtype}, "
+                f"weight decay of {self.decayed}")

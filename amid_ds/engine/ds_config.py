@@ -62,7 +62,10 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig
         # Each micro-batch is followed by one of the auxiliary corpus.
         ours["gradient_accumulation_steps"] = 2 * accumulation
     kept = {key: value for key, value in config.items() if key not in OWNED_BY_RECIPE}
-    # DeepSpeed offloads an optimizer that is not its own where it is told so.
+    if recipe.train.optimizer == "muon":
+        # DeepSpeed's Muon needs whole gradients to be summed.
+        kept["zero_optimization"] = {**kept["zero_optimization"], "reduce_scatter": False}
+    # DeepSpeed would refuse torch's AdamW for offloaded state, where its own cannot be compiled.
     return {**kept, **ours, "steps_per_print": sys.maxsize, "zero_force_ds_cpu_optimizer": False}
 
 
@@ -137,6 +140,8 @@ def _conflicts(recipe: Recipe, config: DeepSpeedConfig, ours: Mapping[str, float
 def _section_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Iterator[str]:
     """A line for each section that is sound in itself and wrong for the recipe."""
     yield from _zero_stage_conflicts(recipe, config, name)
+    if recipe.train.optimizer == "muon":
+        yield from _muon_conflicts(recipe, config, name)
     if config.get("fp16", {}).get("enabled"):
         yield f"fp16.enabled: true in {name}, the recipe knows bf16 and fp32"
     bf16 = uses_bf16(config)
@@ -162,6 +167,23 @@ def _zero_stage_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) ->
         yield (f"zero_optimization.stage: {stage} with bf16 in {name}, "
                "a teacher in fp32 on tensor-parallel ranks needs stage 3, "
                "or set teacher.placement: replicated, or teacher.dtype: bf16")
+
+
+def _muon_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Iterator[str]:
+    """A line for each thing with which DeepSpeed's Muon would not be Muon, or not clip right."""
+    stage, muon = zero_stage(config), "train.optimizer: muon in the recipe"
+    if stage != 3:
+        yield (f"zero_optimization.stage: {stage} in {name}, {muon} needs stage 3: below it "
+               "DeepSpeed would clip Muon's steps instead of the gradients")
+    for part in OFFLOAD_STAGES:
+        if offload_device(config, part) != "none":
+            yield (f"zero_optimization.{part} in {name}, {muon} needs all on the device: offloaded "
+                   "DeepSpeed would clip Muon's steps instead of the gradients")
+    if recipe.tensor_parallel > 1:
+        yield (f"tensor_parallel: {recipe.tensor_parallel} in the recipe, {muon} needs whole "
+               "matrices: set it to 1")
+    if config.get("zero_optimization", {}).get("reduce_scatter"):
+        yield f"zero_optimization.reduce_scatter: true in {name}, {muon} needs false"
 
 
 def _engine_has_fp32_teacher(recipe: Recipe, config: DeepSpeedConfig) -> bool:

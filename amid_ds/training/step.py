@@ -94,6 +94,8 @@ class Stepper:
                                           recipe.train.steps)
         self.state.step, self.state.tokens = step + 1, self.state.tokens + int(batch.tokens)
         metrics: Metrics = {} if auxiliary is None else {"auxiliary_loss": sums.auxiliary}
+        if recipe.train.muon_ratio is not None:
+            metrics["learning_rate_muon"] = rate * recipe.train.muon_ratio
         return {**metrics, "tokens": self.state.tokens, "loss": sums.loss,
                 # One that the loss does not count may be infinite.
                 "kd_loss": finite(sums.kd) if uses_teacher else None, "ce_loss": finite(sums.ce),
