@@ -183,6 +183,8 @@ def options_kept(deepspeed_engine: Any) -> Iterator[None]:
     clipping = getattr(outer, "clip_grad", None)
     options = [{key: value for key, value in group.items() if key != "params"}
                for group in adam.param_groups]
+    dtypes = {row: values["momentum_buffer"].dtype for row, values in adam.state.items()
+              if "momentum_buffer" in values}
     yield
     for group, own in zip(adam.param_groups, options, strict=True):
         # Checkpoints of version 0.1 have one group, and no names.
@@ -193,6 +195,9 @@ def options_kept(deepspeed_engine: Any) -> Iterator[None]:
             del group[key]
         group.update(own)
     recount_steps(adam)
+    for row, dtype in dtypes.items():
+        # torch makes it fp32, as the row is.
+        adam.state[row]["momentum_buffer"] = adam.state[row]["momentum_buffer"].to(dtype)
     if clipping is not None:
         outer.clip_grad = clipping
 

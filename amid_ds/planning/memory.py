@@ -44,10 +44,20 @@ def state_bytes(setting: Setting) -> dict[str, int]:
     parts = {
         "student_weights": 0 if zero.offloads_weights else weights * student.element_size,
         "gradients": 0 if zero.offloads_optimizer else gradients * student.element_size,
-        "optimizer": 0 if zero.offloads_optimizer else optimizer * (master_bytes + ADAM_BYTES)}
+        "optimizer": 0 if zero.offloads_optimizer else (
+            optimizer * master_bytes
+            + moment_bytes(student, optimizer, student.muon.zero3_rank))}
     if teacher is not None:
         parts["teacher_weights"] = _teacher_weight_bytes(setting, teacher)
     return parts
+
+
+def moment_bytes(student: ModelCosts, elements: int, of_muon: int) -> int:
+    """Bytes of the moments of `elements` weights, of which Muon steps `of_muon`.
+
+    AdamW has two in fp32, Muon one in the dtype of the gradients.
+    """
+    return (elements - of_muon) * ADAM_BYTES + of_muon * student.element_size
 
 
 def _optimizer_elements(setting: Setting) -> int:
