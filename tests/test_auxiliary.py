@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from support.data import split_documents
-from support.reference_loop import reference_adamw
 from support.ranks import run_ranks
+from support.reference_loop import reference_adamw
 from support.runs import comparable_metrics, write_recipe
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer

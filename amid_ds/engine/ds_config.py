@@ -205,6 +205,15 @@ def offload_device(config: DeepSpeedConfig, part: str) -> str:
     return str((config.get("zero_optimization", {}).get(part) or {}).get("device", "none"))
 
 
+def offloads_optimizer(recipe: Recipe) -> bool:
+    """True where the recipe's DeepSpeed config, read by itself, offloads the optimizer's state.
+
+    Raises InputError where it cannot be read.
+    """
+    config = _read_json(find_deepspeed_config(recipe.deepspeed))
+    return not find_problems(config) and offload_device(config, "offload_optimizer") != "none"
+
+
 def uses_bf16(config: DeepSpeedConfig) -> bool:
     """True where the student trains in bf16; the optimizer's weights are in fp32 either way."""
     return bool(config.get("bf16", {}).get("enabled"))

@@ -3,15 +3,12 @@
 AdamW is torch's with fused=True, on a GPU as on a CPU. ZeRO keeps a group as one flat fp32 tensor
 on each rank, so a step is one kernel that reads and writes each number once; DeepSpeed's FusedAdam
 makes the same pass, and needs nvcc at the first run. Offloaded state is stepped by DeepSpeed's CPU
-Adam, or by torch's where it cannot be compiled. Muon is DeepSpeed's, under ZeRO-3 (muon.py).
+Adam (cpu_adam.py), or by torch's where that cannot be compiled. Muon is DeepSpeed's (muon.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import socket
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeAlias
 
@@ -20,16 +17,14 @@ from torch import nn
 
 from amid_ds.config.recipe import Recipe, Train
 from amid_ds.distributed.world import World
+from amid_ds.engine.cpu_adam import load_cpu_adam
 from amid_ds.errors import TrainingError
-
-logger = logging.getLogger(__name__)
 
 # `plain` is not decayed. In this order in the optimizer, and so in a checkpoint's files.
 GroupName: TypeAlias = Literal["muon", "decayed", "plain"]
 # The parameters that a recipe decays: all of them, or `decayed` and `muon` alone.
 DecayedParameters: TypeAlias = Literal["all", "matrices"]
 GROUP_NAMES: tuple[GroupName, ...] = ("muon", "decayed", "plain")
-MAX_REASON = 200
 
 
 def parameter_groups(student: nn.Module, train: Train) -> dict[str, GroupName]:
@@ -102,44 +97,6 @@ def make_optimizer(student: nn.Module, groups: Mapping[str, GroupName], train: T
         cpu_adam: torch.optim.Optimizer = DeepSpeedCPUAdam(param_groups)
         return cpu_adam
     return torch.optim.AdamW(param_groups, fused=True)
-
-
-def load_cpu_adam(world: World) -> bool:
-    """True where DeepSpeed's CPU Adam is ready on every rank. Collective.
-
-    The first time on a machine it is compiled, by one rank of each node while the others wait.
-    """
-    began = time.monotonic()
-    logger.info("the optimizer's state is offloaded: making DeepSpeed's CPU Adam ready (the first "
-                "time on a machine it is compiled, for a minute or two)")
-    hosts = world.gather(socket.gethostname())
-    first = hosts.index(hosts[world.rank]) == world.rank
-    problems = world.gather(cpu_adam_problem() if first else None)
-    if not any(problems):
-        # The others load what has been compiled.
-        problems = world.gather(cpu_adam_problem())
-    for host, problem in sorted({(host, problem) for host, problem
-                                 in zip(hosts, problems, strict=True) if problem}):
-        logger.warning(
-            "DeepSpeed's CPU Adam cannot be used on %s: %s\n  torch's fused AdamW steps the "
-            "offloaded state instead, with the same formula; for DeepSpeed's, install g++, ninja "
-            "and Python's headers, see `amid-ds doctor RECIPE`", host, problem)
-    if not any(problems):
-        logger.info("CPU Adam is ready after %.0f s", time.monotonic() - began)
-    return not any(problems)
-
-
-def cpu_adam_problem() -> str | None:
-    """The reason that DeepSpeed's CPU Adam cannot be used by this process; None: it is loaded."""
-    from deepspeed.ops.op_builder import CPUAdamBuilder
-
-    try:
-        CPUAdamBuilder().load(verbose=False)
-    # A compiler may fail in any way, and so may the import of what it made.
-    except Exception as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        return next((line for line in lines if "error:" in line), lines[0]).strip()[:MAX_REASON]
-    return None
 
 
 def steps_on_cpu(adam: Any) -> bool:

@@ -209,8 +209,10 @@ class Stepper:
 
 def _learning_rates(train: Train, rate: float) -> Metrics:
     """The step's rate of AdamW, and of Muon where it is the recipe's optimizer."""
-    ratio = train.muon_ratio
-    return {"learning_rate": rate} | ({} if ratio is None else {"learning_rate_muon": rate * ratio})
+    rates: Metrics = {"learning_rate": rate}
+    if train.muon_ratio is not None:
+        rates["learning_rate_muon"] = rate * train.muon_ratio
+    return rates
 
 
 def _bad_places(batch: Batch, tokens: Tensor) -> Iterator[str]:

@@ -1,0 +1,211 @@
+"""The optimizer is torch's AdamW, or Muon, in every layout; its groups survive any other layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from support.ranks import Ranks, rank_main, run_ranks
+from support.reference_loop import reference_loop
+from support.reference_muon import ReferenceMuon
+from support.runs import read_metrics, write_recipe
+from transformers import AutoModelForCausalLM
+
+from amid_ds.config.recipe import Train
+from amid_ds.engine.optimizer import parameter_groups
+from amid_ds.models.loading import meta_model
+
+STEPS = 20
+# Of losses, norms and weights, relative; a wrong decay makes a difference of 1 %.
+TOLERANCE = 1e-5
+MUON = {"train__optimizer": "muon", "train__muon": {"learning_rate": 0.01, "momentum": 0.9}}
+
+
+@pytest.fixture(scope="module")
+def recipe_for(shared_model, instructions_file, tmp_path_factory) -> Callable[..., Path]:
+    """recipe_for(run, student, **changes): a recipe of 20 steps with a strong decay."""
+    prepared = tmp_path_factory.mktemp("prepared") / "data"
+
+    def write(run: Path, student: str = "llama-tied", **changes) -> Path:
+        settings = {"train__steps": STEPS, "train__learning_rate": 1e-3, "train__weight_decay": 0.5,
+                    "data__prepared": str(prepared), **changes}
+        return write_recipe(run.with_suffix(".yaml"), shared_model(student, 0),
+                            shared_model("llama", 1), instructions_file, run, **settings)
+    return write
+
+
+def config_of_stage(folder: Path, stage: int) -> Path:
+    path = folder / f"stage{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    return path
+
+
+def eager_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank in which nothing is compiled: Muon's kernels would take a minute."""
+    import torch._dynamo
+
+    torch._dynamo.config.disable = True
+    rank_main(argv, variables, log)
+
+
+def run_eager(size: int, *arguments: object, status: int = 0) -> str:
+    ranks = Ranks(size, *arguments, target=eager_rank)
+    assert ranks.wait(200) == [status] * size, ranks.output()
+    return ranks.output()
+
+
+def exported(run: Path) -> dict[str, torch.Tensor]:
+    """The weights of the run's model."""
+    model = AutoModelForCausalLM.from_pretrained(run / "model")
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def farthest(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
+    """The greatest relative difference of a parameter."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
+
+
+def assert_is_the_reference(run: Path, recipe: Path, **options) -> None:
+    """The run's losses, norms, rates and weights are the plain loop's of its recipe."""
+    values = yaml.safe_load(recipe.read_text())
+    lines, weights = reference_loop(Path(values["student"]["model"]),
+                                    Path(values["teacher"]["model"]), values,
+                                    Path(values["data"]["prepared"]), **options)
+    for line, truth in zip(read_metrics(run), lines, strict=True):
+        for key in ("loss", "grad_norm", "learning_rate"):
+            assert line[key] == pytest.approx(truth[key], rel=TOLERANCE), (line["step"], key)
+    assert farthest(exported(run), weights) < TOLERANCE
+
+
+# Ranks, tensor_parallel, ZeRO stage, decay_all.
+LAYOUTS = [(1, 1, 3, False), (2, 1, 3, True), (2, 2, 3, False)]
+GRID = [(ranks, tp, stage, decay_all)
+        for ranks, tp in ((1, 1), (2, 1), (2, 2)) for stage in range(4)
+        for decay_all in (False, True) if (ranks, tp, stage, decay_all) not in LAYOUTS]
+
+
+@pytest.mark.parametrize(("ranks", "tp", "stage", "decay_all"),
+                         [*LAYOUTS, *(pytest.param(*case, marks=pytest.mark.slow)
+                                      for case in GRID)])
+def test_a_run_is_that_of_torchs_adamw_with_two_groups(ranks, tp, stage, decay_all, recipe_for,
+                                                       tmp_path):
+    recipe = recipe_for(tmp_path / "run", tensor_parallel=tp, train__decay_all=decay_all,
+                        train__betas=[0.8, 0.9], train__eps=1e-6,
+                        deepspeed=str(config_of_stage(tmp_path, stage)))
+    run_ranks(ranks, "train", recipe)
+    assert_is_the_reference(tmp_path / "run", recipe)
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_muon_is_its_authors_for_the_bodys_matrices_and_adamw_for_all_else(ranks, recipe_for,
+                                                                           tmp_path):
+    recipe = recipe_for(tmp_path / "run", "llama", **MUON)
+    run_eager(ranks, "train", recipe)
+    assert_is_the_reference(tmp_path / "run", recipe, make_optimizer=ReferenceMuon)
+    lines = read_metrics(tmp_path / "run")
+    # Some steps are clipped: by the norm of the gradients, which the reference has.
+    assert max(line["grad_norm"] for line in lines) > 1
+    for line in lines:
+        assert line["learning_rate_muon"] == pytest.approx(10 * line["learning_rate"], rel=1e-12)
+
+
+EXPECTED = {  # by family: (its embeddings, the rest of what is not decayed), as patterns of names
+    "gpt2": ("wte wpe", "ln_1 ln_2 ln_f bias"),
+    "llama": ("embed_tokens", "norm"),
+    "llama-tied": ("embed_tokens", "norm"),
+    "qwen3": ("embed_tokens", "norm"),
+    "gemma2": ("embed_tokens", "norm"),
+}
+
+
+@pytest.mark.parametrize("family", EXPECTED)
+def test_matrices_that_are_no_embedding_are_decayed_and_muon_has_those_of_the_body(family,
+                                                                                  shared_model):
+    model = meta_model(str(shared_model(family, 0)))
+    plain = " ".join(EXPECTED[family]).split()
+    steps = {"steps": 1, "global_batch_size": 1}
+    for name, group in parameter_groups(model, Train(**steps)).items():
+        assert group == ("plain" if any(part in name for part in plain) else "decayed"), name
+    for name, group in parameter_groups(model, Train(**steps, optimizer="muon")).items():
+        expected = ("plain" if any(part in name for part in plain)
+                    else "decayed" if name == "lm_head.weight" else "muon")
+        assert group == expected, name
+    assert set(parameter_groups(model, Train(**steps, decay_all=True)).values()) == {"decayed"}
+
+
+def stop_after(run: Path, step: int) -> None:
+    """Take back what the finished run did after the checkpoint of `step`."""
+    for path in (run / "checkpoints").glob("step_*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(run / "model")
+
+
+@pytest.fixture(scope="module")
+def run_of_two(recipe_for, tmp_path_factory) -> Path:
+    """A finished run of two ranks under ZeRO-3, with its checkpoint after half of its steps."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    run_ranks(2, "train", recipe_for(run, checkpoint__every=STEPS // 2))
+    return run
+
+
+@pytest.mark.parametrize(("ranks", "tp", "stage"), [
+    (1, 1, 0), *(pytest.param(*case, marks=pytest.mark.slow)
+                 for case in ((2, 2, 3), (1, 1, 2), (1, 1, 1), (2, 1, 0), (4, 2, 2)))])
+def test_in_another_layout_each_group_keeps_its_moments_and_its_decay(ranks, tp, stage, run_of_two,
+                                                                      recipe_for, tmp_path):
+    truth, moved = exported(run_of_two), tmp_path / "run"
+    shutil.copytree(run_of_two, moved)
+    stop_after(moved, STEPS // 2)
+    recipe = recipe_for(moved, checkpoint__every=STEPS // 2)
+    run_ranks(ranks, "train", recipe, f"tensor_parallel={tp}",
+              f"deepspeed={config_of_stage(tmp_path, stage)}")
+    assert farthest(exported(moved), truth) < TOLERANCE
+
+
+def exchanged_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank whose optimizer decays what is to be left alone, and no other."""
+    from amid_ds.engine import build
+
+    right = build.parameter_groups
+    other = {"decayed": "plain", "plain": "decayed"}
+    build.parameter_groups = lambda *given: {name: other[group]
+                                             for name, group in right(*given).items()}
+    rank_main(argv, variables, log)
+
+
+def test_exchanged_groups_are_refused_in_the_same_layout_and_change_the_run_in_another(
+        run_of_two, recipe_for, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(run_of_two, moved)
+    stop_after(moved, STEPS // 2)
+    recipe = recipe_for(moved, checkpoint__every=STEPS // 2)
+    same = Ranks(2, "train", recipe, target=exchanged_rank)
+    assert same.wait() == [1, 1]
+    assert "the optimizer's group `decayed` has other parameters" in same.output()
+    other = Ranks(1, "train", recipe, target=exchanged_rank)
+    assert other.wait() == [0], other.output()
+    assert farthest(exported(moved), exported(run_of_two)) > 100 * TOLERANCE
+
+
+def test_an_allowed_change_of_decay_takes_effect_in_the_same_layout_as_in_another(
+        run_of_two, recipe_for, tmp_path):
+    weights = []
+    changes = ("train.decay_all=true", "train.weight_decay=0.9", "train.betas=[0.5, 0.9]",
+               "checkpoint.allow_change=[train.decay_all, train.weight_decay, train.betas]")
+    for ranks, own in ((2, changes), (1, changes), (2, changes[1:])):
+        moved = tmp_path / str(len(weights))
+        shutil.copytree(run_of_two, moved)
+        stop_after(moved, STEPS // 2)
+        run_ranks(ranks, "train", recipe_for(moved, checkpoint__every=STEPS // 2), *own)
+        weights.append(exported(moved))
+    assert farthest(weights[0], weights[1]) < TOLERANCE
+    # Norms and embeddings are decayed in the first alone.
+    assert farthest(weights[2], weights[0]) > 100 * TOLERANCE
+    assert farthest(weights[2], exported(run_of_two)) > 100 * TOLERANCE
