@@ -6,18 +6,22 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from support.ranks import Ranks, rank_main, run_ranks
+from support.patches import rank_without_compiler
+from support.ranks import rank_main, run_ranks
 from support.reference_loop import reference_loop
 from support.reference_muon import ReferenceMuon
 from support.runs import read_metrics, write_recipe
 from transformers import AutoModelForCausalLM
 
+from amid_ds.cli import main
 from amid_ds.config.recipe import Train
-from amid_ds.engine.optimizer import parameter_groups
+from amid_ds.engine.optimizer import options_kept, parameter_groups
+from amid_ds.errors import TrainingError
 from amid_ds.models.loading import meta_model
 
 STEPS = 20
@@ -43,20 +47,6 @@ def config_of_stage(folder: Path, stage: int) -> Path:
     path = folder / f"stage{stage}.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
     return path
-
-
-def eager_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """Run as a rank in which nothing is compiled: Muon's kernels would take a minute."""
-    import torch._dynamo
-
-    torch._dynamo.config.disable = True
-    rank_main(argv, variables, log)
-
-
-def run_eager(size: int, *arguments: object, status: int = 0) -> str:
-    ranks = Ranks(size, *arguments, target=eager_rank)
-    assert ranks.wait(200) == [status] * size, ranks.output()
-    return ranks.output()
 
 
 def exported(run: Path) -> dict[str, torch.Tensor]:
@@ -106,7 +96,7 @@ def test_a_run_is_that_of_torchs_adamw_with_two_groups(ranks, tp, stage, decay_a
 def test_muon_is_its_authors_for_the_bodys_matrices_and_adamw_for_all_else(ranks, recipe_for,
                                                                            tmp_path):
     recipe = recipe_for(tmp_path / "run", "llama", **MUON)
-    run_eager(ranks, "train", recipe)
+    run_ranks(ranks, "train", recipe, target=rank_without_compiler)
     assert_is_the_reference(tmp_path / "run", recipe, make_optimizer=ReferenceMuon)
     lines = read_metrics(tmp_path / "run")
     # Some steps are clipped: by the norm of the gradients, which the reference has.
@@ -180,18 +170,36 @@ def exchanged_rank(argv: list[str], variables: dict[str, str], log: str) -> None
     rank_main(argv, variables, log)
 
 
-def test_exchanged_groups_are_refused_in_the_same_layout_and_change_the_run_in_another(
-        run_of_two, recipe_for, tmp_path):
+def test_exchanged_groups_would_change_the_run(run_of_two, recipe_for, tmp_path):
     moved = tmp_path / "run"
     shutil.copytree(run_of_two, moved)
     stop_after(moved, STEPS // 2)
     recipe = recipe_for(moved, checkpoint__every=STEPS // 2)
-    same = Ranks(2, "train", recipe, target=exchanged_rank)
-    assert same.wait() == [1, 1]
-    assert "the optimizer's group `decayed` has other parameters" in same.output()
-    other = Ranks(1, "train", recipe, target=exchanged_rank)
-    assert other.wait() == [0], other.output()
+    run_ranks(1, "train", recipe, target=exchanged_rank)
     assert farthest(exported(moved), exported(run_of_two)) > 100 * TOLERANCE
+
+
+def two_groups(names: tuple[str, str], decay: float) -> torch.optim.AdamW:
+    """An optimizer of two groups of one parameter each, after a step."""
+    parameters = [torch.nn.Parameter(torch.ones(3)) for _ in names]
+    optimizer = torch.optim.AdamW(
+        [{"params": [parameter], "name": group, "names": [name], "weight_decay": decay}
+         for parameter, name, group in zip(parameters, names, ("decayed", "plain"), strict=True)],
+        fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.ones(3)
+    optimizer.step()
+    return optimizer
+
+
+def test_a_checkpoint_gives_its_moments_and_not_its_options_and_no_other_parameters_moments():
+    ours = two_groups(("a", "b"), decay=0.1)
+    with options_kept(SimpleNamespace(optimizer=ours)):
+        ours.load_state_dict(two_groups(("a", "b"), decay=0.7).state_dict())
+    assert [group["weight_decay"] for group in ours.param_groups] == [0.1, 0.1]
+    with (pytest.raises(TrainingError, match="group `decayed` has other parameters"),
+          options_kept(SimpleNamespace(optimizer=ours))):
+        ours.load_state_dict(two_groups(("b", "a"), decay=0.1).state_dict())
 
 
 def test_an_allowed_change_of_decay_takes_effect_in_the_same_layout_as_in_another(
@@ -209,3 +217,49 @@ def test_an_allowed_change_of_decay_takes_effect_in_the_same_layout_as_in_anothe
     # Norms and embeddings are decayed in the first alone.
     assert farthest(weights[2], weights[0]) > 100 * TOLERANCE
     assert farthest(weights[2], exported(run_of_two)) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize(("target", "said"), [
+    (rank_without_compiler, "this test has no compiler"),
+    pytest.param(rank_main, "CPU Adam is ready", marks=pytest.mark.slow)])
+def test_offloaded_state_is_stepped_by_cpu_adam_or_with_a_warning_by_torch(
+        target, said, run_of_two, recipe_for, tmp_path):
+    config = tmp_path / "offload.json"
+    config.write_text(json.dumps({"zero_optimization": {
+        "stage": 3, "offload_optimizer": {"device": "cpu"}}}))
+    moved = tmp_path / "run"
+    shutil.copytree(run_of_two, moved)
+    stop_after(moved, STEPS // 2)
+    # Half of the steps were made by torch's AdamW, on the device.
+    recipe = recipe_for(moved, checkpoint__every=STEPS // 2)
+    output = run_ranks(2, "train", recipe, f"deepspeed={config}", target=target).output()
+    assert said in output and output.count("torch's fused AdamW steps") == ("this test" in said)
+    assert farthest(exported(moved), exported(run_of_two)) < TOLERANCE
+
+
+BAD = {
+    "all at once": (["train.betas=[0.9, 1.0]", "train.eps=0", "train.weight_decay=-1",
+                     "train.muon.momentum=0.9"],
+                    ["`train.betas.1`: found 1.0", "`train.eps`: found 0", "`train.weight_decay`",
+                     "`train.muon`; `train.optimizer` is adamw", "has 4 problem(s)"]),
+    "one beta": (["train.betas=[0.9]"], ["`train.betas`"]),
+    "8 bits": (["train.optimizer=adamw_8bit"], ["'adamw' or 'muon'"]),
+    "a stage": (["train.optimizer=muon", "deepspeed=ds_configs/zero2.json"],
+                ["zero_optimization.stage: 2", "optimizer: muon in the recipe needs stage 3"]),
+    "offload": (["train.optimizer=muon", "deepspeed=ds_configs/zero3_offload.json"],
+                ["offload_optimizer in zero3_offload.json", "muon in the recipe needs all on"]),
+    "tensor parallelism": (["train.optimizer=muon", "tensor_parallel=2"],
+                           ["muon in the recipe needs whole matrices"]),
+}
+
+
+@pytest.mark.parametrize("wrong", BAD)
+def test_what_no_optimizer_can_be_is_refused_before_a_model_is_read(wrong, recipe_for, tmp_path,
+                                                                    capsys):
+    overrides, messages = BAD[wrong]
+    ranks = 2 if "tensor_parallel=2" in overrides else 1
+    assert main(["plan", str(recipe_for(tmp_path / "run")), "--ranks-per-node", str(ranks),
+                 *overrides]) == 2
+    found = capsys.readouterr().err
+    for message in messages:
+        assert message in found

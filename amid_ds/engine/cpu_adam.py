@@ -8,6 +8,7 @@ a sign of life every now and then, because a collective waits no longer than its
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import threading
 import time
@@ -66,5 +67,6 @@ def _load() -> str | None:
     # A compiler may fail in any way, and so may the import of what it made.
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
-        return next((line for line in lines if "error:" in line), lines[0]).strip()[:MAX_REASON]
+        telling = (line for line in lines if re.search("error:|not found|No such file", line))
+        return next(telling, lines[0]).strip()[:MAX_REASON]
     return None

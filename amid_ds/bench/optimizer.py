@@ -1,0 +1,57 @@
+"""Seconds of an optimizer's step over one flat tensor, as ZeRO steps it: torch's loop, torch's
+fused kernel, DeepSpeed's CPU Adam."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from amid_ds.distributed.world import World
+from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.cpu_adam import cpu_adam_problems
+
+ROUNDS = 5
+LEARNING_RATE = 1e-4
+
+
+def optimizer_seconds(world: World, elements: int) -> dict[str, float | None]:
+    """Median seconds of a step of `elements` fp32 weights, by optimizer. Collective.
+
+    `loop` is torch's AdamW one operation after another, `fused` its one kernel, both on this rank's
+    device; `fused_host` and `cpu_adam` are of offloaded state, in host memory. None where it could
+    not be compiled.
+    """
+    import_deepspeed()
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    host = torch.device("cpu")
+    optimizers: dict[str, tuple[Callable[..., torch.optim.Optimizer], torch.device]] = {
+        "loop": (lambda rows: torch.optim.AdamW(rows, LEARNING_RATE, foreach=False), world.device),
+        "fused": (lambda rows: torch.optim.AdamW(rows, LEARNING_RATE, fused=True), world.device),
+        "fused_host": (lambda rows: torch.optim.AdamW(rows, LEARNING_RATE, fused=True), host),
+        "cpu_adam": (lambda rows: DeepSpeedCPUAdam(rows, LEARNING_RATE), host)}
+    has_cpu_adam = not cpu_adam_problems(world)
+    return {name: _median_seconds(world, make, elements, device)
+            if has_cpu_adam or name != "cpu_adam" else None
+            for name, (make, device) in optimizers.items()}
+
+
+def _median_seconds(world: World, make: Callable[..., torch.optim.Optimizer], elements: int,
+                    device: torch.device) -> float:
+    """Of the slowest rank, after a step that makes the state. Collective."""
+    generator = torch.Generator(device).manual_seed(world.rank)
+    row = torch.nn.Parameter(torch.randn(elements, device=device, generator=generator))
+    row.grad = torch.randn(elements, device=device, generator=generator)
+    optimizer = make([row])
+    seconds = []
+    for _ in range(1 + ROUNDS):
+        world.barrier()
+        began = time.perf_counter()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(max(world.gather(time.perf_counter() - began)))
+    return statistics.median(seconds[1:])
