@@ -4,11 +4,11 @@ fused kernel, DeepSpeed's CPU Adam."""
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 
+from amid_ds.bench.measure import slowest_rank_seconds
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.cpu_adam import cpu_adam_problems
@@ -45,13 +45,6 @@ def _median_seconds(world: World, make: Callable[..., torch.optim.Optimizer], el
     generator = torch.Generator(device).manual_seed(world.rank)
     row = torch.nn.Parameter(torch.randn(elements, device=device, generator=generator))
     row.grad = torch.randn(elements, device=device, generator=generator)
-    optimizer = make([row])
-    seconds = []
-    for _ in range(1 + ROUNDS):
-        world.barrier()
-        began = time.perf_counter()
-        optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(max(world.gather(time.perf_counter() - began)))
+    step = make([row]).step
+    seconds = [slowest_rank_seconds(world, step) for _ in range(1 + ROUNDS)]
     return statistics.median(seconds[1:])
