@@ -10,11 +10,9 @@ import torch
 
 from amid_ds.bench.measure import slowest_rank_seconds
 from amid_ds.distributed.world import World
-from amid_ds.engine.backend import import_deepspeed
-from amid_ds.engine.cpu_adam import cpu_adam_problems
+from amid_ds.engine.cpu_adam import cpu_adam_problems, new_cpu_adam
 
 ROUNDS = 5
-LEARNING_RATE = 1e-4
 
 
 def optimizer_seconds(world: World, elements: int) -> dict[str, float | None]:
@@ -24,15 +22,12 @@ def optimizer_seconds(world: World, elements: int) -> dict[str, float | None]:
     device; `fused_host` and `cpu_adam` are of offloaded state, in host memory. None where it could
     not be compiled.
     """
-    import_deepspeed()
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
     host = torch.device("cpu")
     optimizers: dict[str, tuple[Callable[..., torch.optim.Optimizer], torch.device]] = {
-        "loop": (lambda rows: torch.optim.AdamW(rows, LEARNING_RATE, foreach=False), world.device),
-        "fused": (lambda rows: torch.optim.AdamW(rows, LEARNING_RATE, fused=True), world.device),
-        "fused_host": (lambda rows: torch.optim.AdamW(rows, LEARNING_RATE, fused=True), host),
-        "cpu_adam": (lambda rows: DeepSpeedCPUAdam(rows, LEARNING_RATE), host)}
+        "loop": (lambda rows: torch.optim.AdamW(rows, foreach=False), world.device),
+        "fused": (lambda rows: torch.optim.AdamW(rows, fused=True), world.device),
+        "fused_host": (lambda rows: torch.optim.AdamW(rows, fused=True), host),
+        "cpu_adam": (lambda rows: new_cpu_adam(rows), host)}
     has_cpu_adam = not cpu_adam_problems(world)
     return {name: _median_seconds(world, make, elements, device)
             if has_cpu_adam or name != "cpu_adam" else None

@@ -12,12 +12,15 @@ import re
 import socket
 import threading
 import time
+from typing import Any
+
+import torch
 
 from amid_ds.distributed.world import HEARTBEAT_S, World
 from amid_ds.engine.backend import import_deepspeed
 
 REMEDY = "install g++, ninja and Python's headers (python3-dev)"
-MAX_REASON = 200
+MAX_COMPILER_REASON = 200
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +38,14 @@ def load_cpu_adam(world: World) -> bool:
     if not problems:
         logger.info("CPU Adam is ready after %.0f s", time.monotonic() - began)
     return not problems
+
+
+def new_cpu_adam(parameters: Any, **options: Any) -> torch.optim.Optimizer:
+    """DeepSpeed's CPU Adam, as torch's AdamW is made, after it has been loaded."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    optimizer: torch.optim.Optimizer = DeepSpeedCPUAdam(parameters, **options)
+    return optimizer
 
 
 def cpu_adam_problems(world: World) -> list[tuple[str, str]]:
@@ -68,5 +79,5 @@ def _load() -> str | None:
     except Exception as error:
         lines = str(error).splitlines() or [type(error).__name__]
         telling = (line for line in lines if re.search("error:|not found|No such file", line))
-        return next(telling, lines[0]).strip()[:MAX_REASON]
+        return next(telling, lines[0]).strip()[:MAX_COMPILER_REASON]
     return None

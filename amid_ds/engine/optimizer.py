@@ -17,7 +17,7 @@ from torch import nn
 
 from amid_ds.config.recipe import Recipe, Train
 from amid_ds.distributed.world import World
-from amid_ds.engine.cpu_adam import load_cpu_adam
+from amid_ds.engine.cpu_adam import load_cpu_adam, new_cpu_adam
 from amid_ds.errors import TrainingError
 
 # `plain` is not decayed. In this order in the optimizer, and so in a checkpoint's files.
@@ -92,10 +92,7 @@ def make_optimizer(student: nn.Module, groups: Mapping[str, GroupName], train: T
 
         return make_muon(param_groups, train)
     if offloaded and load_cpu_adam(world):
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        cpu_adam: torch.optim.Optimizer = DeepSpeedCPUAdam(param_groups)
-        return cpu_adam
+        return new_cpu_adam(param_groups)
     return torch.optim.AdamW(param_groups, fused=True)
 
 
