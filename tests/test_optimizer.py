@@ -11,18 +11,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from support.checkpoints import copy_old_runs
 from support.patches import rank_without_compiler
-from support.ranks import rank_main, run_ranks
+from support.ranks import Ranks, rank_main, run_ranks
 from support.reference_loop import reference_loop
 from support.reference_muon import ReferenceMuon
 from support.runs import read_metrics, write_recipe
 from transformers import AutoModelForCausalLM
 
 from amid_ds.cli import main
+from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.config.recipe import Train
 from amid_ds.engine.optimizer import options_kept, parameter_groups
-from amid_ds.errors import TrainingError
+from amid_ds.errors import InputError, TrainingError
 from amid_ds.models.loading import meta_model
+from amid_ds.training.compatibility import changes_since_last_attempt, pin, refuse_other_run
 
 STEPS = 20
 # Of losses, norms and weights, relative; a wrong decay makes a difference of 1 %.
@@ -159,6 +162,31 @@ def test_in_another_layout_each_group_keeps_its_moments_and_its_decay(ranks, tp,
     assert farthest(exported(moved), truth) < TOLERANCE
 
 
+@pytest.mark.parametrize("config", ["zero3_fp32", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_muons_momentum_goes_on_in_the_same_layout_and_in_another(config, recipe_for, tmp_path):
+    settings = {"train__steps": 6, "checkpoint__every": 3, "deepspeed": f"ds_configs/{config}.json",
+                **MUON}
+    whole = tmp_path / "whole"
+    run_ranks(2, "train", recipe_for(whole, **settings), target=rank_without_compiler)
+    for ranks in (2, 1):
+        moved = tmp_path / str(ranks)
+        shutil.copytree(whole, moved)
+        stop_after(moved, 3)
+        run_ranks(ranks, "train", recipe_for(moved, **settings), target=rank_without_compiler)
+        # On one rank gradients are summed in another order, in bf16 too.
+        tolerance = 0.0 if ranks == 2 else 1e-5 if config == "zero3_fp32" else 1e-2
+        assert farthest(exported(moved), exported(whole)) <= tolerance
+
+
+def test_another_optimizer_is_never_an_allowed_change(run_of_two, recipe_for, tmp_path):
+    moved = tmp_path / "run"
+    shutil.copytree(run_of_two, moved)
+    ranks = Ranks(1, "train", recipe_for(moved, checkpoint__every=STEPS // 2, **MUON),
+                  "checkpoint.allow_change=[train]")
+    assert ranks.wait() == [2], ranks.output()
+    assert "train.optimizer: 'adamw' before, 'muon' now" in ranks.output()
+
+
 def exchanged_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank whose optimizer decays what is to be left alone, and no other."""
     from amid_ds.engine import build
@@ -235,6 +263,23 @@ def test_offloaded_state_is_stepped_by_cpu_adam_or_with_a_warning_by_torch(
     output = run_ranks(2, "train", recipe, f"deepspeed={config}", target=target).output()
     assert said in output and output.count("torch's fused AdamW steps") == ("this test" in said)
     assert farthest(exported(moved), exported(run_of_two)) < TOLERANCE
+
+
+def test_a_run_of_version_0_1_keeps_what_that_version_did_where_its_recipe_says_nothing(
+        tmp_path, monkeypatch):
+    monkeypatch.chdir(copy_old_runs(tmp_path))
+    old, saved = load_recipe("stream.yaml"), Path("stream/recipe.yaml")
+    for _ in range(2):
+        kept = pin(old)
+        assert kept.train.decay_all and kept.train.weight_decay == 0.01
+        assert kept.train.betas == [0.9, 0.999] != old.train.betas
+        refuse_other_run(kept)
+        assert changes_since_last_attempt(kept) == {}
+        # As the first start of this version leaves it.
+        saved.write_text(dump_recipe(kept))
+    changed = pin(load_recipe("stream.yaml", ["train.betas=[0.9, 0.95]"]))
+    with pytest.raises(InputError, match=r"train\.betas\.1: 0\.999 before, 0\.95 now"):
+        refuse_other_run(changed)
 
 
 BAD = {
