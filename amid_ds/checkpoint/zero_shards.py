@@ -67,7 +67,8 @@ class ZeroShards:
 
     def kinds(self, name: str) -> list[str]:
         """The tensors that there are of a parameter, of TENSOR_KINDS: they tell its optimizer."""
-        return list(self.parts[name][0].pieces[0])
+        with _errors_named(self.files.checkpoint):
+            return list(self.parts[name][0].pieces[0])
 
     def whole(self, name: str, kind: str = "fp32") -> torch.Tensor:
         """A parameter's fp32 weights, or one of its moments, whole: a copy in memory."""
