@@ -27,6 +27,8 @@ DeepSpeedConfig: TypeAlias = Mapping[str, Any]
 
 # The lowest ZeRO stage that offloads the weights, and the optimizer's state.
 OFFLOAD_STAGES = {"offload_param": 3, "offload_optimizer": 1}
+# An `optimizer` section's `type`, by the recipe's optimizer.
+DEEPSPEED_NAMES = {"adamw": "AdamW", "muon": "Muon"}
 # ZeRO's sizes that may be "auto", from the hidden size by the formulas of transformers' documents.
 AUTOMATIC_SIZES: Mapping[str, Callable[[int], int]] = {
     "zero_optimization.reduce_bucket_size": lambda width: width * width,
@@ -95,16 +97,16 @@ def _resolve_auto(key: str, value: Any, recipe: Recipe) -> Any:
     for a message."""
     if not isinstance(value, dict):
         return value
-    if key == "optimizer" and _is_recipes_optimizer(value):
+    if key == "optimizer" and _is_recipes_optimizer(value, recipe):
         return "auto"
     return {name: _resolve_value(f"{key}.{name}", part, recipe) if part == "auto" else part
             for name, part in value.items()}
 
 
-def _is_recipes_optimizer(section: Mapping[str, Any]) -> bool:
-    """True where nothing is said but that the optimizer is AdamW, as the recipe's is."""
-    parameters = section.get("params", {})
-    return (section.keys() <= {"type", "params"} and section.get("type") == "AdamW"
+def _is_recipes_optimizer(section: Mapping[str, Any], recipe: Recipe) -> bool:
+    """True where nothing is said but the name of the recipe's optimizer, as DeepSpeed has it."""
+    parameters, name = section.get("params", {}), DEEPSPEED_NAMES[recipe.train.optimizer]
+    return (section.keys() <= {"type", "params"} and section.get("type") == name
             and isinstance(parameters, dict)
             and all(value == "auto" for value in parameters.values()))
 

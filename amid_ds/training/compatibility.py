@@ -23,8 +23,10 @@ MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepare
               "train.log_every", "train.hang_timeout", "train.max_hours", "train.micro_batch_size",
               "student.activation_checkpointing", "train.profile", "teacher.max_tokens_per_pass",
               "teacher.placement", "tensor_parallel", "deepspeed")
-# No leave to change this one: a checkpoint has its moments, and no other optimizer's.
+# No leave to change this one, and the reason.
 KEPT = "train.optimizer"
+WHY_KEPT = ("; no leave changes it, because a checkpoint has no other optimizer's moments: take "
+            "another output_dir, and this run as student.model")
 # Keys of `train` whose defaults have changed since version 0.1, and what that version did: it had
 # none of the first two, and wrote the third into every recipe.yaml.
 CHANGED_DEFAULTS: dict[str, object] = {"betas": [0.9, 0.999], "decay_all": True,
@@ -126,7 +128,7 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object],
                and (key == KEPT or not any(key == name or key.startswith(f"{name}.")
                                            for name in free))]
     return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now"
-                     for key in changed)
+                     f"{WHY_KEPT * (key == KEPT)}" for key in changed)
 
 
 def flat_recipe(recipe: Recipe) -> dict[str, object]:
