@@ -27,7 +27,7 @@ from amid_ds.errors import InputError, TrainingError
 from amid_ds.models.loading import meta_model
 from amid_ds.training.compatibility import changes_since_last_attempt, pin, refuse_other_run
 
-STEPS = 20
+STEPS, EVERY = 20, 5
 # Of losses, norms and weights, relative; a wrong decay makes a difference of 1 %.
 TOLERANCE = 1e-5
 MUON = {"train__optimizer": "muon", "train__muon": {"learning_rate": 0.01, "momentum": 0.9}}
@@ -142,9 +142,9 @@ def stop_after(run: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def run_of_two(recipe_for, tmp_path_factory) -> Path:
-    """A finished run of two ranks under ZeRO-3, with its checkpoint after half of its steps."""
+    """A finished run of two ranks under ZeRO-3, with its checkpoints after half of its steps."""
     run = tmp_path_factory.mktemp("two") / "run"
-    run_ranks(2, "train", recipe_for(run, checkpoint__every=STEPS // 2))
+    run_ranks(2, "train", recipe_for(run, checkpoint__every=EVERY, checkpoint__keep=3))
     return run
 
 
@@ -155,10 +155,14 @@ def test_in_another_layout_each_group_keeps_its_moments_and_its_decay(ranks, tp,
                                                                       recipe_for, tmp_path):
     truth, moved = exported(run_of_two), tmp_path / "run"
     shutil.copytree(run_of_two, moved)
-    stop_after(moved, STEPS // 2)
-    recipe = recipe_for(moved, checkpoint__every=STEPS // 2)
+    stop_after(moved, 2 * EVERY)
+    recipe = recipe_for(moved, checkpoint__every=EVERY)
     run_ranks(ranks, "train", recipe, f"tensor_parallel={tp}",
               f"deepspeed={config_of_stage(tmp_path, stage)}")
+    assert farthest(exported(moved), truth) < TOLERANCE
+    # And back, from what that layout has saved.
+    stop_after(moved, 3 * EVERY)
+    assert "converting it once" in run_ranks(2, "train", recipe).output()
     assert farthest(exported(moved), truth) < TOLERANCE
 
 
@@ -181,7 +185,7 @@ def test_muons_momentum_goes_on_in_the_same_layout_and_in_another(config, recipe
 def test_another_optimizer_is_never_an_allowed_change(run_of_two, recipe_for, tmp_path):
     moved = tmp_path / "run"
     shutil.copytree(run_of_two, moved)
-    ranks = Ranks(1, "train", recipe_for(moved, checkpoint__every=STEPS // 2, **MUON),
+    ranks = Ranks(1, "train", recipe_for(moved, checkpoint__every=EVERY, **MUON),
                   "checkpoint.allow_change=[train]")
     assert ranks.wait() == [2], ranks.output()
     assert "train.optimizer: 'adamw' before, 'muon' now" in ranks.output()
@@ -201,8 +205,8 @@ def exchanged_rank(argv: list[str], variables: dict[str, str], log: str) -> None
 def test_exchanged_groups_would_change_the_run(run_of_two, recipe_for, tmp_path):
     moved = tmp_path / "run"
     shutil.copytree(run_of_two, moved)
-    stop_after(moved, STEPS // 2)
-    recipe = recipe_for(moved, checkpoint__every=STEPS // 2)
+    stop_after(moved, 2 * EVERY)
+    recipe = recipe_for(moved, checkpoint__every=EVERY)
     run_ranks(1, "train", recipe, target=exchanged_rank)
     assert farthest(exported(moved), exported(run_of_two)) > 100 * TOLERANCE
 
@@ -238,8 +242,8 @@ def test_an_allowed_change_of_decay_takes_effect_in_the_same_layout_as_in_anothe
     for ranks, own in ((2, changes), (1, changes), (2, changes[1:])):
         moved = tmp_path / str(len(weights))
         shutil.copytree(run_of_two, moved)
-        stop_after(moved, STEPS // 2)
-        run_ranks(ranks, "train", recipe_for(moved, checkpoint__every=STEPS // 2), *own)
+        stop_after(moved, 2 * EVERY)
+        run_ranks(ranks, "train", recipe_for(moved, checkpoint__every=EVERY), *own)
         weights.append(exported(moved))
     assert farthest(weights[0], weights[1]) < TOLERANCE
     # Norms and embeddings are decayed in the first alone.
@@ -257,9 +261,9 @@ def test_offloaded_state_is_stepped_by_cpu_adam_or_with_a_warning_by_torch(
         "stage": 3, "offload_optimizer": {"device": "cpu"}}}))
     moved = tmp_path / "run"
     shutil.copytree(run_of_two, moved)
-    stop_after(moved, STEPS // 2)
+    stop_after(moved, 2 * EVERY)
     # Half of the steps were made by torch's AdamW, on the device.
-    recipe = recipe_for(moved, checkpoint__every=STEPS // 2)
+    recipe = recipe_for(moved, checkpoint__every=EVERY)
     output = run_ranks(2, "train", recipe, f"deepspeed={config}", target=target).output()
     assert said in output and output.count("torch's fused AdamW steps") == ("this test" in said)
     assert farthest(exported(moved), exported(run_of_two)) < TOLERANCE
