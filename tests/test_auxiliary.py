@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.data import split_documents
 from support.ranks import run_ranks
+from support.reference_loop import reference_adamw
 from support.runs import comparable_metrics, write_recipe
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,7 +29,9 @@ def reference_metrics(student: Path, teacher: Path, prepared: Path) -> list[dict
     """
     model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
     vocabulary = len(AutoTokenizer.from_pretrained(student))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
+    optimizer = reference_adamw(model, {})
+    for group in optimizer.param_groups:
+        group["lr"] = 3e-3
     rows, text = (PreparedLoader(folder, seed=0, global_batch_size=4, micro_batch_size=1, dp_rank=0,
                            dp_size=1, workers=0)
                   for folder in (prepared, prepared / "auxiliary"))

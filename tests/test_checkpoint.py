@@ -15,7 +15,8 @@ import torch
 from support.data import write_instructions
 from support.disks import SmallDisk
 from support.models import make_model
-from support.ranks import Ranks, run_ranks
+from support.patches import rank_without_compiler
+from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import comparable_metrics, count_steps, read_metrics, write_recipe
 
 from amid_ds.checkpoint.manifest import Manifest, list_checkpoints, verify
@@ -137,15 +138,19 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_resume_is_exact_in_other_precisions_and_layouts(layout, recipe_for, tmp_path):
+@pytest.mark.parametrize(("layout", "target"), [
+    *((layout, rank_without_compiler) for layout in LAYOUTS),
+    pytest.param("offload", rank_main, marks=pytest.mark.slow, id="offload, CPU Adam")])
+def test_a_resume_is_exact_in_other_precisions_and_layouts(layout, target, recipe_for, tmp_path):
     ranks, changes = LAYOUTS[layout]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    run_ranks(ranks, "train", recipe_for(whole, train__steps=6, checkpoint__every=3, **changes))
+    run_ranks(ranks, "train", recipe_for(whole, train__steps=6, checkpoint__every=3, **changes),
+              target=target)
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "step_00000006")
     text = run_ranks(ranks, "train",
-                     recipe_for(cut, train__steps=6, checkpoint__every=3, **changes)).output()
+                     recipe_for(cut, train__steps=6, checkpoint__every=3, **changes),
+                     target=target).output()
     assert "resumed after step 3" in text
     assert comparable_metrics(cut) == comparable_metrics(whole)
     last = [fp32_state(run / "checkpoints" / "step_00000006") for run in (cut, whole)]

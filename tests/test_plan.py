@@ -64,12 +64,17 @@ def weighing_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
             "gradients": sum(tensor.nbytes for tensor in gradients)}))
 
     patch_train_step(around)
+    # Muon's functions take a minute to compile.
+    torch._dynamo.config.disable = True
     counting_rank(argv, variables, log)
 
 
 @pytest.mark.parametrize("layout", [["train.micro_batch_size=2"], ["tensor_parallel=2"],
-                                    ["deepspeed=BF16", "student.activation_checkpointing=true"]],
-                         ids=["dp 2", "tp 2", "bf16"])
+                                    ["deepspeed=BF16", "student.activation_checkpointing=true"],
+                                    pytest.param(["train.optimizer=muon"], marks=pytest.mark.slow),
+                                    pytest.param(["train.optimizer=muon", "deepspeed=BF16"],
+                                                 marks=pytest.mark.slow)],
+                         ids=["dp 2", "tp 2", "bf16", "muon", "muon, bf16"])
 def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, shared_model, text_file,
                                                            tmp_path, capfd):
     # Wide enough that ZeRO-3 partitions more than it pads.

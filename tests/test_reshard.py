@@ -29,7 +29,6 @@ from amid_ds.config.recipe import Student
 from amid_ds.data import PreparedDataset
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
-from amid_ds.engine.restore import TENSOR_KINDS
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.files.atomic import require_disk_space
 from amid_ds.models.loading import meta_model
@@ -170,7 +169,8 @@ def tensors_of(path: Path, model: Path) -> dict[tuple[str, str], torch.Tensor]:
     shapes = {name: parameter.shape
               for name, parameter in meta_model(str(model)).named_parameters()}
     shards = ZeroShards(path, shapes)
-    return {(name, kind): shards.whole(name, kind) for name in shapes for kind in TENSOR_KINDS}
+    return {(name, kind): shards.whole(name, kind) for name in shapes
+            for kind in shards.kinds(name)}
 
 
 def adam_steps(value: object) -> set[float]:

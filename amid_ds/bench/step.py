@@ -15,7 +15,7 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from amid_ds.bench.measure import process_bytes, reset_peak_rss, slowest_rank_seconds
+from amid_ds.bench.optimizer import optimizer_seconds
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.recipe import Dtype, Recipe, Train
 from amid_ds.data import Batch
@@ -83,7 +84,8 @@ class StepResult:
 
     spread_s: least and most seconds by variant. peak_bytes: by variant, resident on a CPU,
     allocated on a GPU. largest_layer_bytes: of the teacher, gathered at once. teacher_gather_bytes:
-    in a step of 1 and of 8 micro-batches, `ga1` and `ga8`.
+    in a step of 1 and of 8 micro-batches, `ga1` and `ga8`. optimizer_s: of a step over a rank's
+    part of the student, by `optimizer_seconds`.
     """
 
     ranks: int
@@ -96,6 +98,7 @@ class StepResult:
     teacher_shard_bytes: int
     largest_layer_bytes: int
     teacher_gather_bytes: dict[str, int]
+    optimizer_s: dict[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ def measure_step(scale: StepScale, size: int) -> StepResult:
         timings = StepTimings(**_on_ranks(size, folder, "times", scale))
         peaks = {variant: _on_ranks(size, folder, variant, scale)["peak_bytes"]
                  for variant in PEAK_VARIANTS}
+        optimizers = _on_ranks(size, folder, "optimizer", scale)
     seconds = timings.seconds
     median = {variant: statistics.median(values) for variant, values in seconds.items()}
     return StepResult(
@@ -144,7 +148,7 @@ def measure_step(scale: StepScale, size: int) -> StepResult:
         spread_s={variant: (min(values), max(values)) for variant, values in seconds.items()},
         peak_bytes=peaks, teacher_shard_bytes=timings.teacher_shard_bytes,
         largest_layer_bytes=timings.largest_layer_bytes,
-        teacher_gather_bytes=timings.teacher_gather_bytes)
+        teacher_gather_bytes=timings.teacher_gather_bytes, optimizer_s=optimizers)
 
 
 def _make_models(folder: Path, scale: StepScale) -> None:
@@ -156,7 +160,7 @@ def _make_models(folder: Path, scale: StepScale) -> None:
 def _on_ranks(size: int, folder: Path, part: str, scale: StepScale) -> Any:
     """Run `part` on `size` fresh ranks of this machine and return rank 0's result, as JSON.
 
-    `part`: "times", or a variant for its peak.
+    `part`: "times", "optimizer", or a variant for its peak.
     """
     threads = str(max(1, (os.cpu_count() or 1) // size))
     variables = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
@@ -184,9 +188,13 @@ def _on_ranks(size: int, folder: Path, part: str, scale: StepScale) -> Any:
 
 def _run_rank(rank: int, folder: Path, part: str, scale: StepScale) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    result: Mapping[str, object]
     with init_distributed(Train.model_fields["hang_timeout"].default) as world:
         if part == "times":
             result = asdict(_time_variants(folder, world, scale))
+        elif part == "optimizer":
+            student: Any = loading.meta_model(str(folder / "student"))
+            result = optimizer_seconds(world, student.num_parameters() // world.size)
         else:
             result = {"peak_bytes": _peak_bytes(part, folder, world, scale)}
         if world.is_main:
@@ -358,6 +366,8 @@ def _print(result: StepResult, device: str, scale: StepScale) -> None:
     gathered = result.teacher_gather_bytes
     table.add_row("gathered of the teacher, 1 and 8 micro-batches", "", "",
                   f"{_mb(gathered['ga1'])} and {_mb(gathered['ga8'])}")
+    for name, took in result.optimizer_s.items():
+        table.add_row(f"an optimizer's step, {name}", "" if took is None else f"{took:.4f}")
     Console().print(table)
 
 

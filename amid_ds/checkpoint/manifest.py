@@ -89,6 +89,7 @@ class Manifest:
         return (all(type(count) is int and count > 0 for count in counts)
                 and layout.ranks % layout.tensor_parallel == 0
                 and layout.zero_stage in (0, 1, 2, 3) and layout.student_dtype in ("bf16", "fp32")
+                and layout.decayed in ("all", "matrices")
                 and type(self.state.step) is int and self.state.step >= 0
                 and type(self.state.tokens) is int and isinstance(self.identity, dict)
                 and bool(self.files)

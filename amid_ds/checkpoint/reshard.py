@@ -1,10 +1,12 @@
 """A checkpoint of one layout resumes in any other.
 
-A layout is the number of ranks, tensor parallelism with the cut of its heads, ZeRO stage and
-precision. One process puts the parameters and their moments together (zero_shards.py) and keeps
-them inside the checkpoint, a file for each parameter, so that they are there for the next start and
-go when the checkpoint goes. Then every rank maps those files into memory and reads the pieces that
-its own layout asks for. The price is disk: 12 bytes per parameter, once.
+A layout is the number of ranks, tensor parallelism with the cut of its heads, ZeRO stage, precision,
+and the parameters that are decayed, which lie in a group of their own: whatever a group is, a
+parameter's moments go by its name. One process puts the parameters and their moments together
+(zero_shards.py) and keeps them inside the checkpoint, a file for each parameter, so that they are
+there for the next start and go when the checkpoint goes. Then every rank maps those files into
+memory and reads the pieces that its own layout asks for. The price is disk: 12 bytes per parameter,
+once.
 """
 
 from __future__ import annotations
@@ -26,11 +28,13 @@ from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.config.recipe import Student
 from amid_ds.distributed.world import World
 from amid_ds.engine.engine import Engine
-from amid_ds.engine.restore import TENSOR_KINDS
 from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import TrainingError
 from amid_ds.files.atomic import replace_folder, require_disk_space
 from amid_ds.models.loading import meta_model
+
+# Of a parameter with AdamW's moments, per element, all in fp32.
+CONSOLIDATED_BYTES = 12
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +63,7 @@ def consolidate(checkpoint: Path, student: Student) -> None:
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     staging = checkpoint / f".{CONSOLIDATED}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
-    needed = sum(shape.numel() for shape in shapes.values()) * 4 * len(TENSOR_KINDS)
+    needed = sum(shape.numel() for shape in shapes.values()) * CONSOLIDATED_BYTES
     require_disk_space(checkpoint, needed, f"converting {checkpoint} to this layout",
                        "start in the layout that it was saved in")
     shards = ZeroShards(checkpoint, shapes)
@@ -67,7 +71,7 @@ def consolidate(checkpoint: Path, student: Student) -> None:
         staging.mkdir()
         files = {}
         for name in tqdm(shapes, desc="converting", unit="tensor", disable=None):
-            tensors = {kind: shards.whole(name, kind) for kind in TENSOR_KINDS}
+            tensors = {kind: shards.whole(name, kind) for kind in shards.kinds(name)}
             files[f"{name}.pt"] = write_file(staging / f"{name}.pt", tensors)
         saved = Manifest.read(checkpoint)
         Manifest(saved.state, saved.layout, saved.identity, files).write(staging)

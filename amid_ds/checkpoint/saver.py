@@ -241,7 +241,7 @@ class Saver:
 
 def layout_of(engine: Engine) -> Layout:
     """The layout in which `engine` saves."""
-    return Layout.of(engine.world, engine.zero_stage, engine.student_dtype)
+    return Layout.of(engine.world, engine.zero_stage, engine.student_dtype, engine.decayed)
 
 
 def _file_system(folder: Path) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from amid_ds.config.schedule import TaidState
 from amid_ds.data import StreamState
 from amid_ds.distributed.world import World
+from amid_ds.engine.optimizer import DecayedParameters
 from amid_ds.models.tensor_parallel import HEAD_ROW_MULTIPLE
 
 
@@ -61,20 +62,25 @@ class Layout:
     tensor_parallel: int
     zero_stage: int
     student_dtype: str
-    # The multiple of rows at which a tensor-parallel group has cut the heads; 1 without a group,
-    # and in manifests that do not name it: they are older than the rule.
+    # The multiple of rows at which a tensor-parallel group has cut the heads; 1 without a group.
+    # Manifests that do not name these two are older than them: heads were cut as evenly as
+    # possible, and all parameters decayed.
     head_row_multiple: int = 1
+    decayed: DecayedParameters = "all"
 
     @classmethod
-    def of(cls, world: World, zero_stage: int, student_dtype: str) -> Layout:
+    def of(cls, world: World, zero_stage: int, student_dtype: str,
+           decayed: DecayedParameters) -> Layout:
         """The layout that a run has on these ranks."""
         return cls(world.size, world.tp_size, zero_stage, student_dtype,
-                   HEAD_ROW_MULTIPLE if world.tp_size > 1 else 1)
+                   HEAD_ROW_MULTIPLE if world.tp_size > 1 else 1, decayed)
 
     def to_json(self) -> dict[str, object]:
-        """The fields as a manifest has them."""
+        """The fields as a manifest has them; those that an older one lacks only where they differ
+        from what it meant."""
+        defaults = {"head_row_multiple": 1, "decayed": "all"}
         return {name: value for name, value in vars(self).items()
-                if name != "head_row_multiple" or value != 1}
+                if name not in defaults or value != defaults[name]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Layout:
@@ -85,4 +91,5 @@ class Layout:
         cut = (f" (heads cut at multiples of {self.head_row_multiple} rows)"
                if self.tensor_parallel > 1 else "")
         return (f"{self.ranks} rank(s), tensor_parallel {self.tensor_parallel}{cut}, "
-                f"ZeRO stage {self.zero_stage}, {self.student_dtype}")
+                f"ZeRO stage {self.zero_stage}, {self.student_dtype}, "
+                f"weight decay of {self.decayed}")

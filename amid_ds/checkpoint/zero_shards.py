@@ -1,4 +1,4 @@
-"""Whole tensors, by name, out of DeepSpeed's shards of any layout: fp32 weights and Adam's moments.
+"""Whole tensors, by name, out of DeepSpeed's shards of any layout: fp32 weights and moments.
 
 A rank's file holds flat rows of numbers. The run of a row that is a piece of a parameter follows
 from the shapes or addresses that DeepSpeed saves with it, so a parameter is put together from a few
@@ -64,6 +64,11 @@ class ZeroShards:
                                 f"missing {sorted(shapes.keys() - parts.keys())}, "
                                 f"unexpected {sorted(parts.keys() - shapes.keys())}")
         self.files, self.shapes, self.parts = files, shapes, parts
+
+    def kinds(self, name: str) -> list[str]:
+        """The tensors that there are of a parameter, of TENSOR_KINDS: they tell its optimizer."""
+        with _errors_named(self.files.checkpoint):
+            return list(self.parts[name][0].pieces[0])
 
     def whole(self, name: str, kind: str = "fp32") -> torch.Tensor:
         """A parameter's fp32 weights, or one of its moments, whole: a copy in memory."""
@@ -182,15 +187,17 @@ def _stage_0(files: _Files, shapes: Mapping[str, torch.Size], dp_size: int,
     for tp in range(tp_size):
         file = files.read(f"mp_rank_{tp:02d}_model_states.pt")
         optimizer = file["optimizer"]
-        moments = optimizer.get("optimizer_state_dict", optimizer)["state"]
-        names = [f"{STUDENT_PREFIX}{name}" for name in shapes]
+        adam = optimizer.get("optimizer_state_dict", optimizer)
+        # Checkpoints of version 0.1 have one group, in the model's order.
+        names = [f"{STUDENT_PREFIX}{name}" for group in adam["param_groups"]
+                 for name in group.get("names", shapes)]
         masters = ([master for group in optimizer["fp32_groups"] for master in group]
                    if "fp32_groups" in optimizer
                    else [file["module"][name] for name in names])
         _add(parts_by_name,
              {name: Part(master.shape,
                          [{kind: tensor.flatten()
-                           for kind, tensor in {"fp32": master, **moments[index]}.items()
+                           for kind, tensor in {"fp32": master, **adam["state"][index]}.items()
                            if kind in TENSOR_KINDS}])
               for index, (name, master) in enumerate(zip(names, masters, strict=True))})
     return _first_of_equals(parts_by_name, shapes)
@@ -210,4 +217,4 @@ def _first_of_equals(parts_by_name: dict[str, list[Part]],
 
 
 def _cut(row: Mapping[str, torch.Tensor], start: int, size: int) -> Piece:
-    return {kind: row[kind].narrow(0, start, size) for kind in TENSOR_KINDS}
+    return {kind: row[kind].narrow(0, start, size) for kind in TENSOR_KINDS if kind in row}

@@ -290,6 +290,18 @@ def _model_problem(model: Student | Teacher) -> str | None:
     return None
 
 
+def check_cpu_adam(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
+    """Where the recipe offloads the optimizer's state, DeepSpeed's CPU Adam can be compiled."""
+    from amid_ds.engine import cpu_adam, ds_config
+
+    if recipe is None or not world.run_checked(lambda: ds_config.offloads_optimizer(recipe)):
+        return
+    problems = cpu_adam.cpu_adam_problems(world)
+    yield Verdict("CPU Adam", not problems,
+                  _by_node(problems) or "DeepSpeed's is compiled on every node",
+                  f"{cpu_adam.REMEDY}, or the offloaded state is stepped by torch's AdamW")
+
+
 def check_clocks(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
     """All ranks' clocks are within CLOCK_TOLERANCE_S of the median."""
     # After the barrier all read their clocks within milliseconds.
@@ -304,4 +316,5 @@ def check_clocks(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 
 
 CHECKS: tuple[Check, ...] = (check_versions, check_gpus, check_compiler, check_output_folder,
-                             check_connections, check_all_reduce, check_model_files, check_clocks)
+                             check_connections, check_all_reduce, check_model_files, check_cpu_adam,
+                             check_clocks)

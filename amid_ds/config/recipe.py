@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Rows, Source
+from amid_ds.config.optimizer_section import Muon, OptimizerKeys
 from amid_ds.config.scheduled_values import (
     Piecewise,
     Schedule,
@@ -36,7 +37,7 @@ from amid_ds.config.section import (
 # Every section under one roof: other folders import them from here.
 __all__ = [
     "AlphaBetaSpec", "Auxiliary", "CheckpointPolicy", "Data", "DivergenceSpec", "Dtype", "EvalSet",
-    "HubKwargs", "Loss", "Piecewise", "PretrainedModel", "ProfileSteps", "Recipe", "Replay",
+    "HubKwargs", "Loss", "Muon", "Piecewise", "PretrainedModel", "ProfileSteps", "Recipe", "Replay",
     "Rollout", "Rows", "Schedule", "Section", "Slurm", "Source", "Student", "TaidSchedule",
     "Teacher", "Train", "bounding_values"]
 
@@ -166,7 +167,7 @@ class ProfileSteps(Section):
     """Their number."""
 
 
-class Train(Section):
+class Train(OptimizerKeys):
     """The optimization: steps, batches, learning rate, intervals of logs and evaluations."""
 
     steps: PositiveInt
@@ -183,8 +184,6 @@ class Train(Section):
     """The learning rate's way from the peak down to 0 at the last step; constant: no way down."""
     warmup_steps: NonNegativeInt = 0
     """Steps of the linear warm-up."""
-    weight_decay: NonNegative = 0.01
-    """AdamW's."""
     gradient_clipping: NonNegative = 1.0
     """The greatest norm of the gradient; 0: no clipping."""
     seed: NonNegativeInt = 0
@@ -201,6 +200,11 @@ class Train(Section):
     """Seconds that a step, or a rank before its first step, may take."""
     profile: ProfileSteps | None = None
     """Steps to trace with torch's profiler, on every rank."""
+
+    @property
+    def muon_ratio(self) -> float | None:
+        """Muon's learning rate over AdamW's, the same at every step; None without Muon."""
+        return None if self.muon is None else self.muon.learning_rate / self.learning_rate
 
 
 class Replay(Section):

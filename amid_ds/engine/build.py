@@ -16,6 +16,7 @@ from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     gradients_in_fp32,
+    offload_device,
     sharded_loading,
     teacher_is_replicated,
     uses_bf16,
@@ -23,6 +24,15 @@ from amid_ds.engine.ds_config import (
 )
 from amid_ds.engine.engine import Engine
 from amid_ds.engine.gather import GatheredBytes, count_and_order_gathers, gathered_head
+from amid_ds.engine.muon import clip_gradients_first
+from amid_ds.engine.optimizer import (
+    DecayedParameters,
+    GroupName,
+    decayed_parameters,
+    make_optimizer,
+    parameter_groups,
+    recount_steps,
+)
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.attention import choose_attention, exceeds_window
 from amid_ds.models.distiller import Distiller
@@ -52,13 +62,16 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
     # Before transformers, which loads sharded models through deepspeed, imports it in its own way.
     import_deepspeed()
     with freed_memory_given_back():
-        distiller, config = _build_distiller(recipe, config, vocab_size, world)
-        return _initialize(distiller, recipe.train.weight_decay, config, world)
+        distiller, groups, config = _build_distiller(recipe, config, vocab_size, world)
+        optimizer = make_optimizer(distiller.student, groups, recipe.train,
+                                   offload_device(config, "offload_optimizer") != "none", world)
+        return _initialize(distiller, optimizer, decayed_parameters(recipe), config, world)
 
 
-def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int,
-                     world: World) -> tuple[Distiller, DeepSpeedConfig]:
-    """Both models, loaded and their heads cut; the config with its tensor-parallel block."""
+def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World
+                     ) -> tuple[Distiller, dict[str, GroupName], DeepSpeedConfig]:
+    """Both models, loaded and their heads cut; the optimizer's group of each of the student's
+    parameters; the config with its tensor-parallel block."""
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
     replicated = teacher_is_replicated(recipe, config)
     teacher = None
@@ -77,11 +90,12 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int,
                           replicated=replicated)
     # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing.
     distiller.train()
+    groups = parameter_groups(student, recipe.train)
     if shard is not None:
         for model in filter(None, (student, teacher)):
             cut_head(model, shard, vocab_size, gathered_head)
         config = {**config, "tensor_parallel": _autotp(distiller, world)}
-    return distiller, config
+    return distiller, groups, config
 
 
 def _load_student(recipe: Recipe, config: DeepSpeedConfig) -> nn.Module:
@@ -94,8 +108,8 @@ def _load_student(recipe: Recipe, config: DeepSpeedConfig) -> nn.Module:
     return student
 
 
-def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConfig,
-                world: World) -> Engine:
+def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, decayed: DecayedParameters,
+                config: DeepSpeedConfig, world: World) -> Engine:
     """DeepSpeed's engine around the distiller, its hooks set for our order of modules."""
     deepspeed = import_deepspeed()
     if world.tp_size > 1:
@@ -105,19 +119,18 @@ def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConf
         logger.warning("the gradients of micro-batches add up in bf16; ZeRO stages 2 and 3 can add "
                        "them up in fp32 (data_types.grad_accum_dtype)")
     trainable = [p for p in distiller.parameters() if p.requires_grad]
-    # lr=0 because DeepSpeed's bf16 stage 0 runs one empty Adam step to create its state; lr 0 moves
-    # no weight, and the loop below resets Adam's counter. Each step sets its own learning rate.
-    optimizer = torch.optim.AdamW(trainable, lr=0.0, weight_decay=weight_decay)
     split_early = (_split_layer_by_layer(distiller) if zero3 and world.tp_size > 1
                    else contextlib.nullcontext())
     with split_early:
         deepspeed_engine, *_ = deepspeed.initialize(
             model=distiller, model_parameters=trainable, optimizer=optimizer, config=config,
             dist_init_required=False)
-    for values in optimizer.state.values():
-        values["step"].zero_()
+    # DeepSpeed's bf16 stage 0 makes one empty step to create the state.
+    recount_steps(optimizer, 0)
     gathered_bytes = GatheredBytes()
     if zero3:
+        if any(group["name"] == "muon" for group in optimizer.param_groups):
+            clip_gradients_first(deepspeed_engine.optimizer)
         gathered_bytes = count_and_order_gathers(distiller)
         # ZeRO-3 restarts its prefetch trace at each forward and drops it when the module order
         # changes. Ours repeats per optimizer step only: Engine.start_step restarts it instead.
@@ -127,7 +140,7 @@ def _initialize(distiller: Distiller, weight_decay: float, config: DeepSpeedConf
         for parameter in (head.weight, head.bias):
             if parameter is not None:
                 deepspeed.zero.register_external_parameter(distiller.head, parameter)
-    return Engine(deepspeed_engine, world, gathered_bytes)
+    return Engine(deepspeed_engine, world, gathered_bytes, decayed)
 
 
 def _make_tensor_parallel_groups(tp_size: int) -> None:

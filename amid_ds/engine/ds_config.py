@@ -29,6 +29,8 @@ DeepSpeedConfig: TypeAlias = Mapping[str, Any]
 OFFLOAD_STAGES = {"offload_param": 3, "offload_optimizer": 1}
 # The lowest ZeRO stage at which DeepSpeed adds the gradients of a bf16 model up in fp32.
 ACCUMULATION_STAGE = 2
+# An `optimizer` section's `type`, by the recipe's optimizer.
+DEEPSPEED_NAMES = {"adamw": "AdamW", "muon": "Muon"}
 # ZeRO's sizes that may be "auto", from the hidden size by the formulas of transformers' documents.
 AUTOMATIC_SIZES: Mapping[str, Callable[[int], int]] = {
     "zero_optimization.reduce_bucket_size": lambda width: width * width,
@@ -66,8 +68,12 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig
     kept = {key: value for key, value in config.items() if key not in OWNED_BY_RECIPE}
     if "data_types" not in kept and _should_accumulate_in_fp32(kept, ours):
         kept["data_types"] = {"grad_accum_dtype": "fp32"}
-    # DeepSpeed offloads an optimizer that is not its own where it is told so. Its timer, of which
-    # nothing is ever printed, would wait for the GPU at the beginning of each micro-batch.
+    if recipe.train.optimizer == "muon":
+        # DeepSpeed's Muon needs whole gradients to be summed.
+        kept["zero_optimization"] = {**kept["zero_optimization"], "reduce_scatter": False}
+    # DeepSpeed would refuse torch's AdamW for offloaded state, where its own cannot be compiled.
+    # Its timer, of which nothing is ever printed, would wait for the GPU at the beginning of each
+    # micro-batch.
     return {**kept, **ours, "steps_per_print": sys.maxsize, "zero_force_ds_cpu_optimizer": False,
             "timers": {"throughput": {"enabled": False}}}
 
@@ -108,16 +114,16 @@ def _resolve_auto(key: str, value: Any, recipe: Recipe) -> Any:
     for a message."""
     if not isinstance(value, dict):
         return value
-    if key == "optimizer" and _is_recipes_optimizer(value):
+    if key == "optimizer" and _is_recipes_optimizer(value, recipe):
         return "auto"
     return {name: _resolve_value(f"{key}.{name}", part, recipe) if part == "auto" else part
             for name, part in value.items()}
 
 
-def _is_recipes_optimizer(section: Mapping[str, Any]) -> bool:
-    """True where nothing is said but that the optimizer is AdamW, as the recipe's is."""
-    parameters = section.get("params", {})
-    return (section.keys() <= {"type", "params"} and section.get("type") == "AdamW"
+def _is_recipes_optimizer(section: Mapping[str, Any], recipe: Recipe) -> bool:
+    """True where nothing is said but the name of the recipe's optimizer, as DeepSpeed has it."""
+    parameters, name = section.get("params", {}), DEEPSPEED_NAMES[recipe.train.optimizer]
+    return (section.keys() <= {"type", "params"} and section.get("type") == name
             and isinstance(parameters, dict)
             and all(value == "auto" for value in parameters.values()))
 
@@ -153,6 +159,8 @@ def _conflicts(recipe: Recipe, config: DeepSpeedConfig, ours: Mapping[str, float
 def _section_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Iterator[str]:
     """A line for each section that is sound in itself and wrong for the recipe."""
     yield from _zero_stage_conflicts(recipe, config, name)
+    if recipe.train.optimizer == "muon":
+        yield from _muon_conflicts(recipe, config, name)
     if config.get("fp16", {}).get("enabled"):
         yield f"fp16.enabled: true in {name}, the recipe knows bf16 and fp32"
     bf16 = uses_bf16(config)
@@ -186,6 +194,23 @@ def _zero_stage_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) ->
                "or set teacher.placement: replicated, or teacher.dtype: bf16")
 
 
+def _muon_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Iterator[str]:
+    """A line for each thing with which DeepSpeed's Muon would not be Muon, or not clip right."""
+    stage, muon = zero_stage(config), "train.optimizer: muon in the recipe"
+    if stage != 3:
+        yield (f"zero_optimization.stage: {stage} in {name}, {muon} needs stage 3: below it "
+               "DeepSpeed would clip Muon's steps instead of the gradients")
+    for part in OFFLOAD_STAGES:
+        if offload_device(config, part) != "none":
+            yield (f"zero_optimization.{part} in {name}, {muon} needs all on the device: offloaded "
+                   "DeepSpeed would clip Muon's steps instead of the gradients")
+    if recipe.tensor_parallel > 1:
+        yield (f"tensor_parallel: {recipe.tensor_parallel} in the recipe, {muon} needs whole "
+               "matrices: set it to 1")
+    if config.get("zero_optimization", {}).get("reduce_scatter"):
+        yield f"zero_optimization.reduce_scatter: true in {name}, {muon} needs false"
+
+
 def _engine_has_fp32_teacher(recipe: Recipe, config: DeepSpeedConfig) -> bool:
     teacher = recipe.teacher
     if teacher is None or teacher_is_replicated(recipe, config):
@@ -203,6 +228,15 @@ def zero_stage(config: DeepSpeedConfig) -> int:
 def offload_device(config: DeepSpeedConfig, part: str) -> str:
     """Where ZeRO keeps `part`, a key of OFFLOAD_STAGES: `cpu`; `none`: on the device."""
     return str((config.get("zero_optimization", {}).get(part) or {}).get("device", "none"))
+
+
+def offloads_optimizer(recipe: Recipe) -> bool:
+    """True where the recipe's DeepSpeed config, read by itself, offloads the optimizer's state.
+
+    Raises InputError where it cannot be read.
+    """
+    config = _read_json(find_deepspeed_config(recipe.deepspeed))
+    return not find_problems(config) and offload_device(config, "offload_optimizer") != "none"
 
 
 def uses_bf16(config: DeepSpeedConfig) -> bool:

@@ -17,7 +17,8 @@ from amid_ds.engine.backend import import_deepspeed
 from amid_ds.errors import suggest
 
 # The keys that the recipe owns, and its own key for each; ds_config.py compares the values.
-OWNED_BY_RECIPE = {"optimizer": "train.learning_rate and train.weight_decay",
+OWNED_BY_RECIPE = {"optimizer": "train.optimizer, train.learning_rate, train.betas, train.eps and "
+                                "train.weight_decay",
                    "scheduler": "train.schedule",
                    "train_batch_size": "train.global_batch_size",
                    "tensor_parallel": "tensor_parallel",
@@ -85,7 +86,7 @@ _ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
     "zero_optimization.zero_quantized_gradients": ((False,), _EXCHANGE),
     "prescale_gradients": ((False,), "ZeRO does not do it"),
     "gradient_predivide_factor": ((1,), "ZeRO does not do it"),
-    "zero_force_ds_cpu_optimizer": ((False,), "the optimizer is torch's AdamW")}
+    "zero_force_ds_cpu_optimizer": ((False,), "torch steps where DeepSpeed cannot")}
 
 
 def _sections() -> Mapping[str, Any]:

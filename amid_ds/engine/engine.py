@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from amid_ds.config.recipe import Recipe
 from amid_ds.data import Batch
 from amid_ds.distributed.world import World
-from amid_ds.engine import gather, memory, restore, staging, tensor_files
+from amid_ds.engine import gather, memory, optimizer, restore, staging, tensor_files
 from amid_ds.errors import TrainingError
 from amid_ds.models.distiller import Distiller, MicroBatchLoss, StepObjective
 from amid_ds.models.heads import check_head, check_isolation, ids_to_check
@@ -36,12 +36,13 @@ class Engine:
 
     module: the `Distiller`, or for generation a causal LM by itself.
     gathered_bytes: bytes of weights that ZeRO-3 has gathered on this rank so far, counted in
-    training.
+    training. decayed: the parameters with weight decay, which are in a group of their own.
     """
 
     def __init__(self, deepspeed_engine: Any, world: World,
-                 gathered_bytes: gather.GatheredBytes | None = None) -> None:
-        self._deepspeed, self.world = deepspeed_engine, world
+                 gathered_bytes: gather.GatheredBytes | None = None,
+                 decayed: optimizer.DecayedParameters = "all") -> None:
+        self._deepspeed, self.world, self.decayed = deepspeed_engine, world, decayed
         self.gathered_bytes = gathered_bytes or gather.GatheredBytes()
         self.module: nn.Module = deepspeed_engine.module
         self._step_hooks: OrderedDict[int, Callable[[], None]] = OrderedDict()
@@ -57,9 +58,9 @@ class Engine:
         return self.module
 
     def start_step(self, learning_rate: float) -> None:
-        """Begin an optimizer step, before the teacher runs."""
+        """Begin an optimizer step, before the teacher runs; learning_rate: AdamW's."""
         for group in self._deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["ratio"]
         self.reset_prefetch()
 
     def reset_prefetch(self) -> None:
@@ -209,8 +210,9 @@ class Engine:
         """
         tensor_files.read_safely(self._deepspeed)
         try:
-            loaded, _ = self._deepspeed.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name,
-                                                        load_module_strict=False)
+            with optimizer.options_kept(self._deepspeed):
+                loaded, _ = self._deepspeed.load_checkpoint(
+                    str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
         except TrainingError:
             raise
         # DeepSpeed takes its files' content for granted: a changed one can make it raise anything.

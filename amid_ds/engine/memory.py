@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from amid_ds.distributed.world import World
+from amid_ds.engine.optimizer import inner_optimizer
 
 
 def resident_bytes(deepspeed_engine: Any) -> dict[str, int]:
@@ -20,8 +21,7 @@ def resident_bytes(deepspeed_engine: Any) -> dict[str, int]:
     parts = {
         f"{name}_weights": _unique_bytes(getattr(p, "ds_tensor", p) for p in model.parameters())
         for name, model in models.items() if model is not None}
-    outer = deepspeed_engine.optimizer
-    inner = getattr(outer, "optimizer", outer)
+    outer, inner = deepspeed_engine.optimizer, inner_optimizer(deepspeed_engine)
     # fp32 master weights under ZeRO-3, under ZeRO-1 and 2, and under bf16 without ZeRO.
     names = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups",
              "fp32_groups_flat_partition")

@@ -1,4 +1,4 @@
-"""Whole tensors into the engine's partitions: weights, their fp32 masters and Adam's moments.
+"""Whole tensors into the engine's partitions: weights, fp32 masters and the optimizer's moments.
 
 This is how a checkpoint of one layout resumes in another. Every rank reads whole tensors and keeps
 the part that its own layout (ZeRO stage, data-parallel and tensor-parallel rank) asks for.
@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from amid_ds.distributed.world import World
+from amid_ds.engine.optimizer import inner_optimizer, step_count
+from amid_ds.errors import TrainingError
 
 # The module of an engine names its parameters student.… and teacher.…
 STUDENT_PREFIX = "student."
-# DeepSpeed's names for the fp32 weights and Adam's two moments of a parameter.
-WEIGHT_KIND, MOMENT_KINDS = "fp32", ("exp_avg", "exp_avg_sq")
-TENSOR_KINDS = (WEIGHT_KIND, *MOMENT_KINDS)
+# DeepSpeed's names for a parameter's fp32 weights, its two moments of Adam's, or one of Muon's.
+WEIGHT_KIND, ADAM_KINDS, MUON_KINDS = "fp32", ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
+TENSOR_KINDS = (WEIGHT_KIND, *ADAM_KINDS, *MUON_KINDS)
 
 
 def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tensor]], step: int,
@@ -26,7 +28,7 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
     """Fill weights and optimizer from whole tensors, as of optimizer step `step`. Collective.
 
     read(name): the parameter's whole tensors by TENSOR_KINDS; `name` is that of the student's
-    model.
+    model. Raises TrainingError where they are another optimizer's.
     """
     trained: dict[str, Any] = {name.removeprefix(STUDENT_PREFIX): parameter for name, parameter
                                in deepspeed_engine.module.named_parameters()
@@ -35,12 +37,17 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
               for name, parameter in trained.items()}
     first = world.rank - world.tp_rank
     peers = world.gather(shapes)[first:first + world.tp_size]
-    masters = _fill_optimizer_state(deepspeed_engine, list(trained.values()), step)
+    masters = _fill_optimizer_state(deepspeed_engine, trained, step)
+    kinds = {name: MUON_KINDS if group["name"] == "muon" else ADAM_KINDS
+             for group in deepspeed_engine.optimizer.param_groups for name in group["names"]}
     for name, parameter in trained.items():
         tensors = read(name)
+        if tensors.keys() != {WEIGHT_KIND, *kinds[name]}:
+            raise TrainingError(f"the checkpoint has {', '.join(sorted(tensors))} of {name}, this "
+                                f"optimizer has {', '.join(kinds[name])}")
         part = _tensor_parallel_part([peer[name] for peer in peers], world.tp_rank,
                                      tensors[WEIGHT_KIND].shape)
-        own = {kind: tensors[kind][part] for kind in TENSOR_KINDS}
+        own = {kind: tensor[part] for kind, tensor in tensors.items()}
         if hasattr(parameter, "ds_tensor"):
             _set_zero3_partition(parameter, own)
         else:
@@ -60,14 +67,14 @@ def _tensor_parallel_part(shapes: list[tuple[int, ...]], rank: int,
                  for start, length in zip(starts, shapes[rank], strict=True))
 
 
-def _fill_optimizer_state(deepspeed_engine: Any, parameters: list[Any],
+def _fill_optimizer_state(deepspeed_engine: Any, trained: Mapping[str, Any],
                           step: int) -> dict[Any, Tensor]:
     """Give the fresh optimizer a state of zeros; returns the parameters' fp32 masters at stage 0.
 
     ZeRO's optimizers step over flat rows of this rank's pieces, which DeepSpeed's setters address.
+    trained: the parameters by their names in the student.
     """
-    optimizer = deepspeed_engine.optimizer
-    adam = getattr(optimizer, "optimizer", optimizer)
+    optimizer, adam = deepspeed_engine.optimizer, inner_optimizer(deepspeed_engine)
     stage = deepspeed_engine.zero_optimization_stage()
     masters: dict[Any, Tensor] = {}
     if stage == 3:
@@ -75,11 +82,18 @@ def _fill_optimizer_state(deepspeed_engine: Any, parameters: list[Any],
     elif stage:
         rows = optimizer.single_partition_of_fp32_groups
     else:
-        rows = [row for group in getattr(optimizer, "fp32_groups", [parameters]) for row in group]
-        masters = dict(zip(parameters, rows, strict=True))
+        # Group by group, as the optimizer has them.
+        names = [name for group in optimizer.param_groups for name in group["names"]]
+        own = [trained[name] for name in names]
+        rows = [row for group in getattr(optimizer, "fp32_groups", [own]) for row in group]
+        masters = dict(zip(own, rows, strict=True))
     for row in rows:
-        adam.state[row] = {"step": torch.tensor(float(step)),
-                           **{kind: torch.zeros_like(row) for kind in MOMENT_KINDS}}
+        if MUON_KINDS[0] in adam.state.get(row, {}):
+            # Made with the engine.
+            adam.state[row][MUON_KINDS[0]].zero_()
+        else:
+            adam.state[row] = {"step": step_count(adam, row, step),
+                               **{kind: torch.zeros_like(row) for kind in ADAM_KINDS}}
     if stage in (1, 2):
         # DeepSpeed's setters know of these moments only after this.
         optimizer._lazy_init_hp_params_optimizer_state()
@@ -98,7 +112,7 @@ def _set_zero3_partition(parameter: Any, tensors: Mapping[str, Tensor]) -> None:
         piece = tensor.flatten()[start:start + size]
         pieces[kind] = torch.nn.functional.pad(piece, (0, size - piece.numel()))
     utils.safe_set_local_fp32_param(parameter, pieces[WEIGHT_KIND])
-    for kind in MOMENT_KINDS:
+    for kind in pieces.keys() - {WEIGHT_KIND}:
         utils.safe_set_local_optimizer_state(parameter, pieces[kind], kind)
     parameter.ds_tensor.data.copy_(pieces[WEIGHT_KIND])
 
@@ -112,10 +126,10 @@ def _set_unpartitioned(deepspeed_engine: Any, parameter: Any, master: Tensor | N
     parameter.data.copy_(tensors[WEIGHT_KIND])
     if master is None:
         utils.safe_set_full_fp32_param(parameter, tensors[WEIGHT_KIND])
-        for kind in MOMENT_KINDS:
+        for kind in ADAM_KINDS:
             utils.safe_set_full_optimizer_state(parameter, tensors[kind], kind)
         return
     master.data.copy_(tensors[WEIGHT_KIND])
-    adam = getattr(deepspeed_engine.optimizer, "optimizer", deepspeed_engine.optimizer)
-    for kind in MOMENT_KINDS:
+    adam = inner_optimizer(deepspeed_engine)
+    for kind in ADAM_KINDS:
         adam.state[master][kind].copy_(tensors[kind])

@@ -47,8 +47,10 @@ STUDENT = LlamaSize(128, 344, 2, 4)
 OBJECTIVE = {"alpha": -1.0, "lam": 0.1, "divergence": "kl", "order": "pr"}
 TRAIN = {"seq_length": SEQ_LENGTH, "micro_batch_size": 4, "global_batch_size": 8,
          "warmup_steps": 10}
-TEACHER_TRAIN = {**TRAIN, "steps": 200, "learning_rate": 2.0e-3}
-STUDENT_TRAIN = {**TRAIN, "steps": 160, "learning_rate": 2.0e-3}
+# Of the front page's table.
+ADAMW = {"learning_rate": 2.0e-3, "betas": [0.9, 0.999], "weight_decay": 0.01, "decay_all": True}
+TEACHER_TRAIN = {**TRAIN, **ADAMW, "steps": 200}
+STUDENT_TRAIN = {**TRAIN, **ADAMW, "steps": 160}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from amid_ds.config.recipe import Recipe
 from amid_ds.planning.devices import EFFICIENCY, HEADROOM, Device, find_device
-from amid_ds.planning.memory import ADAM_BYTES, FP32_BYTES, memory_per_rank
+from amid_ds.planning.memory import FP32_BYTES, memory_per_rank, moment_bytes
 from amid_ds.planning.network import network_per_step
 from amid_ds.planning.setting import Setting, make_setting
 
@@ -62,9 +62,9 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Pla
     memory = memory_per_rank(setting)
     network = network_per_step(setting)
     flops = flops_per_step(setting)
-    # A checkpoint holds fp32 weights and Adam's moments, and the bf16 weights.
-    weight_bytes = student.element_size if setting.zero.bf16 else 0
-    checkpoint_element_bytes = FP32_BYTES + ADAM_BYTES + weight_bytes
+    # A checkpoint holds fp32 weights and the moments, and the bf16 weights.
+    weight_bytes = FP32_BYTES + (student.element_size if setting.zero.bf16 else 0)
+    weights = student.weights.total
     return Plan(
         device=device,
         ranks=ranks,
@@ -75,7 +75,8 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Pla
         network_per_step=network,
         flops_per_step=flops,
         seconds_per_step=_seconds_per_step(setting, nodes, flops, network),
-        checkpoint_bytes=student.weights.total * checkpoint_element_bytes,
+        checkpoint_bytes=weights * weight_bytes + moment_bytes(student, weights,
+                                                               student.muon.total),
         activations={
             "without_checkpointing": student.body.saved_bytes,
             "with_checkpointing": (student.checkpointed_bytes(setting.tokens)

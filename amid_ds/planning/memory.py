@@ -41,7 +41,9 @@ def state_bytes(setting: Setting) -> dict[str, int]:
     parts = {
         "student_weights": 0 if zero.offloads_weights else weights * student.element_size,
         "gradients": _gradient_bytes(setting),
-        "optimizer": 0 if zero.offloads_optimizer else optimizer * (master_bytes + ADAM_BYTES)}
+        "optimizer": 0 if zero.offloads_optimizer else (
+            optimizer * master_bytes
+            + moment_bytes(student, optimizer, student.muon.zero3_rank))}
     if teacher is not None:
         parts["teacher_weights"] = _teacher_weight_bytes(setting, teacher)
     return parts
@@ -60,6 +62,14 @@ def _gradient_bytes(setting: Setting) -> int:
     are_split = zero.stage >= 2 or (zero.stage == 1 and setting.micro_batches == 1)
     elements = _optimizer_elements(setting) if are_split else setting.student.weights.tp_rank
     return elements * element_size
+
+
+def moment_bytes(student: ModelCosts, elements: int, of_muon: int) -> int:
+    """Bytes of the moments of `elements` weights, of which Muon steps `of_muon`.
+
+    AdamW has two in fp32, Muon one in the dtype in which ranks exchange gradients.
+    """
+    return (elements - of_muon) * ADAM_BYTES + of_muon * student.element_size
 
 
 def _optimizer_elements(setting: Setting) -> int:

@@ -7,6 +7,7 @@ No weights are read.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from amid_ds.config.recipe import Recipe, Student, Teacher
+from amid_ds.engine.optimizer import parameter_groups
 from amid_ds.errors import InputError
 from amid_ds.models import loading
 from amid_ds.models.fit import require_positions
@@ -51,6 +53,8 @@ class ModelCosts:
     """One model on one rank, for one micro-batch. Counts are of elements unless named otherwise."""
 
     weights: WeightCounts
+    # Of a student's, those that Muon steps; it needs ZeRO-3 and no tensor parallelism.
+    muon: WeightCounts
     # Bytes of an element.
     element_size: int
     hidden_size: int
@@ -89,6 +93,9 @@ def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     tp = recipe.tensor_parallel
     replicated = isinstance(model, Teacher) and model.placement == "replicated"
     weights = count_weights(meta, tp, data_parallel, replicated)
+    muons = ([name for name, group in parameter_groups(meta, recipe.train).items()
+              if group == "muon"] if isinstance(model, Student) else [])
+    muon = count_weights(meta, tp, data_parallel, replicated, muons)
     head, embedding = head_of(meta).weight, meta.get_input_embeddings().weight
     # From here on `meta` has the shapes of one tensor-parallel rank.
     forward_width, backward_width = (0, 0) if replicated else shrink_to_tp_rank(meta, tp)
@@ -107,6 +114,7 @@ def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     element_size = dtype.itemsize
     return ModelCosts(
         weights=weights,
+        muon=muon,
         element_size=element_size,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size(meta.config, hidden_size),
@@ -124,11 +132,16 @@ def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
 
 
 def count_weights(meta: nn.Module, tensor_parallel: int, data_parallel: int,
-                  replicated: bool) -> WeightCounts:
-    """The weights of `meta`, not yet shrunk; `replicated`: tensor parallelism splits none."""
+                  replicated: bool, names: Collection[str] | None = None) -> WeightCounts:
+    """The weights of `meta`, not yet shrunk; `replicated`: tensor parallelism splits none.
+
+    names: of the parameters that count; None: all.
+    """
     split = set() if replicated else split_parameters(meta, tensor_parallel)
     total = tp_rank = tp_shared = zero3_rank = 0
     for name, parameter in meta.named_parameters():
+        if names is not None and name not in names:
+            continue
         size = parameter.numel()
         part = -(-size // tensor_parallel) if name in split else size
         total += size

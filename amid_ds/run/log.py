@@ -39,6 +39,7 @@ TENSORBOARD_TAGS = {
     "auxiliary_loss": "loss/auxiliary",
     "grad_norm": "optim/grad_norm",
     "learning_rate": "optim/learning_rate",
+    "learning_rate_muon": "optim/learning_rate_muon",
     "alpha": "objective/alpha",
     "lam": "objective/lam",
     "tokens_per_second": "perf/tokens_per_second",

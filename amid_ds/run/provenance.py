@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "senten
 SAMPLE_BYTES = 1 << 20
 
 
-def provenance(recipe: Recipe, tokenizer: Any, ranks: int) -> str:
-    """The text of a run's provenance.json."""
+def provenance(recipe: Recipe, tokenizer: Any, ranks: int, optimizer: Mapping[str, object]) -> str:
+    """The text of a run's provenance.json; optimizer: its name and groups of parameters."""
     student_hash = model_hash(resolve_student(recipe).model)
     facts = {
         "versions": versions(),
@@ -30,6 +31,7 @@ def provenance(recipe: Recipe, tokenizer: Any, ranks: int) -> str:
         "student": {**_model_facts(recipe.student), "files_sha256": student_hash},
         "teacher": _model_facts(recipe.teacher) if recipe.teacher is not None else None,
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+        "optimizer": optimizer,
     }
     return json.dumps(facts, indent=1) + "\n"
 

@@ -23,19 +23,32 @@ MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepare
               "train.log_every", "train.hang_timeout", "train.max_hours", "train.micro_batch_size",
               "train.deterministic", "student.activation_checkpointing", "train.profile",
               "teacher.max_tokens_per_pass", "teacher.placement", "tensor_parallel", "deepspeed")
+# No leave to change this one, and the reason.
+KEPT = "train.optimizer"
+WHY_KEPT = ("; no leave changes it, because a checkpoint has no other optimizer's moments: take "
+            "another output_dir, and this run as student.model")
+# Keys of `train` whose defaults have changed since version 0.1, and what that version did: it had
+# none of the first two, and wrote the third into every recipe.yaml.
+CHANGED_DEFAULTS: dict[str, object] = {"betas": [0.9, 0.999], "decay_all": True,
+                                       "weight_decay": 0.01}
 # Also free, unless rollout.adaptive uses the validation loss.
 EVALUATION_KEYS = ("data.eval", "train.eval_every")
 
 
-def pin_models(recipe: Recipe) -> Recipe:
-    """The recipe with the commit of each model on the hub as its `revision`.
+def pin(recipe: Recipe) -> Recipe:
+    """The recipe with the commit of each model on the hub as its `revision`, and with the old
+    defaults where the run in the output folder began with them.
 
-    A branch moves: where the recipe names no revision, it is the commit that the run in the output
-    folder began with, in a new run today's. One that it does name must still be that commit.
+    A branch moves: where the recipe names no revision, it is the commit that the run began with, in
+    a new run today's. One that it does name must still be that commit. A key of CHANGED_DEFAULTS
+    that the recipe does not name is likewise what it was when the run began.
     """
-    saved = RunFolder(Path(recipe.output_dir)).recipe
-    began = load_recipe(saved) if saved.exists() else None
-    pinned = {}
+    began = _recipe_of_run(recipe.output_dir)
+    pinned: dict[str, object] = {}
+    if began is not None:
+        kept = {key: value for key, value in CHANGED_DEFAULTS.items()
+                if getattr(began.train, key) == value and key not in recipe.train.model_fields_set}
+        pinned["train"] = recipe.train.model_copy(update=kept)
     for section in ("student", "teacher"):
         model = getattr(recipe, section)
         if model is None:
@@ -49,12 +62,24 @@ def pin_models(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=pinned)
 
 
+def _recipe_of_run(output_dir: str) -> Recipe | None:
+    """The recipe of the run in the folder; None where there is none."""
+    saved = RunFolder(Path(output_dir)).recipe
+    if not saved.exists():
+        return None
+    recipe = load_recipe(saved)
+    # A run's recipe names every key that its version knew.
+    then = {key: value for key, value in CHANGED_DEFAULTS.items()
+            if key not in recipe.train.model_fields_set}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=then)})
+
+
 def refuse_other_run(recipe: Recipe) -> None:
     """Raise InputError where the output folder holds the run of another recipe."""
-    saved = RunFolder(Path(recipe.output_dir)).recipe
-    if not saved.exists():
+    began = _recipe_of_run(recipe.output_dir)
+    if began is None:
         return
-    lines = _differences(flat_recipe(load_recipe(saved)), flat_recipe(recipe),
+    lines = _differences(flat_recipe(began), flat_recipe(recipe),
                          recipe.checkpoint.allow_change)
     if lines:
         raise InputError(f"{recipe.output_dir} holds the run of another recipe:\n{lines}",
@@ -68,10 +93,10 @@ def changes_since_last_attempt(recipe: Recipe) -> dict[str, list[object]]:
 
     {} in the first attempt.
     """
-    saved = RunFolder(Path(recipe.output_dir)).recipe
-    if not saved.exists():
+    began = _recipe_of_run(recipe.output_dir)
+    if began is None:
         return {}
-    before, now = flat_recipe(load_recipe(saved)), flat_recipe(recipe)
+    before, now = flat_recipe(began), flat_recipe(recipe)
     return {key: [before.get(key), now.get(key)] for key in sorted(before.keys() | now.keys())
             if before.get(key) != now.get(key)}
 
@@ -93,15 +118,17 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object],
                  allowed: Sequence[str]) -> str:
     """A line for each key that differs and may not.
 
-    A key that an older version did not know has had its default.
+    A key that an older version did not know has had its default, that of then.
     """
     uses_evaluation = any(key.startswith("rollout.adaptive.") for key in (*before, *now))
     free = (*MAY_CHANGE, *(() if uses_evaluation else EVALUATION_KEYS), *allowed)
-    before = {**{key: default_of(key) for key in now.keys() - before.keys()}, **before}
+    before = {**{key: default_of(key) for key in now.keys() - before.keys()},
+              **_flatten(CHANGED_DEFAULTS, "train"), **before}
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-               and not any(key == name or key.startswith(f"{name}.") for name in free)]
+               and (key == KEPT or not any(key == name or key.startswith(f"{name}.")
+                                           for name in free))]
     return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now"
-                     for key in changed)
+                     f"{WHY_KEPT * (key == KEPT)}" for key in changed)
 
 
 def flat_recipe(recipe: Recipe) -> dict[str, object]:

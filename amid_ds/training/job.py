@@ -26,11 +26,12 @@ from amid_ds.data import (
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
+from amid_ds.engine.optimizer import decayed_parameters, group_counts
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.models.fit import require_positions, require_rows
-from amid_ds.models.loading import require_supported
+from amid_ds.models.loading import meta_model, require_supported
 from amid_ds.run.attempts import has_saved
 from amid_ds.run.exclusive import exclusive
 from amid_ds.run.folder import RunFolder
@@ -40,7 +41,7 @@ from amid_ds.run.provenance import model_hash, prepared_hash, provenance
 from amid_ds.run.warm_start import resolve_student
 from amid_ds.training.compatibility import (
     flat_recipe,
-    pin_models,
+    pin,
     refuse_other_identity,
     refuse_other_run,
 )
@@ -77,7 +78,8 @@ class Job:
 
     def layout(self, world: World) -> Layout:
         """The layout that the engine will have on these ranks."""
-        return Layout.of(world, ds_config.zero_stage(self.deepspeed_config), self.student_dtype)
+        return Layout.of(world, ds_config.zero_stage(self.deepspeed_config), self.student_dtype,
+                         decayed_parameters(self.recipe))
 
 
 def check_recipe(recipe: Recipe, ranks: int) -> Job:
@@ -85,7 +87,7 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
 
     Its recipe names the commits of models on the hub. Raises InputError.
     """
-    recipe = pin_models(recipe)
+    recipe = pin(recipe)
     config = ds_config.read_deepspeed_config(recipe, ds_config.data_parallel_size(recipe, ranks))
     check_places(recipe)
     for step in turning_points(recipe.loss, recipe.train.steps):
@@ -154,10 +156,18 @@ def open_run(job: Job, world: World) -> None:
     def write() -> None:
         with _unwritable_is_bad_input(job):
             # First: it is the sign that the folder is ours.
-            replace_text(job.run.provenance, provenance(job.recipe, job.tokenizer, world.size))
+            replace_text(job.run.provenance, provenance(job.recipe, job.tokenizer, world.size,
+                                                        _optimizer_facts(job.recipe)))
             replace_text(job.run.recipe, dump_recipe(job.recipe))
             export.keep_student(job.recipe)
     world.run_on_main(write)
+
+
+def _optimizer_facts(recipe: Recipe) -> dict[str, object]:
+    """The optimizer's name, and the student's parameters in each of its groups."""
+    origin = resolve_student(recipe)
+    groups = group_counts(meta_model(origin.model, **origin.hub_kwargs), recipe.train)
+    return {"name": recipe.train.optimizer, "groups": groups}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from amid_ds.checkpoint.state import TrainState
-from amid_ds.config.recipe import Recipe
+from amid_ds.config.recipe import Recipe, Train
 from amid_ds.config.schedule import learning_rate, step_seed, taid_update
 from amid_ds.data import Batch
 from amid_ds.engine.engine import Engine
@@ -96,7 +96,7 @@ class Stepper:
         return {**metrics, "tokens": self.state.tokens, "loss": sums.loss,
                 # One that the loss does not count may be infinite.
                 "kd_loss": finite(sums.kd) if uses_teacher else None, "ce_loss": finite(sums.ce),
-                "grad_norm": norm, "learning_rate": rate,
+                "grad_norm": norm, **_learning_rates(recipe.train, rate),
                 **_objective_metrics(objective, uses_teacher),
                 "tokens_per_second": batch.tokens / (time.monotonic() - began)}
 
@@ -205,6 +205,14 @@ class Stepper:
                 more = f" and {len(some) - MAX_IDS_SHOWN} more" * (len(some) > MAX_IDS_SHOWN)
                 said += (f", the {name}'s for id {', '.join(map(str, some[:MAX_IDS_SHOWN]))}{more}")
         return said
+
+
+def _learning_rates(train: Train, rate: float) -> Metrics:
+    """The step's rate of AdamW, and of Muon where it is the recipe's optimizer."""
+    rates: Metrics = {"learning_rate": rate}
+    if train.muon_ratio is not None:
+        rates["learning_rate_muon"] = rate * train.muon_ratio
+    return rates
 
 
 def _bad_places(batch: Batch, tokens: Tensor) -> Iterator[str]:

@@ -20,7 +20,7 @@ from amid_ds.files.lease import Fence
 from amid_ds.monitor.hang_watchdog import GRACE_S
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.warm_start import resolve_student
-from amid_ds.training.compatibility import changes_since_last_attempt, pin_models
+from amid_ds.training.compatibility import changes_since_last_attempt, pin
 from amid_ds.training.determinism import deterministic
 from amid_ds.training.job import (
     Job,
@@ -49,7 +49,7 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
     # The hang watchdog ends a step that hangs, before a collective gives up by itself.
     with init_distributed(timeout + GRACE_S) as world, Attempt(world.rank, world.size) as attempt:
         # Nodes may see different commits of a model on the hub: rank 0 decides.
-        recipe = world.run_on_main(lambda: pin_models(load_recipe(recipe_path, overrides)))
+        recipe = world.run_on_main(lambda: pin(load_recipe(recipe_path, overrides)))
         job = world.run_checked(lambda: check_recipe(recipe, world.size))
         world = world.split(job.recipe.tensor_parallel)
         with deterministic(recipe.train.deterministic), hold_run(job, world) as fence:

@@ -1,4 +1,4 @@
-"""A test's own code around each optimizer step, in the processes that it starts as ranks."""
+"""A test's own code in the processes that it starts as ranks."""
 
 from __future__ import annotations
 
@@ -26,3 +26,16 @@ def patch_train_step(around: Callable[[Trainer, StepBatch], Iterator[StepBatch |
             return make_step(trainer, batch if other is None else other, auxiliary)
 
     Trainer.train_step = train_step
+
+
+def rank_without_compiler(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that can compile nothing: neither CPU Adam, which takes g++ a minute, nor
+    torch's functions."""
+    import torch._dynamo
+
+    from amid_ds.engine import cpu_adam
+    from support.ranks import rank_main
+
+    torch._dynamo.config.disable = True
+    cpu_adam._load = lambda: "this test has no compiler"
+    rank_main(argv, variables, log)

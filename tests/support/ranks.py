@@ -96,9 +96,10 @@ def rank_main(argv: list[str], variables: dict[str, str], log: str) -> None:
     os._exit(status)
 
 
-def run_ranks(size: int, *arguments: object, timeout: float = 120) -> Ranks:
+def run_ranks(size: int, *arguments: object, timeout: float = 120,
+              target: Callable[[list[str], dict[str, str], str], None] | None = None) -> Ranks:
     """Run `amid-ds ARGUMENTS` on `size` ranks to its end; every rank must exit with 0."""
-    ranks = Ranks(size, *arguments)
+    ranks = Ranks(size, *arguments, target=target)
     statuses = ranks.wait(timeout)
     assert statuses == [0] * size, f"statuses {statuses}\n" + "\n".join(
         ranks.output(rank) for rank in range(size))

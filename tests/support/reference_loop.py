@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,17 +16,32 @@ from amid_ds.data import PreparedLoader
 from support.data import split_documents
 
 
-def reference_loop(student: Path, teacher: Path, recipe: dict,
-                   prepared: Path) -> tuple[list[dict], dict[str, Tensor]]:
+def reference_adamw(model: nn.Module, train: dict) -> torch.optim.Optimizer:
+    """torch's AdamW, which decays matrices that are no embedding, or with decay_all everything."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        is_embedding = re.search(r"embed_tokens|\bwte\b|\bwpe\b", name)
+        groups[train.get("decay_all", False)
+               or (parameter.dim() > 1 and not is_embedding)].append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "weight_decay": train.get("weight_decay", 0.1) * decayed}
+         for decayed, parameters in groups.items() if parameters],
+        betas=tuple(train.get("betas", (0.9, 0.95))), eps=train.get("eps", 1e-8))
+
+
+def reference_loop(student: Path, teacher: Path, recipe: dict, prepared: Path,
+                   make_optimizer: Callable[[nn.Module, dict], torch.optim.Optimizer]
+                   = reference_adamw) -> tuple[list[dict], dict[str, Tensor]]:
     """Each step's metrics and the trained fp32 weights: the truth for any layout.
 
-    One process, full logits in float64, one document at a time; the skewed KL, the cosine schedule
-    and AdamW written out.
+    One process, full logits in float64, one document at a time; the skewed KL and the cosine
+    schedule written out. make_optimizer: from the model and the recipe's `train`; its groups'
+    `ratio` multiplies the learning rate.
     """
     model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
     vocabulary = len(AutoTokenizer.from_pretrained(student))
     train, loss = recipe["train"], recipe["loss"]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=train["learning_rate"], weight_decay=0.01)
+    optimizer = make_optimizer(model, train)
     rows = PreparedLoader(prepared, seed=0, global_batch_size=train["global_batch_size"],
                     micro_batch_size=1, dp_rank=0, dp_size=1, workers=0)
     lines = []
@@ -33,7 +50,7 @@ def reference_loop(student: Path, teacher: Path, recipe: dict,
         angle = torch.tensor(torch.pi * (step - warm) / (train["steps"] - warm))
         factor = (step + 1) / warm if step < warm else 0.5 * (1 + torch.cos(angle).item())
         for group in optimizer.param_groups:
-            group["lr"] = train["learning_rate"] * factor
+            group["lr"] = train["learning_rate"] * factor * group.get("ratio", 1.0)
         kd = ce = tokens = 0
         for ids, labels in itertools.chain.from_iterable(map(split_documents, rows.window(step))):
             keep = labels != -100
