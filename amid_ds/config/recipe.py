@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Rows, Source
+from amid_ds.config.rate_schedule import RateSchedule
 from amid_ds.config.scheduled_values import (
     Piecewise,
     Schedule,
@@ -166,23 +167,15 @@ class ProfileSteps(Section):
     """Their number."""
 
 
-class Train(Section):
+class Train(RateSchedule):
     """The optimization: steps, batches, learning rate, intervals of logs and evaluations."""
 
-    steps: PositiveInt
-    """Optimizer steps of the whole run."""
     seq_length: Annotated[int, Field(ge=2, le=MAX_INT)] = 512
     """Tokens in a row."""
     micro_batch_size: PositiveInt = 1
     """Rows in one forward and backward pass of a rank."""
     global_batch_size: PositiveInt
     """Rows in an optimizer step, over all ranks."""
-    learning_rate: Positive = 1.0e-4
-    """The peak, after the warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """The learning rate's way from the peak down to 0 at the last step; constant: no way down."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps of the linear warm-up."""
     weight_decay: NonNegative = 0.01
     """AdamW's."""
     gradient_clipping: NonNegative = 1.0
