@@ -21,6 +21,7 @@ from amid_ds.config.recipe import Train
 from amid_ds.config.schedule import learning_rate
 from amid_ds.data.epochs import epoch_steps
 from amid_ds.data.order import rows_for_samples
+from amid_ds.experiments.sweep import is_finished
 
 # Every schedule, and every shape of the way down of wsd.
 SCHEDULES = {
@@ -124,6 +125,42 @@ def test_a_run_of_each_schedule_trains_as_a_plain_loop_does(llama_pair, instruct
             assert line[key] == pytest.approx(expected[key], rel=1e-5), (line["step"], key)
 
 
+# --- what is refused ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize(("train", "problems"), [
+    # All at once, also where a key is wrong by itself.
+    ({"epochs": 20, "steps": 10, "min_lr_ratio": 1.5, "schedule": "wsd", "decay_steps": 11},
+     ["`train.epochs`: found 20; beside `steps` 10", "`train.min_lr_ratio`: found 1.5",
+      "`train.decay_steps`: found 11; there is no room", "are streamed"]),
+    ({"epochs": 20, "min_lr_ratio": -0.1, "decay_steps": 5, "decay_shape": "sqrt"},
+     ["`train.min_lr_ratio`: found -0.1", "`train.decay_steps`: found 5; `schedule: cosine` has",
+      "`train.decay_shape`: found 'sqrt'; `schedule: cosine` has", "are streamed"]),
+    ({"schedule": "wsd"}, ["neither is named", "`schedule: wsd` needs the number"]),
+    ({"steps": 10, "schedule": "constant", "min_lr_ratio": 0.1},
+     ["`schedule: constant` has no way down"]),
+    ({"steps": 10, "warmup_steps": 6, "schedule": "wsd", "decay_steps": 5},
+     ["the warm-up's 6 steps and the run's end at 10"]),
+    ({"epochs": 0, "schedule": "wsd", "decay_steps": 0, "decay_shape": "cube"},
+     ["`train.epochs`: found 0", "`train.decay_steps`: found 0", "`train.decay_shape`"]),
+])
+def test_lengths_and_schedules_that_cannot_be_are_refused_at_once(tmp_path, capsys, train,
+                                                                  problems):
+    streamed = any("streamed" in problem for problem in problems)
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({
+        "student": {"model": "s"}, "data": {"train": [{"path": "x.jsonl", "stream": streamed}]},
+        "output_dir": "out", "train": {"global_batch_size": 1, **train}}))
+    assert main(["train", str(tmp_path / "r.yaml")]) == 2
+    message = capsys.readouterr().err
+    assert f"{len(problems)} problem(s)" in message
+    assert [problem for problem in problems if problem not in message] == []
+
+
+def test_steps_that_leave_no_phase_out_are_taken():
+    whole = Train(steps=10, warmup_steps=6, schedule="wsd", decay_steps=4, global_batch_size=1)
+    assert [learning_rate(whole, step) for step in (5, 6, 8, 10)] == pytest.approx(
+        [1e-4, 1e-4, 0.5e-4, 0])
+
+
 # --- branching off -----------------------------------------------------------------------------
 
 def test_a_run_branched_off_in_its_stable_phase_is_the_shorter_run(llama_pair, instructions_file,
@@ -193,6 +230,48 @@ def test_a_run_of_epochs_counts_its_steps_says_them_and_is_the_run_of_so_many_st
     assert comparable_metrics(tmp_path / "again") == lines
     # The same command, and that of the same steps, find it finished; one epoch more is a change.
     assert "nothing to do" in run_ranks(2, "train", path).output()
+    assert is_finished(run, load_recipe(path)) and not is_finished(
+        run, load_recipe(path, ["train.epochs=3"]))
     more = Ranks(1, "train", path, "train.epochs=3")
     assert more.wait() == [2]
     assert f"- train.steps: {steps} before, {steps // 2 * 3} now" in more.output()
+
+
+def test_before_the_data_are_prepared_a_plan_says_so_and_afterwards_it_has_the_steps(
+        llama_pair, instructions_file, tmp_path, capsys):
+    path = write_recipe(tmp_path / "r.yaml", *llama_pair, instructions_file, tmp_path / "run",
+                        train__steps=None, train__epochs=3)
+
+    def planned(command: str, *words: str) -> str:
+        capsys.readouterr()
+        assert main([command, str(path), *words]) == 0
+        printed = capsys.readouterr()
+        return " ".join((printed.out + printed.err).split())
+
+    before = json.loads(planned("plan", "--json"))
+    assert (before["steps"], before["hours"], before["epochs"]) == (None, None, None)
+    assert before["fits"] and before["recipe"]["train"]["epochs"] == 3
+    assert "steps not known before the data are prepared, by amid-ds prepare" in planned("plan")
+    assert "hours not known" in planned("submit", "--dry-run", "--ranks-per-node", "1")
+    assert not is_finished(tmp_path / "run", load_recipe(path))
+    assert main(["prepare", str(path)]) == 0
+    rows = json.loads((tmp_path / "run/data/manifest.json").read_text())["sources"][0]["rows"]
+    after = json.loads(planned("plan", "--json"))
+    assert after["steps"] == 3 * (rows // 4) and after["hours"] > 0
+    assert after["epochs"] == [pytest.approx(after["steps"] * 4 / rows)]
+    assert f"{after['steps']} steps (3 epochs)" in planned("plan")
+    # Rows of another length are not those that were counted.
+    assert json.loads(planned("plan", "--json", "train.seq_length=48"))["steps"] is None
+
+
+@pytest.mark.parametrize(("changes", "problem"), [
+    (["train.global_batch_size=64"], "less than one global batch of 64"),
+    (["train.schedule=wsd", "train.decay_steps=20"], "the run's end at 10")])
+def test_epochs_of_no_step_or_with_no_room_for_a_decay_are_refused_before_a_model_is_loaded(
+        llama_pair, instructions_file, tmp_path, changes, problem):
+    path = write_recipe(tmp_path / "r.yaml", *llama_pair, instructions_file, tmp_path / "run",
+                        train__steps=None, train__epochs=1)
+    ranks = Ranks(2, "train", path, *changes)
+    assert ranks.wait() == [2, 2]
+    assert problem in ranks.output() and not (tmp_path / "run" / "recipe.yaml").exists()
+    assert main(["plan", str(path), *changes]) == 2

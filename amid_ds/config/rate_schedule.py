@@ -31,7 +31,7 @@ class RateSchedule(Section):
     min_lr_ratio: Share = 0.0
     """The share of the peak at which cosine, linear and wsd end."""
     decay_steps: PositiveInt | None = Field(default=None, validate_default=True)
-    """The steps of the way down of wsd, the last ones."""
+    """The number of the last steps, in which the rate of wsd goes down."""
     decay_shape: Literal["linear", "cosine", "sqrt"] = "linear"
     """Of the way down of wsd. sqrt: 1 - √progress, steep first."""
 
@@ -65,14 +65,14 @@ class RateSchedule(Section):
     def _belongs_to_wsd(cls, decay_steps: int | None, info: ValidationInfo) -> int | None:
         schedule = info.data.get("schedule")
         if schedule == "wsd" and decay_steps is None:
-            raise ValueError("`schedule: wsd` needs it, the number of the last steps, in which the "
+            raise ValueError("`schedule: wsd` needs the number of the last steps, in which the "
                              "learning rate goes down")
         if schedule not in ("wsd", None) and decay_steps is not None:
             raise ValueError(f"`schedule: {schedule}` has none: leave it out, or take "
                              "`schedule: wsd`")
-        steps, warmup_steps = info.data.get("steps"), info.data.get("warmup_steps")
-        if decay_steps is not None and steps is not None and warmup_steps is not None:
-            require_room(steps, warmup_steps, decay_steps)
+        steps = info.data.get("steps")
+        if decay_steps is not None and steps is not None:
+            require_room(steps, info.data.get("warmup_steps", 0), decay_steps)
         return decay_steps
 
     @field_validator("decay_shape")
@@ -88,6 +88,6 @@ class RateSchedule(Section):
 def require_room(steps: int, warmup_steps: int, decay_steps: int) -> None:
     """Raise ValueError where the warm-up and the way down of wsd have no room in `steps`."""
     if warmup_steps + decay_steps > steps:
-        raise ValueError(f"{decay_steps} do not fit between the warm-up's {warmup_steps} steps and "
-                         f"the run's end at {steps}: lower `decay_steps` or `warmup_steps`, or "
-                         "raise `steps`")
+        raise ValueError("there is no room for them between the warm-up's "
+                         f"{warmup_steps} steps and the run's end at {steps}: lower `decay_steps` "
+                         "or `warmup_steps`, or make the run longer")

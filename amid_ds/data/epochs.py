@@ -51,8 +51,9 @@ def with_steps(recipe: Recipe) -> Recipe:
         try:
             require_room(steps, train.warmup_steps, train.decay_steps)
         except ValueError as error:
-            raise InputError(f"train.epochs {train.epochs} are {steps:,} steps, and "
-                             f"train.decay_steps {error}", "a warm-up and a way down within them",
+            raise InputError(f"train.epochs {train.epochs} are {steps} steps, and "
+                             f"train.decay_steps {train.decay_steps}: {error}",
+                             "a warm-up and a way down within the run",
                              "change one of the three") from None
     counted = train.model_copy(update={"steps": steps, "epochs": None})
     return recipe.model_copy(update={"train": counted})

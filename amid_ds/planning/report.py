@@ -26,11 +26,12 @@ NO_REMEDY = "none of the usual changes makes it fit: more ranks, or a larger dev
 def fit_summary(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device) -> str:
     """One line: does `recipe` fit, its GB and time. Raises InputError as `make_setting` does."""
     plan = estimate_plan(with_steps(recipe), nodes, nodes * ranks_per_node, device)
+    hours = f"hours {NOT_PREPARED}" if plan.hours is None else f"{plan.hours:,.1f} h"
     verdict = "fits" if plan.fits else "does not fit"
     advice = "" if plan.fits else "; amid-ds plan names the changes with which it would"
     return (f"{verdict} on {nodes * ranks_per_node} x {device.name} (--device): "
             f"{plan.memory_per_rank['total'] / GB:,.1f} of {device.memory / GB:,.0f} GB a rank, "
-            f"about {plan.seconds_per_step:,.2f} s a step, {_hours(plan)}{advice}")
+            f"about {plan.seconds_per_step:,.2f} s a step, {hours}{advice}")
 
 
 def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
@@ -67,10 +68,6 @@ def _plan_table(plan: Plan) -> Table:
     return table
 
 
-def _hours(plan: Plan) -> str:
-    return f"hours {NOT_PREPARED}" if plan.hours is None else f"{plan.hours:,.1f} h"
-
-
 def _work_line(plan: Plan, recipe: Recipe) -> str:
     flops = {name: count / TFLOP for name, count in plan.flops_per_step.items()}
     steps = f"steps {NOT_PREPARED}" if plan.steps is None else f"{plan.steps:,} steps"
@@ -99,10 +96,10 @@ def _activations_line(plan: Plan) -> str:
 
 
 def _time_line(plan: Plan) -> str:
-    rank_hours = "" if plan.hours is None else f", {plan.hours * plan.ranks:,.0f} rank-hours"
+    hours = ("" if plan.hours is None else
+             f", {plan.hours:,.1f} h, {plan.hours * plan.ranks:,.0f} rank-hours")
     return (f"about {plan.seconds_per_step:,.2f} s a step ({plan.mfu:.0%} MFU; assumed: "
-            f"{EFFICIENCY:.0%} of the peak in products, network and arithmetic overlapped), "
-            f"{_hours(plan)}{rank_hours}; "
+            f"{EFFICIENCY:.0%} of the peak in products, network and arithmetic overlapped){hours}; "
             f"a checkpoint of {plan.checkpoint_bytes / GB:,.1f} GB")
 
 
