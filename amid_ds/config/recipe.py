@@ -13,7 +13,7 @@ from typing import Annotated, Literal, TypedDict
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Rows, Source
-from amid_ds.config.rate_schedule import RateSchedule
+from amid_ds.config.rate_section import RateKeys
 from amid_ds.config.scheduled_values import (
     Piecewise,
     Schedule,
@@ -167,7 +167,7 @@ class ProfileSteps(Section):
     """Their number."""
 
 
-class Train(RateSchedule):
+class Train(RateKeys):
     """The optimization: steps, batches, learning rate, intervals of logs and evaluations."""
 
     seq_length: Annotated[int, Field(ge=2, le=MAX_INT)] = 512

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from amid_ds.config.rate_schedule import require_room
+from amid_ds.config.rate_section import require_room
 from amid_ds.config.recipe import Data, Recipe
 from amid_ds.data.manifest import PREPARED_FORMAT, read_prepared_manifest
 from amid_ds.data.order import samples_per_source

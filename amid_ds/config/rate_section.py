@@ -1,4 +1,4 @@
-"""The part of the recipe's `train` that says how long a run is, and the learning rate's way."""
+"""The keys of the recipe's `train` section that say how long a run is, and its learning rate."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pydantic import Field, ValidationInfo, field_validator
 from amid_ds.config.section import NonNegativeInt, Positive, PositiveInt, Section, Share
 
 
-class RateSchedule(Section):
-    """A run's steps, and the shape of the learning rate over them.
+class RateKeys(Section):
+    """The number of optimizer steps, and the learning rate over them.
 
     Checks of several keys are made with the last of them, not with the section as a whole: so they
     are reported beside those of other keys.
