@@ -16,12 +16,14 @@ from support.reference_loop import reference_factor, reference_loop
 from support.runs import comparable_metrics, read_metrics, write_recipe
 
 from amid_ds.cli import main
+from amid_ds.cluster.status import run_status
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Train
 from amid_ds.config.schedule import learning_rate
 from amid_ds.data.epochs import epoch_steps
 from amid_ds.data.order import rows_for_samples
 from amid_ds.experiments.sweep import is_finished
+from amid_ds.run.attempts import append_event
 
 # Every schedule, and every shape of the way down of wsd.
 SCHEDULES = {
@@ -241,6 +243,7 @@ def test_before_the_data_are_prepared_a_plan_says_so_and_afterwards_it_has_the_s
         llama_pair, instructions_file, tmp_path, capsys):
     path = write_recipe(tmp_path / "r.yaml", *llama_pair, instructions_file, tmp_path / "run",
                         train__steps=None, train__epochs=3)
+    (tmp_path / "run").mkdir()
 
     def planned(command: str, *words: str) -> str:
         capsys.readouterr()
@@ -254,6 +257,9 @@ def test_before_the_data_are_prepared_a_plan_says_so_and_afterwards_it_has_the_s
     assert "steps not known before the data are prepared, by amid-ds prepare" in planned("plan")
     assert "hours not known" in planned("submit", "--dry-run", "--ranks-per-node", "1")
     assert not is_finished(tmp_path / "run", load_recipe(path))
+    append_event(tmp_path / "run", "submitted", jobs=["7"], folder=str(tmp_path))
+    shutil.copy(path, tmp_path / "recipe.yaml")
+    assert run_status(tmp_path / "run")["step"] == "0 of a number not known yet"
     assert main(["prepare", str(path)]) == 0
     rows = json.loads((tmp_path / "run/data/manifest.json").read_text())["sources"][0]["rows"]
     after = json.loads(planned("plan", "--json"))
