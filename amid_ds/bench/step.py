@@ -295,7 +295,8 @@ class _UsualStep:
         deepspeed = import_deepspeed()
         recipe = _recipe(folder, world, scale, with_teacher=True)
         config = ds_config.read_deepspeed_config(recipe, world.dp_size)
-        self.world, self.objective = world, objective_at(recipe.loss, 0, recipe.train.steps).amid
+        self.world = world
+        self.objective = objective_at(recipe.loss, 0, recipe.train.total_steps).amid
         sharded = ds_config.sharded_loading(config)
         student, teacher = (loading.load_causal_lm(str(folder / name), scale.dtype, sharded)
                             for name in ("student", "teacher"))

@@ -186,7 +186,7 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) 
              "tags: [distillation, amid-ds]\n---",
              f"# {run.path.resolve().name}, step {state.step}",
              f"`{recipe.student.model}`{teacher}, trained by amid_ds: "
-             f"{state.step} of {recipe.train.steps} steps, "
+             f"{state.step} of {recipe.train.total_steps} steps, "
              f"{state.tokens:,} tokens. Weights in {dtype}.",
              "## Metrics of the last logged step\n\n| | |\n|---|---:|\n" + "\n".join(metrics)]
     if evaluated:

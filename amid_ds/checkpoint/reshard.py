@@ -1,8 +1,8 @@
 """A checkpoint of one layout resumes in any other.
 
-A layout is the number of ranks, tensor parallelism with the cut of its heads, ZeRO stage, precision,
-and the parameters that are decayed, which lie in a group of their own: whatever a group is, a
-parameter's moments go by its name. One process puts the parameters and their moments together
+A layout is the number of ranks, tensor parallelism with the cut of its heads, ZeRO stage,
+precision, and the parameters that are decayed, which lie in a group of their own: whatever a group
+is, a parameter's moments go by its name. One process puts the parameters and their moments together
 (zero_shards.py) and keeps them inside the checkpoint, a file for each parameter, so that they are
 there for the next start and go when the checkpoint goes. Then every rank maps those files into
 memory and reads the pieces that its own layout asks for. The price is disk: 12 bytes per parameter,

@@ -58,7 +58,7 @@ def run_status(run: Path) -> dict[str, str]:
     job = _latest_job(history, submitted)
     job_facts = slurm.show_job(job) if job is not None and slurm.slurm_available() else {}
     status = {"state": _state(run, history, total, job_facts),
-              "step": f"{lines[-1]['step'] if lines else 0} of {total}"}
+              "step": f"{lines[-1]['step'] if lines else 0} of {total or 'a number not known yet'}"}
     if lines:
         status |= _progress(lines, total)
     status["restarts"] = str(max(0, len(history) - 1))
@@ -74,7 +74,10 @@ def run_status(run: Path) -> dict[str, str]:
 
 
 def _total_steps(run: Path, submitted: Sequence[Mapping[str, Any]]) -> int | None:
-    """`train.steps` of the run's recipe, or of the newest one submitted; None without any."""
+    """`train.steps` of the run's recipe, or of the newest one submitted.
+
+    None without any, and where a submitted one has epochs: the run will count their steps.
+    """
     recipes = [RunFolder(run).recipe,
                *(Path(event["folder"]) / "recipe.yaml" for event in reversed(submitted))]
     return next((load_recipe(path).train.steps for path in recipes if path.is_file()), None)

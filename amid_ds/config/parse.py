@@ -46,7 +46,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
 
 
 def _validated(raw: RawRecipe, name: str) -> Recipe:
-    problems = list(_unknown_loss_keys(raw.get("loss")))
+    problems = [*_unknown_loss_keys(raw.get("loss")), *_streamed_epochs(raw)]
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
@@ -195,6 +195,22 @@ def _error_lines(error: ValidationError) -> list[str]:
             shown = "" if isinstance(value, (Mapping, Section)) else f": found {_SHORT.repr(value)}"
             lines.append(f"`{name}`{shown}; {message}{HINTS.get(problem['type'], '')}")
     return lines
+
+
+def _streamed_epochs(raw: RawRecipe) -> Iterator[str]:
+    """A line where `train.epochs` counts the rows of streamed sources.
+
+    Here, because it is about two sections: pydantic compares them only where both are right.
+    """
+    train, data = raw.get("train"), raw.get("data")
+    sources = data.get("train") if isinstance(data, dict) else None
+    if isinstance(train, dict) and train.get("epochs") is not None and isinstance(sources, list):
+        for source in sources:
+            if isinstance(source, dict) and source.get("stream") is True:
+                yield (f"`train.epochs`: found {_SHORT.repr(train['epochs'])}; the rows of "
+                       f"{_SHORT.repr(source.get('path'))} are streamed, and nobody has counted "
+                       "them: name `train.steps`, or prepare the data")
+                return
 
 
 def _unknown_loss_keys(loss: object) -> Iterator[str]:

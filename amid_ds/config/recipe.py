@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Rows, Source
 from amid_ds.config.optimizer_section import Muon, OptimizerKeys
+from amid_ds.config.rate_section import RateKeys
 from amid_ds.config.scheduled_values import (
     Piecewise,
     Schedule,
@@ -167,23 +168,15 @@ class ProfileSteps(Section):
     """Their number."""
 
 
-class Train(OptimizerKeys):
+class Train(OptimizerKeys, RateKeys):
     """The optimization: steps, batches, learning rate, intervals of logs and evaluations."""
 
-    steps: PositiveInt
-    """Optimizer steps of the whole run."""
     seq_length: Annotated[int, Field(ge=2, le=MAX_INT)] = 512
     """Tokens in a row."""
     micro_batch_size: PositiveInt = 1
     """Rows in one forward and backward pass of a rank."""
     global_batch_size: PositiveInt
     """Rows in an optimizer step, over all ranks."""
-    learning_rate: Positive = 1.0e-4
-    """The peak, after the warm-up."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """The learning rate's way from the peak down to 0 at the last step; constant: no way down."""
-    warmup_steps: NonNegativeInt = 0
-    """Steps of the linear warm-up."""
     gradient_clipping: NonNegative = 1.0
     """The greatest norm of the gradient; 0: no clipping."""
     seed: NonNegativeInt = 0

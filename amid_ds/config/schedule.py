@@ -32,15 +32,34 @@ class TaidState(TypedDict):
 
 
 def learning_rate(train: Train, step: int) -> float:
-    """The learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule."""
-    if step < train.warmup_steps:
-        return train.learning_rate * (step + 1) / train.warmup_steps
+    """The learning rate of optimizer step `step` (from 0): linear warm-up, then the schedule.
+
+    With peak P, warm-up W and m = min_lr_ratio it is P (step + 1) / W while step < W, then
+    P (m + (1 - m) f). f is 1 at the end of the warm-up (wsd: until `decay_steps` before the end)
+    and 0 at step `steps`, the one after the last; f = 1 of a constant rate.
+    """
+    peak, warmup_steps = train.learning_rate, train.warmup_steps
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    low = train.min_lr_ratio
+    return peak * (low + (1 - low) * _share_left(train, step))
+
+
+def _share_left(train: Train, step: int) -> float:
+    """The share f of the schedule's way down that is still ahead at `step`, after the warm-up."""
     if train.schedule == "constant":
-        return train.learning_rate
-    progress = (step - train.warmup_steps) / (train.steps - train.warmup_steps)
-    if train.schedule == "linear":
-        return train.learning_rate * (1 - progress)
-    return train.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        return 1.0
+    shape: str = train.schedule
+    begin = train.warmup_steps
+    if train.schedule == "wsd":
+        assert train.decay_steps is not None
+        shape, begin = train.decay_shape, train.total_steps - train.decay_steps
+    progress = max(0.0, (step - begin) / (train.total_steps - begin))
+    if shape == "linear":
+        return 1 - progress
+    if shape == "sqrt":
+        return 1 - math.sqrt(progress)
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def value_at(scheduled: ScheduledValue, step: int, total: int,

@@ -6,11 +6,13 @@
     pack, shard, preparation  token ids to rows of seq_length in a prepared folder
     manifest, prepared        the JSON of that folder, and its rows by number
     order, batch, loader      rows to the micro-batches of each step and rank
+    epochs                    how often rows are read, and how many steps that is
     stream                    the same without preparation, from data sets too large for the disk
 """
 
 from amid_ds.data.batch import Batch
-from amid_ds.data.loader import PreparedLoader, StepLoader, planned_epochs
+from amid_ds.data.epochs import planned_epochs, with_steps
+from amid_ds.data.loader import PreparedLoader, StepLoader
 from amid_ds.data.preparation import PreparedInfo, SourceInfo, prepare, prepare_all
 from amid_ds.data.prepared import PreparedDataset, read_batches
 from amid_ds.data.sources import (
@@ -36,4 +38,4 @@ __all__ = ["Batch", "PreparedDataset", "PreparedInfo", "PreparedLoader", "Source
            "end_of_text_id", "load_tokenizer", "merge_stream_states", "planned_epochs", "prepare",
            "prepare_all", "read_batches", "read_prompts", "read_prompts_with_references",
            "require_same_tokenizer", "sample_texts", "source_columns", "stream_summary",
-           "tokenizer_fingerprint", "train_sentencepiece", "vocabulary_size"]
+           "tokenizer_fingerprint", "train_sentencepiece", "vocabulary_size", "with_steps"]

@@ -16,9 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from amid_ds.config.recipe import Data
 from amid_ds.data.batch import Batch
-from amid_ds.data.manifest import read_prepared_manifest
 from amid_ds.data.order import rows_for_samples, samples_per_source
 from amid_ds.data.prepared import PreparedDataset
 from amid_ds.errors import InputError
@@ -111,19 +109,3 @@ class PreparedLoader(StepLoader):
         """Passes over each source before this step; above 1 its rows come again."""
         samples = samples_per_source(step * self.global_batch_size, self.weights)
         return [count / rows for count, rows in zip(samples, self.prepared.counts, strict=True)]
-
-
-def planned_epochs(data: Data, seq_length: int, folder: Path, samples: int) -> list[float] | None:
-    """Passes over each source after `samples` rows of a run, from the prepared data in `folder`.
-
-    None if the sources are streamed, or not yet prepared there in rows of `seq_length`.
-    """
-    manifest = None if data.streams else read_prepared_manifest(folder)
-    if manifest is None or manifest["plan"]["seq_length"] != seq_length:
-        return None
-    prepared_paths = [source["path"] for source in manifest["plan"]["sources"]]
-    if prepared_paths != [source.path for source in data.train]:
-        return None
-    counts = samples_per_source(samples, [source.weight for source in data.train])
-    rows = [source["rows"] for source in manifest["sources"]]
-    return [count / total for count, total in zip(counts, rows, strict=True)]

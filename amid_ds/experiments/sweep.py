@@ -27,6 +27,7 @@ from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
 from amid_ds.config.grid import Combination, parse_swept_key, path_override, sweep_combinations
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe
+from amid_ds.data import with_steps
 from amid_ds.distributed.launch import launch_command
 from amid_ds.distributed.leash import start_on_leash
 from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError, printable
@@ -122,7 +123,7 @@ def is_finished(run: Path, recipe: Recipe) -> bool:
     """True once the run has saved its last step and exported its model."""
     folder = RunFolder(run)
     saved = list_checkpoints(folder.checkpoints)
-    reached_end = bool(saved) and checkpoint_step(saved[-1]) == recipe.train.steps
+    reached_end = bool(saved) and checkpoint_step(saved[-1]) == with_steps(recipe).train.steps
     return reached_end and folder.model.is_dir()
 
 

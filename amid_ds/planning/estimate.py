@@ -28,7 +28,8 @@ class Plan:
     ranks: int
     tokens_per_step: int
     micro_batches: int
-    steps: int
+    # None: as many as the recipe's epochs have, and its data are not prepared yet.
+    steps: int | None
     memory_per_rank: dict[str, int]
     # Bytes that the rank receives.
     network_per_step: dict[str, int]
@@ -43,8 +44,9 @@ class Plan:
     remedies: list[str] = field(default_factory=list)
 
     @property
-    def hours(self) -> float:
-        return self.steps * self.seconds_per_step / 3600
+    def hours(self) -> float | None:
+        """None where the number of steps is not known."""
+        return None if self.steps is None else self.steps * self.seconds_per_step / 3600
 
     @property
     def mfu(self) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from amid_ds.config.parse import dump_recipe, resolved
 from amid_ds.config.recipe import Recipe
+from amid_ds.data import with_steps
 from amid_ds.errors import printable
 from amid_ds.planning.check import Comparison, PlannedAndMeasured
 from amid_ds.planning.devices import EFFICIENCY, HEADROOM, Device
@@ -18,17 +19,19 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 GB, MB, TFLOP = 1e9, 1e6, 1e12
+NOT_PREPARED = "not known before the data are prepared, by amid-ds prepare or train"
 NO_REMEDY = "none of the usual changes makes it fit: more ranks, or a larger device"
 
 
 def fit_summary(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device) -> str:
     """One line: does `recipe` fit, its GB and time. Raises InputError as `make_setting` does."""
-    plan = estimate_plan(recipe, nodes, nodes * ranks_per_node, device)
+    plan = estimate_plan(with_steps(recipe), nodes, nodes * ranks_per_node, device)
+    hours = f"hours {NOT_PREPARED}" if plan.hours is None else f"{plan.hours:,.1f} h"
     verdict = "fits" if plan.fits else "does not fit"
     advice = "" if plan.fits else "; amid-ds plan names the changes with which it would"
     return (f"{verdict} on {nodes * ranks_per_node} x {device.name} (--device): "
             f"{plan.memory_per_rank['total'] / GB:,.1f} of {device.memory / GB:,.0f} GB a rank, "
-            f"about {plan.seconds_per_step:,.2f} s a step, {plan.hours:,.1f} h{advice}")
+            f"about {plan.seconds_per_step:,.2f} s a step, {hours}{advice}")
 
 
 def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
@@ -42,7 +45,7 @@ def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     print(printable(dump_recipe(recipe)))
     console = PlainConsole()
     console.print(_plan_table(plan))
-    console.print(_work_line(plan))
+    console.print(_work_line(plan, recipe))
     console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}")
     console.print(_activations_line(plan))
     console.print(_time_line(plan))
@@ -65,10 +68,13 @@ def _plan_table(plan: Plan) -> Table:
     return table
 
 
-def _work_line(plan: Plan) -> str:
+def _work_line(plan: Plan, recipe: Recipe) -> str:
     flops = {name: count / TFLOP for name, count in plan.flops_per_step.items()}
+    steps = f"steps {NOT_PREPARED}" if plan.steps is None else f"{plan.steps:,} steps"
+    if recipe.train.epochs is not None:
+        steps += f" ({recipe.train.epochs} epochs)"
     return (f"{plan.tokens_per_step:,} tokens a step in {plan.micro_batches} micro-batch(es) "
-            f"per rank, {plan.steps:,} steps; per rank and step "
+            f"per rank, {steps}; per rank and step "
             f"{flops['student']:,.1f} TFLOP of the student and "
             f"{flops['teacher']:,.1f} of the teacher")
 
@@ -79,7 +85,7 @@ def _epochs_line(plan: Plan, recipe: Recipe) -> str:
                          for source, count in zip(recipe.data.train, plan.epochs, strict=True))
     if recipe.data.streams:
         return "not known, the sources are streamed"
-    return "not known before the data are prepared, by amid-ds prepare or train"
+    return NOT_PREPARED
 
 
 def _activations_line(plan: Plan) -> str:
@@ -90,9 +96,10 @@ def _activations_line(plan: Plan) -> str:
 
 
 def _time_line(plan: Plan) -> str:
+    hours = ("" if plan.hours is None else
+             f", {plan.hours:,.1f} h, {plan.hours * plan.ranks:,.0f} rank-hours")
     return (f"about {plan.seconds_per_step:,.2f} s a step ({plan.mfu:.0%} MFU; assumed: "
-            f"{EFFICIENCY:.0%} of the peak in products, network and arithmetic overlapped), "
-            f"{plan.hours:,.1f} h, {plan.hours * plan.ranks:,.0f} rank-hours; "
+            f"{EFFICIENCY:.0%} of the peak in products, network and arithmetic overlapped){hours}; "
             f"a checkpoint of {plan.checkpoint_bytes / GB:,.1f} GB")
 
 

@@ -79,8 +79,10 @@ def refuse_other_run(recipe: Recipe) -> None:
     began = _recipe_of_run(recipe.output_dir)
     if began is None:
         return
+    # The number of steps is compared once it is known.
+    unknown = () if recipe.train.epochs is None else ("train.steps", "train.epochs")
     lines = _differences(flat_recipe(began), flat_recipe(recipe),
-                         recipe.checkpoint.allow_change)
+                         (*recipe.checkpoint.allow_change, *unknown))
     if lines:
         raise InputError(f"{recipe.output_dir} holds the run of another recipe:\n{lines}",
                          "a new output_dir, or the recipe that the run was started with",

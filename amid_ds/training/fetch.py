@@ -129,7 +129,7 @@ def describe_epochs(job: Job, data: StepLoader, state: TrainState) -> str:
     Of streamed sources: that it has been read so far, and what was left out.
     """
     if isinstance(data, PreparedLoader):
-        epochs = zip(job.recipe.data.train, data.epochs(job.recipe.train.steps), strict=True)
+        epochs = zip(job.recipe.data.train, data.epochs(job.recipe.train.total_steps), strict=True)
         return ", ".join(f"{source.path} {count:.3g}"
                          + (" (its rows come again)" if count > 1 else "")
                          for source, count in epochs)

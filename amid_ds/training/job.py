@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from amid_ds.checkpoint import export
-from amid_ds.checkpoint.manifest import checkpoint_name, list_checkpoints
+from amid_ds.checkpoint.manifest import checkpoint_name, checkpoint_step, list_checkpoints
 from amid_ds.checkpoint.state import Layout
 from amid_ds.config.parse import dump_recipe
 from amid_ds.config.recipe import Recipe, Student, Teacher
@@ -19,9 +19,11 @@ from amid_ds.data import (
     check_sources,
     end_of_text_id,
     load_tokenizer,
+    prepare_all,
     require_same_tokenizer,
     tokenizer_fingerprint,
     vocabulary_size,
+    with_steps,
 )
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
@@ -85,13 +87,14 @@ class Job:
 def check_recipe(recipe: Recipe, ranks: int) -> Job:
     """The job, after every check that needs neither a model's weights nor prepared data.
 
-    Its recipe names the commits of models on the hub. Raises InputError.
+    Its recipe names the commits of models on the hub. Where it has epochs, `count_steps` makes the
+    checks that need the number of steps. Raises InputError.
     """
     recipe = pin(recipe)
     config = ds_config.read_deepspeed_config(recipe, ds_config.data_parallel_size(recipe, ranks))
     check_places(recipe)
-    for step in turning_points(recipe.loss, recipe.train.steps):
-        objective_at(recipe.loss, step, recipe.train.steps)
+    if recipe.train.epochs is None:
+        _check_objectives(recipe)
     refuse_other_run(recipe)
     check_sources(recipe.data)
     student, teacher = resolve_student(recipe), recipe.teacher
@@ -110,6 +113,38 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
     if recipe.rollout is not None:
         end_of_text_id(tokenizer, recipe.rollout.end_of_text)
     return Job(recipe, config, tokenizer)
+
+
+def _check_objectives(recipe: Recipe) -> None:
+    """Raise InputError for a step whose objective cannot be."""
+    steps = recipe.train.total_steps
+    for step in turning_points(recipe.loss, steps):
+        objective_at(recipe.loss, step, steps)
+
+
+def count_steps(job: Job, world: World) -> Job:
+    """The job with steps for the recipe's epochs; its data are prepared then. Collective.
+
+    The run's lease is held. From here on the recipe says `steps`, as if the user had: so does the
+    run's recipe.yaml, which therefore reproduces the run, and a resumed run is the same one if it
+    comes to the same number. Raises InputError.
+    """
+    epochs = job.recipe.train.epochs
+    if epochs is None:
+        return job
+
+    def count() -> Recipe:
+        prepare_all(job.recipe.data, job.recipe.train.seq_length, job.tokenizer,
+                    job.recipe.prepared_dir)
+        counted = with_steps(job.recipe)
+        _check_objectives(counted)
+        refuse_other_run(counted)
+        return counted
+
+    recipe = world.run_on_main(count)
+    logger.info("%d epoch(s) are %d steps of %d rows", epochs, recipe.train.total_steps,
+                recipe.train.global_batch_size)
+    return replace(job, recipe=recipe)
 
 
 def identity_of(job: Job, checkpoint: Path | None) -> dict[str, object]:
@@ -203,9 +238,19 @@ def require_checkpoints(job: Job) -> None:
             "checkpoints back, or move the folder away to begin again")
 
 
+def refuse_steps_behind(job: Job) -> None:
+    """Raise InputError where the run has gone on beyond what is the recipe's last step now."""
+    saved, steps = list_checkpoints(job.run.checkpoints), job.recipe.train.total_steps
+    if saved and checkpoint_step(saved[-1]) > steps:
+        raise InputError(f"train.steps {steps}, and the run {job.run.path} has the checkpoint "
+                         f"{saved[-1].name}", "a last step that is still ahead of the run",
+                         "raise train.steps; or move the checkpoints away from which it is not to "
+                         "go on, in a copy of the run's folder")
+
+
 def export_final_model(job: Job, world: World, fence: Fence) -> None:
     """Export the finished run's student into the run's folder. Collective."""
-    last = job.run.checkpoints / checkpoint_name(job.recipe.train.steps)
+    last = job.run.checkpoints / checkpoint_name(job.recipe.train.total_steps)
 
     def write() -> None:
         if not last.is_dir():

@@ -129,7 +129,7 @@ class Rollouts:
 
     def batch_for_step(self, data: StepBatch) -> StepBatch:
         """The data's batch, sampled responses to its prompts, or responses from the buffer."""
-        step, total = self.state.step, self.recipe.train.steps
+        step, total = self.state.step, self.recipe.train.total_steps
         chance = float(torch.rand((), generator=_generator(self.recipe, step, CHOICE_SEED)))
         source, metrics = self._choose(chance)
         if not value_at(self.recipe.loss.kd_weight, step, total):
@@ -155,7 +155,7 @@ class Rollouts:
         assert self.state.rollout is not None
         threshold = self.state.rollout["threshold"]
         source = choose_source(adaptive, threshold, chance, len(self.buffer), self.state.step + 1,
-                               self.recipe.train.steps)
+                               self.recipe.train.total_steps)
         return source, {"replay": 0.0, "rollout_threshold": threshold}
 
     def _sample(self, window: list[Batch]) -> list[RolloutDocument]:

@@ -74,7 +74,7 @@ class Stepper:
         """
         began = time.monotonic()
         recipe, step = self.recipe, self.state.step
-        objective = objective_at(recipe.loss, step, recipe.train.steps, self.state.taid)
+        objective = objective_at(recipe.loss, step, recipe.train.total_steps, self.state.taid)
         rate = learning_rate(recipe.train, step)
         torch.manual_seed(step_seed(recipe.train.seed, step, self.world.dp_rank))
         self.engine.start_step(rate)
@@ -90,7 +90,7 @@ class Stepper:
         uses_teacher = self.engine.distiller.uses_teacher(objective)
         if uses_teacher and recipe.loss.adaptive is not None:
             self.state.taid = taid_update(recipe.loss.adaptive, self.state.taid, sums.kd, step,
-                                          recipe.train.steps)
+                                          recipe.train.total_steps)
         self.state.step, self.state.tokens = step + 1, self.state.tokens + int(batch.tokens)
         metrics: Metrics = {} if auxiliary is None else {"auxiliary_loss": sums.auxiliary}
         return {**metrics, "tokens": self.state.tokens, "loss": sums.loss,

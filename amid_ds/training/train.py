@@ -25,10 +25,12 @@ from amid_ds.training.determinism import deterministic
 from amid_ds.training.job import (
     Job,
     check_recipe,
+    count_steps,
     export_final_model,
     hold_run,
     identity_of,
     open_run,
+    refuse_steps_behind,
     require_checkpoints,
 )
 from amid_ds.training.rollout import check_prompt_lengths
@@ -60,13 +62,15 @@ def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
     """Open the run, resume, train; the run's lease is held."""
     world.run_on_main(lambda: require_checkpoints(job))
     world.run_on_main(lambda: export.start_from(job.recipe))
+    job = count_steps(job, world)
+    world.run_on_main(lambda: refuse_steps_behind(job))
     changed = world.run_on_main(lambda: changes_since_last_attempt(job.recipe))
     open_run(job, world)
     world.run_checked(lambda: attempt.begin(job.run.path, changed))
     resume = find_latest_valid(job.run.checkpoints, world)
     if _is_finished(job, resume):
         logger.info("%s has reached its last step %d: nothing to do", job.run.path,
-                    job.recipe.train.steps)
+                    job.recipe.train.total_steps)
         # Missing where the attempt before was killed between its last save and its export.
         if not world.gather(job.run.model.is_dir())[0]:
             export_final_model(job, world, fence)
@@ -76,7 +80,7 @@ def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
 
 def _is_finished(job: Job, resume: ResumePoint) -> bool:
     return (resume.checkpoint is not None
-            and checkpoint_step(resume.checkpoint) == job.recipe.train.steps)
+            and checkpoint_step(resume.checkpoint) == job.recipe.train.total_steps)
 
 
 def build_trainer(job: Job, resume: ResumePoint, world: World, attempt: Attempt,

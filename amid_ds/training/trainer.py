@@ -68,7 +68,7 @@ class Trainer(Stepper):
               self._open_monitors() as monitors):
             self._log_start()
             for fetched in fetch_steps(self.data, self.auxiliary, self.job.vocab_size,
-                                       self.state.step, self.recipe.train.steps):
+                                       self.state.step, self.recipe.train.total_steps):
                 monitors.step_begin(self.state.step + 1)
                 info = self._reduce_info(fetched)
                 if info.stop:
@@ -120,7 +120,7 @@ class Trainer(Stepper):
     def _evaluate(self, monitors: Monitors) -> None:
         """Evaluate where that is due, before the save: a resumed run has had it."""
         train, step = self.recipe.train, self.state.step
-        due = step == train.steps or (train.eval_every > 0 and step % train.eval_every == 0)
+        due = step == train.total_steps or (train.eval_every > 0 and step % train.eval_every == 0)
         if not self.recipe.data.eval or not due:
             return
         monitors.evaluation_begin()
@@ -133,7 +133,7 @@ class Trainer(Stepper):
 
     def _save_if_due(self) -> None:
         if (self.state.step % self.recipe.checkpoint.every == 0
-                or self.state.step == self.recipe.train.steps):
+                or self.state.step == self.recipe.train.total_steps):
             self._save()
 
     def _save(self) -> None:
@@ -152,7 +152,7 @@ class Trainer(Stepper):
         if self.state.step != self.saved_step:
             self._save()
         self.saver.close()
-        if self.state.step < self.recipe.train.steps:
+        if self.state.step < self.recipe.train.total_steps:
             reasons = {reason for reason in self.world.gather(self.stop.reason())
                        if reason is not None}
             self.stop.honoured()
@@ -173,7 +173,7 @@ class Trainer(Stepper):
         if self.rollouts is not None:
             # The tokens learnt from, over a time that includes their sampling.
             metrics["tokens_per_second"] = batch.tokens / seconds
-        logged = step % train.log_every == 0 or step == train.steps
+        logged = step % train.log_every == 0 or step == train.total_steps
         if logged:
             metrics |= monitors.metrics(uses_teacher=metrics["kd_loss"] is not None)
             logged = self._holds_run()
@@ -193,7 +193,7 @@ class Trainer(Stepper):
     def _open_log(self) -> RunLog:
         run = self.job.run if self.world.is_main else None
         return self.world.run_checked(
-            lambda: RunLog(run, self.state.step, self.recipe.train.steps))
+            lambda: RunLog(run, self.state.step, self.recipe.train.total_steps))
 
     def _open_stop_request(self) -> StopRequest:
         return StopRequest(self.job.run, self.recipe.train.max_hours, self.world.is_main)

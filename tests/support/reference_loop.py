@@ -29,14 +29,30 @@ def reference_adamw(model: nn.Module, train: dict) -> torch.optim.Optimizer:
         betas=tuple(train.get("betas", (0.9, 0.95))), eps=train.get("eps", 1e-8))
 
 
+def reference_factor(train: dict, step: int) -> float:
+    """The share of the peak learning rate in optimizer step `step` (from 0)."""
+    warm, schedule = train["warmup_steps"], train.get("schedule", "cosine")
+    if step < warm:
+        return (step + 1) / warm
+    way = train["steps"] - warm
+    if schedule == "wsd":
+        way, schedule = train["decay_steps"], train.get("decay_shape", "linear")
+    # 1 before the way down has begun.
+    ahead = torch.tensor(min(1, (train["steps"] - step) / way), dtype=torch.float64)
+    height = {"constant": torch.ones(()), "linear": ahead, "sqrt": 1 - torch.sqrt(1 - ahead),
+              "cosine": torch.sin(torch.pi / 2 * ahead) ** 2}[schedule].item()
+    low = train.get("min_lr_ratio", 0.0)
+    return low * (1 - height) + height
+
+
 def reference_loop(student: Path, teacher: Path, recipe: dict, prepared: Path,
                    make_optimizer: Callable[[nn.Module, dict], torch.optim.Optimizer]
                    = reference_adamw) -> tuple[list[dict], dict[str, Tensor]]:
     """Each step's metrics and the trained fp32 weights: the truth for any layout.
 
-    One process, full logits in float64, one document at a time; the skewed KL and the cosine
-    schedule written out. make_optimizer: from the model and the recipe's `train`; its groups'
-    `ratio` multiplies the learning rate.
+    One process, full logits in float64, one document at a time; the skewed KL and the schedules
+    written out. make_optimizer: from the model and the recipe's `train`; its groups' `ratio`
+    multiplies the learning rate.
     """
     model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
     vocabulary = len(AutoTokenizer.from_pretrained(student))
@@ -46,11 +62,9 @@ def reference_loop(student: Path, teacher: Path, recipe: dict, prepared: Path,
                     micro_batch_size=1, dp_rank=0, dp_size=1, workers=0)
     lines = []
     for step in range(train["steps"]):
-        warm = train["warmup_steps"]
-        angle = torch.tensor(torch.pi * (step - warm) / (train["steps"] - warm))
-        factor = (step + 1) / warm if step < warm else 0.5 * (1 + torch.cos(angle).item())
         for group in optimizer.param_groups:
-            group["lr"] = train["learning_rate"] * factor * group.get("ratio", 1.0)
+            group["lr"] = (train["learning_rate"] * reference_factor(train, step)
+                           * group.get("ratio", 1.0))
         kd = ce = tokens = 0
         for ids, labels in itertools.chain.from_iterable(map(split_documents, rows.window(step))):
             keep = labels != -100
