@@ -41,17 +41,18 @@ class Ranks:
         argv = [str(argument) for argument in arguments]
         self.processes = [
             _forkserver.Process(target=target or rank_main, daemon=True, args=(
-                argv, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, str(self._log(rank))))
+                argv, {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, str(self.log(rank))))
             for rank in range(size)]
         for process in self.processes:
             process.start()
 
-    def _log(self, rank: int) -> Path:
+    def log(self, rank: int) -> Path:
+        """The file of the rank's output; beside it a target may leave files of its own."""
         return Path(self.folder.name) / f"rank{rank}"
 
     def output(self, rank: int = 0) -> str:
         """The rank's stdout and stderr so far, in one text."""
-        return self._log(rank).read_text()
+        return self.log(rank).read_text()
 
     def signal(self, number: int, *ranks: int) -> None:
         """Send a signal to these ranks, or to all."""
