@@ -35,7 +35,7 @@ def waits_of_a_step(recipe: Path) -> Counter[str]:
     ranks = Ranks(2, "train", recipe, target=functools.partial(fake_cuda_rank,
                                                                watched_step=WATCHED))
     assert ranks.wait() == [0, 0], ranks.output()
-    return Counter(json.loads(Path(f"{ranks._log(0)}.waits").read_text()))
+    return Counter(json.loads(Path(f"{ranks.log(0)}.waits").read_text()))
 
 
 def ours(waits: Counter[str]) -> dict[str, int]:

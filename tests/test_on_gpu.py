@@ -115,6 +115,32 @@ def test_logits_are_never_whole():
     assert torch.cuda.max_memory_allocated() - before < workspace + gradients + (64 << 20) < whole
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["jsd", "amid"])
+def test_a_loss_of_a_pretraining_step_is_finite_and_prints_where_its_time_goes(objective):
+    """8192 tokens, 128256 ids, widths of 4096: what `bench loss --predict` is first asked for."""
+    tokens, ids, width = 8192, 128256, 4096
+    student, teacher, *heads = (
+        torch.randn(rows, width, device="cuda", dtype=torch.bfloat16) for rows in
+        (tokens, tokens, ids, ids))
+    for head in heads:
+        head.mul_(2 * width**-0.5)
+    leaves = [student.requires_grad_(), heads[0].requires_grad_()]
+    weights = torch.full((tokens,), 1 / tokens, device="cuda")
+
+    def run() -> list[torch.Tensor]:
+        out = linear_amid_loss(student, heads[0], teacher, heads[1], OBJECTIVES[objective],
+                               token_weights=weights, checked=True, backend="triton")
+        return [out.loss, *torch.autograd.grad(out.loss, leaves)]
+
+    assert all(bool(each.isfinite().all()) for each in run())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
+        run()
+        torch.cuda.synchronize()
+    print(f"\n{torch.cuda.get_device_name()}, {objective}:\n" + trace.key_averages().table(
+        sort_by="self_device_time_total", row_limit=16, max_name_column_width=60))
+
+
 @pytest.fixture
 def no_waits() -> Iterator[None]:
     """Torch raises where the host would wait for the GPU."""
