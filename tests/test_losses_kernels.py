@@ -143,6 +143,16 @@ def test_the_linear_loss_is_that_of_plain_torch(dtype, objective):
         torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("scale", [0.3, -2.0])
+def test_a_scale_without_a_cap(scale):
+    problem = LossProblem(tokens=5, vocabulary=41, dtype=torch.float32)
+    results = [problem.fused(AMiD(-5.0, 0.1, temperature=2.0), scale=scale, backend=backend)
+               for backend in ("torch", "triton")]
+    for expected, actual in zip(*[[out.loss, out.kd, out.ce, *problem.gradients(out.loss)]
+                                  for out in results], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
 def on_device(problem: LossProblem, objective: AMiD, backend: str) -> fused.LossOutput:
     tensors = (*problem.leaves(), problem.teacher, problem.teacher_weight, problem.weights,
                problem.labels)
