@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from support.losses import EVERY_DIVERGENCE, LossProblem, relative_error
 from torch import Tensor
 
-from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss
+from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss, preset
 from amid_ds.errors import InputError
 from amid_ds.losses import fused
 from amid_ds.losses.objective import ORDERS, divergence_from
@@ -22,7 +22,7 @@ from amid_ds.losses.reference import naive_loss
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from amid_ds.losses.kernel_math import DIVERGENCE_CODES  # noqa: E402
+from amid_ds.losses.kernel_math import DIVERGENCE_CODES, is_balanced  # noqa: E402
 
 
 def logits(seed: int, *shape: int, dtype: torch.dtype = torch.float32,
@@ -72,6 +72,35 @@ def test_the_ends_of_lam_and_the_detached_assistant(lam):
         check(logits(1, 3, 37), logits(2, 3, 37), objective, 2e-4, 2e-4)
 
 
+def test_an_arithmetic_mixture_is_made_of_probabilities_and_at_balance_has_no_pull_through_r():
+    """KL and λ : 1-λ as κ_pr : κ_qr (GKD), other weights, and λ too small for p and q in fp32."""
+    for objective in (preset("gkd", beta=0.3), preset("gkd", beta=0.9, temperature=2.0),
+                      AMiD(-1.0, 0.3, order={"pr": 0.3, "qr": 0.7}, detach_assistant=True),
+                      AMiD(-1.0, 0.3, order={"pr": 0.7, "qr": 0.3}), preset("srkl"),
+                      AMiD(-1.0, 1e-9, order="pr"), AMiD(-1.0, 1e-9, "squared_hellinger")):
+        check(logits(1, 3, 37), logits(2, 3, 37), objective, 2e-4, 2e-4)
+    assert is_balanced(preset("gkd", beta=0.3)) and not is_balanced(preset("skl"))
+
+
+def test_columns_that_do_not_lie_side_by_side():
+    student, teacher = logits(1, 74, 3).t()[:, ::2], logits(2, 3, 37, 2)[..., 0]
+    assert student.stride(-1) != 1 and teacher.stride(-1) != 1
+    check(student, teacher, AMiD(-5.0, 0.1), 2e-4, 2e-4)
+
+
+@pytest.mark.parametrize("whose", ["student", "teacher"])
+def test_a_nan_makes_its_token_nan_and_no_other(whose):
+    for objective in (preset("gkd"), AMiD(-5.0, 0.1), AMiD(3.0, 0.1, order="rp"), preset("fkl"),
+                      AMiD(-5.0, 0.1, "total_variation")):
+        rows = {"student": logits(1, 3, 37), "teacher": logits(2, 3, 37)}
+        rows[whose][1, 20] = float("nan")
+        student = rows["student"].requires_grad_()
+        loss = amid_loss(student, rows["teacher"], objective, backend="triton")
+        gradient, = torch.autograd.grad(loss.sum(), student)
+        assert loss.isnan().tolist() == [False, True, False], objective
+        assert gradient.isnan().any(-1).tolist() == [False, True, False], objective
+
+
 @pytest.mark.parametrize("width", [2, 15, 2048, 2049, 5000])
 def test_ragged_widths_and_several_blocks_of_a_row(width):
     check(logits(1, 2, width + 3), logits(2, 2, width + 9), AMiD(-5.0, 0.1, order="qr"), 2e-4, 2e-4,
@@ -112,6 +141,16 @@ def test_the_linear_loss_is_that_of_plain_torch(dtype, objective):
     for actual, expected in zip(results[1], results[0], strict=True):
         tolerance = 1e-5 if dtype == torch.float32 else 2**-7 if dtype == torch.bfloat16 else 2**-10
         torch.testing.assert_close(actual.float(), expected.float(), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("scale", [0.3, -2.0])
+def test_a_scale_without_a_cap(scale):
+    problem = LossProblem(tokens=5, vocabulary=41, dtype=torch.float32)
+    results = [problem.fused(AMiD(-5.0, 0.1, temperature=2.0), scale=scale, backend=backend)
+               for backend in ("torch", "triton")]
+    for expected, actual in zip(*[[out.loss, out.kd, out.ce, *problem.gradients(out.loss)]
+                                  for out in results], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def on_device(problem: LossProblem, objective: AMiD, backend: str) -> fused.LossOutput:

@@ -10,7 +10,7 @@ import torch
 from support.losses import EVERY_DIVERGENCE, LossProblem
 from torch.nn import functional as F
 
-from amid_ds import AlphaBeta, AMiD, LMHead, amid_loss, linear_amid_loss
+from amid_ds import AlphaBeta, AMiD, LMHead, amid_loss, linear_amid_loss, preset
 from amid_ds.losses import tiles
 from amid_ds.losses.reference import naive_loss
 
@@ -95,6 +95,15 @@ def test_the_kernels_are_the_naive_twin(pattern):
         check(pattern, objective, torch.float32, 1e-4, backend="triton")
     for measure in MEASURES[1:]:
         check(pattern, AMiD(-1.0, 0.3, measure, "qr"), torch.float32, 1e-3, backend="triton")
+
+
+@pytest.mark.parametrize("pattern", ["the teacher does not", "the student does not"])
+def test_the_kernels_are_infinite_where_kl_is_and_nowhere_else(pattern):
+    for objective in (AMiD(-5.0, 0.3, order="rp"), AMiD(-5.0, 0.3, order="rq"),
+                      AMiD(3.0, 0.3, order={"pr": 0.5, "qr": 0.5}), AMiD(-1.0, 0.0, order="pr"),
+                      AMiD(-1.0, 1.0, order="qr"), AMiD(-1.0, 0.3, order={"rp": 0.5, "rq": 0.5}),
+                      preset("gkd", beta=0.3), AMiD(3.0, 0.3, "total_variation", "pr")):
+        check(pattern, objective, torch.float32, 1e-4, backend="triton")
 
 
 def test_compiled_tiles_are_the_naive_twin(monkeypatch):

@@ -173,8 +173,8 @@ def log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE: tl.
     elif MIXTURE == MIXTURE_ARITHMETIC:
         of_q = (1.0 - lam) * tl.exp2(log_q)
         r = lam * tl.exp2(log_p) + of_q
-        # A NaN stays one in r, and log₂ of anything will do where r is 0.
-        floor = tl.maximum(r, LEAST)
+        # Where r is 0 any finite logarithm will do; NaN stays.
+        floor = tl.maximum(r, LEAST, propagate_nan=tl.PropagateNan.ALL)
         log_r = log2_of(floor, APPROXIMATE)
         w = of_q * reciprocal_of(floor, APPROXIMATE)
     else:

@@ -3,7 +3,7 @@
 """The Triton kernels: one program per token walks its row of both models' logits.
 
 A row is read in blocks of columns, [BLOCK / VECTOR, VECTOR] each: full ones without a mask, 16
-bytes at a load where the row stride allows it, then the tail, whose missing columns read as -inf.
+bytes at a load where the row stride allows it, then the tail, whose missing columns nobody says.
 What is summed or sought is first put together over VECTOR, which one thread holds, then once per
 row over the threads; so a running maximum is that of a thread, and its rescaling costs one
 exponential for VECTOR logits.
@@ -35,6 +35,7 @@ from amid_ds.losses.kernel_rows import (
     load_pair,
     log2_probability,
     most_apart,
+    present,
     store_logsumexp,
     store_mixture_sum,
     to_peak,
@@ -59,8 +60,8 @@ def normalisers_kernel(
     student += row * student_stride
     teacher += row * teacher_stride
     offsets = block_columns(BLOCK, VECTOR)
-    # No -inf: a thread may read nothing else.
-    peak_q = tl.full((BLOCK // VECTOR, 1), ZERO_LOG, tl.float32)
+    # Above the logarithm of 0, whose exponential is then 0, also where a thread reads no other.
+    peak_q = tl.full((BLOCK // VECTOR, 1), 0.5 * ZERO_LOG, tl.float32)
     peak_p = peak_q
     peak_z = peak_q
     sum_q = tl.zeros((BLOCK // VECTOR, 1), tl.float32)
@@ -73,13 +74,16 @@ def normalisers_kernel(
             z = load_logits(student, columns, width, student_scale, student_cap, STUDENT_CAPPED,
                             TAIL, APPROXIMATE)
             if HAS_TEACHER:
-                peak_q, sum_q = add_to_logsumexp(peak_q, sum_q, z * student_unit)
+                q = present(z * student_unit, columns, width, TAIL)
+                peak_q, sum_q = add_to_logsumexp(peak_q, sum_q, q)
                 p = load_logits(teacher, columns, width, teacher_scale, teacher_cap,
                                 TEACHER_CAPPED, TAIL, APPROXIMATE)
-                peak_p, sum_p = add_to_logsumexp(peak_p, sum_p, p * teacher_unit)
+                p = present(p * teacher_unit, columns, width, TAIL)
+                peak_p, sum_p = add_to_logsumexp(peak_p, sum_p, p)
             if HAS_Z:
                 if not STUDENT_CAPPED:
                     z *= student_scale
+                z = present(z, columns, width, TAIL)
                 peak_z, sum_z = add_to_logsumexp(peak_z, sum_z, z)
     if HAS_TEACHER:
         store_logsumexp(rows, row, tokens, peak_q, sum_q)
@@ -104,7 +108,6 @@ def assistant_kernel(
     peak_p, rest_p = load_pair(log_p_norm, row, tokens)
     peak_q, rest_q = load_pair(log_q_norm, row, tokens)
     offsets = block_columns(BLOCK, VECTOR)
-    # Above the logarithm of 0, whose exponential is then 0.
     peak = tl.full((BLOCK // VECTOR, 1), 0.5 * ZERO_LOG, tl.float32)
     sum_r = tl.zeros((BLOCK // VECTOR, 1), tl.float32)
     full = width // BLOCK * BLOCK
@@ -113,10 +116,10 @@ def assistant_kernel(
             columns = start + offsets
             z = load_logits(student, columns, width, student_scale, student_cap, STUDENT_CAPPED,
                             TAIL, APPROXIMATE)
-            log_q = log2_probability(z, student_unit, peak_q, rest_q)
+            log_q = log2_probability(z, student_unit, peak_q, rest_q, columns, width, TAIL)
             z = load_logits(teacher, columns, width, teacher_scale, teacher_cap, TEACHER_CAPPED,
                             TAIL, APPROXIMATE)
-            log_p = log2_probability(z, teacher_unit, peak_p, rest_p)
+            log_p = log2_probability(z, teacher_unit, peak_p, rest_p, columns, width, TAIL)
             log_r, _, _ = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE,
                                       SERIES, APPROXIMATE)
             new, r, rescale = to_peak(peak, log_r)
@@ -159,10 +162,10 @@ def kl_moments_kernel(
             columns = start + offsets
             z = load_logits(student, columns, width, student_scale, student_cap, STUDENT_CAPPED,
                             TAIL, APPROXIMATE)
-            log_q = log2_probability(z, student_unit, peak_q, rest_q)
+            log_q = log2_probability(z, student_unit, peak_q, rest_q, columns, width, TAIL)
             z = load_logits(teacher, columns, width, teacher_scale, teacher_cap, TEACHER_CAPPED,
                             TAIL, APPROXIMATE)
-            log_p = log2_probability(z, teacher_unit, peak_p, rest_p)
+            log_p = log2_probability(z, teacher_unit, peak_p, rest_p, columns, width, TAIL)
             log_r, _, w = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE,
                                       SERIES, APPROXIMATE)
             apart = most_apart(apart, log_p, log_q, ONLY_P, ONLY_Q)
@@ -232,10 +235,10 @@ def sums_kernel(
             columns = start + offsets
             z = load_logits(student, columns, width, student_scale, student_cap, STUDENT_CAPPED,
                             TAIL, APPROXIMATE)
-            log_q = log2_probability(z, student_unit, peak_q, rest_q)
+            log_q = log2_probability(z, student_unit, peak_q, rest_q, columns, width, TAIL)
             z = load_logits(teacher, columns, width, teacher_scale, teacher_cap, TEACHER_CAPPED,
                             TAIL, APPROXIMATE)
-            log_p = log2_probability(z, teacher_unit, peak_p, rest_p)
+            log_p = log2_probability(z, teacher_unit, peak_p, rest_p, columns, width, TAIL)
             log_r, r, w = assistant(log_p, log_q, peak_r, rest_r, c, inverse_c, lam, log_lam,
                                     log_rest, MIXTURE, SERIES, HAS_ASSISTANT, APPROXIMATE)
             d, a, b = objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE,
@@ -292,10 +295,10 @@ def gradient_kernel(
                             TAIL, APPROXIMATE)
             g = tl.zeros_like(z)
             if HAS_KD:
-                log_q = log2_probability(z, student_unit, peak_q, rest_q)
+                log_q = log2_probability(z, student_unit, peak_q, rest_q, columns, width, TAIL)
                 y_p = load_logits(teacher, columns, width, teacher_scale, teacher_cap,
                                   TEACHER_CAPPED, TAIL, APPROXIMATE)
-                log_p = log2_probability(y_p, teacher_unit, peak_p, rest_p)
+                log_p = log2_probability(y_p, teacher_unit, peak_p, rest_p, columns, width, TAIL)
                 log_r, r, w = assistant(log_p, log_q, peak_r, rest_r, c, inverse_c, lam, log_lam,
                                         log_rest, MIXTURE, SERIES, HAS_ASSISTANT, APPROXIMATE)
                 _, a, b = objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE,

@@ -25,8 +25,7 @@ def block_columns(BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 @triton.jit
 def load_logits(pointer, columns, width, scale, cap, CAPPED: tl.constexpr, TAIL: tl.constexpr,
                 APPROXIMATE: tl.constexpr):
-    """Logits in fp32, under CAPPED scaled and capped; -inf, as if nobody said them, from `width`
-    on, which TAIL says may be reached."""
+    """Logits in fp32, under CAPPED scaled and capped; 0 from `width` on, which only a TAIL has."""
     if TAIL:
         z = tl.load(pointer + columns, mask=columns < width, other=0.0).to(tl.float32)
     else:
@@ -36,18 +35,23 @@ def load_logits(pointer, columns, width, scale, cap, CAPPED: tl.constexpr, TAIL:
         e = tl.exp2(tl.abs(z) * (-2.0 * LOG2_E))
         tanh = (1.0 - e) * reciprocal_of(1.0 + e, APPROXIMATE)
         z = cap * tl.where(z < 0, -tanh, tanh)
-    if TAIL:
-        z = tl.where(columns < width, z, -float("inf"))
     return z
 
 
 @triton.jit
-def log2_probability(z, unit, peak, rest):
+def present(log, columns, width, TAIL: tl.constexpr):
+    """`log`, and in a TAIL ZERO_LOG from `width` on: a column that nobody says adds nothing."""
+    return tl.where(columns < width, log, ZERO_LOG) if TAIL else log
+
+
+@triton.jit
+def log2_probability(z, unit, peak, rest, columns, width, TAIL: tl.constexpr):
     """log₂ of the probabilities of the logits z · unit, given their log-sum-exp in two parts, in
     nats and in bits; ZERO_LOG for -inf, NaN stays."""
     # The difference of two large numbers comes first: it is exact.
-    return tl.maximum((z * unit - peak) * LOG2_E - rest, ZERO_LOG,
-                      propagate_nan=tl.PropagateNan.ALL)
+    log = tl.maximum((z * unit - peak) * LOG2_E - rest, ZERO_LOG,
+                     propagate_nan=tl.PropagateNan.ALL)
+    return present(log, columns, width, TAIL)
 
 
 @triton.jit

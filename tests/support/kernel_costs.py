@@ -1,4 +1,4 @@
-"""Machine instructions of the loss's kernels per pair of logits (one of each model) on sm_90.
+"""Machine instructions of the loss's kernels per pair of logits, one of each model, on sm_90.
 
 By objective of compile_ahead.py and by kernel; bf16. tests/test_kernels_compiled.py compares them
 with what is compiled.
@@ -15,8 +15,9 @@ INSTRUCTIONS_PER_PAIR: dict[str, dict[str, float]] = {
     "alpha_beta": {"normalisers": 18.1, "assistant": 24.1, "sums": 49.4, "gradient": 43.6},
 }
 
-# exp2, log2 and reciprocals among them: a GPU has a quarter of an SM sub-partition's lanes for
-# these, or an eighth, so that eight instructions are issued in the time of one.
+# exp2, log2 and reciprocals among them. A multiprocessor of sm_80 to sm_100 has 128 lanes for most
+# fp32 instructions and 16 for these (CUDA C++ programming guide, arithmetic throughput): eight
+# instructions are issued in the time of one of these.
 SPECIAL_PER_PAIR: dict[str, dict[str, float]] = {
     "jsd": {"normalisers": 2.25, "sums": 3.0, "gradient": 3.0},
     "amid": {"normalisers": 2.25, "kl_moments": 5.125, "gradient": 6.0},
