@@ -34,8 +34,9 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
     Launchers: deepspeed, torchrun, srun, mpirun. A collective waits at most `timeout_s` for its
     peers, and the ranks at most MEET_S to meet. On a clean exit, and on an error that all ranks
     have agreed on, the ranks leave together; any other error is reported to the peers, whose
-    FailureMonitor ends them. Raises TrainingError where the launcher's variables make no sense,
-    RankError where the ranks do not meet.
+    FailureMonitor ends them. Raises TrainingError where the launcher's variables make no sense or
+    one node lacks its GPUs, InputError where two ranks share a GPU, RankError where the ranks do
+    not meet.
     """
     # A program that calls train() has not set it up.
     set_up_logging()
@@ -47,7 +48,7 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
     with (_rank_variables(rank, size, local_rank if device.index is None else device.index),
           _timeout_of_groups(timeout)):
         store = _meet(rank, size, timeout)
-        # A connection of its own: one that waits in a `get` keeps every other thread waiting.
+        # On a connection of its own: NCCL and gloo wait for keys in theirs.
         failures = (FailureMonitor(store.clone(), rank)   # type: ignore[attr-defined]
                     if size > 1 else None)
         world = World(rank, size, device, failures=failures)
