@@ -9,6 +9,7 @@ import os
 import re
 import time
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -129,11 +130,15 @@ def test_every_group_waits_longer_than_the_hang_watchdog(recipe, tmp_path):
 def blocked_rank(where: str, argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank of two; rank 1 fails, and rank 0 waits for it where no collective is."""
     from amid_ds.cluster import doctor
+    from amid_ds.distributed import rendezvous
 
     FailureMonitor.CHECK_EVERY_S, FailureMonitor.GRACE_S = 0.1, 0.5
 
     def fail(*args, **kwargs):
         raise RuntimeError("something is wrong with this rank")
+
+    def stand_still(*args, **kwargs):
+        time.sleep(1000)
 
     def check(recipe, world):
         if not world.is_main:
@@ -141,20 +146,25 @@ def blocked_rank(where: str, argv: list[str], variables: dict[str, str], log: st
         dist.distributed_c10d._get_default_store().get("never set")
 
     doctor.CHECKS = (check,)
-    if where == "connecting" and variables["RANK"] == "1":
-        dist.init_process_group = fail
+    if where != "the store" and variables["RANK"] == "1":
+        dist.init_process_group = fail if where == "connecting" else stand_still
+    if where == "connecting for ever":
+        limited = rendezvous._time_limit
+        rendezvous._time_limit = lambda world, limit: limited(world, timedelta(seconds=1))
     rank_main(argv, variables, log)
 
 
 # A key of the groups' store that the other never sets; the first connection, which NCCL does not
 # limit in time.
-@pytest.mark.parametrize("where", ["the store", "connecting"])
-def test_a_rank_that_waits_in_no_collective_still_sees_a_failure(where):
+@pytest.mark.parametrize("where, reason", [
+    ("the store", "rank 1: RuntimeError: something is wrong with this rank"),
+    ("connecting", "rank 1 on .* did not meet .*: something is wrong with this rank"),
+    ("connecting for ever", "did not meet the others at .*: they are not connected after 1 s")])
+def test_a_rank_that_waits_in_no_collective_still_sees_a_failure(where, reason):
     ranks = Ranks(2, "doctor", target=functools.partial(blocked_rank, where))
     # The store itself gives up after doctor's 60 s.
     assert ranks.wait(40) == [1, 1], ranks.output(0) + ranks.output(1)
-    assert re.search("waiting for a rank that failed: rank 1.*something is wrong with this rank",
-                     ranks.output(0)), ranks.output(0)
+    assert re.search(reason, ranks.output(0)), ranks.output(0)
 
 
 @pytest.mark.parametrize("launched, behind", [

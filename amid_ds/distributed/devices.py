@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -12,8 +11,6 @@ import torch
 import torch.distributed as dist
 
 from amid_ds.errors import InputError, TrainingError
-
-logger = logging.getLogger(__name__)
 
 # Where a user tells torch's allocator how to work; torch reads the first that is set, when it first
 # allocates.
@@ -32,13 +29,16 @@ def choose_device(local_rank: int) -> torch.device:
     # DS_ACCELERATOR is DeepSpeed's own switch.
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
-    if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
+    if allocator_settings() is None:
         os.environ["PYTORCH_ALLOC_CONF"] = ALLOCATOR_SETTINGS
-        logger.info("GPU memory is allocated with %s; PYTORCH_ALLOC_CONF overrides it",
-                    ALLOCATOR_SETTINGS)
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def allocator_settings() -> str | None:
+    """What the environment tells torch's allocator of GPU memory; None: nothing."""
+    return next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), None)
 
 
 def device_error(store: dist.Store, rank: int, size: int, device: torch.device

@@ -17,6 +17,9 @@ class FailureMonitor:
     A failed rank reports to the rendezvous store, which works while collectives do not. A thread of
     every rank checks the store every CHECK_EVERY_S seconds; a rank that has not ended by itself
     GRACE_S after it saw a failure is ended, with exit status 1.
+
+    store: a connection to the rendezvous store in which nobody waits for a key: whoever does keeps
+    every other thread from it.
     """
 
     CHECK_EVERY_S = 2.0

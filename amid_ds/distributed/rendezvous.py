@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -34,8 +35,9 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
     Launchers: deepspeed, torchrun, srun, mpirun. A collective waits at most `timeout_s` for its
     peers, and the ranks at most MEET_S to meet. On a clean exit, and on an error that all ranks
     have agreed on, the ranks leave together; any other error is reported to the peers, whose
-    FailureMonitor ends them. Raises TrainingError where the launcher's variables make no sense,
-    RankError where the ranks do not meet.
+    FailureMonitor ends them. Raises TrainingError where the launcher's variables make no sense or
+    one node lacks its GPUs, InputError where two ranks share a GPU, RankError where the ranks do
+    not meet.
     """
     # A program that calls train() has not set it up.
     set_up_logging()
@@ -43,16 +45,18 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
     device = choose_device(local_rank)
     if device.type == "cpu":
         _share_cores(size)
-    timeout = timedelta(seconds=timeout_s)
+    timeout, patience = timedelta(seconds=timeout_s), timedelta(seconds=min(timeout_s, MEET_S))
     with (_rank_variables(rank, size, local_rank if device.index is None else device.index),
           _timeout_of_groups(timeout)):
-        store = _meet(rank, size, timeout)
-        # A connection of its own: one that waits in a `get` keeps every other thread waiting.
+        store = _meet(rank, size, patience)
+        store.set_timeout(timeout)
+        # On a connection of its own: NCCL and gloo wait for keys in theirs.
         failures = (FailureMonitor(store.clone(), rank)   # type: ignore[attr-defined]
                     if size > 1 else None)
         world = World(rank, size, device, failures=failures)
         try:
-            agreement, wrong = _join(world, store)
+            with _time_limit(world, patience):
+                agreement, wrong = _join(world, store)
             world = replace(world, agreement=agreement)
             with _leaving_together(world):
                 if wrong is not None:
@@ -79,17 +83,31 @@ def _leaving_together(world: World) -> Iterator[None]:
         raise
 
 
-def _meet(rank: int, size: int, timeout: timedelta) -> dist.Store:
+def _meet(rank: int, size: int, patience: timedelta) -> dist.Store:
     """The store that all ranks share, once all of them have come to it."""
     if size == 1:
         return dist.HashStore()
-    patience = min(timeout, timedelta(seconds=MEET_S))
     try:
-        store: dist.Store = next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
+        return next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
     except (RuntimeError, OSError) as error:
         raise _did_not_meet(rank, error) from None
-    store.set_timeout(timeout)
-    return store
+
+
+@contextlib.contextmanager
+def _time_limit(world: World, limit: timedelta) -> Iterator[None]:
+    """A context that ends all ranks if it takes longer: NCCL's connecting has no limit itself."""
+    if world.failures is None:
+        yield
+        return
+    seconds = limit.total_seconds()
+    late = _did_not_meet(world.rank, TimeoutError(f"they are not connected after {seconds:g} s"))
+    timer = threading.Timer(seconds, world.failures.report, [str(late)])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _join(world: World, store: dist.Store

@@ -97,13 +97,11 @@ class HangWatchdog:
 
     def _end(self) -> None:
         """Report where this rank is, learn where the others are, and end with exit status 1."""
-        rank = self.world.rank
-        state = RankState(_main_thread_place(_gpu_is_at_work(self.world.device)),
-                          launched_collectives())
+        rank, place = self.world.rank, _main_thread_place(_gpu_is_at_work(self.world.device))
         print_error(f"rank {rank} on {self.hosts[rank]}: step {self.number} has not ended after "
-                    f"{self.timeout_s:g} s; {state.place}. Its threads:")
+                    f"{self.timeout_s:g} s; {place}. Its threads:")
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
-        states = {rank: state}
+        states = {rank: RankState(place, launched_collectives())}
         # In a thread, because the store may not answer.
         exchange = threading.Thread(target=self._exchange, args=(states,), daemon=True)
         exchange.start()

@@ -14,6 +14,7 @@ from typing import Any
 from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.data import tokenizer_fingerprint
 from amid_ds.data.manifest import read_prepared_manifest
+from amid_ds.distributed.devices import allocator_settings
 from amid_ds.run.warm_start import resolve_student
 
 PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "triton")
@@ -28,6 +29,7 @@ def provenance(recipe: Recipe, tokenizer: Any, ranks: int, optimizer: Mapping[st
         "versions": versions(),
         "git_revision": code_revision(),
         "ranks": ranks,
+        "gpu_allocator": allocator_settings(),
         "student": {**_model_facts(recipe.student), "files_sha256": student_hash},
         "teacher": _model_facts(recipe.teacher) if recipe.teacher is not None else None,
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
