@@ -120,7 +120,10 @@ def _save_seconds(saver: Saver, step: int, world: World) -> tuple[float, float]:
     start_s = slowest_rank_seconds(world, lambda: saver.start(TrainState(step)))
     saver.join()
     write_s = max(world.gather(time.perf_counter() - began)) - start_s
-    return start_s + slowest_rank_seconds(world, saver.finish), write_s
+    waited_s = start_s + slowest_rank_seconds(world, saver.finish)
+    # Old checkpoints are removed beside the training, not beside the next measurement.
+    saver.close()
+    return waited_s, write_s
 
 
 def _engine_after_one_step(folder: Path, world: World) -> Engine:

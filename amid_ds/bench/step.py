@@ -3,9 +3,10 @@
 Four things on the same tokens in the same layout: (a) the student's own step, cross entropy through
 the fused head; (b) the teacher's forward with its head; (c) the distillation step; (d) the usual
 way: a second ZeRO-3 engine for the teacher, full logits of both models and the objective written
-out. (a) and (c) are the trainer's own step. Times come from one set of ranks that holds all four
-and runs them in turn; each peak of memory comes from ranks of its own. The ranks are started here:
-two on a CPU, one for each GPU of this machine.
+out. (a) and (c) are the trainer's own step. Where one set of ranks can hold all four, it runs them
+in turn, and each peak of memory comes from ranks of its own; else times do too, one variant after
+the other, and (d) is left out where it does not fit even so. The ranks are started here: two on a
+CPU, one for each GPU of this machine.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,17 @@ import torch
 
 from amid_ds.bench.measure import process_bytes, reset_peak_rss, slowest_rank_seconds
 from amid_ds.bench.optimizer import optimizer_seconds
+from amid_ds.bench.step_scale import (
+    MICRO_BATCHES,
+    STEP_SCALES,
+    STEP_VARIANTS,
+    StepScale,
+    fitting_scale,
+    save_configs,
+    save_models,
+)
 from amid_ds.checkpoint.state import TrainState
-from amid_ds.config.recipe import Dtype, Recipe, Train
+from amid_ds.config.recipe import Train
 from amid_ds.data import Batch
 from amid_ds.distributed.launch import free_port
 from amid_ds.distributed.rendezvous import init_distributed
@@ -35,66 +45,44 @@ from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.build import build_engine
 from amid_ds.engine.gather import full_numel
 from amid_ds.errors import TrainingError
-from amid_ds.experiments.small_models import LlamaSize, new_llama
 from amid_ds.losses.reference import naive_loss
 from amid_ds.models import loading
 from amid_ds.models.heads import head_of
+from amid_ds.planning.devices import DEFAULT_DEVICE, find_device
 from amid_ds.training.objective import objective_at
 from amid_ds.training.rollout import StepBatch
 from amid_ds.training.step import Stepper
 
-MICRO_BATCHES = 4
 CPU_RANKS = 2
 # ZeRO-3 records its trace of modules in the second step.
 WARM_UP_ROUNDS = 2
 # Hidden states that the head gets in one product in (b).
 HEAD_ROWS = 256
-# Names in spread_s and in the timings.
-STEP_VARIANTS = ("student", "teacher", "distillation", "usual")
-# Those whose peak of memory is measured: names in peak_bytes.
-PEAK_VARIANTS = ("student", "distillation", "usual")
+RESULT_FILE = "measured.json"
 VARIANT_TITLES = {"student": "(a) the student by itself", "teacher": "(b) the teacher's forward",
                   "distillation": "(c) distillation", "usual": "(d) two engines, full logits"}
-
-
-@dataclass(frozen=True)
-class StepScale:
-    """The models, as (width, layers), their vocabulary, and micro-batches of `rows` x `length`."""
-
-    student: tuple[int, int]
-    teacher: tuple[int, int]
-    vocabulary: int
-    rows: int
-    length: int
-    rounds: int
-    dtype: Dtype
-
-
-STEP_SCALES = {
-    # 50 M and 147 M parameters.
-    "cpu": StepScale((512, 8), (768, 13), 32000, 1, 512, 3, "fp32"),
-    # 0.5 B and 7.6 B.
-    "cuda": StepScale((1024, 24), (4096, 32), 128256, 4, 2048, 10, "bf16"),
-}
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Seconds are medians over the rounds, of the slowest rank; bytes are the largest rank's.
 
-    spread_s: least and most seconds by variant. peak_bytes: by variant, resident on a CPU,
-    allocated on a GPU. largest_layer_bytes: of the teacher, gathered at once. teacher_gather_bytes:
-    in a step of 1 and of 8 micro-batches, `ga1` and `ga8`. optimizer_s: of a step over a rank's
-    part of the student, by `optimizer_seconds`.
+    What does not fit the device is None. spread_s: least and most seconds by variant. peak_bytes:
+    by variant but the teacher's, resident on a CPU, allocated on a GPU. largest_layer_bytes: of the
+    teacher, gathered at once. teacher_gather_bytes: in a step of 1 and of 8 micro-batches, `ga1`
+    and `ga8`. at_once: whether one set of ranks was timed, which held all variants. optimizer_s: of
+    a step over a rank's part of the student, by `optimizer_seconds`.
     """
 
     ranks: int
+    scale: StepScale
+    at_once: bool
     student_step_s: float
     teacher_forward_s: float
     distillation_step_s: float
-    usual_step_s: float
+    usual_step_s: float | None
     spread_s: dict[str, tuple[float, float]]
-    peak_bytes: dict[str, int]
+    peak_bytes: dict[str, int | None]
     teacher_shard_bytes: int
     largest_layer_bytes: int
     teacher_gather_bytes: dict[str, int]
@@ -102,13 +90,18 @@ class StepResult:
 
 
 @dataclass(frozen=True)
-class StepTimings:
-    """Measured on the ranks that hold all variants: seconds by variant and round, and sizes."""
+class Measured:
+    """What ranks have measured of the variants that they hold.
+
+    seconds: by variant and round. peak_bytes: of the only variant, None of several. sizes: of the
+    teacher, by their names in StepResult; {} without (c). optimizer_s: {} but of ranks without a
+    variant.
+    """
 
     seconds: dict[str, list[float]]
-    teacher_gather_bytes: dict[str, int]
-    teacher_shard_bytes: int
-    largest_layer_bytes: int
+    peak_bytes: int | None
+    sizes: dict[str, int]
+    optimizer_s: dict[str, float | None] = field(default_factory=dict)
 
 
 def bench_step(as_json: bool, rows: int | None = None, length: int | None = None,
@@ -116,51 +109,61 @@ def bench_step(as_json: bool, rows: int | None = None, length: int | None = None
                teacher: tuple[int, int] | None = None) -> None:
     """`amid-ds bench step`: measure, then print a table, or JSON alone.
 
-    rows, length, vocabulary, student, teacher: as StepScale has them; None: this device's own.
+    rows, length, vocabulary, student, teacher: as StepScale has them; None: this device's own, with
+    as many rows as fit. Raises InputError for a shape that cannot be, or does not fit.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ranks = torch.cuda.device_count() if device == "cuda" else CPU_RANKS
-    usual = STEP_SCALES[device]
-    scale = replace(usual, rows=rows or usual.rows, length=length or usual.length,
-                    vocabulary=vocabulary or usual.vocabulary, student=student or usual.student,
-                    teacher=teacher or usual.teacher)
-    result = measure_step(scale, ranks)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    ranks = torch.cuda.device_count() if kind == "cuda" else CPU_RANKS
+    device = find_device("cpu", ranks)
+    if kind == "cuda":
+        device = replace(find_device(DEFAULT_DEVICE, ranks),
+                         memory=torch.cuda.get_device_properties(0).total_memory)
+    own = STEP_SCALES[kind]
+    scale = replace(own, rows=own.rows if rows is None else rows,
+                    length=own.length if length is None else length,
+                    vocabulary=own.vocabulary if vocabulary is None else vocabulary,
+                    student=student or own.student, teacher=teacher or own.teacher)
+    with tempfile.TemporaryDirectory() as name:
+        save_configs(Path(name), scale.check())
+        scale, variants, at_once = fitting_scale(scale, Path(name), ranks, device,
+                                                 may_shrink=rows is None)
+        result = measure_step(Path(name), scale, ranks, variants, at_once)
     if as_json:
         print(json.dumps(asdict(result)))
     else:
-        _print(result, device, scale)
+        _print(result, kind)
 
 
-def measure_step(scale: StepScale, size: int) -> StepResult:
-    """Times and peaks at `scale`, on `size` ranks of this machine."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _make_models(folder, scale)
-        timings = StepTimings(**_on_ranks(size, folder, "times", scale))
-        peaks = {variant: _on_ranks(size, folder, variant, scale)["peak_bytes"]
-                 for variant in PEAK_VARIANTS}
-        optimizers = _on_ranks(size, folder, "optimizer", scale)
-    seconds = timings.seconds
+def measure_step(folder: Path, scale: StepScale, ranks: int, variants: Sequence[str],
+                 at_once: bool) -> StepResult:
+    """Times and peaks of `variants` on `ranks` ranks of this machine, the models in `folder`."""
+    save_models(folder, scale)
+    together = _on_ranks(ranks, folder, variants, scale, scale.rounds) if at_once else None
+    alone = {variant: _on_ranks(ranks, folder, [variant], scale, 0 if at_once else scale.rounds)
+             for variant in variants if variant != "teacher" or not at_once}
+    seconds = together.seconds if together is not None else {
+        variant: one.seconds[variant] for variant, one in alone.items()}
+    sizes = (together or alone["distillation"]).sizes
+    optimizer = _on_ranks(ranks, folder, [], scale, 0).optimizer_s
     median = {variant: statistics.median(values) for variant, values in seconds.items()}
     return StepResult(
-        ranks=size, student_step_s=median["student"], teacher_forward_s=median["teacher"],
-        distillation_step_s=median["distillation"], usual_step_s=median["usual"],
+        ranks=ranks, scale=scale, at_once=at_once, student_step_s=median["student"],
+        teacher_forward_s=median["teacher"], distillation_step_s=median["distillation"],
+        usual_step_s=median.get("usual"),
         spread_s={variant: (min(values), max(values)) for variant, values in seconds.items()},
-        peak_bytes=peaks, teacher_shard_bytes=timings.teacher_shard_bytes,
-        largest_layer_bytes=timings.largest_layer_bytes,
-        teacher_gather_bytes=timings.teacher_gather_bytes, optimizer_s=optimizers)
+        peak_bytes={variant: alone[variant].peak_bytes if variant in alone else None
+                    for variant in STEP_VARIANTS if variant != "teacher"},
+        teacher_shard_bytes=sizes["teacher_shard_bytes"],
+        largest_layer_bytes=sizes["largest_layer_bytes"],
+        teacher_gather_bytes={"ga1": sizes["ga1"], "ga8": sizes["ga8"]},
+        optimizer_s=optimizer)
 
 
-def _make_models(folder: Path, scale: StepScale) -> None:
-    for name, (width, layers) in (("student", scale.student), ("teacher", scale.teacher)):
-        model = new_llama(LlamaSize.of_width(width, layers), scale.vocabulary)
-        model.to(loading.DTYPES[scale.dtype]).save_pretrained(folder / name)
+def _on_ranks(size: int, folder: Path, variants: Sequence[str], scale: StepScale,
+              rounds: int) -> Measured:
+    """Measure `variants` on `size` fresh ranks of this machine that hold all of them.
 
-
-def _on_ranks(size: int, folder: Path, part: str, scale: StepScale) -> Any:
-    """Run `part` on `size` fresh ranks of this machine and return rank 0's result, as JSON.
-
-    `part`: "times", "optimizer", or a variant for its peak.
+    No variant: the optimizer's step by itself.
     """
     threads = str(max(1, (os.cpu_count() or 1) // size))
     variables = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
@@ -170,7 +173,7 @@ def _on_ranks(size: int, folder: Path, part: str, scale: StepScale) -> Any:
     # Set here, because torch reads its number of threads when a rank imports it.
     os.environ.update(variables)
     try:
-        ranks = [spawn.Process(target=_run_rank, args=(rank, folder, part, scale))
+        ranks = [spawn.Process(target=_run_rank, args=(rank, folder, variants, scale, rounds))
                  for rank in range(size)]
         for rank in ranks:
             rank.start()
@@ -182,51 +185,44 @@ def _on_ranks(size: int, folder: Path, part: str, scale: StepScale) -> Any:
         rank.join()
     if any(rank.exitcode for rank in ranks):
         statuses = [rank.exitcode for rank in ranks]
-        raise TrainingError(f"bench step, {part}: ranks ended with {statuses}")
-    return json.loads((folder / f"{part}.json").read_text())
+        raise TrainingError(f"bench step, {', '.join(variants) or 'optimizer'}: ranks ended with {statuses}")
+    return Measured(**json.loads((folder / RESULT_FILE).read_text()))
 
 
-def _run_rank(rank: int, folder: Path, part: str, scale: StepScale) -> None:
+def _run_rank(rank: int, folder: Path, variants: Sequence[str], scale: StepScale,
+              rounds: int) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    result: Mapping[str, object]
     with init_distributed(Train.model_fields["hang_timeout"].default) as world:
-        if part == "times":
-            result = asdict(_time_variants(folder, world, scale))
-        elif part == "optimizer":
-            student: Any = loading.meta_model(str(folder / "student"))
-            result = optimizer_seconds(world, student.num_parameters() // world.size)
-        else:
-            result = {"peak_bytes": _peak_bytes(part, folder, world, scale)}
+        measured = _measure(folder, world, variants, scale, rounds)
         if world.is_main:
-            (folder / f"{part}.json").write_text(json.dumps(result))
+            (folder / RESULT_FILE).write_text(json.dumps(asdict(measured)))
 
 
-def _time_variants(folder: Path, world: World, scale: StepScale) -> StepTimings:
-    alone = _OurStep(folder, world, scale, with_teacher=False)
-    ours = _OurStep(folder, world, scale, with_teacher=True)
-    usual = _UsualStep(folder, world, scale)
-    # Not the forward of `ours`: that would cost it its prefetch trace.
-    teacher = _OurStep(folder, world, scale, with_teacher=True)
-    variants: dict[str, Callable[[], None]] = {
-        "student": alone.step, "teacher": teacher.teacher_forward,
-        "distillation": ours.step, "usual": usual.step}
-    seconds: dict[str, list[float]] = {variant: [] for variant in STEP_VARIANTS}
-    for round_number in range(WARM_UP_ROUNDS + scale.rounds):
-        for variant in STEP_VARIANTS:
-            elapsed = slowest_rank_seconds(world, variants[variant])
+def _measure(folder: Path, world: World, variants: Sequence[str], scale: StepScale,
+             rounds: int) -> Measured:
+    """Seconds of each variant in `rounds` rounds, in turn; the peak of one by itself. Collective.
+    """
+    if not variants:
+        student: Any = loading.meta_model(str(folder / "student"))
+        return Measured({}, None, {}, optimizer_seconds(
+            world, student.num_parameters() // world.size))
+    steps = {variant: _UsualStep(folder, world, scale) if variant == "usual"
+             else _OurStep(folder, world, scale, variant) for variant in variants}
+    seconds: dict[str, list[float]] = {variant: [] for variant in variants}
+    # One at least: then the optimizer has its moments.
+    for round_number in range(WARM_UP_ROUNDS + rounds if rounds else 1):
+        for variant, step in steps.items():
+            elapsed = slowest_rank_seconds(world, step.step)
             if round_number >= WARM_UP_ROUNDS:
                 seconds[variant].append(elapsed)
-    gathered = {f"ga{count}": ours.teacher_bytes_gathered(count) for count in (1, 8)}
-    return StepTimings(seconds, gathered, ours.teacher_shard_bytes(), ours.largest_layer_bytes())
+    peak = _peak_bytes(world, steps[variants[0]].step) if len(variants) == 1 else None
+    ours = steps.get("distillation")
+    sizes = ours.sizes() if isinstance(ours, _OurStep) and rounds else {}
+    return Measured(seconds, peak, sizes)
 
 
-def _peak_bytes(variant: str, folder: Path, world: World, scale: StepScale) -> int:
-    """The largest rank's peak in a step after the first, when the optimizer has its moments."""
-    if variant == "usual":
-        step = _UsualStep(folder, world, scale).step
-    else:
-        step = _OurStep(folder, world, scale, with_teacher=variant == "distillation").step
-    step()
+def _peak_bytes(world: World, step: Callable[[], None]) -> int:
+    """The largest rank's peak in a step. Collective."""
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
@@ -237,18 +233,23 @@ def _peak_bytes(variant: str, folder: Path, world: World, scale: StepScale) -> i
 
 
 class _OurStep:
-    """One engine and the trainer's step; with the teacher, or cross entropy alone."""
+    """One engine and the trainer's step: `student`, cross entropy alone; `distillation`; `teacher`,
+    that model's forward alone."""
 
-    def __init__(self, folder: Path, world: World, scale: StepScale, with_teacher: bool) -> None:
+    def __init__(self, folder: Path, world: World, scale: StepScale, variant: str) -> None:
         self.world, self.scale = world, scale
-        self.recipe = _recipe(folder, world, scale, with_teacher)
+        self.recipe = scale.recipe(folder, world.dp_size, with_teacher=variant != "student")
         config = ds_config.read_deepspeed_config(self.recipe, world.dp_size)
         self.engine = build_engine(self.recipe, config, scale.vocabulary, world)
         self.stepper = Stepper(self.recipe, self.engine, TrainState())
         self.window = [_batch(index, world, scale) for index in range(MICRO_BATCHES)]
+        self.forward_only = variant == "teacher"
 
     def step(self) -> None:
-        self._step(self.window)
+        if self.forward_only:
+            self.teacher_forward()
+        else:
+            self._step(self.window)
 
     def _step(self, window: list[Batch]) -> None:
         valid = sum(batch.labels.numel() for batch in window) * self.world.size
@@ -276,16 +277,16 @@ class _OurStep:
         self._step(window)
         return self.engine.gathered_bytes.teacher - before
 
-    def teacher_shard_bytes(self) -> int:
-        """Bytes of the teacher's parameters that this rank holds."""
-        return self.engine.resident_bytes()["teacher_weights"]
-
-    def largest_layer_bytes(self) -> int:
-        """Bytes of the teacher's embedding or of one of its blocks, gathered."""
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the teacher: this rank's shards, its embedding or a block (the larger) gathered,
+        and what 1 and 8 micro-batches gather."""
         teacher: Any = self.engine.distiller.teacher
         embedding = teacher.get_input_embeddings().weight
         block = sum(full_numel(parameter) for parameter in teacher.model.layers[0].parameters())
-        return max(full_numel(embedding), block) * embedding.element_size()
+        return {"teacher_shard_bytes": self.engine.resident_bytes()["teacher_weights"],
+                "largest_layer_bytes":
+                    max(full_numel(embedding), block) * embedding.element_size(),
+                **{f"ga{count}": self.teacher_bytes_gathered(count) for count in (1, 8)}}
 
 
 class _UsualStep:
@@ -293,10 +294,9 @@ class _UsualStep:
 
     def __init__(self, folder: Path, world: World, scale: StepScale) -> None:
         deepspeed = import_deepspeed()
-        recipe = _recipe(folder, world, scale, with_teacher=True)
+        recipe = scale.recipe(folder, world.dp_size, with_teacher=True)
         config = ds_config.read_deepspeed_config(recipe, world.dp_size)
-        self.world = world
-        self.objective = objective_at(recipe.loss, 0, recipe.train.total_steps).amid
+        self.world, self.objective = world, objective_at(recipe.loss, 0, recipe.train.steps).amid
         sharded = ds_config.sharded_loading(config)
         student, teacher = (loading.load_causal_lm(str(folder / name), scale.dtype, sharded)
                             for name in ("student", "teacher"))
@@ -320,20 +320,6 @@ class _UsualStep:
         self.student.step()
 
 
-def _recipe(folder: Path, world: World, scale: StepScale, with_teacher: bool) -> Recipe:
-    recipe: dict[str, object] = {
-        "student": {"model": str(folder / "student")},
-        "data": {"train": [{"path": "none"}]},
-        "output_dir": str(folder),
-        "train": {"steps": 100, "seq_length": scale.length, "micro_batch_size": scale.rows,
-                  "global_batch_size": scale.rows * MICRO_BATCHES * world.dp_size},
-        "deepspeed": "zero3_fp32.json" if scale.dtype == "fp32" else "zero3.json",
-    }
-    if with_teacher:
-        recipe["teacher"] = {"model": str(folder / "teacher")}
-    return Recipe.model_validate(recipe)
-
-
 def _batch(index: int, world: World, scale: StepScale) -> Batch:
     """Random tokens, the same in every variant."""
     generator = torch.Generator().manual_seed(index * world.size + world.rank)
@@ -341,27 +327,32 @@ def _batch(index: int, world: World, scale: StepScale) -> Batch:
     return Batch(ids, ids.roll(-1, 1), None, 0, [], [])
 
 
-def _print(result: StepResult, device: str, scale: StepScale) -> None:
+def _print(result: StepResult, kind: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    scale, peaks = result.scale, result.peak_bytes
     seconds = {"student": result.student_step_s, "teacher": result.teacher_forward_s,
-               "distillation": result.distillation_step_s, "usual": result.usual_step_s}
-    peaks = result.peak_bytes
+               "distillation": result.distillation_step_s}
+    if result.usual_step_s is not None:
+        seconds["usual"] = result.usual_step_s
     table = Table(title=f"a step of {MICRO_BATCHES} micro-batches of {scale.rows} x {scale.length} "
-                        f"tokens on each of {result.ranks} rank(s), {device}, {scale.dtype}")
+                        f"tokens on each of {result.ranks} rank(s), {kind}, {scale.dtype}")
     for heading in ("what", "seconds", "least to most", "peak MB"):
         table.add_column(heading, justify="left" if heading == "what" else "right")
-    for variant in STEP_VARIANTS:
+    for variant, value in seconds.items():
         low, high = result.spread_s[variant]
-        table.add_row(VARIANT_TITLES[variant], f"{seconds[variant]:.2f}",
-                      f"{low:.2f} to {high:.2f}", _mb(peaks.get(variant)))
-    both = seconds["student"] + seconds["teacher"]
-    table.add_row("(c) ÷ ((a) + (b))", f"{seconds['distillation'] / both:.2f}")
-    table.add_row("(c) ÷ (d)", f"{seconds['distillation'] / seconds['usual']:.2f}", "",
-                  f"{peaks['distillation'] / peaks['usual']:.2f}")
-    table.add_row("(c) - (a)", f"{seconds['distillation'] - seconds['student']:.2f}", "",
-                  _mb(peaks["distillation"] - peaks["student"]))
+        table.add_row(VARIANT_TITLES[variant], f"{value:.2f}", f"{low:.2f} to {high:.2f}",
+                      _mb(peaks.get(variant)))
+    ours, both = seconds["distillation"], seconds["student"] + seconds["teacher"]
+    table.add_row("(c) ÷ ((a) + (b))", f"{ours / both:.2f}")
+    if peaks["usual"]:
+        table.add_row("(c) ÷ (d)", f"{ours / seconds['usual']:.2f}", "",
+                      f"{(peaks['distillation'] or 0) / peaks['usual']:.2f}")
+    else:
+        table.add_row(VARIANT_TITLES["usual"], "no room")
+    table.add_row("(c) - (a)", f"{ours - seconds['student']:.2f}", "",
+                  _mb((peaks["distillation"] or 0) - (peaks["student"] or 0)))
     table.add_row("the teacher's shards", "", "", _mb(result.teacher_shard_bytes))
     table.add_row("its largest gathered layer", "", "", _mb(result.largest_layer_bytes))
     gathered = result.teacher_gather_bytes

@@ -1,7 +1,8 @@
 """A DeepSpeed checkpoint in host memory: DeepSpeed decides what shards hold, and writes no file.
 
-On a GPU the copy goes into pinned memory that is kept from save to save: several times as fast as
-a copy into pageable memory, for the price of a rank's shards in host memory all the time.
+On a GPU the copy goes into pinned memory that is kept from save to save, so the device fills it by
+itself and no page is touched for the first time while training waits. The price: host memory for a
+rank's shards all the time.
 """
 
 from __future__ import annotations

@@ -32,16 +32,22 @@ class LlamaSize:
         return cls(width, 4 * width, layers, max(1, width // HEAD_WIDTH))
 
 
+def llama_config(size: LlamaSize, vocab_size: int, **config: Any) -> Any:
+    """The LlamaConfig of these sizes, with tied embeddings. `config`: more of its values."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**asdict(size), vocab_size=vocab_size, tie_word_embeddings=True, **config)
+
+
 def new_llama(size: LlamaSize, vocab_size: int, seed: int = 0, **config: int) -> Any:
     """A LlamaForCausalLM with random fp32 weights and tied embeddings.
 
     `config`: more values of its LlamaConfig. Seeds torch's global generator.
     """
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     torch.manual_seed(seed)
-    return LlamaForCausalLM(LlamaConfig(**asdict(size), vocab_size=vocab_size,
-                                        tie_word_embeddings=True, **config))
+    return LlamaForCausalLM(llama_config(size, vocab_size, **config))
 
 
 def save_new_llama(folder: Path, size: LlamaSize, tokenizer: Any, seed: int) -> None:
