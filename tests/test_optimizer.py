@@ -101,6 +101,11 @@ def test_muon_is_its_authors_for_the_bodys_matrices_and_adamw_for_all_else(ranks
     recipe = recipe_for(tmp_path / "run", "llama", **MUON)
     run_ranks(ranks, "train", recipe, target=rank_without_compiler)
     assert_is_the_reference(tmp_path / "run", recipe, make_optimizer=ReferenceMuon)
+    groups = json.loads((tmp_path / "run" / "provenance.json").read_text())["optimizer"]["groups"]
+    assert {name: counts["tensors"] for name, counts in groups.items()} == {
+        "muon": 14, "decayed": 1, "plain": 6}
+    assert sum(counts["elements"] for counts in groups.values()) == sum(
+        tensor.numel() for tensor in exported(tmp_path / "run").values())
     lines = read_metrics(tmp_path / "run")
     # Some steps are clipped: by the norm of the gradients, which the reference has.
     assert max(line["grad_norm"] for line in lines) > 1
