@@ -219,7 +219,7 @@ def test_a_run_of_epochs_counts_its_steps_says_them_and_is_the_run_of_so_many_st
     raw["train"] = {**raw["train"], "steps": None, "epochs": 2}
     raw["data"]["train"] = [{"path": str(small)}, {"path": str(large), "weight": 4.0}]
     path.write_text(yaml.safe_dump(raw))
-    said = run_ranks(2, "train", path).output()
+    said = run_ranks(1, "train", path).output()
     manifest = json.loads((run / "data" / "manifest.json").read_text())
     rows = sum(source["rows"] for source in manifest["sources"])
     steps = 2 * (rows // 8)
@@ -228,9 +228,9 @@ def test_a_run_of_epochs_counts_its_steps_says_them_and_is_the_run_of_so_many_st
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     # What it leaves is the recipe of a run of so many steps.
     assert load_recipe(run / "recipe.yaml").train.steps == steps
-    run_ranks(2, "train", run / "recipe.yaml", f"output_dir={tmp_path / 'again'}")
+    run_ranks(1, "train", run / "recipe.yaml", f"output_dir={tmp_path / 'again'}")
     assert comparable_metrics(tmp_path / "again") == lines
-    # The same command, and that of the same steps, find it finished; one epoch more is a change.
+    # The same command finds it finished, on other ranks too; one epoch more is a change.
     assert "nothing to do" in run_ranks(2, "train", path).output()
     assert is_finished(run, load_recipe(path)) and not is_finished(
         run, load_recipe(path, ["train.epochs=3"]))

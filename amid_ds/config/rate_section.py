@@ -19,8 +19,8 @@ class RateKeys(Section):
     steps: PositiveInt | None = None
     """Optimizer steps of the whole run; or else `epochs`."""
     epochs: PositiveInt | None = Field(default=None, validate_default=True)
-    """The steps are as many as so many passes over the prepared rows have whole batches; or else
-    `steps`."""
+    """Passes over the prepared rows, each as many steps as it has whole batches; or else `steps`.
+    """
     learning_rate: Positive = 1.0e-4
     """The peak, after the warm-up."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"

@@ -22,8 +22,8 @@ def epoch_steps(rows: Sequence[int], global_batch_size: int) -> int:
     rows: of each source. 11,435 rows in batches of 32 are 357 steps, as where a sampler drops what
     is left of each epoch. Here the order runs on instead: the 11 rows that are left are read first
     in the next 357 steps, so no row is left out, and none is read more often than there are epochs.
-    That holds for one source. Several are read by weight, whatever their rows: one with less than
-    its share of the weight is read less than once an epoch, one with more is read again.
+    That holds for one source. Several are read by weight: one whose share of the weights is less
+    than its share of the rows is read less than once an epoch, one with a greater share again.
     """
     return sum(rows) // global_batch_size
 
