@@ -184,8 +184,8 @@ def _on_ranks(size: int, folder: Path, variants: Sequence[str], scale: StepScale
     for rank in ranks:
         rank.join()
     if any(rank.exitcode for rank in ranks):
-        statuses = [rank.exitcode for rank in ranks]
-        raise TrainingError(f"bench step, {', '.join(variants) or 'optimizer'}: ranks ended with {statuses}")
+        statuses, what = [rank.exitcode for rank in ranks], ", ".join(variants) or "optimizer"
+        raise TrainingError(f"bench step, {what}: ranks ended with {statuses}")
     return Measured(**json.loads((folder / RESULT_FILE).read_text()))
 
 
@@ -296,7 +296,8 @@ class _UsualStep:
         deepspeed = import_deepspeed()
         recipe = scale.recipe(folder, world.dp_size, with_teacher=True)
         config = ds_config.read_deepspeed_config(recipe, world.dp_size)
-        self.world, self.objective = world, objective_at(recipe.loss, 0, recipe.train.steps).amid
+        self.world = world
+        self.objective = objective_at(recipe.loss, 0, recipe.train.total_steps).amid
         sharded = ds_config.sharded_loading(config)
         student, teacher = (loading.load_causal_lm(str(folder / name), scale.dtype, sharded)
                             for name in ("student", "teacher"))
