@@ -1,7 +1,7 @@
 """On a GPU: the loss against float64, its memory and waits, and a training run killed and resumed.
 
-All of it is skipped without one. Two minutes at most, so that it is the first thing to run there;
-how fast anything is, the benchmarks say.
+All of it is skipped without one, and none of it has run on one yet. It is meant to take two minutes
+without the slow ones, so that it is the first thing to run there.
 """
 
 from __future__ import annotations
