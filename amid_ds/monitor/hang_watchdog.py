@@ -83,17 +83,19 @@ class HangWatchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
+        now = time.monotonic()
         while not self.closed.wait(min(1.0, self.timeout_s / 10)):
+            before, now = now, time.monotonic()
             deadline = self.deadline
-            late = time.monotonic() - deadline if deadline is not None else -1.0
-            if late > ANSWER_S:
+            if deadline is None or now < deadline:
+                continue
+            if now - before > ANSWER_S:
                 # The process was stopped meanwhile and is woken to be ended: the others have
-                # reported it.
-                print_error(f"rank {self.world.rank} was stopped for {late:.0f} s and more, "
+                # reported it, or are about to, for it does not answer.
+                print_error(f"rank {self.world.rank} was stopped for {now - before:.0f} s, "
                             "and ends")
                 os._exit(ExitStatus.FAILED)
-            if late >= 0:
-                self._end()
+            self._end()
 
     def _end(self) -> None:
         """Report where this rank is, learn where the others are, and end with exit status 1."""
