@@ -160,7 +160,7 @@ def hanging_rank(sign: str, argv: list[str], variables: dict[str, str], log: str
 @pytest.mark.parametrize("sign", ["a collective", "the stream"])
 def test_a_hanging_step_names_the_rank_that_does_not_come_where_the_others_need_a_number(
         recipe, tmp_path, sign):
-    ranks = Ranks(2, "train", recipe(tmp_path / "run", train__hang_timeout=5),
+    ranks = Ranks(2, "train", recipe(tmp_path / "run", train__hang_timeout=8),
                   target=functools.partial(hanging_rank, sign))
     assert ranks.wait(60)[0] == 1, ranks.output()
     said = re.search(r"step 2 hangs; look at rank 1 on .* first: it works in (.*)", ranks.output())
