@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 from amid_ds.bench.step import STEP_VARIANTS, StepScale, _make_models, _on_ranks
 
 SCALE = StepScale((64, 2), (128, 3), 512, 1, 32, 1, "fp32")
@@ -25,3 +27,12 @@ def test_the_four_ways_are_measured_and_the_teacher_is_gathered_once_a_window(tm
     assert ({way: len(seconds) for way, seconds in times["seconds"].items()}
             == dict.fromkeys(STEP_VARIANTS, SCALE.rounds))
     assert peak > teacher
+
+
+# CPU Adam is compiled for it.
+@pytest.mark.slow
+def test_an_optimizers_step_is_measured_on_the_same_state_for_each(tmp_path):
+    _make_models(tmp_path, SCALE)
+    seconds = _on_ranks(2, tmp_path, "optimizer", SCALE)
+    assert seconds.keys() == {"loop", "fused", "fused_host", "cpu_adam"}
+    assert all(took > 0 for took in seconds.values())
