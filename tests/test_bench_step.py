@@ -114,3 +114,12 @@ def test_a_shape_is_measured_as_it_is_given(monkeypatch, capsys):
     assert {each[0] for each in asked} == {1} and [each[3] for each in asked] == [10, 0, 0]
     step.bench_step(False, **shape)
     assert "no room" in capsys.readouterr().out
+
+
+# CPU Adam is compiled for it.
+@pytest.mark.slow
+def test_an_optimizers_step_is_measured_on_the_same_state_for_each(tmp_path):
+    save_models(tmp_path, SCALE)
+    seconds = step._on_ranks(2, tmp_path, [], SCALE, 0).optimizer_s
+    assert seconds.keys() == {"loop", "fused", "fused_host", "cpu_adam"}
+    assert all(took > 0 for took in seconds.values())

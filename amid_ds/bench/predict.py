@@ -36,11 +36,18 @@ LAUNCH = 8e-6
 # Rows and columns of a product that is large enough to reach PRODUCT_SHARE.
 LARGE = 8192
 BF16, FP32 = 2, 4
-# Instructions of the Triton kernels for each pair of logits, by kernel and kind of mixture, for KL.
+# Machine instructions of the Triton kernels for each pair of logits, by kind of mixture and kernel,
+# for KL and the order `pr` on sm_90; and exp2, log2 and reciprocals among them.
+# tests/test_kernels_compiled.py compiles the kernels and compares.
 INSTRUCTIONS_PER_PAIR = {
-    ("normalisers", "arithmetic"): 21, ("statistics", "arithmetic"): 23,
-    ("gradient", "arithmetic"): 20,
-    ("normalisers", "power"): 29, ("statistics", "power"): 48, ("gradient", "power"): 43}
+    "arithmetic": {"normalisers": (18.2, 2.2), "statistics": (30.1, 4.0), "gradient": (24.6, 3.0)},
+    "geometric": {"normalisers": (18.2, 2.2), "statistics": (28.5, 2.1), "gradient": (27.1, 3.0)},
+    "near_geometric": {"normalisers": (18.2, 2.2), "statistics": (44.4, 5.1),
+                       "gradient": (45.1, 6.0)},
+    "power": {"normalisers": (18.2, 2.2), "statistics": (34.4, 5.1), "gradient": (34.6, 6.0)}}
+# A multiprocessor of sm_80 to sm_100 has 128 lanes for most fp32 instructions and 16 for exp2, log2
+# and reciprocals (CUDA C++ programming guide, arithmetic throughput); assumed of other chips.
+SLOTS_OF_SPECIAL = 8
 # Bytes of each pair that a kernel reads and writes.
 BYTES_PER_PAIR = {"normalisers": 2 * BF16, "statistics": 2 * BF16, "gradient": 3 * BF16}
 
@@ -138,11 +145,11 @@ class _Roofline:
     def kernels(self) -> float:
         """Normalisers, statistics and gradient: instructions or bytes, the longer."""
         pairs = self.shape.tokens * self.shape.vocabulary
-        kind = "arithmetic" if self.shape.alpha == -1 else "power"
+        costs = INSTRUCTIONS_PER_PAIR[_mixture_kind(self.shape.alpha)]
         slots = (self.chip.multiprocessors * self.chip.lanes * self.chip.clock) * ISSUE_SHARE
         bandwidth = self.copy_rate * KERNEL_COPY_SHARE
         return sum(
-            max(pairs * INSTRUCTIONS_PER_PAIR[kernel, kind] / slots, pairs * size / bandwidth)
+            max(pairs * issue_slots(*costs[kernel]) / slots, pairs * size / bandwidth)
             + len(self.blocks) * LAUNCH
             for kernel, size in BYTES_PER_PAIR.items())
 
@@ -163,6 +170,19 @@ class _Roofline:
         backward = (n * student * (3 * FP32 + BF16)
                     + self.shape.vocabulary * student * (held + BF16))
         return (gathered + scattered + backward) / self.copy_rate
+
+
+def issue_slots(instructions: float, special: float) -> float:
+    """Issue slots that `instructions` take, of which `special` wait for the unit that makes them."""
+    return max(instructions, SLOTS_OF_SPECIAL * special)
+
+
+def _mixture_kind(alpha: float) -> str:
+    """The key of INSTRUCTIONS_PER_PAIR: the kernels have a path of its own for each."""
+    if alpha in (-1, 1):
+        return "arithmetic" if alpha == -1 else "geometric"
+    # Below |c| = ½ they need a series (losses/kernel_math.py, which needs Triton).
+    return "near_geometric" if abs(1 - alpha) / 2 < 0.5 else "power"
 
 
 def print_prediction(device: str, shape: PredictedShape, as_json: bool) -> None:
