@@ -140,5 +140,6 @@ def test_log_r_is_exact_to_millionths_of_a_bit_with_the_series_where_it_is_neede
     error = (out[0] - both / c / math.log(2)).abs()
     close = (c * (log_p - log_q)).abs() < SERIES_LIMIT.value
     assert error[close].max() < 3 * 2**-20
-    assert error.max() < (1 + 1 / abs(c)) * 2**-20
+    # Three roundings of a number between 8 and 16 are 1.5 of these.
+    assert error.max() < (1.5 + 1 / abs(c)) * 2**-20
     assert (out[1] - (lower - both).exp()).abs().max() < 2**-20
