@@ -173,7 +173,7 @@ class _Roofline:
 
 
 def issue_slots(instructions: float, special: float) -> float:
-    """Issue slots that `instructions` take, of which `special` wait for the unit that makes them."""
+    """Issue slots of `instructions`, of which `special` wait for a narrow unit."""
     return max(instructions, SLOTS_OF_SPECIAL * special)
 
 
