@@ -145,7 +145,7 @@ def test_a_tensor_parallel_checkpoint_that_does_not_say_how_its_heads_were_cut_i
                                 "student_dtype": "bf16", "step": 4})
     assert earlier != now and "multiples of 1 rows" in str(earlier)
     # Without a group nothing is cut, and all versions read each other's manifests.
-    alone = Layout.of(Namespace(size=4, tp_size=1), 3, "bf16")
+    alone = Layout.of(Namespace(size=4, tp_size=1), 3, "bf16", "all")
     assert alone == Layout(4, 1, 3, "bf16")
     assert alone.to_json().keys() == {"ranks", "tensor_parallel", "zero_stage", "student_dtype"}
 
