@@ -24,7 +24,11 @@ from support.ranks import Ranks
 from support.runs import comparable_metrics, write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
 
+from amid_ds.config.parse import load_recipe
 from amid_ds.data.batch import Documents, TokenRow, collate_rows
+from amid_ds.distributed.world import World
+from amid_ds.engine import build
+from amid_ds.engine.ds_config import read_deepspeed_config
 from amid_ds.errors import InputError
 from amid_ds.models import attention
 from amid_ds.models.attention import attends_by_boundaries, choose_attention
@@ -228,6 +232,25 @@ def test_plain_rows_longer_than_a_window_have_the_kernel_and_others_the_way_they
         before = calls["kernel"]
         assert_close(states_and_gradients(model, batch, batch.documents), dense)
         assert calls["kernel"] == before + kernel
+
+
+@pytest.mark.parametrize(("length", "chosen"), [(7, []), (8, ["the student"])])
+def test_plain_rows_for_which_transformers_makes_a_windows_mask_are_rid_of_it(
+        shared_model, text_file, tmp_path, monkeypatch, length, chosen):
+    windowed, plain = shared_model("mistral"), shared_model("qwen3", 1)
+    recipe = load_recipe(write_recipe(
+        tmp_path / "r.yaml", windowed, plain, text_file, tmp_path / "run",
+        train__seq_length=length, deepspeed="zero1_fp32.json"))
+    given, masks = [], []
+    monkeypatch.setattr(build, "choose_attention",
+                        lambda model, title, *_, **__: given.append(title))
+    model = build._build_distiller(recipe, read_deepspeed_config(recipe, 1), 30,
+                                   World(0, 1, CPU))[0].student
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention",
+        lambda query, *_, attn_mask=None, **__: masks.append(attn_mask is not None) or query)
+    run_body(model, torch.zeros(1, length, dtype=torch.long), None)
+    assert given == chosen and masks == [bool(chosen)] * 2
 
 
 def test_keys_from_a_cache_go_the_way_they_went(load, twin):

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import re
+import threading
 import time
 import types
 from pathlib import Path
@@ -20,6 +21,7 @@ from support.runs import comparable_metrics, write_recipe
 
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.memory import least_free_memory
+from amid_ds.monitor.hang_watchdog import _main_thread_place
 
 
 @pytest.fixture(scope="module")
@@ -168,6 +170,28 @@ def test_a_hanging_step_names_the_rank_that_does_not_come_where_the_others_need_
     assert said[1].endswith("wait for it in a collective") == (sign == "a collective")
     if sign == "the stream":
         assert re.search(r"  rank 0 on .*: it waits for its GPU in ", ranks.output())
+
+
+def synchronize(seen: list[str]) -> None:
+    """What torch's frame of a wait for a stream looks like to another thread, which asks."""
+    begun: list[bool] = []
+
+    def ask() -> None:
+        while not begun:
+            time.sleep(0.001)
+        seen.append(_main_thread_place(False))
+
+    threading.Thread(target=ask).start()
+    begun.append(True)
+    while not seen:
+        time.sleep(0.001)
+
+
+# ZeRO-3 waits so for its own stream, in a reduction that a peer does not come to.
+def test_a_rank_that_waits_for_another_stream_than_the_default_waits_for_its_gpu():
+    seen: list[str] = []
+    synchronize(seen)
+    assert seen[0].startswith("it waits for its GPU in ")
 
 
 def test_importing_deepspeed_tries_to_build_no_op(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import threading
 import types
 
@@ -81,6 +82,7 @@ def pins(monkeypatch) -> list[int]:
     log: list[int] = []
 
     def register(pointer, size, flags):
+        assert pointer % mmap.PAGESIZE == size % mmap.PAGESIZE == 0
         sizes[pointer] = size
         log.append(size)
         return 0
@@ -100,16 +102,33 @@ def test_a_buffer_is_pinned_once_and_anew_only_where_a_file_has_grown(pins):
     assert [torch.equal(*pair) for pair in zip(first, tensors, strict=True)] == [True] * 4
     assert [tensor.dtype for tensor in first] == [tensor.dtype for tensor in tensors]
     again = buffers.copies("a", [tensor + 1 for tensor in tensors])
-    assert pins == [64 + 64 + 64] and again[0].data_ptr() == first[0].data_ptr()
+    page = mmap.PAGESIZE
+    assert pins == [page] and again[0].data_ptr() == first[0].data_ptr()
     buffers.copies("b", tensors)
-    assert pins == [192, 192]
+    assert pins == [page, page]
     del first, again
-    buffers.copies("a", [*tensors, torch.zeros(100)])
-    assert pins == [192, 192, -192, 192 + 448]
+    # Each tensor begins at a multiple of 64 bytes.
+    buffers.copies("a", [*tensors, torch.zeros(page // 4 - 3 * 16)])
+    assert pins == [page, page]
+    buffers.copies("a", [*tensors, torch.zeros(page // 4 - 3 * 16 + 1)])
+    assert pins == [page, page, -page, 2 * page]
 
 
-def test_memory_that_cannot_be_pinned_is_an_error_with_its_size(monkeypatch):
-    runtime = types.SimpleNamespace(cudaHostRegister=lambda *_: 2, cudaHostUnregister=lambda _: 0)
+def test_memory_that_cannot_be_pinned_is_said_and_used_as_it_is(monkeypatch, caplog):
+    released, launched = [], []
+    runtime = types.SimpleNamespace(cudaHostRegister=lambda *_: 712,
+                                    cudaHostUnregister=released.append)
+
+    def zeros(*_, device):
+        # As torch does at a kernel after a call that CUDA refused.
+        launched.append(device)
+        raise RuntimeError("CUDA error: part or all of the memory range is already mapped")
+
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    with pytest.raises(MemoryError, match=r"0\.4 GB .* CUDA error 2"):
-        PinnedBuffers().copies("a", [torch.zeros(100_000_000)])
+    buffers, tensor = PinnedBuffers(), torch.arange(25_000_000, dtype=torch.int32)
+    monkeypatch.setattr(torch, "zeros", zeros)
+    copied, = buffers.copies("a", [tensor])
+    assert torch.equal(copied, tensor) and launched == ["cuda"]
+    assert "0.1 GB of host memory" in caplog.text and "CUDA error 712" in caplog.text
+    buffers.copies("a", [torch.ones(26_000_000, dtype=torch.int32)])
+    assert released == []

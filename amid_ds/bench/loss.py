@@ -112,6 +112,8 @@ def _ratio(value: float, to: float | None) -> float | None:
 
 def _median_seconds(shape: LossShape, device: str, rounds: int) -> dict[str, float]:
     """Median seconds by method, of those that fit."""
+    # After eight shapes of a function torch would run it eagerly.
+    torch.compiler.reset()
     methods, inputs = _loss_methods(device, shape.objective), _Inputs(shape, device)
     seconds: dict[str, list[float]] = {}
     for name, method in methods.items():
@@ -202,8 +204,8 @@ def _naive(x: _Inputs, loss: Callable[..., Tensor] = naive_loss) -> None:
 
 
 def _compiled(x: _Inputs) -> None:
-    # Compiled once: torch keeps the code by function and shapes.
-    _naive(x, torch.compile(naive_loss))
+    # Compiled once a shape, for its sizes alone: torch keeps the code.
+    _naive(x, torch.compile(naive_loss, dynamic=False))
 
 
 @torch.no_grad()

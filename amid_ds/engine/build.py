@@ -84,7 +84,7 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     student = _load_student(recipe, config)
     for name, model in (("the student", student), ("the teacher", teacher)):
         if model is not None and (recipe.data.isolates_any
-                                  or exceeds_window(model, recipe.train.seq_length - 1)):
+                                  or exceeds_window(model, recipe.train.seq_length)):
             choose_attention(model, name, world.device, trains=model is student)
     distiller = Distiller(student, teacher, vocab_size=vocab_size, shard=shard,
                           replicated=replicated)

@@ -7,7 +7,10 @@ rank's shards all the time.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import logging
+import mmap
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +22,8 @@ from torch import Tensor
 # Bytes at a multiple of which a tensor begins in a buffer.
 ALIGNMENT = 64
 CUDA_HOST_REGISTER_PORTABLE = 1
+
+logger = logging.getLogger(__name__)
 
 
 class PinnedBuffers:
@@ -50,16 +55,26 @@ class PinnedBuffers:
 
 
 def _pinned(size: int) -> Tensor:
-    """`size` bytes of pinned memory. torch's own allocator takes the next power of two."""
-    buffer = torch.empty(max(size, ALIGNMENT), dtype=torch.uint8)
+    """`size` bytes of pinned memory at least. torch's own allocator takes the next power of two.
+
+    Whole pages, since CUDA pins pages and may refuse one that somebody else has pinned. Where it
+    refuses, the memory is ordinary, and a save takes longer.
+    """
+    size = -(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+    start = -memory.data_ptr() % mmap.PAGESIZE
+    buffer = memory[start:start + size]
     runtime: Any = torch.cuda.cudart()
-    status = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes,
-                                          CUDA_HOST_REGISTER_PORTABLE))
+    status = int(runtime.cudaHostRegister(buffer.data_ptr(), size, CUDA_HOST_REGISTER_PORTABLE))
     if status:
-        raise MemoryError(f"{buffer.nbytes / 1e9:.1f} GB of host memory for a checkpoint could not "
-                          f"be pinned: CUDA error {status}")
-    # Its memory must not be given back while it counts as pinned; a process that ends does both.
-    weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
+        logger.warning("%.1f GB of host memory for checkpoints could not be pinned (CUDA error "
+                       "%d): training waits longer for each save", size / 1e9, status)
+        # CUDA keeps the error, and torch raises it at the next kernel, whoever launches it.
+        with contextlib.suppress(RuntimeError):
+            torch.zeros(1, device="cuda")
+    else:
+        # It must not be given back while it counts as pinned; a process that ends does both.
+        weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr()).atexit = False
     return buffer
 
 

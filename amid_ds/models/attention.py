@@ -46,7 +46,7 @@ def choose_attention(model: nn.Module, title: str, device: torch.device, trains:
     if reason is None:
         _register(VARLEN_NAME, _attend)
         model.set_attn_implementation(VARLEN_NAME)   # type: ignore[operator]
-    logger.info("where rows hold several documents, or more tokens than a window, %s attends %s",
+    logger.info("where rows hold several documents, or reach a window, %s attends %s",
                 title, "by boundaries, in flash attention" if reason is None
                 else f"under a dense mask, because {reason}")
 
