@@ -69,6 +69,24 @@ def weighing_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     counting_rank(argv, variables, log)
 
 
+def test_what_ranks_exchange_in_fp32_takes_twice_bf16s_bytes_and_so_does_muons_moment(
+        shared_model, text_file, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", shared_model("llama", 0), None, text_file,
+                          tmp_path / "run", train__optimizer="muon")
+    plans = []
+    for dtype in ("bf16", "fp32"):
+        config = tmp_path / f"{dtype}.json"
+        config.write_text(json.dumps({"bf16": {"enabled": True}, "communication_data_type": dtype,
+                                      "zero_optimization": {"stage": 3}}))
+        plans.append(make_plan(load_recipe(recipe, [f"deepspeed={config}"]), 1, 2, H100))
+    bf16, fp32 = plans
+    assert fp32.network_per_step["student_reductions"] == pytest.approx(
+        2 * bf16.network_per_step["student_reductions"], abs=2)
+    # The 14 matrices of the body, a half of each on a rank: 2 bytes more of each element.
+    elements = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64) // 2
+    assert fp32.memory_per_rank["optimizer"] - bf16.memory_per_rank["optimizer"] == 2 * elements
+
+
 @pytest.mark.parametrize("layout", [["train.micro_batch_size=2"], ["tensor_parallel=2"],
                                     ["deepspeed=BF16", "student.activation_checkpointing=true"],
                                     pytest.param(["train.optimizer=muon"], marks=pytest.mark.slow),

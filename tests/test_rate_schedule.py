@@ -187,9 +187,15 @@ def test_a_run_branched_off_in_its_stable_phase_is_the_shorter_run(llama_pair, i
     unnamed = Ranks(1, *words[:-1])
     assert unnamed.wait() == [2]
     assert all(f"- {key}: " in unnamed.output() for key in changes)
-    assert "resumed after step 6" in run_ranks(1, *words).output()
+    said = run_ranks(1, *words).output()
+    assert "resumed after step 6" in said and "without a jump" not in said
     assert comparable_metrics(branch) == comparable_metrics(tmp_path / "short")
     assert read_metrics(branch)[5]["learning_rate"] > read_metrics(branch)[9]["learning_rate"]
+    # Where it is too late for that, the start says so.
+    late = shutil.copytree(tmp_path / "stable", tmp_path / "late")
+    said = run_ranks(1, "train", short, f"output_dir={late}", "train.steps=13",
+                     f"checkpoint.allow_change={changes}").output()
+    assert "step 12 was made at a learning rate of 0.003, this recipe has 0.00165 there" in said
 
 
 # --- epochs ------------------------------------------------------------------------------------

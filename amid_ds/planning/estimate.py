@@ -77,7 +77,7 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device) -> Pla
         network_per_step=network,
         flops_per_step=flops,
         seconds_per_step=_seconds_per_step(setting, nodes, flops, network),
-        checkpoint_bytes=weights * weight_bytes + moment_bytes(student, weights,
+        checkpoint_bytes=weights * weight_bytes + moment_bytes(setting.zero, weights,
                                                                student.muon.total),
         activations={
             "without_checkpointing": student.body.saved_bytes,

@@ -8,7 +8,7 @@ from amid_ds.losses import default_workspace_bytes
 from amid_ds.losses.tiles import tiling
 from amid_ds.models.sizes import default_teacher_tokens
 from amid_ds.planning.model_costs import ModelCosts
-from amid_ds.planning.setting import Setting
+from amid_ds.planning.setting import Setting, ZeroSettings
 
 # Bytes per element: Adam's two moments in fp32, and an fp32 or bf16 weight or gradient.
 ADAM_BYTES = 8
@@ -43,7 +43,7 @@ def state_bytes(setting: Setting) -> dict[str, int]:
         "gradients": _gradient_bytes(setting),
         "optimizer": 0 if zero.offloads_optimizer else (
             optimizer * master_bytes
-            + moment_bytes(student, optimizer, student.muon.zero3_rank))}
+            + moment_bytes(zero, optimizer, student.muon.zero3_rank))}
     if teacher is not None:
         parts["teacher_weights"] = _teacher_weight_bytes(setting, teacher)
     return parts
@@ -64,12 +64,12 @@ def _gradient_bytes(setting: Setting) -> int:
     return elements * element_size
 
 
-def moment_bytes(student: ModelCosts, elements: int, of_muon: int) -> int:
+def moment_bytes(zero: ZeroSettings, elements: int, of_muon: int) -> int:
     """Bytes of the moments of `elements` weights, of which Muon steps `of_muon`.
 
     AdamW has two in fp32, Muon one in the dtype in which ranks exchange gradients.
     """
-    return (elements - of_muon) * ADAM_BYTES + of_muon * student.element_size
+    return (elements - of_muon) * ADAM_BYTES + of_muon * zero.exchange_bytes
 
 
 def _optimizer_elements(setting: Setting) -> int:

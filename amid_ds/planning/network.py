@@ -42,13 +42,15 @@ def _student_gather_bytes(setting: Setting) -> int:
 def _student_reduction_bytes(setting: Setting) -> int:
     """Bytes of gradients: a ring all-reduce receives each remote byte twice, a scatter once."""
     student = setting.student
+    as_exchanged = setting.zero.exchange_bytes / student.element_size
     # Stage 3 scatters each micro-batch's sums, stage 2 gives them to all, and stage 3 too for Muon;
     # stages 0 and 1 do so once for the step.
     scattered = setting.zero.stage == 3 and not student.muon.total
     copies = setting.micro_batches * (1 if scattered else 2) if setting.zero.stage >= 2 else 2
     # Muon gathers its gradients and moments, and then what each rank made of its share of them.
     of_muon = 4 * setting.remote_bytes(student, student.muon.total)
-    return int(copies * setting.remote_bytes(student, student.weights.tp_rank) + of_muon)
+    reduced = copies * setting.remote_bytes(student, student.weights.tp_rank)
+    return int((reduced + of_muon) * as_exchanged)
 
 
 def _teacher_gather_bytes(setting: Setting, teacher: ModelCosts) -> int:

@@ -36,6 +36,8 @@ class ZeroSettings:
     stage: int
     bf16: bool
     gradients_in_fp32: bool
+    # Bytes of a gradient as ranks exchange it, and of an element of Muon's moment.
+    exchange_bytes: int
     offloads_weights: bool
     offloads_optimizer: bool
     reduce_bucket: int
@@ -49,10 +51,13 @@ def read_zero_settings(ds_config: DeepSpeedConfig) -> ZeroSettings:
     """The settings in a DeepSpeed config that `read_deepspeed_config` has checked."""
     zero = ds_config.get("zero_optimization", {})
     stage = zero_stage(ds_config)
+    exchanged = ds_config.get("communication_data_type",
+                              "bf16" if uses_bf16(ds_config) else "fp32")
     return ZeroSettings(
         stage=stage,
         bf16=uses_bf16(ds_config),
         gradients_in_fp32=gradients_in_fp32(ds_config),
+        exchange_bytes=4 if exchanged == "fp32" else 2,
         offloads_weights=offload_device(ds_config, "offload_param") != "none",
         offloads_optimizer=offload_device(ds_config, "offload_optimizer") != "none",
         reduce_bucket=int(zero.get("reduce_bucket_size", DEFAULT_REDUCE_BUCKET)) if stage else 0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from amid_ds.checkpoint.saver import Saver
 from amid_ds.checkpoint.state import TrainState
+from amid_ds.config.schedule import learning_rate
 from amid_ds.data import StreamLoader, merge_stream_states
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import Stopped
@@ -21,7 +23,7 @@ from amid_ds.monitor.stop_request import StopRequest
 from amid_ds.planning.devices import local_device
 from amid_ds.planning.estimate import planned_flops
 from amid_ds.run.attempts import Attempt
-from amid_ds.run.log import RunLog
+from amid_ds.run.log import RunLog, read_metrics
 from amid_ds.training.fetch import (
     AuxiliaryBatch,
     FetchedStep,
@@ -228,3 +230,19 @@ class Trainer(Stepper):
         logger.info("%d rank(s), %d rows of %d tokens a step, %s%s", self.world.size,
                     train.global_batch_size, train.seq_length, teacher, begin)
         logger.info("epochs by the last step: %s", describe_epochs(self.job, self.data, self.state))
+        self._compare_rates()
+
+    def _compare_rates(self) -> None:
+        """Say so where the last step was made at another rate than this recipe has there.
+
+        So it is where a branch begins after the step at which its way down does.
+        """
+        step = self.state.step
+        if not step or not self.world.is_main:
+            return
+        now = learning_rate(self.recipe.train, step - 1)
+        for line in read_metrics(self.job.run.path):
+            if line["step"] == step and not math.isclose(line["learning_rate"], now):
+                logger.warning("step %d was made at a learning rate of %.4g, this recipe has %.4g "
+                               "there: to branch off without a jump, go on from a checkpoint at "
+                               "which both are the same", step, line["learning_rate"], now)
