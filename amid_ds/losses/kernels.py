@@ -88,8 +88,8 @@ def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowSta
     local = empty(4)
     _launch(
         kernel_programs.sums_kernel, block, *models, _or_unread(log_assistant, block), local,
-        block.tokens, HAS_ASSISTANT=log_assistant is not None, **orders, **divergence_arguments(objective),
-        **mixture, **logits)
+        block.tokens, HAS_ASSISTANT=log_assistant is not None, **orders,
+        **divergence_arguments(objective), **mixture, **logits)
     return RowStatistics(log_assistant, shard.sum(local))
 
 
@@ -106,8 +106,8 @@ def write_gradient(block: Block, norms: RowNormalisers, stats: RowStatistics | N
     # Without a teacher its terms are compiled away, and any objective does.
     objective = block.objective or AMiD()
     _launch(
-        kernel_programs.gradient_kernel, block, *_models(block), block.gradient, block.gradient.stride(0),
-        *[_or_unread(row, block) for row in rows], block.tokens,
+        kernel_programs.gradient_kernel, block, *_models(block), block.gradient,
+        block.gradient.stride(0), *[_or_unread(row, block) for row in rows], block.tokens,
         inverse_tau=1 / objective.temperature,
         HAS_KD=block.kd_scale is not None, HAS_CE=has_ce, HAS_ASSISTANT=log_assistant is not None,
         MOVES=moves_assistant(objective), **order_arguments(objective),
