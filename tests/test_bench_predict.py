@@ -46,6 +46,13 @@ def test_more_of_anything_takes_longer(name):
     assert times == sorted(times) and len({total for _, total in times}) == len(times)
 
 
+def test_more_tokens_than_there_is_memory_for_are_predicted_at_once():
+    most, few = (predict_loss(DEVICES["h100-80g"], dataclasses.replace(SHAPE, tokens=tokens))
+                 for tokens in (2**62, 2**20))
+    assert most.blocks == -(-2**62 // most.block_tokens)
+    assert most.total_ms == pytest.approx(few.total_ms * 2**42, rel=0.01)
+
+
 def test_any_other_mixture_costs_more_instructions_than_the_arithmetic_one():
     costs = [[predict.issue_slots(*cost)
               for cost in predict.INSTRUCTIONS_PER_PAIR[kind].values()]
@@ -88,6 +95,7 @@ def test_the_command_prints_the_parts_or_json_with_the_promised_keys(capsys):
     (["loss", "--predict", "{memory: 1e9, flops: 1e12, bandwidth: 1e9}"], "h100-80g"),
     (["loss", "--tokens", "5"], "--predict"),
     (["loss", "--predict", "h200", "--alpha", "nan"], "finite"),
+    (["loss", "--predict", "h200", "--tokens", f"{2**63}"], "2^63"),
     (["loss", "--predict", "h200", "--rows", "2"], "--rows"),
     (["data", "--tokens", "5"], "no option but --json"),
     (["step", "--predict", "h200"], "--predict"),

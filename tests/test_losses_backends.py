@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 from collections.abc import Iterator
@@ -45,6 +46,35 @@ def test_auto_takes_the_kernels_after_one_small_one_has_run(monkeypatch):
     monkeypatch.setattr(backends, "_try_kernel", lambda device: tried.append(real(device)))
     assert [choose(), choose()] == [kernels, kernels]
     assert len(tried) == 1
+
+
+@pytest.mark.parametrize("objective", [
+    AMiD(-5.0, 0.1), AMiD(0.5, 0.1, "total_variation")], ids=["moments", "sums"])
+def test_kernels_are_launched_on_their_tensors_device_not_the_current_one(objective, monkeypatch):
+    entered: list[torch.Tensor] = []
+
+    @contextlib.contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        entered.append(tensor)
+        yield
+        entered.pop()
+
+    class Launched:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            assert len(entered) == 1 and entered[0].shape[0] == grid[0]
+            launches.append(self.kernel)
+            return self.kernel[grid]
+
+    launches: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for name in ("normalisers", "kl_moments", "assistant", "sums", "gradient"):
+        kernel = getattr(kernels.kernel_programs, f"{name}_kernel")
+        monkeypatch.setattr(kernels.kernel_programs, f"{name}_kernel", Launched(kernel))
+    LossProblem(tokens=2, vocabulary=5, dtype=torch.float32).fused(objective, backend="triton")
+    assert len(launches) == (3 if objective.resolved_divergence.name == "kl" else 4)
 
 
 FAILURES = [

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from amid_ds.bench import loss as bench
 
@@ -44,6 +45,17 @@ def test_json_has_a_row_for_every_method_with_its_ratios(small, capsys):
     assert rows["naive"]["of_naive_time"] == rows["products"]["of_products_time"] == 1
     ratio = rows["amid_ds torch"]["seconds"] / rows["naive"]["seconds"]
     assert rows["amid_ds torch"]["of_naive_time"] == pytest.approx(ratio)
+
+
+def test_torch_compiles_the_naive_twin_for_the_sizes_of_every_shape(small, monkeypatch):
+    counter, real = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile",
+                        lambda function, **options: real(function, backend=counter, **options))
+    monkeypatch.setattr(bench, "_loss_methods", lambda *_: {"compiled": bench._compiled})
+    # torch gives up after eight, and from the second on it would compile for any number of tokens.
+    for count, tokens in enumerate(range(2, 12), 1):
+        bench._median_seconds(replace(small, tokens=tokens), "cpu", rounds=2)
+        assert counter.frame_count == count
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

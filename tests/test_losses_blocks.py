@@ -21,6 +21,8 @@ from torch.profiler import ProfilerActivity, profile
 from amid_ds import AMiD, LMHead, VocabShard
 from amid_ds.losses import blocks, fused, lm_head
 from amid_ds.losses.checks import VocabLayout
+from amid_ds.planning.devices import DEVICES
+from amid_ds.planning.memory import _loss_bytes
 
 GIB = 1 << 30
 
@@ -132,6 +134,19 @@ def test_the_tiles_of_plain_torch_take_their_part_of_the_workspace_and_kernels_t
     tiles = 4 * (1 << 22) * 10
     assert length(3000, tiled=True, workspace_bytes=room) < 3000
     assert length(3000, tiled=True, workspace_bytes=room + tiles) == 3000
+
+
+@pytest.mark.parametrize("tokens", [3538, 3539, 3540])
+def test_a_plan_counts_the_bytes_of_the_blocks_that_the_loss_makes(h100, tokens):
+    student = types.SimpleNamespace(head=151669 * 8, hidden_size=8, element_size=2)
+    setting = types.SimpleNamespace(student=student, teacher=student, tokens=tokens,
+                                    device=DEVICES["h100-80g"])
+    size = length(tokens, tiled=False)
+    # 3539 rows of 151680 logits of both models fit 2 GiB.
+    assert (size == tokens) == (tokens < 3540)
+    of_head = 2 if size == tokens else 6
+    assert _loss_bytes(setting) == (min(2 * GIB, tokens * 151680 * 4) + 151669 * 8 * of_head
+                                    + tokens * 8 * 6)
 
 
 def test_the_ranks_of_a_group_cut_the_blocks_of_the_least_of_their_devices(h100, monkeypatch):

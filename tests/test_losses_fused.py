@@ -147,6 +147,18 @@ def test_per_token_values_are_the_losss_parts_and_zero_where_masked():
     assert (out.kd[problem.weights > 0] > 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])
+def test_labels_may_be_of_any_integer_dtype(dtype):
+    problem = LossProblem(vocabulary=200)
+    problem.labels.clamp_(min=0, max=100 if dtype == torch.int8 else 199)
+    problem.labels[1] = 2 if dtype == torch.uint8 else -100
+    # 156 is -100 in eight bits.
+    problem.labels[2] = 100 if dtype == torch.int8 else 156
+    narrow = LossProblem(vocabulary=200)
+    narrow.labels = problem.labels.to(dtype)
+    assert problem.fused(AMiD()).ce.equal(narrow.fused(AMiD()).ce)
+
+
 def test_a_masked_token_contributes_exactly_nothing_whatever_it_holds():
     problem, other = LossProblem(), LossProblem()
     masked = problem.weights == 0

@@ -33,6 +33,8 @@ PRODUCT_SHARE, COPY_SHARE, KERNEL_COPY_SHARE, ISSUE_SHARE = 0.8, 0.9, 0.9, 0.75
 EXPOSED_SHARE = 1 / 3
 # Seconds of a launch and of its first and last tiles.
 LAUNCH = 8e-6
+# A size from which none is taken for that of a loss.
+MOST_SIZE = 2**63
 # Rows and columns of a product that is large enough to reach PRODUCT_SHARE.
 LARGE = 8192
 BF16, FP32 = 2, 4
@@ -64,8 +66,8 @@ class PredictedShape:
 
     def __post_init__(self) -> None:
         sizes = (self.tokens, self.vocabulary, self.student_width, self.teacher_width)
-        if min(sizes) < 1 or not math.isfinite(self.alpha):
-            raise InputError(f"{self}", "sizes of at least 1 and a finite alpha",
+        if min(sizes) < 1 or max(sizes) >= MOST_SIZE or not math.isfinite(self.alpha):
+            raise InputError(f"{self}", "sizes from 1 to 2^63 - 1 and a finite alpha",
                              "give such values")
 
 
@@ -100,11 +102,12 @@ def predict_loss(device: Device, shape: PredictedShape) -> LossPrediction:
     products = (model.product(n, v, shape.student_width) + model.product(n, v, shape.teacher_width)
                 + model.product(n, shape.student_width, v)
                 + model.product(v, shape.student_width, n))
-    parts = {"block_products_ms": sum(map(model.block_products, model.blocks)),
+    parts = {"block_products_ms": sum(count * model.block_products(size)
+                                      for size, count in model.blocks.items()),
              "kernels_ms": model.kernels(), "sums_ms": model.sums(), "rest_ms": model.rest()}
     total = sum(parts.values())
     return LossPrediction(
-        device.name, model.blocks[0], len(model.blocks), 1e3 * products,
+        device.name, next(iter(model.blocks)), model.count, 1e3 * products,
         **{name: 1e3 * seconds for name, seconds in parts.items()}, total_ms=1e3 * total,
         ratio=total / products)
 
@@ -124,7 +127,10 @@ class _Roofline:
         most = tokens_that_fit(default_workspace_bytes(device.memory), token_bytes, gpu, False)
         size = accelerator_block(shape.tokens, most, shape.vocabulary, shape.student_width,
                                  chip.multiprocessors)
-        self.blocks = [min(size, shape.tokens - start) for start in range(0, shape.tokens, size)]
+        full, rest = divmod(shape.tokens, size)
+        # Blocks by their tokens, the full ones first.
+        self.blocks = {size: full, rest: 1} if rest else {size: full}
+        self.count = sum(self.blocks.values())
 
     def product(self, rows: int, columns: int, inner: int) -> float:
         """[rows, inner] @ [inner, columns]."""
@@ -134,7 +140,7 @@ class _Roofline:
     def block_products(self, n: int) -> float:
         """The four products of a block of n tokens."""
         v, width = self.shape.vocabulary, self.shape.student_width
-        if self.adds_in_products or len(self.blocks) == 1:
+        if self.adds_in_products or self.count == 1:
             of_weight = self.product(v, width, n)
         else:
             parts = -(-v * width // product_elements(torch.device("cuda")))
@@ -150,13 +156,13 @@ class _Roofline:
         bandwidth = self.copy_rate * KERNEL_COPY_SHARE
         return sum(
             max(pairs * issue_slots(*costs[kernel]) / slots, pairs * size / bandwidth)
-            + len(self.blocks) * LAUNCH
+            + self.count * LAUNCH
             for kernel, size in BYTES_PER_PAIR.items())
 
     def sums(self) -> float:
         """The weight's gradient: a single block writes it in bf16; of several the first writes it
         in fp32, and each other reads it as well."""
-        elements, count = self.shape.vocabulary * self.shape.student_width, len(self.blocks)
+        elements, count = self.shape.vocabulary * self.shape.student_width, self.count
         traffic = elements * (BF16 if count == 1 else FP32 * (2 * count - 1)) / self.copy_rate
         return traffic * EXPOSED_SHARE if self.adds_in_products or count == 1 else traffic
 
@@ -166,7 +172,7 @@ class _Roofline:
         n, student, teacher = self.shape.tokens, self.shape.student_width, self.shape.teacher_width
         gathered = n * (student + teacher) * 2 * BF16
         scattered = n * student * 3 * FP32
-        held = BF16 if len(self.blocks) == 1 else FP32
+        held = BF16 if self.count == 1 else FP32
         backward = (n * student * (3 * FP32 + BF16)
                     + self.shape.vocabulary * student * (held + BF16))
         return (gathered + scattered + backward) / self.copy_rate

@@ -147,6 +147,8 @@ def linear_amid_loss(
             for side, head in (("student", student), ("teacher", teacher)) if head is not None}
     layout = checks.check_vocabulary(rows, vocab_size, shard, student_hidden.shape[0],
                                      student_hidden.device)
+    # A narrow dtype may not hold IGNORE_INDEX, and torch indexes with int64.
+    labels = None if labels is None else labels.long()
     if not checked:
         checks.check_values(token_weights, labels, layout.vocabulary)
     hidden = [x for x in (student_hidden, teacher_hidden) if x is not None]

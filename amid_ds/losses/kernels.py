@@ -12,6 +12,7 @@ TRITON_INTERPRET=1, alone so far.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 import triton
@@ -51,9 +52,9 @@ def log_normalisers(block: Block) -> Tensor:
     names = block.normaliser_names
     rows = torch.empty(len(names), 2, block.tokens, dtype=torch.float32, device=block.device)
     if rows.numel():
-        kernel_programs.normalisers_kernel[(block.tokens,)](
-            *_models(block), rows, block.tokens, HAS_TEACHER=block.teacher is not None,
-            HAS_Z="z" in names, **_logit_arguments(block))
+        _launch(kernel_programs.normalisers_kernel, block, *_models(block), rows, block.tokens,
+                HAS_TEACHER=block.teacher is not None, HAS_Z="z" in names,
+                **_logit_arguments(block))
     return rows
 
 
@@ -64,7 +65,7 @@ def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowSta
     """
     objective = block.objective
     assert objective is not None and norms.log_p is not None and norms.log_q is not None
-    grid, models = (block.tokens,), (*_models(block), norms.log_p, norms.log_q)
+    models = (*_models(block), norms.log_p, norms.log_q)
     logits, mixture = _logit_arguments(block), mixture_arguments(objective)
     orders = {**order_arguments(objective), **infinite_arguments(objective),
               "MOVES": moves_assistant(objective)}
@@ -76,18 +77,19 @@ def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowSta
     if needs_normaliser(objective):
         if isinstance(objective.resolved_divergence, KL):
             local = empty(MOMENT_ROWS)
-            kernel_programs.kl_moments_kernel[grid](*models, local, block.tokens, **orders,
-                                                    **mixture, **logits)
+            _launch(kernel_programs.kl_moments_kernel, block, *models, local, block.tokens,
+                    **orders, **mixture, **logits)
             moments = merge_moments(shard.gather(local))
             return RowStatistics(moments[:2], sums_from_moments(moments, objective))
         local = empty(2)
-        kernel_programs.assistant_kernel[grid](*models, local, block.tokens, **mixture, **logits)
+        _launch(kernel_programs.assistant_kernel, block, *models, local, block.tokens, **mixture,
+                **logits)
         log_assistant = shard.logsumexp(local)
     local = empty(4)
-    kernel_programs.sums_kernel[grid](
-        *models, _or_unread(log_assistant, block), local, block.tokens,
-        HAS_ASSISTANT=log_assistant is not None, **orders, **divergence_arguments(objective),
-        **mixture, **logits)
+    _launch(
+        kernel_programs.sums_kernel, block, *models, _or_unread(log_assistant, block), local,
+        block.tokens, HAS_ASSISTANT=log_assistant is not None, **orders,
+        **divergence_arguments(objective), **mixture, **logits)
     return RowStatistics(log_assistant, shard.sum(local))
 
 
@@ -103,14 +105,20 @@ def write_gradient(block: Block, norms: RowNormalisers, stats: RowStatistics | N
             labels)
     # Without a teacher its terms are compiled away, and any objective does.
     objective = block.objective or AMiD()
-    kernel_programs.gradient_kernel[(block.tokens,)](
-        *_models(block), block.gradient, block.gradient.stride(0),
-        *[_or_unread(row, block) for row in rows], block.tokens,
+    _launch(
+        kernel_programs.gradient_kernel, block, *_models(block), block.gradient,
+        block.gradient.stride(0), *[_or_unread(row, block) for row in rows], block.tokens,
         inverse_tau=1 / objective.temperature,
         HAS_KD=block.kd_scale is not None, HAS_CE=has_ce, HAS_ASSISTANT=log_assistant is not None,
         MOVES=moves_assistant(objective), **order_arguments(objective),
         **divergence_arguments(objective), **mixture_arguments(objective),
         **_logit_arguments(block))
+
+
+def _launch(kernel: Any, block: Block, *arguments: object, **options: object) -> None:
+    """Run a program for each token of the block, on its device: Triton takes the current one."""
+    with torch.cuda.device_of(block.student.raw):
+        kernel[(block.tokens,)](*arguments, **options)
 
 
 def _models(block: Block) -> tuple[Tensor, int, Tensor, int]:

@@ -181,5 +181,7 @@ def _main_thread_place(gpu_is_at_work: bool) -> str:
     if innermost[-1].name == "wait" or any(
             part in frame.filename for frame in innermost for part in WAITING_IN):
         return f"it waits for its peers in {line}"
-    # A number that the host needs, wherever that is: `.tolist()` is no frame.
-    return f"it {'waits for its GPU' if gpu_is_at_work else 'works'} in {line}"
+    # A number that the host needs, wherever that is: `.tolist()` is no frame. Or another stream
+    # than the default one, such as ZeRO-3's for its reductions.
+    waits = gpu_is_at_work or innermost[-1].name == "synchronize"
+    return f"it {'waits for its GPU' if waits else 'works'} in {line}"

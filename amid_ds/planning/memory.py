@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from amid_ds.losses import default_workspace_bytes
+from amid_ds.losses.blocks import row_stride
 from amid_ds.losses.tiles import tiling
 from amid_ds.models.sizes import default_teacher_tokens
 from amid_ds.planning.model_costs import ModelCosts
@@ -128,8 +129,9 @@ def _loss_bytes(setting: Setting) -> int:
     """Bytes of the fused loss: its workspace, the gradients of the head and the hidden states."""
     student, teacher, tokens = setting.student, setting.teacher, setting.tokens
     logit_bytes = student.element_size + (teacher.element_size if teacher is not None else 0)
-    logits = tokens * student.head // student.hidden_size * logit_bytes
     on_cpu = setting.device.name == "cpu"
+    row = row_stride(student.head // student.hidden_size, "cpu" if on_cpu else "cuda")
+    logits = tokens * row * logit_bytes
     # On a GPU the kernels need nothing beside the logits.
     tile_bytes = tiling(torch.device("cpu"))[0] if on_cpu else 0
     most = default_workspace_bytes(None if on_cpu else setting.device.memory)
