@@ -255,7 +255,7 @@ def test_an_allowed_change_of_decay_takes_effect_in_the_same_layout_as_in_anothe
         weights.append(exported(moved))
     assert farthest(weights[0], weights[1]) < TOLERANCE
     changed, before = weights[0], exported(run_of_two)
-    assert farthest(changed, before) > 100 * TOLERANCE
+    assert farthest(changed, before) > 50 * TOLERANCE
     # A norm's weights begin at 1, and are decayed with all others alone.
     shrunk = before["model.norm.weight"].mean() - changed["model.norm.weight"].mean()
     assert (shrunk > 1e-3) == decay_all
