@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import graphlib
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +15,8 @@ from pathlib import Path
 import pytest
 from support.ranks import Ranks
 from support.runs import BIN
+
+from amid_ds.config.recipe import CheckpointPolicy, Loss, Rollout, Slurm, Student, Train
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "amid_ds"
@@ -198,6 +202,32 @@ def test_the_map_names_every_folder_and_module():
     named = set(re.findall(r"`([a-z_0-9]+(?:/[a-z_0-9]+)*\.py)`", text))
     assert sorted(name for name in named
                   if not (PACKAGE / name).exists() and not (ROOT / name).exists()) == []
+
+
+def test_the_tests_document_names_every_test_and_helper_once():
+    text = (ROOT / "tests" / "README.md").read_text()
+    rows = " ".join(re.findall(r"^\| ((?:`\w+\.py`(?:, )?)+) \|", text, re.M))
+    tests = ROOT / "tests"
+    there = [path.name for path in [*tests.glob("test_*.py"), *tests.glob("support/*.py")]
+             if path.name != "__init__.py"]
+    assert sorted(re.findall(r"`(\w+\.py)`", rows)) == sorted(there)
+
+
+@pytest.mark.parametrize("section", [Student, Loss, Rollout, Train, CheckpointPolicy, Slurm])
+def test_the_recipes_document_has_every_key_with_its_default(section):
+    prefix = {CheckpointPolicy: "checkpoint"}.get(section, section.__name__.lower())
+    documented = {}
+    for keys, values in re.findall(r"^\| (`.*?`) \| (.*?) \|",
+                                   (PACKAGE / "config" / "README.md").read_text(), re.M):
+        first, *others = re.findall(r"`(.*?)`", keys)
+        names = [first, *(re.sub(r"^(?=\.)", first.partition(".")[0], name) for name in others)]
+        documented |= dict(zip(names, re.findall(r"`(.*?)`", values) or [values] * len(names),
+                               strict=False))
+    for name, field in section.model_fields.items():
+        text = documented[f"{prefix}.{name}"]
+        with contextlib.suppress(json.JSONDecodeError):
+            text = json.loads(text)
+        assert text == ("–" if field.is_required() else field.default), name
 
 
 def test_the_front_page_is_short():
