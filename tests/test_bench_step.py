@@ -110,8 +110,8 @@ def test_a_shape_is_measured_as_it_is_given(monkeypatch, capsys):
     assert result["usual_step_s"] is None and result["peak_bytes"]["usual"] is None
     assert result["student_step_s"] == 2 and result["peak_bytes"]["distillation"] == 7
     assert [each[1] for each in asked] == [["student", "teacher", "distillation"], ["student"],
-                                           ["distillation"]]
-    assert {each[0] for each in asked} == {1} and [each[3] for each in asked] == [10, 0, 0]
+                                           ["distillation"], []]
+    assert {each[0] for each in asked} == {1} and [each[3] for each in asked] == [10, 0, 0, 0]
     step.bench_step(False, **shape)
     assert "no room" in capsys.readouterr().out
 
