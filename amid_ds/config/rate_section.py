@@ -24,7 +24,7 @@ class RateKeys(Section):
     learning_rate: Positive = 1.0e-4
     """The peak, after the warm-up."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """The learning rate's way from the peak down to `min_lr_ratio` at the last step. constant: no
+    """The learning rate's way from the peak down to `min_lr_ratio` where the run ends. constant: no
     way down; wsd: constant, and down over the last `decay_steps`."""
     warmup_steps: NonNegativeInt = 0
     """Steps of the linear warm-up."""
