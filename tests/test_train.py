@@ -46,6 +46,17 @@ def pair(request, shared_model) -> list[Path]:
             for family, seed, rows in PAIRS[request.param]]
 
 
+def with_a_gradient(name: str, weight: torch.Tensor) -> torch.Tensor:
+    """The parts of a weight whose gradient is more than rounding, which Adam would scale up: no
+    bias of attention's keys, which moves all of a query's scores alike."""
+    if name.endswith("k_proj.bias"):
+        return weight[:0]
+    if name.endswith("attn.c_attn.bias"):
+        query, _, value = weight.chunk(3)
+        return torch.cat([query, value])
+    return weight
+
+
 def test_1_2_and_4_ranks_train_as_a_plain_loop_does_and_export_it(pair, instructions_file, tmp_path,
                                                                   request):
     recipe_file = write_recipe(tmp_path / "r.yaml", *pair, instructions_file, tmp_path / "run1",
@@ -74,8 +85,9 @@ def test_1_2_and_4_ranks_train_as_a_plain_loop_does_and_export_it(pair, instruct
         assert (tokenizer_fingerprint(load_tokenizer(str(out)))
                 == tokenizer_fingerprint(load_tokenizer(str(pair[0]))))
         for name, parameter in exported.named_parameters():
-            torch.testing.assert_close(parameter.detach(), weights[name], rtol=1e-3, atol=2e-4,
-                                       msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                with_a_gradient(name, parameter.detach()), with_a_gradient(name, weights[name]),
+                rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
     saved = {path.name for path in (tmp_path / "run2" / "checkpoints" / "step_00000006").iterdir()}
     assert (tmp_path / "run2" / "checkpoints" / "latest").read_text() == "step_00000006"
     assert "manifest.json" in saved and all("teacher" not in name for name in saved)
