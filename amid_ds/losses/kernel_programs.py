@@ -31,6 +31,7 @@ from amid_ds.losses.kernel_rows import (
     block_columns,
     infinite_if_apart,
     load_assistant,
+    load_log_probs,
     load_logits,
     load_pair,
     log2_probability,
@@ -114,12 +115,10 @@ def assistant_kernel(
     for TAIL in tl.static_range(2):
         for start in range(full * TAIL, full + (width - full) * TAIL, BLOCK):
             columns = start + offsets
-            z = load_logits(student, columns, width, student_scale, student_cap, STUDENT_CAPPED,
-                            TAIL, APPROXIMATE)
-            log_q = log2_probability(z, student_unit, peak_q, rest_q, columns, width, TAIL)
-            z = load_logits(teacher, columns, width, teacher_scale, teacher_cap, TEACHER_CAPPED,
-                            TAIL, APPROXIMATE)
-            log_p = log2_probability(z, teacher_unit, peak_p, rest_p, columns, width, TAIL)
+            log_q = load_log_probs(student, columns, width, student_scale, student_unit,
+                                   student_cap, peak_q, rest_q, STUDENT_CAPPED, TAIL, APPROXIMATE)
+            log_p = load_log_probs(teacher, columns, width, teacher_scale, teacher_unit,
+                                   teacher_cap, peak_p, rest_p, TEACHER_CAPPED, TAIL, APPROXIMATE)
             log_r, _, _ = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE,
                                       SERIES, APPROXIMATE)
             new, r, rescale = to_peak(peak, log_r)
@@ -160,12 +159,10 @@ def kl_moments_kernel(
     for TAIL in tl.static_range(2):
         for start in range(full * TAIL, full + (width - full) * TAIL, BLOCK):
             columns = start + offsets
-            z = load_logits(student, columns, width, student_scale, student_cap, STUDENT_CAPPED,
-                            TAIL, APPROXIMATE)
-            log_q = log2_probability(z, student_unit, peak_q, rest_q, columns, width, TAIL)
-            z = load_logits(teacher, columns, width, teacher_scale, teacher_cap, TEACHER_CAPPED,
-                            TAIL, APPROXIMATE)
-            log_p = log2_probability(z, teacher_unit, peak_p, rest_p, columns, width, TAIL)
+            log_q = load_log_probs(student, columns, width, student_scale, student_unit,
+                                   student_cap, peak_q, rest_q, STUDENT_CAPPED, TAIL, APPROXIMATE)
+            log_p = load_log_probs(teacher, columns, width, teacher_scale, teacher_unit,
+                                   teacher_cap, peak_p, rest_p, TEACHER_CAPPED, TAIL, APPROXIMATE)
             log_r, _, w = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE,
                                       SERIES, APPROXIMATE)
             apart = most_apart(apart, log_p, log_q, ONLY_P, ONLY_Q)
@@ -233,12 +230,10 @@ def sums_kernel(
     for TAIL in tl.static_range(2):
         for start in range(full * TAIL, full + (width - full) * TAIL, BLOCK):
             columns = start + offsets
-            z = load_logits(student, columns, width, student_scale, student_cap, STUDENT_CAPPED,
-                            TAIL, APPROXIMATE)
-            log_q = log2_probability(z, student_unit, peak_q, rest_q, columns, width, TAIL)
-            z = load_logits(teacher, columns, width, teacher_scale, teacher_cap, TEACHER_CAPPED,
-                            TAIL, APPROXIMATE)
-            log_p = log2_probability(z, teacher_unit, peak_p, rest_p, columns, width, TAIL)
+            log_q = load_log_probs(student, columns, width, student_scale, student_unit,
+                                   student_cap, peak_q, rest_q, STUDENT_CAPPED, TAIL, APPROXIMATE)
+            log_p = load_log_probs(teacher, columns, width, teacher_scale, teacher_unit,
+                                   teacher_cap, peak_p, rest_p, TEACHER_CAPPED, TAIL, APPROXIMATE)
             log_r, r, w = assistant(log_p, log_q, peak_r, rest_r, c, inverse_c, lam, log_lam,
                                     log_rest, MIXTURE, SERIES, HAS_ASSISTANT, APPROXIMATE)
             d, a, b = objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE,
@@ -296,9 +291,9 @@ def gradient_kernel(
             g = tl.zeros_like(z)
             if HAS_KD:
                 log_q = log2_probability(z, student_unit, peak_q, rest_q, columns, width, TAIL)
-                y_p = load_logits(teacher, columns, width, teacher_scale, teacher_cap,
-                                  TEACHER_CAPPED, TAIL, APPROXIMATE)
-                log_p = log2_probability(y_p, teacher_unit, peak_p, rest_p, columns, width, TAIL)
+                log_p = load_log_probs(teacher, columns, width, teacher_scale, teacher_unit,
+                                       teacher_cap, peak_p, rest_p, TEACHER_CAPPED, TAIL,
+                                       APPROXIMATE)
                 log_r, r, w = assistant(log_p, log_q, peak_r, rest_r, c, inverse_c, lam, log_lam,
                                         log_rest, MIXTURE, SERIES, HAS_ASSISTANT, APPROXIMATE)
                 _, a, b = objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE,

@@ -55,6 +55,14 @@ def log2_probability(z, unit, peak, rest, columns, width, TAIL: tl.constexpr):
 
 
 @triton.jit
+def load_log_probs(pointer, columns, width, scale, unit, cap, peak, rest, CAPPED: tl.constexpr,
+                   TAIL: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """`log2_probability` of the logits at `pointer`."""
+    z = load_logits(pointer, columns, width, scale, cap, CAPPED, TAIL, APPROXIMATE)
+    return log2_probability(z, unit, peak, rest, columns, width, TAIL)
+
+
+@triton.jit
 def load_pair(pointer, row, tokens):
     """A token's log-sum-exp of [2, n] in two parts: its peak in nats, the logarithm of the rest in
     bits."""
