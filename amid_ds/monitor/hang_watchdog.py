@@ -153,7 +153,7 @@ class HangWatchdog:
 
 
 def _gpu_is_at_work(device: torch.device) -> bool:
-    """Whether the GPU has not finished what was launched; False on a CPU, or without an answer."""
+    """True while the GPU has not finished what was launched; False without an answer, or a GPU."""
     answers: list[bool] = []
 
     def ask() -> None:

@@ -230,7 +230,7 @@ class Trainer(Stepper):
         logger.info("%d rank(s), %d rows of %d tokens a step, %s%s", self.world.size,
                     train.global_batch_size, train.seq_length, teacher, begin)
         logger.info("epochs by the last step: %s", describe_epochs(self.job, self.data, self.state))
-        self._compare_rates()
+        self.world.run_checked(self._compare_rates)
 
     def _compare_rates(self) -> None:
         """Say so where the last step was made at another rate than this recipe has there.
