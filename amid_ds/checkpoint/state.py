@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
 from amid_ds.config.schedule import TaidState
@@ -78,9 +78,8 @@ class Layout:
     def to_json(self) -> dict[str, object]:
         """The fields as a manifest has them; those that an older one lacks only where they differ
         from what it meant."""
-        defaults = {"head_row_multiple": 1, "decayed": "all"}
-        return {name: value for name, value in vars(self).items()
-                if name not in defaults or value != defaults[name]}
+        return {field.name: value for field in fields(self)
+                if (value := getattr(self, field.name)) != field.default}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Layout:

@@ -91,7 +91,7 @@ class World:
         a value that one rank alone has (a request to stop) still shows.
         """
         # A copy: the sum is made in place.
-        total = (values.double().clone() if isinstance(values, torch.Tensor)
+        total = (values.to(torch.float64, copy=True) if isinstance(values, torch.Tensor)
                  else self.numbers(values))
         dist.all_reduce(total)
         return (total / self.tp_size).tolist()

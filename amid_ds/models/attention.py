@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from amid_ds.data.batch import Documents
+from amid_ds.distributed.transfer import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +74,7 @@ def boundary_arguments(documents: Documents, input_ids: Tensor) -> dict[str, Any
     starts = documents.boundaries(length)
     longest = max(stop - start for start, stop in itertools.pairwise(starts))
     device = input_ids.device
-    boundaries = torch.tensor(starts, dtype=torch.int32, pin_memory=device.type == "cuda").to(
-        device, non_blocking=True)
+    boundaries = to_device(torch.tensor(starts, dtype=torch.int32), device)
     # transformers hands a mask of four dimensions on as it is, and makes none.
     no_mask = torch.empty(rows, 1, length, 0, device=device)
     return {"attention_mask": no_mask, "cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries,
