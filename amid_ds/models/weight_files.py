@@ -84,7 +84,7 @@ def read_weight_table(model: str, revision: str | None = None, fetch: bool = Tru
     fetch: download the files of a model on the hub; False: None where they are not on this machine.
     named: the file that the model's config names. Raises what readers raise for damaged files.
     """
-    paths = _weight_paths(model, revision, fetch, named)
+    paths = weight_paths(model, revision, fetch, named)
     if paths is None:
         return None
     root = os.path.commonpath([os.path.dirname(path) for path in paths])
@@ -96,8 +96,8 @@ def read_weight_table(model: str, revision: str | None = None, fetch: bool = Tru
     return WeightTable(model, revision, tuple(files))
 
 
-def _weight_paths(model: str, revision: str | None, fetch: bool, named: str | None
-                  ) -> list[str] | None:
+def weight_paths(model: str, revision: str | None, fetch: bool, named: str | None
+                 ) -> list[str] | None:
     """The paths of the weight files; None where they are on the hub and not to be fetched."""
     from huggingface_hub.constants import is_offline_mode
     from transformers.modeling_utils import _get_resolved_checkpoint_files

@@ -7,17 +7,16 @@ all its renamings and conversions and reads no weight, and its report decides (`
 
 from __future__ import annotations
 
-import logging
+import socket
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from amid_ds.distributed.world import HEARTBEAT_S, World
 from amid_ds.errors import InputError
-from amid_ds.models.weight_files import WeightTable, read_weight_table
+from amid_ds.models.weight_files import WeightTable, read_weight_table, weight_paths
 from amid_ds.models.weight_map import WeightMap, map_weights
-from amid_ds.models.weight_reader import WeightReader
-
-logger = logging.getLogger(__name__)
 
 # The most names of each kind, and characters of another library's error, in a message.
 MAX_NAMES = 4
@@ -41,7 +40,7 @@ def require_weights(meta: Any, model: str, revision: str | None = None, fetch: b
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with readable_weights(model):
-        table = table or read_weight_table(model, revision, fetch, _named_file(meta))
+        table = table or read_weight_table(model, revision, fetch, named_weights(meta))
         if table is None:
             return None
         mapped = map_weights(meta, table)
@@ -52,30 +51,59 @@ def require_weights(meta: Any, model: str, revision: str | None = None, fetch: b
     return table, mapped
 
 
-def open_weights(meta: Any, model: str, revision: str | None = None,
-                 table: WeightTable | None = None,
-                 on_bytes: Callable[[int], None] | None = None) -> WeightReader | None:
-    """A reader of the weights of `model`, whose `sources` have the names of `meta`'s parameters.
+def share_weight_table(world: World, model: str, revision: str | None = None,
+                       named: str | None = None) -> WeightTable:
+    """Rank 0's table of the weights of `model`, on every rank. Collective.
 
-    None if they cannot be read by range and must be loaded as transformers does; the log says why.
-    meta: the meta model, which stays as it is. table: as another rank read it, so that no header
-    is read here but to compare. Raises InputError as `require_weights` does.
+    The lowest rank of each host downloads what its cache lacks, for as long as it takes; `revision`
+    is then the commit. named: as in `read_weight_table`. Raises on all ranks what one of them does.
     """
-    found = require_weights(meta, model, revision, table=table)
-    assert found is not None
-    table, mapped = found
-    reason = mapped.reason
-    if getattr(meta.config, "quantization_config", None) is not None:
-        reason = "they are quantized"
-    if reason is not None:
-        logger.info(f"the weights of {model} are read whole, as transformers does: {reason}")
-        return None
-    with readable_weights(model):
-        return WeightReader(table, mapped.sources, on_bytes)
+    def download() -> None:
+        with readable_weights(model):
+            weight_paths(model, revision, True, named)
+
+    def read() -> WeightTable | None:
+        with readable_weights(model):
+            return read_weight_table(model, revision, named=named)
+
+    hosts = world.gather(socket.gethostname())
+    _run_on_some(world, hosts[world.rank] not in hosts[:world.rank], download)
+    table = world.run_on_main(read)
+    assert table is not None
+    return table
 
 
-def _named_file(meta: Any) -> str | None:
-    """The weight file that a model's config names, if it does."""
+def _run_on_some(world: World, here: bool, work: Callable[[], object]) -> None:
+    """Run `work`, which makes no collective, on the ranks where `here` is True. Collective.
+
+    All ranks exchange a heartbeat meanwhile: a collective waits no longer than its timeout.
+    """
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="weights", daemon=True)
+    if here:
+        thread.start()
+    running = True
+    while running:
+        if here:
+            thread.join(HEARTBEAT_S)
+        running = any(world.gather(thread.is_alive()))
+
+    def finish() -> None:
+        if errors:
+            raise errors[0]
+
+    world.run_checked(finish)
+
+
+def named_weights(meta: Any) -> str | None:
+    """The weight file that the config of a meta model names; None if it leaves it open."""
     return getattr(meta.config, "transformers_weights", None)
 
 
