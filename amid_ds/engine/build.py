@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World) -> Engine:
     """A teacher by itself, sharded over all ranks by ZeRO-3 and never trained. Collective."""
     deepspeed = import_deepspeed()
-    opened = open_model(teacher, teacher.dtype, config)
+    opened = open_model(teacher, teacher.dtype, config, world)
     opened.module.requires_grad_(False)
     model = opened.read(world, PartitionGroups())
     bf16 = next(model.parameters()).dtype == torch.bfloat16
@@ -81,7 +81,7 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     parameters."""
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
     replicated = teacher_is_replicated(recipe, config)
-    opened = {"student": _open_student(recipe, config, resumes)}
+    opened = {"student": _open_student(recipe, config, world, resumes)}
     if recipe.teacher is not None:
         opened["teacher"] = _open_teacher(recipe.teacher, config, replicated, world)
     models = {name: model.module for name, model in opened.items()}
@@ -108,10 +108,11 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     return distiller, groups
 
 
-def _open_student(recipe: Recipe, config: DeepSpeedConfig, resumes: bool) -> OpenModel:
+def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes: bool
+                  ) -> OpenModel:
     dtype: Dtype = "bf16" if uses_bf16(config) else "fp32"
     origin = resolve_student(recipe)
-    opened = (open_model(origin, dtype, config, read=not resumes)
+    opened = (open_model(origin, dtype, config, world, read=not resumes)
               if resumes or zero_stage(config) == 3 else
               OpenModel(load_causal_lm(origin.model, dtype, **origin.hub_kwargs), config))
     if recipe.student.activation_checkpointing:
@@ -123,7 +124,7 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, resumes: bool) -> Ope
 def _open_teacher(teacher: Teacher, config: DeepSpeedConfig, replicated: bool, world: World
                   ) -> OpenModel:
     if zero_stage(config) == 3 and not replicated:
-        return open_model(teacher, teacher.dtype, config)
+        return open_model(teacher, teacher.dtype, config, world)
     model = load_causal_lm(teacher.model, teacher.dtype, **teacher.hub_kwargs)
     return OpenModel(model.to(world.device) if replicated else model, config)
 

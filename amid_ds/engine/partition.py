@@ -112,4 +112,4 @@ def _new_partition(size: int, init: Any, device: Any) -> Tensor:
     if init.pin_memory and own.device.type == "cpu":
         own = get_accelerator().pin_memory(own)
     own.ds_numel, own.status, own.final_location = size, PartitionedParamStatus.AVAILABLE, None
-    return own   # type: ignore[no-any-return]
+    return own

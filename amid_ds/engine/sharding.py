@@ -66,21 +66,22 @@ class OpenModel:
                 reader.fill(_reads(self.module, reader, ranges, buffers))
 
 
-def open_model(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig,
+def open_model(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig, world: World,
                read: bool = True) -> OpenModel:
     """The model of `source`, ready to be shaped and then read. Its module is in eval mode.
 
-    read: False: its parameters will be zeros, for a checkpoint to replace, at any ZeRO stage;
-    else stage 3. Collective where transformers loads it. Raises InputError where its weights are
-    not exactly those of its config.
+    read: False: its parameters will be zeros, for a checkpoint to replace, at any ZeRO stage; True:
+    at stage 3. Collective: ranks agree on the files, and transformers sends what it must load.
+    Raises InputError where the weights are not exactly those of the model's config.
     """
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(source.model, **source.hub_kwargs)
     config = {**config, "bf16": {"enabled": torch_dtype == torch.bfloat16}}
-    module = hollow_causal_lm(source.model, torch_dtype, **source.hub_kwargs)
-    if not read and not any(buffer.is_meta for buffer in module.buffers()):
-        return OpenModel(module, config, zeros=True)
-    weights = open_weights(source.model, **source.hub_kwargs)
-    if isinstance(weights, WeightReader):
+    weights = open_weights(source.model, **source.hub_kwargs, world=world) if read else None
+    if not isinstance(weights, str):
+        module = hollow_causal_lm(source.model, torch_dtype, **source.hub_kwargs)
+        if weights is None and any(buffer.is_meta for buffer in module.buffers()):
+            weights = open_weights(source.model, **source.hub_kwargs, world=world)
+    if not isinstance(weights, str):
         return OpenModel(module, config, weights, zeros=not read)
     logger.info("transformers loads %s, on rank 0 for all: %s", source.model, weights)
     return OpenModel(load_causal_lm(source.model, dtype, sharded_loading(config),
