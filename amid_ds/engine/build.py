@@ -20,10 +20,16 @@ from amid_ds.engine.ds_config import (
     sharded_loading,
     teacher_is_replicated,
     uses_bf16,
+    without_secondary,
     zero_stage,
 )
 from amid_ds.engine.engine import Engine
-from amid_ds.engine.gather import GatheredBytes, count_and_order_gathers, gathered_head
+from amid_ds.engine.gather import (
+    GatheredBytes,
+    count_and_order_gathers,
+    gathered_head,
+    secondary_groups_of_neighbours,
+)
 from amid_ds.engine.muon import clip_gradients_first
 from amid_ds.engine.optimizer import (
     DecayedParameters,
@@ -78,16 +84,18 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     if recipe.teacher is not None:
         over = world.shards
         teacher = load_causal_lm(recipe.teacher.model, recipe.teacher.dtype,
-                                 None if replicated or over else sharded_loading(config),
+                                 None if replicated or over
+                                 else sharded_loading(without_secondary(config)),
                                  **recipe.teacher.hub_kwargs)
         if over is not None:
             from deepspeed.runtime.zero.partition_parameters import Init
             bf16 = next(teacher.parameters()).dtype == torch.bfloat16
             Init(module=teacher, data_parallel_group=over.whole,
-                 config_dict_or_path={**config, "bf16": {"enabled": bf16}})
+                 config_dict_or_path={**without_secondary(config), "bf16": {"enabled": bf16}})
         if replicated:
             teacher.to(world.device)
-    student = _load_student(recipe, config)
+    with secondary_groups_of_neighbours(world.rank):
+        student = _load_student(recipe, config)
     for name, model in (("the student", student), ("the teacher", teacher)):
         if model is not None and (recipe.data.isolates_any
                                   or exceeds_window(model, recipe.train.seq_length)):
