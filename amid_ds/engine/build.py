@@ -51,10 +51,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World) -> Engine:
-    """A teacher by itself, sharded over all ranks by ZeRO-3 and never trained. Collective."""
+    """A teacher by itself, sharded over `world.shards` by ZeRO-3 and never trained. Collective."""
     deepspeed = import_deepspeed()
-    model = load_causal_lm(teacher.model, teacher.dtype, sharded_loading(config),
-                           **teacher.hub_kwargs)
+    model = _load_teacher(teacher, config, world)
     bf16 = next(model.parameters()).dtype == torch.bfloat16
     deepspeed_engine, *_ = deepspeed.initialize(
         model=model.requires_grad_(False), dist_init_required=False,
@@ -82,16 +81,8 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     replicated = teacher_is_replicated(recipe, config)
     teacher = None
     if recipe.teacher is not None:
-        over = world.shards
-        teacher = load_causal_lm(recipe.teacher.model, recipe.teacher.dtype,
-                                 None if replicated or over
-                                 else sharded_loading(without_secondary(config)),
-                                 **recipe.teacher.hub_kwargs)
-        if over is not None:
-            from deepspeed.runtime.zero.partition_parameters import Init
-            bf16 = next(teacher.parameters()).dtype == torch.bfloat16
-            Init(module=teacher, data_parallel_group=over.whole,
-                 config_dict_or_path={**without_secondary(config), "bf16": {"enabled": bf16}})
+        teacher = _load_teacher(recipe.teacher, without_secondary(config), world,
+                                replicated)
         if replicated:
             teacher.to(world.device)
     with secondary_groups_of_neighbours(world.rank):
@@ -110,6 +101,20 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
             cut_head(model, shard, vocab_size, gathered_head)
         config = {**config, "tensor_parallel": _autotp(distiller, world)}
     return distiller, groups, config
+
+
+def _load_teacher(teacher: Teacher, config: DeepSpeedConfig, world: World,
+                  replicated: bool = False) -> nn.Module:
+    over = world.shards
+    model = load_causal_lm(teacher.model, teacher.dtype,
+                           None if replicated or over else sharded_loading(config),
+                           **teacher.hub_kwargs)
+    if over is not None:
+        from deepspeed.runtime.zero.partition_parameters import Init
+        bf16 = next(model.parameters()).dtype == torch.bfloat16
+        Init(module=model, data_parallel_group=over.whole,
+             config_dict_or_path={**config, "bf16": {"enabled": bf16}})
+    return model
 
 
 def _load_student(recipe: Recipe, config: DeepSpeedConfig) -> nn.Module:
