@@ -76,9 +76,15 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     replicated = teacher_is_replicated(recipe, config)
     teacher = None
     if recipe.teacher is not None:
+        over = world.shards
         teacher = load_causal_lm(recipe.teacher.model, recipe.teacher.dtype,
-                                 None if replicated else sharded_loading(config),
+                                 None if replicated or over else sharded_loading(config),
                                  **recipe.teacher.hub_kwargs)
+        if over is not None:
+            from deepspeed.runtime.zero.partition_parameters import Init
+            bf16 = next(teacher.parameters()).dtype == torch.bfloat16
+            Init(module=teacher, data_parallel_group=over.whole,
+                 config_dict_or_path={**config, "bf16": {"enabled": bf16}})
         if replicated:
             teacher.to(world.device)
     student = _load_student(recipe, config)

@@ -260,10 +260,24 @@ def teacher_is_replicated(recipe: Recipe, config: DeepSpeedConfig) -> bool:
 
     That is where the recipe asks for it, or where nothing shards the teacher.
     """
-    if recipe.teacher is None:
+    teacher = recipe.teacher
+    if teacher is None:
         return False
-    nothing_shards_it = zero_stage(config) != 3 and recipe.tensor_parallel == 1
-    return recipe.teacher.placement == "replicated" or nothing_shards_it
+    nothing_shards_it = recipe.tensor_parallel == 1 and (
+        zero_stage(config) != 3 or (teacher.placement == "node" and teacher.shard_over == 1))
+    return teacher.placement == "replicated" or nothing_shards_it
+
+
+def teacher_shard_ranks(recipe: Recipe, config: DeepSpeedConfig) -> int | None:
+    """The neighbouring data-parallel ranks over which the teacher lies; None: all, or none of them.
+
+    recipe: with `shard_over` where the placement is `node`.
+    """
+    teacher = recipe.teacher
+    if (teacher is None or teacher.placement != "node" or zero_stage(config) != 3
+            or teacher_is_replicated(recipe, config)):
+        return None
+    return teacher.shard_over
 
 
 def find_deepspeed_config(name: str) -> Path:
