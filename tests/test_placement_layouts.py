@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from support.data import write_instructions
 from support.nodes import name_host, train_on_nodes
 from support.patches import rank_without_compiler
@@ -49,6 +52,8 @@ def results(run: Path) -> list[dict]:
 LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
     "tp 2, a copy on each node": (4, ["tensor_parallel=2"], [NODE]),
     "tp 2, over two copies": (8, ["tensor_parallel=2"], [NODE, "teacher.shard_over=2"]),
+    "loaded by transformers": (4, ["teacher.model=BIN"], [NODE]),
+    "loaded by transformers, tp 2": (4, ["teacher.model=BIN", "tensor_parallel=2"], [NODE]),
     "over one rank": (2, [], [NODE, "teacher.shard_over=1"]),
     "over two nodes": (8, [], [NODE, "teacher.shard_over=4"]),
     "stage 2": (4, ["deepspeed=ds_configs/zero2.json", "teacher.dtype=bf16"], [NODE]),
@@ -59,10 +64,21 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def bin_teacher(llama_pair, folder) -> Path:
+    """The teacher, its weights in a file of torch.save."""
+    saved = shutil.copytree(llama_pair[1], folder / "bin")
+    torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    return saved
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_teacher_over_a_node_gives_the_same_numbers_in_every_layout(layout, recipe, tmp_path):
+def test_the_teacher_over_a_node_gives_the_same_numbers_in_every_layout(layout, recipe, bin_teacher,
+                                                                        tmp_path):
     ranks, both, on_nodes = LAYOUTS[layout]
+    both = [override.replace("BIN", str(bin_teacher)) for override in both]
     runs = []
     for placement in ([OVER_ALL], on_nodes):
         run = tmp_path / f"run{len(runs)}"

@@ -1,26 +1,22 @@
-"""ZeRO-3 partitions that each rank fills itself: no rank ever holds a whole weight, nothing is sent.
+"""ZeRO-3 partitions that each rank fills itself: no weight is ever whole, and nothing is sent.
 
 transformers loads a model under ZeRO-3 on one rank, which sends every weight to all. Here the model
-is built on the meta device, and each rank gives DeepSpeed its own range of each weight.
+is built on the meta device, DeepSpeed is given a partition of each weight, and says which range of
+the weight it is: the rank reads that range and no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import (
-    Init,
-    PartitionedParamStatus,
-    ZeroParamStatus,
-)
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-# Fills a flat tensor with the elements of the named weight from `start` on; zeros beyond its end.
-Fill = Callable[[str, int, Tensor], None]
+from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.ds_config import DeepSpeedConfig
 
 
 @dataclass(frozen=True)
@@ -34,45 +30,120 @@ class PartitionGroups:
     split: ProcessGroup | None = None
 
 
-class _FilledInit(Init):
-    """DeepSpeed's zero.Init, whose partitions are filled and not cut from whole weights."""
+class OwnRange(NamedTuple):
+    """`values` [n] is to hold the elements from `start` on of a flattened parameter (on this
+    tensor-parallel rank), and zeros beyond its end."""
 
-    def partition(self, meta: nn.Parameter, fill: Callable[[int, Tensor], None]) -> nn.Parameter:
-        """The ZeRO-3 parameter of `meta`, this rank's range of it filled by fill(start, range)."""
-        # Of the whole shape, and of no size in memory.
-        hollow = torch.empty(1, dtype=self.dtype, device=self.local_device).expand(meta.shape)
-        parameter: Any = nn.Parameter(hollow, requires_grad=meta.requires_grad)
-        self._convert_to_deepspeed_param(parameter)
-        size = self._aligned_size(parameter) // self._partition_world_size(parameter)
-        own: Any = torch.empty(size, dtype=self.dtype, device=self.remote_device)
-        fill(size * self._partition_rank(parameter), own)
-        own.ds_numel, own.status = size, PartitionedParamStatus.AVAILABLE
-        own.final_location = None
-        parameter.ds_tensor, parameter.ds_numel_aligned = own, self._aligned_size(parameter)
-        parameter.data = torch.empty(0, dtype=self.dtype, device=self.local_device)
-        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        return parameter   # type: ignore[no-any-return]
+    parameter: nn.Parameter
+    start: int
+    values: Tensor
 
 
-def partition_parameters(model: nn.Module, config: dict[str, object], fill: Fill,
-                         groups: PartitionGroups) -> None:
-    """Make every meta parameter of `model` one of ZeRO-3, in place. No collective.
+def partition_parameters(model: nn.Module, config: DeepSpeedConfig, groups: PartitionGroups
+                         ) -> list[OwnRange]:
+    """Make every meta parameter of `model` one of ZeRO-3, in place; returns what is to be filled.
 
-    config: the DeepSpeed config, with bf16 as the weights are to have it.
+    config: DeepSpeed's, with bf16 as the weights are to have it. A parameter that two modules share
+    is made once; it keeps its attributes. No collective, except that DeepSpeed makes its groups of
+    `zero_hpz_partition_size` ranks the first time.
     """
-    init = _FilledInit(data_parallel_group=groups.whole, config_dict_or_path=config)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    init = _make_init(config, groups)
+    made: dict[int, nn.Parameter] = {}
+    ranges: list[OwnRange] = []
+    for module in model.modules():
+        for key, meta in module._parameters.items():
+            if meta is None:
+                continue
+            if id(meta) not in made:
+                made[id(meta)] = _declare(meta, init, groups)
+                ranges += _allocate(made[id(meta)], init)
+            module._parameters[key] = made[id(meta)]
+    if init.mem_efficient_linear:
+        init._enable_mem_efficient_linear()
+    init._keep_in_fp32(model)
+    return ranges
+
+
+@torch.no_grad()
+def move_partitions(model: nn.Module, config: DeepSpeedConfig, groups: PartitionGroups) -> None:
+    """Partition the weights of `model` over `groups` of ranks, in place, wherever they lie now.
+
+    For a model that transformers has loaded. Collective, of all ranks: each weight is gathered once
+    from the ranks that have its partitions, one after the other.
+    """
+    init = _make_init(config, groups)
     made: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for key, parameter in module._parameters.items():
             if parameter is None:
                 continue
             if id(parameter) not in made:
-                name = names[id(parameter)]
-
-                def fill_own(start: int, own: Tensor, name: str = name) -> None:
-                    fill(name, start, own)
-
-                made[id(parameter)] = init.partition(parameter, fill_own)
+                made[id(parameter)] = _moved(parameter, init, groups)
             module._parameters[key] = made[id(parameter)]
-    init._enable_mem_efficient_linear()
+
+
+def _moved(parameter: Any, init: Any, groups: PartitionGroups) -> nn.Parameter:
+    with import_deepspeed().zero.GatheredParameters([parameter]):
+        moved: Any = nn.Parameter(parameter.data.clone(), requires_grad=parameter.requires_grad)
+    vars(moved).update({name: value for name, value in vars(parameter).items()
+                        if not name.startswith("ds_")})
+    if hasattr(parameter, "tensor_model_parallel"):
+        moved.ds_zero_partition_process_group = groups.split
+    init._convert_to_zero_parameters([moved])
+    return cast(nn.Parameter, moved)
+
+
+def _make_init(config: DeepSpeedConfig, groups: PartitionGroups) -> Any:
+    """DeepSpeed's `zero.Init` over the groups."""
+    import_deepspeed()
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    # A secondary partition lies over DeepSpeed's own groups, as the student does.
+    zero = dict(config["zero_optimization"])
+    if groups.whole is not None:
+        zero.pop("zero_hpz_partition_size", None)
+    return Init(data_parallel_group=groups.whole,
+                config_dict_or_path={**config, "zero_optimization": zero})
+
+
+def _declare(meta: nn.Parameter, init: Any, groups: PartitionGroups) -> nn.Parameter:
+    """A parameter of the shape of `meta` that DeepSpeed knows, and that has no memory."""
+    hollow = torch.empty(1, dtype=init.dtype, device=init.local_device).expand(meta.shape)
+    parameter = nn.Parameter(hollow, requires_grad=meta.requires_grad)
+    vars(parameter).update(vars(meta))
+    if groups.split is not None and hasattr(meta, "tensor_model_parallel"):
+        parameter.ds_zero_partition_process_group = groups.split   # type: ignore[attr-defined]
+    init._convert_to_deepspeed_param(parameter)
+    return parameter
+
+
+def _allocate(parameter: Any, init: Any) -> Iterator[OwnRange]:
+    """Give `parameter` its partitions on this rank; yields the range of each.
+
+    As DeepSpeed's `_partition_param` and `_partition_param_sec` leave them.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    aligned = init._aligned_size(parameter)
+    size = aligned // init._partition_world_size(parameter)
+    device = init.local_device if parameter.ds_persist else init.remote_device
+    parameter.ds_tensor = _new_partition(size, init, device)
+    parameter.ds_numel_aligned = aligned
+    yield OwnRange(parameter, size * init._partition_rank(parameter), parameter.ds_tensor)
+    if init.zero_param_process_group is not None:
+        size = aligned // init.num_ranks_in_param_group
+        parameter.ds_secondary_tensor = _new_partition(size, init, init.remote_device)
+        yield OwnRange(parameter, size * init.rank_in_group, parameter.ds_secondary_tensor)
+    parameter.data = torch.empty(0, dtype=init.dtype, device=init.local_device)
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def _new_partition(size: int, init: Any, device: Any) -> Tensor:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    own: Any = torch.empty(size, dtype=init.dtype, device=device)
+    if init.pin_memory and own.device.type == "cpu":
+        own = get_accelerator().pin_memory(own)
+    own.ds_numel, own.status, own.final_location = size, PartitionedParamStatus.AVAILABLE, None
+    return own
