@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.models import make_model
-from support.ranks import Ranks, run_ranks, world_main
-from support.runs import comparable_metrics, write_recipe
+from support.ranks import Ranks, world_main
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Teacher
-from amid_ds.distributed.progress import launched_collectives
+from amid_ds.distributed.nodes import ShardGroups
 from amid_ds.distributed.world import World
 from amid_ds.engine import sharding
-from amid_ds.engine.partition import PartitionGroups
 from amid_ds.models.loading import load_causal_lm
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "mistral", "gemma3", "gemma2", "qwen2-tied", "gpt2"]
@@ -32,9 +25,9 @@ ZERO_3 = {"train_micro_batch_size_per_gpu": 1,
 
 
 def read_model(folder: str, dtype: str, config: dict, world: World,
-               groups: PartitionGroups = PartitionGroups()) -> Any:
-    opened = sharding.open_model(Teacher(model=folder, dtype=dtype), dtype, config, world)
-    return opened.read(world, groups)
+               shards: ShardGroups | None = None) -> Any:
+    source = Teacher(model=folder, dtype=dtype)
+    return sharding.open_model(source, dtype, config, world, shards).read(world)
 
 
 def own_elements(parameter: Any) -> Tensor:

@@ -8,26 +8,14 @@ the weight it is: the rank reads that range and no other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
+from amid_ds.distributed.nodes import ShardGroups
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import DeepSpeedConfig
-
-
-@dataclass(frozen=True)
-class PartitionGroups:
-    """The ranks over which a model's weights lie; None: all ranks.
-
-    whole: for weights that tensor parallelism leaves whole; split: for those that it splits.
-    """
-
-    whole: ProcessGroup | None = None
-    split: ProcessGroup | None = None
 
 
 class OwnRange(NamedTuple):
@@ -39,15 +27,20 @@ class OwnRange(NamedTuple):
     values: Tensor
 
 
-def partition_parameters(model: nn.Module, config: DeepSpeedConfig, groups: PartitionGroups
-                         ) -> list[OwnRange]:
+def partition_parameters(model: nn.Module, config: DeepSpeedConfig,
+                         shards: ShardGroups | None = None) -> list[OwnRange]:
     """Make every meta parameter of `model` one of ZeRO-3, in place; returns what is to be filled.
 
-    config: DeepSpeed's, with bf16 as the weights are to have it. A parameter that two modules share
-    is made once; it keeps its attributes. No collective, except that DeepSpeed makes its groups of
-    `zero_hpz_partition_size` ranks the first time.
+    config: DeepSpeed's, with bf16 as the weights are to have it. shards: the ranks that they lie
+    over; None: all. What tensor parallelism has split lies over the ranks with the same part. A
+    parameter that two modules share is made once; it keeps its attributes. No collective, except
+    that DeepSpeed makes groups for secondary partitions, where the config asks for them.
     """
-    init = _make_init(config, groups)
+    import_deepspeed()
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    init = Init(data_parallel_group=None if shards is None else shards.whole,
+                config_dict_or_path=dict(config))
     made: dict[int, nn.Parameter] = {}
     ranges: list[OwnRange] = []
     for module in model.modules():
@@ -55,7 +48,7 @@ def partition_parameters(model: nn.Module, config: DeepSpeedConfig, groups: Part
             if meta is None:
                 continue
             if id(meta) not in made:
-                made[id(meta)] = _declare(meta, init, groups)
+                made[id(meta)] = _declare(meta, init, shards)
                 ranges += _allocate(made[id(meta)], init)
             module._parameters[key] = made[id(meta)]
     if init.mem_efficient_linear:
@@ -64,55 +57,30 @@ def partition_parameters(model: nn.Module, config: DeepSpeedConfig, groups: Part
     return ranges
 
 
-@torch.no_grad()
-def move_partitions(model: nn.Module, config: DeepSpeedConfig, groups: PartitionGroups) -> None:
-    """Partition the weights of `model` over `groups` of ranks, in place, wherever they lie now.
+def partition_loaded(model: nn.Module, config: DeepSpeedConfig, shards: ShardGroups) -> None:
+    """Make the parameters of `model`, which every rank holds whole, ones of ZeRO-3 over `shards`.
 
-    For a model that transformers has loaded. Collective, of all ranks: each weight is gathered once
-    from the ranks that have its partitions, one after the other.
+    Collective: the lowest rank of each group sends the group its own.
     """
-    init = _make_init(config, groups)
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                made[id(parameter)] = _moved(parameter, init, groups)
-            module._parameters[key] = made[id(parameter)]
-
-
-def _moved(parameter: Any, init: Any, groups: PartitionGroups) -> nn.Parameter:
-    with import_deepspeed().zero.GatheredParameters([parameter]):
-        moved: Any = nn.Parameter(parameter.data.clone(), requires_grad=parameter.requires_grad)
-    vars(moved).update({name: value for name, value in vars(parameter).items()
-                        if not name.startswith("ds_")})
-    if hasattr(parameter, "tensor_model_parallel"):
-        moved.ds_zero_partition_process_group = groups.split
-    init._convert_to_zero_parameters([moved])
-    return cast(nn.Parameter, moved)
-
-
-def _make_init(config: DeepSpeedConfig, groups: PartitionGroups) -> Any:
-    """DeepSpeed's `zero.Init` over the groups."""
-    import_deepspeed()
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    # A secondary partition lies over DeepSpeed's own groups, as the student does.
-    zero = dict(config["zero_optimization"])
-    if groups.whole is not None:
-        zero.pop("zero_hpz_partition_size", None)
-    return Init(data_parallel_group=groups.whole,
-                config_dict_or_path={**config, "zero_optimization": zero})
+    for each in model.parameters():
+        parameter: Any = each
+        if hasattr(parameter, "tensor_model_parallel"):
+            parameter.ds_zero_partition_process_group = shards.split
+    Init(module=model, data_parallel_group=shards.whole, config_dict_or_path=dict(config))
 
 
-def _declare(meta: nn.Parameter, init: Any, groups: PartitionGroups) -> nn.Parameter:
+def _declare(meta: nn.Parameter, init: Any, shards: ShardGroups | None) -> nn.Parameter:
     """A parameter of the shape of `meta` that DeepSpeed knows, and that has no memory."""
+    from deepspeed.utils import groups
+
     hollow = torch.empty(1, dtype=init.dtype, device=init.local_device).expand(meta.shape)
-    parameter = nn.Parameter(hollow, requires_grad=meta.requires_grad)
+    parameter: Any = nn.Parameter(hollow, requires_grad=meta.requires_grad)
     vars(parameter).update(vars(meta))
-    if groups.split is not None and hasattr(meta, "tensor_model_parallel"):
-        parameter.ds_zero_partition_process_group = groups.split   # type: ignore[attr-defined]
+    if hasattr(meta, "tensor_model_parallel"):
+        parameter.ds_zero_partition_process_group = (
+            groups.get_data_parallel_group() if shards is None else shards.split)
     init._convert_to_deepspeed_param(parameter)
     return parameter
 
