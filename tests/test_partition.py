@@ -48,7 +48,7 @@ def read_model(folder: str, dtype: str, config: dict, world: World) -> Any:
 
     sharding.partition_parameters = watched(partition)
     sharding.OpenModel._fill = watched(fill)
-    model = sharding.open_model(Teacher(model=folder, dtype=dtype), dtype, config, world)
+    model = sharding.open_causal_lm(Teacher(model=folder, dtype=dtype), dtype, config, world)
     ours = model.read(world)
     sharding.partition_parameters, sharding.OpenModel._fill = partition, fill
     assert launched == [True, True]
