@@ -101,6 +101,8 @@ def _whole_parameters(model: nn.Module) -> list[OwnRange]:
                 if id(meta) not in made:
                     made[id(meta)] = nn.Parameter(torch.empty_like(meta, device="cpu"),
                                                   requires_grad=meta.requires_grad)
+                    # AutoTP's marks among them.
+                    vars(made[id(meta)]).update(vars(meta))
                 module._parameters[key] = made[id(meta)]
     return [OwnRange(parameter, 0, parameter.detach().view(-1)) for parameter in made.values()]
 
