@@ -138,34 +138,46 @@ class World:
         return numbers[:len(values)], [_unpacked(number) for number in numbers[len(values):]]
 
     def least(self, number: _Number) -> _Number:
-        """The least of the ranks' numbers. ⌈log2 ranks⌉ messages of 8 bytes."""
+        """The least of the ranks' numbers. 8 bytes up the `tree`, 8 bytes down."""
         return self._extreme(number, torch.minimum)
 
     def most(self, number: _Number) -> _Number:
-        """The greatest of the ranks' numbers. ⌈log2 ranks⌉ messages of 8 bytes."""
+        """The greatest of the ranks' numbers. 8 bytes up the `tree`, 8 bytes down."""
         return self._extreme(number, torch.maximum)
 
     def any(self, flag: bool) -> bool:
-        """True on every rank where `flag` is on one. ⌈log2 ranks⌉ messages of 8 bytes."""
+        """True on every rank where `flag` is on one. 8 bytes up the `tree`, 8 bytes down."""
         return self.most(int(flag)) > 0
 
     def barrier(self) -> None:
-        """Wait until every rank has come here. ⌈log2 ranks⌉ messages of 8 bytes."""
+        """Wait until every rank has come here. 8 bytes up the `tree`, 8 bytes down."""
         self.least(0)
+
+    @property
+    def tree(self) -> tuple[int | None, list[int]]:
+        """(the rank above this one, None above rank 0; the ranks below it) for what goes to rank 0.
+
+        A rank's parent is its number without the highest bit, so there are ⌈log2 ranks⌉ levels.
+        gloo's broadcast from rank 0 goes down by the same connections; its reductions would pass
+        through all ranks, one after another.
+        """
+        bits = self.rank.bit_length()
+        parent = self.rank - (1 << (bits - 1)) if self.rank else None
+        below = [self.rank + (1 << bit) for bit in range(bits, self.size.bit_length())]
+        return parent, [rank for rank in below if rank < self.size]
 
     def _extreme(self, number: _Number,
                  choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> _Number:
-        # Each round doubles the ranks that a rank knows of. Counting one twice does no harm to an
-        # extreme. gloo's own reductions pass through all ranks, one after another.
         own = torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
-        distance = 1
-        while distance < self.size:
+        parent, children = self.tree
+        for child in children:
             other = torch.empty_like(own)
-            sending = dist.isend(own, (self.rank + distance) % self.size, self.agreement)
-            dist.recv(other, (self.rank - distance) % self.size, self.agreement)
-            assert sending is not None
-            sending.wait()
-            own, distance = choose(own, other), 2 * distance
+            dist.recv(other, child, self.agreement)
+            own = choose(own, other)
+        if parent is not None:
+            dist.send(own, parent, self.agreement)
+        if self.size > 1:
+            dist.broadcast(own, 0, self.agreement)
         return type(number)(own.item())
 
     def broadcast(self, value: _T, source: int = 0) -> _T:
@@ -187,21 +199,19 @@ class World:
     def collect(self, value: _T) -> list[_T] | None:
         """Every rank's `value` (anything that pickles), by rank, on rank 0; None on the others.
 
-        At most ⌈log2 ranks⌉ messages a rank. Rank 0 receives all values, half of all ranks send
-        their own alone.
+        Up the `tree`: half of all ranks send their own alone, and rank 0 receives all values in
+        ⌈log2 ranks⌉ messages.
         """
-        # Of this rank and those after it.
-        values, distance = [value], 1
-        while distance < self.size:
-            if self.rank & distance:
-                dist.send_object_list([values], self.rank - distance, self.agreement)
-                return None
-            if self.rank + distance < self.size:
-                received: list[Any] = [None]
-                dist.recv_object_list(received, self.rank + distance, self.agreement)
-                values += received[0]
-            distance *= 2
-        return values
+        values = {self.rank: value}
+        parent, children = self.tree
+        for child in children:
+            received: list[Any] = [None]
+            dist.recv_object_list(received, child, self.agreement)
+            values |= received[0]
+        if parent is None:
+            return [values[rank] for rank in range(self.size)]
+        dist.send_object_list([values], parent, self.agreement)
+        return None
 
     def gather(self, value: _T) -> list[_T]:
         """Every rank's `value` (anything that pickles), by rank, on every rank.
