@@ -69,7 +69,7 @@ class OpenModel:
                 reader.fill(_reads(self.module, reader, ranges, buffers))
 
 
-def open_model(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig, world: World,
+def open_causal_lm(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig, world: World,
                shards: ShardGroups | None = None, read: bool = True) -> OpenModel:
     """The model of `source`, ready to be shaped and then read. Its module is in eval mode.
 
