@@ -39,6 +39,7 @@ from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_of
 from amid_ds.models.loading import load_causal_lm
 from amid_ds.models.tensor_parallel import cut_head, layer_specs, tp_unsupported_reason, vocab_shard
+from amid_ds.run.start import end_part
 from amid_ds.run.warm_start import resolve_student
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
     import_deepspeed()
     with freed_memory_given_back():
         distiller, groups, config = _build_distiller(recipe, config, vocab_size, world)
+        end_part("loading")
         optimizer = make_optimizer(distiller.student, groups, recipe.train,
                                    offload_device(config, "offload_optimizer") != "none", world)
         return _initialize(distiller, optimizer, decayed_parameters(recipe), config, world)
