@@ -147,14 +147,13 @@ def _generate(task: GenerateTask, world: World, fence: Fence) -> None:
             prompts = sampler_prompts(task, range(start, min(start + size, total)))
             answers = world.run_checked(
                 partial(sampler.complete, model, prompts, any_rank, world.device))
-            by_rank = world.gather((answers, request.reason()))
-            in_order = [answer for batch, _ in by_rank for answer in batch]
+            in_order = [answer for batch in world.collect(answers) or [] for answer in batch]
             world.run_on_main(partial(append_answers, task, first, in_order, fence))
-            bar.update(len(in_order))
-            reasons = sorted({reason for _, reason in by_rank if reason is not None})
-            if reasons and first + len(in_order) < total:
-                logger.info(f"stopped in order ({', '.join(reasons)}); the same command goes "
-                            "on from there")
+            count = min(size * world.size, total - first)
+            bar.update(count)
+            reason = world.first(request.reason())
+            if reason is not None and first + count < total:
+                logger.info(f"stopped in order ({reason}); the same command goes on from there")
                 raise Stopped
     logger.info(world.run_on_main(lambda: publish_answers(task, fence)))
 
@@ -278,7 +277,7 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
         yield world.run_checked(lambda: _load_whole(model, world)), sampler, bool
         return
     if model.placement == "node":
-        over = world.run_checked(lambda: _ranks_of_a_copy(model, world))
+        over = world.run_on_main(lambda: _ranks_of_a_copy(model, world))
         world = world.split(1, over) if over < world.size else world
     engine = world.run_checked(lambda: build_teacher_engine(model, config, world))
     if engine.fits_gathered(engine.module):
@@ -294,7 +293,7 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
 
 
 def _ranks_of_a_copy(model: Teacher, world: World) -> int:
-    """The neighbouring ranks over which the placement `node` shards the model. Collective.
+    """The neighbouring ranks over which the placement `node` shards the model. On rank 0.
 
     Raises InputError where the ranks or their nodes do not allow it.
     """
