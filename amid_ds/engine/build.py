@@ -15,21 +15,17 @@ from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
+    for_teacher,
     gradients_in_fp32,
     offload_device,
+    quantizes_weights,
     sharded_loading,
     teacher_is_replicated,
     uses_bf16,
-    without_secondary,
     zero_stage,
 )
 from amid_ds.engine.engine import Engine
-from amid_ds.engine.gather import (
-    GatheredBytes,
-    count_and_order_gathers,
-    gathered_head,
-    secondary_groups_of_neighbours,
-)
+from amid_ds.engine.gather import GatheredBytes, count_and_order_gathers, gathered_head
 from amid_ds.engine.muon import clip_gradients_first
 from amid_ds.engine.optimizer import (
     DecayedParameters,
@@ -39,6 +35,7 @@ from amid_ds.engine.optimizer import (
     parameter_groups,
     recount_steps,
 )
+from amid_ds.engine.zero_plus_plus import require_quantizer, secondary_groups_of_neighbours
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.attention import choose_attention, exceeds_window
 from amid_ds.models.distiller import Distiller
@@ -66,6 +63,8 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
     """The engine around a Distiller. Collective: every rank calls it with the same recipe."""
     # Before transformers, which loads sharded models through deepspeed, imports it in its own way.
     import_deepspeed()
+    if quantizes_weights(config):
+        require_quantizer(world)
     with freed_memory_given_back():
         distiller, groups, config = _build_distiller(recipe, config, vocab_size, world)
         optimizer = make_optimizer(distiller.student, groups, recipe.train,
@@ -81,7 +80,7 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     replicated = teacher_is_replicated(recipe, config)
     teacher = None
     if recipe.teacher is not None:
-        teacher = _load_teacher(recipe.teacher, without_secondary(config), world,
+        teacher = _load_teacher(recipe.teacher, for_teacher(config), world,
                                 replicated)
         if replicated:
             teacher.to(world.device)
@@ -150,15 +149,15 @@ def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, decayed:
     if zero3:
         if any(group["name"] == "muon" for group in optimizer.param_groups):
             clip_gradients_first(deepspeed_engine.optimizer)
-        gathered_bytes = count_and_order_gathers(distiller)
+        head = head_of(distiller.student)
+        of_head: list[Any] = [p for p in (head.weight, head.bias) if p is not None]
+        gathered_bytes = count_and_order_gathers(distiller, exact=of_head)
         # ZeRO-3 restarts its prefetch trace at each forward and drops it when the module order
         # changes. Ours repeats per optimizer step only: Engine.start_step restarts it instead.
         deepspeed_engine.optimizer.parameter_offload.fwd_pre_hook.remove()
         # FusedHead reads the student's head, not the module that owns it: tell ZeRO-3's hooks.
-        head = head_of(distiller.student)
-        for parameter in (head.weight, head.bias):
-            if parameter is not None:
-                deepspeed.zero.register_external_parameter(distiller.head, parameter)
+        for parameter in of_head:
+            deepspeed.zero.register_external_parameter(distiller.head, parameter)
     return Engine(deepspeed_engine, world, gathered_bytes, decayed)
 
 
