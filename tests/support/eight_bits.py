@@ -25,7 +25,8 @@ class Quantizer:
         rows = values.float().view(groups, -1)
         step = rows.abs().amax(dim=1, keepdim=True) * 2 / 2**bits
         step[step == 0] = 1
-        return (rows / step).round().clamp(-128, 127).to(torch.int8).view(values.shape), step.flatten()
+        rounded = (rows / step).round().clamp(-128, 127).to(torch.int8)
+        return rounded.view(values.shape), step.flatten()
 
     @staticmethod
     def dequantize(values: Tensor, steps: Tensor, groups: int, bits: int, kind: str) -> Tensor:
