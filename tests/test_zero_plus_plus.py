@@ -15,8 +15,12 @@ from support.ranks import Ranks
 from support.runs import comparable_metrics, read_metrics, write_gathering_config, write_recipe
 
 from amid_ds.config.parse import load_recipe
+from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import read_deepspeed_config
+from amid_ds.engine.zero_plus_plus import load_quantizer
 from amid_ds.errors import InputError
+from amid_ds.planning.devices import find_device
+from amid_ds.planning.estimate import estimate_plan
 
 STEPS = 6
 LAST = f"step_{STEPS:08d}"
@@ -66,6 +70,11 @@ def received(run: Path) -> dict[str, int]:
     return json.loads((run / "measured.json").read_text())["network_per_step"]
 
 
+def planned(run: Path) -> dict[str, int]:
+    return estimate_plan(load_recipe(run.with_suffix(".yaml")), 1, 4,
+                         find_device("cpu", 4)).network_per_step
+
+
 def test_no_number_of_a_run_differs_by_its_secondary_partitions(plain, secondary):
     assert comparable_metrics(secondary) == comparable_metrics(plain)
     last = [fp32_state(run / "checkpoints" / LAST) for run in (plain, secondary)]
@@ -81,6 +90,8 @@ def test_all_gathers_of_a_step_but_the_first_are_of_neighbours(plain, secondary)
     once = received(plain)["student_gathers"] / 0.75 / 4
     assert received(secondary)["student_gathers"] == pytest.approx(once * (0.75 + 3 * 0.5),
                                                                    rel=0.05)
+    assert received(secondary)["student_gathers"] == pytest.approx(
+        planned(secondary)["student_gathers"], rel=0.05)
     # The teacher lies over all ranks, once.
     assert received(secondary)["teacher_gathers"] == received(plain)["teacher_gathers"] > 0
     steady = counts(secondary)[3:]
@@ -113,6 +124,7 @@ def test_the_students_matrices_travel_in_eight_bits_and_nothing_else_does(train,
     share = (0.75 + 3 * 0.5) / 3 if HPZ.items() <= zero.items() else 1
     whole, rounded = received(plain), received(run)
     assert 0.25 < rounded["student_gathers"] / (whole["student_gathers"] * share) < 0.45
+    assert rounded["student_gathers"] == pytest.approx(planned(run)["student_gathers"], rel=0.1)
     assert rounded["teacher_gathers"] == whole["teacher_gathers"]
     # Gradients and what is saved are as wide as before.
     assert rounded["student_reductions"] == whole["student_reductions"]
@@ -144,3 +156,10 @@ def test_eight_bits_are_refused_on_a_cpu_before_a_model_is_read(llama_pair, inst
     processes = Ranks(2, "train", recipe)
     assert processes.wait() == [2, 2], processes.output()
     assert "zero_quantized_weights: true on a CPU" in processes.output()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there may be a compiler for its kernels")
+def test_without_a_compiler_for_its_kernels_eight_bits_are_refused():
+    import_deepspeed()
+    with pytest.raises(InputError, match="zero_quantized_weights cannot be compiled"):
+        load_quantizer()

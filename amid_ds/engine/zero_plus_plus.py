@@ -39,7 +39,27 @@ def secondary_groups_of_neighbours(rank: int) -> Iterator[None]:
 
 
 def require_quantizer(world: World) -> None:
-    """Raise InputError unless every rank can quantize weights (qwZ). Collective."""
+    """Raise InputError unless every rank can quantize weights (qwZ). Collective.
+
+    DeepSpeed compiles its kernels the first time on a machine; torch lets one rank of a node do it,
+    and the others wait.
+    """
     if world.device.type == "cpu":
         raise InputError("zero_optimization.zero_quantized_weights: true on a CPU",
                          "GPUs: DeepSpeed quantizes by CUDA kernels", "take it out")
+    world.run_checked(load_quantizer)
+
+
+def load_quantizer() -> None:
+    """Load DeepSpeed's kernels, compiled if need be. Raises InputError where that fails."""
+    from deepspeed.ops.op_builder import QuantizerBuilder
+
+    try:
+        QuantizerBuilder().load(verbose=False)
+    # A compiler may fail in any way, and so may the import of what it made.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"DeepSpeed's kernels for zero_quantized_weights cannot be compiled: {reason}",
+            "a CUDA toolkit (nvcc) like torch's, g++ and ninja on every node",
+            "install them, or take the key out") from None
