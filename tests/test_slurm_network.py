@@ -27,6 +27,9 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.planning.devices import find_device
 from amid_ds.planning.estimate import estimate_plan
 
+# Processes of their own on nodes of their own: each imports everything.
+pytestmark = pytest.mark.slow
+
 NODES, RANKS_PER_NODE = 2, 2
 # What a node's card is limited to for the table, as tc(8) has it.
 RATE = "200mbit"
@@ -104,16 +107,13 @@ def step_of(tmp_path_factory) -> Iterator[Callable[[str], Step]]:
         yield functools.cache(lambda layout: measure(cluster, folder, layout))
 
 
-@pytest.mark.parametrize("layout", [
-    "node", *(pytest.param(layout, marks=pytest.mark.slow)
-              for layout in LAYOUTS if layout != "node")])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_node_takes_in_and_gives_out_per_step_what_the_plan_says(step_of, layout):
     step = step_of(layout)
     for measured in (*step.taken, *step.given):
         assert measured == pytest.approx(step.planned, rel=0.05)
 
 
-@pytest.mark.slow
 def test_a_teacher_over_the_ranks_of_a_node_takes_nothing_from_other_nodes(step_of):
     nowhere, whole = step_of("replicated"), step_of("zero3")
     of_teacher = whole.taken[0] - nowhere.taken[0]
@@ -123,7 +123,6 @@ def test_a_teacher_over_the_ranks_of_a_node_takes_nothing_from_other_nodes(step_
     assert step_of("node").planned_teacher == 0
 
 
-@pytest.mark.slow
 def test_losses_do_not_depend_on_where_weights_lie(step_of):
     for layout in LAYOUTS:
         assert step_of(layout).losses == pytest.approx(step_of("zero3").losses, rel=1e-6), layout
