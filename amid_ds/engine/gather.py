@@ -57,9 +57,9 @@ def _gather_in_order(gathers: _Gathers, gathered_bytes: GatheredBytes, parameter
                      quantize: bool = False, **options: Any) -> Any:
     """DeepSpeed's gather of several parameters, its groups of ranks in one order on every rank.
 
-    Student and teacher may lie over different groups, and under tensor parallelism one model lies
-    over two. DeepSpeed takes the groups in the order of a Python set, that is of addresses, and
-    NCCL may wait for ever where ranks differ in it.
+    Parameters lie over several groups: all ranks, those with the same part of what tensor
+    parallelism splits, the teacher's own. DeepSpeed takes them in the order of a Python set, that
+    is of addresses, and NCCL may wait for ever where ranks differ in it.
     """
     from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles
 
