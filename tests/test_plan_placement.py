@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
+from support.ranks import Ranks
 from support.runs import write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
 
@@ -250,3 +251,18 @@ def test_the_table_of_paper_scale_has_every_placement_and_names_the_one_that_is_
     assert main(["plan", "--paper-scale"]) == 0
     assert "8B ← 70B | 1,024 | 8.4" in capsys.readouterr().out
     assert main(["plan", "r.yaml", "--paper-scale"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distance", [0, 10**9])
+def test_what_several_passes_of_the_teacher_gather_is_what_was_planned(distance, recipe, tmp_path):
+    config = write_gathering_config(tmp_path, stage3_max_reuse_distance=distance,
+                                    stage3_prefetch_bucket_size=0)
+    changes = ["teacher.max_tokens_per_pass=64", f"deepspeed={config}", "train.steps=5",
+               "train.global_batch_size=8", f"output_dir={tmp_path / 'run'}"]
+    processes = Ranks(2, "train", recipe, *changes)
+    assert processes.wait() == [0, 0], processes.output()
+    measured = json.loads((tmp_path / "run" / "measured.json").read_text())["network_per_step"]
+    plan = make_plan(load_recipe(recipe, changes), 1, 2, find_device("cpu", 2))
+    for part, size in measured.items():
+        assert plan.network_per_step[part] == pytest.approx(size, rel=0.001), part
