@@ -49,8 +49,8 @@ ASSUMPTIONS = (
     "between nodes), memory of a rank. "
     f"Assumed: {GLOBAL_BATCH_SIZE:,} rows a step, a row a micro-batch, "
     f"activation checkpointing, bf16, ZeRO-3 (ds_configs/zero3.json), no tensor parallelism, "
-    f"{DEVICES_PER_NODE} ranks a node; products at {EFFICIENCY:.0%} of the peak, links at full speed "
-    "(a port per device between nodes), hops of rings as in NCCL's own model; in each model's "
+    f"{DEVICES_PER_NODE} ranks a node; products at {EFFICIENCY:.0%} of the peak, links at full "
+    "speed (a port per device between nodes), hops of rings as in NCCL's own model; in each model's "
     "passes the longest of FLOPs, links inside and links between counts; "
     f"{STORAGE_BANDWIDTH / 1e9:g} GB/s of storage a node; {HEADROOM:.0%} of the memory may be "
     "planned for. auto: what placement: auto takes.")
@@ -76,7 +76,8 @@ def paper_scale_rows(device: Device) -> list[ScaleRow]:
     """Every pair on every number of ranks, with each placement."""
     with tempfile.TemporaryDirectory() as name:
         save_llama_configs(Path(name))
-        return [row for length in SEQ_LENGTHS for student, teacher in PAIRS for ranks in DEVICE_COUNTS
+        return [row for length in SEQ_LENGTHS for student, teacher in PAIRS
+                for ranks in DEVICE_COUNTS
                 for row in _rows_of(Path(name), student, teacher, length, ranks, device)]
 
 
