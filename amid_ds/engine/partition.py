@@ -1,78 +1,117 @@
-"""ZeRO-3 partitions that each rank fills itself: no rank ever holds a whole weight, nothing is sent.
+"""ZeRO-3 partitions that each rank fills itself: no weight is ever whole, and nothing is sent.
 
 transformers loads a model under ZeRO-3 on one rank, which sends every weight to all. Here the model
-is built on the meta device, and each rank gives DeepSpeed its own range of each weight.
+is built on the meta device, DeepSpeed is given a partition of each weight, and says which range of
+the weight it is: the rank reads that range and no other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
-from deepspeed.runtime.zero.partition_parameters import (
-    Init,
-    PartitionedParamStatus,
-    ZeroParamStatus,
-)
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
-# Fills a flat tensor with the elements of the named weight from `start` on; zeros beyond its end.
-Fill = Callable[[str, int, Tensor], None]
+from amid_ds.distributed.nodes import ShardGroups
+from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.ds_config import DeepSpeedConfig
 
 
-@dataclass(frozen=True)
-class PartitionGroups:
-    """The ranks over which a model's weights lie; None: all ranks.
+class OwnRange(NamedTuple):
+    """`values` [n] is to hold the elements from `start` on of a flattened parameter (on this
+    tensor-parallel rank), and zeros beyond its end."""
 
-    whole: for weights that tensor parallelism leaves whole; split: for those that it splits.
+    parameter: nn.Parameter
+    start: int
+    values: Tensor
+
+
+def partition_parameters(model: nn.Module, config: DeepSpeedConfig,
+                         shards: ShardGroups | None = None) -> list[OwnRange]:
+    """Make every meta parameter of `model` one of ZeRO-3, in place; returns what is to be filled.
+
+    config: DeepSpeed's, with bf16 as the weights are to have it. shards: the ranks that they lie
+    over; None: all. What tensor parallelism has split lies over the ranks with the same part. A
+    parameter that two modules share is made once; it keeps its attributes. No collective, except
+    that DeepSpeed makes groups for secondary partitions, where the config asks for them.
     """
+    import_deepspeed()
+    from deepspeed.runtime.zero.partition_parameters import Init
 
-    whole: ProcessGroup | None = None
-    split: ProcessGroup | None = None
-
-
-class _FilledInit(Init):
-    """DeepSpeed's zero.Init, whose partitions are filled and not cut from whole weights."""
-
-    def partition(self, meta: nn.Parameter, fill: Callable[[int, Tensor], None]) -> nn.Parameter:
-        """The ZeRO-3 parameter of `meta`, this rank's range of it filled by fill(start, range)."""
-        # Of the whole shape, and of no size in memory.
-        hollow = torch.empty(1, dtype=self.dtype, device=self.local_device).expand(meta.shape)
-        parameter: Any = nn.Parameter(hollow, requires_grad=meta.requires_grad)
-        self._convert_to_deepspeed_param(parameter)
-        size = self._aligned_size(parameter) // self._partition_world_size(parameter)
-        own: Any = torch.empty(size, dtype=self.dtype, device=self.remote_device)
-        fill(size * self._partition_rank(parameter), own)
-        own.ds_numel, own.status = size, PartitionedParamStatus.AVAILABLE
-        own.final_location = None
-        parameter.ds_tensor, parameter.ds_numel_aligned = own, self._aligned_size(parameter)
-        parameter.data = torch.empty(0, dtype=self.dtype, device=self.local_device)
-        parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
-        return parameter   # type: ignore[no-any-return]
-
-
-def partition_parameters(model: nn.Module, config: dict[str, object], fill: Fill,
-                         groups: PartitionGroups) -> None:
-    """Make every meta parameter of `model` one of ZeRO-3, in place. No collective.
-
-    config: the DeepSpeed config, with bf16 as the weights are to have it.
-    """
-    init = _FilledInit(data_parallel_group=groups.whole, config_dict_or_path=config)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    init = Init(data_parallel_group=None if shards is None else shards.whole,
+                config_dict_or_path=dict(config))
     made: dict[int, nn.Parameter] = {}
+    ranges: list[OwnRange] = []
     for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None:
+        for key, meta in module._parameters.items():
+            if meta is None:
                 continue
-            if id(parameter) not in made:
-                name = names[id(parameter)]
+            if id(meta) not in made:
+                made[id(meta)] = _declare(meta, init, shards)
+                ranges += _allocate(made[id(meta)], init)
+            module._parameters[key] = made[id(meta)]
+    if init.mem_efficient_linear:
+        init._enable_mem_efficient_linear()
+    init._keep_in_fp32(model)
+    return ranges
 
-                def fill_own(start: int, own: Tensor, name: str = name) -> None:
-                    fill(name, start, own)
 
-                made[id(parameter)] = init.partition(parameter, fill_own)
-            module._parameters[key] = made[id(parameter)]
-    init._enable_mem_efficient_linear()
+def partition_loaded(model: nn.Module, config: DeepSpeedConfig, shards: ShardGroups) -> None:
+    """Make the parameters of `model`, which every rank holds whole, ones of ZeRO-3 over `shards`.
+
+    Collective: the lowest rank of each group sends the group its own.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    for each in model.parameters():
+        parameter: Any = each
+        if hasattr(parameter, "tensor_model_parallel"):
+            parameter.ds_zero_partition_process_group = shards.split
+    Init(module=model, data_parallel_group=shards.whole, config_dict_or_path=dict(config))
+
+
+def _declare(meta: nn.Parameter, init: Any, shards: ShardGroups | None) -> nn.Parameter:
+    """A parameter of the shape of `meta` that DeepSpeed knows, and that has no memory."""
+    from deepspeed.utils import groups
+
+    hollow = torch.empty(1, dtype=init.dtype, device=init.local_device).expand(meta.shape)
+    parameter: Any = nn.Parameter(hollow, requires_grad=meta.requires_grad)
+    vars(parameter).update(vars(meta))
+    if hasattr(meta, "tensor_model_parallel"):
+        parameter.ds_zero_partition_process_group = (
+            groups.get_data_parallel_group() if shards is None else shards.split)
+    init._convert_to_deepspeed_param(parameter)
+    return parameter
+
+
+def _allocate(parameter: Any, init: Any) -> Iterator[OwnRange]:
+    """Give `parameter` its partitions on this rank; yields the range of each.
+
+    As DeepSpeed's `_partition_param` and `_partition_param_sec` leave them.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    aligned = init._aligned_size(parameter)
+    size = aligned // init._partition_world_size(parameter)
+    device = init.local_device if parameter.ds_persist else init.remote_device
+    parameter.ds_tensor = _new_partition(size, init, device)
+    parameter.ds_numel_aligned = aligned
+    yield OwnRange(parameter, size * init._partition_rank(parameter), parameter.ds_tensor)
+    if init.zero_param_process_group is not None:
+        size = aligned // init.num_ranks_in_param_group
+        parameter.ds_secondary_tensor = _new_partition(size, init, init.remote_device)
+        yield OwnRange(parameter, size * init.rank_in_group, parameter.ds_secondary_tensor)
+    parameter.data = torch.empty(0, dtype=init.dtype, device=init.local_device)
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def _new_partition(size: int, init: Any, device: Any) -> Tensor:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    own: Any = torch.empty(size, dtype=init.dtype, device=device)
+    if init.pin_memory and own.device.type == "cpu":
+        own = get_accelerator().pin_memory(own)
+    own.ds_numel, own.status, own.final_location = size, PartitionedParamStatus.AVAILABLE, None
+    return own

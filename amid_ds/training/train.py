@@ -100,10 +100,12 @@ def build_trainer(job: Job, resume: ResumePoint, world: World, attempt: Attempt,
         consolidated = reshard.ensure_consolidated(resume.checkpoint, job.layout(world),
                                                    resolve_student(recipe), world)
     engine = world.run_checked(
-        lambda: build_engine(job.placed_recipe, job.deepspeed_config, job.vocab_size, world))
-    world.run_checked(lambda: engine.check_models(job.vocab_size, recipe.data.isolates_any))
+        lambda: build_engine(job.placed_recipe, job.deepspeed_config, job.vocab_size, world,
+                             resumes=resume.checkpoint is not None))
     state = TrainState()
     if resume.checkpoint is not None:
         checkpoint = resume.checkpoint
         state = world.run_checked(lambda: reshard.load_checkpoint(engine, checkpoint, consolidated))
+    # Not before: a student that resumes has no weights until then.
+    world.run_checked(lambda: engine.check_models(job.vocab_size, recipe.data.isolates_any))
     return Trainer(job, engine, state, identity, resume.damaged, attempt, fence)
