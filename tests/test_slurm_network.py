@@ -28,6 +28,8 @@ from amid_ds.planning.devices import find_device
 from amid_ds.planning.estimate import estimate_plan
 
 NODES, RANKS_PER_NODE = 2, 2
+# What a node's card is limited to for the table, as tc(8) has it.
+RATE = "200mbit"
 # 3 and 18 MB in fp32: what is not weights is then a small part of what is sent.
 STUDENT = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4)
 TEACHER = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6)
@@ -128,15 +130,17 @@ def test_losses_do_not_depend_on_where_weights_lie(step_of):
 
 
 def print_table() -> None:
-    """The measurements as the README has them."""
+    """The measurements as engine/README.md has them, each node's card limited to RATE."""
     with (tempfile.TemporaryDirectory(prefix="network-") as folder,
           slurm_cluster.Cluster(NODES) as cluster):
-        print("| | a node takes in, MB a step | gives out | planned | of the teacher, planned "
-              "| seconds |\n|---|---:|---:|---:|---:|---:|")
+        for name in cluster.names:
+            cluster.throttle(name, RATE)
+        print("| | a node takes in | gives out | planned | of the teacher, planned | seconds |\n"
+              "|---|---:|---:|---:|---:|---:|")
         for layout in LAYOUTS:
             step = measure(cluster, Path(folder), layout)
             cells = [max(step.taken), max(step.given), step.planned, step.planned_teacher]
-            print(f"| {layout} | " + " | ".join(f"{cell / 1e6:.3f}" for cell in cells)
+            print(f"| {layout} | " + " | ".join(f"{cell / 1e6:.2f}" for cell in cells)
                   + f" | {step.seconds:.2f} |", flush=True)
 
 

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-# Counted from 1. DeepSpeed records its order of gathers in the first, and gathers ahead by it later.
+# Counted from 1. In the first DeepSpeed records its order of gathers, by which it gathers ahead.
 FIRST_STEP, LAST_STEP = 3, 11
 
 
