@@ -109,10 +109,7 @@ def bench_load(as_json: bool, ranks: int | None = None) -> None:
 def measure_load(folder: Path, size: LlamaSize, rank_counts: Sequence[int], rounds: int
                  ) -> list[LoadResult]:
     """Loads of a model of this size, saved in `folder`, on each number of ranks."""
-    for name, model_size in (("tiny", TINY), ("model", size)):
-        model = new_llama(model_size, VOCABULARY).to(torch.bfloat16)
-        model.save_pretrained(folder / name, max_shard_size=FILE_SIZE)
-        del model
+    save_models(folder, size)
     loads: dict[tuple[int, str], list[list[RankLoad]]] = {
         (ranks, way): [] for ranks in rank_counts for way in WAYS}
     for _ in range(rounds):
@@ -123,6 +120,13 @@ def measure_load(folder: Path, size: LlamaSize, rank_counts: Sequence[int], roun
     return [LoadResult(**asdict(_cost(loads[ranks, "ours"])), ranks=ranks, model_bytes=model_bytes,
                        from_pretrained=_cost(loads[ranks, "from_pretrained"]))
             for ranks in rank_counts]
+
+
+def save_models(folder: Path, size: LlamaSize) -> None:
+    """Save a model of `size`, and a tiny one, as "model" and "tiny" in `folder`."""
+    for name, model_size in (("tiny", TINY), ("model", size)):
+        model = new_llama(model_size, VOCABULARY).to(torch.bfloat16)
+        model.save_pretrained(folder / name, max_shard_size=FILE_SIZE)
 
 
 def measure_way(world: World, folder: Path, way: str) -> RankLoad:
@@ -222,7 +226,8 @@ def _print(results: Sequence[LoadResult]) -> None:
     for result in results:
         for way, cost in (("amid-ds", result), ("from_pretrained", result.from_pretrained)):
             table.add_row(str(result.ranks), way, f"{cost.seconds:.2f}", f"{cost.warm_seconds:.2f}",
-                          f"{min(cost.cpu_seconds):.2f} to {max(cost.cpu_seconds):.2f}", *(f"{min(values) / 1e6:,.0f} to {max(values) / 1e6:,.0f}" for values in
+                          f"{max(cost.cpu_seconds):.2f}",
+                          *(f"{min(values) / 1e6:,.0f} to {max(values) / 1e6:,.0f}" for values in
                             (cost.read_bytes, cost.received_bytes, cost.peak_anonymous_bytes)))
     console = Console()
     console.print(table)
