@@ -14,14 +14,18 @@ import torch
 from torch import nn
 
 from amid_ds.config.recipe import Dtype
+from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.head_form import head_form
 from amid_ds.models.heads import body_of
+from amid_ds.models.weight_reader import WeightReader
 from amid_ds.models.weights import (
     MAX_REASON,
+    named_weights,
     readable_weights,
     refuse_other_keys,
     require_weights,
+    share_weight_table,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -173,6 +177,30 @@ def require_supported(model: str, revision: str | None = None, trust_remote_code
     meta = supported_model(model, revision, trust_remote_code)
     require_weights(meta, model, revision, fetch=False)
     return meta
+
+
+def open_weights(model: str, revision: str | None = None, trust_remote_code: bool = False,
+                 world: World | None = None) -> WeightReader | str:
+    """A reader of ranges of the weights of `model`, or why they can only be loaded whole.
+
+    Its `sources` have the names of the model's parameters. With a world every rank opens the files
+    that rank 0 has read the headers of: collective, and an error of one is an error of all. Raises
+    InputError where the weights are not exactly those of the model's config.
+    """
+    meta: Any = meta_model(model, revision, trust_remote_code)
+    table = None
+    if world is not None:
+        table = share_weight_table(world, model, revision, named_weights(meta))
+
+    def read() -> WeightReader | str:
+        found = require_weights(meta, model, revision, table=table)
+        assert found is not None
+        if getattr(meta.config, "quantization_config", None) is not None:
+            return "they are quantized"
+        with readable_weights(model):
+            return found[1].reason or WeightReader(found[0], found[1].sources)
+
+    return read() if world is None else world.run_checked(read)
 
 
 def _unsupported(model: str, config: Any, reason: str) -> InputError:

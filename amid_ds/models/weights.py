@@ -2,19 +2,21 @@
 
 transformers fills what a file lacks with random numbers, drops what it does not know, and under
 ZeRO-3 does not even report it. So its own loader is run first on the meta device, where it makes
-all its renamings and conversions and reads no weight, and its report decides.
+all its renamings and conversions and reads no weight, and its report decides (`weight_map.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import socket
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
-import torch
-
+from amid_ds.distributed.world import HEARTBEAT_S, World
 from amid_ds.errors import InputError
+from amid_ds.models.weight_files import WeightTable, read_weight_table, weight_paths
+from amid_ds.models.weight_map import WeightMap, map_weights
 
 # The most names of each kind, and characters of another library's error, in a message.
 MAX_NAMES = 4
@@ -23,71 +25,86 @@ MAX_REASON = 200
 FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64", "BF16", "F16", "F32", "F64")
 
 
-def require_weights(meta: Any, model: str, revision: str | None = None, fetch: bool = True) -> None:
-    """Raise InputError unless the weights of `model` are those of `meta`, its meta model.
+def require_weights(meta: Any, model: str, revision: str | None = None, fetch: bool = True,
+                    table: WeightTable | None = None) -> tuple[WeightTable, WeightMap] | None:
+    """The table and map of the weights of `model`, which are those of `meta`, its meta model.
 
-    What the model's class itself declares may be missing or unexpected (tied heads, buffers of old
-    versions). fetch: download the files of a model on the hub; False: one whose weights are not on
-    this machine passes. `meta` is used up.
+    Raises InputError if they are others. What the model's class itself declares may be missing or
+    unexpected (tied heads, buffers of old versions). table: as another rank read it. fetch:
+    download the files of a model on the hub; False: None where they are not on this machine.
     """
     from transformers import logging as transformers_logging
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.modeling_utils import LoadStateDictConfig
 
     # From here on: what it reports is in our message, and its advice on generation and padding
     # does not apply.
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with readable_weights(model):
-        files = _weight_files(meta, model, revision, fetch)
-        if files is None:
-            return
-        config = LoadStateDictConfig(
-            pretrained_model_name_or_path=model, ignore_mismatched_sizes=True,
-            device_map={"": torch.device("meta")}, dtype=meta.dtype,
-            weight_mapping=get_model_conversion_mapping(meta))
-        headers = {name: header for file in files for name, header in _headers(file).items()}
-        floats = {name for name, tensor in meta.named_parameters() if tensor.is_floating_point()}
-        integers = [f"{name} {dtype}" for name, (_, dtype) in headers.items()
-                    if name in floats and not dtype.startswith(FLOAT_DTYPES)]
-        hollow = {name: torch.empty(shape, dtype=meta.dtype, device="meta")
-                  for name, (shape, _) in headers.items()}
-        report, _ = meta._load_pretrained_model(meta, hollow, None, config)
-        report = meta._finalize_model_loading(meta, config, report)
-    refuse_other_keys(model, {**vars(report), "integers": integers})
+        table = table or read_weight_table(model, revision, fetch, named_weights(meta))
+        if table is None:
+            return None
+        mapped = map_weights(meta, table)
+    floats = {name for name, tensor in meta.named_parameters() if tensor.is_floating_point()}
+    integers = [f"{name} {tensor.dtype}" for name, tensor in table.tensors.items()
+                if name in floats and not tensor.dtype.startswith(FLOAT_DTYPES)]
+    refuse_other_keys(model, {**mapped.report, "integers": integers})
+    return table, mapped
 
 
-def _weight_files(meta: Any, model: str, revision: str | None, fetch: bool) -> list[str] | None:
-    """The paths of the weight files; None where they are on the hub and not to be fetched."""
-    from huggingface_hub.constants import is_offline_mode
-    from transformers.modeling_utils import _get_resolved_checkpoint_files
+def share_weight_table(world: World, model: str, revision: str | None = None,
+                       named: str | None = None) -> WeightTable:
+    """Rank 0's table of the weights of `model`, on every rank. Collective.
 
-    named = getattr(meta.config, "transformers_weights", None)
-    try:
-        # is_remote_code: it does not ask the hub to convert pickles.
-        files, _ = _get_resolved_checkpoint_files(
-            model, variant=None, gguf_file=None, use_safetensors=None, user_agent=None,
-            is_remote_code=True, transformers_explicit_filename=named,
-            download_kwargs={"revision": revision, "local_files_only": not fetch})
-    except OSError:
-        if fetch or Path(model).is_dir() or is_offline_mode():
-            raise
-        return None
-    return files
+    The lowest rank of each host downloads what its cache lacks, for as long as it takes; `revision`
+    is then the commit. named: as in `read_weight_table`. Raises on all ranks what one of them does.
+    """
+    def download() -> None:
+        with readable_weights(model):
+            weight_paths(model, revision, True, named)
+
+    def read() -> WeightTable | None:
+        with readable_weights(model):
+            return read_weight_table(model, revision, named=named)
+
+    hosts = world.gather(socket.gethostname())
+    _run_on_some(world, hosts[world.rank] not in hosts[:world.rank], download)
+    table = world.run_on_main(read)
+    assert table is not None
+    return table
 
 
-def _headers(file: str) -> dict[str, tuple[Sequence[int], str]]:
-    """(shape, dtype) of the tensors in a weight file, by name, without their values."""
-    from safetensors import safe_open
-    from transformers.modeling_utils import load_state_dict
+def _run_on_some(world: World, here: bool, work: Callable[[], object]) -> None:
+    """Run `work`, which makes no collective, on the ranks where `here` is True. Collective.
 
-    if not file.endswith(".safetensors"):
-        return {name: (tensor.shape, str(tensor.dtype).removeprefix("torch."))
-                for name, tensor in load_state_dict(file, map_location="meta").items()}
-    # As numpy's: for torch it would reserve memory for the whole file.
-    with safe_open(file, framework="numpy") as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}   # noqa: SIM118
-        return {name: (part.get_shape(), part.get_dtype()) for name, part in slices.items()}
+    All ranks exchange a heartbeat meanwhile: a collective waits no longer than its timeout.
+    """
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            work()
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="weights", daemon=True)
+    if here:
+        thread.start()
+    running = True
+    while running:
+        if here:
+            thread.join(HEARTBEAT_S)
+        running = any(world.gather(thread.is_alive()))
+
+    def finish() -> None:
+        if errors:
+            raise errors[0]
+
+    world.run_checked(finish)
+
+
+def named_weights(meta: Any) -> str | None:
+    """The weight file that the config of a meta model names; None if it leaves it open."""
+    return getattr(meta.config, "transformers_weights", None)
 
 
 @contextmanager

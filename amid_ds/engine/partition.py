@@ -1,0 +1,115 @@
+"""ZeRO-3 partitions that each rank fills itself: no weight is ever whole, and nothing is sent.
+
+transformers loads a model under ZeRO-3 on one rank, which sends every weight to all. Here the model
+is built on the meta device, DeepSpeed is given a partition of each weight, and says which range of
+the weight it is: the rank reads that range and no other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.ds_config import DeepSpeedConfig
+
+
+@dataclass(frozen=True)
+class PartitionGroups:
+    """The ranks over which a model's weights lie; None: all ranks.
+
+    whole: for weights that tensor parallelism leaves whole; split: for those that it splits.
+    """
+
+    whole: ProcessGroup | None = None
+    split: ProcessGroup | None = None
+
+
+class OwnRange(NamedTuple):
+    """`values` [n] is to hold the elements from `start` on of a flattened parameter (on this
+    tensor-parallel rank), and zeros beyond its end."""
+
+    parameter: nn.Parameter
+    start: int
+    values: Tensor
+
+
+def partition_parameters(model: nn.Module, config: DeepSpeedConfig, groups: PartitionGroups
+                         ) -> list[OwnRange]:
+    """Make every meta parameter of `model` one of ZeRO-3, in place; returns what is to be filled.
+
+    config: DeepSpeed's, with bf16 as the weights are to have it. A parameter that two modules share
+    is made once; it keeps its attributes. No collective, except that DeepSpeed makes its groups of
+    `zero_hpz_partition_size` ranks the first time.
+    """
+    import_deepspeed()
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    # A secondary partition lies over DeepSpeed's own groups, as the student does.
+    zero = dict(config["zero_optimization"])
+    if groups.whole is not None:
+        zero.pop("zero_hpz_partition_size", None)
+    init = Init(data_parallel_group=groups.whole,
+                config_dict_or_path={**config, "zero_optimization": zero})
+    made: dict[int, nn.Parameter] = {}
+    ranges: list[OwnRange] = []
+    for module in model.modules():
+        for key, meta in module._parameters.items():
+            if meta is None:
+                continue
+            if id(meta) not in made:
+                made[id(meta)] = _declare(meta, init, groups)
+                ranges += _allocate(made[id(meta)], init)
+            module._parameters[key] = made[id(meta)]
+    if init.mem_efficient_linear:
+        init._enable_mem_efficient_linear()
+    init._keep_in_fp32(model)
+    return ranges
+
+
+def _declare(meta: nn.Parameter, init: Any, groups: PartitionGroups) -> nn.Parameter:
+    """A parameter of the shape of `meta` that DeepSpeed knows, and that has no memory."""
+    hollow = torch.empty(1, dtype=init.dtype, device=init.local_device).expand(meta.shape)
+    parameter = nn.Parameter(hollow, requires_grad=meta.requires_grad)
+    vars(parameter).update(vars(meta))
+    if groups.split is not None and hasattr(meta, "tensor_model_parallel"):
+        parameter.ds_zero_partition_process_group = groups.split   # type: ignore[attr-defined]
+    init._convert_to_deepspeed_param(parameter)
+    return parameter
+
+
+def _allocate(parameter: Any, init: Any) -> Iterator[OwnRange]:
+    """Give `parameter` its partitions on this rank; yields the range of each.
+
+    As DeepSpeed's `_partition_param` and `_partition_param_sec` leave them.
+    """
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    aligned = init._aligned_size(parameter)
+    size = aligned // init._partition_world_size(parameter)
+    device = init.local_device if parameter.ds_persist else init.remote_device
+    parameter.ds_tensor = _new_partition(size, init, device)
+    parameter.ds_numel_aligned = aligned
+    yield OwnRange(parameter, size * init._partition_rank(parameter), parameter.ds_tensor)
+    if init.zero_param_process_group is not None:
+        size = aligned // init.num_ranks_in_param_group
+        parameter.ds_secondary_tensor = _new_partition(size, init, init.remote_device)
+        yield OwnRange(parameter, size * init.rank_in_group, parameter.ds_secondary_tensor)
+    parameter.data = torch.empty(0, dtype=init.dtype, device=init.local_device)
+    parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+
+
+def _new_partition(size: int, init: Any, device: Any) -> Tensor:
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.runtime.zero.partition_parameters import PartitionedParamStatus
+
+    own: Any = torch.empty(size, dtype=init.dtype, device=device)
+    if init.pin_memory and own.device.type == "cpu":
+        own = get_accelerator().pin_memory(own)
+    own.ds_numel, own.status, own.final_location = size, PartitionedParamStatus.AVAILABLE, None
+    return own

@@ -1,0 +1,244 @@
+"""Which bytes of the files make each parameter: transformers' own loader, run on hollow tensors.
+
+The loader renames keys, merges experts, splits, transposes and ties. It is run here on tensors of
+the meta device that have no values but know which boxes of the files theirs are, and follow it
+through every operation. So nothing of its rules is repeated. What such a tensor cannot follow, it
+names, and the model is then loaded in transformers' own way.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from amid_ds.models.weight_files import DTYPES_ON_DISK, WeightTable
+from amid_ds.models.weight_reader import FileBox, ParameterSource, row_major
+
+
+@dataclass(frozen=True)
+class WeightMap:
+    """What transformers' loader makes of a table of weights.
+
+    report: its own, with missing, unexpected and mismatched keys. sources: by every name of a
+    parameter, and of a persistent buffer that is in the files. reason: why the weights cannot be
+    read by range; None if they can.
+    """
+
+    report: dict[str, Any]
+    sources: Mapping[str, ParameterSource]
+    reason: str | None
+
+
+def map_weights(meta: Any, table: WeightTable) -> WeightMap:
+    """The map of the weights in `table` onto `meta`, a meta model, which stays as it is."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    model = copy.deepcopy(meta)
+    config = LoadStateDictConfig(
+        pretrained_model_name_or_path=table.model, ignore_mismatched_sizes=True,
+        device_map={"": torch.device("meta")}, dtype=model.dtype,
+        weight_mapping=get_model_conversion_mapping(model))
+    report, _ = model._load_pretrained_model(model, _stored(table, model.dtype), None, config)
+    report = model._finalize_model_loading(model, config, report)
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False)
+                if isinstance(buffer, HollowTensor)}
+    found = {name: tensor.source if isinstance(tensor, HollowTensor) else f"no file holds {name}"
+             for name, tensor in tensors.items()}
+    sources = {name: source for name, source in found.items()
+               if isinstance(source, ParameterSource)}
+    reasons = [source for source in found.values() if isinstance(source, str)]
+    if not reasons:
+        reasons = _tied_twice(meta, sources)
+    return WeightMap(vars(report), sources, reasons[0] if reasons else None)
+
+
+def _stored(table: WeightTable, dtype: torch.dtype) -> dict[str, HollowTensor]:
+    """A hollow tensor for each in the files, by its name."""
+    hollow = {}
+    for number, file in enumerate(table.files):
+        for tensor in file.tensors:
+            source: ParameterSource | str = f"{file.name} is a pickled file"
+            if tensor.offset is not None and tensor.dtype in DTYPES_ON_DISK:
+                box = FileBox(number, DTYPES_ON_DISK[tensor.dtype], tensor.offset,
+                              row_major(tensor.shape), (0,) * len(tensor.shape), tensor.shape)
+                source = ParameterSource(tensor.shape, (box,))
+            elif tensor.offset is not None:
+                source = f"{tensor.name} has the dtype {tensor.dtype}"
+            hollow[tensor.name] = HollowTensor(tensor.shape, dtype, source)
+    return hollow
+
+
+def _tied_twice(meta: Any, sources: Mapping[str, ParameterSource]) -> list[str]:
+    """Why not, for parameters that are one in the model and two in the files."""
+    names: dict[int, str] = {}
+    for name, parameter in meta.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if sources[first] != sources[name]:
+            return [f"{first} and {name}, which are tied, are both in the files"]
+    return []
+
+
+class HollowTensor(Tensor):
+    """A meta tensor that knows its `source`, or in a few words why it has none."""
+
+    source: ParameterSource | str
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], dtype: torch.dtype, source: ParameterSource | str
+                ) -> HollowTensor:
+        """One of that shape and dtype; without values, so without a place in memory."""
+        made: HollowTensor = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype,
+                                                           device=torch.device("meta"))
+        made.source = source
+        return made
+
+    @classmethod
+    def __torch_dispatch__(   # type: ignore[override]
+            cls, func: Any, types: Iterable[type], args: tuple[Any, ...] = (),
+            kwargs: Any = None) -> Any:
+        """The operation on the meta device, its results with their sources."""
+        kwargs = kwargs or {}
+        results = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
+        sources = _follow(func, tree_map(_source, args))
+        if isinstance(results, Tensor):
+            return cls(results.shape, results.dtype, sources[0])
+        if isinstance(results, (list, tuple)):
+            if len(sources) == 1:
+                sources *= len(results)
+            return type(results)(
+                cls(result.shape, result.dtype, source)
+                for result, source in zip(results, sources, strict=True))
+        return results
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, HollowTensor):
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+    return value
+
+
+def _source(value: Any) -> Any:
+    return value.source if isinstance(value, HollowTensor) else value
+
+
+def _follow(func: Any, args: Sequence[Any]) -> list[ParameterSource | str]:
+    """The sources of an operation's results; a single string, why not, stands for all of them."""
+    inputs = args[0] if isinstance(args[0], (list, tuple)) else [args[0]]
+    lost = [source for source in inputs if not isinstance(source, ParameterSource)]
+    if lost:
+        return [lost[0] if isinstance(lost[0], str) else "values that are in no file"]
+    name = func.overloadpacket.__name__
+    follow = _FOLLOWED.get(name)
+    made = follow(*args) if follow is not None else None
+    return [f"one of them is made by {name}"] if made is None else list(made)
+
+
+def _dim(source: ParameterSource, dim: int, new: int = 0) -> int:
+    return dim % (len(source.shape) + new)
+
+
+def _cat(sources: Sequence[ParameterSource], dim: int = 0) -> list[ParameterSource]:
+    dim, end, boxes = _dim(sources[0], dim), 0, []
+    for source in sources:
+        boxes += [box.moved(dim, end) for box in source.boxes]
+        end += source.shape[dim]
+    shape = list(sources[0].shape)
+    shape[dim] = end
+    return [ParameterSource(tuple(shape), tuple(boxes))]
+
+
+def _unsqueeze(source: ParameterSource, dim: int) -> list[ParameterSource]:
+    dim = _dim(source, dim, new=1)
+
+    def places(values: tuple[int, ...]) -> list[int]:
+        return [*values[:dim], values[-1], *values[dim:-1]]
+
+    return [ParameterSource(tuple(places((*source.shape, 1))),
+                            tuple(box.on_dims(places) for box in source.boxes))]
+
+
+def _stack(sources: Sequence[ParameterSource], dim: int = 0) -> list[ParameterSource]:
+    return _cat([_unsqueeze(source, dim)[0] for source in sources],
+                _dim(sources[0], dim, new=1))
+
+
+def _squeeze(source: ParameterSource, dim: int) -> list[ParameterSource]:
+    dim = _dim(source, dim)
+    return _select(source, dim, 0) if source.shape[dim] == 1 else [source]
+
+
+def _select(source: ParameterSource, dim: int, index: int) -> list[ParameterSource]:
+    dim = _dim(source, dim)
+    index %= source.shape[dim]
+    row = source.part(dim, index, index + 1)
+
+    def places(values: tuple[int, ...]) -> list[int]:
+        return [*values[:dim], *values[dim + 1:-1]]
+
+    return [ParameterSource(tuple(places((*row.shape, 1))),
+                            tuple(box.on_dims(places) for box in row.boxes))]
+
+
+def _split(source: ParameterSource, sizes: int | Sequence[int], dim: int = 0
+           ) -> list[ParameterSource]:
+    dim = _dim(source, dim)
+    whole = source.shape[dim]
+    if isinstance(sizes, int):
+        sizes = [min(sizes, whole - start) for start in range(0, whole, sizes)] or [0]
+    ends = [sum(sizes[:count + 1]) for count in range(len(sizes))]
+    return [source.part(dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def _slice(source: ParameterSource, dim: int = 0, start: int | None = None,
+           stop: int | None = None, step: int = 1) -> list[ParameterSource] | None:
+    if step != 1:
+        return None
+    dim = _dim(source, dim)
+    first, last, _ = slice(start, stop).indices(source.shape[dim])
+    return [source.part(dim, first, max(first, last))]
+
+
+def _transpose(source: ParameterSource, first: int = 0, second: int = 1) -> list[ParameterSource]:
+    order = list(range(len(source.shape)))
+    first, second = _dim(source, first), _dim(source, second)
+    order[first], order[second] = second, first
+    return _permute(source, order)
+
+
+def _permute(source: ParameterSource, order: Sequence[int]) -> list[ParameterSource]:
+    def places(values: tuple[int, ...]) -> list[int]:
+        return [values[_dim(source, dim)] for dim in order]
+
+    return [ParameterSource(tuple(places(source.shape)),
+                            tuple(box.on_dims(places) for box in source.boxes))]
+
+
+def _view(source: ParameterSource, shape: Sequence[int]) -> list[ParameterSource] | None:
+    return [source] if tuple(shape) == source.shape else None
+
+
+def _pad(source: ParameterSource, widths: Sequence[int], value: float = 0
+         ) -> list[ParameterSource] | None:
+    return None if any(widths) else [source]
+
+
+def _same(source: ParameterSource, *_: object) -> list[ParameterSource]:
+    return [source]
+
+
+# By the name of the ATen operation.
+_FOLLOWED: dict[str, Callable[..., Sequence[ParameterSource] | None]] = {
+    "alias": _same, "detach": _same, "clone": _same, "_to_copy": _same, "cat": _cat,
+    "stack": _stack, "unsqueeze": _unsqueeze, "squeeze": _squeeze, "select": _select,
+    "split": _split, "split_with_sizes": _split, "slice": _slice, "transpose": _transpose,
+    "permute": _permute, "view": _view, "constant_pad_nd": _pad,
+    "unbind": lambda source, dim=0: [_select(source, dim, index)[0]
+                                     for index in range(source.shape[_dim(source, dim)])]}
