@@ -23,13 +23,14 @@ from torch import nn
 from amid_ds.bench.kernel_counters import KernelFigures, counting, drop_cached
 from amid_ds.bench.local_ranks import on_local_ranks
 from amid_ds.bench.measure import slowest_rank_seconds
-from amid_ds.config.recipe import Recipe
+from amid_ds.config.recipe import Recipe, Teacher
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
-from amid_ds.engine.ds_config import DeepSpeedConfig, read_deepspeed_config, sharded_loading
+from amid_ds.engine.ds_config import DeepSpeedConfig, read_deepspeed_config
+from amid_ds.engine.partition import PartitionGroups
+from amid_ds.engine.sharding import open_model
 from amid_ds.experiments.small_models import LlamaSize, new_llama
 from amid_ds.losses.host_memory import freed_memory_given_back
-from amid_ds.models.loading import load_causal_lm
 
 VOCABULARY = 32000
 # 605 M parameters, 1.2 GB in bf16.
@@ -154,7 +155,8 @@ def measure_way(world: World, folder: Path, way: str) -> RankLoad:
 def _ours(model: Path, world: World) -> nn.Module:
     """As `build_engine` loads a teacher."""
     with freed_memory_given_back():
-        return load_causal_lm(str(model), "auto", sharded_loading(_config(model, world)))
+        opened = open_model(Teacher(model=str(model)), "auto", _config(model, world), world)
+        return opened.read(world, PartitionGroups())
 
 
 def _from_pretrained(model: Path, world: World) -> nn.Module:

@@ -22,6 +22,7 @@ from amid_ds.engine.partition import OwnRange, PartitionGroups, partition_parame
 from amid_ds.models.hollow import hollow_causal_lm
 from amid_ds.models.loading import DTYPES, checkpoint_dtype, load_causal_lm, open_weights
 from amid_ds.models.weight_reader import ParameterSource, WeightReader
+from amid_ds.run.reading import ReadingProgress
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,15 @@ class OpenModel:
                 own.values.zero_()
             ranges = []
         if self.weights is not None:
-            with self.weights as reader:
-                reader.fill(_reads(self.module, reader, ranges, buffers))
+            reads = list(_reads(self.module, self.weights, ranges, buffers))
+            own = sum(min(len(out), source.numel() - start) * source.dtype.itemsize
+                      for source, start, out in reads if start < source.numel())
+            whole = sum(source.numel() * source.dtype.itemsize
+                        for source in set(self.weights.sources.values()))
+            name = self.module.config._name_or_path
+            with self.weights as reader, ReadingProgress(name, own, whole) as progress:
+                reader.on_bytes = progress.add
+                reader.fill(reads)
 
 
 def open_model(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig, world: World,
