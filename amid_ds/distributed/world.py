@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from amid_ds.distributed.failures import FailureMonitor
+from amid_ds.distributed.nodes import ShardGroups, neighbour_group, shard_groups
 from amid_ds.distributed.transfer import to_device
 from amid_ds.errors import (
     InputError,
@@ -42,7 +43,8 @@ class World:
     Neighbouring ranks form a tensor-parallel group: `tp_size` of them share one copy of the models
     and see the same tokens. Data follow `dp_rank`.
 
-    tp_group: None with tp_size 1. agreement: all ranks, in a group that training's collectives do
+    tp_group: None with tp_size 1. shards: the groups over which the teacher lies; None: over all
+    ranks, or over none. agreement: all ranks, in a group that training's collectives do
     not use; None: the default group. failures: None in a world of one.
     """
 
@@ -51,6 +53,7 @@ class World:
     device: torch.device
     tp_size: int = 1
     tp_group: dist.ProcessGroup | None = None
+    shards: ShardGroups | None = None
     agreement: dist.ProcessGroup | None = None
     failures: FailureMonitor | None = None
 
@@ -74,10 +77,16 @@ class World:
         """The number of copies of the models."""
         return self.size // self.tp_size
 
-    def split(self, tp_size: int) -> World:
-        """This world in tensor-parallel groups of `tp_size`, which divides `size`. Collective."""
-        group = dist.new_subgroups(group_size=tp_size)[0] if tp_size > 1 else None
-        return replace(self, tp_size=tp_size, tp_group=group)
+    def split(self, tp_size: int, shard_over: int | None = None) -> World:
+        """This world in tensor-parallel groups of `tp_size`, which divides `size`. Collective.
+
+        shard_over: the neighbouring data-parallel ranks over which a teacher lies, a divisor of
+        their number; None: it has no groups of its own.
+        """
+        first = self.rank // tp_size * tp_size
+        group = neighbour_group(range(first, first + tp_size)) if tp_size > 1 else None
+        shards = None if shard_over is None else shard_groups(self.rank, tp_size, shard_over)
+        return replace(self, tp_size=tp_size, tp_group=group, shards=shards)
 
     def numbers(self, values: Sequence[float]) -> torch.Tensor:
         """`values` on this rank's device, in float64; the host waits for nothing."""

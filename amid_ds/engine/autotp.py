@@ -15,7 +15,6 @@ from torch import nn
 
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
-from amid_ds.engine.partition import PartitionGroups
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.tensor_parallel import LayerSpec, layer_specs, tp_unsupported_reason
 
@@ -33,13 +32,6 @@ def make_tensor_parallel_groups(tp_size: int) -> None:
     # Takes up the default group, which it has not where no model was loaded sharded.
     import_deepspeed().init_distributed()
     groups._init_tp_groups_with_new_group(tp_size)
-
-
-def engine_groups(world: World) -> PartitionGroups:
-    """The ranks over which ZeRO-3 shards what trains; the groups of DeepSpeed's are made."""
-    from deepspeed.utils import groups
-
-    return PartitionGroups(split=groups.get_data_parallel_group() if world.tp_size > 1 else None)
 
 
 class BodySplit:
@@ -133,12 +125,13 @@ def _partitioned_layer_by_layer(distiller: Distiller) -> Iterator[None]:
     def replace(autotp: Any, child: nn.Module, name: str) -> nn.Module:
         before: list[Any] = [p for p in child.parameters(recurse=False) if hasattr(p, "ds_id")]
         layer: nn.Module = replace_layer(autotp, child, name)
+        if not before:
+            return layer
         if layer is not child:
             for parameter in before:
                 # AutoTP keeps the parameter to identify it by; its data would stay with it.
                 parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
-        fresh: list[Any] = [p for p in layer.parameters(recurse=False)
-                            if not hasattr(p, "ds_id") and not p.is_meta]
+        fresh: list[Any] = [p for p in layer.parameters(recurse=False) if not hasattr(p, "ds_id")]
         for parameter in fresh:
             parameter.ds_zero_partition_process_group = groups.get_data_parallel_group()
         partitioned.convert_to_zero_parameters(param_list=fresh)

@@ -8,7 +8,7 @@ import torch
 
 from amid_ds.config.recipe import Dtype, Recipe, Teacher
 from amid_ds.distributed.world import World
-from amid_ds.engine.autotp import BodySplit, engine_groups, make_tensor_parallel_groups
+from amid_ds.engine.autotp import BodySplit, make_tensor_parallel_groups
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
@@ -16,10 +16,16 @@ from amid_ds.engine.ds_config import (
     offload_device,
     teacher_is_replicated,
     uses_bf16,
+    without_secondary,
     zero_stage,
 )
 from amid_ds.engine.engine import Engine
-from amid_ds.engine.gather import GatheredBytes, count_and_order_gathers, gathered_head
+from amid_ds.engine.gather import (
+    GatheredBytes,
+    count_and_order_gathers,
+    gathered_head,
+    secondary_groups_of_neighbours,
+)
 from amid_ds.engine.muon import clip_gradients_first
 from amid_ds.engine.optimizer import (
     DecayedParameters,
@@ -29,7 +35,6 @@ from amid_ds.engine.optimizer import (
     parameter_groups,
     recount_steps,
 )
-from amid_ds.engine.partition import PartitionGroups
 from amid_ds.engine.sharding import OpenModel, open_model
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.attention import choose_attention, exceeds_window
@@ -43,11 +48,11 @@ logger = logging.getLogger(__name__)
 
 
 def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World) -> Engine:
-    """A teacher by itself, sharded over all ranks by ZeRO-3 and never trained. Collective."""
+    """A teacher by itself, sharded over `world.shards` by ZeRO-3 and never trained. Collective."""
     deepspeed = import_deepspeed()
-    opened = open_model(teacher, teacher.dtype, config, world)
+    opened = open_model(teacher, teacher.dtype, without_secondary(config), world, world.shards)
     opened.module.requires_grad_(False)
-    model = opened.read(world, PartitionGroups())
+    model = opened.read(world)
     bf16 = next(model.parameters()).dtype == torch.bfloat16
     deepspeed_engine, *_ = deepspeed.initialize(
         model=model, dist_init_required=False, config={**config, "bf16": {"enabled": bf16}})
@@ -56,17 +61,15 @@ def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World
 
 
 def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World,
-                 teacher_groups: PartitionGroups | None = None, resumes: bool = False) -> Engine:
+                 resumes: bool = False) -> Engine:
     """The engine around a Distiller. Collective: every rank calls it with the same recipe.
 
-    teacher_groups: the ranks that ZeRO-3 shards the teacher over; None: as it does the student,
-    over all of them. resumes: a checkpoint will replace the student's weights, which are not read.
+    resumes: a checkpoint will replace the student's weights, which are therefore not read.
     """
     # Before transformers, which loads sharded models through deepspeed, imports it in its own way.
     import_deepspeed()
-    with freed_memory_given_back():
-        distiller, groups = _build_distiller(recipe, config, vocab_size, world, teacher_groups,
-                                             resumes)
+    with freed_memory_given_back(), secondary_groups_of_neighbours(world.rank):
+        distiller, groups = _build_distiller(recipe, config, vocab_size, world, resumes)
         optimizer = make_optimizer(distiller.student, groups, recipe.train,
                                    offload_device(config, "offload_optimizer") != "none", world)
         if world.tp_size > 1:
@@ -75,8 +78,7 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
 
 
 def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World,
-                     teacher_groups: PartitionGroups | None, resumes: bool
-                     ) -> tuple[Distiller, dict[str, GroupName]]:
+                     resumes: bool) -> tuple[Distiller, dict[str, GroupName]]:
     """Both models, split and with their weights; the optimizer's group of each of the student's
     parameters."""
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
@@ -85,9 +87,9 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     if recipe.teacher is not None:
         opened["teacher"] = _open_teacher(recipe.teacher, config, replicated, world)
     models = {name: model.module for name, model in opened.items()}
-    for name, model in models.items():
-        if recipe.data.isolates_any or exceeds_window(model, recipe.train.seq_length):
-            choose_attention(model, f"the {name}", world.device, trains=name == "student")
+    for name, module in models.items():
+        if recipe.data.isolates_any or exceeds_window(module, recipe.train.seq_length):
+            choose_attention(module, f"the {name}", world.device, trains=name == "student")
     distiller = Distiller(models["student"], models.get("teacher"), vocab_size=vocab_size,
                           shard=shard, replicated=replicated)
     # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing.
@@ -96,13 +98,11 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     body_split = None
     if shard is not None:
         make_tensor_parallel_groups(world.tp_size)
-        for model in models.values():
-            cut_head(model, shard, vocab_size, gathered_head)
+        for module in models.values():
+            cut_head(module, shard, vocab_size, gathered_head)
         body_split = BodySplit(distiller, world)
-    own_groups = engine_groups(world)
-    opened["student"].read(world, own_groups)
-    if "teacher" in opened:
-        opened["teacher"].read(world, teacher_groups or own_groups)
+    for model in opened.values():
+        model.read(world)
     if body_split is not None:
         body_split.sum_gradients()
     return distiller, groups
@@ -124,7 +124,8 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
 def _open_teacher(teacher: Teacher, config: DeepSpeedConfig, replicated: bool, world: World
                   ) -> OpenModel:
     if zero_stage(config) == 3 and not replicated:
-        return open_model(teacher, teacher.dtype, config, world)
+        return open_model(teacher, teacher.dtype, without_secondary(config), world,
+                          world.shards)
     model = load_causal_lm(teacher.model, teacher.dtype, **teacher.hub_kwargs)
     return OpenModel(model.to(world.device) if replicated else model, config)
 

@@ -77,8 +77,6 @@ _ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
                                                    "checkpoints are made from memory"),
     "zero_optimization.offload_optimizer.ratio": ((1,), "the optimizer is offloaded whole"),
     "zero_optimization.offload_optimizer.super_offload": ((False,), _OTHER),
-    # DeepSpeed makes one secondary group only, and two models are loaded.
-    "zero_optimization.zero_hpz_partition_size": ((1,), _OTHER),
     # It gathers before a layer's own hooks, the loss's among them.
     "zero_optimization.stage3_module_granularity_threshold": ((0,), _OTHER),
     "zero_optimization.zero_quantized_weights": ((False,), _EXCHANGE),

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from amid_ds.distributed.nodes import neighbour_group
 from amid_ds.models.heads import head_of
 
 
@@ -60,6 +61,29 @@ def _gather_and_wait(gather: Callable[..., Any], gathered_bytes: GatheredBytes, 
     """DeepSpeed's blocking gather of `param_list`, or of the parameter whose method this is."""
     gathered_bytes.add([own] if param_list is None else param_list)
     return gather(param_list, **options)
+
+
+@contextlib.contextmanager
+def secondary_groups_of_neighbours(rank: int) -> Iterator[None]:
+    """A context in which DeepSpeed makes the groups of ZeRO++'s secondary partitions in one act.
+
+    By itself it makes them one after the other, each by all ranks, and only once in a process. With
+    such a partition (hpZ) the first gather of a step puts a weight together from all ranks, each
+    later one from the neighbours of a group, which keep a copy of it until the optimizer's step.
+    """
+    from deepspeed.utils import groups
+
+    create = groups._create_zero_param_parallel_group
+
+    def create_own(size: int) -> None:
+        first = rank // size * size
+        groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = neighbour_group(range(first, first + size))
+
+    groups._create_zero_param_parallel_group = create_own
+    try:
+        yield
+    finally:
+        groups._create_zero_param_parallel_group = create
 
 
 @contextlib.contextmanager

@@ -8,26 +8,14 @@ the weight it is: the rank reads that range and no other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 
+from amid_ds.distributed.nodes import ShardGroups
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import DeepSpeedConfig
-
-
-@dataclass(frozen=True)
-class PartitionGroups:
-    """The ranks over which a model's weights lie; None: all ranks.
-
-    whole: for weights that tensor parallelism leaves whole; split: for those that it splits.
-    """
-
-    whole: ProcessGroup | None = None
-    split: ProcessGroup | None = None
 
 
 class OwnRange(NamedTuple):
@@ -39,23 +27,20 @@ class OwnRange(NamedTuple):
     values: Tensor
 
 
-def partition_parameters(model: nn.Module, config: DeepSpeedConfig, groups: PartitionGroups
-                         ) -> list[OwnRange]:
+def partition_parameters(model: nn.Module, config: DeepSpeedConfig,
+                         shards: ShardGroups | None = None) -> list[OwnRange]:
     """Make every meta parameter of `model` one of ZeRO-3, in place; returns what is to be filled.
 
-    config: DeepSpeed's, with bf16 as the weights are to have it. A parameter that two modules share
-    is made once; it keeps its attributes. No collective, except that DeepSpeed makes its groups of
-    `zero_hpz_partition_size` ranks the first time.
+    config: DeepSpeed's, with bf16 as the weights are to have it. shards: the ranks that they lie
+    over; None: all. What tensor parallelism has split lies over the ranks with the same part. A
+    parameter that two modules share is made once; it keeps its attributes. No collective, except
+    that DeepSpeed makes groups for secondary partitions, where the config asks for them.
     """
     import_deepspeed()
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    # A secondary partition lies over DeepSpeed's own groups, as the student does.
-    zero = dict(config["zero_optimization"])
-    if groups.whole is not None:
-        zero.pop("zero_hpz_partition_size", None)
-    init = Init(data_parallel_group=groups.whole,
-                config_dict_or_path={**config, "zero_optimization": zero})
+    init = Init(data_parallel_group=None if shards is None else shards.whole,
+                config_dict_or_path=dict(config))
     made: dict[int, nn.Parameter] = {}
     ranges: list[OwnRange] = []
     for module in model.modules():
@@ -63,7 +48,7 @@ def partition_parameters(model: nn.Module, config: DeepSpeedConfig, groups: Part
             if meta is None:
                 continue
             if id(meta) not in made:
-                made[id(meta)] = _declare(meta, init, groups)
+                made[id(meta)] = _declare(meta, init, shards)
                 ranges += _allocate(made[id(meta)], init)
             module._parameters[key] = made[id(meta)]
     if init.mem_efficient_linear:
@@ -72,13 +57,30 @@ def partition_parameters(model: nn.Module, config: DeepSpeedConfig, groups: Part
     return ranges
 
 
-def _declare(meta: nn.Parameter, init: Any, groups: PartitionGroups) -> nn.Parameter:
+def partition_loaded(model: nn.Module, config: DeepSpeedConfig, shards: ShardGroups) -> None:
+    """Make the parameters of `model`, which every rank holds whole, ones of ZeRO-3 over `shards`.
+
+    Collective: the lowest rank of each group sends the group its own.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    for each in model.parameters():
+        parameter: Any = each
+        if hasattr(parameter, "tensor_model_parallel"):
+            parameter.ds_zero_partition_process_group = shards.split
+    Init(module=model, data_parallel_group=shards.whole, config_dict_or_path=dict(config))
+
+
+def _declare(meta: nn.Parameter, init: Any, shards: ShardGroups | None) -> nn.Parameter:
     """A parameter of the shape of `meta` that DeepSpeed knows, and that has no memory."""
+    from deepspeed.utils import groups
+
     hollow = torch.empty(1, dtype=init.dtype, device=init.local_device).expand(meta.shape)
-    parameter = nn.Parameter(hollow, requires_grad=meta.requires_grad)
+    parameter: Any = nn.Parameter(hollow, requires_grad=meta.requires_grad)
     vars(parameter).update(vars(meta))
-    if groups.split is not None and hasattr(meta, "tensor_model_parallel"):
-        parameter.ds_zero_partition_process_group = groups.split   # type: ignore[attr-defined]
+    if hasattr(meta, "tensor_model_parallel"):
+        parameter.ds_zero_partition_process_group = (
+            groups.get_data_parallel_group() if shards is None else shards.split)
     init._convert_to_deepspeed_param(parameter)
     return parameter
 

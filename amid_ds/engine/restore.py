@@ -52,6 +52,9 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
             _set_zero3_partition(parameter, own)
         else:
             _set_unpartitioned(deepspeed_engine, parameter, masters.get(parameter), own)
+    if deepspeed_engine.zero_optimization_stage() == 3:
+        # Those of the weights before.
+        deepspeed_engine.optimizer.invalidate_secondary_tensor()
     deepspeed_engine.global_steps = step
 
 

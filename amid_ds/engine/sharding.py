@@ -7,18 +7,21 @@ whose files cannot be read so is loaded by transformers, and is whole here from 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from amid_ds.config.recipe import Dtype, Student, Teacher
+from amid_ds.distributed.nodes import ShardGroups
 from amid_ds.distributed.world import World
 from amid_ds.engine.autotp import own_part
 from amid_ds.engine.ds_config import DeepSpeedConfig, sharded_loading, zero_stage
-from amid_ds.engine.partition import OwnRange, PartitionGroups, partition_parameters
+from amid_ds.engine.partition import OwnRange, partition_loaded, partition_parameters
 from amid_ds.models.hollow import hollow_causal_lm
 from amid_ds.models.loading import DTYPES, checkpoint_dtype, load_causal_lm, open_weights
 from amid_ds.models.weight_reader import ParameterSource, WeightReader
@@ -31,28 +34,30 @@ logger = logging.getLogger(__name__)
 class OpenModel:
     """A causal LM of which nothing has been read yet, or one that transformers has loaded.
 
-    config: DeepSpeed's, with bf16 as the weights are to have it. weights: of its files; None: they
-    are not to be read. zeros: its parameters are to be zeros, and of its files buffers alone count.
+    config: DeepSpeed's, with bf16 as the weights are to have it. shards: the ranks that ZeRO-3
+    shards it over; None: all. weights: of its files; None: they are not to be read. zeros: its
+    parameters are to be zeros, and of its files the buffers alone count.
     """
 
     module: nn.Module
     config: DeepSpeedConfig
+    shards: ShardGroups | None = None
     weights: WeightReader | None = None
     zeros: bool = False
 
-    def read(self, world: World, groups: PartitionGroups) -> nn.Module:
+    def read(self, world: World) -> nn.Module:
         """The model with its weights, at ZeRO stage 3 this rank's partitions of them.
 
-        groups: the ranks that it is sharded over. Nothing is sent but the agreement, by all ranks
-        and at the end, that each has read what it holds. Raises InputError.
+        Nothing is sent but the agreement, by all ranks and at the end, that each has read what it
+        holds, except where transformers has loaded it. Raises InputError.
         """
         if not any(parameter.is_meta for parameter in self.module.parameters()):
+            if self.shards is not None:
+                partition_loaded(self.module, self.config, self.shards)
             return self.module
         sharded = zero_stage(self.config) == 3
-        if sharded:
-            ranges = partition_parameters(self.module, self.config, groups)
-        else:
-            ranges = _whole_parameters(self.module)
+        ranges = (partition_parameters(self.module, self.config, self.shards) if sharded
+                  else _whole_parameters(self.module))
         buffers = _place_buffers(self.module, world.device if sharded else torch.device("cpu"))
         world.run_checked(lambda: self._fill(ranges, buffers))
         return self.module
@@ -62,20 +67,18 @@ class OpenModel:
             for own in ranges:
                 own.values.zero_()
             ranges = []
-        if self.weights is not None:
-            reads = list(_reads(self.module, self.weights, ranges, buffers))
-            own = sum(min(len(out), source.numel() - start) * source.dtype.itemsize
-                      for source, start, out in reads if start < source.numel())
-            whole = sum(source.numel() * source.dtype.itemsize
-                        for source in set(self.weights.sources.values()))
-            name = self.module.config._name_or_path
-            with self.weights as reader, ReadingProgress(name, own, whole) as progress:
+        if self.weights is None:
+            return
+        reads = list(_reads(self.module, self.weights, ranges, buffers))
+        with self.weights as reader, contextlib.ExitStack() as stack:
+            if not self.zeros:
+                progress = stack.enter_context(_progress(self.module, reader, reads))
                 reader.on_bytes = progress.add
-                reader.fill(reads)
+            reader.fill(reads)
 
 
 def open_model(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig, world: World,
-               read: bool = True) -> OpenModel:
+               shards: ShardGroups | None = None, read: bool = True) -> OpenModel:
     """The model of `source`, ready to be shaped and then read. Its module is in eval mode.
 
     read: False: its parameters will be zeros, for a checkpoint to replace, at any ZeRO stage; True:
@@ -90,10 +93,23 @@ def open_model(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig,
         if weights is None and any(buffer.is_meta for buffer in module.buffers()):
             weights = open_weights(source.model, **source.hub_kwargs, world=world)
     if not isinstance(weights, str):
-        return OpenModel(module, config, weights, zeros=not read)
-    logger.info("transformers loads %s, on rank 0 for all: %s", source.model, weights)
-    return OpenModel(load_causal_lm(source.model, dtype, sharded_loading(config),
-                                    **source.hub_kwargs), config)
+        return OpenModel(module, config, shards, weights, zeros=not read)
+    logger.info("transformers loads %s, %s: %s", source.model,
+                "whole on every rank" if shards is not None or zero_stage(config) < 3
+                else "on rank 0 for all", weights)
+    return OpenModel(load_causal_lm(source.model, dtype,
+                                    None if shards is not None else sharded_loading(config),
+                                    **source.hub_kwargs), config, shards)
+
+
+def _progress(model: Any, reader: WeightReader,
+              reads: Iterable[tuple[ParameterSource, int, Tensor]]) -> ReadingProgress:
+    """The progress of these reads of a model's weights."""
+    own = sum(max(0, min(len(out), source.numel() - start)) * source.dtype.itemsize
+              for source, start, out in reads)
+    # A tied one is there under each of its names.
+    whole = sum(source.numel() * source.dtype.itemsize for source in set(reader.sources.values()))
+    return ReadingProgress(model.config.name_or_path, own, whole)
 
 
 def _whole_parameters(model: nn.Module) -> list[OwnRange]:

@@ -220,7 +220,9 @@ class _Traffic:
         purpose = "gathers" if "gather" in name else "reductions"
         if self.world.tp_size > 1 and ranks == self.tensor_parallel_ranks and name == "allreduce":
             purpose = "tensor_parallel"
-        self.bytes[purpose] += int(size * RECEIVED_SHARE[name](len(ranks)))
+        # torch's gloo sums for all ranks, twice the bytes, and each keeps its part.
+        copies = 2 if "scatter" in name and self.world.device.type == "cpu" else 1
+        self.bytes[purpose] += int(copies * size * RECEIVED_SHARE[name](len(ranks)))
 
 
 def _tensors_in(value: object) -> Iterable[Tensor]:

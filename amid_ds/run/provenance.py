@@ -22,8 +22,12 @@ PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "senten
 SAMPLE_BYTES = 1 << 20
 
 
-def provenance(recipe: Recipe, tokenizer: Any, ranks: int, optimizer: Mapping[str, object]) -> str:
-    """The text of a run's provenance.json; optimizer: its name and groups of parameters."""
+def provenance(recipe: Recipe, tokenizer: Any, ranks: int, optimizer: Mapping[str, object],
+               placement: Mapping[str, object]) -> str:
+    """The text of a run's provenance.json.
+
+    optimizer: its name and groups of parameters; placement: facts of the teacher's.
+    """
     student_hash = model_hash(resolve_student(recipe).model)
     facts = {
         "versions": versions(),
@@ -31,7 +35,8 @@ def provenance(recipe: Recipe, tokenizer: Any, ranks: int, optimizer: Mapping[st
         "ranks": ranks,
         "gpu_allocator": allocator_settings(),
         "student": {**_model_facts(recipe.student), "files_sha256": student_hash},
-        "teacher": _model_facts(recipe.teacher) if recipe.teacher is not None else None,
+        "teacher": (None if recipe.teacher is None
+                    else {**_model_facts(recipe.teacher), **placement}),
         "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
         "optimizer": optimizer,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from amid_ds.data import (
     vocabulary_size,
     with_steps,
 )
+from amid_ds.distributed.nodes import require_divisor
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
@@ -52,21 +53,36 @@ from amid_ds.training.objective import objective_at
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from amid_ds.planning.placement import ChosenPlacement
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that is known before a weight is read."""
+    """All that is known before a weight is read.
+
+    placement: the teacher's on these ranks, see training/placement.py; None before it is decided.
+    """
 
     recipe: Recipe
     deepspeed_config: DeepSpeedConfig
     tokenizer: PreTrainedTokenizerBase
+    placement: ChosenPlacement | None = None
 
     @property
     def run(self) -> RunFolder:
         """The run's folder."""
         return RunFolder(Path(self.recipe.output_dir))
+
+    @property
+    def placed_recipe(self) -> Recipe:
+        """The recipe with the teacher's placement in place of `auto`: for the engine."""
+        teacher, chosen = self.recipe.teacher, self.placement
+        if teacher is None or chosen is None:
+            return self.recipe
+        placed = {"placement": chosen.placement, "shard_over": chosen.shard_over}
+        return self.recipe.model_copy(update={"teacher": teacher.model_copy(update=placed)})
 
     @property
     def student_dtype(self) -> str:
@@ -91,7 +107,10 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
     checks that need the number of steps. Raises InputError.
     """
     recipe = pin(recipe)
-    config = ds_config.read_deepspeed_config(recipe, ds_config.data_parallel_size(recipe, ranks))
+    data_parallel = ds_config.data_parallel_size(recipe, ranks)
+    config = ds_config.read_deepspeed_config(recipe, data_parallel)
+    if recipe.teacher is not None and recipe.teacher.shard_over is not None:
+        require_divisor(recipe.teacher.shard_over, data_parallel)
     check_places(recipe)
     if recipe.train.epochs is None:
         _check_objectives(recipe)
@@ -192,10 +211,16 @@ def open_run(job: Job, world: World) -> None:
         with _unwritable_is_bad_input(job):
             # First: it is the sign that the folder is ours.
             replace_text(job.run.provenance, provenance(job.recipe, job.tokenizer, world.size,
-                                                        _optimizer_facts(job.recipe)))
+                                                        _optimizer_facts(job.recipe),
+                                                        _placement_facts(job)))
             replace_text(job.run.recipe, dump_recipe(job.recipe))
             export.keep_student(job.recipe)
     world.run_on_main(write)
+
+
+def _placement_facts(job: Job) -> dict[str, object]:
+    """The placement of the teacher and the reason; {} without one."""
+    return {} if job.placement is None else {"placement": asdict(job.placement)}
 
 
 def _optimizer_facts(recipe: Recipe) -> dict[str, object]:

@@ -14,6 +14,7 @@ from amid_ds.config.recipe import Train
 from amid_ds.data import prepare_all
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
+from amid_ds.engine import ds_config
 from amid_ds.engine.build import build_engine
 from amid_ds.errors import InputError
 from amid_ds.files.lease import Fence
@@ -33,6 +34,7 @@ from amid_ds.training.job import (
     refuse_steps_behind,
     require_checkpoints,
 )
+from amid_ds.training.placement import place_teacher
 from amid_ds.training.rollout import check_prompt_lengths
 from amid_ds.training.trainer import Trainer
 
@@ -53,7 +55,9 @@ def train(recipe_path: str, overrides: Sequence[str]) -> None:
         # Nodes may see different commits of a model on the hub: rank 0 decides.
         recipe = world.run_on_main(lambda: pin(load_recipe(recipe_path, overrides)))
         job = world.run_checked(lambda: check_recipe(recipe, world.size))
-        world = world.split(job.recipe.tensor_parallel)
+        job = place_teacher(job, world)
+        world = world.split(job.recipe.tensor_parallel, ds_config.teacher_shard_ranks(
+            job.placed_recipe, job.deepspeed_config))
         with deterministic(recipe.train.deterministic), hold_run(job, world) as fence:
             _train(job, world, attempt, fence)
 
@@ -96,10 +100,12 @@ def build_trainer(job: Job, resume: ResumePoint, world: World, attempt: Attempt,
         consolidated = reshard.ensure_consolidated(resume.checkpoint, job.layout(world),
                                                    resolve_student(recipe), world)
     engine = world.run_checked(
-        lambda: build_engine(recipe, job.deepspeed_config, job.vocab_size, world))
-    world.run_checked(lambda: engine.check_models(job.vocab_size, recipe.data.isolates_any))
+        lambda: build_engine(job.placed_recipe, job.deepspeed_config, job.vocab_size, world,
+                             resumes=resume.checkpoint is not None))
     state = TrainState()
     if resume.checkpoint is not None:
         checkpoint = resume.checkpoint
         state = world.run_checked(lambda: reshard.load_checkpoint(engine, checkpoint, consolidated))
+    # Not before: a student that resumes has no weights until then.
+    world.run_checked(lambda: engine.check_models(job.vocab_size, recipe.data.isolates_any))
     return Trainer(job, engine, state, identity, resume.damaged, attempt, fence)
