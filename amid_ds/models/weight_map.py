@@ -36,7 +36,23 @@ class WeightMap:
 
 
 def map_weights(meta: Any, table: WeightTable) -> WeightMap:
-    """The map of the weights in `table` onto `meta`, a meta model, which stays as it is."""
+    """The map of the weights in `table` onto `meta`, a meta model, which stays as it is.
+
+    Kept, so a start that checks its models and then loads them runs the loader once.
+    """
+    key = (type(meta), meta.config.to_json_string(), meta.dtype, table)
+    if key not in _MAPS:
+        # Two models, one after the other, are the most that a command works with.
+        while len(_MAPS) > 1:
+            _MAPS.pop(next(iter(_MAPS)))
+        _MAPS[key] = _run_loader(meta, table)
+    return _MAPS[key]
+
+
+_MAPS: dict[tuple[type, str, torch.dtype, WeightTable], WeightMap] = {}
+
+
+def _run_loader(meta: Any, table: WeightTable) -> WeightMap:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
@@ -45,35 +61,39 @@ def map_weights(meta: Any, table: WeightTable) -> WeightMap:
         pretrained_model_name_or_path=table.model, ignore_mismatched_sizes=True,
         device_map={"": torch.device("meta")}, dtype=model.dtype,
         weight_mapping=get_model_conversion_mapping(model))
-    report, _ = model._load_pretrained_model(model, _stored(table, model.dtype), None, config)
+    sources, shapes = stored_sources(table), table.tensors
+    hollow = {name: HollowTensor(shapes[name].shape, model.dtype, source)
+              for name, source in sources.items()}
+    report, _ = model._load_pretrained_model(model, hollow, None, config)
     report = model._finalize_model_loading(model, config, report)
     tensors = dict(model.named_parameters(remove_duplicate=False))
     tensors |= {name: buffer for name, buffer in model.named_buffers(remove_duplicate=False)
                 if isinstance(buffer, HollowTensor)}
     found = {name: tensor.source if isinstance(tensor, HollowTensor) else f"no file holds {name}"
              for name, tensor in tensors.items()}
-    sources = {name: source for name, source in found.items()
-               if isinstance(source, ParameterSource)}
+    mapped = {name: source for name, source in found.items()
+              if isinstance(source, ParameterSource)}
     reasons = [source for source in found.values() if isinstance(source, str)]
     if not reasons:
-        reasons = _tied_twice(meta, sources)
-    return WeightMap(vars(report), sources, reasons[0] if reasons else None)
+        reasons = _tied_twice(meta, mapped)
+    return WeightMap(vars(report), mapped, reasons[0] if reasons else None)
 
 
-def _stored(table: WeightTable, dtype: torch.dtype) -> dict[str, HollowTensor]:
-    """A hollow tensor for each in the files, by its name."""
-    hollow = {}
+def stored_sources(table: WeightTable) -> dict[str, ParameterSource | str]:
+    """Where each tensor of the files lies, by its name; a string says why it cannot be read so."""
+    found: dict[str, ParameterSource | str] = {}
     for number, file in enumerate(table.files):
         for tensor in file.tensors:
-            source: ParameterSource | str = f"{file.name} is a pickled file"
-            if tensor.offset is not None and tensor.dtype in DTYPES_ON_DISK:
-                box = FileBox(number, DTYPES_ON_DISK[tensor.dtype], tensor.offset,
-                              row_major(tensor.shape), (0,) * len(tensor.shape), tensor.shape)
-                source = ParameterSource(tensor.shape, (box,))
-            elif tensor.offset is not None:
-                source = f"{tensor.name} has the dtype {tensor.dtype}"
-            hollow[tensor.name] = HollowTensor(tensor.shape, dtype, source)
-    return hollow
+            dtype = DTYPES_ON_DISK.get(tensor.dtype)
+            if tensor.offset is None:
+                found[tensor.name] = f"{file.name} is a pickled file"
+            elif dtype is None:
+                found[tensor.name] = f"{tensor.name} has the dtype {tensor.dtype}"
+            else:
+                box = FileBox(number, dtype, tensor.offset, row_major(tensor.shape),
+                              (0,) * len(tensor.shape), tensor.shape)
+                found[tensor.name] = ParameterSource(tensor.shape, (box,))
+    return found
 
 
 def _tied_twice(meta: Any, sources: Mapping[str, ParameterSource]) -> list[str]:

@@ -7,8 +7,10 @@ all its renamings and conversions and reads no weight, and its report decides (`
 
 from __future__ import annotations
 
+import pickle
 import socket
 import threading
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -62,14 +64,14 @@ def share_weight_table(world: World, model: str, revision: str | None = None,
         with readable_weights(model):
             weight_paths(model, revision, True, named)
 
-    def read() -> WeightTable | None:
+    def read() -> bytes:
         with readable_weights(model):
-            return read_weight_table(model, revision, named=named)
+            # A mixture's tens of thousands of names are all alike.
+            return zlib.compress(pickle.dumps(read_weight_table(model, revision, named=named)))
 
     hosts = world.gather(socket.gethostname())
     _run_on_some(world, hosts[world.rank] not in hosts[:world.rank], download)
-    table = world.run_on_main(read)
-    assert table is not None
+    table: WeightTable = pickle.loads(zlib.decompress(world.run_on_main(read)))
     return table
 
 
