@@ -24,6 +24,7 @@ from amid_ds.planning.devices import local_device
 from amid_ds.planning.estimate import planned_flops
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.log import RunLog, read_metrics
+from amid_ds.run.start import end_start
 from amid_ds.training.fetch import (
     AuxiliaryBatch,
     FetchedStep,
@@ -79,12 +80,24 @@ class Trainer(Stepper):
                 batch = self._roll_out(StepBatch(fetched.window, info.tokens, info.padding))
                 with monitors.train_step(self.engine):
                     metrics = self.train_step(batch, self._auxiliary_batch(fetched, info))
+                self._end_start()
                 self._log_step(metrics, batch, info, monitors)
                 self._evaluate(monitors)
                 self._save_if_due()
                 monitors.restart_clock()
             monitors.rest()
             self._finish()
+
+    def _end_start(self) -> None:
+        """After the first step: where the time went until then, in the log and provenance.json."""
+        start = end_start("first step")
+        if start is None or not self.world.is_main or not self._holds_run():
+            return
+        logger.info("%s", start)
+        try:
+            start.record(self.job.run)
+        except OSError as error:
+            logger.warning("the times of the start could not be written: %s", error)
 
     def _reduce_info(self, fetched: FetchedStep) -> StepInfo:
         """The step's agreement; a save that every rank has written is committed."""
