@@ -192,10 +192,10 @@ def _peak_bytes(world: World, step: Callable[[], None]) -> int:
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
-        return max(world.gather(torch.cuda.max_memory_allocated()))
+        return world.most(torch.cuda.max_memory_allocated())
     reset_peak_rss()
     step()
-    return max(world.gather(process_bytes("VmHWM")))
+    return world.most(process_bytes("VmHWM"))
 
 
 class _OurStep:

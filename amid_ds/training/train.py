@@ -89,7 +89,7 @@ def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
         logger.info("%s has reached its last step %d: nothing to do", job.run.path,
                     job.recipe.train.total_steps)
         # Missing where the attempt before was killed between its last save and its export.
-        if not world.gather(job.run.model.is_dir())[0]:
+        if not world.broadcast(job.run.model.is_dir()):
             export_final_model(job, world, fence)
         return
     build_trainer(job, hashes, resume, world, attempt, fence).run()
