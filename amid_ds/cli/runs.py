@@ -14,11 +14,16 @@ def add_train(commands: Commands) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from amid_ds.distributed.streams import output_is_messages
-    from amid_ds.training.train import train
+    import time
 
+    from amid_ds.distributed.streams import output_is_messages
+    from amid_ds.run.start import imports_kept, process_age
+
+    began = time.monotonic() - process_age()
+    with imports_kept():
+        from amid_ds.training.train import train
     with output_is_messages():
-        train(args.recipe, args.overrides)
+        train(args.recipe, args.overrides, began)
 
 
 def add_plan(commands: Commands) -> None:

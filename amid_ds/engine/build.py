@@ -44,6 +44,7 @@ from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_of
 from amid_ds.models.loading import load_causal_lm
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
+from amid_ds.run.start import end_part
 from amid_ds.run.warm_start import resolve_student
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,7 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
         require_quantizer(world)
     with freed_memory_given_back(), secondary_groups_of_neighbours(world.rank):
         distiller, groups = _build_distiller(recipe, config, vocab_size, world, resumes)
+        end_part("loading")
         optimizer = make_optimizer(distiller.student, groups, recipe.train,
                                    offload_device(config, "offload_optimizer") != "none", world)
         if world.tp_size > 1:

@@ -35,8 +35,7 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
                                if parameter.requires_grad}
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape))
               for name, parameter in trained.items()}
-    first = world.rank - world.tp_rank
-    peers = world.gather(shapes)[first:first + world.tp_size]
+    peers = world.gather_in_group(shapes)
     masters = _fill_optimizer_state(deepspeed_engine, trained, step)
     kinds = {name: MUON_KINDS if group["name"] == "muon" else ADAM_KINDS
              for group in deepspeed_engine.optimizer.param_groups for name in group["names"]}

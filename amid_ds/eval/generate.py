@@ -147,14 +147,13 @@ def _generate(task: GenerateTask, world: World, fence: Fence) -> None:
             prompts = sampler_prompts(task, range(start, min(start + size, total)))
             answers = world.run_checked(
                 partial(sampler.complete, model, prompts, any_rank, world.device))
-            by_rank = world.gather((answers, request.reason()))
-            in_order = [answer for batch, _ in by_rank for answer in batch]
+            in_order = [answer for batch in world.collect(answers) or [] for answer in batch]
             world.run_on_main(partial(append_answers, task, first, in_order, fence))
-            bar.update(len(in_order))
-            reasons = sorted({reason for _, reason in by_rank if reason is not None})
-            if reasons and first + len(in_order) < total:
-                logger.info(f"stopped in order ({', '.join(reasons)}); the same command goes "
-                            "on from there")
+            count = min(size * world.size, total - first)
+            bar.update(count)
+            reason = world.first(request.reason())
+            if reason is not None and first + count < total:
+                logger.info(f"stopped in order ({reason}); the same command goes on from there")
                 raise Stopped
     logger.info(world.run_on_main(lambda: publish_answers(task, fence)))
 

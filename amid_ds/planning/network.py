@@ -30,7 +30,7 @@ def network_per_step(setting: Setting) -> dict[str, int]:
     for of_model in traffic.values():
         for part, each in of_model.items():
             parts[part] = parts.get(part, 0) + int(each.received)
-    return parts | {f"{model}_between_nodes": int(total(of_model.values()).between)
+    return parts | {f"{model}_between_nodes": int(sum_traffic(of_model.values()).between)
                     for model, of_model in traffic.items()}
 
 
@@ -58,7 +58,7 @@ def step_traffic(setting: Setting) -> Traffics:
     return traffic
 
 
-def total(traffic: Iterable[Traffic]) -> Traffic:
+def sum_traffic(traffic: Iterable[Traffic]) -> Traffic:
     """The sum."""
     return sum(traffic, Traffic())
 
