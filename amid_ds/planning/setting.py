@@ -14,7 +14,9 @@ from amid_ds.engine.ds_config import (
     data_parallel_size,
     gradients_in_fp32,
     offload_device,
+    quantizes_weights,
     read_deepspeed_config,
+    secondary_ranks,
     uses_bf16,
     zero_stage,
 )
@@ -66,6 +68,8 @@ class ZeroSettings:
     max_reuse_distance: int
     # Ranks over which ZeRO++ shards a second copy of the student (hpZ); 1: there is none.
     secondary_ranks: int
+    # True where a student's matrix travels in 8 bits, except for its head.
+    quantizes_weights: bool
 
 
 def read_zero_settings(ds_config: DeepSpeedConfig) -> ZeroSettings:
@@ -91,7 +95,8 @@ def read_zero_settings(ds_config: DeepSpeedConfig) -> ZeroSettings:
                                            DEFAULT_PERSISTENCE_THRESHOLD)),
         max_live=int(zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE)),
         max_reuse_distance=int(zero.get("stage3_max_reuse_distance", DEFAULT_MAX_REUSE_DISTANCE)),
-        secondary_ranks=int(zero.get("zero_hpz_partition_size", 1)) if stage == 3 else 1)
+        secondary_ranks=secondary_ranks(ds_config),
+        quantizes_weights=quantizes_weights(ds_config))
 
 
 @dataclass(frozen=True)
