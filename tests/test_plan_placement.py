@@ -163,6 +163,12 @@ def test_the_files_are_read_once_by_all_ranks_together_or_once_a_node(recipe):
         assert read.seconds > read.seconds_resumed
 
 
+def test_a_shard_that_does_not_divide_the_ranks_exits_with_2(recipe, capsys):
+    layout = ["--nodes", "2", "--ranks-per-node", "2"]
+    assert main(["plan", str(recipe), *layout, "teacher.shard_over=3"]) == 2
+    assert "shard_over" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("storage", ["0", "-1", "nan", "inf"])
 def test_a_storage_that_reads_nothing_exits_with_2(storage, recipe, capsys):
     assert main(["plan", str(recipe), "--storage", storage]) == 2
