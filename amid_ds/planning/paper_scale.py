@@ -44,8 +44,8 @@ LLAMAS = {"8B": LlamaNumbers(4096, 32, 14336, 32), "70B": LlamaNumbers(8192, 80,
 LLAMA_KEY_VALUE_HEADS = 8
 LLAMA_VOCABULARY = 128256
 ASSUMPTIONS = (
-    "In a cell: seconds of a step, what binds (seconds of FLOPs · of links inside a node · of links "
-    "between nodes), memory of a rank. auto: what placement: auto takes.\n"
+    "In a cell: seconds of a step, what binds (seconds of FLOPs · of links inside a node · of "
+    "links between nodes), memory of a rank. auto: what placement: auto takes.\n"
     f"Assumed: {GLOBAL_BATCH_SIZE:,} rows a step, a row a micro-batch, activation checkpointing, "
     f"bf16, ZeRO-3 (ds_configs/zero3.json), no tensor parallelism, {DEVICES_PER_NODE} ranks a "
     f"node; products at {EFFICIENCY:.0%} of the peak, links at full speed (a port per device "
