@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
+from support.ranks import Ranks
 from support.runs import write_gathering_config, write_recipe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
@@ -59,6 +60,14 @@ def test_a_ring_by_hand_takes_in_what_the_plan_says(ranks, per_node):
     assert traffic.received == pytest.approx(into_rank[0])
     for node in range(ranks // per_node):
         assert per_node * traffic.between == pytest.approx(into_node[node])
+
+
+def test_a_ring_waits_for_its_start_and_for_each_hop_of_a_part_on_its_way_round():
+    # 24 ranks on 3 nodes: a part takes 23 hops, and 2 of them leave a node.
+    over_nodes, in_node = Ring(24, 8).gather(1.0, calls=5), Ring(8, 8).gather(1.0, calls=5)
+    assert over_nodes.between_waits == pytest.approx(5 * (14e-6 + 21 * 1.9e-6 + 2 * 4.0e-6))
+    assert in_node.inside_waits == pytest.approx(5 * (14e-6 + 7 * 1.9e-6))
+    assert over_nodes.inside_waits == in_node.between_waits == 0
 
 
 @pytest.mark.parametrize("placement, share", [("zero3", 3 / 4), ("node", 0), ("replicated", 0)])
@@ -153,8 +162,7 @@ def test_the_files_are_read_once_by_all_ranks_together_or_once_a_node(recipe):
     assert loaded.teacher is not None
     stored = 0
     for file in Path(loaded.teacher.model).glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            stored += sum(tensors.get_tensor(name).nbytes for name in tensors.keys())
+        stored += sum(tensor.nbytes for tensor in load_file(file).values())
     for placement, copies in (("zero3", 1), ("node", 2), ("replicated", 2)):
         plan = make_plan(load_recipe(recipe, [f"teacher.placement={placement}"]), 2, 4, ROOMY, 1e6)
         read = plan.read_at_start
@@ -162,6 +170,12 @@ def test_the_files_are_read_once_by_all_ranks_together_or_once_a_node(recipe):
         # Each of two nodes reads half of all that is read.
         assert read.seconds_resumed == pytest.approx(copies * stored / 2 / 1e6, rel=0.02)
         assert read.seconds > read.seconds_resumed
+
+
+def test_a_shard_that_does_not_divide_the_ranks_exits_with_2(recipe, capsys):
+    layout = ["--nodes", "2", "--ranks-per-node", "2"]
+    assert main(["plan", str(recipe), *layout, "teacher.shard_over=3"]) == 2
+    assert "shard_over" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("storage", ["0", "-1", "nan", "inf"])
@@ -222,8 +236,8 @@ def test_a_second_copy_of_the_student_takes_memory_and_keeps_its_gathers_within_
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "llama-tied"])
 def test_layers_that_are_alike_cost_what_they_cost_one_by_one(family, shared_model):
-    meta = AutoModelForCausalLM.from_pretrained(
-        shared_model(family, 0, **({} if family == "gpt2" else {"num_hidden_layers": 5}))).to("meta")
+    sizes = {} if family == "gpt2" else {"num_hidden_layers": 5}
+    meta = AutoModelForCausalLM.from_pretrained(shared_model(family, 0, **sizes)).to("meta")
     layers = _layers_of(meta)
     counted, of_layer = count_body(meta, 2, 32, layers)
     assert counted == run_on_meta(meta, 2, 32)
@@ -233,7 +247,7 @@ def test_layers_that_are_alike_cost_what_they_cost_one_by_one(family, shared_mod
 
 def test_the_table_of_paper_scale_has_every_placement_and_names_the_one_that_is_taken(
         capsys, monkeypatch):
-    monkeypatch.setattr(paper_scale, "RANKS", (1024,))
+    monkeypatch.setattr(paper_scale, "DEVICE_COUNTS", (1024,))
     monkeypatch.setattr(paper_scale, "PAIRS", (("8B", "70B"),))
     assert main(["plan", "--paper-scale", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
@@ -250,3 +264,26 @@ def test_the_table_of_paper_scale_has_every_placement_and_names_the_one_that_is_
     assert main(["plan", "--paper-scale"]) == 0
     assert "8B ← 70B | 1,024 | 8.4" in capsys.readouterr().out
     assert main(["plan", "r.yaml", "--paper-scale"]) == 2
+
+
+def test_layers_that_differ_are_counted_one_by_one():
+    meta = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+                                        num_attention_heads=4, vocab_size=99)).to("meta")
+    layers = meta.model.layers
+    layers[3].mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=512)).to("meta")
+    assert count_body(meta, 2, 32, layers)[0] == run_on_meta(meta, 2, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("distance", [0, 10**9])
+def test_what_several_passes_of_the_teacher_gather_is_what_was_planned(distance, recipe, tmp_path):
+    config = write_gathering_config(tmp_path, stage3_max_reuse_distance=distance,
+                                    stage3_prefetch_bucket_size=0)
+    changes = ["teacher.max_tokens_per_pass=64", f"deepspeed={config}", "train.steps=5",
+               "train.global_batch_size=8", f"output_dir={tmp_path / 'run'}"]
+    processes = Ranks(2, "train", recipe, *changes)
+    assert processes.wait() == [0, 0], processes.output()
+    measured = json.loads((tmp_path / "run" / "measured.json").read_text())["network_per_step"]
+    plan = make_plan(load_recipe(recipe, changes), 1, 2, find_device("cpu", 2))
+    for part, size in measured.items():
+        assert plan.network_per_step[part] == pytest.approx(size, rel=0.001), part

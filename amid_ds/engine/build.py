@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 
@@ -12,11 +13,12 @@ from amid_ds.engine.autotp import BodySplit, make_tensor_parallel_groups
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
+    for_teacher,
     gradients_in_fp32,
     offload_device,
+    quantizes_weights,
     teacher_is_replicated,
     uses_bf16,
-    without_secondary,
     zero_stage,
 )
 from amid_ds.engine.engine import Engine
@@ -24,7 +26,6 @@ from amid_ds.engine.gather import (
     GatheredBytes,
     count_and_order_gathers,
     gathered_head,
-    secondary_groups_of_neighbours,
 )
 from amid_ds.engine.muon import clip_gradients_first
 from amid_ds.engine.optimizer import (
@@ -36,6 +37,7 @@ from amid_ds.engine.optimizer import (
     recount_steps,
 )
 from amid_ds.engine.sharding import OpenModel, open_causal_lm
+from amid_ds.engine.zero_plus_plus import require_quantizer, secondary_groups_of_neighbours
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.attention import choose_attention, exceeds_window
 from amid_ds.models.distiller import Distiller
@@ -51,7 +53,7 @@ logger = logging.getLogger(__name__)
 def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World) -> Engine:
     """A teacher by itself, sharded over `world.shards` by ZeRO-3 and never trained. Collective."""
     deepspeed = import_deepspeed()
-    opened = open_causal_lm(teacher, teacher.dtype, without_secondary(config), world, world.shards)
+    opened = open_causal_lm(teacher, teacher.dtype, for_teacher(config), world, world.shards)
     opened.module.requires_grad_(False)
     model = opened.read(world)
     bf16 = next(model.parameters()).dtype == torch.bfloat16
@@ -69,6 +71,8 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
     """
     # Before transformers, which loads sharded models through deepspeed, imports it in its own way.
     import_deepspeed()
+    if quantizes_weights(config):
+        require_quantizer(world)
     with freed_memory_given_back(), secondary_groups_of_neighbours(world.rank):
         distiller, groups = _build_distiller(recipe, config, vocab_size, world, resumes)
         end_part("loading")
@@ -126,7 +130,7 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
 def _open_teacher(teacher: Teacher, config: DeepSpeedConfig, replicated: bool, world: World
                   ) -> OpenModel:
     if zero_stage(config) == 3 and not replicated:
-        return open_causal_lm(teacher, teacher.dtype, without_secondary(config), world,
+        return open_causal_lm(teacher, teacher.dtype, for_teacher(config), world,
                           world.shards)
     model = load_causal_lm(teacher.model, teacher.dtype, **teacher.hub_kwargs)
     return OpenModel(model.to(world.device) if replicated else model, config)
@@ -150,13 +154,13 @@ def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, decayed:
     if zero3:
         if any(group["name"] == "muon" for group in optimizer.param_groups):
             clip_gradients_first(deepspeed_engine.optimizer)
-        gathered_bytes = count_and_order_gathers(distiller)
+        head = head_of(distiller.student)
+        of_head: list[Any] = [p for p in (head.weight, head.bias) if p is not None]
+        gathered_bytes = count_and_order_gathers(distiller, exact=of_head)
         # ZeRO-3 restarts its prefetch trace at each forward and drops it when the module order
         # changes. Ours repeats per optimizer step only: Engine.start_step restarts it instead.
         deepspeed_engine.optimizer.parameter_offload.fwd_pre_hook.remove()
         # FusedHead reads the student's head, not the module that owns it: tell ZeRO-3's hooks.
-        head = head_of(distiller.student)
-        for parameter in (head.weight, head.bias):
-            if parameter is not None:
-                deepspeed.zero.register_external_parameter(distiller.head, parameter)
+        for parameter in of_head:
+            deepspeed.zero.register_external_parameter(distiller.head, parameter)
     return Engine(deepspeed_engine, world, gathered_bytes, decayed)

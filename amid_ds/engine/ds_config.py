@@ -55,7 +55,7 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig
     lines += _conflicts(recipe, config, ours, path.name)
     if not problems:
         lines += _section_conflicts(recipe, config, path.name)
-        lines += _secondary_conflicts(recipe, config, data_parallel, path.name)
+        lines += _zero_plus_plus_conflicts(recipe, config, data_parallel, path.name)
     if lines:
         shown = "\n".join(f"    - {line}" for line in lines)
         raise InputError(f"the DeepSpeed config {path} is not one for this recipe:\n{shown}",
@@ -212,20 +212,23 @@ def _muon_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Itera
         yield f"zero_optimization.reduce_scatter: true in {name}, {muon} needs false"
 
 
-def _secondary_conflicts(recipe: Recipe, config: DeepSpeedConfig, data_parallel: int,
-                         name: str) -> Iterator[str]:
-    """A line for each thing with which secondary partitions cannot be, or would be wrong."""
+def _zero_plus_plus_conflicts(recipe: Recipe, config: DeepSpeedConfig, data_parallel: int,
+                              name: str) -> Iterator[str]:
+    """A line for each thing with which ZeRO++ cannot be, or would be wrong."""
     ranks = secondary_ranks(config)
-    if ranks == 1:
-        return
     key = f"zero_optimization.zero_hpz_partition_size: {ranks}"
-    if zero_stage(config) != 3:
-        yield f"{key} at stage {zero_stage(config)} in {name}, it needs stage 3"
-    if recipe.tensor_parallel > 1:
-        yield (f"{key} in {name}, tensor_parallel: {recipe.tensor_parallel} in the recipe: "
-               "neighbouring ranks would hold parts of different weights; leave one of them out")
-    elif data_parallel % ranks:
-        yield f"{key} in {name}, it must divide the number of ranks, {data_parallel}"
+    if ranks > 1 and data_parallel % ranks:
+        yield f"{key} in {name}, it must divide the number of data-parallel ranks, {data_parallel}"
+    keys = [key] if ranks > 1 else []
+    if quantizes_weights(config):
+        keys.append("zero_optimization.zero_quantized_weights: true")
+    for key in keys:
+        if zero_stage(config) != 3:
+            yield f"{key} at stage {zero_stage(config)} in {name}, it needs stage 3"
+        if recipe.tensor_parallel > 1:
+            # DeepSpeed makes secondary groups of neighbouring ranks, which hold different parts.
+            yield (f"{key} in {name}, tensor_parallel: {recipe.tensor_parallel} in the recipe: "
+                   "an engine here does not do both")
 
 
 def _engine_has_fp32_teacher(recipe: Recipe, config: DeepSpeedConfig) -> bool:
@@ -272,10 +275,17 @@ def secondary_ranks(config: DeepSpeedConfig) -> int:
     return max(1, int(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)))
 
 
-def without_secondary(config: DeepSpeedConfig) -> DeepSpeedConfig:
-    """The config of a model without secondary partitions: a frozen one lies where it should."""
+def quantizes_weights(config: DeepSpeedConfig) -> bool:
+    """True where the student's weights travel in 8 bits (ZeRO++'s qwZ)."""
+    return bool(config.get("zero_optimization", {}).get("zero_quantized_weights"))
+
+
+def for_teacher(config: DeepSpeedConfig) -> DeepSpeedConfig:
+    """The config by which a teacher is sharded: without what ZeRO++ does to the student's weights.
+    """
     zero = config.get("zero_optimization", {})
-    return {**config, "zero_optimization": {**zero, "zero_hpz_partition_size": 1}}
+    return {**config, "zero_optimization": {**zero, "zero_hpz_partition_size": 1,
+                                            "zero_quantized_weights": False}}
 
 
 def sharded_loading(config: DeepSpeedConfig) -> DeepSpeedConfig | None:

@@ -30,7 +30,7 @@ def network_per_step(setting: Setting) -> dict[str, int]:
     for of_model in traffic.values():
         for part, each in of_model.items():
             parts[part] = parts.get(part, 0) + int(each.received)
-    return parts | {f"{model}_between_nodes": int(total(of_model.values()).between)
+    return parts | {f"{model}_between_nodes": int(sum_traffic(of_model.values()).between)
                     for model, of_model in traffic.items()}
 
 
@@ -58,7 +58,7 @@ def step_traffic(setting: Setting) -> Traffics:
     return traffic
 
 
-def total(traffic: Iterable[Traffic]) -> Traffic:
+def sum_traffic(traffic: Iterable[Traffic]) -> Traffic:
     """The sum."""
     return sum(traffic, Traffic())
 
@@ -73,15 +73,28 @@ def _student_gathers(setting: Setting) -> Traffic:
         return _gather(setting, student, weights, shards)
     # With a second copy each gather but the first of a step is made from that.
     again = shards if zero.secondary_ranks == 1 else setting.secondary_shards
-    first = _gather(setting, student, weights, shards)
+    first = _student_gather(setting, weights, student.head, shards)
     # A trace spans the window, so weights within the distance of their next use stay gathered from
     # pass to pass.
     if weights > zero.max_reuse_distance:
         uses = 2 * setting.micro_batches
-        return first + _gather(setting, student, weights, again) * (uses - 1)
+        return first + _student_gather(setting, weights, student.head, again) * (uses - 1)
     # The embedding is released at the end of each backward and needed first by the next forward, so
     # it is gathered again for each micro-batch.
-    return first + _gather(setting, student, student.embedding, again) * (setting.micro_batches - 1)
+    exact = student.embedding if student.head_is_tied else 0
+    return (first + _student_gather(setting, student.embedding, exact, again)
+            * (setting.micro_batches - 1))
+
+
+def _student_gather(setting: Setting, elements: int, exact: int, shards: Shards) -> Traffic:
+    """A gather of so many of the student's weights, of which `exact` never travel in 8 bits.
+
+    With qwZ the others take a byte; the scales are a thousandth of them.
+    """
+    gather = _gather(setting, setting.student, elements, shards)
+    if not setting.zero.quantizes_weights or not elements:
+        return gather
+    return gather.scaled((exact + (elements - exact) / setting.student.element_size) / elements)
 
 
 def _student_reductions(setting: Setting) -> Traffic:

@@ -18,7 +18,6 @@ from typing import NamedTuple
 from amid_ds.config.recipe import Recipe
 from amid_ds.planning.devices import EFFICIENCY, HEADROOM, Device
 from amid_ds.planning.placement import PlacementCosts, choose_for, costs_of, placement_costs
-from amid_ds.planning.reading import STORAGE_BANDWIDTH
 from amid_ds.planning.report import placement_title
 from amid_ds.planning.setting import Placement, Setting, make_setting, with_placement
 
@@ -26,8 +25,8 @@ from amid_ds.planning.setting import Placement, Setting, make_setting, with_plac
 # with activation checkpointing, bf16 and ZeRO-3, without tensor parallelism.
 SEQ_LENGTHS = (8192, 2048)
 GLOBAL_BATCH_SIZE = 1024
-RANKS_PER_NODE = 8
-RANKS = (64, 256, 1024)
+DEVICES_PER_NODE = 8
+DEVICE_COUNTS = (64, 256, 1024)
 PAIRS = (("8B", "70B"), ("8B", "405B"), ("70B", "405B"))
 
 
@@ -42,18 +41,17 @@ class LlamaNumbers(NamedTuple):
 
 LLAMAS = {"8B": LlamaNumbers(4096, 32, 14336, 32), "70B": LlamaNumbers(8192, 80, 28672, 64),
           "405B": LlamaNumbers(16384, 126, 53248, 128)}
-KEY_VALUE_HEADS = 8
-VOCABULARY = 128256
+LLAMA_KEY_VALUE_HEADS = 8
+LLAMA_VOCABULARY = 128256
 ASSUMPTIONS = (
-    "In a cell: seconds of a step, what binds (seconds of FLOPs, of links inside a node, of links "
-    "between nodes), memory of a rank. "
-    f"Assumed: {GLOBAL_BATCH_SIZE:,} rows a step, a row a micro-batch, "
-    f"activation checkpointing, bf16, ZeRO-3 (ds_configs/zero3.json), no tensor parallelism, "
-    f"{RANKS_PER_NODE} ranks a node; products at {EFFICIENCY:.0%} of the peak, links at full speed "
-    "(a port per device between nodes), hops of rings as in NCCL's own model; in each model's "
-    "passes the longest of FLOPs, links inside and links between counts; "
-    f"{STORAGE_BANDWIDTH / 1e9:g} GB/s of storage a node; {HEADROOM:.0%} of the memory may be "
-    "planned for. auto: what placement: auto takes.")
+    "In a cell: seconds of a step, what binds (seconds of FLOPs · of links inside a node · of "
+    "links between nodes), memory of a rank. auto: what placement: auto takes.\n"
+    f"Assumed: {GLOBAL_BATCH_SIZE:,} rows a step, a row a micro-batch, activation checkpointing, "
+    f"bf16, ZeRO-3 (ds_configs/zero3.json), no tensor parallelism, {DEVICES_PER_NODE} ranks a "
+    f"node; products at {EFFICIENCY:.0%} of the peak, links at full speed (a port per device "
+    "between nodes), hops of rings as in NCCL's own model; in each model's passes the longest of "
+    "FLOPs, links inside and links between counts; "
+    f"{HEADROOM:.0%} of the memory may be planned for.")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,8 @@ def paper_scale_rows(device: Device) -> list[ScaleRow]:
     """Every pair on every number of ranks, with each placement."""
     with tempfile.TemporaryDirectory() as name:
         save_llama_configs(Path(name))
-        return [row for length in SEQ_LENGTHS for student, teacher in PAIRS for ranks in RANKS
+        return [row for length in SEQ_LENGTHS for student, teacher in PAIRS
+                for ranks in DEVICE_COUNTS
                 for row in _rows_of(Path(name), student, teacher, length, ranks, device)]
 
 
@@ -88,7 +87,7 @@ def save_llama_configs(folder: Path) -> None:
         LlamaConfig(
             hidden_size=numbers.hidden_size, num_hidden_layers=numbers.layers,
             intermediate_size=numbers.intermediate_size, num_attention_heads=numbers.heads,
-            num_key_value_heads=KEY_VALUE_HEADS, vocab_size=VOCABULARY,
+            num_key_value_heads=LLAMA_KEY_VALUE_HEADS, vocab_size=LLAMA_VOCABULARY,
             max_position_embeddings=max(SEQ_LENGTHS), tie_word_embeddings=False, dtype="bfloat16",
             architectures=["LlamaForCausalLM"]).save_pretrained(folder / name)
 
@@ -101,7 +100,7 @@ def _rows_of(folder: Path, student: str, teacher: str, seq_length: int, ranks: i
         "data": {"train": [{"path": "none"}]}, "output_dir": str(folder), "deepspeed": "zero3.json",
         "train": {"steps": 1, "seq_length": seq_length, "micro_batch_size": 1,
                   "global_batch_size": GLOBAL_BATCH_SIZE}})
-    setting = make_setting(recipe, ranks, device, ranks // RANKS_PER_NODE)
+    setting = make_setting(recipe, ranks, device, ranks // DEVICES_PER_NODE)
     chosen = choose_for(setting)
     tokens = GLOBAL_BATCH_SIZE * seq_length
     for costs in _costs(setting):
@@ -115,7 +114,7 @@ def _costs(setting: Setting) -> list[PlacementCosts]:
     every = placement_costs(setting)
     more = []
     if not all(costs.fits for costs in every if costs.placement == "node"):
-        over = 2 * RANKS_PER_NODE
+        over = 2 * DEVICES_PER_NODE
         while over < setting.data_parallel:
             costs = costs_of(with_placement(setting, Placement("node", over)))
             if costs.fits:
@@ -144,7 +143,7 @@ def _line(rows: Sequence[ScaleRow]) -> str:
     first, taken = rows[0], next(row for row in rows if row.taken)
     cells = {name: "" for name in ("zero3", "node", "more", "replicated")}
     for row in rows:
-        is_more = row.costs.placement == "node" and row.costs.shard_over > RANKS_PER_NODE
+        is_more = row.costs.placement == "node" and row.costs.shard_over > DEVICES_PER_NODE
         cells["more" if is_more else row.costs.placement] = _cell(row.costs)
     return "| " + " | ".join([
         f"{first.student} ← {first.teacher}", f"{first.ranks:,}",
@@ -157,7 +156,7 @@ def _cell(costs: PlacementCosts) -> str:
     if not costs.fits:
         return f"{memory}: does not fit"
     parts = costs.parts
-    over = f"over {costs.shard_over}: " if costs.shard_over > RANKS_PER_NODE and (
+    over = f"over {costs.shard_over}: " if costs.shard_over > DEVICES_PER_NODE and (
         costs.placement == "node") else ""
     return (f"{over}{costs.seconds:.3g} s, {costs.binds.replace('_', ' ')} ({parts.flops:.3g} · "
             f"{parts.links_inside:.2g} · {parts.links_between:.2g}), {memory}")

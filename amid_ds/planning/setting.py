@@ -8,13 +8,16 @@ from typing import Literal, NamedTuple
 import torch
 
 from amid_ds.config.recipe import Recipe, bounding_values
+from amid_ds.distributed.nodes import require_divisor
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     accumulation_steps,
     data_parallel_size,
     gradients_in_fp32,
     offload_device,
+    quantizes_weights,
     read_deepspeed_config,
+    secondary_ranks,
     uses_bf16,
     zero_stage,
 )
@@ -66,6 +69,8 @@ class ZeroSettings:
     max_reuse_distance: int
     # Ranks over which ZeRO++ shards a second copy of the student (hpZ); 1: there is none.
     secondary_ranks: int
+    # True where a student's matrix travels in 8 bits, except for its head.
+    quantizes_weights: bool
 
 
 def read_zero_settings(ds_config: DeepSpeedConfig) -> ZeroSettings:
@@ -91,7 +96,8 @@ def read_zero_settings(ds_config: DeepSpeedConfig) -> ZeroSettings:
                                            DEFAULT_PERSISTENCE_THRESHOLD)),
         max_live=int(zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE)),
         max_reuse_distance=int(zero.get("stage3_max_reuse_distance", DEFAULT_MAX_REUSE_DISTANCE)),
-        secondary_ranks=int(zero.get("zero_hpz_partition_size", 1)) if stage == 3 else 1)
+        secondary_ranks=secondary_ranks(ds_config),
+        quantizes_weights=quantizes_weights(ds_config))
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,8 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
     data_parallel = data_parallel_size(recipe, ranks)
     ds_config = read_deepspeed_config(recipe, data_parallel)
     zero = read_zero_settings(ds_config)
+    if recipe.teacher is not None and recipe.teacher.shard_over is not None:
+        require_divisor(recipe.teacher.shard_over, data_parallel)
     placement = _given_placement(recipe, data_parallel, -(-ranks // nodes))
     return Setting(
         recipe=recipe,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from amid_ds.planning.devices import EFFICIENCY
-from amid_ds.planning.network import ModelName, step_traffic, total
+from amid_ds.planning.network import ModelName, step_traffic, sum_traffic
 from amid_ds.planning.rings import Traffic
 from amid_ds.planning.setting import Setting
 
@@ -76,7 +76,7 @@ def step_time(setting: Setting) -> StepTime:
     flops = flops_per_step(setting)
     if setting.recipe.student.activation_checkpointing:
         flops["student"] += setting.student.body.flops * setting.micro_batches
-    return StepTime({model: _model_seconds(setting, flops[model], total(traffic.values()))
+    return StepTime({model: _model_seconds(setting, flops[model], sum_traffic(traffic.values()))
                      for model, traffic in step_traffic(setting).items()})
 
 
