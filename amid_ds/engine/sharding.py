@@ -7,9 +7,11 @@ whose files cannot be read so is loaded by transformers, and is whole here from 
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +25,7 @@ from amid_ds.engine.partition import OwnRange, move_partitions, partition_parame
 from amid_ds.models.hollow import hollow_causal_lm
 from amid_ds.models.loading import DTYPES, checkpoint_dtype, load_causal_lm, open_weights
 from amid_ds.models.weight_reader import ParameterSource, WeightReader
+from amid_ds.run.reading import ReadingProgress
 
 logger = logging.getLogger(__name__)
 
@@ -64,9 +67,14 @@ class OpenModel:
             for own in ranges:
                 own.values.zero_()
             ranges = []
-        if self.weights is not None:
-            with self.weights as reader:
-                reader.fill(_reads(self.module, reader, ranges, buffers))
+        if self.weights is None:
+            return
+        reads = list(_reads(self.module, self.weights, ranges, buffers))
+        with self.weights as reader, contextlib.ExitStack() as stack:
+            if not self.zeros:
+                progress = stack.enter_context(_progress(self.module, reader, reads))
+                reader.on_bytes = progress.add
+            reader.fill(reads)
 
 
 def open_causal_lm(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig, world: World,
@@ -90,6 +98,16 @@ def open_causal_lm(source: Student | Teacher, dtype: Dtype, config: DeepSpeedCon
                 "whole on every rank" if zero_stage(config) < 3 else "on rank 0 for all", weights)
     return OpenModel(load_causal_lm(source.model, dtype, sharded_loading(config),
                                     **source.hub_kwargs), config, shards)
+
+
+def _progress(model: Any, reader: WeightReader,
+              reads: Iterable[tuple[ParameterSource, int, Tensor]]) -> ReadingProgress:
+    """The progress of these reads of a model's weights."""
+    own = sum(max(0, min(len(out), source.numel() - start)) * source.dtype.itemsize
+              for source, start, out in reads)
+    # A tied one is there under each of its names.
+    whole = sum(source.numel() * source.dtype.itemsize for source in set(reader.sources.values()))
+    return ReadingProgress(model.config.name_or_path, own, whole)
 
 
 def _whole_parameters(model: nn.Module) -> list[OwnRange]:
