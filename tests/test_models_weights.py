@@ -7,8 +7,10 @@ import itertools
 import json
 import math
 import os
+import pickle
 import shutil
 import socket
+import zlib
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -18,11 +20,14 @@ import transformers as t
 from safetensors.torch import load_file, save_file
 from support.hub import publish, use_cache
 from support.ranks import RankPool
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models import weight_map, weights
 from amid_ds.models.loading import meta_model, open_weights
+from amid_ds.models.weight_files import StoredTensor, WeightFile, WeightTable
 from amid_ds.models.weight_reader import WeightReader
 
 COMMON = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -221,17 +226,13 @@ def test_a_rank_of_each_host_downloads_one_reads_the_headers_and_errors_are_of_a
 
 def test_the_table_that_ranks_exchange_is_small():
     """The header of a model of 405B: 1,137 tensors in 191 files."""
-    from pickle import dumps
-    from zlib import compress
-
-    from amid_ds.models.weight_files import StoredTensor, WeightFile, WeightTable
-
     tensors = [StoredTensor(f"model.layers.{layer}.mlp.some_projection.weight", "BF16",
                             (53248, 16384), layer << 30) for layer in range(1137)]
-    files = [WeightFile(f"model-{number:05d}-of-00191.safetensors", 4 << 30,
+    files = [WeightFile(f"model-{number:05d}-of-00191.safetensors", 4 << 30, number,
                         hashlib.sha256(bytes([number])).hexdigest(), tuple(tensors[number::191]))
              for number in range(191)]
-    assert len(compress(dumps(WeightTable("org/model", COMMIT, tuple(files))))) < 100_000
+    table = WeightTable("org/model", COMMIT, "host", tuple(files))
+    assert len(zlib.compress(pickle.dumps(table))) < 100_000
 
 
 def test_a_table_of_a_run_that_names_its_weight_file(shared_model, tmp_path):
@@ -241,3 +242,39 @@ def test_a_table_of_a_run_that_names_its_weight_file(shared_model, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "transformers_weights":
                                                     "other.safetensors"}))
     require_equal(folder, t.AutoModelForCausalLM.from_pretrained(shared_model("llama")))
+
+
+def published_table(meta, name: str) -> WeightTable:
+    """The table of a file in which `meta` would be published, with its tied weights once."""
+    kept = {key: tensor for key, tensor in meta.state_dict().items()
+            if key not in meta.all_tied_weights_keys}
+    tensors, end = [], 8
+    for key, tensor in revert_weight_conversion(meta, kept).items():
+        tensors.append(StoredTensor(key, "BF16", tuple(tensor.shape), end))
+        end += 2 * tensor.numel()
+    return WeightTable(name, None, "host", (WeightFile("f", end, 0, "", tuple(tensors)),))
+
+
+@pytest.mark.slow
+def test_nearly_every_language_model_of_transformers_is_read_by_range():
+    """Of those that their default configs build here; each element comes from one place."""
+    read, whole = [], []
+    for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        try:
+            config = t.AutoConfig.for_model(name)
+            fewer = {key: 4 for key in ("num_hidden_layers", "n_layer", "num_layers",
+                                        "num_local_experts", "num_experts", "n_routed_experts")
+                     if isinstance(getattr(config, key, None), int)}
+            with torch.device("meta"):
+                meta = t.AutoModelForCausalLM.from_config(t.AutoConfig.for_model(name, **fewer))
+        # A class that has no defaults, or not for so few layers.
+        except Exception:
+            continue
+        if meta.config.get_text_config() is not meta.config:
+            continue
+        found = weight_map.map_weights(meta, published_table(meta, name))
+        assert not any(found.report.values()), (name, found.report)
+        for key, source in found.sources.items():
+            assert sum(math.prod(box.sizes) for box in source.boxes) == source.numel(), (name, key)
+        (whole if found.reason else read).append(name)
+    assert len(read) > 100 and len(whole) <= len(read) // 20, whole

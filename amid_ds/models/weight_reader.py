@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import socket
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -343,6 +344,9 @@ class WeightReader:
             header = read_header(descriptor, found.st_size)
             if hashlib.sha256(header).hexdigest() != expected.digest:
                 raise self._changed(file, "has another header")
+            if (self._table.host == socket.gethostname()
+                    and found.st_mtime_ns != expected.changed_ns):
+                raise self._changed(file, "was written to after its header was read")
         except BaseException:
             os.close(descriptor)
             raise
