@@ -65,10 +65,13 @@ def both_ways(world: World, folder: Path) -> dict[str, load.RankLoad]:
     return {way: load.measure_way(world, folder, way) for way in load.WAYS}
 
 
-def test_each_rank_reads_its_own_share_and_from_pretrained_sends_what_rank_0_reads(tmp_path):
+def test_each_rank_reads_its_own_share_and_from_pretrained_sends_what_rank_0_reads(
+        tmp_path, capfd):
     load.save_models(tmp_path, load.TINY)
     share = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")) / 2
     ranks = on_local_ranks(2, "loading", both_ways, tmp_path)
+    # The progress of reading would stand before the JSON.
+    assert capfd.readouterr().out == ""
     for figures in (rank["ours"].figures for rank in ranks):
         # Config and headers, read by python, and the agreement on them.
         assert share < figures.asked < share + 64_000 and figures.received < 64_000
