@@ -6,16 +6,14 @@ Two nodes of two ranks on this machine, which have host names of their own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.counting_rank import counting_rank
 from support.data import write_instructions
-from support.nodes import name_host
-from support.patches import patch_train_step
-from support.ranks import Ranks, rank_main
+from support.nodes import name_host, train_on_nodes
+from support.ranks import Ranks
 from support.runs import comparable_metrics, write_gathering_config, write_recipe
 from torch.distributed import distributed_c10d
 
@@ -31,20 +29,14 @@ STEPS, STOPPED_AT = 6, 5
 ONE_NODE, TWO_NODES = Nodes((0, 0, 0, 0)), Nodes((0, 0, 1, 1))
 
 
-def node_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """Run as a rank of a node of two; with the variable CYCLIC its neighbours are on the other."""
-    name_host(int(variables["RANK"]), cyclic="CYCLIC" in variables)
-    rank_main(argv, variables, log)
-
-
 def spying_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """Run as a rank of a node of two that stops at STOPPED_AT. It counts each step's costs, and
-    writes for each gather whether the weights train, and the ranks that it joins."""
+    """Run as a rank of a node of two that counts each step's costs, and writes for each gather
+    whether the weights train, and the ranks that it joins."""
     import torch.distributed as dist
 
     from amid_ds.engine import gather
 
-    name_host(int(variables["RANK"]))
+    name_host(variables)
     count = gather._gather_in_order
 
     def spied(real: Any, counted: Any, parameters: Any, **options: Any) -> Any:
@@ -55,13 +47,7 @@ def spying_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
             file.write(json.dumps(sorted(joined)) + "\n")
         return count(real, counted, parameters, **options)
 
-    def around(trainer: Any, batch: object) -> Iterator[None]:
-        yield
-        if trainer.world.is_main and trainer.state.step == STOPPED_AT:
-            (trainer.job.run.path / "STOP").touch()
-
     gather._gather_in_order = spied
-    patch_train_step(around)
     counting_rank(argv, variables, log)
 
 
@@ -81,16 +67,6 @@ def recipe(llama_pair, instructions_file, folder) -> Path:
                         deepspeed=str(write_gathering_config(folder)))
 
 
-def train(recipe: Path, run: Path, *overrides: str, ranks: int = 4, status: int = 0,
-          **options: Any) -> Ranks:
-    """A run on nodes of two ranks to its end."""
-    processes = Ranks(ranks, "train", recipe, f"output_dir={run}", *overrides,
-                      **{"target": node_rank, **options})
-    statuses = processes.wait(300)
-    assert statuses == [status] * ranks, "\n".join(map(processes.output, range(ranks)))
-    return processes
-
-
 def results(run: Path) -> list[dict]:
     """The numbers that the run has logged of its steps and evaluations."""
     evaluations = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
@@ -101,14 +77,14 @@ def results(run: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def over_all(recipe, folder) -> Path:
     """The run whose teacher lies over all ranks."""
-    train(recipe, folder / "zero3", "teacher.placement=zero3")
+    train_on_nodes(4, recipe, folder / "zero3", "teacher.placement=zero3")
     return folder / "zero3"
 
 
 @pytest.fixture(scope="module")
 def stopped(recipe, folder) -> Ranks:
     """The ranks of a run that chose its placement, over the ranks of a node, and was stopped."""
-    return train(recipe, folder / "node", status=75, target=spying_rank)
+    return train_on_nodes(4, recipe, folder / "node", stop_at=STOPPED_AT, target=spying_rank)
 
 
 def test_a_run_that_goes_on_with_another_placement_is_the_run_of_one(recipe, stopped, over_all,
@@ -118,7 +94,7 @@ def test_a_run_that_goes_on_with_another_placement_is_the_run_of_one(recipe, sto
     chosen = json.loads((run / "provenance.json").read_text())["teacher"]["placement"]
     assert (chosen["placement"], chosen["shard_over"]) == ("node", 2) and chosen["reason"]
     assert load_recipe(run / "recipe.yaml").teacher.placement == "auto"
-    train(recipe, run, "teacher.placement=replicated")
+    train_on_nodes(4, recipe, run, "teacher.placement=replicated")
     assert results(run) == results(over_all)
 
 
@@ -139,8 +115,8 @@ def test_the_teacher_is_gathered_within_its_node_and_prefetched_undisturbed(stop
 
 
 def test_ranks_of_a_node_that_are_no_neighbours_are_refused_on_all_ranks(recipe, tmp_path):
-    ranks = train(recipe, tmp_path / "run", "teacher.placement=node", status=2,
-                  variables={"CYCLIC": ""})
+    ranks = train_on_nodes(4, recipe, tmp_path / "run", "teacher.placement=node", expected=2,
+                           CYCLIC="")
     assert "rank 1 runs on another node than its neighbours of 2" in ranks.output()
     assert not (tmp_path / "run").exists()
 
@@ -187,7 +163,7 @@ def test_ranks_to_shard_over_that_cannot_be_are_refused_by_the_recipe(recipe, tm
     def load(*overrides: str):
         return load_recipe(recipe, [*overrides, f"output_dir={tmp_path / 'run'}"])
 
-    with pytest.raises(InputError, match="teacher.shard_over 3 on 4 data-parallel"):
+    with pytest.raises(InputError, match=r"teacher\.shard_over 3 on 4 data-parallel"):
         check_recipe(load("teacher.shard_over=3"), 4)
     with pytest.raises(InputError, match="`shard_over` 2 with `placement: zero3`"):
         load("teacher.placement=zero3", "teacher.shard_over=2")

@@ -27,7 +27,7 @@ from amid_ds.config.recipe import Recipe, Teacher
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import DeepSpeedConfig, read_deepspeed_config
-from amid_ds.engine.sharding import open_model
+from amid_ds.engine.sharding import open_causal_lm
 from amid_ds.experiments.small_models import LlamaSize, new_llama
 from amid_ds.losses.host_memory import freed_memory_given_back
 
@@ -154,7 +154,7 @@ def measure_way(world: World, folder: Path, way: str) -> RankLoad:
 def _ours(model: Path, world: World) -> nn.Module:
     """As `build_engine` loads a teacher."""
     with freed_memory_given_back():
-        opened = open_model(Teacher(model=str(model)), "auto", _config(model, world), world)
+        opened = open_causal_lm(Teacher(model=str(model)), "auto", _config(model, world), world)
         return opened.read(world)
 
 

@@ -40,7 +40,7 @@ from amid_ds.engine import ds_config
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.build import build_engine
 from amid_ds.engine.gather import full_numel
-from amid_ds.engine.sharding import open_model
+from amid_ds.engine.sharding import open_causal_lm
 from amid_ds.losses.reference import naive_loss
 from amid_ds.models import loading
 from amid_ds.models.heads import head_of
@@ -266,7 +266,7 @@ class _UsualStep:
         self.objective = objective_at(recipe.loss, 0, recipe.train.total_steps).amid
         assert recipe.teacher is not None
         student, teacher = (
-            open_model(model, scale.dtype, config, world).read(world)
+            open_causal_lm(model, scale.dtype, config, world).read(world)
             for model in (recipe.student, recipe.teacher))
         teacher.requires_grad_(False).eval()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)

@@ -115,4 +115,4 @@ def neighbour_group(ranks: Iterable[int]) -> ProcessGroup:
     On a GPU NCCL splits them off the default group at once, each by its own colour; groups made one
     after the other would be a split of all ranks each.
     """
-    return dist.new_group(list(ranks), use_local_synchronization=True)   # type: ignore[no-any-return]
+    return dist.new_group(list(ranks), use_local_synchronization=True)

@@ -35,7 +35,7 @@ from amid_ds.engine.optimizer import (
     parameter_groups,
     recount_steps,
 )
-from amid_ds.engine.sharding import OpenModel, open_model
+from amid_ds.engine.sharding import OpenModel, open_causal_lm
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.attention import choose_attention, exceeds_window
 from amid_ds.models.distiller import Distiller
@@ -50,7 +50,7 @@ logger = logging.getLogger(__name__)
 def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World) -> Engine:
     """A teacher by itself, sharded over `world.shards` by ZeRO-3 and never trained. Collective."""
     deepspeed = import_deepspeed()
-    opened = open_model(teacher, teacher.dtype, without_secondary(config), world, world.shards)
+    opened = open_causal_lm(teacher, teacher.dtype, without_secondary(config), world, world.shards)
     opened.module.requires_grad_(False)
     model = opened.read(world)
     bf16 = next(model.parameters()).dtype == torch.bfloat16
@@ -112,7 +112,7 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
                   ) -> OpenModel:
     dtype: Dtype = "bf16" if uses_bf16(config) else "fp32"
     origin = resolve_student(recipe)
-    opened = (open_model(origin, dtype, config, world, read=not resumes)
+    opened = (open_causal_lm(origin, dtype, config, world, read=not resumes)
               if resumes or zero_stage(config) == 3 else
               OpenModel(load_causal_lm(origin.model, dtype, **origin.hub_kwargs), config))
     if recipe.student.activation_checkpointing:
@@ -124,7 +124,7 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
 def _open_teacher(teacher: Teacher, config: DeepSpeedConfig, replicated: bool, world: World
                   ) -> OpenModel:
     if zero_stage(config) == 3 and not replicated:
-        return open_model(teacher, teacher.dtype, without_secondary(config), world,
+        return open_causal_lm(teacher, teacher.dtype, without_secondary(config), world,
                           world.shards)
     model = load_causal_lm(teacher.model, teacher.dtype, **teacher.hub_kwargs)
     return OpenModel(model.to(world.device) if replicated else model, config)

@@ -47,9 +47,9 @@ def _gather_in_order(gather: Callable[..., Any], gathered_bytes: GatheredBytes,
                      parameters: Iterable[Any], **options: Any) -> Any:
     """DeepSpeed's gather of several parameters, its groups of ranks in one order on every rank.
 
-    Under tensor parallelism parameters lie over two groups (all ranks, the data-parallel ones).
-    DeepSpeed takes the groups in the order of a Python set, that is of addresses, and NCCL may wait
-    for ever where ranks differ in it.
+    Parameters lie over several groups: all ranks, those with the same part of what tensor
+    parallelism splits, the teacher's own. DeepSpeed takes them in the order of a Python set, that
+    is of addresses, and NCCL may wait for ever where ranks differ in it.
     """
     ordered = sorted(parameters, key=lambda parameter: parameter.ds_id)
     gathered_bytes.add(ordered)

@@ -8,7 +8,7 @@ the weight it is: the rank reads that range and no other.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,18 +57,36 @@ def partition_parameters(model: nn.Module, config: DeepSpeedConfig,
     return ranges
 
 
-def partition_loaded(model: nn.Module, config: DeepSpeedConfig, shards: ShardGroups) -> None:
-    """Make the parameters of `model`, which every rank holds whole, ones of ZeRO-3 over `shards`.
+@torch.no_grad()
+def move_partitions(model: nn.Module, config: DeepSpeedConfig, shards: ShardGroups) -> None:
+    """Partition over `shards` the weights of `model`, in place, which lie over all ranks or, once
+    cut, whole on each.
 
-    Collective: the lowest rank of each group sends the group its own.
+    Collective: each weight is gathered once, one after the other, and the lowest rank of each group
+    sends it to the group.
     """
     from deepspeed.runtime.zero.partition_parameters import Init
 
-    for each in model.parameters():
-        parameter: Any = each
-        if hasattr(parameter, "tensor_model_parallel"):
-            parameter.ds_zero_partition_process_group = shards.split
-    Init(module=model, data_parallel_group=shards.whole, config_dict_or_path=dict(config))
+    init = Init(data_parallel_group=shards.whole, config_dict_or_path=dict(config))
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = _moved(parameter, init, shards)
+            module._parameters[key] = made[id(parameter)]
+
+
+def _moved(parameter: Any, init: Any, shards: ShardGroups) -> nn.Parameter:
+    with import_deepspeed().zero.GatheredParameters([parameter]):
+        moved: Any = nn.Parameter(parameter.data.clone(), requires_grad=parameter.requires_grad)
+    vars(moved).update({name: value for name, value in vars(parameter).items()
+                        if not name.startswith("ds_")})
+    if hasattr(parameter, "tensor_model_parallel"):
+        moved.ds_zero_partition_process_group = shards.split
+    init._convert_to_zero_parameters([moved])
+    return cast(nn.Parameter, moved)
 
 
 def _declare(meta: nn.Parameter, init: Any, shards: ShardGroups | None) -> nn.Parameter:

@@ -21,7 +21,7 @@ from amid_ds.distributed.nodes import ShardGroups
 from amid_ds.distributed.world import World
 from amid_ds.engine.autotp import own_part
 from amid_ds.engine.ds_config import DeepSpeedConfig, sharded_loading, zero_stage
-from amid_ds.engine.partition import OwnRange, partition_loaded, partition_parameters
+from amid_ds.engine.partition import OwnRange, move_partitions, partition_parameters
 from amid_ds.models.hollow import hollow_causal_lm
 from amid_ds.models.loading import DTYPES, checkpoint_dtype, load_causal_lm, open_weights
 from amid_ds.models.weight_reader import ParameterSource, WeightReader
@@ -53,7 +53,7 @@ class OpenModel:
         """
         if not any(parameter.is_meta for parameter in self.module.parameters()):
             if self.shards is not None:
-                partition_loaded(self.module, self.config, self.shards)
+                move_partitions(self.module, self.config, self.shards)
             return self.module
         sharded = zero_stage(self.config) == 3
         ranges = (partition_parameters(self.module, self.config, self.shards) if sharded
@@ -77,7 +77,7 @@ class OpenModel:
             reader.fill(reads)
 
 
-def open_model(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig, world: World,
+def open_causal_lm(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig, world: World,
                shards: ShardGroups | None = None, read: bool = True) -> OpenModel:
     """The model of `source`, ready to be shaped and then read. Its module is in eval mode.
 
@@ -95,10 +95,8 @@ def open_model(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig,
     if not isinstance(weights, str):
         return OpenModel(module, config, shards, weights, zeros=not read)
     logger.info("transformers loads %s, %s: %s", source.model,
-                "whole on every rank" if shards is not None or zero_stage(config) < 3
-                else "on rank 0 for all", weights)
-    return OpenModel(load_causal_lm(source.model, dtype,
-                                    None if shards is not None else sharded_loading(config),
+                "whole on every rank" if zero_stage(config) < 3 else "on rank 0 for all", weights)
+    return OpenModel(load_causal_lm(source.model, dtype, sharded_loading(config),
                                     **source.hub_kwargs), config, shards)
 
 

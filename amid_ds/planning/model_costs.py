@@ -151,8 +151,8 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     largest_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
     hidden_size, seq_length = head.shape[1], recipe.train.seq_length
     try:
-        body, layer_saved_bytes = _count_body(meta, recipe.train.micro_batch_size, seq_length,
-                                              len(layers))
+        body, layer_saved_bytes = count_body(meta, recipe.train.micro_batch_size, seq_length,
+                                             layers)
     # Whatever its own code raises where tensors have no numbers.
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -203,13 +203,32 @@ def _layers_of(model: nn.Module) -> nn.ModuleList:
     return next(stacks, nn.ModuleList())
 
 
-def _count_body(meta: Any, rows: int, length: int, layers: int) -> tuple[BodyCosts, int]:
-    """The body's costs, and one layer's kept bytes: the difference that one layer less makes."""
-    body = run_on_meta(meta, rows, length)
-    if layers < 2:
+def count_body(meta: Any, rows: int, length: int, layers: nn.ModuleList) -> tuple[BodyCosts, int]:
+    """The costs of a body for [rows, length] tokens, and one layer's kept bytes.
+
+    layers: its own. Of layers that are alike two are run, and the others cost what the second does.
+    """
+    count = len(layers)
+    if count < 2:
+        body = run_on_meta(meta, rows, length)
         return body, max(0, body.saved_bytes)
-    one_less = run_on_meta(meta, rows, length, layers=layers - 1)
-    return body, max(0, body.saved_bytes - one_less.saved_bytes)
+    if _are_alike(layers):
+        fewer, count = 1, count - 1
+        more = run_on_meta(meta, rows, length, layers=2)
+    else:
+        fewer, count = count - 1, 1
+        more = run_on_meta(meta, rows, length)
+    less = run_on_meta(meta, rows, length, layers=fewer)
+    saved, flops = more.saved_bytes - less.saved_bytes, more.flops - less.flops
+    return BodyCosts(less.saved_bytes + count * saved, less.flops + count * flops), max(0, saved)
+
+
+def _are_alike(layers: nn.ModuleList) -> bool:
+    """True where the layers differ in nothing that counts here: classes and shapes."""
+    kinds = {(tuple((name, type(module)) for name, module in layer.named_modules()),
+              tuple((name, parameter.shape) for name, parameter in layer.named_parameters()))
+             for layer in layers}
+    return len(kinds) == 1
 
 
 def run_on_meta(meta: Any, rows: int, length: int, layers: int | None = None) -> BodyCosts:

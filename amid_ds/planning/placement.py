@@ -23,7 +23,7 @@ from amid_ds.planning.setting import (
     ranks_of_shard,
     with_placement,
 )
-from amid_ds.planning.step_time import step_time
+from amid_ds.planning.step_time import PartSeconds, step_time
 
 # Steps that differ by less, as a share or in seconds, take the same time: a plan is not finer.
 SAME_SHARE = 0.02
@@ -44,7 +44,7 @@ class PlacementCosts:
     """What one placement of the teacher takes on each rank.
 
     Bytes: memory, and what the teacher's gathers receive in a step from neighbours and from other
-    nodes; seconds and `binds` as `StepTime` has them.
+    nodes; seconds, their parts and `binds` as `StepTime` has them.
     """
 
     placement: PlacementName
@@ -53,6 +53,7 @@ class PlacementCosts:
     from_neighbours: int
     from_other_nodes: int
     seconds: float
+    parts: PartSeconds
     binds: str
     read_at_start: ReadAtStart
     fits: bool
@@ -110,7 +111,7 @@ def placement_costs(setting: Setting,
     """The costs of each placement that the layout may have, each once; [] without a teacher."""
     if setting.teacher is None:
         return []
-    return [_costs_of(with_placement(setting, placement), storage_bandwidth)
+    return [costs_of(with_placement(setting, placement), storage_bandwidth)
             for placement in _placements(setting)]
 
 
@@ -125,14 +126,16 @@ def _placements(setting: Setting) -> Iterator[Placement]:
     yield Placement("replicated", 1)
 
 
-def _costs_of(setting: Setting, storage_bandwidth: float) -> PlacementCosts:
+def costs_of(setting: Setting, storage_bandwidth: float = STORAGE_BANDWIDTH) -> PlacementCosts:
+    """The costs of the setting's own placement; there is a teacher."""
     memory, time = memory_per_rank(setting), step_time(setting)
     gathers = step_traffic(setting)["teacher"]["teacher_gathers"]
     return PlacementCosts(
         placement=setting.placement.name, shard_over=setting.placement.shard_over,
         memory=memory["total"], from_neighbours=int(gathers.inside),
-        from_other_nodes=int(gathers.between), seconds=time.seconds, binds=time.binds,
-        read_at_start=read_at_start(setting, storage_bandwidth), fits=fits(setting, memory))
+        from_other_nodes=int(gathers.between), seconds=time.seconds, parts=time.parts,
+        binds=time.binds, read_at_start=read_at_start(setting, storage_bandwidth),
+        fits=fits(setting, memory))
 
 
 def _reason(best: PlacementCosts, costs: Sequence[PlacementCosts]) -> str:

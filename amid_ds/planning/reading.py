@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+from amid_ds.errors import InputError
 from amid_ds.planning.model_costs import ModelCosts
 from amid_ds.planning.setting import Setting
 
@@ -24,6 +26,16 @@ class ReadAtStart:
     storage_bandwidth: float
     seconds: float
     seconds_resumed: float
+
+
+def storage_bandwidth(given: float | None) -> float:
+    """The bytes/s of `--storage`; None: the assumed ones. Raises InputError unless above 0."""
+    if given is None:
+        return STORAGE_BANDWIDTH
+    if not 0 < given < math.inf:
+        raise InputError(f"--storage {given:g}", "bytes/s, finite and above 0",
+                         "give what a node reads of the file system, such as 5e9")
+    return given
 
 
 def read_at_start(setting: Setting, storage_bandwidth: float = STORAGE_BANDWIDTH) -> ReadAtStart:

@@ -21,8 +21,8 @@ TRAINING_PASSES = 3
 
 
 @dataclass(frozen=True)
-class ModelSeconds:
-    """Seconds in a step of one model's arithmetic, and of its links within and between nodes."""
+class PartSeconds:
+    """Seconds in a step of arithmetic, and of the links within and between nodes."""
 
     flops: float
     links_inside: float
@@ -37,12 +37,19 @@ class ModelSeconds:
 class StepTime:
     """The seconds of each model, by its name."""
 
-    by_model: Mapping[ModelName, ModelSeconds]
+    by_model: Mapping[ModelName, PartSeconds]
 
     @property
     def seconds(self) -> float:
         """Of the step."""
         return sum(each.longest for each in self.by_model.values())
+
+    @property
+    def parts(self) -> PartSeconds:
+        """Of both models, as if nothing overlapped."""
+        each = self.by_model.values()
+        return PartSeconds(sum(one.flops for one in each), sum(one.links_inside for one in each),
+                           sum(one.links_between for one in each))
 
     @property
     def binds(self) -> str:
@@ -73,9 +80,9 @@ def step_time(setting: Setting) -> StepTime:
                      for model, traffic in step_traffic(setting).items()})
 
 
-def _model_seconds(setting: Setting, flops: float, traffic: Traffic) -> ModelSeconds:
+def _model_seconds(setting: Setting, flops: float, traffic: Traffic) -> PartSeconds:
     device = setting.device
-    return ModelSeconds(
+    return PartSeconds(
         flops=flops / (device.flops * EFFICIENCY),
         links_inside=traffic.inside / device.neighbours + traffic.inside_waits,
         links_between=traffic.between / device.bandwidth + traffic.between_waits)

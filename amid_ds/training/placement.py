@@ -15,6 +15,7 @@ from amid_ds.engine.ds_config import data_parallel_size, zero_stage
 from amid_ds.errors import InputError
 from amid_ds.planning.devices import local_device
 from amid_ds.planning.placement import ChosenPlacement, choose_placement
+from amid_ds.planning.setting import PlacementName
 from amid_ds.training.job import Job
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def _placement(job: Job, nodes: Nodes) -> ChosenPlacement:
     """The recipe's own placement, or the one that `auto` stands for here."""
     recipe, teacher = job.recipe, _teacher(job.recipe)
     if zero_stage(job.deepspeed_config) < 3:
-        placement = "replicated" if teacher.placement == "replicated" else "zero3"
+        placement: PlacementName = "replicated" if teacher.placement == "replicated" else "zero3"
         return ChosenPlacement(placement, None, "ZeRO below stage 3 shards no weights")
     if teacher.placement == "auto":
         return _fastest(recipe, nodes)
