@@ -228,10 +228,10 @@ def test_the_table_that_ranks_exchange_is_small():
 
     tensors = [StoredTensor(f"model.layers.{layer}.mlp.some_projection.weight", "BF16",
                             (53248, 16384), layer << 30) for layer in range(1137)]
-    files = [WeightFile(f"model-{number:05d}-of-00191.safetensors", 4 << 30,
+    files = [WeightFile(f"model-{number:05d}-of-00191.safetensors", 4 << 30, number,
                         hashlib.sha256(bytes([number])).hexdigest(), tuple(tensors[number::191]))
              for number in range(191)]
-    assert len(compress(dumps(WeightTable("org/model", COMMIT, tuple(files))))) < 100_000
+    assert len(compress(dumps(WeightTable("org/model", COMMIT, "host", tuple(files))))) < 100_000
 
 
 def test_a_table_of_a_run_that_names_its_weight_file(shared_model, tmp_path):

@@ -152,7 +152,8 @@ def another_header(file: Path) -> None:
 @pytest.mark.parametrize("damage, words", [
     (cut_short, r"has \d+ bytes, not"), (another_header, "has another header"),
     (Path.unlink, "cannot be opened: No such file"),
-    (lambda file: file.write_bytes(b""), "has 0 bytes, not")])
+    (lambda file: file.write_bytes(b""), "has 0 bytes, not"),
+    (lambda file: os.utime(file, ns=(1, 1)), "was written to after")])
 def test_a_file_that_is_not_the_one_whose_header_was_read_is_named(damage, words, tmp_path):
     stored_model(tmp_path / "model", torch.float32)
     table, sources = opened(tmp_path / "model")
@@ -180,6 +181,15 @@ def test_a_file_that_is_cut_or_written_to_while_it_is_read_is_an_error_and_no_si
             with pytest.raises(InputError, match=words) as caught:
                 reader.fill([(large, 0, hollow(large.numel(), torch.float32))])
         assert str(file) in str(caught.value) and "start again" in caught.value.remedy
+
+
+def test_another_hosts_copy_may_have_another_time(tmp_path, monkeypatch):
+    stored_model(tmp_path / "model", torch.float32)
+    table, sources = opened(tmp_path / "model")
+    os.utime(tmp_path / "model" / "part-1.safetensors", ns=(1, 1))
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    with WeightReader(table, sources) as reader:
+        reader.fill([(sources["t1"], 0, hollow(1, torch.float32))])
 
 
 def test_the_first_error_ends_the_reading_of_all_threads(tmp_path):

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,21 +45,27 @@ class StoredTensor:
 class WeightFile:
     """A weight file as its header describes it.
 
-    name: within the model's folder. digest: of the header, in hexadecimal; empty if it is pickled.
+    name: within the model's folder. changed_ns: time of the last change. digest: of the header, in
+    hexadecimal; empty if it is pickled.
     """
 
     name: str
     size: int
+    changed_ns: int
     digest: str
     tensors: tuple[StoredTensor, ...]
 
 
 @dataclass(frozen=True)
 class WeightTable:
-    """The weight files of `model`, a folder or a repository on the hub at the commit `revision`."""
+    """The weight files of `model`, a folder or a repository on the hub at the commit `revision`.
+
+    host: on which they were looked at; another's copies may have other times.
+    """
 
     model: str
     revision: str | None
+    host: str
     files: tuple[WeightFile, ...]
 
     @property
@@ -87,13 +94,15 @@ def read_weight_table(model: str, revision: str | None = None, fetch: bool = Tru
     paths = weight_paths(model, revision, fetch, named)
     if paths is None:
         return None
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    root = (model if Path(model).is_dir()
+            else os.path.commonpath([os.path.dirname(path) for path in paths]))
     files = []
     for path in paths:
         found = os.stat(path)
         tensors, digest = _header(path, found.st_size, found.st_mtime_ns)
-        files.append(WeightFile(os.path.relpath(path, root), found.st_size, digest, tensors))
-    return WeightTable(model, revision, tuple(files))
+        files.append(WeightFile(os.path.relpath(path, root), found.st_size, found.st_mtime_ns,
+                                digest, tensors))
+    return WeightTable(model, revision, socket.gethostname(), tuple(files))
 
 
 def weight_paths(model: str, revision: str | None, fetch: bool, named: str | None
