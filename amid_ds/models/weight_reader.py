@@ -335,8 +335,6 @@ class WeightReader:
             descriptor = open_for_ranges(self._paths[file])
         except OSError as error:
             raise self._changed(file, f"cannot be opened: {error.strerror}") from None
-        # What the kernel reads ahead is of other ranks: by itself it fetches up to twice the bytes.
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         found = os.fstat(descriptor)
         try:
             if found.st_size != expected.size:
