@@ -1,11 +1,23 @@
 """amid_ds distils large language models with the AMiD objective, at pretraining scale.
 
-The paper is arXiv 2510.15982. Importing the package needs torch alone; deepspeed, transformers and
-datasets are imported where they are used.
+The paper is arXiv 2510.15982. Importing the package imports nothing else: what is used of it does,
+torch for the loss, and deepspeed, transformers and datasets where they are needed.
 """
 
-from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses import AlphaBeta, AMiD, LMHead, amid_loss, linear_amid_loss, preset
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from amid_ds.distributed.vocab_parallel import VocabShard
+    from amid_ds.losses import AlphaBeta, AMiD, LMHead, amid_loss, linear_amid_loss, preset
 
 __version__ = "0.1.0"
 __all__ = ["AMiD", "AlphaBeta", "LMHead", "VocabShard", "amid_loss", "linear_amid_loss", "preset"]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from its module, which is imported now: commands start without torch."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = "distributed.vocab_parallel" if name == "VocabShard" else "losses"
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import fp32_state
 from support.data import write_instructions
 from support.disks import SmallDisk
 from support.models import make_model
@@ -49,21 +50,6 @@ def uninterrupted(recipe_for, tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("whole") / "run"
     run_ranks(2, "train", recipe_for(run))
     return run
-
-
-def fp32_state(checkpoint: Path) -> list[torch.Tensor]:
-    """fp32 weights and moments of every rank, in file order."""
-    from amid_ds.engine.backend import import_deepspeed
-
-    import_deepspeed()
-    tensors = []
-    for path in sorted(checkpoint.glob("*optim_states.pt")):
-        state = torch.load(path, weights_only=False)["optimizer_state_dict"]
-        tensors += list(state["fp32_flat_groups"])
-        tensors += [value for group in state["optimizer_state_dict"]["state"].values()
-                    for value in group.values()
-                    if torch.is_tensor(value)]
-    return tensors
 
 
 def newest_name(run: Path) -> str:

@@ -204,7 +204,7 @@ def memory_measuring_rank(folder: str, argv: list[str], variables: dict[str, str
                     if line.startswith("RssAnon"))
         return int(line.split()[1]) << 10
 
-    def load(*arguments: object) -> None:
+    def load(*arguments: object, **options: object) -> None:
         gc.collect()
         before, highest, loaded = anonymous(), [0], threading.Event()
 
@@ -214,7 +214,7 @@ def memory_measuring_rank(folder: str, argv: list[str], variables: dict[str, str
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        real(*arguments)
+        real(*arguments, **options)
         loaded.set()
         watcher.join()
         Path(folder, f"rank{variables['RANK']}").write_text(str(highest[0] - before))

@@ -46,7 +46,7 @@ def process() -> Iterator[subprocess.Popen]:
 
 
 def holder_of(pid: int) -> Holder:
-    return replace(Holder.this_process(), pid=pid, started=leases._process_start(pid),
+    return replace(Holder.this_process(), pid=pid, started=leases.process_start_ticks(pid),
                    token="other")
 
 
@@ -84,7 +84,7 @@ def test_a_living_process_is_not_replaced_and_a_killed_one_at_once(path, process
     # A zombie first: nobody has waited for it yet.
     process.kill()
     deadline = time.monotonic() + 30
-    while leases._process_start(process.pid) is not None:
+    while leases.process_start_ticks(process.pid) is not None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     Lease.take(path, "it").release()

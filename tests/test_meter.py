@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import socket
 import statistics
 import time
@@ -13,13 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from support.patches import patch_train_step
+from support.rank_stats import WatchedRanks
 from support.ranks import Ranks, rank_main
 from support.runs import read_metrics, write_recipe
 
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
+from amid_ds.distributed.world import Peak
 from amid_ds.monitor import step_timer
-from amid_ds.monitor.anomalies import RECENT_STEPS, AnomalyMonitor
+from amid_ds.monitor.anomalies import AnomalyMonitor
+from amid_ds.monitor.rank_stats import RECENT_STEPS
 from amid_ds.monitor.step_timer import PHASES, StepTimer, phase
 from amid_ds.planning.devices import find_device
 from amid_ds.planning.plan import make_plan
@@ -109,12 +113,12 @@ def test_what_the_meter_costs_a_step_and_a_line(tmp_path, capfd):
         (tmp_path / way).mkdir()
         log = RunLog(RunFolder(tmp_path / way), 0, steps)
         with StepTimer(torch.device("cpu"), {"student": 60.0}, 2.0) as ours:
-            watch = AnomalyMonitor(["rank 0", "rank 1"])
+            watch = AnomalyMonitor(lambda rank: f"rank {rank}", 2)
             began = time.process_time()
             for step in range(1, steps + 1):
                 if way != "lines alone":
                     mark_a_step()
-                    watch.step(step, ours.peers, 1.0)
+                    watch.step(step, ours.peers)
                 more = ours.line(1, uses_teacher=True) if way == "metered lines" else {}
                 log.step(step, {**values, **more})
             costs[way] = (time.process_time() - began) / steps * 1e3
@@ -132,7 +136,9 @@ def mark_a_step() -> None:
     for name in ("data", "teacher", *["forward", "backward"] * 4, "optimizer"):
         with phase(name), phase("loss") if name == "forward" else contextlib.nullcontext():
             pass
-    step_timer.set_peer_stats([[1.0, *step_timer.local_stats()]] * 2)
+    summands, candidates = step_timer.local_stats()
+    step_timer.set_peer_stats(2.0, [2 * number for number in summands],
+                              [Peak(number, 0) for number in (1.0, *candidates)])
 
 
 def test_time_is_counted_in_the_phase_that_took_it(watched):
@@ -191,21 +197,21 @@ def test_a_slow_rank_and_a_spike_are_reported_once_with_step_and_rank(watched):
 
 
 def test_normal_noise_is_not_reported(caplog):
-    watch = AnomalyMonitor(["rank 0", "rank 1", "rank 2"])
+    watch = WatchedRanks(3)
     noise = torch.Generator().manual_seed(0)
     for step in range(300):
         loss = 3 / (1 + step / 30) + 0.1 * float(torch.randn((), generator=noise))
         own = 0.1 + 0.02 * torch.rand(3, generator=noise)
-        watch.step(step, [[loss / 3, float(seconds), 0.0] for seconds in own], 1.0)
+        watch.step(step, [(loss / 3, float(seconds)) for seconds in own])
     assert caplog.messages == []
 
 
 def test_a_spike_that_returns_is_reported_again(caplog):
-    watch = AnomalyMonitor(["rank 0", "rank 1"])
+    watch = WatchedRanks(2)
     for step in range(1, 6 * RECENT_STEPS + 1):
         # STEPS good steps, then STEPS bad ones, and so on.
         bad = (step - 1) // RECENT_STEPS % 2 == 1
-        watch.step(step, [[1.0, 0.1, 0.0], [8.0 if bad else 1.0, 0.5 if bad else 0.1, 0.0]], 1.0)
+        watch.step(step, [(1.0, 0.1), (8.0 if bad else 1.0, 0.5 if bad else 0.1)])
     assert ["spikes" in line for line in caplog.messages].count(True) == 3
     assert ["slow" in line for line in caplog.messages].count(True) == 3
     assert ("in step 21," in caplog.messages[0]
@@ -213,29 +219,56 @@ def test_a_spike_that_returns_is_reported_again(caplog):
 
 
 def test_a_loss_that_stays_up_hides_no_later_spike(caplog):
-    watch = AnomalyMonitor(["rank 0"])
+    watch = WatchedRanks(1)
     for step in range(1, 101):
-        watch.step(step, [[60.0 if step == 90 else 3.0 if step > 30 else 1.0, 0.1, 0.0]], 1.0)
+        watch.step(step, [(60.0 if step == 90 else 3.0 if step > 30 else 1.0, 0.1)])
     assert len(caplog.messages) == 2 and "in step 31," in caplog.messages[0], caplog.messages
     assert "60 in step 90, the median of the 20 steps before is 3;" in caplog.messages[1], (
         caplog.messages)
 
 
 def test_a_tensor_parallel_group_has_one_part_of_the_loss(caplog):
-    watch = AnomalyMonitor([f"rank {rank}" for rank in range(4)], tp_size=2)
+    watch = WatchedRanks(4, tp_size=2)
     for step in range(1, RECENT_STEPS + 2):
         bad = 9.0 if step > RECENT_STEPS else 1.0
-        watch.step(step, [[part, 0.1, 0.0] for part in (1.0, 1.0, bad, bad)], 1.0)
+        watch.step(step, [(part, 0.1) for part in (1.0, 1.0, bad, bad)])
     assert len(caplog.messages) == 1 and "spikes: 10 in step" in caplog.messages[0], caplog.messages
     assert "comes from rank 2, 90% of it" in caplog.messages[0], caplog.messages
 
 
 def test_a_rank_that_compiles_longer_in_an_attempts_first_step_is_not_slow(caplog):
-    watch = AnomalyMonitor(["rank 0", "rank 1"])
+    watch = WatchedRanks(2)
     for step in range(1, 3 * RECENT_STEPS):
-        watch.step(step, [[1.0, 0.1, 0.0], [1.0, 90.0 if step == 1 else 0.1, 0.0]],
+        watch.step(step, [(1.0, 0.1), (1.0, 90.0 if step == 1 else 0.1)],
                    91.0 if step == 1 else 1.0)
     assert caplog.messages == []
+
+
+def test_of_many_slow_ranks_each_is_reported_once_the_slowest_first(caplog):
+    watch = WatchedRanks(9)
+    for step in range(1, 3 * RECENT_STEPS):
+        watch.step(step, [(1.0, 0.1)] * 5 + [(1.0, 0.1 + 0.1 * rank) for rank in range(1, 5)])
+    assert [message.partition(" is slow")[0] for message in caplog.messages] == [
+        "rank 8", "rank 7", "rank 6", "rank 5"]
+    # One after another, from the first step with enough before it.
+    assert [re.search(r"up to (\d+) it took ([\d.]+) s", message).groups()
+            for message in caplog.messages] == [("21", "10"), ("22", "8"), ("23", "6"), ("24", "4")]
+    # Rank 8 catches up and falls behind once more.
+    for step in range(3 * RECENT_STEPS, 6 * RECENT_STEPS):
+        watch.step(step, [(1.0, 0.1)] * 8 + [(1.0, 0.1 if step < 4 * RECENT_STEPS else 0.5)])
+    assert [message.partition(" is slow")[0] for message in caplog.messages[4:]] == ["rank 8"]
+
+
+@pytest.mark.parametrize("tp_size", [1, 3])
+def test_the_median_of_the_ranks_work_is_known_to_within_5_percent(tp_size):
+    generator = torch.Generator().manual_seed(0)
+    for scale in (0.0, 1e-4, 1e-2, 1.0, 1e3):
+        watch = WatchedRanks(99, tp_size)
+        own = (scale * torch.rand(99 // tp_size, generator=generator)).repeat_interleave(tp_size)
+        seconds = watch.step(1, [(1.0, float(each)) for each in own])
+        assert seconds.median_s == pytest.approx(max(own.median().item(), 1e-4), rel=0.0501)
+        assert seconds.slowest.value == own.max().item()
+        assert seconds.slowest.rank == int(own.argmax())
 
 
 def test_a_profile_holds_our_phases_of_the_steps_asked_for_on_every_rank(watched):

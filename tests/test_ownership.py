@@ -20,7 +20,7 @@ from support.runs import write_recipe
 
 from amid_ds.cli import main
 from amid_ds.files import ownership
-from amid_ds.files.lease import Holder, Lease, _process_start
+from amid_ds.files.lease import Holder, Lease, process_start_ticks
 from amid_ds.files.ownership import new_folder
 
 OLD_RUNS = Path(__file__).parent / "fixtures" / "old_runs"
@@ -175,7 +175,7 @@ def test_data_that_are_being_prepared_or_read_are_not_replaced_by_others(refused
     process = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)"])
     try:
         facts = vars(Holder.this_process()) | {"pid": process.pid,
-                                               "started": _process_start(process.pid)}
+                                               "started": process_start_ticks(process.pid)}
         (here / "P" / "lease.json").write_text(json.dumps(facts))
         assert "is in use by process" in refused("prepare", "r.yaml", "train.seq_length=16")
         # The same plan is shared.

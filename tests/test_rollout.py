@@ -16,6 +16,7 @@ import pytest
 import torch
 from support.data import split_documents, write_instructions
 from support.models import WORDS, make_model
+from support.rank_stats import WatchedRanks
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import comparable_metrics, read_metrics, write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
@@ -24,7 +25,6 @@ from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.config.recipe import Replay
 from amid_ds.errors import InputError
 from amid_ds.models.sampler import NO_TOKEN, Sampler, SamplerPrompt
-from amid_ds.monitor.anomalies import AnomalyMonitor
 from amid_ds.training.job import check_recipe
 from amid_ds.training.rollout import choose_source, updated_threshold
 
@@ -341,12 +341,12 @@ def test_logits_that_are_no_distributions_choose_nothing(temperature, top_p):
 
 
 def test_a_step_on_the_data_among_many_on_the_students_samples_is_no_spike(caplog):
-    watch = AnomalyMonitor(["rank 0"])
+    watch = WatchedRanks(1)
     for step in range(1, 301):
         sampled = step % 5 != 0
         spike = step in (240, 241, 242, 243, 244, 245)
-        watch.step(step, [[(0.1 if sampled else 2.0) * (3 if spike else 1), 0.1, 0.0]], 1.0,
-                   sampled)
+        watch.step(step, [((0.1 if sampled else 2.0) * (3 if spike else 1), 0.1)],
+                   sampled=sampled)
     assert [message.partition(";")[0] for message in caplog.messages] == [
         "the loss spikes: 6 in step 240, the median of the 20 steps before is 2",
         "the loss spikes: 0.3 in step 241, the median of the 20 steps before is 0.1"]

@@ -119,7 +119,7 @@ def _save_seconds(saver: Saver, step: int, world: World) -> tuple[float, float]:
     began = time.perf_counter()
     start_s = slowest_rank_seconds(world, lambda: saver.start(TrainState(step)))
     saver.join()
-    write_s = max(world.gather(time.perf_counter() - began)) - start_s
+    write_s = world.most(time.perf_counter() - began) - start_s
     waited_s = start_s + slowest_rank_seconds(world, saver.finish)
     # Old checkpoints are removed beside the training, not beside the next measurement.
     saver.close()

@@ -18,7 +18,7 @@ def slowest_rank_seconds(world: World, work: Callable[[], object]) -> float:
     work()
     if world.device.type == "cuda":
         torch.cuda.synchronize()
-    return max(world.gather(time.perf_counter() - began))
+    return world.most(time.perf_counter() - began)
 
 
 def process_bytes(key: str) -> int:

@@ -12,8 +12,6 @@ CPU, one for each GPU of this machine.
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,6 +21,7 @@ from typing import Any
 
 import torch
 
+from amid_ds.bench.local_ranks import on_local_ranks
 from amid_ds.bench.measure import process_bytes, reset_peak_rss, slowest_rank_seconds
 from amid_ds.bench.optimizer import optimizer_seconds
 from amid_ds.bench.step_scale import (
@@ -35,16 +34,13 @@ from amid_ds.bench.step_scale import (
     save_models,
 )
 from amid_ds.checkpoint.state import TrainState
-from amid_ds.config.recipe import Train
 from amid_ds.data import Batch
-from amid_ds.distributed.launch import free_port
-from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.build import build_engine
 from amid_ds.engine.gather import full_numel
-from amid_ds.errors import TrainingError
+from amid_ds.engine.sharding import open_causal_lm
 from amid_ds.losses.reference import naive_loss
 from amid_ds.models import loading
 from amid_ds.models.heads import head_of
@@ -58,7 +54,6 @@ CPU_RANKS = 2
 WARM_UP_ROUNDS = 2
 # Hidden states that the head gets in one product in (b).
 HEAD_ROWS = 256
-RESULT_FILE = "measured.json"
 VARIANT_TITLES = {"student": "(a) the student by itself", "teacher": "(b) the teacher's forward",
                   "distillation": "(c) distillation", "usual": "(d) two engines, full logits"}
 
@@ -165,40 +160,11 @@ def _on_ranks(size: int, folder: Path, variants: Sequence[str], scale: StepScale
 
     No variant: the optimizer's step by itself.
     """
-    threads = str(max(1, (os.cpu_count() or 1) // size))
-    variables = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": threads}
-    spawn = multiprocessing.get_context("spawn")
-    before = dict(os.environ)
-    # Set here, because torch reads its number of threads when a rank imports it.
-    os.environ.update(variables)
-    try:
-        ranks = [spawn.Process(target=_run_rank, args=(rank, folder, variants, scale, rounds))
-                 for rank in range(size)]
-        for rank in ranks:
-            rank.start()
-    finally:
-        # This process is no rank.
-        os.environ.clear()
-        os.environ.update(before)
-    for rank in ranks:
-        rank.join()
-    if any(rank.exitcode for rank in ranks):
-        statuses, what = [rank.exitcode for rank in ranks], ", ".join(variants) or "optimizer"
-        raise TrainingError(f"bench step, {what}: ranks ended with {statuses}")
-    return Measured(**json.loads((folder / RESULT_FILE).read_text()))
+    title = f"bench step, {', '.join(variants) or 'optimizer'}"
+    return on_local_ranks(size, title, _measure, folder, variants, scale, rounds)[0]
 
 
-def _run_rank(rank: int, folder: Path, variants: Sequence[str], scale: StepScale,
-              rounds: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    with init_distributed(Train.model_fields["hang_timeout"].default) as world:
-        measured = _measure(folder, world, variants, scale, rounds)
-        if world.is_main:
-            (folder / RESULT_FILE).write_text(json.dumps(asdict(measured)))
-
-
-def _measure(folder: Path, world: World, variants: Sequence[str], scale: StepScale,
+def _measure(world: World, folder: Path, variants: Sequence[str], scale: StepScale,
              rounds: int) -> Measured:
     """Seconds of each variant in `rounds` rounds, in turn; the peak of one by itself. Collective.
     """
@@ -226,10 +192,10 @@ def _peak_bytes(world: World, step: Callable[[], None]) -> int:
     if world.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step()
-        return max(world.gather(torch.cuda.max_memory_allocated()))
+        return world.most(torch.cuda.max_memory_allocated())
     reset_peak_rss()
     step()
-    return max(world.gather(process_bytes("VmHWM")))
+    return world.most(process_bytes("VmHWM"))
 
 
 class _OurStep:
@@ -298,9 +264,10 @@ class _UsualStep:
         config = ds_config.read_deepspeed_config(recipe, world.dp_size)
         self.world = world
         self.objective = objective_at(recipe.loss, 0, recipe.train.total_steps).amid
-        sharded = ds_config.sharded_loading(config)
-        student, teacher = (loading.load_causal_lm(str(folder / name), scale.dtype, sharded)
-                            for name in ("student", "teacher"))
+        assert recipe.teacher is not None
+        student, teacher = (
+            open_causal_lm(model, scale.dtype, config, world).read(world)
+            for model in (recipe.student, recipe.teacher))
         teacher.requires_grad_(False).eval()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
         self.student, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config,

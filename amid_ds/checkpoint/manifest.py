@@ -175,8 +175,7 @@ def verify_together(checkpoint: Path, world: World) -> str | None:
 
     Collective; a file that one rank cannot read is an error on every rank.
     """
-    damage = world.run_checked(lambda: verify(checkpoint, world.rank, world.size))
-    return next(filter(None, world.gather(damage)), None)
+    return world.first(world.run_checked(lambda: verify(checkpoint, world.rank, world.size)))
 
 
 def _file_checksum(path: Path) -> str:

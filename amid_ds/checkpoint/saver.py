@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -141,17 +141,15 @@ class Saver:
         if save is None:
             return
         self.join()
-        outcomes = self.world.gather((save.written, save.error))
-        problems = [error for _, error in outcomes if error is not None]
-        if not problems:
-            files = {name: record for written, _ in outcomes for name, record in written.items()}
-            outcome = self.world.gather(
-                self._commit(save, files) if self.world.is_main else None)[0]
-            if isinstance(outcome, LeaseLostError):
-                raise outcome
-            problems = [outcome] if outcome is not None else []
+        problem: str | LeaseLostError | None = self.world.first(save.error)
+        if problem is None:
+            # Rank 0 alone writes the manifest.
+            written = self.world.collect(save.written)
+            problem = self.world.broadcast(self._commit(save, written or []))
+            if isinstance(problem, LeaseLostError):
+                raise problem
         self._save = None
-        if not problems:
+        if problem is None:
             self.failures = 0
             return
         self.failures += 1
@@ -160,7 +158,7 @@ class Saver:
         # No rank begins the next save while this one is removed.
         self.world.barrier()
         message = (f"SAVE FAILED after step {save.state.step} ({self.failures} in a row): "
-                   f"{'; '.join(problems)}")
+                   f"{problem}")
         logger.warning(message)
         if self.failures == FAILURES_IN_A_ROW:
             raise TrainingError(f"{message}\n  the last good checkpoint is untouched; make room or "
@@ -176,8 +174,14 @@ class Saver:
             self._removal.join()
 
     def _commit(self, save: _Save,
-                files: Mapping[str, FileRecord]) -> str | LeaseLostError | None:
-        """On rank 0, the one rename. Returns None, or the reason why it failed."""
+                written: Sequence[Mapping[str, FileRecord]]) -> str | LeaseLostError | None:
+        """On rank 0, the one rename. Returns None, or the reason why it failed.
+
+        written: by rank, on rank 0.
+        """
+        if not self.world.is_main:
+            return None
+        files = {name: record for of_rank in written for name, record in of_rank.items()}
         final = self.folder / checkpoint_name(save.state.step)
         try:
             self.fence.check()

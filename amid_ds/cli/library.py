@@ -53,7 +53,7 @@ def _study(args: argparse.Namespace) -> None:
 BENCH_OPTIONS: dict[str, set[str]] = {
     "loss": {"predict", "tokens", "vocabulary", "student_width", "teacher_width", "alpha"},
     "step": {"rows", "length", "vocabulary", "student", "teacher"},
-    "data": set(), "checkpoint": set()}
+    "load": {"ranks"}, "data": set(), "checkpoint": set()}
 
 
 def add_bench(commands: Commands) -> None:
@@ -68,6 +68,8 @@ def add_bench(commands: Commands) -> None:
     for side in ("student", "teacher"):
         loss.add_argument(f"--{side}-width", type=_positive, metavar="H", help="default 4096")
     loss.add_argument("--alpha", type=float, metavar="A", help="default -1")
+    load = parser.add_argument_group("load")
+    load.add_argument("--ranks", type=_positive, metavar="N", help="default 2 and then 4")
     step = parser.add_argument_group("step")
     step.add_argument("--rows", type=_positive, metavar="B", help="of a micro-batch")
     step.add_argument("--length", type=_positive, metavar="L", help="tokens of a row")
@@ -90,7 +92,7 @@ def _width_and_layers(text: str) -> tuple[int, int]:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    from amid_ds.bench import checkpoint, data, loss, predict, step
+    from amid_ds.bench import checkpoint, data, load, loss, predict, step
 
     known = BENCH_OPTIONS[args.what]
     given = {name: getattr(args, name) for name in set().union(*BENCH_OPTIONS.values())
@@ -103,6 +105,8 @@ def _bench(args: argparse.Namespace) -> None:
         predict.print_prediction(device, predict.PredictedShape(**given), args.json)
     elif args.what == "step":
         step.bench_step(args.json, **given)
+    elif args.what == "load":
+        load.bench_load(args.json, **given)
     elif given:
         raise InputError(f"bench loss with {_options(given)} and no --predict", "--predict DEVICE",
                          "add it, or leave them out: the shapes that are measured are fixed")

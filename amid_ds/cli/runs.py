@@ -14,22 +14,31 @@ def add_train(commands: Commands) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from amid_ds.distributed.streams import output_is_messages
-    from amid_ds.training.train import train
+    import time
 
+    from amid_ds.distributed.streams import output_is_messages
+    from amid_ds.run.start import imports_kept, process_age
+
+    began = time.monotonic() - process_age()
+    with imports_kept():
+        from amid_ds.training.train import train
     with output_is_messages():
-        train(args.recipe, args.overrides)
+        train(args.recipe, args.overrides, began)
 
 
 def add_plan(commands: Commands) -> None:
     parser = add_command(commands, _plan, "a run's memory, time and network traffic, in advance")
     add_recipe(parser, optional=True)
     parser.add_argument("--check", metavar="RUN", help="compare a past run's plan and measurements")
+    parser.add_argument("--paper-scale", action="store_true",
+                        help="8B to 405B on 64 to 1,024 devices, with each placement")
     parser.add_argument("--nodes", type=int, default=1, metavar="N")
     parser.add_argument("--ranks-per-node", type=int, default=1, metavar="R")
     parser.add_argument("--device", metavar="NAME", help="h100-80g (default), h200, b200, "
                         "a100-80g, mi300x or another of amid_ds/planning/README.md, cpu, "
                         "or {memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}")
+    parser.add_argument("--storage", type=float, metavar="BYTES/S",
+                        help="what a node reads of the file system; default 5e9")
     parser.add_argument("--json", action="store_true")
     add_trust(parser)
 
@@ -40,12 +49,18 @@ def _plan(args: argparse.Namespace) -> None:
     from amid_ds.config.parse import load_recipe
     from amid_ds.planning.check import check_plan
     from amid_ds.planning.devices import DEFAULT_DEVICE, find_device
+    from amid_ds.planning.paper_scale import print_paper_scale
     from amid_ds.planning.plan import make_plan
+    from amid_ds.planning.reading import storage_bandwidth
     from amid_ds.planning.report import print_check, print_plan
 
-    if (args.recipe is None) == (args.check is None):
+    if args.paper_scale and args.recipe is None and args.check is None:
+        print_paper_scale(find_device(args.device or DEFAULT_DEVICE, 1), args.json)
+        return
+    if (args.recipe is None) == (args.check is None) or args.paper_scale:
         raise InputError(f"the recipe {args.recipe} and the run {args.check}", "one of the two",
-                         "amid-ds plan RECIPE, or amid-ds plan --check RUN")
+                         "amid-ds plan RECIPE, amid-ds plan --check RUN, or amid-ds plan "
+                         "--paper-scale alone")
     if args.check is not None:
         check = check_plan(Path(args.check), args.device, args.trust_remote_code)
         print_check(check, args.json)
@@ -55,7 +70,8 @@ def _plan(args: argparse.Namespace) -> None:
                          "set trust_remote_code: true in it, beside the model")
     recipe = load_recipe(args.recipe, args.overrides)
     device = find_device(args.device or DEFAULT_DEVICE, args.ranks_per_node)
-    made = make_plan(recipe, args.nodes, args.ranks_per_node, device)
+    made = make_plan(recipe, args.nodes, args.ranks_per_node, device,
+                     storage_bandwidth(args.storage))
     print_plan(made, recipe, args.json)
     if not made.fits:
         raise TrainingError("the run does not fit")

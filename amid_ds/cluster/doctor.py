@@ -80,7 +80,7 @@ def doctor(recipe_path: str | None, overrides: Sequence[str]) -> None:
         if world.is_main:
             print("\n".join(map(str, verdicts)), flush=True)
         # Verdicts may differ between ranks; those of rank 0 have been printed.
-        failed = world.gather(sum(not verdict.passed for verdict in verdicts))[0]
+        failed = world.broadcast(sum(not verdict.passed for verdict in verdicts))
         if failed:
             raise TrainingError(f"{failed} of {len(verdicts)} checks failed")
 
@@ -167,7 +167,7 @@ def check_output_folder(recipe: Recipe | None, world: World) -> Iterator[Verdict
                   "make room, or set output_dir to another file system: a checkpoint takes about "
                   "16 bytes per parameter of the student")
     problem = None
-    name = world.gather(f".doctor-{os.getpid()}-{_hostname()}")[0]
+    name = world.broadcast(f".doctor-{os.getpid()}-{_hostname()}")
     own_file = existing / f"{name}-{world.rank}"
     try:
         replace_text(own_file, str(world.rank))
@@ -224,7 +224,7 @@ def check_all_reduce(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
     nodes = world.gather(_hostname())
     expected = world.size * (world.size + 1) / 2
     total, rate = world.measured_sum(range(world.size), ALL_REDUCE_BYTES)
-    right = all(world.gather(total == expected))
+    right = not world.any(total != expected)
     outcome = "right" if right else f"{total:g}, not {expected:g}"
     yield Verdict("all-reduce", right,
                   f"{world.size} ranks, {rate / 1e9:.2f} GB/s, the sum is {outcome}",
@@ -244,7 +244,7 @@ def _rates_between_neighbours(world: World, ranks: Sequence[int]) -> dict[int, f
     best = dict.fromkeys(ranks, 0.0)
     for one, other in zip(ranks, [*ranks[1:], ranks[0]], strict=True):
         _, own_rate = world.measured_sum((one, other), ALL_REDUCE_BYTES)
-        rate = max(world.gather(own_rate))
+        rate = world.most(own_rate)
         for rank in (one, other):
             best[rank] = max(best[rank], rate)
     return best

@@ -123,7 +123,9 @@ def _checked_recipe(recipe_path: str, overrides: Sequence[str], args: SubmitArgs
     """The recipe, checked as `train` does on that number of ranks, for each job of a sweep."""
     recipe = load_recipe(recipe_path, overrides)
     if args.template == "prepare":
-        check_recipe(recipe, recipe.tensor_parallel)
+        # The least number of ranks that the recipe can be trained on.
+        over = 1 if recipe.teacher is None else recipe.teacher.shard_over or 1
+        check_recipe(recipe, recipe.tensor_parallel * over)
     elif not args.sweep:
         check_recipe(recipe, args.ranks)
     for combination in args.sweep:

@@ -82,10 +82,20 @@ class Teacher(PretrainedModel):
 
     dtype: Dtype = "auto"
     """Of the weights; auto: the checkpoint's."""
-    placement: Literal["zero3", "replicated"] = "zero3"
-    """zero3: sharded over the ranks; replicated: whole on every rank, never gathered."""
+    placement: Literal["auto", "zero3", "node", "replicated"] = "auto"
+    """zero3: sharded over all ranks; node: over those of each node; replicated: whole on every
+    rank, never gathered; auto: by the plan the fastest of those that fit."""
+    shard_over: PositiveInt | None = None
+    """Neighbouring data-parallel ranks over which `node` shards it; None: those of a node."""
     max_tokens_per_pass: PositiveInt | None = None
     """The most tokens of an optimizer step in one forward pass; None: by free memory."""
+
+    @model_validator(mode="after")
+    def _shards_over_neighbours(self) -> Teacher:
+        if self.shard_over is not None and self.placement not in ("auto", "node"):
+            raise ValueError(f"`shard_over` {self.shard_over} with `placement: {self.placement}`, "
+                             "which has no ranks to choose; leave it out, or set `placement: node`")
+        return self
 
 
 class AlphaBetaSpec(Section):

@@ -114,7 +114,7 @@ class _MappedShard:
             batch.validate(full=True)
         self._ends = np.cumsum([batch.num_rows for batch in batches])
         self._batches = [([_list_views(batch[name]) for name in ("tokens", "learn", "begins")],
-                          [batch[name].to_numpy() for name in ("file", "line", "crc")])
+                          [_view(batch[name]) for name in ("file", "line", "crc")])
                          for batch in batches]
 
     def row(self, number: int) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32],
@@ -130,4 +130,9 @@ class _MappedShard:
 
 
 def _list_views(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    return column.values.to_numpy(), column.offsets.to_numpy()
+    return _view(column.values), _view(column.offsets)
+
+
+def _view(column: pa.Array) -> NDArray[Any]:
+    """The same memory as a numpy array. `to_numpy` would import pandas first."""
+    return np.from_dlpack(column)

@@ -171,9 +171,9 @@ def write_shard_rows(path: Path, rows: Iterable[PackedRow], dtype: np.dtype[Any]
             crcs = map(row_checksum, tokens, loss_spans, doc_starts)
             writer.write_batch(pa.record_batch([
                 _list_array(tokens), _list_array(loss_spans), _list_array(doc_starts),
-                pa.array([row.file for row in batch], pa.int32()),
-                pa.array([row.line for row in batch], pa.int64()),
-                pa.array(crcs, pa.uint32())], schema=schema))
+                _array(np.array([row.file for row in batch], np.int32)),
+                _array(np.array([row.line for row in batch], np.int64)),
+                _array(np.fromiter(crcs, np.uint32))], schema=schema))
 
 
 def require_shard_size(path: Path, size: int) -> None:
@@ -203,7 +203,13 @@ def row_checksum(*columns: NDArray[Any]) -> int:
 
 def _list_array(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows)))
+    return pa.ListArray.from_arrays(_array(offsets), _array(np.concatenate(rows)))
+
+
+def _array(values: NDArray[Any]) -> pa.Array:
+    """The same memory as an Arrow array. `pa.array` would import pandas first."""
+    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values),
+                                 [None, pa.py_buffer(values)])
 
 
 @contextlib.contextmanager

@@ -205,12 +205,14 @@ class StreamLoader(StepLoader):
     def state(self, step: int) -> StreamState:
         """The positions of this rank's shards after the first `step` steps.
 
-        To be merged with the other ranks' by merge_stream_states. Earlier steps are forgotten.
+        To be merged with the other ranks' by merge_stream_states; those that the run was resumed
+        at are in dp_rank 0's alone. Earlier steps are forgotten.
         """
         with self.lock:
             self.positions = {read: positions for read, positions in self.positions.items()
                               if read >= step - 1}
-            positions = {**self.start["places"], **self.positions.get(step - 1, {})}
+            resumed_at = self.start["places"] if self.dp_rank == 0 else {}
+            positions = {**resumed_at, **self.positions.get(step - 1, {})}
         return {"lanes": self.shard_counts, "places": positions}
 
     def _shard(self, source: int, number: int) -> StreamShard:

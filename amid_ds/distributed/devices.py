@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYT
 # A step's tensors differ in size with the tokens that count: segments of fixed sizes would leave
 # gaps that fit none of them.
 ALLOCATOR_SETTINGS = "expandable_segments:True"
+# Answers of the store at once, of some 70 bytes each.
+RANKS_PER_REQUEST = 1024
 
 
 def choose_device(local_rank: int) -> torch.device:
@@ -41,35 +44,68 @@ def allocator_settings() -> str | None:
     return next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), None)
 
 
-def device_error(store: dist.Store, rank: int, size: int, device: torch.device
-                 ) -> InputError | TrainingError | None:
-    """What is wrong with the ranks' devices together, the same on every rank; None: nothing.
+class Introduction(NamedTuple):
+    """What ranks know of each other once all have come.
+
+    hosts: by rank, on rank 0 all of them, elsewhere its own and rank 0's. on_host: the ranks of
+    this rank's host. is_first_on_host: True for one of these. wrong: what is wrong with the ranks'
+    devices together, the same on every rank; None: nothing.
+    """
+
+    hosts: Mapping[int, str]
+    on_host: int
+    is_first_on_host: bool
+    wrong: InputError | TrainingError | None
+
+
+def introduce(store: dist.Store, rank: int, size: int, device: torch.device) -> Introduction:
+    """Tell the others of this rank's host and GPU, before any group exists. Every rank calls this.
 
     Each rank must have a GPU of its own, or none of them a GPU. GPUs are compared by UUID: where
     each rank sees its own alone, all have the index 0. NCCL would refuse two ranks on one GPU too,
-    later and with less to say. Every rank calls this, through `store` before any group exists.
+    later and with less to say. Rank 0, which holds `store`, compares them: the others make four
+    requests, on any number of ranks.
     """
-    uuid = None
+    store = dist.PrefixStore("amid_ds", store)
+    host, uuid = socket.gethostname(), None
     if device.type == "cuda":
         uuid = str(torch.cuda.get_device_properties(device).uuid)
-    store.set(f"device/{rank}", json.dumps([socket.gethostname(), uuid]))
+    is_first = store.add(f"ranks on {host}", 1) == 1
+    hosts = {rank: host}
+    if rank:
+        store.set(f"rank/{rank}", json.dumps([host, uuid]))
+        hosts[0], wrong = json.loads(store.get("all have come"))
+    else:
+        places = [(host, uuid)]
+        for first in range(1, size, RANKS_PER_REQUEST):
+            places += map(json.loads, store.multi_get(
+                [f"rank/{other}" for other in range(first, min(first + RANKS_PER_REQUEST, size))]))
+        hosts = {other: place[0] for other, place in enumerate(places)}
+        wrong = _shared_or_missing(places)
+        store.set("all have come", json.dumps([host, wrong]))
+    # An InputError has three parts.
+    error = (None if wrong is None
+             else InputError(*wrong) if len(wrong) == 3 else TrainingError(*wrong))
+    return Introduction(hosts, store.add(f"ranks on {host}", 0), is_first, error)
+
+
+def _shared_or_missing(places: Sequence[tuple[str, str | None]]) -> list[str] | None:
+    """The arguments of the error in the ranks' (host, UUID of the GPU), None for no error."""
     ranks: dict[tuple[str, str | None], list[int]] = {}
-    for other, answer in enumerate(store.multi_get([f"device/{each}" for each in range(size)])):
-        host, uuid = json.loads(answer)
-        ranks.setdefault((host, uuid), []).append(other)
+    for rank, (host, uuid) in enumerate(places):
+        ranks.setdefault((host, uuid), []).append(rank)
     without = {host: group for (host, uuid), group in ranks.items() if uuid is None}
     if without and len(ranks) > len(without):
         where = "; ".join(f"{_name(group)} on {host}" for host, group in without.items())
-        return TrainingError(
-            f"no GPU is visible to {where}, but others have one\n  expected: a GPU for every rank, "
-            "or for none\n  remedy:   see `nvidia-smi` and CUDA_VISIBLE_DEVICES there; leave the "
-            "node out (sbatch --exclude)")
+        return [f"no GPU is visible to {where}, but others have one\n  expected: a GPU for every "
+                "rank, or for none\n  remedy:   see `nvidia-smi` and CUDA_VISIBLE_DEVICES there; "
+                "leave the node out (sbatch --exclude)"]
     shared = [f"{_name(group)} on {host} share the GPU {uuid}"
               for (host, uuid), group in ranks.items() if uuid is not None and len(group) > 1]
-    return InputError(
-        "; ".join(shared), "a GPU of its own for every rank",
-        "start as many ranks per node as it has GPUs (--ntasks-per-node = --gpus-per-node), and "
-        "let each see all of them, or its own alone (CUDA_VISIBLE_DEVICES)") if shared else None
+    return ["; ".join(shared), "a GPU of its own for every rank",
+            "start as many ranks per node as it has GPUs (--ntasks-per-node = --gpus-per-node), "
+            "and let each see all of them, or its own alone (CUDA_VISIBLE_DEVICES)"
+            ] if shared else None
 
 
 def _name(ranks: Sequence[int]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import threading
 
 import torch.distributed as dist
@@ -15,18 +16,21 @@ class FailureMonitor:
     """Ends a rank that waits, in a collective that cannot complete, for a rank that has failed.
 
     A failed rank reports to the rendezvous store, which works while collectives do not. A thread of
-    every rank checks the store every CHECK_EVERY_S seconds; a rank that has not ended by itself
-    GRACE_S after it saw a failure is ended, with exit status 1.
+    every rank checks the store every CHECK_EVERY_S seconds, or less often: all ranks together make
+    no more than CHECKS_PER_S checks a second. A rank that has not ended by itself GRACE_S after it
+    saw a failure is ended, with exit status 1.
 
     store: a connection to the rendezvous store in which nobody waits for a key: whoever does keeps
     every other thread from it.
     """
 
     CHECK_EVERY_S = 2.0
+    CHECKS_PER_S = 500.0
     GRACE_S = 15.0
 
-    def __init__(self, store: dist.Store, rank: int) -> None:
+    def __init__(self, store: dist.Store, rank: int, size: int) -> None:
         self.store, self.rank = dist.PrefixStore("amid_ds", store), rank
+        self.interval = max(self.CHECK_EVERY_S, size / self.CHECKS_PER_S)
         # This rank's own failure, while its peers have not received it.
         self._own: str | None = None
         self._stopped = threading.Event()
@@ -52,7 +56,9 @@ class FailureMonitor:
         self._thread.join(self.CHECK_EVERY_S)
 
     def _watch(self) -> None:
-        while not self._stopped.wait(self.CHECK_EVERY_S):
+        # Ranks that began together do not ask together. No numbers of the program's own generator.
+        generator = random.Random()
+        while not self._stopped.wait(self.interval * generator.uniform(0.5, 1.5)):
             if self._reported() is None or self._stopped.wait(self.GRACE_S):
                 continue
             # Read again: it may have been withdrawn meanwhile.

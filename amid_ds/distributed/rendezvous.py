@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
+import resource
 import socket
 import subprocess
 import threading
@@ -15,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from amid_ds.distributed.devices import choose_device, device_error
+from amid_ds.distributed.devices import choose_device, introduce
 from amid_ds.distributed.failures import FailureMonitor
 from amid_ds.distributed.launch import free_port, slurm_port
 from amid_ds.distributed.rank_logging import set_up_logging
@@ -26,6 +28,11 @@ from amid_ds.errors import InputError, RankError, Stopped, TrainingError
 MPI_SIZE_VARIABLES = ("AMID_DS_MPI_RANKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 # Seconds in which all ranks must have come: a job with a rank missing holds its nodes no longer.
 MEET_S = 600.0
+# Of the store in rank 0: one for torch's groups, one for FailureMonitor. And the files of its own.
+CONNECTIONS_PER_RANK = 2
+OWN_FILES = 1024
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -48,16 +55,17 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
     timeout, patience = timedelta(seconds=timeout_s), timedelta(seconds=min(timeout_s, MEET_S))
     with (_rank_variables(rank, size, local_rank if device.index is None else device.index),
           _timeout_of_groups(timeout)):
+        if rank == 0:
+            _allow_connections(size)
         store = _meet(rank, size, patience)
         store.set_timeout(timeout)
         # On a connection of its own: NCCL and gloo wait for keys in theirs.
-        failures = (FailureMonitor(store.clone(), rank)   # type: ignore[attr-defined]
+        failures = (FailureMonitor(store.clone(), rank, size)   # type: ignore[attr-defined]
                     if size > 1 else None)
         world = World(rank, size, device, failures=failures)
         try:
             with _time_limit(world, patience):
-                agreement, wrong = _join(world, store)
-            world = replace(world, agreement=agreement)
+                world, wrong = _join(world, store)
             with _leaving_together(world):
                 if wrong is not None:
                     raise wrong
@@ -93,6 +101,18 @@ def _meet(rank: int, size: int, patience: timedelta) -> dist.Store:
         raise _did_not_meet(rank, error) from None
 
 
+def _allow_connections(size: int) -> None:
+    """Let this process, which holds the store, have two connections of each rank, if it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = CONNECTIONS_PER_RANK * size + OWN_FILES
+    if hard != resource.RLIM_INFINITY and needed > hard:
+        logger.warning("this process may open %d files, and the store for %d ranks needs %d: raise "
+                       "the limit (ulimit -Hn) on rank 0's node", hard, size, needed)
+        needed = hard
+    if soft != resource.RLIM_INFINITY and needed > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 @contextlib.contextmanager
 def _time_limit(world: World, limit: timedelta) -> Iterator[None]:
     """A context that ends all ranks if it takes longer: NCCL's connecting has no limit itself."""
@@ -110,9 +130,8 @@ def _time_limit(world: World, limit: timedelta) -> Iterator[None]:
         timer.cancel()
 
 
-def _join(world: World, store: dist.Store
-          ) -> tuple[dist.ProcessGroup | None, InputError | TrainingError | None]:
-    """Join the default group; returns (the agreement group, what is wrong with the devices).
+def _join(world: World, store: dist.Store) -> tuple[World, InputError | TrainingError | None]:
+    """Join the default group; returns (the world with its groups, what is wrong with the devices).
 
     The default group has gloo for tensors on the CPU and NCCL for those on a GPU; where something
     is wrong, gloo alone, for the ranks to leave by. It is bound to the GPU: NCCL connects now,
@@ -122,12 +141,17 @@ def _join(world: World, store: dist.Store
     """
     rank, size = world.rank, world.size
     try:
-        wrong = device_error(store, rank, size, world.device)
-        on_gpu = world.device.type == "cuda" and wrong is None
+        known = introduce(store, rank, size, world.device)
+        on_gpu = world.device.type == "cuda" and known.wrong is None
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=rank,
                                 world_size=size, store=store,
                                 device_id=world.device if on_gpu and size > 1 else None)
-        return (dist.new_group(backend="gloo") if size > 1 else None), wrong
+        agreement = dist.new_group(backend="gloo") if size > 1 else None
+        world = replace(world, agreement=agreement, hosts=known.hosts, on_host=known.on_host,
+                        is_first_on_host=known.is_first_on_host)
+        # gloo connects with the first message: now, where a failure is one of meeting.
+        world.barrier()
+        return world, known.wrong
     except (RuntimeError, OSError) as error:
         reported = _did_not_meet(rank, error)
         if world.failures is not None:
@@ -172,10 +196,13 @@ def _rank_variables(rank: int, size: int, device_index: int) -> Iterator[None]:
     """RANK, WORLD_SIZE and LOCAL_RANK in the environment, where DeepSpeed looks for them.
 
     It takes LOCAL_RANK for the index of this rank's GPU, and insists that Open MPI's variable,
-    where there is one, says the same. Restored at the end: a process started later is no rank of a
-    group that is gone.
+    where there is one, says the same. gloo connects a rank to each other one that it exchanges
+    something with, and not to all: the addresses alone would be 8 MB a group and rank on 1,024
+    ranks, 2 GB on 16,384. Restored at the end: a process started later is no rank of a group that
+    is gone.
     """
-    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(device_index)}
+    variables = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(device_index),
+                 "TORCH_GLOO_LAZY_INIT": os.environ.get("TORCH_GLOO_LAZY_INIT", "1")}
     if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:
         variables["OMPI_COMM_WORLD_LOCAL_RANK"] = str(device_index)
     before = {name: os.environ.get(name) for name in variables}

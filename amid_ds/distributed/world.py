@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import struct
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from amid_ds.distributed.failures import FailureMonitor
+from amid_ds.distributed.nodes import ShardGroups, neighbour_group, shard_groups
 from amid_ds.distributed.transfer import to_device
 from amid_ds.errors import (
     InputError,
@@ -29,10 +31,21 @@ from amid_ds.errors import (
 )
 
 _T = TypeVar("_T")
+_Number = TypeVar("_Number", int, float)
 # Seconds between the signs of life of rank 0 while the others wait for it.
 HEARTBEAT_S = 20.0
 # The first all-reduce of a measurement pays for the connections.
 MEASURED_ROUNDS = 4
+# A packed number has as many bits for its rank.
+MAX_RANKS = 1 << 20
+MAX_INT32 = (1 << 31) - 1
+
+
+class Peak(NamedTuple):
+    """The largest of the ranks' values, and the rank that has it."""
+
+    value: float
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -42,8 +55,11 @@ class World:
     Neighbouring ranks form a tensor-parallel group: `tp_size` of them share one copy of the models
     and see the same tokens. Data follow `dp_rank`.
 
-    tp_group: None with tp_size 1. agreement: all ranks, in a group that training's collectives do
-    not use; None: the default group. failures: None in a world of one.
+    tp_group: None with tp_size 1. shards: the groups over which the teacher lies; None: over all
+    ranks, or over none. agreement: all ranks, in a group that training's collectives do not use;
+    None: the default group. failures: None in a world of one. hosts: by rank, on rank 0 all of
+    them, elsewhere its own and rank 0's. on_host: the ranks of this rank's host, of which one
+    `is_first_on_host`.
     """
 
     rank: int
@@ -51,8 +67,12 @@ class World:
     device: torch.device
     tp_size: int = 1
     tp_group: dist.ProcessGroup | None = None
+    shards: ShardGroups | None = None
     agreement: dist.ProcessGroup | None = None
     failures: FailureMonitor | None = None
+    hosts: Mapping[int, str] = field(default_factory=dict)
+    on_host: int = 1
+    is_first_on_host: bool = True
 
     @property
     def is_main(self) -> bool:
@@ -74,10 +94,20 @@ class World:
         """The number of copies of the models."""
         return self.size // self.tp_size
 
-    def split(self, tp_size: int) -> World:
-        """This world in tensor-parallel groups of `tp_size`, which divides `size`. Collective."""
-        group = dist.new_subgroups(group_size=tp_size)[0] if tp_size > 1 else None
-        return replace(self, tp_size=tp_size, tp_group=group)
+    def split(self, tp_size: int, shard_over: int | None = None) -> World:
+        """This world in tensor-parallel groups of `tp_size`, which divides `size`. Collective.
+
+        shard_over: the neighbouring data-parallel ranks over which a teacher lies, a divisor of
+        their number; None: it has no groups of its own.
+        """
+        first = self.rank // tp_size * tp_size
+        group = neighbour_group(range(first, first + tp_size)) if tp_size > 1 else None
+        shards = None if shard_over is None else shard_groups(self.rank, tp_size, shard_over)
+        return replace(self, tp_size=tp_size, tp_group=group, shards=shards)
+
+    def name_of(self, rank: int) -> str:
+        """The rank and, where this rank knows it, its host: `rank 3 on n1`."""
+        return f"rank {rank}" + (f" on {self.hosts[rank]}" if rank in self.hosts else "")
 
     def numbers(self, values: Sequence[float]) -> torch.Tensor:
         """`values` on this rank's device, in float64; the host waits for nothing."""
@@ -96,30 +126,114 @@ class World:
         dist.all_reduce(total)
         return (total / self.tp_size).tolist()
 
-    def sum_beside(self, values: torch.Tensor, own: torch.Tensor
-                   ) -> tuple[list[float], list[list[float]]]:
-        """(`sum` of `values` [n], every rank's `own` [m] by rank), in one collective."""
-        width = len(own)
-        # One row per rank, zeros but in this rank's: their sum is all rows.
-        by_rank = own.new_zeros(self.size, width, dtype=torch.float64)
-        by_rank[self.rank] = own * self.tp_size
-        total = self.sum(torch.cat([values.double(), by_rank.flatten()]))
-        rows = total[len(values):]
-        return total[:len(values)], [rows[start:start + width]
-                                     for start in range(0, len(rows), width)]
+    def sum_with_peaks(self, values: torch.Tensor, candidates: torch.Tensor
+                       ) -> tuple[list[float], list[Peak]]:
+        """(`sum` of `values` [n], the largest of all ranks' `candidates` [m], each with its rank).
 
-    def gather(self, value: _T) -> list[_T]:
-        """Every rank's `value` (anything that pickles), by rank. One collective of objects.
-
-        Made for set-up: too slow for every step.
+        Two collectives, of as many bytes on any number of ranks; the host waits for the device
+        once. A peak is in fp32; of ranks that have the same one it is the lowest's, NaN is the
+        largest.
         """
-        everyone: list[Any] = [None] * self.size
-        dist.all_gather_object(everyone, value, group=self.agreement)
-        return everyone
+        total = values.to(torch.float64, copy=True)
+        peaks = _packed(candidates, self.rank)
+        dist.all_reduce(total)
+        dist.all_reduce(peaks, op=dist.ReduceOp.MAX)
+        numbers = torch.cat([total / self.tp_size, peaks]).tolist()
+        return numbers[:len(values)], [_unpacked(number) for number in numbers[len(values):]]
+
+    def least(self, number: _Number) -> _Number:
+        """The least of the ranks' numbers. 8 bytes up the `tree`, 8 bytes down."""
+        return self._extreme(number, torch.minimum)
+
+    def most(self, number: _Number) -> _Number:
+        """The greatest of the ranks' numbers. 8 bytes up the `tree`, 8 bytes down."""
+        return self._extreme(number, torch.maximum)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank where `flag` is on one. 8 bytes up the `tree`, 8 bytes down."""
+        return self.most(int(flag)) > 0
 
     def barrier(self) -> None:
-        """Wait until every rank has come here. One collective of objects."""
-        self.gather(None)
+        """Wait until every rank has come here. 8 bytes up the `tree`, 8 bytes down."""
+        self.least(0)
+
+    @property
+    def tree(self) -> tuple[int | None, list[int]]:
+        """(the rank above this one, None above rank 0; the ranks below it) for what goes to rank 0.
+
+        A rank's parent is its number without the highest bit, so there are ⌈log2 ranks⌉ levels.
+        gloo's broadcast from rank 0 goes down by the same connections; its reductions would pass
+        through all ranks, one after another.
+        """
+        bits = self.rank.bit_length()
+        parent = self.rank - (1 << (bits - 1)) if self.rank else None
+        below = [self.rank + (1 << bit) for bit in range(bits, self.size.bit_length())]
+        return parent, [rank for rank in below if rank < self.size]
+
+    def _extreme(self, number: _Number,
+                 choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> _Number:
+        own = torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
+        parent, children = self.tree
+        for child in children:
+            other = torch.empty_like(own)
+            dist.recv(other, child, self.agreement)
+            own = choose(own, other)
+        if parent is not None:
+            dist.send(own, parent, self.agreement)
+        if self.size > 1:
+            dist.broadcast(own, 0, self.agreement)
+        return type(number)(own.item())
+
+    def broadcast(self, value: _T, source: int = 0) -> _T:
+        """Rank `source`'s `value` (anything that pickles) on every rank. Two collectives."""
+        if self.size == 1:
+            return value
+        values: list[Any] = [value if self.rank == source else None]
+        dist.broadcast_object_list(values, source, self.agreement)
+        return values[0]
+
+    def first(self, value: _T | None) -> _T | None:
+        """The value of the lowest rank that has one, on every rank; None where none has.
+
+        `least`, and where there is one `broadcast`.
+        """
+        source = self.least(self.size if value is None else self.rank)
+        return None if source == self.size else self.broadcast(value, source)
+
+    def collect(self, value: _T) -> list[_T] | None:
+        """Every rank's `value` (anything that pickles), by rank, on rank 0; None on the others.
+
+        Up the `tree`: half of all ranks send their own alone, and rank 0 receives all values in
+        ⌈log2 ranks⌉ messages.
+        """
+        values = {self.rank: value}
+        parent, children = self.tree
+        for child in children:
+            received: list[Any] = [None]
+            dist.recv_object_list(received, child, self.agreement)
+            values |= received[0]
+        if parent is None:
+            return [values[rank] for rank in range(self.size)]
+        dist.send_object_list([values], parent, self.agreement)
+        return None
+
+    def gather(self, value: _T) -> list[_T]:
+        """Every rank's `value` (anything that pickles), by rank, on every rank.
+
+        Its bytes grow with the ranks: not for a step, nor for every start. `collect`, `broadcast`.
+        """
+        return self.broadcast(self.collect(value) or [])
+
+    def gather_in_group(self, value: _T) -> list[_T]:
+        """`value` (anything that pickles) of every rank of the tensor-parallel group, by tp_rank.
+
+        One collective of objects.
+        """
+        if self.tp_group is None:
+            return [value]
+        values: list[Any] = [None] * self.tp_size
+        dist.all_gather_object(values, value, self.tp_group)
+        return values
 
     def measured_sum(self, ranks: Sequence[int], size_bytes: int) -> tuple[float, float]:
         """(Σ (rank + 1) over `ranks`, bytes per second) of all-reducing a tensor of `size_bytes`.
@@ -145,7 +259,7 @@ class World:
     def run_checked(self, work: Callable[[], _T]) -> _T:
         """Run `work` on every rank; if it raises on any, raise the lowest rank's error on all.
 
-        One collective of objects, after `work`. A rank that fails between two collectives of `work`
+        `first` of the error, after `work`. A rank that fails between two collectives of `work`
         leaves the others in the second: `failures` ends those.
         """
         result, error = None, None
@@ -156,12 +270,11 @@ class World:
         own = None if error is None else self._shareable(error)
         if own is not None and self.failures is not None:
             self.failures.report(str(own))
-        errors = self.gather(own)
+        first = self.first(own)
         if own is not None and self.failures is not None:
             self.failures.withdraw()
-        for first in errors:
-            if first is not None:
-                raise first from error
+        if first is not None:
+            raise first from error
         return result   # type: ignore[return-value]
 
     def _shareable(self, error: Exception) -> InputError | TrainingError:
@@ -183,7 +296,7 @@ class World:
 
         A launcher that sees one rank end with a status other than 0 kills the rest: rank 0 must
         have reported by then, and a rank on its way out must not die of SIGTERM, which would hide
-        its status. One collective of objects.
+        its status. One `barrier`.
         """
         if self.is_main:
             report_error(error)
@@ -204,21 +317,22 @@ class World:
         """Run `work` on rank 0 alone, for as long as it takes, and return its result on every rank.
 
         An error is raised on every rank. `work` makes no collective. A collective waits no longer
-        than its timeout, so rank 0 works in a thread and all ranks exchange a heartbeat meanwhile:
-        one collective of objects per HEARTBEAT_S, and two at the end.
+        than its timeout, so rank 0 works in a thread and says each HEARTBEAT_S whether it still
+        does: a `broadcast` each time, and one of the outcome.
         """
         if self.size == 1:
             return self.run_checked(work)
-        outcome: list[tuple[_T | None, Exception | None]] = []
+        outcome: list[tuple[_T | None, InputError | TrainingError | None]] = []
 
         def run() -> None:
             try:
                 outcome.append((work(), None))
             except Exception as error:
-                outcome.append((None, error))
+                outcome.append((None, self._shareable(error)))
             except BaseException as error:
                 # A SystemExit would end this thread in silence.
-                outcome.append((None, RuntimeError(f"{type(error).__name__}: {error}")))
+                outcome.append((None, TrainingError(
+                    f"rank 0 failed: {type(error).__name__}: {error}")))
 
         thread = threading.Thread(target=run, name="main rank", daemon=True)
         if self.is_main:
@@ -227,15 +341,30 @@ class World:
         while running:
             if self.is_main:
                 thread.join(HEARTBEAT_S)
-            running = self.gather(thread.is_alive())[0]
+            running = self.broadcast(thread.is_alive())
+        result, error = self.broadcast(outcome[0] if self.is_main else (None, None))
+        if error is not None:
+            raise error
+        return result   # type: ignore[return-value]
 
-        def finish() -> _T | None:
-            result, error = outcome[0] if self.is_main else (None, None)
-            if error is not None:
-                raise error
-            return result
 
-        return self.gather(self.run_checked(finish))[0]   # type: ignore[return-value]
+def _packed(values: torch.Tensor, rank: int) -> torch.Tensor:
+    """[n] -> [n] float64 whose order is that of `values` in fp32, then of falling ranks.
+
+    The bits of an fp32 number, which are in its order as an integer, and the rank together fill 52
+    of the 53 that float64 has. Nothing waits for the device.
+    """
+    bits = values.float().view(torch.int32).long()
+    size = bits & MAX_INT32
+    # The sign of NaN says nothing.
+    ordered = torch.where((bits >= 0) | values.isnan(), size, -size)
+    return (ordered * MAX_RANKS + (MAX_RANKS - 1 - rank)).double()
+
+
+def _unpacked(number: float) -> Peak:
+    ordered, place = divmod(int(number), MAX_RANKS)
+    size, = struct.unpack("f", struct.pack("i", abs(ordered)))
+    return Peak(size if ordered >= 0 else -size, MAX_RANKS - 1 - place)
 
 
 class _SliceReplicated(torch.autograd.Function):

@@ -1,11 +1,13 @@
-"""DeepSpeed, imported once and quietly."""
+"""DeepSpeed, imported once and quietly; and what any run imports, at its beginning."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,34 @@ def import_deepspeed() -> Any:
     warnings.filterwarnings("ignore", category=FutureWarning, message=r"`torch\.distributed\.")
     # Made by the probe where it is not there; an op that it lacks is not built.
     deepspeed.ops.__compatible_ops__ = {}
+    # Used by its Muon alone, which it imports with any optimizer.
+    deepspeed.runtime.compiler.compile = lambda: _compiled_when_called
     return deepspeed
+
+
+def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile(function)`, which imports torch's compiler when it is called and not here."""
+    @functools.cache
+    def compiled() -> Callable[..., Any]:
+        return torch.compile(function)
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # A caller that is itself compiled takes the function in.
+        run = function if torch.compiler.is_compiling() else compiled()
+        return run(*args, **kwargs)
+
+    return call
+
+
+def import_libraries() -> None:
+    """Import deepspeed and what every model takes of transformers, on all ranks at the same time.
+
+    Where they are used, rank 0 would import for work that it does alone, and the others after it.
+    """
+    import_deepspeed()
+    import transformers.generation.utils
+    import transformers.integrations.deepspeed  # noqa: F401
 
 
 def recovery_script() -> Path:

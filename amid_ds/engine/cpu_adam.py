@@ -51,22 +51,23 @@ def new_cpu_adam(parameters: Any, **options: Any) -> torch.optim.Optimizer:
 def cpu_adam_problems(world: World) -> list[tuple[str, str]]:
     """(node, reason) of each node that cannot have it; [] where all have it loaded. Collective."""
     import_deepspeed()
-    nodes = world.gather(socket.gethostname())
     own: list[str | None] = []
     compiler = threading.Thread(target=lambda: own.append(_load()), name="compiler", daemon=True)
-    if nodes.index(nodes[world.rank]) == world.rank:
+    if world.is_first_on_host:
         compiler.start()
     running = True
     while running:
         if compiler.is_alive():
             compiler.join(HEARTBEAT_S)
-        running = any(world.gather(compiler.is_alive()))
-    problems = world.gather(own[0] if own else None)
-    if not any(problems):
+        running = world.any(compiler.is_alive())
+    problem = own[0] if own else None
+    if not world.any(problem is not None):
         # The other ranks load what has been compiled.
-        problems = world.gather(_load())
-    return sorted({(node, problem) for node, problem in zip(nodes, problems, strict=True)
-                   if problem is not None})
+        problem = _load()
+    if not world.any(problem is not None):
+        return []
+    everyone = world.gather((socket.gethostname(), problem))
+    return sorted({(node, text) for node, text in everyone if text is not None})
 
 
 def _load() -> str | None:

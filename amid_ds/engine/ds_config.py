@@ -55,6 +55,7 @@ def read_deepspeed_config(recipe: Recipe, data_parallel: int) -> DeepSpeedConfig
     lines += _conflicts(recipe, config, ours, path.name)
     if not problems:
         lines += _section_conflicts(recipe, config, path.name)
+        lines += _zero_plus_plus_conflicts(recipe, config, data_parallel, path.name)
     if lines:
         shown = "\n".join(f"    - {line}" for line in lines)
         raise InputError(f"the DeepSpeed config {path} is not one for this recipe:\n{shown}",
@@ -211,6 +212,25 @@ def _muon_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Itera
         yield f"zero_optimization.reduce_scatter: true in {name}, {muon} needs false"
 
 
+def _zero_plus_plus_conflicts(recipe: Recipe, config: DeepSpeedConfig, data_parallel: int,
+                              name: str) -> Iterator[str]:
+    """A line for each thing with which ZeRO++ cannot be, or would be wrong."""
+    ranks = secondary_ranks(config)
+    key = f"zero_optimization.zero_hpz_partition_size: {ranks}"
+    if ranks > 1 and data_parallel % ranks:
+        yield f"{key} in {name}, it must divide the number of data-parallel ranks, {data_parallel}"
+    keys = [key] if ranks > 1 else []
+    if quantizes_weights(config):
+        keys.append("zero_optimization.zero_quantized_weights: true")
+    for key in keys:
+        if zero_stage(config) != 3:
+            yield f"{key} at stage {zero_stage(config)} in {name}, it needs stage 3"
+        if recipe.tensor_parallel > 1:
+            # DeepSpeed makes secondary groups of neighbouring ranks, which hold different parts.
+            yield (f"{key} in {name}, tensor_parallel: {recipe.tensor_parallel} in the recipe: "
+                   "an engine here does not do both")
+
+
 def _engine_has_fp32_teacher(recipe: Recipe, config: DeepSpeedConfig) -> bool:
     teacher = recipe.teacher
     if teacher is None or teacher_is_replicated(recipe, config):
@@ -250,6 +270,24 @@ def gradients_in_fp32(config: DeepSpeedConfig) -> bool:
             or config.get("data_types", {}).get("grad_accum_dtype") == "fp32")
 
 
+def secondary_ranks(config: DeepSpeedConfig) -> int:
+    """The neighbouring ranks that together hold the student once more (ZeRO++'s hpZ); 1: none."""
+    return max(1, int(config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)))
+
+
+def quantizes_weights(config: DeepSpeedConfig) -> bool:
+    """True where the student's weights travel in 8 bits (ZeRO++'s qwZ)."""
+    return bool(config.get("zero_optimization", {}).get("zero_quantized_weights"))
+
+
+def for_teacher(config: DeepSpeedConfig) -> DeepSpeedConfig:
+    """The config by which a teacher is sharded: without what ZeRO++ does to the student's weights.
+    """
+    zero = config.get("zero_optimization", {})
+    return {**config, "zero_optimization": {**zero, "zero_hpz_partition_size": 1,
+                                            "zero_quantized_weights": False}}
+
+
 def sharded_loading(config: DeepSpeedConfig) -> DeepSpeedConfig | None:
     """The config by which transformers loads a model into ZeRO-3's shards; None below stage 3."""
     return config if zero_stage(config) == 3 else None
@@ -260,10 +298,24 @@ def teacher_is_replicated(recipe: Recipe, config: DeepSpeedConfig) -> bool:
 
     That is where the recipe asks for it, or where nothing shards the teacher.
     """
-    if recipe.teacher is None:
+    teacher = recipe.teacher
+    if teacher is None:
         return False
-    nothing_shards_it = zero_stage(config) != 3 and recipe.tensor_parallel == 1
-    return recipe.teacher.placement == "replicated" or nothing_shards_it
+    nothing_shards_it = recipe.tensor_parallel == 1 and (
+        zero_stage(config) != 3 or (teacher.placement == "node" and teacher.shard_over == 1))
+    return teacher.placement == "replicated" or nothing_shards_it
+
+
+def teacher_shard_ranks(recipe: Recipe, config: DeepSpeedConfig) -> int | None:
+    """The neighbouring data-parallel ranks over which the teacher lies; None: all, or none of them.
+
+    recipe: with `shard_over` where the placement is `node`.
+    """
+    teacher = recipe.teacher
+    if (teacher is None or teacher.placement != "node" or zero_stage(config) != 3
+            or teacher_is_replicated(recipe, config)):
+        return None
+    return teacher.shard_over
 
 
 def find_deepspeed_config(name: str) -> Path:

@@ -42,7 +42,7 @@ _DATA_TYPES: Mapping[str, object] = {"grad_accum_dtype": Literal["bf16", "fp32"]
 
 _DATA, _PRECISION = "the recipe's `data` says what is read", "`student.dtype` says the precision"
 _OTHER = "an engine here does not do it"
-_EXCHANGE = "weights and gradients are exchanged as they are"
+_MICS = "DeepSpeed has removed it; zero_hpz_partition_size and teacher.placement: node remain"
 REFUSED_KEYS = {
     "bfloat16": "its name is `bf16`", "amp": _PRECISION,
     "torch_autocast": _PRECISION, "quantize_training": _PRECISION,
@@ -77,16 +77,23 @@ _ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
                                                    "checkpoints are made from memory"),
     "zero_optimization.offload_optimizer.ratio": ((1,), "the optimizer is offloaded whole"),
     "zero_optimization.offload_optimizer.super_offload": ((False,), _OTHER),
-    # DeepSpeed makes one secondary group only, and two models are loaded.
-    "zero_optimization.zero_hpz_partition_size": ((1,), _OTHER),
     # It gathers before a layer's own hooks, the loss's among them.
     "zero_optimization.stage3_module_granularity_threshold": ((0,), _OTHER),
-    "zero_optimization.zero_quantized_weights": ((False,), _EXCHANGE),
-    "zero_optimization.zero_quantized_nontrainable_weights": ((False,), _EXCHANGE),
-    "zero_optimization.zero_quantized_gradients": ((False,), _EXCHANGE),
+    "zero_optimization.zero_quantized_nontrainable_weights": (
+        (False,), "it is of the teacher, whose probabilities are the target"),
+    # csrc/quantization/pt_binding.cpp takes any tensor's memory for __half.
+    "zero_optimization.zero_quantized_gradients": (
+        (False,), "DeepSpeed's kernels read the bytes of a gradient as fp16, and it is in bf16 or "
+                  "fp32"),
     "prescale_gradients": ((False,), "ZeRO does not do it"),
     "gradient_predivide_factor": ((1,), "ZeRO does not do it"),
     "zero_force_ds_cpu_optimizer": ((False,), "torch steps where DeepSpeed cannot")}
+
+# Keys of a section that DeepSpeed knew once.
+_REMOVED: Mapping[str, str] = {
+    "zero_optimization.mics_shard_size": _MICS,
+    "zero_optimization.mics_hierarchical_params_gather": _MICS,
+    "zero_optimization.zeropp_loco_param": "DeepSpeed has removed it"}
 
 
 def _sections() -> Mapping[str, Any]:
@@ -133,6 +140,8 @@ def _section_problems(name: str, fields: Any, value: object) -> Iterator[str]:
     for key, part in value.items():
         if key in renamed:
             yield f"{name}.{key} is an old name; use {renamed[key]}"
+        elif f"{name}.{key}" in _REMOVED:
+            yield f"{name}.{key}: {_REMOVED[f'{name}.{key}']}; take it out"
         elif key not in types:
             yield f"{name}.{key} is unknown; {suggest(str(key), types)}"
         else:

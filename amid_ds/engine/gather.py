@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -30,29 +30,57 @@ class GatheredBytes:
                 self.teacher += size
 
 
-def count_and_order_gathers(model: nn.Module) -> GatheredBytes:
-    """Wrap the gathers of all ZeRO-3 parameters of `model`; returns the bytes they will count."""
-    gathered_bytes = GatheredBytes()
+def count_and_order_gathers(model: nn.Module, exact: Iterable[nn.Parameter]) -> GatheredBytes:
+    """Wrap the gathers of all ZeRO-3 parameters of `model`; returns the bytes they will count.
+
+    exact: parameters of the student that never travel in 8 bits.
+    """
+    gathered_bytes, gathers = GatheredBytes(), _Gathers({}, {id(each) for each in exact})
     for parameter in model.parameters():
         zero_parameter: Any = parameter
-        zero_parameter.all_gather_coalesced = partial(
-            _gather_in_order, zero_parameter.all_gather_coalesced, gathered_bytes)
+        gathers.own[zero_parameter.ds_id] = zero_parameter.all_gather_coalesced
+        zero_parameter.all_gather_coalesced = partial(_gather_in_order, gathers, gathered_bytes)
         zero_parameter.all_gather = partial(
             _gather_and_wait, zero_parameter.all_gather, gathered_bytes, zero_parameter)
     return gathered_bytes
 
 
-def _gather_in_order(gather: Callable[..., Any], gathered_bytes: GatheredBytes,
-                     parameters: Iterable[Any], **options: Any) -> Any:
+class _Gathers(NamedTuple):
+    """DeepSpeed's own method of each parameter, by its number; those that never travel in 8 bits,
+    by id()."""
+
+    own: dict[int, Callable[..., Any]]
+    exact: set[int]
+
+
+def _gather_in_order(gathers: _Gathers, gathered_bytes: GatheredBytes, parameters: Iterable[Any],
+                     quantize: bool = False, **options: Any) -> Any:
     """DeepSpeed's gather of several parameters, its groups of ranks in one order on every rank.
 
-    Under tensor parallelism parameters lie over two groups (all ranks, the data-parallel ones).
-    DeepSpeed takes the groups in the order of a Python set, that is of addresses, and NCCL may wait
-    for ever where ranks differ in it.
+    Parameters lie over several groups: all ranks, those with the same part of what tensor
+    parallelism splits, the teacher's own. DeepSpeed takes them in the order of a Python set, that
+    is of addresses, and NCCL may wait for ever where ranks differ in it.
     """
+    from deepspeed.runtime.zero.partition_parameters import MultipleAllGatherHandles
+
     ordered = sorted(parameters, key=lambda parameter: parameter.ds_id)
     gathered_bytes.add(ordered)
-    return gather(ordered, **options)
+    rounded = [p for p in ordered if quantize and _may_be_quantized(p, gathers.exact)]
+    whole = [p for p in ordered if not quantize or not _may_be_quantized(p, gathers.exact)]
+    handles = [gathers.own[part[0].ds_id](part, quantize=part is rounded, **options)
+               for part in (whole, rounded) if part]
+    return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
+
+
+def _may_be_quantized(parameter: Any, exact: set[int]) -> bool:
+    """True where DeepSpeed's kernels take a rank's piece, and 8 bits of it do little harm.
+
+    The teacher's weights are its own, a head's set the loss, norms and biases are small. The
+    kernels take eight elements at once, and a padded piece would be scaled by its neighbour.
+    """
+    return (parameter.requires_grad and id(parameter) not in exact
+            and len(parameter.ds_shape) > 1 and parameter.ds_numel == parameter.ds_numel_aligned
+            and parameter.ds_tensor.numel() % 8 == 0)
 
 
 def _gather_and_wait(gather: Callable[..., Any], gathered_bytes: GatheredBytes, own: Any,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterable
 from typing import Any
 
@@ -67,6 +66,5 @@ def least_free_memory(world: World) -> int:
     if world.device.type == "cuda":
         unused = (torch.cuda.memory_reserved(world.device)
                   - torch.cuda.memory_allocated(world.device))
-        return min(world.gather(torch.cuda.mem_get_info(world.device)[0] + unused))
-    host = socket.gethostname()
-    return min(world.gather(psutil.virtual_memory().available // world.gather(host).count(host)))
+        return world.least(torch.cuda.mem_get_info(world.device)[0] + unused)
+    return world.least(psutil.virtual_memory().available // world.on_host)

@@ -35,8 +35,7 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
                                if parameter.requires_grad}
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape))
               for name, parameter in trained.items()}
-    first = world.rank - world.tp_rank
-    peers = world.gather(shapes)[first:first + world.tp_size]
+    peers = world.gather_in_group(shapes)
     masters = _fill_optimizer_state(deepspeed_engine, trained, step)
     kinds = {name: MUON_KINDS if group["name"] == "muon" else ADAM_KINDS
              for group in deepspeed_engine.optimizer.param_groups for name in group["names"]}
@@ -52,6 +51,9 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
             _set_zero3_partition(parameter, own)
         else:
             _set_unpartitioned(deepspeed_engine, parameter, masters.get(parameter), own)
+    if deepspeed_engine.zero_optimization_stage() == 3:
+        # Those of the weights before.
+        deepspeed_engine.optimizer.invalidate_secondary_tensor()
     deepspeed_engine.global_steps = step
 
 

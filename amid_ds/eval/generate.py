@@ -34,6 +34,7 @@ from amid_ds.data import (
     vocabulary_size,
 )
 from amid_ds.data.readers import TEXT_FORMATS, file_format
+from amid_ds.distributed.nodes import find_nodes, require_divisor
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
@@ -146,14 +147,13 @@ def _generate(task: GenerateTask, world: World, fence: Fence) -> None:
             prompts = sampler_prompts(task, range(start, min(start + size, total)))
             answers = world.run_checked(
                 partial(sampler.complete, model, prompts, any_rank, world.device))
-            by_rank = world.gather((answers, request.reason()))
-            in_order = [answer for batch, _ in by_rank for answer in batch]
+            in_order = [answer for batch in world.collect(answers) or [] for answer in batch]
             world.run_on_main(partial(append_answers, task, first, in_order, fence))
-            bar.update(len(in_order))
-            reasons = sorted({reason for _, reason in by_rank if reason is not None})
-            if reasons and first + len(in_order) < total:
-                logger.info(f"stopped in order ({', '.join(reasons)}); the same command goes "
-                            "on from there")
+            count = min(size * world.size, total - first)
+            bar.update(count)
+            reason = world.first(request.reason())
+            if reason is not None and first + count < total:
+                logger.info(f"stopped in order ({reason}); the same command goes on from there")
                 raise Stopped
     logger.info(world.run_on_main(lambda: publish_answers(task, fence)))
 
@@ -266,8 +266,9 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
     """(model, sampler, agreement on going on) for the task. Collective.
 
     At ZeRO stage 3 a recipe's teacher is sharded, unless its placement is `replicated`, and
-    gathered once if it fits; any other model is whole on every rank. Ranks with whole models
-    generate independently; ranks that share weights agree after every token (one collective).
+    gathered once if it fits; any other model is whole on every rank. Its placement `node` is as in
+    training, `auto` is `zero3`: nothing is planned here. Ranks with whole models generate
+    independently; ranks that share weights agree after every token (one collective).
     """
     model, sampler = task.model, task.sampler
     config = {} if task.recipe is None else ds_config.read_deepspeed_config(task.recipe,
@@ -275,6 +276,9 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
     if model.placement == "replicated" or ds_config.zero_stage(config) < 3:
         yield world.run_checked(lambda: _load_whole(model, world)), sampler, bool
         return
+    if model.placement == "node":
+        over = world.run_checked(lambda: _ranks_of_a_copy(model, world))
+        world = world.split(1, over) if over < world.size else world
     engine = world.run_checked(lambda: build_teacher_engine(model, config, world))
     if engine.fits_gathered(engine.module):
         with engine.gathered(engine.module):
@@ -286,6 +290,16 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
         return world.sum([own])[0] > 0
 
     yield engine.module, replace(sampler, head=engine.gathered_head), any_rank
+
+
+def _ranks_of_a_copy(model: Teacher, world: World) -> int:
+    """The neighbouring ranks over which the placement `node` shards the model. Collective.
+
+    Raises InputError where the ranks or their nodes do not allow it.
+    """
+    over = model.shard_over or find_nodes(world).copies_per_node(1)
+    require_divisor(over, world.size)
+    return over
 
 
 def _load_whole(model: Teacher, world: World) -> nn.Module:

@@ -90,8 +90,9 @@ class Holder:
     def this_process(cls) -> Holder:
         job, restart = current_attempt()
         now = int(time.time())
-        return cls(os.uname().nodename, _machine(), os.getpid(), _process_start(os.getpid()), job,
-                   restart, uuid.uuid4().hex[:16], now, now)
+        pid = os.getpid()
+        return cls(os.uname().nodename, _machine(), pid, process_start_ticks(pid), job, restart,
+                   uuid.uuid4().hex[:16], now, now)
 
     def lives_here(self) -> bool | None:
         """True if the process lives on this machine, False if it is gone, None for another one."""
@@ -103,7 +104,7 @@ class Holder:
             return False
         except PermissionError:
             return True
-        return _process_start(self.pid) == self.started
+        return process_start_ticks(self.pid) == self.started
 
     def is_earlier_restart(self) -> bool:
         """True if this process is a later restart of the holder's Slurm job."""
@@ -129,7 +130,7 @@ def _machine() -> str:
         return ""
 
 
-def _process_start(pid: int) -> int | None:
+def process_start_ticks(pid: int) -> int | None:
     """The start of a process in the kernel's ticks; None for one that is gone or a zombie."""
     try:
         # The command's name, in brackets, may hold anything.

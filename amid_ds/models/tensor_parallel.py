@@ -160,11 +160,13 @@ def cut_head(model: nn.Module, shard: VocabShard, vocab_size: int,
         return
     head: Any = model.get_output_embeddings()   # type: ignore[operator]
     with gathered(model):
-        rows = slice(shard.start, None if shard.stop == vocab_size else shard.stop)
         for name, parameter in list(head.named_parameters()):
-            part = nn.Parameter(parameter.data[rows].clone(), requires_grad=parameter.requires_grad)
+            stop = len(parameter) if shard.stop == vocab_size else shard.stop
+            part: Any = nn.Parameter(parameter.data[shard.start:stop].clone(),
+                                     requires_grad=parameter.requires_grad)
             # DeepSpeed's mark: the gradient norm counts every rank's part.
-            part.tensor_model_parallel = True   # type: ignore[attr-defined]
+            part.tensor_model_parallel = True
+            part.head_rows = shard.start, stop
             setattr(head, name, part)
     head.first_row = shard.start
 

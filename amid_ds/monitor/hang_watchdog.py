@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -29,6 +29,10 @@ from amid_ds.run.attempts import HANG_ERROR, Attempt
 
 # Seconds that ranks wait for each other's answers.
 ANSWER_S = 5.0
+# A rank asks for them so many times as often as for failures: on few ranks every 0.1 s.
+ASKED_AS_OFTEN = 20
+# Ranks whose places are printed.
+MAX_RANKS_SHOWN = 64
 # Seconds that a rank waits for its GPU's answer.
 GPU_ANSWER_S = 1.0
 # Seconds after the timeout at which the interpreter's own timer ends a rank that could not end
@@ -51,12 +55,11 @@ class RankState:
 class HangWatchdog:
     """Watches the steps of one rank; each may take `timeout_s` seconds. Use it as a context.
 
-    hosts: each rank's. Made by all ranks.
+    Made by all ranks.
     """
 
-    def __init__(self, timeout_s: float, world: World, attempt: Attempt,
-                 hosts: Sequence[str]) -> None:
-        self.timeout_s, self.world, self.attempt, self.hosts = timeout_s, world, attempt, hosts
+    def __init__(self, timeout_s: float, world: World, attempt: Attempt) -> None:
+        self.timeout_s, self.world, self.attempt = timeout_s, world, attempt
         # Of the step under way; None between steps.
         self.deadline: float | None = None
         self.number = 0
@@ -100,7 +103,7 @@ class HangWatchdog:
     def _end(self) -> None:
         """Report where this rank is, learn where the others are, and end with exit status 1."""
         rank, place = self.world.rank, _main_thread_place(_gpu_is_at_work(self.world.device))
-        print_error(f"rank {rank} on {self.hosts[rank]}: step {self.number} has not ended after "
+        print_error(f"{self.world.name_of(rank)}: step {self.number} has not ended after "
                     f"{self.timeout_s:g} s; {place}. Its threads:")
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
         states = {rank: RankState(place, launched_collectives())}
@@ -116,9 +119,10 @@ class HangWatchdog:
 
     def _exchange(self, states: dict[int, RankState]) -> None:
         """Add other ranks' states to `states`: all of them on rank 0, rank 0's elsewhere."""
-        if self.world.failures is None:
+        failures = self.world.failures
+        if failures is None:
             return
-        store = self.world.failures.store
+        store = failures.store
         awaited = set(range(self.world.size) if self.world.is_main else [0]) - states.keys()
         # A RuntimeError: rank 0, which holds the store, is gone.
         with contextlib.suppress(RuntimeError):
@@ -127,7 +131,7 @@ class HangWatchdog:
                 for other in awaited - states.keys():
                     if store.check([f"state/{other}"]):
                         states[other] = RankState(**json.loads(store.get(f"state/{other}")))
-                time.sleep(0.1)
+                time.sleep(failures.interval / ASKED_AS_OFTEN)
 
     def _report_culprit(self, states: Mapping[int, RankState]) -> None:
         """Print every rank's place and the rank to look at first; record that one's failure."""
@@ -144,12 +148,14 @@ class HangWatchdog:
             places[behind] += ", and its peers wait for it in a collective"
             candidates = [behind]
         first = (candidates or [self.world.rank])[0]
-        for rank, place in sorted(places.items()):
-            print_error(f"  rank {rank} on {self.hosts[rank]}: {place}")
-        host, place = self.hosts[first], places[first]
-        print_error(f"step {self.number} hangs; look at rank {first} on {host} first: {place}")
-        self.attempt.record_failure(
-            f"{HANG_ERROR} after {self.timeout_s:g} s: {place}", first, host)
+        for rank, place in sorted(places.items())[:MAX_RANKS_SHOWN]:
+            print_error(f"  {self.world.name_of(rank)}: {place}")
+        if len(places) > MAX_RANKS_SHOWN:
+            print_error(f"  and {len(places) - MAX_RANKS_SHOWN} more")
+        place = places[first]
+        print_error(f"step {self.number} hangs; look at {self.world.name_of(first)} first: {place}")
+        self.attempt.record_failure(f"{HANG_ERROR} after {self.timeout_s:g} s: {place}", first,
+                                    self.world.hosts.get(first))
 
 
 def _gpu_is_at_work(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,10 +61,10 @@ class Measurements:
 
 
 @contextlib.contextmanager
-def probe_step(engine: Engine, recipe: Recipe, hosts: Sequence[str], step: int) -> Iterator[None]:
+def probe_step(engine: Engine, recipe: Recipe, step: int) -> Iterator[None]:
     """A context that measures optimizer step `step`, made in it, and writes measured.json.
 
-    For rank 0 alone. hosts: each rank's.
+    For rank 0 alone.
     """
     world = engine.world
     probe, traffic = _MemoryProbe(engine), _Traffic(world)
@@ -79,7 +79,8 @@ def probe_step(engine: Engine, recipe: Recipe, hosts: Sequence[str], step: int) 
     memory, device = {**engine.resident_bytes(), **probe.bytes}, "cpu"
     if world.device.type == "cuda":
         memory["total"], device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
-    measured = Measurements(step, list(hosts), device, dump_recipe(recipe), memory, network)
+    hosts = [world.hosts[rank] for rank in range(world.size)]
+    measured = Measurements(step, hosts, device, dump_recipe(recipe), memory, network)
     # A full disk does not end a run.
     try:
         path = RunFolder(Path(recipe.output_dir)).measurements
@@ -220,7 +221,9 @@ class _Traffic:
         purpose = "gathers" if "gather" in name else "reductions"
         if self.world.tp_size > 1 and ranks == self.tensor_parallel_ranks and name == "allreduce":
             purpose = "tensor_parallel"
-        self.bytes[purpose] += int(size * RECEIVED_SHARE[name](len(ranks)))
+        # torch's gloo sums for all ranks, twice the bytes, and each keeps its part.
+        copies = 2 if "scatter" in name and self.world.device.type == "cpu" else 1
+        self.bytes[purpose] += int(copies * size * RECEIVED_SHARE[name](len(ranks)))
 
 
 def _tensors_in(value: object) -> Iterable[Tensor]:

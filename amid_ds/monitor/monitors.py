@@ -1,6 +1,6 @@
 """Everything that watches a step: hang watchdog, profiler, timer, anomalies, memory probe.
 
-    with Monitors(recipe, world, attempt, hosts, costs, steps_before) as monitors:
+    with Monitors(recipe, world, attempt, costs, steps_before) as monitors:
         for step in ...:
             monitors.step_begin(step)
             # ... agree with the other ranks whether to go on
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple
@@ -49,17 +49,16 @@ class PlannedCosts(NamedTuple):
 class Monitors:
     """All that watches the steps of one attempt on this rank; a context, made by all ranks.
 
-    hosts: each rank's. steps_before: optimizer steps done before this attempt.
+    steps_before: optimizer steps done before this attempt.
     """
 
-    def __init__(self, recipe: Recipe, world: World, attempt: Attempt, hosts: Sequence[str],
-                 costs: PlannedCosts, steps_before: int) -> None:
-        self.recipe, self.world, self.attempt, self.hosts = recipe, world, attempt, hosts
+    def __init__(self, recipe: Recipe, world: World, attempt: Attempt, costs: PlannedCosts,
+                 steps_before: int) -> None:
+        self.recipe, self.world, self.attempt = recipe, world, attempt
         self.step, self.steps_before, self.logged_step = steps_before, steps_before, steps_before
-        names = [f"rank {rank} on {host}" for rank, host in enumerate(hosts)]
-        self.watchdog = HangWatchdog(recipe.train.hang_timeout, world, attempt, hosts)
-        self.timer = StepTimer(world.device, costs.flops, costs.peak_flops)
-        self.anomalies = AnomalyMonitor(names, world.tp_size)
+        self.watchdog = HangWatchdog(recipe.train.hang_timeout, world, attempt)
+        self.timer = StepTimer(world.device, costs.flops, costs.peak_flops, world.rank)
+        self.anomalies = AnomalyMonitor(world.name_of, world.size, world.tp_size)
         run = RunFolder(Path(recipe.output_dir))
         self.profiler = Profiler(recipe.train.profile, run, world.rank, self.timer)
         self._stack = contextlib.ExitStack()
@@ -92,7 +91,7 @@ class Monitors:
     def train_step(self, engine: Engine) -> contextlib.AbstractContextManager[None]:
         """The context of the train step itself: rank 0 measures the fourth one of an attempt."""
         if self.world.is_main and self.step == self.steps_before + PROBED_STEP:
-            return probe_step(engine, self.recipe, self.hosts, self.step)
+            return probe_step(engine, self.recipe, self.step)
         return contextlib.nullcontext()
 
     def step_end(self, sampled: bool) -> float:
@@ -101,19 +100,23 @@ class Monitors:
         sampled: the step learnt from student samples.
         """
         seconds = time.monotonic() - self._began
-        self.anomalies.step(self.step, self.timer.peers, seconds, sampled)
+        assert self.timer.peers is not None
+        self.anomalies.step(self.step, self.timer.peers, sampled)
         return seconds
 
     def metrics(self, uses_teacher: bool) -> dict[str, float | None]:
         """Times, FLOPs and memory since the last call, for a line of metrics.jsonl."""
         line = self.timer.line(self.step - self.logged_step, uses_teacher)
         self.logged_step = self.step
-        return {**line, "perf/slowest_rank": self.anomalies.slowest}
+        assert self.timer.peers is not None
+        return {**line, "perf/slowest_rank": self.timer.peers.slowest.rank}
 
     @property
     def slowest_name(self) -> str | None:
         """The slowest rank and its host; None for a rank that is alone."""
-        return self.anomalies.slowest_name
+        if self.timer.peers is None or self.world.size == 1:
+            return None
+        return self.world.name_of(self.timer.peers.slowest.rank)
 
     def evaluation_begin(self) -> None:
         """An evaluation after the step begins; it may take as long as a step."""

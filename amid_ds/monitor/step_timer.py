@@ -18,6 +18,9 @@ from typing import Any
 import psutil
 import torch
 
+from amid_ds.distributed.world import Peak
+from amid_ds.monitor.rank_stats import LocalStats, PeerStats, RecentWork
+
 PHASES = ("data", "rollout", "teacher", "forward", "loss", "backward", "optimizer", "checkpoint",
           "evaluation", "other")
 # Phases that are no part of a step's time.
@@ -44,33 +47,35 @@ def phase(name: str) -> Iterator[None]:
         timer.end()
 
 
-def local_stats() -> list[float]:
-    """[seconds of own work since the last call, peak memory in bytes], for all ranks to know."""
+def local_stats() -> LocalStats:
+    """What this rank tells the others of the time since the last call and of its memory."""
     if _current is None:
-        return [0.0, 0.0]
-    return [_current.own_seconds(), _current.memory()["peak"]]
+        return RecentWork(0).local(0.0)
+    _current.recent.add(*_current.own_and_step_seconds())
+    return _current.recent.local(_current.memory()["peak"])
 
 
-def set_peer_stats(peers: Sequence[Sequence[float]]) -> None:
-    """Keep every rank's part of the step's loss and its `local_stats`, by rank."""
+def set_peer_stats(loss: float, sums: Sequence[float], peaks: Sequence[Peak]) -> None:
+    """Keep what the ranks' `local_stats` amount to (see RecentWork.hear)."""
     if _current is not None:
-        _current.peers = peers
+        _current.peers = _current.recent.hear(loss, sums, peaks)
 
 
 class StepTimer:
     """This rank's timeline and memory. As a context it is the one that `phase` addresses.
 
     flops: planned, of this rank's `student` and `teacher` in a step. peak_flops: the device's peak
-    in FLOP/s, None where it is not known.
+    in FLOP/s, None where it is not known. peers: None before the first step's reductions.
     """
 
     def __init__(self, device: torch.device, flops: Mapping[str, float],
-                 peak_flops: float | None) -> None:
+                 peak_flops: float | None, rank: int = 0) -> None:
         self.device, self.flops, self.peak_flops = device, flops, peak_flops
         self.profiled = False
         self.seconds: Counter[str] = Counter()
-        self.own_s = 0.0
-        self.peers: Sequence[Sequence[float]] = []
+        self.heard: Counter[str] = Counter()
+        self.recent = RecentWork(rank)
+        self.peers: PeerStats | None = None
         self._open = ["other"]
         self._marks: deque[tuple[str, Any]] = deque()
         self._process = psutil.Process()
@@ -108,16 +113,19 @@ class StepTimer:
             name, mark = self._marks.popleft()
             self.seconds[name] += mark.elapsed_time(self._marks[0][1]) / 1e3
 
-    def own_seconds(self) -> float:
-        """Seconds since the last call in data and loss, where this rank waits for no other one.
+    def own_and_step_seconds(self) -> tuple[float, float]:
+        """Seconds since the last call: in data and loss, where this rank waits for no other one,
+        and in steps altogether.
 
         In every other phase ranks wait for the slowest, and all take as long as it does. Under
         tensor parallelism they do so in the loss too, within their group: there a slow rank's whole
         group looks slow.
         """
         self._drain()
-        before, self.own_s = self.own_s, self.seconds["data"] + self.seconds["loss"]
-        return self.own_s - before
+        spent = {name: self.seconds[name] - self.heard[name] for name in PHASES}
+        self.heard = Counter(self.seconds)
+        return (spent["data"] + spent["loss"],
+                sum(seconds for name, seconds in spent.items() if name not in OUTSIDE_STEPS))
 
     def memory(self) -> dict[str, int]:
         """Bytes: `reserved` by torch now, and the `peak`, on a GPU; resident memory on a CPU."""
@@ -145,7 +153,8 @@ class StepTimer:
         flops = {name: count if uses_teacher or name == "student" else 0.0
                  for name, count in self.flops.items()}
         memory = self.memory()
-        memory["peak"] = int(max([memory["peak"], *(peak for *_, peak in self.peers)]))
+        if self.peers is not None:
+            memory["peak"] = max(memory["peak"], int(self.peers.peak_bytes.value))
         mfu = None
         if flops and self.peak_flops:
             mfu = sum(flops.values()) / (step_s * self.peak_flops)

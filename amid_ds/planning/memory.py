@@ -7,9 +7,10 @@ import torch
 from amid_ds.losses import default_workspace_bytes
 from amid_ds.losses.blocks import row_stride
 from amid_ds.losses.tiles import tiling
-from amid_ds.models.sizes import default_teacher_tokens
+from amid_ds.models.sizes import default_teacher_tokens, teacher_memory_budget
+from amid_ds.planning.devices import HEADROOM
 from amid_ds.planning.model_costs import ModelCosts
-from amid_ds.planning.setting import Setting, ZeroSettings
+from amid_ds.planning.setting import Setting, ZeroSettings, partitioned
 
 # Bytes per element: Adam's two moments in fp32, and an fp32 or bf16 weight or gradient.
 ADAM_BYTES = 8
@@ -23,19 +24,27 @@ TEACHER_INTERMEDIATE_TENSORS = 3
 
 def memory_per_rank(setting: Setting) -> dict[str, int]:
     """Bytes of one rank by part, and their `total`."""
-    states = state_bytes(setting)
-    free = setting.device.memory - sum(states.values())
-    parts = {**states, **student_step_bytes(setting)}
+    parts = {**state_bytes(setting), **student_step_bytes(setting)}
     if setting.teacher is not None:
-        parts |= teacher_step_bytes(setting, setting.teacher, parts, free)
+        parts |= teacher_step_bytes(setting, setting.teacher, parts)
     return {**parts, "total": sum(parts.values())}
+
+
+def fits(setting: Setting, memory: dict[str, int]) -> bool:
+    """True where the device holds what `memory_per_rank` counts, with room to spare."""
+    return memory["total"] <= HEADROOM * setting.device.memory
+
+
+def free_bytes(setting: Setting) -> float:
+    """Bytes of the device beside the states, by which the teacher's passes are cut."""
+    return setting.device.memory - sum(state_bytes(setting).values())
 
 
 def state_bytes(setting: Setting) -> dict[str, int]:
     """Bytes by part that a rank's device holds from the first step to the last."""
     zero, student, teacher = setting.zero, setting.student, setting.teacher
     whole = student.weights.tp_rank
-    weights = student.weights.zero3_rank if zero.stage == 3 else whole
+    weights = setting.student_partition(student.weights) if zero.stage == 3 else whole
     optimizer = _optimizer_elements(setting)
     # Without ZeRO, fp32 weights are their own masters.
     master_bytes = FP32_BYTES if zero.stage or student.element_size == BF16_BYTES else 0
@@ -44,7 +53,11 @@ def state_bytes(setting: Setting) -> dict[str, int]:
         "gradients": _gradient_bytes(setting),
         "optimizer": 0 if zero.offloads_optimizer else (
             optimizer * master_bytes
-            + moment_bytes(zero, optimizer, student.muon.zero3_rank))}
+            + moment_bytes(zero, optimizer, setting.student_partition(student.muon)))}
+    if zero.secondary_ranks > 1:
+        # Gathers are made from it, wherever the first copy lies.
+        secondary = student.weights.partition(zero.secondary_ranks, 1)
+        parts["student_secondary"] = secondary * student.element_size
     if teacher is not None:
         parts["teacher_weights"] = _teacher_weight_bytes(setting, teacher)
     return parts
@@ -77,7 +90,7 @@ def _optimizer_elements(setting: Setting) -> int:
     """Elements that this rank's optimizer updates."""
     weights = setting.student.weights
     if setting.zero.stage == 3:
-        return weights.zero3_rank
+        return setting.student_partition(weights)
     if setting.zero.stage:
         return -(-weights.tp_rank // setting.data_parallel)
     return weights.tp_rank
@@ -88,7 +101,8 @@ def _teacher_weight_bytes(setting: Setting, teacher: ModelCosts) -> int:
         return teacher.weights.tp_rank * teacher.element_size
     if setting.zero.offloads_weights:
         return 0
-    return teacher.weights.zero3_rank * teacher.element_size
+    elements = teacher.weights.partition(setting.placement.shard_over, setting.tensor_parallel)
+    return elements * teacher.element_size
 
 
 def student_step_bytes(setting: Setting) -> dict[str, int]:
@@ -111,7 +125,7 @@ def _gathered_bytes(setting: Setting) -> int:
         return 0
     student = setting.student
     most = setting.zero.max_live + student.largest_gather
-    return min(setting.partitioned(student), most) * student.element_size
+    return min(partitioned(student, setting.student_shards), most) * student.element_size
 
 
 def _reduce_bucket_bytes(setting: Setting) -> int:
@@ -129,7 +143,7 @@ def _loss_bytes(setting: Setting) -> int:
     """Bytes of the fused loss: its workspace, the gradients of the head and the hidden states."""
     student, teacher, tokens = setting.student, setting.teacher, setting.tokens
     logit_bytes = student.element_size + (teacher.element_size if teacher is not None else 0)
-    on_cpu = setting.device.name == "cpu"
+    on_cpu = setting.on_cpu
     row = row_stride(student.head // student.hidden_size, "cpu" if on_cpu else "cuda")
     logits = tokens * row * logit_bytes
     # On a GPU the kernels need nothing beside the logits.
@@ -145,25 +159,25 @@ def _loss_bytes(setting: Setting) -> int:
     return workspace + student.head * head_bytes + tokens * student.hidden_size * gradient_bytes
 
 
-def teacher_step_bytes(setting: Setting, teacher: ModelCosts, student_parts: dict[str, int],
-                       free_bytes: float) -> dict[str, int]:
+def teacher_step_bytes(setting: Setting, teacher: ModelCosts,
+                       student_parts: dict[str, int]) -> dict[str, int]:
     """Bytes by part that the teacher's pass needs in addition to `student_parts`.
 
-    `free_bytes`: the device's memory less the model states. The teacher's pass and the student's do
-    not overlap, so `teacher_pass` is the excess of the teacher's over the student's, or 0.
+    The teacher's pass and the student's do not overlap, so `teacher_pass` is the excess of the
+    teacher's over the student's, or 0.
     """
     zero, student = setting.zero, setting.student
-    parts = {"teacher_hidden": setting.teacher_tokens * teacher.hidden_size * teacher.element_size}
-    of_teacher = _teacher_activation_bytes(setting, teacher, free_bytes)
+    parts = {"teacher_hidden": _teacher_hidden_bytes(setting, teacher)}
+    of_teacher = _teacher_activation_bytes(setting, teacher)
     of_student = sum(student_parts[part] for part in (
         "activations", "recomputed_layer", "gathered", "gather_buffers", "loss_workspace"))
     if setting.teacher_is_sharded:
         # Each module that runs prefetches a bucket more, up to what may live: all of the teacher,
         # then the student.
         body = teacher.weights.tp_rank - (0 if teacher.head_is_tied else teacher.head)
-        spread = setting.partitioned(teacher)
+        spread = partitioned(teacher, setting.teacher_shards)
         live = min(body, spread, zero.max_live + teacher.largest_gather)
-        prefetched = min(setting.partitioned(student), max(0, zero.max_live - live))
+        prefetched = min(partitioned(student, setting.student_shards), max(0, zero.max_live - live))
         of_teacher += 2 * live * teacher.element_size + prefetched * student.element_size
         parts["teacher_head"] = min(teacher.head, spread) * teacher.element_size
         of_student += parts["teacher_head"]
@@ -171,14 +185,32 @@ def teacher_step_bytes(setting: Setting, teacher: ModelCosts, student_parts: dic
     return parts
 
 
-def _teacher_activation_bytes(setting: Setting, teacher: ModelCosts, free_bytes: float) -> int:
-    """Bytes at the peak of one forward call of the teacher. Nothing is kept for backward."""
+def _teacher_hidden_bytes(setting: Setting, teacher: ModelCosts) -> int:
+    """Bytes on the device of the hidden states that wait for the loss."""
+    per_token = teacher.hidden_size * teacher.element_size
+    of_window = setting.teacher_tokens * per_token
+    if setting.on_cpu or of_window <= teacher_memory_budget(free_bytes(setting)):
+        return of_window
+    # They wait in host memory, and those of one micro-batch come back at a time.
+    return setting.tokens * per_token
+
+
+def _teacher_pass_tokens(setting: Setting, teacher: ModelCosts) -> int:
+    """Tokens that share a forward call of the teacher: whole micro-batches, at least one."""
     assert setting.recipe.teacher is not None
-    tokens = setting.recipe.teacher.max_tokens_per_pass
-    if tokens is None:
-        # A call has at least one micro-batch.
-        fitting = default_teacher_tokens(free_bytes, teacher.bytes_per_teacher_token)
-        tokens = max(setting.tokens, fitting)
+    tokens = setting.recipe.teacher.max_tokens_per_pass or default_teacher_tokens(
+        free_bytes(setting), teacher.bytes_per_teacher_token)
+    micro_batches = max(1, tokens // setting.tokens)
+    return min(micro_batches * setting.tokens, setting.teacher_tokens)
+
+
+def teacher_passes(setting: Setting, teacher: ModelCosts) -> int:
+    """Forward calls of the teacher in a step."""
+    return -(-setting.teacher_tokens // _teacher_pass_tokens(setting, teacher))
+
+
+def _teacher_activation_bytes(setting: Setting, teacher: ModelCosts) -> int:
+    """Bytes at the peak of one forward call of the teacher. Nothing is kept for backward."""
     elements = (TEACHER_HIDDEN_TENSORS * teacher.hidden_size
                 + TEACHER_INTERMEDIATE_TENSORS * teacher.intermediate_size)
-    return min(tokens, setting.teacher_tokens) * elements * teacher.element_size
+    return _teacher_pass_tokens(setting, teacher) * elements * teacher.element_size

@@ -7,8 +7,10 @@ No weights are read.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -28,17 +30,47 @@ from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
 ATTENTION_NAME = "planned"
 
 
-class WeightCounts(NamedTuple):
-    """Elements of a model's weights: of the model, and on one rank."""
+class UncountableModel(InputError):
+    """A model that does not run on torch's meta device; it may train all the same."""
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """Elements of a model's weights: of the model, and on one rank before ZeRO."""
 
     total: int
-    # A tensor-parallel rank's part, before ZeRO.
-    tp_rank: int
-    # Of `tp_rank`, those that every rank of the tensor-parallel group has: ZeRO-3 partitions them
-    # over all ranks.
-    tp_shared: int
-    # A rank's part under ZeRO-3.
-    zero3_rank: int
+    # A tensor-parallel rank's part of each weight, in the model's order.
+    sizes: tuple[int, ...]
+    # Which of them every rank of the tensor-parallel group has: ZeRO-3 partitions them over all
+    # ranks.
+    is_shared: tuple[bool, ...]
+
+    @cached_property
+    def tp_rank(self) -> int:
+        """Elements of a tensor-parallel rank."""
+        return sum(self.sizes)
+
+    @cached_property
+    def tp_shared(self) -> int:
+        """Of `tp_rank`, those that every rank of the tensor-parallel group has."""
+        return sum(itertools.compress(self.sizes, self.is_shared))
+
+    def partition(self, data_parallel: int, tensor_parallel: int) -> int:
+        """A rank's part where ZeRO-3 shards over so many data-parallel ranks."""
+        return sum(-(-size // (data_parallel * (tensor_parallel if shared else 1)))
+                   for size, shared in zip(self.sizes, self.is_shared, strict=True))
+
+    def buckets(self, elements: int, larger_than: int = 0) -> int:
+        """The number of buckets of at least `elements`, filled in the model's order.
+
+        larger_than: weights of no more elements are in none.
+        """
+        count = filled = 0
+        for size in self.sizes:
+            filled += size if size > larger_than else 0
+            if filled >= max(1, elements):
+                count, filled = count + 1, 0
+        return count + (filled > 0)
 
 
 class BodyCosts(NamedTuple):
@@ -55,8 +87,9 @@ class ModelCosts:
     weights: WeightCounts
     # Of a student's, those that Muon steps; it needs ZeRO-3 and no tensor parallelism.
     muon: WeightCounts
-    # Bytes of an element.
+    # Bytes of an element, on a rank and in the files.
     element_size: int
+    stored_size: int
     hidden_size: int
     intermediate_size: int
     layers: int
@@ -82,33 +115,48 @@ class ModelCosts:
         return outside + self.layers * tokens * self.hidden_size * self.element_size
 
 
-def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
-                data_parallel: int) -> ModelCosts:
-    """The costs of `model` in `dtype` on one of data_parallel x recipe.tensor_parallel ranks.
+_COUNTED: dict[tuple[object, ...], ModelCosts] = {}
 
-    Raises InputError for a model that does not run on the meta device.
+
+def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
+                whole: bool = False) -> ModelCosts:
+    """The costs of `model` in `dtype` on one rank of a group of recipe.tensor_parallel.
+
+    whole: the ranks of the group do not split it. Counted once by this process; the same on any
+    number of ranks. Raises UncountableModel for one that does not run on the
+    meta device.
     """
+    train = recipe.train
+    config = loading.model_config(model.model, **model.hub_kwargs).to_json_string(use_diff=False)
+    key = (model.model, model.revision, type(model), config, dtype, whole, recipe.tensor_parallel,
+           train.micro_batch_size, train.seq_length, train.optimizer)
+    if key not in _COUNTED:
+        _COUNTED[key] = _count_model(model, dtype, recipe, whole)
+    return _COUNTED[key]
+
+
+def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
+                 whole: bool) -> ModelCosts:
     meta: Any = loading.supported_model(model.model, **model.hub_kwargs).to(dtype)
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
-    replicated = isinstance(model, Teacher) and model.placement == "replicated"
-    weights = count_weights(meta, tp, data_parallel, replicated)
-    muons = ([name for name, group in parameter_groups(meta, recipe.train).items()
-              if group == "muon"] if isinstance(model, Student) else [])
-    muon = count_weights(meta, tp, data_parallel, replicated, muons)
+    split = set() if whole else split_parameters(meta, tp)
+    muons = ({name for name, group in parameter_groups(meta, recipe.train).items()
+              if group == "muon"} if isinstance(model, Student) else set())
+    weights, muon = count_weights(meta, tp, split), count_weights(meta, tp, split, muons)
     head, embedding = head_of(meta).weight, meta.get_input_embeddings().weight
     # From here on `meta` has the shapes of one tensor-parallel rank.
-    forward_width, backward_width = (0, 0) if replicated else shrink_to_tp_rank(meta, tp)
+    forward_width, backward_width = (0, 0) if whole else shrink_to_tp_rank(meta, tp)
     layers = _layers_of(meta)
     largest_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
     hidden_size, seq_length = head.shape[1], recipe.train.seq_length
     try:
-        body, layer_saved_bytes = _count_body(meta, recipe.train.micro_batch_size, seq_length,
-                                              len(layers))
-    # NotImplementedError is a RuntimeError.
-    except (RuntimeError, TypeError) as error:
+        body, layer_saved_bytes = count_body(meta, recipe.train.micro_batch_size, seq_length,
+                                             layers)
+    # Whatever its own code raises where tensors have no numbers.
+    except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise InputError(
+        raise UncountableModel(
             f"{model.model} does not run on torch's meta device, so there is no plan: {reason}",
             "a model whose shapes do not depend on numbers", "train it without a plan") from None
     element_size = dtype.itemsize
@@ -116,6 +164,7 @@ def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         weights=weights,
         muon=muon,
         element_size=element_size,
+        stored_size=loading.checkpoint_dtype(model.model, **model.hub_kwargs).itemsize,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size(meta.config, hidden_size),
         layers=len(layers),
@@ -131,28 +180,21 @@ def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
                                  if isinstance(model, Teacher) else 0))
 
 
-def count_weights(meta: nn.Module, tensor_parallel: int, data_parallel: int,
-                  replicated: bool, names: Collection[str] | None = None) -> WeightCounts:
-    """The weights of `meta`, not yet shrunk; `replicated`: tensor parallelism splits none.
+def count_weights(meta: nn.Module, tensor_parallel: int, split: Collection[str],
+                  names: Collection[str] | None = None) -> WeightCounts:
+    """The weights of `meta`, not yet shrunk, of which tensor parallelism splits those in `split`.
 
     names: of the parameters that count; None: all.
     """
-    split = set() if replicated else split_parameters(meta, tensor_parallel)
-    total = tp_rank = tp_shared = zero3_rank = 0
+    total, sizes, is_shared = 0, [], []
     for name, parameter in meta.named_parameters():
         if names is not None and name not in names:
             continue
         size = parameter.numel()
-        part = -(-size // tensor_parallel) if name in split else size
         total += size
-        tp_rank += part
-        # Shared weights are partitioned over all ranks, the others over the data-parallel ones.
-        if part == size and tensor_parallel > 1:
-            tp_shared += size
-            zero3_rank += -(-size // (data_parallel * tensor_parallel))
-        else:
-            zero3_rank += -(-part // data_parallel)
-    return WeightCounts(total, tp_rank, tp_shared, zero3_rank)
+        sizes.append(-(-size // tensor_parallel) if name in split else size)
+        is_shared.append(tensor_parallel > 1 and name not in split)
+    return WeightCounts(total, tuple(sizes), tuple(is_shared))
 
 
 def _layers_of(model: nn.Module) -> nn.ModuleList:
@@ -161,13 +203,32 @@ def _layers_of(model: nn.Module) -> nn.ModuleList:
     return next(stacks, nn.ModuleList())
 
 
-def _count_body(meta: Any, rows: int, length: int, layers: int) -> tuple[BodyCosts, int]:
-    """The body's costs, and one layer's kept bytes: the difference that one layer less makes."""
-    body = run_on_meta(meta, rows, length)
-    if layers < 2:
+def count_body(meta: Any, rows: int, length: int, layers: nn.ModuleList) -> tuple[BodyCosts, int]:
+    """The costs of a body for [rows, length] tokens, and one layer's kept bytes.
+
+    layers: its own. Of layers that are alike two are run, and the others cost what the second does.
+    """
+    count = len(layers)
+    if count < 2:
+        body = run_on_meta(meta, rows, length)
         return body, max(0, body.saved_bytes)
-    one_less = run_on_meta(meta, rows, length, layers=layers - 1)
-    return body, max(0, body.saved_bytes - one_less.saved_bytes)
+    if _are_alike(layers):
+        fewer, count = 1, count - 1
+        more = run_on_meta(meta, rows, length, layers=2)
+    else:
+        fewer, count = count - 1, 1
+        more = run_on_meta(meta, rows, length)
+    less = run_on_meta(meta, rows, length, layers=fewer)
+    saved, flops = more.saved_bytes - less.saved_bytes, more.flops - less.flops
+    return BodyCosts(less.saved_bytes + count * saved, less.flops + count * flops), max(0, saved)
+
+
+def _are_alike(layers: nn.ModuleList) -> bool:
+    """True where the layers differ in nothing that counts here: classes and shapes."""
+    kinds = {(tuple((name, type(module)) for name, module in layer.named_modules()),
+              tuple((name, parameter.shape) for name, parameter in layer.named_parameters()))
+             for layer in layers}
+    return len(kinds) == 1
 
 
 def run_on_meta(meta: Any, rows: int, length: int, layers: int | None = None) -> BodyCosts:

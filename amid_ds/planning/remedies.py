@@ -37,7 +37,10 @@ def find_remedies(recipe: Recipe, nodes: int, plan: Plan) -> list[str]:
 
 
 def _changes(recipe: Recipe) -> Iterator[Change]:
-    train = recipe.train
+    train, teacher = recipe.train, recipe.teacher
+    if teacher is not None and teacher.placement in ("node", "replicated"):
+        zero3 = {"placement": "zero3", "shard_over": None}
+        yield Change("teacher.placement=zero3", {"teacher": teacher.model_copy(update=zero3)})
     half = train.micro_batch_size
     while half > 1 and half % 2 == 0:
         half //= 2

@@ -14,6 +14,7 @@ from amid_ds.errors import printable
 from amid_ds.planning.check import Comparison, PlannedAndMeasured
 from amid_ds.planning.devices import EFFICIENCY, HEADROOM, Device
 from amid_ds.planning.estimate import Plan, estimate_plan
+from amid_ds.planning.placement import ChosenPlacement, PlacementCosts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,17 +38,21 @@ def fit_summary(recipe: Recipe, nodes: int, ranks_per_node: int, device: Device)
 def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     """Print the resolved recipe and its plan as a table, or as JSON alone."""
     if as_json:
-        print(json.dumps({"recipe": resolved(recipe), **asdict(plan),
-                          "hours": plan.hours, "mfu": plan.mfu}))
+        print(json.dumps({"recipe": resolved(recipe), **asdict(plan), "hours": plan.hours,
+                          "mfu": plan.mfu, "tokens_per_day": plan.tokens_per_day}))
         return
     from amid_ds.run.console import PlainConsole
 
     print(printable(dump_recipe(recipe)))
     console = PlainConsole()
     console.print(_plan_table(plan))
+    if plan.placements:
+        console.print(_placement_table(plan))
+        console.print(f"teacher.placement: {_placement_words(plan.placement)}")
     console.print(_work_line(plan, recipe))
     console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}")
     console.print(_activations_line(plan))
+    console.print(_reading_line(plan))
     console.print(_time_line(plan))
     for line in _fit_lines(plan):
         console.print(line)
@@ -64,8 +69,45 @@ def _plan_table(plan: Plan) -> Table:
         table.add_row(_words(name), f"{size / GB:,.2f}")
     table.add_section()
     for name, size in plan.network_per_step.items():
-        table.add_row(f"received per step: {_words(name)}", f"{size / GB:,.2f}")
+        is_part = name.endswith("_between_nodes")
+        title = "  of these" if is_part else "received per step"
+        table.add_row(f"{title}: {_words(name)}", f"{size / GB:,.2f}")
     return table
+
+
+def _placement_table(plan: Plan) -> Table:
+    """A line for each placement of the teacher that this layout may have."""
+    from rich.table import Table
+
+    table = Table(title="placements of the teacher: GB and seconds of one rank")
+    table.add_column("", justify="left")
+    for heading in ("memory", "from neighbours", "from other nodes", "step", "bound by",
+                    "read at start", "fits"):
+        table.add_column(heading, justify="right")
+    for each in plan.placements:
+        table.add_row(placement_title(each), f"{each.memory / GB:,.1f}",
+                      f"{each.from_neighbours / GB:,.2f}", f"{each.from_other_nodes / GB:,.2f}",
+                      f"{each.seconds:,.3g} s", _words(each.binds),
+                      f"{each.read_at_start.seconds:,.1f} s", "yes" if each.fits else "no")
+    return table
+
+
+def placement_title(costs: PlacementCosts) -> str:
+    """Its name, for `node` with the data-parallel ranks that share a copy."""
+    return f"node ({costs.shard_over})" if costs.placement == "node" else costs.placement
+
+
+def _placement_words(chosen: ChosenPlacement) -> str:
+    over = "" if chosen.shard_over is None else f" over {chosen.shard_over} data-parallel ranks"
+    return f"{chosen.placement}{over}: {chosen.reason}"
+
+
+def _reading_line(plan: Plan) -> str:
+    read = plan.read_at_start
+    return (f"read at the start: {read.student / GB:,.2f} GB of the student and "
+            f"{read.teacher / GB:,.2f} of the teacher by each rank, about {read.seconds:,.1f} s "
+            f"at {read.storage_bandwidth / GB:,.3g} GB/s a node (--storage); resumed, the teacher "
+            f"alone, {read.seconds_resumed:,.1f} s")
 
 
 def _work_line(plan: Plan, recipe: Recipe) -> str:
@@ -98,9 +140,13 @@ def _activations_line(plan: Plan) -> str:
 def _time_line(plan: Plan) -> str:
     hours = ("" if plan.hours is None else
              f", {plan.hours:,.1f} h, {plan.hours * plan.ranks:,.0f} rank-hours")
-    return (f"about {plan.seconds_per_step:,.2f} s a step ({plan.mfu:.0%} MFU; assumed: "
-            f"{EFFICIENCY:.0%} of the peak in products, network and arithmetic overlapped){hours}; "
-            f"a checkpoint of {plan.checkpoint_bytes / GB:,.1f} GB")
+    parts = "; ".join(
+        f"{model}: " + ", ".join(f"{_words(what)} {seconds:,.2f}" for what, seconds in each.items())
+        for model, each in plan.seconds_by_model.items())
+    return (f"about {plan.seconds_per_step:,.2f} s a step, bound by {_words(plan.binds)} "
+            f"({parts}), {plan.tokens_per_day / 1e9:,.2f} G tokens a day ({plan.mfu:.0%} MFU; "
+            f"assumed: {EFFICIENCY:.0%} of the peak in products, links at full speed and all three "
+            f"overlapped){hours}; a checkpoint of {plan.checkpoint_bytes / GB:,.1f} GB")
 
 
 def _fit_lines(plan: Plan) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -13,20 +14,36 @@ from amid_ds.engine.ds_config import (
     data_parallel_size,
     gradients_in_fp32,
     offload_device,
+    quantizes_weights,
     read_deepspeed_config,
-    teacher_is_replicated,
+    secondary_ranks,
     uses_bf16,
     zero_stage,
 )
 from amid_ds.models import loading
 from amid_ds.planning.devices import Device
-from amid_ds.planning.model_costs import ModelCosts, count_model
+from amid_ds.planning.model_costs import ModelCosts, WeightCounts, count_model
+from amid_ds.planning.rings import Shards, shards_over
 from amid_ds.run.warm_start import resolve_student
 
 # DeepSpeed's own defaults, in elements.
 DEFAULT_REDUCE_BUCKET = 500_000_000
+DEFAULT_PREFETCH_BUCKET = 50_000_000
+DEFAULT_PERSISTENCE_THRESHOLD = 100_000
 DEFAULT_MAX_LIVE = 1_000_000_000
 DEFAULT_MAX_REUSE_DISTANCE = 1_000_000_000
+
+PlacementName = Literal["zero3", "node", "replicated"]
+
+
+class Placement(NamedTuple):
+    """Where the teacher lies: sharded over so many neighbouring data-parallel ranks.
+
+    `zero3`: over all of them; `node`: over `shard_over`; `replicated`: each holds it whole.
+    """
+
+    name: PlacementName
+    shard_over: int
 
 
 @dataclass(frozen=True)
@@ -43,8 +60,16 @@ class ZeroSettings:
     reduce_bucket: int
     contiguous_gradients: bool
     overlaps_communication: bool
+    # Buckets of weights that are gathered together; those of no more elements than the threshold
+    # stay whole.
+    prefetch_bucket: int
+    persistence_threshold: int
     max_live: int
     max_reuse_distance: int
+    # Ranks over which ZeRO++ shards a second copy of the student (hpZ); 1: there is none.
+    secondary_ranks: int
+    # True where a student's matrix travels in 8 bits, except for its head.
+    quantizes_weights: bool
 
 
 def read_zero_settings(ds_config: DeepSpeedConfig) -> ZeroSettings:
@@ -65,8 +90,13 @@ def read_zero_settings(ds_config: DeepSpeedConfig) -> ZeroSettings:
         # By default DeepSpeed overlaps at stage 3 alone.
         overlaps_communication=(stage == 3 if zero.get("overlap_comm") is None
                                 else zero["overlap_comm"]),
+        prefetch_bucket=int(zero.get("stage3_prefetch_bucket_size", DEFAULT_PREFETCH_BUCKET)),
+        persistence_threshold=int(zero.get("stage3_param_persistence_threshold",
+                                           DEFAULT_PERSISTENCE_THRESHOLD)),
         max_live=int(zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE)),
-        max_reuse_distance=int(zero.get("stage3_max_reuse_distance", DEFAULT_MAX_REUSE_DISTANCE)))
+        max_reuse_distance=int(zero.get("stage3_max_reuse_distance", DEFAULT_MAX_REUSE_DISTANCE)),
+        secondary_ranks=secondary_ranks(ds_config),
+        quantizes_weights=quantizes_weights(ds_config))
 
 
 @dataclass(frozen=True)
@@ -79,11 +109,11 @@ class Setting:
     micro_batches: int
     # Those of them that the teacher sees: an auxiliary corpus has as many, and no teacher.
     teacher_micro_batches: int
-    # By ZeRO-3; else each rank holds all that tensor parallelism leaves it.
-    teacher_is_sharded: bool
     student: ModelCosts
     # None where the run never needs the teacher.
     teacher: ModelCosts | None
+    placement: Placement
+    nodes: int
     ranks: int
     device: Device
 
@@ -112,44 +142,90 @@ class Setting:
             return self.student.checkpointed_bytes(self.tokens), self.student.layer_saved_bytes
         return self.student.body.saved_bytes, 0
 
-    def partitioned(self, model: ModelCosts) -> int:
-        """Elements of `model` that ZeRO-3 partitions; it gathers none that a rank has whole."""
-        return model.weights.tp_rank if self.data_parallel > 1 else model.weights.tp_shared
+    @property
+    def on_cpu(self) -> bool:
+        return self.device.name == "cpu"
 
-    def remote_bytes(self, model: ModelCosts, elements: int) -> float:
-        """Bytes, among `elements` of the weights of `model`, that lie on other ranks.
+    @property
+    def ranks_per_node(self) -> int:
+        return -(-self.ranks // self.nodes)
 
-        ZeRO-3 partitions those that a tensor-parallel group shares over all ranks, the others over
-        the data-parallel.
-        """
-        shared = min(model.weights.tp_shared, elements) if self.zero.stage == 3 else 0
-        split = (elements - shared) * (1 - 1 / self.data_parallel)
-        return model.element_size * (split + shared * (1 - 1 / self.ranks))
+    @property
+    def teacher_is_sharded(self) -> bool:
+        """By ZeRO-3; else each rank holds all that tensor parallelism leaves it."""
+        return self.zero.stage == 3 and self.placement.name != "replicated"
+
+    @property
+    def student_shards(self) -> Shards:
+        return shards_over(self.data_parallel, self.tensor_parallel, self.ranks_per_node)
+
+    @property
+    def teacher_shards(self) -> Shards:
+        """Of a teacher that is sharded."""
+        return shards_over(self.placement.shard_over, self.tensor_parallel, self.ranks_per_node)
+
+    @property
+    def secondary_shards(self) -> Shards:
+        """Of the student's second copy, which knows no tensor parallelism."""
+        return shards_over(self.zero.secondary_ranks, 1, self.ranks_per_node)
+
+    def student_partition(self, weights: WeightCounts) -> int:
+        """Elements of the student's `weights` on a rank of ZeRO-3."""
+        return weights.partition(self.data_parallel, self.tensor_parallel)
 
 
-def make_setting(recipe: Recipe, ranks: int, device: Device) -> Setting:
-    """The setting of `recipe` on one of `ranks` ranks, both models counted.
+def partitioned(model: ModelCosts, shards: Shards) -> int:
+    """Elements of `model` that ZeRO-3 partitions; it gathers none that a rank has whole."""
+    return model.weights.tp_rank if shards.split.ranks > 1 else model.weights.tp_shared
 
-    Raises InputError for a layout or DeepSpeed config that cannot be, and for a model that does not
-    run on the meta device.
+
+def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> Setting:
+    """The setting of `recipe` on one of `ranks` ranks on `nodes` nodes, both models counted.
+
+    `teacher.placement: auto` is zero3 here: planning/placement.py chooses. Raises InputError for a
+    layout or DeepSpeed config that cannot be, and for a model that does not run on the meta device.
     """
     data_parallel = data_parallel_size(recipe, ranks)
     ds_config = read_deepspeed_config(recipe, data_parallel)
     zero = read_zero_settings(ds_config)
+    placement = _given_placement(recipe, data_parallel, -(-ranks // nodes))
     return Setting(
         recipe=recipe,
         zero=zero,
         micro_batches=ds_config["gradient_accumulation_steps"],
         teacher_micro_batches=accumulation_steps(recipe, data_parallel),
-        teacher_is_sharded=zero.stage == 3 and not teacher_is_replicated(recipe, ds_config),
         student=count_model(resolve_student(recipe), torch.bfloat16 if zero.bf16 else torch.float32,
-                            recipe, data_parallel),
-        teacher=_count_teacher(recipe, data_parallel),
+                            recipe),
+        teacher=_count_teacher(recipe, placement),
+        placement=placement,
+        nodes=nodes,
         ranks=ranks,
         device=device)
 
 
-def _count_teacher(recipe: Recipe, data_parallel: int) -> ModelCosts | None:
+def with_placement(setting: Setting, placement: Placement) -> Setting:
+    """`setting` with its teacher placed otherwise."""
+    return replace(setting, placement=placement, teacher=_count_teacher(setting.recipe, placement))
+
+
+def _given_placement(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> Placement:
+    """The recipe's own placement; zero3 where it leaves the choice."""
+    name = "zero3" if recipe.teacher is None else recipe.teacher.placement
+    if name == "replicated":
+        return Placement(name, 1)
+    if name == "node":
+        return Placement(name, ranks_of_shard(recipe, data_parallel, ranks_per_node))
+    return Placement("zero3", data_parallel)
+
+
+def ranks_of_shard(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> int:
+    """Data-parallel ranks over which `placement: node` shards: the recipe's, or a node's."""
+    assert recipe.teacher is not None
+    of_node = min(data_parallel, max(1, ranks_per_node // recipe.tensor_parallel))
+    return recipe.teacher.shard_over or of_node
+
+
+def _count_teacher(recipe: Recipe, placement: Placement) -> ModelCosts | None:
     """The teacher's costs; None where there is none, or no step gives its divergence any weight."""
     teacher = recipe.teacher
     if teacher is None or not any(bounding_values(recipe.loss.kd_weight)):
@@ -157,4 +233,5 @@ def _count_teacher(recipe: Recipe, data_parallel: int) -> ModelCosts | None:
     dtype = loading.DTYPES.get(teacher.dtype)
     if dtype is None:
         dtype = loading.checkpoint_dtype(teacher.model, **teacher.hub_kwargs)
-    return count_model(teacher, dtype, recipe, data_parallel)
+    # Outside the engine no tensor parallelism splits it.
+    return count_model(teacher, dtype, recipe, whole=placement.name == "replicated")

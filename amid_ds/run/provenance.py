@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.data import tokenizer_fingerprint
@@ -22,17 +22,37 @@ PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "senten
 SAMPLE_BYTES = 1 << 20
 
 
-def provenance(recipe: Recipe, tokenizer: Any, ranks: int, optimizer: Mapping[str, object]) -> str:
-    """The text of a run's provenance.json; optimizer: its name and groups of parameters."""
-    student_hash = model_hash(resolve_student(recipe).model)
+class SourceHashes(NamedTuple):
+    """SHA-256 of what a run begins with; None for a model of the hub, and where it has no teacher.
+    """
+
+    student: str | None
+    teacher: str | None
+    tokenizer: str
+
+
+def hash_sources(recipe: Recipe, tokenizer: Any) -> SourceHashes:
+    """The hashes. Rank 0 makes them, once a start, for all: they read a part of every file."""
+    return SourceHashes(model_hash(resolve_student(recipe).model),
+                        None if recipe.teacher is None else model_hash(recipe.teacher.model),
+                        tokenizer_fingerprint(tokenizer))
+
+
+def provenance(recipe: Recipe, hashes: SourceHashes, ranks: int, optimizer: Mapping[str, object],
+               placement: Mapping[str, object]) -> str:
+    """The text of a run's provenance.json.
+
+    optimizer: its name and groups of parameters; placement: facts of the teacher's.
+    """
     facts = {
         "versions": versions(),
         "git_revision": code_revision(),
         "ranks": ranks,
         "gpu_allocator": allocator_settings(),
-        "student": {**_model_facts(recipe.student), "files_sha256": student_hash},
-        "teacher": _model_facts(recipe.teacher) if recipe.teacher is not None else None,
-        "tokenizer_sha256": tokenizer_fingerprint(tokenizer),
+        "student": _model_facts(recipe.student, hashes.student),
+        "teacher": (None if recipe.teacher is None
+                    else {**_model_facts(recipe.teacher, hashes.teacher), **placement}),
+        "tokenizer_sha256": hashes.tokenizer,
         "optimizer": optimizer,
     }
     return json.dumps(facts, indent=1) + "\n"
@@ -73,9 +93,8 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.rstrip("\n")
 
 
-def _model_facts(model: Student | Teacher) -> dict[str, str | None]:
-    return {"model": model.model, "revision": model.revision,
-            "files_sha256": model_hash(model.model)}
+def _model_facts(model: Student | Teacher, sha256: str | None) -> dict[str, str | None]:
+    return {"model": model.model, "revision": model.revision, "files_sha256": sha256}
 
 
 def prepared_hash(folder: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,10 @@ from amid_ds.data import (
     load_tokenizer,
     prepare_all,
     require_same_tokenizer,
-    tokenizer_fingerprint,
     vocabulary_size,
     with_steps,
 )
+from amid_ds.distributed.nodes import require_divisor
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
@@ -39,9 +39,10 @@ from amid_ds.run.exclusive import exclusive
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 from amid_ds.run.places import check_places, require_own_model
-from amid_ds.run.provenance import model_hash, prepared_hash, provenance
+from amid_ds.run.provenance import SourceHashes, hash_sources, prepared_hash, provenance
 from amid_ds.run.warm_start import resolve_student
 from amid_ds.training.compatibility import (
+    changes_since_last_attempt,
     flat_recipe,
     pin,
     refuse_other_identity,
@@ -52,21 +53,36 @@ from amid_ds.training.objective import objective_at
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from amid_ds.planning.placement import ChosenPlacement
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that is known before a weight is read."""
+    """All that is known before a weight is read.
+
+    placement: the teacher's on these ranks, see training/placement.py; None before it is decided.
+    """
 
     recipe: Recipe
     deepspeed_config: DeepSpeedConfig
     tokenizer: PreTrainedTokenizerBase
+    placement: ChosenPlacement | None = None
 
     @property
     def run(self) -> RunFolder:
         """The run's folder."""
         return RunFolder(Path(self.recipe.output_dir))
+
+    @property
+    def placed_recipe(self) -> Recipe:
+        """The recipe with the teacher's placement in place of `auto`: for the engine."""
+        teacher, chosen = self.recipe.teacher, self.placement
+        if teacher is None or chosen is None:
+            return self.recipe
+        placed = {"placement": chosen.placement, "shard_over": chosen.shard_over}
+        return self.recipe.model_copy(update={"teacher": teacher.model_copy(update=placed)})
 
     @property
     def student_dtype(self) -> str:
@@ -91,7 +107,10 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
     checks that need the number of steps. Raises InputError.
     """
     recipe = pin(recipe)
-    config = ds_config.read_deepspeed_config(recipe, ds_config.data_parallel_size(recipe, ranks))
+    data_parallel = ds_config.data_parallel_size(recipe, ranks)
+    config = ds_config.read_deepspeed_config(recipe, data_parallel)
+    if recipe.teacher is not None and recipe.teacher.shard_over is not None:
+        require_divisor(recipe.teacher.shard_over, data_parallel)
     check_places(recipe)
     if recipe.train.epochs is None:
         _check_objectives(recipe)
@@ -147,19 +166,19 @@ def count_steps(job: Job, world: World) -> Job:
     return replace(job, recipe=recipe)
 
 
-def identity_of(job: Job, checkpoint: Path | None) -> dict[str, object]:
+def identity_of(job: Job, sources: SourceHashes, checkpoint: Path | None) -> dict[str, object]:
     """The run's identity as flat keys: the resolved recipe, and hashes of what it names.
 
     Raises InputError where `checkpoint`, to be resumed from, learnt from something else.
     """
     recipe = job.recipe
     hashes: dict[str, object] = {
-        "tokenizer.sha256": tokenizer_fingerprint(job.tokenizer),
+        "tokenizer.sha256": sources.tokenizer,
         "data.sha256": None if recipe.data.streams else prepared_hash(recipe.prepared_dir)}
     if recipe.data.auxiliary is not None:
         hashes["auxiliary.sha256"] = prepared_hash(recipe.prepared_dir / "auxiliary")
     if recipe.teacher is not None:
-        hashes["teacher.sha256"] = model_hash(recipe.teacher.model)
+        hashes["teacher.sha256"] = sources.teacher
     identity = {**flat_recipe(recipe), **hashes, "student.dtype": job.student_dtype}
     if checkpoint is not None:
         refuse_other_identity(checkpoint, identity, recipe.checkpoint.allow_change)
@@ -186,16 +205,25 @@ def hold_run(job: Job, world: World) -> Iterator[Fence]:
                 job.run.path.rmdir()
 
 
-def open_run(job: Job, world: World) -> None:
+def open_run(job: Job, world: World) -> SourceHashes:
     """Write the resolved recipe and the provenance of everything that the run uses. Collective."""
-    def write() -> None:
+    def write() -> SourceHashes:
+        hashes = hash_sources(job.recipe, job.tokenizer)
         with _unwritable_is_bad_input(job):
             # First: it is the sign that the folder is ours.
-            replace_text(job.run.provenance, provenance(job.recipe, job.tokenizer, world.size,
-                                                        _optimizer_facts(job.recipe)))
+            replace_text(job.run.provenance, provenance(job.recipe, hashes, world.size,
+                                                        _optimizer_facts(job.recipe),
+                                                        _placement_facts(job)))
             replace_text(job.run.recipe, dump_recipe(job.recipe))
             export.keep_student(job.recipe)
-    world.run_on_main(write)
+        return hashes
+
+    return world.run_on_main(write)
+
+
+def _placement_facts(job: Job) -> dict[str, object]:
+    """The placement of the teacher and the reason; {} without one."""
+    return {} if job.placement is None else {"placement": asdict(job.placement)}
 
 
 def _optimizer_facts(recipe: Recipe) -> dict[str, object]:
@@ -215,7 +243,25 @@ def _unwritable_is_bad_input(job: Job) -> Iterator[None]:
                          "set output_dir to another folder") from None
 
 
-def require_checkpoints(job: Job) -> None:
+def begin_from(job: Job) -> None:
+    """Put the weights that the run begins with in place, unless its checkpoints are out of sight.
+
+    On rank 0. Raises TrainingError where they are, InputError.
+    """
+    _require_checkpoints(job)
+    export.start_from(job.recipe)
+
+
+def changes_of(job: Job) -> dict[str, list[object]]:
+    """The recipe's changes since the last attempt, by key, if the run may go on with them.
+
+    On rank 0. Raises InputError.
+    """
+    _refuse_steps_behind(job)
+    return changes_since_last_attempt(job.recipe)
+
+
+def _require_checkpoints(job: Job) -> None:
     """Raise TrainingError if checkpoints of the run are out of sight: it must not start over.
 
     A run that has logged steps and saved none may: its folder of checkpoints is there, since that
@@ -238,7 +284,7 @@ def require_checkpoints(job: Job) -> None:
             "checkpoints back, or move the folder away to begin again")
 
 
-def refuse_steps_behind(job: Job) -> None:
+def _refuse_steps_behind(job: Job) -> None:
     """Raise InputError where the run has gone on beyond what is the recipe's last step now."""
     saved, steps = list_checkpoints(job.run.checkpoints), job.recipe.train.total_steps
     if saved and checkpoint_step(saved[-1]) > steps:

@@ -187,7 +187,7 @@ class Rollouts:
         Without replacement.
         """
         count = sum(1 for _ in self._prompts(window))
-        total = sum(self.world.gather(count)) // self.world.tp_size
+        total = int(self.world.sum([count])[0])
         generator = _generator(self.recipe, self.state.step, BUFFER_SEED)
         order = torch.randperm(len(self.buffer), generator=generator).tolist()
         return [self.buffer[i] for i in order[:total][self.world.dp_rank::self.world.dp_size]]
@@ -207,7 +207,7 @@ class Rollouts:
         Every rank makes as many passes, and as many steps in each.
         """
         size = self.rollout.batch_size
-        passes = -(-max(self.world.gather(len(prompts))) // size)
+        passes = -(-self.world.most(len(prompts)) // size)
         responses: list[list[int]] = []
         gathered = (self.engine.gathered(self.student) if self.gather_once
                     else contextlib.nullcontext())
@@ -235,7 +235,7 @@ class Rollouts:
                          self.recipe.data.isolate_documents is not False)
         window = [collate_rows(rows[i:i + train.micro_batch_size], [])
                   for i in range(0, len(rows), train.micro_batch_size)]
-        for _ in range(max(self.world.gather(len(window))) - len(window)):
+        for _ in range(self.world.most(len(window)) - len(window)):
             empty = collate_rows([TokenRow(np.zeros(3, np.int64), np.empty(0, np.int32),
                                            np.empty(0, np.int32), "")], [])
             window.append(replace(empty, padding=empty.input_ids.numel(), sources=[]))

@@ -31,7 +31,7 @@ from amid_ds.training.objective import objective_at
 from amid_ds.training.rollout import StepBatch
 
 Metrics = dict[str, float | None]
-MAX_IDS_SHOWN = 10
+MAX_IDS_SHOWN, MAX_RANKS_SHOWN = 10, 64
 
 
 class _MicroBatch(NamedTuple):
@@ -69,7 +69,7 @@ class Stepper:
         """Make one optimizer step and update the state; returns the step's metrics.
 
         The auxiliary corpus adds its coefficient times its mean cross entropy. Where the batch is
-        sampled by the student, its cross entropy does not count. One small collective beside
+        sampled by the student, its cross entropy does not count. Two small collectives beside
         DeepSpeed's. Raises TrainingError, before the optimizer step, for a NaN or Inf.
         """
         began = time.monotonic()
@@ -150,14 +150,18 @@ class Stepper:
         return torch.stack(losses).double(), tokens
 
     def _reduce(self, losses: Tensor, main_count: int) -> _StepSums:
-        """The step's sums over all ranks, in one collective that also spreads ranks' statistics."""
+        """The step's sums over all ranks, in the collectives that spread the ranks' statistics too.
+        """
         main, added = losses[:main_count], losses[main_count:]
+        stats = local_stats()
+        summands, candidates = self.world.numbers([*stats.summands, *stats.candidates]).split(
+            [len(stats.summands), len(stats.candidates)])
         # Summed on the device, so that the host waits for it once.
         own_loss = losses[:, 0].sum()[None]
-        (loss, kd, ce, auxiliary), peers = self.world.sum_beside(
-            torch.cat([own_loss, main[:, 1:].sum(0), added[:, 2].sum()[None]]),
-            torch.cat([own_loss, self.world.numbers(local_stats())]))
-        set_peer_stats(peers)
+        (loss, kd, ce, auxiliary, *sums), peaks = self.world.sum_with_peaks(
+            torch.cat([own_loss, main[:, 1:].sum(0), added[:, 2].sum()[None], summands]),
+            torch.cat([own_loss, candidates]))
+        set_peer_stats(loss, sums, peaks)
         weight = (self.recipe.data.auxiliary.weight if self.recipe.data.auxiliary is not None
                   else 1.0)
         return _StepSums(loss, kd, ce, auxiliary / weight)
@@ -171,22 +175,31 @@ class Stepper:
         """
         if value is not None and math.isfinite(value):
             return
-        report = self.world.gather([place for each, own in zip(micro_batches, tokens, strict=True)
-                                    for place in _bad_places(each.batch, own)])
+        places = [place for each, own in zip(micro_batches, tokens, strict=True)
+                  for place in _bad_places(each.batch, own)]
         if value == math.inf:
             problem += (" (a token has no probability in one distribution and some in the other: a "
                         f"logit of -inf{self._banned_ids()})")
-        lines = [f"    - rank {rank}: {', '.join(sources)}"
-                 for rank, sources in enumerate(report) if sources]
+        lines = self._lines_by_rank(places)
         if not lines:
             # Every loss was finite and the sum of the gradients was not: any rank's rows may be
             # behind it.
-            everyone = self.world.gather([source for each in micro_batches
-                                          for source in each.batch.sources])
-            lines = [f"    - rank {rank} (its losses were finite): {', '.join(sources)}"
-                     for rank, sources in enumerate(everyone)]
+            lines = self._lines_by_rank([source for each in micro_batches
+                                         for source in each.batch.sources],
+                                        " (its losses were finite)")
         raise TrainingError(f"{problem}; no optimizer step was taken. Where it arose:\n"
                             + "\n".join(lines))
+
+    def _lines_by_rank(self, own: list[str], note: str = "") -> list[str]:
+        """A line for each of the first ranks that have something, the same on all. Collective."""
+        everyone, lines = self.world.collect(own), []
+        if everyone is not None:
+            lines = [f"    - rank {rank}{note}: {', '.join(parts)}"
+                     for rank, parts in enumerate(everyone) if parts]
+            more = len(lines) - MAX_RANKS_SHOWN
+            if more > 0:
+                lines[MAX_RANKS_SHOWN:] = [f"    - and {more} more ranks"]
+        return self.world.broadcast(lines)
 
     def _banned_ids(self) -> str:
         """Which ids the two heads' biases give no probability, as a part of a message. Collective.
@@ -199,8 +212,8 @@ class Stepper:
                    else ((head.bias == -math.inf).nonzero()[:, 0] + start).tolist()
                    for head in distiller.head.heads()]
         said = ""
-        for name, ids in zip(("student", "teacher"), zip(*self.world.gather(own), strict=True),
-                             strict=True):
+        of_heads = zip(*self.world.gather_in_group(own), strict=True)
+        for name, ids in zip(("student", "teacher"), of_heads, strict=True):
             if some := sorted({i for part in ids for i in part if i < distiller.head.vocab_size}):
                 more = f" and {len(some) - MAX_IDS_SHOWN} more" * (len(some) > MAX_IDS_SHOWN)
                 said += (f", the {name}'s for id {', '.join(map(str, some[:MAX_IDS_SHOWN]))}{more}")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Sequence
 
-from amid_ds.checkpoint import export, reshard
+from amid_ds.checkpoint import reshard
 from amid_ds.checkpoint.manifest import ResumePoint, checkpoint_step, find_latest_valid
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.parse import load_recipe
@@ -14,68 +15,84 @@ from amid_ds.config.recipe import Train
 from amid_ds.data import prepare_all
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
+from amid_ds.engine import ds_config
+from amid_ds.engine.backend import import_libraries
 from amid_ds.engine.build import build_engine
 from amid_ds.errors import InputError
 from amid_ds.files.lease import Fence
 from amid_ds.monitor.hang_watchdog import GRACE_S
 from amid_ds.run.attempts import Attempt
+from amid_ds.run.provenance import SourceHashes
+from amid_ds.run.start import StartClock, end_part, imports_kept
 from amid_ds.run.warm_start import resolve_student
-from amid_ds.training.compatibility import changes_since_last_attempt, pin
+from amid_ds.training.compatibility import pin
 from amid_ds.training.determinism import deterministic
 from amid_ds.training.job import (
     Job,
+    begin_from,
+    changes_of,
     check_recipe,
     count_steps,
     export_final_model,
     hold_run,
     identity_of,
     open_run,
-    refuse_steps_behind,
-    require_checkpoints,
 )
+from amid_ds.training.placement import place_teacher
 from amid_ds.training.rollout import check_prompt_lengths
 from amid_ds.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
 
 
-def train(recipe_path: str, overrides: Sequence[str]) -> None:
+def train(recipe_path: str, overrides: Sequence[str], began: float | None = None) -> None:
     """Train by a recipe; every rank of every launcher calls this.
 
-    Raises InputError, TrainingError or Stopped.
+    began: the start's begin by time.monotonic(), such as the process's own; None: now. Raises
+    InputError, TrainingError or Stopped.
     """
-    timeout = Train.model_fields["hang_timeout"].default
-    # A recipe that is wrong is reported by all ranks at once, below.
-    with contextlib.suppress(InputError):
-        timeout = load_recipe(recipe_path, overrides).train.hang_timeout
-    # The hang watchdog ends a step that hangs, before a collective gives up by itself.
-    with init_distributed(timeout + GRACE_S) as world, Attempt(world.rank, world.size) as attempt:
-        # Nodes may see different commits of a model on the hub: rank 0 decides.
-        recipe = world.run_on_main(lambda: pin(load_recipe(recipe_path, overrides)))
-        job = world.run_checked(lambda: check_recipe(recipe, world.size))
-        world = world.split(job.recipe.tensor_parallel)
-        with deterministic(recipe.train.deterministic), hold_run(job, world) as fence:
-            _train(job, world, attempt, fence)
+    with StartClock(time.monotonic() if began is None else began):
+        timeout = Train.model_fields["hang_timeout"].default
+        # A recipe that is wrong is reported by all ranks at once, below, and no import is waited
+        # for.
+        with contextlib.suppress(InputError):
+            timeout = load_recipe(recipe_path, overrides).train.hang_timeout
+            with imports_kept():
+                import_libraries()
+        end_part("imports")
+        # The hang watchdog ends a step that hangs, before a collective gives up by itself.
+        with (init_distributed(timeout + GRACE_S) as world,
+              Attempt(world.rank, world.size) as attempt):
+            end_part("joining")
+            # Nodes may see different commits of a model on the hub: rank 0 decides.
+            recipe = world.run_on_main(lambda: pin(load_recipe(recipe_path, overrides)))
+            job = world.run_checked(lambda: check_recipe(recipe, world.size))
+            job = place_teacher(job, world)
+            world = world.split(job.recipe.tensor_parallel, ds_config.teacher_shard_ranks(
+                job.placed_recipe, job.deepspeed_config))
+            with deterministic(recipe.train.deterministic), hold_run(job, world) as fence:
+                _train(job, world, attempt, fence)
 
 
 def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
     """Open the run, resume, train; the run's lease is held."""
-    world.run_on_main(lambda: require_checkpoints(job))
-    world.run_on_main(lambda: export.start_from(job.recipe))
+    world.run_on_main(lambda: begin_from(job))
     job = count_steps(job, world)
-    world.run_on_main(lambda: refuse_steps_behind(job))
-    changed = world.run_on_main(lambda: changes_since_last_attempt(job.recipe))
-    open_run(job, world)
+    changed = world.run_on_main(lambda: changes_of(job))
+    end_part("checks")
+    hashes = open_run(job, world)
+    end_part("hashing")
     world.run_checked(lambda: attempt.begin(job.run.path, changed))
     resume = find_latest_valid(job.run.checkpoints, world)
+    end_part("checks")
     if _is_finished(job, resume):
         logger.info("%s has reached its last step %d: nothing to do", job.run.path,
                     job.recipe.train.total_steps)
         # Missing where the attempt before was killed between its last save and its export.
-        if not world.gather(job.run.model.is_dir())[0]:
+        if not world.broadcast(job.run.model.is_dir()):
             export_final_model(job, world, fence)
         return
-    build_trainer(job, resume, world, attempt, fence).run()
+    build_trainer(job, hashes, resume, world, attempt, fence).run()
 
 
 def _is_finished(job: Job, resume: ResumePoint) -> bool:
@@ -83,23 +100,33 @@ def _is_finished(job: Job, resume: ResumePoint) -> bool:
             and checkpoint_step(resume.checkpoint) == job.recipe.train.total_steps)
 
 
-def build_trainer(job: Job, resume: ResumePoint, world: World, attempt: Attempt,
-                  fence: Fence) -> Trainer:
+def build_trainer(job: Job, hashes: SourceHashes, resume: ResumePoint, world: World,
+                  attempt: Attempt, fence: Fence) -> Trainer:
     """Prepared data, the engine, and the state to go on from, put together. Collective."""
     recipe = job.recipe
-    world.run_on_main(lambda: prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer,
-                                          recipe.prepared_dir))
-    world.run_on_main(lambda: check_prompt_lengths(recipe))
-    identity = world.run_checked(lambda: identity_of(job, resume.checkpoint))
+
+    def prepare() -> dict[str, object]:
+        prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer, recipe.prepared_dir)
+        check_prompt_lengths(recipe)
+        return identity_of(job, hashes, resume.checkpoint)
+
+    identity = world.run_on_main(prepare)
+    end_part("data")
     consolidated = None
     if resume.checkpoint is not None:
         consolidated = reshard.ensure_consolidated(resume.checkpoint, job.layout(world),
                                                    resolve_student(recipe), world)
+        end_part("resuming")
     engine = world.run_checked(
-        lambda: build_engine(recipe, job.deepspeed_config, job.vocab_size, world))
-    world.run_checked(lambda: engine.check_models(job.vocab_size, recipe.data.isolates_any))
+        lambda: build_engine(job.placed_recipe, job.deepspeed_config, job.vocab_size, world,
+                             resumes=resume.checkpoint is not None))
+    end_part("engine")
     state = TrainState()
     if resume.checkpoint is not None:
         checkpoint = resume.checkpoint
         state = world.run_checked(lambda: reshard.load_checkpoint(engine, checkpoint, consolidated))
+        end_part("resuming")
+    # Not before: a student that resumes has no weights until then.
+    world.run_checked(lambda: engine.check_models(job.vocab_size, recipe.data.isolates_any))
+    end_part("check of logits")
     return Trainer(job, engine, state, identity, resume.damaged, attempt, fence)

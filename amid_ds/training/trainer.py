@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from amid_ds.planning.devices import local_device
 from amid_ds.planning.estimate import planned_flops
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.log import RunLog, read_metrics
+from amid_ds.run.start import end_start
 from amid_ds.training.fetch import (
     AuxiliaryBatch,
     FetchedStep,
@@ -79,12 +79,24 @@ class Trainer(Stepper):
                 batch = self._roll_out(StepBatch(fetched.window, info.tokens, info.padding))
                 with monitors.train_step(self.engine):
                     metrics = self.train_step(batch, self._auxiliary_batch(fetched, info))
+                self._end_start()
                 self._log_step(metrics, batch, info, monitors)
                 self._evaluate(monitors)
                 self._save_if_due()
                 monitors.restart_clock()
             monitors.rest()
             self._finish()
+
+    def _end_start(self) -> None:
+        """After the first step: where the time went until then, in the log and provenance.json."""
+        start = end_start("first step")
+        if start is None or not self.world.is_main or not self._holds_run():
+            return
+        logger.info("%s", start)
+        try:
+            start.record(self.job.run)
+        except OSError as error:
+            logger.warning("the times of the start could not be written: %s", error)
 
     def _reduce_info(self, fetched: FetchedStep) -> StepInfo:
         """The step's agreement; a save that every rank has written is committed."""
@@ -142,8 +154,10 @@ class Trainer(Stepper):
         """Begin to save the state that the last step has left. Collective."""
         with phase("checkpoint"):
             if isinstance(self.data, StreamLoader):
-                self.state.streams = merge_stream_states(
-                    self.world.gather(self.data.state(self.state.step)))
+                states = self.world.collect(self.data.state(self.state.step))
+                if states is not None:
+                    # Rank 0 writes them into the manifest.
+                    self.state.streams = merge_stream_states(states)
             self.saver.start(self.state, self.rollouts.checkpoint_files
                              if self.rollouts is not None else {})
         self.saved_step = self.state.step
@@ -155,11 +169,10 @@ class Trainer(Stepper):
             self._save()
         self.saver.close()
         if self.state.step < self.recipe.train.total_steps:
-            reasons = {reason for reason in self.world.gather(self.stop.reason())
-                       if reason is not None}
+            reason = self.world.first(self.stop.reason())
             self.stop.honoured()
             logger.info("stopped in order after step %d (%s); the same command goes on from there",
-                        self.state.step, ", ".join(sorted(reasons)))
+                        self.state.step, reason)
             raise Stopped
         logger.info("epochs read: %s", describe_epochs(self.job, self.data, self.state))
         logger.info("done: %d steps, checkpoint in %s", self.state.step, self.job.run.checkpoints)
@@ -201,18 +214,17 @@ class Trainer(Stepper):
         return StopRequest(self.job.run, self.recipe.train.max_hours, self.world.is_main)
 
     def _open_monitors(self) -> Monitors:
-        hosts = self.world.gather(socket.gethostname())
-        costs = self._planned_costs(hosts)
-        return Monitors(self.recipe, self.world, self.attempt, hosts, costs, self.state.step)
+        return Monitors(self.recipe, self.world, self.attempt, self._planned_costs(),
+                        self.state.step)
 
-    def _planned_costs(self, hosts: list[str]) -> PlannedCosts:
+    def _planned_costs(self) -> PlannedCosts:
         """The planned FLOPs of a step and the device's peak on rank 0, which logs them.
 
         None on other ranks.
         """
         if not self.world.is_main:
             return PlannedCosts({}, None)
-        device = local_device(hosts.count(hosts[0]))
+        device = local_device(self.world.on_host)
         if device is None:
             logger.info("the peak FLOP/s of %s is not known: perf/mfu will be null",
                         torch.cuda.get_device_name())

@@ -53,3 +53,18 @@ def reseal(checkpoint: Path, change: Callable[[dict], object] = lambda content: 
     change(content)
     signature = xxhash.xxh3_128(json.dumps(content, sort_keys=True).encode()).hexdigest()
     path.write_text(json.dumps({"content": content, "xxh3_128": signature}))
+
+
+def fp32_state(checkpoint: Path) -> list[torch.Tensor]:
+    """fp32 weights and moments of every rank, in file order."""
+    from amid_ds.engine.backend import import_deepspeed
+
+    import_deepspeed()
+    tensors = []
+    for path in sorted(checkpoint.glob("*optim_states.pt")):
+        state = torch.load(path, weights_only=False)["optimizer_state_dict"]
+        tensors += list(state["fp32_flat_groups"])
+        tensors += [value for group in state["optimizer_state_dict"]["state"].values()
+                    for value in group.values()
+                    if torch.is_tensor(value)]
+    return tensors

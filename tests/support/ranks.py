@@ -96,6 +96,25 @@ def rank_main(argv: list[str], variables: dict[str, str], log: str) -> None:
     os._exit(status)
 
 
+def world_main(work: Callable[..., None], argv: list[str], variables: dict[str, str],
+               log: str) -> None:
+    """Call `work(world, *argv)` in this process as one rank, its output in the file `log`."""
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(variables)
+    from amid_ds.distributed.rendezvous import init_distributed
+
+    status = 1
+    try:
+        with init_distributed(60) as world:
+            work(world, *argv)
+        status = 0
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+    os._exit(status)
+
+
 def run_ranks(size: int, *arguments: object, timeout: float = 120,
               target: Callable[[list[str], dict[str, str], str], None] | None = None) -> Ranks:
     """Run `amid-ds ARGUMENTS` on `size` ranks to its end; every rank must exit with 0."""
