@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -181,6 +182,19 @@ def test_a_file_that_is_cut_or_written_to_while_it_is_read_is_an_error_and_no_si
             with pytest.raises(InputError, match=words) as caught:
                 reader.fill([(large, 0, hollow(large.numel(), torch.float32))])
         assert str(file) in str(caught.value) and "start again" in caught.value.remedy
+
+
+def test_a_disk_that_fails_is_named(tmp_path, monkeypatch):
+    stored_model(tmp_path / "model", torch.float32)
+    table, sources = opened(tmp_path / "model")
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", fail)
+    with (WeightReader(table, sources) as reader,
+          pytest.raises(InputError, match=r"part-1.safetensors fails at byte \d+: Input/output")):
+        reader.fill([(sources["t1"], 0, hollow(1, torch.float32))])
 
 
 def test_another_hosts_copy_may_have_another_time(tmp_path, monkeypatch):

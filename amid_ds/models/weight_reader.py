@@ -317,7 +317,10 @@ class WeightReader:
     def _read_span(self, file: int, offset: int, into: memoryview) -> None:
         descriptor = self._descriptor(file)
         while into:
-            count = os.preadv(descriptor, [into], offset)
+            try:
+                count = os.preadv(descriptor, [into], offset)
+            except OSError as error:
+                raise self._changed(file, f"fails at byte {offset}: {error.strerror}") from None
             if count == 0:
                 raise self._changed(file, f"ends before byte {offset}")
             into, offset = into[count:], offset + count
