@@ -23,7 +23,7 @@ from amid_ds.distributed.progress import launched_collectives
 from amid_ds.distributed.world import World
 from amid_ds.engine import build, sharding
 from amid_ds.engine.ds_config import read_deepspeed_config
-from amid_ds.engine.gather import secondary_groups_of_neighbours
+from amid_ds.engine.zero_plus_plus import secondary_groups_of_neighbours
 from amid_ds.models.loading import load_causal_lm
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "mistral", "gemma3", "gemma2", "qwen2-tied", "gpt2"]
