@@ -110,8 +110,8 @@ def step_of(tmp_path_factory) -> Iterator[Callable[..., Step]]:
             f"no {', '.join(missing)}; see tests/support/slurm_cluster.py for what to install")
     folder = tmp_path_factory.mktemp("network")
     with slurm_cluster.Cluster(NODES) as cluster:
-        yield functools.cache(
-            lambda layout, srun=False: measure(cluster, folder, layout, srun))
+        measured = functools.cache(functools.partial(measure, cluster, folder))
+        yield lambda layout, srun=False: measured(layout, srun)
 
 
 @pytest.mark.parametrize("layout, srun", [

@@ -16,6 +16,7 @@ from support.ranks import Ranks
 from support.runs import comparable_metrics, read_metrics, write_gathering_config, write_recipe
 
 from amid_ds.config.parse import load_recipe
+from amid_ds.distributed.nodes import Nodes
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import read_deepspeed_config
 from amid_ds.engine.zero_plus_plus import load_quantizer
@@ -146,6 +147,12 @@ def test_the_students_matrices_travel_in_eight_bits_and_nothing_else_does(train,
     assert rounded["teacher_gathers"] == whole["teacher_gathers"]
     # Gradients and what is saved are as wide as before.
     assert rounded["student_reductions"] == whole["student_reductions"]
+
+
+def test_a_copy_over_several_nodes_is_noticed():
+    two_of_two, alternating = Nodes((0, 0, 1, 1)), Nodes((0, 1, 0, 1))
+    assert [two_of_two.hold_groups_of(size) for size in (1, 2, 4)] == [True, True, False]
+    assert [alternating.hold_groups_of(size) for size in (1, 2, 4)] == [True, False, False]
 
 
 @pytest.mark.parametrize("zero, tensor_parallel, reason", [

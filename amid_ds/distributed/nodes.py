@@ -36,6 +36,11 @@ class Nodes:
         """The number of nodes."""
         return max(self.node_of) + 1
 
+    def hold_groups_of(self, size: int) -> bool:
+        """True where each `size` neighbouring ranks share a node."""
+        groups = (self.node_of[first:first + size] for first in range(0, len(self.node_of), size))
+        return all(len(set(group)) == 1 for group in groups)
+
     def copies_per_node(self, tp_size: int) -> int:
         """The data-parallel ranks of a node: its ranks, `tp_size` of which share a copy.
 

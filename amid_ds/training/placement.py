@@ -11,7 +11,7 @@ from dataclasses import replace
 from amid_ds.config.recipe import Recipe, Teacher
 from amid_ds.distributed.nodes import Nodes, find_nodes
 from amid_ds.distributed.world import World
-from amid_ds.engine.ds_config import data_parallel_size, zero_stage
+from amid_ds.engine.ds_config import data_parallel_size, secondary_ranks, zero_stage
 from amid_ds.errors import InputError
 from amid_ds.planning.devices import local_device
 from amid_ds.planning.placement import ChosenPlacement, choose_placement
@@ -29,10 +29,24 @@ def place_teacher(job: Job, world: World) -> Job:
     """
     if job.recipe.teacher is None:
         return job
-    chosen = world.run_on_main(lambda: _placement(job, find_nodes(world)))
+    def place() -> ChosenPlacement:
+        nodes = find_nodes(world)
+        _warn_of_wide_copies(job, nodes)
+        return _placement(job, nodes)
+
+    chosen = world.run_on_main(place)
     over = "" if chosen.shard_over is None else f" over {chosen.shard_over} data-parallel rank(s)"
     logger.info("teacher.placement: %s%s: %s", chosen.placement, over, chosen.reason)
     return replace(job, placement=chosen)
+
+
+def _warn_of_wide_copies(job: Job, nodes: Nodes) -> None:
+    """Say so where the student's second copies (hpZ) do not save what they are for."""
+    ranks = secondary_ranks(job.deepspeed_config)
+    if not nodes.hold_groups_of(ranks):
+        logger.warning("zero_hpz_partition_size %d: so many neighbouring ranks do not share a node,"
+                       " and what they gather from one another goes between nodes; set it to the "
+                       "ranks of a node, neighbours on it", ranks)
 
 
 def _placement(job: Job, nodes: Nodes) -> ChosenPlacement:
