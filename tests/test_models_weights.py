@@ -9,7 +9,6 @@ import math
 import os
 import pickle
 import shutil
-import socket
 import zlib
 from pathlib import Path
 
@@ -181,9 +180,9 @@ def open_on_rank(rank: int, group: object, model: str, cache: str, count_file: s
     weights.weight_paths = lambda *arguments: note("download") or paths(*arguments)
     weights.read_weight_table = lambda *arguments, **named: (note("headers")
                                                              or table(*arguments, **named))
-    host, socket.gethostname = socket.gethostname, lambda: f"host{rank // 2}"
     try:
-        world = World(rank, 4, torch.device("cpu"), agreement=group)
+        world = World(rank, 4, torch.device("cpu"), agreement=group, on_host=2,
+                      is_first_on_host=rank % 2 == 0)
         with open_weights(model, COMMIT, world=world) as reader:
             cut = Path(f"{count_file}.cut")
             if rank == 3 and cut.exists():
@@ -195,7 +194,6 @@ def open_on_rank(rank: int, group: object, model: str, cache: str, count_file: s
         return 0.0, str(error)
     finally:
         weights.weight_paths, weights.read_weight_table = paths, table
-        socket.gethostname = host
 
 
 def test_a_rank_of_each_host_downloads_one_reads_the_headers_and_errors_are_of_all(shared_model,

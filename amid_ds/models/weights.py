@@ -8,7 +8,6 @@ all its renamings and conversions and reads no weight, and its report decides (`
 from __future__ import annotations
 
 import pickle
-import socket
 import threading
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -69,14 +68,13 @@ def share_weight_table(world: World, model: str, revision: str | None = None,
             # A mixture's tens of thousands of names are all alike.
             return zlib.compress(pickle.dumps(read_weight_table(model, revision, named=named)))
 
-    hosts = world.gather(socket.gethostname())
-    _run_on_some(world, hosts[world.rank] not in hosts[:world.rank], download)
+    _run_on_first_of_hosts(world, download)
     table: WeightTable = pickle.loads(zlib.decompress(world.run_on_main(read)))
     return table
 
 
-def _run_on_some(world: World, here: bool, work: Callable[[], object]) -> None:
-    """Run `work`, which makes no collective, on the ranks where `here` is True. Collective.
+def _run_on_first_of_hosts(world: World, work: Callable[[], object]) -> None:
+    """Run `work`, which makes no collective, on the first rank of each host. Collective.
 
     All ranks exchange a heartbeat meanwhile: a collective waits no longer than its timeout.
     """
@@ -89,13 +87,13 @@ def _run_on_some(world: World, here: bool, work: Callable[[], object]) -> None:
             errors.append(error)
 
     thread = threading.Thread(target=run, name="weights", daemon=True)
-    if here:
+    if world.is_first_on_host:
         thread.start()
     running = True
     while running:
-        if here:
+        if world.is_first_on_host:
             thread.join(HEARTBEAT_S)
-        running = any(world.gather(thread.is_alive()))
+        running = world.any(thread.is_alive())
 
     def finish() -> None:
         if errors:
