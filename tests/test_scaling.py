@@ -106,7 +106,7 @@ def fitted(figures: Sequence[int]) -> tuple[str, list[float]]:
         weights, *_ = np.linalg.lstsq(matrix, np.array(figures, float), rcond=None)
         if np.allclose(matrix @ weights, figures, rtol=0.02, atol=1e-6):
             break
-    formula = " + ".join(f"{weight:.0f}" + ("" if term == "1" else f" {term}")
+    formula = " + ".join(f"{round(weight)}" + ("" if term == "1" else f" {term}")
                          for term, weight in zip(used, weights, strict=True))
     return formula, [sum(weight * terms[term](n) for term, weight in zip(used, weights,
                                                                          strict=True))
@@ -116,7 +116,7 @@ def fitted(figures: Sequence[int]) -> tuple[str, list[float]]:
 @pytest.mark.slow
 def test_what_a_rank_exchanges_grows_no_faster_than_the_logarithm_of_the_ranks(measure):
     afar = {}
-    print(f"\n| of one rank | {' | '.join(map(str, SIZES))} | fitted | "
+    print(f"\n| of the rank that has most | {' | '.join(map(str, SIZES))} | fitted | "
           f"{' | '.join(f'{n:,}' for n in AFAR)} |\n|{'---|' * (len(SIZES) + 4)}")
     for name, figures in rows([measure(size) for size in SIZES]).items():
         formula, afar[name] = fitted(figures)
