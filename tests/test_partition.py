@@ -85,9 +85,8 @@ def same_as_transformers(world: World, config: str, *models: str) -> None:
         for name, parameter in named.items():
             assert facts(parameter) == facts(expected[name]), (model, name)
             assert torch.equal(own_elements(parameter), own_elements(expected[name])), (model, name)
-            second, other = (each.ds_secondary_tensor for each in (parameter, expected[name]))
-            assert (second is None) == (other is None)
-            assert second is None or torch.equal(second, other), (model, name)
+            # DeepSpeed makes it at the first gather.
+            assert parameter.ds_secondary_tensor is None
         # Without ZeRO: with it some versions of transformers round the rotary frequencies to bf16.
         buffers = dict(load_causal_lm(folder, dtype).named_buffers())
         for name, buffer in ours.named_buffers():

@@ -7,7 +7,6 @@ the weight it is: the rank reads that range and no other.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -33,8 +32,9 @@ def partition_parameters(model: nn.Module, config: DeepSpeedConfig,
 
     config: DeepSpeed's, with bf16 as the weights are to have it. shards: the ranks that they lie
     over; None: all. What tensor parallelism has split lies over the ranks with the same part. A
-    parameter that two modules share is made once; it keeps its attributes. No collective, except
-    that DeepSpeed makes groups for secondary partitions, where the config asks for them.
+    parameter that two modules share is made once; it keeps its attributes. Secondary partitions
+    (hpZ) are left to DeepSpeed, which makes them at the first gather. No collective, except that
+    it makes their groups, where the config asks for them.
     """
     import_deepspeed()
     from deepspeed.runtime.zero.partition_parameters import Init
@@ -49,7 +49,7 @@ def partition_parameters(model: nn.Module, config: DeepSpeedConfig,
                 continue
             if id(meta) not in made:
                 made[id(meta)] = _declare(meta, init, shards)
-                ranges += _allocate(made[id(meta)], init)
+                ranges.append(_allocate(made[id(meta)], init))
             module._parameters[key] = made[id(meta)]
     if init.mem_efficient_linear:
         init._enable_mem_efficient_linear()
@@ -103,25 +103,17 @@ def _declare(meta: nn.Parameter, init: Any, shards: ShardGroups | None) -> nn.Pa
     return parameter
 
 
-def _allocate(parameter: Any, init: Any) -> Iterator[OwnRange]:
-    """Give `parameter` its partitions on this rank; yields the range of each.
-
-    As DeepSpeed's `_partition_param` and `_partition_param_sec` leave them.
-    """
+def _allocate(parameter: Any, init: Any) -> OwnRange:
+    """Give `parameter` its partition on this rank, as DeepSpeed's `_partition_param` leaves it."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    aligned = init._aligned_size(parameter)
-    size = aligned // init._partition_world_size(parameter)
-    device = init.local_device if parameter.ds_persist else init.remote_device
-    parameter.ds_tensor = _new_partition(size, init, device)
-    parameter.ds_numel_aligned = aligned
-    yield OwnRange(parameter, size * init._partition_rank(parameter), parameter.ds_tensor)
-    if init.zero_param_process_group is not None:
-        size = aligned // init.num_ranks_in_param_group
-        parameter.ds_secondary_tensor = _new_partition(size, init, init.remote_device)
-        yield OwnRange(parameter, size * init.rank_in_group, parameter.ds_secondary_tensor)
+    parameter.ds_numel_aligned = init._aligned_size(parameter)
+    size = parameter.ds_numel_aligned // init._partition_world_size(parameter)
+    parameter.ds_tensor = _new_partition(
+        size, init, init.local_device if parameter.ds_persist else init.remote_device)
     parameter.data = torch.empty(0, dtype=init.dtype, device=init.local_device)
     parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
+    return OwnRange(parameter, size * init._partition_rank(parameter), parameter.ds_tensor)
 
 
 def _new_partition(size: int, init: Any, device: Any) -> Tensor:
