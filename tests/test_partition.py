@@ -51,7 +51,8 @@ def read_model(folder: str, dtype: str, config: dict, world: World) -> Any:
     model = sharding.open_causal_lm(Teacher(model=folder, dtype=dtype), dtype, config, world)
     ours = model.read(world)
     sharding.partition_parameters, sharding.OpenModel._fill = partition, fill
-    assert launched == [True, True]
+    # For secondary partitions DeepSpeed makes groups.
+    assert launched == ["zero_hpz_partition_size" not in config["zero_optimization"], True]
     return ours
 
 
