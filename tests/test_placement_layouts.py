@@ -57,6 +57,8 @@ LAYOUTS: dict[str, tuple[int, list[str], list[str]]] = {
     "over one rank": (2, [], [NODE, "teacher.shard_over=1"]),
     "over two nodes": (8, [], [NODE, "teacher.shard_over=4"]),
     "stage 2": (4, ["deepspeed=ds_configs/zero2.json", "teacher.dtype=bf16"], [NODE]),
+    "stage 2, tp 2": (4, ["deepspeed=ds_configs/zero2.json", "teacher.dtype=bf16",
+                          "tensor_parallel=2"], [NODE]),
     "offloaded": (4, ["deepspeed=ds_configs/zero3_offload.json", "teacher.dtype=bf16"], [NODE]),
     "whole small weights": (4, ["deepspeed=ds_configs/zero3_fp32.json"], [NODE]),
     "rollouts": (4, ["rollout={share: 0.5, max_new_tokens: 6}"], [NODE]),
