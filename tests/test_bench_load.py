@@ -9,10 +9,15 @@ import socket
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from amid_ds.bench import load
 from amid_ds.bench.kernel_counters import KernelFigures, counting, drop_cached
 from amid_ds.bench.local_ranks import on_local_ranks
 from amid_ds.distributed.world import World
+from amid_ds.experiments.small_models import LlamaSize
+from amid_ds.models.loading import open_weights
+from amid_ds.models.weight_reader import WeightReader
 
 MB = 1 << 20
 
@@ -65,10 +70,13 @@ def both_ways(world: World, folder: Path) -> dict[str, load.RankLoad]:
     return {way: load.measure_way(world, folder, way) for way in load.WAYS}
 
 
-def test_each_rank_reads_its_own_share_and_from_pretrained_sends_what_rank_0_reads(tmp_path):
+def test_each_rank_reads_its_own_share_and_from_pretrained_sends_what_rank_0_reads(
+        tmp_path, capfd):
     load.save_models(tmp_path, load.TINY)
     share = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")) / 2
     ranks = on_local_ranks(2, "loading", both_ways, tmp_path)
+    # The progress of reading would stand before the JSON.
+    assert capfd.readouterr().out == ""
     for figures in (rank["ours"].figures for rank in ranks):
         # Config and headers, read by python, and the agreement on them.
         assert share < figures.asked < share + 64_000 and figures.received < 64_000
@@ -77,6 +85,24 @@ def test_each_rank_reads_its_own_share_and_from_pretrained_sends_what_rank_0_rea
     theirs = [rank["from_pretrained"] for rank in ranks]
     assert theirs[1].figures.received > 2 * share > 50 * theirs[1].figures.asked
     assert theirs[0].cold_s == theirs[1].cold_s > 0 and theirs[0].warm_s > 0 < theirs[0].cpu_s
+
+
+def test_the_disk_gives_no_more_than_is_asked_for(tmp_path):
+    """The first half of every weight: what follows is not read ahead."""
+    load.save_models(tmp_path, LlamaSize.of_width(512, layers=2))
+    for path in (tmp_path / "model").glob("*.safetensors"):
+        drop_cached(path)
+    with counting() as figures:
+        reader = open_weights(str(tmp_path / "model"))
+        assert isinstance(reader, WeightReader)
+        halves = [(source, 0, torch.empty(source.numel() // 2, dtype=torch.bfloat16))
+                  for source in dict.fromkeys(reader.sources.values())]
+        with reader:
+            reader.fill(halves)
+    size = sum(out.nbytes for _, _, out in halves)
+    assert size < figures.asked < size + 64_000
+    # A page more at each end of each weight; 0 in memory (tmpfs).
+    assert figures.disk < size + 8192 * (len(halves) + 10)
 
 
 def cost(share: int, seconds: float) -> dict[str, object]:

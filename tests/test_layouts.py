@@ -225,8 +225,8 @@ def memory_measuring_rank(folder: str, argv: list[str], variables: dict[str, str
 
 
 @pytest.mark.parametrize("ranks, tensor_parallel", [(2, 1), (4, 1), (4, 2)])
-def test_loading_takes_a_rank_one_shard_file_and_its_partition(ranks, tensor_parallel, pair,
-                                                               instructions_file, tmp_path):
+def test_loading_takes_a_rank_its_partition_and_nothing_of_a_file(ranks, tensor_parallel, pair,
+                                                                  instructions_file, tmp_path):
     model = make_model(tmp_path / "model", "llama", hidden_size=1024, intermediate_size=4096,
                        num_hidden_layers=4)
     whole = AutoModelForCausalLM.from_pretrained(model)
@@ -239,6 +239,7 @@ def test_loading_takes_a_rank_one_shard_file_and_its_partition(ranks, tensor_par
     assert Ranks(ranks, "train", recipe, target=rank).wait(200) == [0] * ranks
     assert len(files) > 3
     # 24 MiB for modules imported on the way and the tiny student.
-    allowed = files[-1] + sum(files) / ranks + (24 << 20)
+    allowed = sum(files) / ranks + (24 << 20)
+    assert allowed < files[-1] + sum(files) / ranks
     assert [number for number in range(ranks)
             if int((tmp_path / f"rank{number}").read_text()) > allowed] == []

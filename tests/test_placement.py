@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.counting_rank import counting_rank
 from support.data import write_instructions
 from support.nodes import name_host, train_on_nodes
@@ -19,7 +20,8 @@ from torch.distributed import distributed_c10d
 
 from amid_ds.config.parse import load_recipe
 from amid_ds.distributed import nodes
-from amid_ds.distributed.nodes import Nodes, shard_groups
+from amid_ds.distributed.nodes import Nodes, find_nodes, shard_groups
+from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.planning.placement import ChosenPlacement
 from amid_ds.training import placement
@@ -132,7 +134,9 @@ def test_nodes_that_cannot_each_hold_the_teacher_are_refused(node_of, tp_size, n
     assert named in error.value.found and "shard_over" in error.value.remedy
 
 
-def test_a_nodes_ranks_share_copies():
+def test_a_nodes_ranks_have_one_host_name_and_share_copies():
+    world = World(0, 4, torch.device("cpu"), hosts={0: "b", 1: "b", 2: "a", 3: "a"})
+    assert find_nodes(world) == TWO_NODES
     assert TWO_NODES.copies_per_node(1) == 2 and TWO_NODES.copies_per_node(2) == 1
     assert ONE_NODE.copies_per_node(1) == 4 and (ONE_NODE.count, TWO_NODES.count) == (1, 2)
 

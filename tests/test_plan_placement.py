@@ -11,7 +11,8 @@ import pytest
 from safetensors.torch import load_file
 from support.ranks import Ranks
 from support.runs import write_gathering_config, write_recipe
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
@@ -59,6 +60,14 @@ def test_a_ring_by_hand_takes_in_what_the_plan_says(ranks, per_node):
     assert traffic.received == pytest.approx(into_rank[0])
     for node in range(ranks // per_node):
         assert per_node * traffic.between == pytest.approx(into_node[node])
+
+
+def test_a_ring_waits_for_its_start_and_for_each_hop_of_a_part_on_its_way_round():
+    # 24 ranks on 3 nodes: a part takes 23 hops, and 2 of them leave a node.
+    over_nodes, in_node = Ring(24, 8).gather(1.0, calls=5), Ring(8, 8).gather(1.0, calls=5)
+    assert over_nodes.between_waits == pytest.approx(5 * (14e-6 + 21 * 1.9e-6 + 2 * 4.0e-6))
+    assert in_node.inside_waits == pytest.approx(5 * (14e-6 + 7 * 1.9e-6))
+    assert over_nodes.inside_waits == in_node.between_waits == 0
 
 
 @pytest.mark.parametrize("placement, share", [("zero3", 3 / 4), ("node", 0), ("replicated", 0)])
@@ -163,6 +172,12 @@ def test_the_files_are_read_once_by_all_ranks_together_or_once_a_node(recipe):
         assert read.seconds > read.seconds_resumed
 
 
+def test_a_shard_that_does_not_divide_the_ranks_exits_with_2(recipe, capsys):
+    layout = ["--nodes", "2", "--ranks-per-node", "2"]
+    assert main(["plan", str(recipe), *layout, "teacher.shard_over=3"]) == 2
+    assert "shard_over" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("storage", ["0", "-1", "nan", "inf"])
 def test_a_storage_that_reads_nothing_exits_with_2(storage, recipe, capsys):
     assert main(["plan", str(recipe), "--storage", storage]) == 2
@@ -249,6 +264,14 @@ def test_the_table_of_paper_scale_has_every_placement_and_names_the_one_that_is_
     assert main(["plan", "--paper-scale"]) == 0
     assert "8B ← 70B | 1,024 | 8.4" in capsys.readouterr().out
     assert main(["plan", "r.yaml", "--paper-scale"]) == 2
+
+
+def test_layers_that_differ_are_counted_one_by_one():
+    meta = LlamaForCausalLM(LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+                                        num_attention_heads=4, vocab_size=99)).to("meta")
+    layers = meta.model.layers
+    layers[3].mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=512)).to("meta")
+    assert count_body(meta, 2, 32, layers)[0] == run_on_meta(meta, 2, 32)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ if __name__ == "__main__":
 from support import counting_node, slurm_cluster
 from support.data import write_texts
 from support.models import make_model
+from support.ranks import Ranks
 from support.runs import read_metrics, write_gathering_config, write_recipe
 
 from amid_ds.config.parse import load_recipe
@@ -29,7 +30,7 @@ from amid_ds.planning.estimate import estimate_plan
 
 NODES, RANKS_PER_NODE = 2, 2
 # What a node's card is limited to for the table, as tc(8) has it.
-RATE = "200mbit"
+RATE = "50mbit"
 # 3 and 18 MB in fp32: what is not weights is then a small part of what is sent.
 STUDENT = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4)
 TEACHER = dict(hidden_size=256, intermediate_size=704, num_hidden_layers=6)
@@ -58,29 +59,37 @@ class Step(NamedTuple):
     losses: list[float]
 
 
-def measure(cluster: slurm_cluster.Cluster, folder: Path, layout: str) -> Step:
-    """A run on the cluster's two nodes, its models made in `folder`."""
+def measure(cluster: slurm_cluster.Cluster, folder: Path, layout: str, srun: bool = False) -> Step:
+    """A run on the cluster's two nodes, its models made in `folder`; srun: started by Slurm."""
     recipe_changes, zero_changes = LAYOUTS[layout]
-    run = folder / layout.replace(" ", "_")
-    (run / "counts").mkdir(parents=True)
+    run = Path(tempfile.mkdtemp(dir=folder))
+    counts = run / "counts"
+    counts.mkdir()
     for name, seed, sizes in (("student", 0, STUDENT), ("teacher", 1, TEACHER)):
         if not (folder / name).exists():
             make_model(folder / name, "llama", seed, **sizes)
     rows = folder / "rows.jsonl"
     if not rows.exists():
         write_texts(rows)
-    config = write_gathering_config(run, **zero_changes)
     recipe = write_recipe(
-        run / "recipe.yaml", folder / "student", folder / "teacher",
-        rows, run / "run", deepspeed=str(config),
+        run / "recipe.yaml", folder / "student", folder / "teacher", rows, run / "run",
+        deepspeed=str(write_gathering_config(run, **zero_changes)),
         train__steps=counting_node.LAST_STEP, data__prepared=str(folder / "data"),
         **recipe_changes)
-    done = cluster.run(
-        "srun", f"--nodes={NODES}", f"--ntasks-per-node={RANKS_PER_NODE}", "--cpus-per-task=1",
-        sys.executable, counting_node.__file__, run / "counts", "train", recipe,
-        PYTHONPATH=str(Path(__file__).parent), MASTER_ADDR="n1", MASTER_PORT="29400")
-    assert done.returncode == 0, done.stdout + done.stderr
-    nodes = [json.loads(path.read_text()) for path in sorted((run / "counts").iterdir())]
+    if srun:
+        done = cluster.run(
+            "srun", f"--nodes={NODES}", f"--ntasks-per-node={RANKS_PER_NODE}", "--cpus-per-task=1",
+            sys.executable, counting_node.__file__, counts, "train", recipe,
+            PYTHONPATH=str(Path(__file__).parent), MASTER_ADDR="n1", MASTER_PORT="29400")
+        assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        ranks = Ranks(NODES * RANKS_PER_NODE, "train", recipe,
+                      variables={"MASTER_ADDR": "10.77.0.1"}, target=functools.partial(
+                          counting_node.rank_on_node, f"{cluster.prefix}n", counts, RANKS_PER_NODE))
+        assert ranks.wait(240) == [0] * NODES * RANKS_PER_NODE, ranks.output()
+    by_host = {path.name.partition("-")[0]: json.loads(path.read_text())
+               for path in counts.iterdir()}
+    nodes = list(by_host.values())
     assert len(nodes) == NODES
     network = estimate_plan(load_recipe(recipe), NODES, NODES * RANKS_PER_NODE,
                             find_device("cpu", RANKS_PER_NODE)).network_per_step
@@ -92,8 +101,8 @@ def measure(cluster: slurm_cluster.Cluster, folder: Path, layout: str) -> Step:
 
 
 @pytest.fixture(scope="module")
-def step_of(tmp_path_factory) -> Iterator[Callable[[str], Step]]:
-    """step_of(layout): measured once."""
+def step_of(tmp_path_factory) -> Iterator[Callable[..., Step]]:
+    """step_of(layout, srun): measured once."""
     missing = slurm_cluster.missing()
     if missing:
         assert "CI" not in os.environ, f"CI tests Slurm, and there is no {', '.join(missing)}"
@@ -101,14 +110,17 @@ def step_of(tmp_path_factory) -> Iterator[Callable[[str], Step]]:
             f"no {', '.join(missing)}; see tests/support/slurm_cluster.py for what to install")
     folder = tmp_path_factory.mktemp("network")
     with slurm_cluster.Cluster(NODES) as cluster:
-        yield functools.cache(lambda layout: measure(cluster, folder, layout))
+        yield functools.cache(
+            lambda layout, srun=False: measure(cluster, folder, layout, srun))
 
 
-@pytest.mark.parametrize("layout", [
-    "node", *(pytest.param(layout, marks=pytest.mark.slow)
-              for layout in LAYOUTS if layout != "node")])
-def test_a_node_takes_in_and_gives_out_per_step_what_the_plan_says(step_of, layout):
-    step = step_of(layout)
+@pytest.mark.parametrize("layout, srun", [
+    ("node", False), *(pytest.param(layout, False, marks=pytest.mark.slow)
+                       for layout in LAYOUTS if layout != "node"),
+    # Ranks where Slurm puts them.
+    pytest.param("zero3", True, marks=pytest.mark.slow)])
+def test_a_node_takes_in_and_gives_out_per_step_what_the_plan_says(step_of, layout, srun):
+    step = step_of(layout, srun)
     for measured in (*step.taken, *step.given):
         assert measured == pytest.approx(step.planned, rel=0.05)
 

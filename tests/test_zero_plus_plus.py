@@ -11,6 +11,7 @@ import torch
 from support.checkpoints import fp32_state
 from support.counting_rank import counting_rank
 from support.eight_bits import quantizing_rank
+from support.patches import rank_without_compiler
 from support.ranks import Ranks
 from support.runs import comparable_metrics, read_metrics, write_gathering_config, write_recipe
 
@@ -29,16 +30,18 @@ HPZ, QWZ = {"zero_hpz_partition_size": 2}, {"zero_quantized_weights": True}
 
 @pytest.fixture(scope="module")
 def train(llama_pair, instructions_file, tmp_path_factory):
-    """train(run, zero, ranks): a run of two micro-batches a step on four ranks, every weight
-    gathered at each use; zero: changes of the section of ZeRO. Returns the first rank's words."""
+    """train(run, zero, ranks, target, **changes): a run of two micro-batches a step on four ranks,
+    every weight gathered at each use; zero: changes of the section of ZeRO. Returns the first
+    rank's words."""
     folder = tmp_path_factory.mktemp("plus_plus")
 
-    def run(path: Path, zero: dict, ranks: int = 4, target=counting_rank) -> str:
+    def run(path: Path, zero: dict, ranks: int = 4, target=counting_rank, **changes) -> str:
         config = write_gathering_config(path.parent, stage3_max_reuse_distance=0,
                                         stage3_prefetch_bucket_size=0, **zero)
         recipe = write_recipe(path.with_suffix(".yaml"), *llama_pair, instructions_file, path,
                               deepspeed=str(config), data__prepared=str(folder / "data"),
-                              train__global_batch_size=8, train__steps=STEPS, checkpoint__every=3)
+                              train__global_batch_size=8, train__steps=STEPS, checkpoint__every=3,
+                              **changes)
         processes = Ranks(ranks, "train", recipe, target=target)
         statuses = processes.wait()
         assert statuses == [0] * ranks, "\n".join(map(processes.output, range(ranks)))
@@ -80,6 +83,21 @@ def test_no_number_of_a_run_differs_by_its_secondary_partitions(plain, secondary
     last = [fp32_state(run / "checkpoints" / LAST) for run in (plain, secondary)]
     for ours, theirs in zip(*last, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["muon", "samples and evaluation", "neighbours' teacher"])
+def test_nor_does_one_of_muon_of_samples_or_of_a_teacher_over_neighbours(train, instructions_file,
+                                                                        tmp_path, kind):
+    rows = {"path": str(instructions_file), "prompt": "prompt", "response": "response"}
+    changes = {
+        "muon": {"train__optimizer": "muon", "train__muon": {"learning_rate": 0.01}},
+        "samples and evaluation": {"data__eval": [rows], "train__eval_every": 2, "rollout": {
+            "adaptive": {"init_threshold": 1.0, "capacity": 100}, "max_new_tokens": 4}},
+        "neighbours' teacher": {"teacher__placement": "node", "teacher__shard_over": 2}}[kind]
+    for name, zero in (("plain", {}), ("secondary", HPZ)):
+        train(tmp_path / name, zero, target=rank_without_compiler, **changes)
+    assert comparable_metrics(tmp_path / "secondary") == comparable_metrics(tmp_path / "plain")
 
 
 def test_all_gathers_of_a_step_but_the_first_are_of_neighbours(plain, secondary):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from amid_ds.bench.measure import slowest_rank_seconds
+from amid_ds.bench.measure import no_progress, slowest_rank_seconds
 from amid_ds.checkpoint.manifest import find_latest_valid
 from amid_ds.checkpoint.reshard import load_checkpoint
 from amid_ds.checkpoint.saver import Saver
@@ -66,7 +66,7 @@ class CheckpointRow:
 
 def bench_checkpoint(as_json: bool) -> None:
     """`amid-ds bench checkpoint`: print the row as a table, or as JSON."""
-    with init_distributed(TIMEOUT_S) as world:
+    with init_distributed(TIMEOUT_S) as world, no_progress():
         row = _measure(world)
         if world.is_main and as_json:
             print(json.dumps(asdict(row)))

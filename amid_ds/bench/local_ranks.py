@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
+from amid_ds.bench.measure import no_progress
 from amid_ds.config.recipe import Train
 from amid_ds.distributed.launch import free_port
 from amid_ds.distributed.rendezvous import init_distributed
@@ -50,5 +51,5 @@ def on_local_ranks(size: int, title: str, work: Callable[..., _T], *arguments: A
 def _run_rank(rank: int, sender: Connection, work: Callable[..., object],
               arguments: tuple[Any, ...]) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    with init_distributed(Train.model_fields["hang_timeout"].default) as world:
+    with init_distributed(Train.model_fields["hang_timeout"].default) as world, no_progress():
         sender.send(work(world, *arguments))

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
+from amid_ds.distributed.rank_logging import PACKAGE_LOGGER
 from amid_ds.distributed.world import World
+
+
+@contextlib.contextmanager
+def no_progress() -> Iterator[None]:
+    """A context without the package's messages of progress: stdout is for the results alone."""
+    before = PACKAGE_LOGGER.level
+    PACKAGE_LOGGER.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        PACKAGE_LOGGER.setLevel(before)
 
 
 def slowest_rank_seconds(world: World, work: Callable[[], object]) -> float:

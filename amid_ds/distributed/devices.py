@@ -27,7 +27,7 @@ def choose_device(local_rank: int) -> torch.device:
     """The device of the rank `local_rank` of this host, made the current one.
 
     A rank may see all GPUs of its host or its own alone (`srun --gpus-per-task=1`). Where it sees
-    several, but fewer than the host has ranks, two ranks get the same: `device_error` tells.
+    several, but fewer than the host has ranks, two ranks get the same: `introduce` tells.
     """
     # DS_ACCELERATOR is DeepSpeed's own switch.
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":

@@ -6,14 +6,11 @@ model may therefore lie over a node's ranks alone, once on each node.
 
 from __future__ import annotations
 
-import hashlib
-import socket
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 
 from amid_ds.errors import InputError
@@ -76,13 +73,10 @@ class ShardGroups:
 
 
 def find_nodes(world: World) -> Nodes:
-    """The nodes of all ranks, told by their host names. One collective, of 8 bytes a rank."""
-    digest = hashlib.sha256(socket.gethostname().encode()).digest()
-    own = torch.tensor([int.from_bytes(digest[:7], "big")])
-    every = torch.empty(world.size, dtype=own.dtype)
-    dist.all_gather_into_tensor(every, own, group=world.agreement)
-    numbers: dict[int, int] = {}
-    return Nodes(tuple(numbers.setdefault(host, len(numbers)) for host in every.tolist()))
+    """The nodes of all ranks, told by their host names. On rank 0 alone, which knows them."""
+    numbers: dict[str, int] = {}
+    hosts = (world.hosts.get(rank, "") for rank in range(world.size))
+    return Nodes(tuple(numbers.setdefault(host, len(numbers)) for host in hosts))
 
 
 def require_divisor(shard_over: int, data_parallel: int) -> None:

@@ -78,7 +78,7 @@ class OpenModel:
 
 
 def open_causal_lm(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig, world: World,
-               shards: ShardGroups | None = None, read: bool = True) -> OpenModel:
+                   shards: ShardGroups | None = None, read: bool = True) -> OpenModel:
     """The model of `source`, ready to be shaped and then read. Its module is in eval mode.
 
     read: False: its parameters will be zeros, for a checkpoint to replace, at any ZeRO stage; True:
@@ -119,6 +119,8 @@ def _whole_parameters(model: nn.Module) -> list[OwnRange]:
                 if id(meta) not in made:
                     made[id(meta)] = nn.Parameter(torch.empty_like(meta, device="cpu"),
                                                   requires_grad=meta.requires_grad)
+                    # AutoTP's marks among them.
+                    vars(made[id(meta)]).update(vars(meta))
                 module._parameters[key] = made[id(meta)]
     return [OwnRange(parameter, 0, parameter.detach().view(-1)) for parameter in made.values()]
 

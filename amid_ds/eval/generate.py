@@ -277,7 +277,7 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
         yield world.run_checked(lambda: _load_whole(model, world)), sampler, bool
         return
     if model.placement == "node":
-        over = world.run_checked(lambda: _ranks_of_a_copy(model, world))
+        over = world.run_on_main(lambda: _ranks_of_a_copy(model, world))
         world = world.split(1, over) if over < world.size else world
     engine = world.run_checked(lambda: build_teacher_engine(model, config, world))
     if engine.fits_gathered(engine.module):
@@ -293,7 +293,7 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
 
 
 def _ranks_of_a_copy(model: Teacher, world: World) -> int:
-    """The neighbouring ranks over which the placement `node` shards the model. Collective.
+    """The neighbouring ranks over which the placement `node` shards the model. On rank 0.
 
     Raises InputError where the ranks or their nodes do not allow it.
     """

@@ -131,14 +131,28 @@ def _header(path: str, size: int, changed_ns: int) -> tuple[tuple[StoredTensor, 
     Kept, so a start that checks its models and then loads them reads a header once.
     """
     if path.endswith(".safetensors"):
-        with open(path, "rb") as file:
-            header = read_header(file.fileno(), size)
+        descriptor = open_for_ranges(path)
+        try:
+            header = read_header(descriptor, size)
+        finally:
+            os.close(descriptor)
         return _tensors(header, size), hashlib.sha256(header).hexdigest()
     from transformers.modeling_utils import load_state_dict
 
     pickled = load_state_dict(path, map_location="meta")
     return tuple(StoredTensor(name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
                  for name, tensor in pickled.items()), ""
+
+
+def open_for_ranges(path: str) -> int:
+    """A descriptor of a file, for reads, of which the kernel reads nothing ahead.
+
+    What follows the range of a rank is what others hold: read ahead, it can be as much again. Read
+    a header so too: pages that were read ahead once start it again for every later reader.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+    return descriptor
 
 
 def read_header(descriptor: int, size: int) -> bytes:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from amid_ds.errors import InputError
-from amid_ds.models.weight_files import WeightTable, read_header
+from amid_ds.models.weight_files import WeightTable, open_for_ranges, read_header
 
 READ_THREADS = 4
 # Read at once by a thread: with READ_THREADS, 64 MiB are in flight.
@@ -335,11 +335,9 @@ class WeightReader:
         """(descriptor, time of the last change) of a file that is the table's."""
         expected = self._table.files[file]
         try:
-            descriptor = os.open(self._paths[file], os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_for_ranges(self._paths[file])
         except OSError as error:
             raise self._changed(file, f"cannot be opened: {error.strerror}") from None
-        # What the kernel reads ahead is of other ranks: by itself it fetches up to twice the bytes.
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         found = os.fstat(descriptor)
         try:
             if found.st_size != expected.size:

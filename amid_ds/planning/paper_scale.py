@@ -18,7 +18,6 @@ from typing import NamedTuple
 from amid_ds.config.recipe import Recipe
 from amid_ds.planning.devices import EFFICIENCY, HEADROOM, Device
 from amid_ds.planning.placement import PlacementCosts, choose_for, costs_of, placement_costs
-from amid_ds.planning.reading import STORAGE_BANDWIDTH
 from amid_ds.planning.report import placement_title
 from amid_ds.planning.setting import Placement, Setting, make_setting, with_placement
 
@@ -45,15 +44,14 @@ LLAMAS = {"8B": LlamaNumbers(4096, 32, 14336, 32), "70B": LlamaNumbers(8192, 80,
 LLAMA_KEY_VALUE_HEADS = 8
 LLAMA_VOCABULARY = 128256
 ASSUMPTIONS = (
-    "In a cell: seconds of a step, what binds (seconds of FLOPs, of links inside a node, of links "
-    "between nodes), memory of a rank. "
-    f"Assumed: {GLOBAL_BATCH_SIZE:,} rows a step, a row a micro-batch, "
-    f"activation checkpointing, bf16, ZeRO-3 (ds_configs/zero3.json), no tensor parallelism, "
-    f"{DEVICES_PER_NODE} ranks a node; products at {EFFICIENCY:.0%} of the peak, links at full "
-    "speed (a port per device between nodes), hops of rings as in NCCL's own model; in each model's "
-    "passes the longest of FLOPs, links inside and links between counts; "
-    f"{STORAGE_BANDWIDTH / 1e9:g} GB/s of storage a node; {HEADROOM:.0%} of the memory may be "
-    "planned for. auto: what placement: auto takes.")
+    "In a cell: seconds of a step, what binds (seconds of FLOPs · of links inside a node · of "
+    "links between nodes), memory of a rank. auto: what placement: auto takes.\n"
+    f"Assumed: {GLOBAL_BATCH_SIZE:,} rows a step, a row a micro-batch, activation checkpointing, "
+    f"bf16, ZeRO-3 (ds_configs/zero3.json), no tensor parallelism, {DEVICES_PER_NODE} ranks a "
+    f"node; products at {EFFICIENCY:.0%} of the peak, links at full speed (a port per device "
+    "between nodes), hops of rings as in NCCL's own model; in each model's passes the longest of "
+    "FLOPs, links inside and links between counts; "
+    f"{HEADROOM:.0%} of the memory may be planned for.")
 
 
 @dataclass(frozen=True)

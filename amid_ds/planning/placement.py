@@ -83,6 +83,8 @@ def choose_for(setting: Setting) -> ChosenPlacement:
         return ChosenPlacement("zero3", None, "no step needs a teacher")
     if teacher.placement != "auto":
         over = setting.placement.shard_over if teacher.placement == "node" else None
+        if over == setting.data_parallel:
+            return ChosenPlacement("zero3", None, f"{over} data-parallel ranks are all")
         return ChosenPlacement(teacher.placement, over, "the recipe says so")
     if setting.zero.stage < 3:
         return ChosenPlacement("zero3", None, "below ZeRO stage 3 nothing shards the teacher")

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from amid_ds.config.recipe import Recipe, bounding_values
+from amid_ds.distributed.nodes import require_divisor
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     accumulation_steps,
@@ -188,6 +189,8 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
     data_parallel = data_parallel_size(recipe, ranks)
     ds_config = read_deepspeed_config(recipe, data_parallel)
     zero = read_zero_settings(ds_config)
+    if recipe.teacher is not None and recipe.teacher.shard_over is not None:
+        require_divisor(recipe.teacher.shard_over, data_parallel)
     placement = _given_placement(recipe, data_parallel, -(-ranks // nodes))
     return Setting(
         recipe=recipe,

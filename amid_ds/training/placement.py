@@ -29,8 +29,7 @@ def place_teacher(job: Job, world: World) -> Job:
     """
     if job.recipe.teacher is None:
         return job
-    nodes = find_nodes(world)
-    chosen = world.run_on_main(lambda: _placement(job, nodes))
+    chosen = world.run_on_main(lambda: _placement(job, find_nodes(world)))
     over = "" if chosen.shard_over is None else f" over {chosen.shard_over} data-parallel rank(s)"
     logger.info("teacher.placement: %s%s: %s", chosen.placement, over, chosen.reason)
     return replace(job, placement=chosen)

@@ -52,18 +52,20 @@ def train(recipe_path: str, overrides: Sequence[str], began: float | None = None
     InputError, TrainingError or Stopped.
     """
     with StartClock(time.monotonic() if began is None else began):
-        timeout = Train.model_fields["hang_timeout"].default
-        # A recipe that is wrong is reported by all ranks at once, below, and no import is waited
-        # for.
+        own, timeout = None, Train.model_fields["hang_timeout"].default
+        # A recipe that is wrong is reported by all ranks at once, below.
         with contextlib.suppress(InputError):
-            timeout = load_recipe(recipe_path, overrides).train.hang_timeout
-            with imports_kept():
-                import_libraries()
+            own = load_recipe(recipe_path, overrides)
+            timeout = own.train.hang_timeout
         end_part("imports")
         # The hang watchdog ends a step that hangs, before a collective gives up by itself.
         with (init_distributed(timeout + GRACE_S) as world,
               Attempt(world.rank, world.size) as attempt):
             end_part("joining")
+            if own is not None:
+                with imports_kept():
+                    import_libraries()
+            end_part("imports")
             # Nodes may see different commits of a model on the hub: rank 0 decides.
             recipe = world.run_on_main(lambda: pin(load_recipe(recipe_path, overrides)))
             job = world.run_checked(lambda: check_recipe(recipe, world.size))

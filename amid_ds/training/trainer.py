@@ -214,7 +214,8 @@ class Trainer(Stepper):
         return StopRequest(self.job.run, self.recipe.train.max_hours, self.world.is_main)
 
     def _open_monitors(self) -> Monitors:
-        return Monitors(self.recipe, self.world, self.attempt, self._planned_costs(),
+        # What is measured is planned with the placement that the teacher has.
+        return Monitors(self.job.placed_recipe, self.world, self.attempt, self._planned_costs(),
                         self.state.step)
 
     def _planned_costs(self) -> PlannedCosts:
@@ -229,7 +230,8 @@ class Trainer(Stepper):
             logger.info("the peak FLOP/s of %s is not known: perf/mfu will be null",
                         torch.cuda.get_device_name())
         try:
-            return PlannedCosts(*planned_flops(self.recipe, self.world.size, device))
+            return PlannedCosts(*planned_flops(self.job.placed_recipe, self.world.size,
+                                               device))
         except Exception as error:
             # A model that cannot run on the meta device may still train.
             logger.info("the FLOPs of a step cannot be counted, there will be no MFU: %s", error)
