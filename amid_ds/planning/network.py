@@ -34,11 +34,6 @@ def network_per_step(setting: Setting) -> dict[str, int]:
                     for model, of_model in traffic.items()}
 
 
-def received_bytes(network: dict[str, int]) -> int:
-    """All that a rank receives, by `network_per_step`."""
-    return sum(size for part, size in network.items() if not part.endswith("_between_nodes"))
-
-
 def step_traffic(setting: Setting) -> Traffics:
     """What one rank receives in a step, by the model that needs it and by part."""
     student = setting.student
