@@ -31,13 +31,13 @@ from amid_ds.engine.sharding import open_causal_lm
 from amid_ds.experiments.small_models import LlamaSize, new_llama
 from amid_ds.losses.host_memory import freed_memory_given_back
 
-VOCABULARY = 32000
-# 605 M parameters, 1.2 GB in bf16.
-SIZE = LlamaSize.of_width(2048, layers=8)
-TINY = LlamaSize.of_width(64, layers=2)
+LOADED_VOCABULARY = 32000
+# 602 M parameters, 1.2 GB in bf16.
+LOADED_SIZE = LlamaSize.of_width(2048, layers=8)
+TINY_SIZE = LlamaSize.of_width(64, layers=2)
 FILE_SIZE = "256MB"
-RANKS = (2, 4)
-ROUNDS = 3
+LOAD_RANKS = (2, 4)
+LOAD_ROUNDS = 3
 # The goals: of a rank's share of the model's bytes, of from_pretrained's seconds at 2 ranks.
 MOST_READ = 1.02
 MOST_BESIDE_SHARE = 200e6
@@ -96,9 +96,9 @@ def bench_load(as_json: bool, ranks: int | None = None) -> None:
 
     ranks: 2 and then 4, if it is None; JSON has the second in `at_more_ranks`.
     """
-    sizes = RANKS if ranks is None else (ranks,)
+    sizes = LOAD_RANKS if ranks is None else (ranks,)
     with tempfile.TemporaryDirectory() as name:
-        results = measure_load(Path(name), SIZE, sizes, ROUNDS)
+        results = measure_load(Path(name), LOADED_SIZE, sizes, LOAD_ROUNDS)
     if as_json:
         first, *more = results
         print(json.dumps({**asdict(first), "at_more_ranks": [asdict(result) for result in more]}))
@@ -109,7 +109,7 @@ def bench_load(as_json: bool, ranks: int | None = None) -> None:
 def measure_load(folder: Path, size: LlamaSize, rank_counts: Sequence[int], rounds: int
                  ) -> list[LoadResult]:
     """Loads of a model of this size, saved in `folder`, on each number of ranks."""
-    save_models(folder, size)
+    save_loaded_models(folder, size)
     loads: dict[tuple[int, str], list[list[RankLoad]]] = {
         (ranks, way): [] for ranks in rank_counts for way in WAYS}
     for _ in range(rounds):
@@ -122,10 +122,10 @@ def measure_load(folder: Path, size: LlamaSize, rank_counts: Sequence[int], roun
             for ranks in rank_counts]
 
 
-def save_models(folder: Path, size: LlamaSize) -> None:
+def save_loaded_models(folder: Path, size: LlamaSize) -> None:
     """Save a model of `size`, and a tiny one, as "model" and "tiny" in `folder`."""
-    for name, model_size in (("tiny", TINY), ("model", size)):
-        model = new_llama(model_size, VOCABULARY).to(torch.bfloat16)
+    for name, model_size in (("tiny", TINY_SIZE), ("model", size)):
+        model = new_llama(model_size, LOADED_VOCABULARY).to(torch.bfloat16)
         model.save_pretrained(folder / name, max_shard_size=FILE_SIZE)
 
 
@@ -220,7 +220,7 @@ def _print(results: Sequence[LoadResult]) -> None:
     from rich.table import Table
 
     table = Table(title=f"a model of {results[0].model_bytes / 1e6:,.0f} MB in bf16 into ZeRO-3's "
-                        f"shards, {ROUNDS} rounds; MB of the ranks, least to most")
+                        f"shards, {LOAD_ROUNDS} rounds; MB of the ranks, least to most")
     for heading in ("ranks", "way", "cold s", "cached s", "CPU s", "read MB",
                     "received MB", "peak anonymous MB"):
         table.add_column(heading, justify="left" if heading == "way" else "right")
