@@ -72,7 +72,7 @@ def both_ways(world: World, folder: Path) -> dict[str, load.RankLoad]:
 
 def test_each_rank_reads_its_own_share_and_from_pretrained_sends_what_rank_0_reads(
         tmp_path, capfd):
-    load.save_loaded_models(tmp_path, load.TINY)
+    load.save_loaded_models(tmp_path, load.TINY_SIZE)
     share = sum(path.stat().st_size for path in (tmp_path / "model").glob("*.safetensors")) / 2
     ranks = on_local_ranks(2, "loading", both_ways, tmp_path)
     # The progress of reading would stand before the JSON.
@@ -133,7 +133,7 @@ def test_json_has_each_ranks_bytes_beside_those_of_from_pretrained(monkeypatch, 
                 for rank in range(size)]
 
     monkeypatch.setattr(load, "on_local_ranks", ranks)
-    monkeypatch.setattr(load, "LOADED_SIZE", load.TINY)
+    monkeypatch.setattr(load, "LOADED_SIZE", load.TINY_SIZE)
     load.bench_load(True)
     result = json.loads(capsys.readouterr().out)
     order = [(2, "ours"), (2, "from_pretrained"), (4, "ours"), (4, "from_pretrained")]

@@ -32,11 +32,11 @@ from amid_ds.experiments.small_models import LlamaSize, new_llama
 from amid_ds.losses.host_memory import freed_memory_given_back
 
 LOADED_VOCABULARY = 32000
-# 605 M parameters, 1.2 GB in bf16.
+# 602 M parameters, 1.2 GB in bf16.
 LOADED_SIZE = LlamaSize.of_width(2048, layers=8)
-TINY = LlamaSize.of_width(64, layers=2)
+TINY_SIZE = LlamaSize.of_width(64, layers=2)
 FILE_SIZE = "256MB"
-RANK_COUNTS = (2, 4)
+LOAD_RANKS = (2, 4)
 LOAD_ROUNDS = 3
 # The goals: of a rank's share of the model's bytes, of from_pretrained's seconds at 2 ranks.
 MOST_READ = 1.02
@@ -96,7 +96,7 @@ def bench_load(as_json: bool, ranks: int | None = None) -> None:
 
     ranks: 2 and then 4, if it is None; JSON has the second in `at_more_ranks`.
     """
-    sizes = RANK_COUNTS if ranks is None else (ranks,)
+    sizes = LOAD_RANKS if ranks is None else (ranks,)
     with tempfile.TemporaryDirectory() as name:
         results = measure_load(Path(name), LOADED_SIZE, sizes, LOAD_ROUNDS)
     if as_json:
@@ -124,7 +124,7 @@ def measure_load(folder: Path, size: LlamaSize, rank_counts: Sequence[int], roun
 
 def save_loaded_models(folder: Path, size: LlamaSize) -> None:
     """Save a model of `size`, and a tiny one, as "model" and "tiny" in `folder`."""
-    for name, model_size in (("tiny", TINY), ("model", size)):
+    for name, model_size in (("tiny", TINY_SIZE), ("model", size)):
         model = new_llama(model_size, LOADED_VOCABULARY).to(torch.bfloat16)
         model.save_pretrained(folder / name, max_shard_size=FILE_SIZE)
 
