@@ -245,7 +245,7 @@ def test_plain_rows_for_which_transformers_makes_a_windows_mask_are_rid_of_it(
     monkeypatch.setattr(build, "choose_attention",
                         lambda model, title, *_, **__: given.append(title))
     model = build._build_distiller(recipe, read_deepspeed_config(recipe, 1), 30,
-                                   World(0, 1, CPU))[0].student
+                                   World(0, 1, CPU), resumes=False)[0].student
     monkeypatch.setattr(
         torch.nn.functional, "scaled_dot_product_attention",
         lambda query, *_, attn_mask=None, **__: masks.append(attn_mask is not None) or query)
