@@ -40,7 +40,12 @@ class ExitStatus(enum.IntEnum):
 
 
 class InputError(ValueError):
-    """The input is wrong: exit status 2, one message in three parts, no traceback."""
+    """The input is wrong: exit status 2, one message in three parts, no traceback.
+
+    agreed: every rank has it.
+    """
+
+    agreed = False
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
         super().__init__(f"{found}\n  expected: {expected}\n  remedy:   {remedy}")
@@ -52,7 +57,12 @@ class InputError(ValueError):
 
 
 class TrainingError(RuntimeError):
-    """The run cannot go on (a NaN, a damaged checkpoint): exit status 1, no traceback."""
+    """The run cannot go on (a NaN, a damaged checkpoint): exit status 1, no traceback.
+
+    agreed: every rank has it.
+    """
+
+    agreed = False
 
 
 class RankError(TrainingError):

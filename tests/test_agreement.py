@@ -73,6 +73,28 @@ def test_the_lowest_ranks_error_is_raised_on_all(pool):
     assert pool.run(4, fail_on, []) == [f"done on {rank}" for rank in range(4)]
 
 
+def fail_early(rank: int, group: Any) -> tuple[str, bool]:
+    """The error of a rank of three, of which one fails before an agreement within another; and that
+    all of them leave together."""
+    world = World(rank, 3, CPU, agreement=group)
+
+    def work() -> None:
+        if rank == 1:
+            raise InputError("no memory on 1", "more", "find it")
+        world.run_checked(lambda: None)
+
+    try:
+        world.run_checked(work)
+    except InputError as error:
+        world.barrier()
+        return error.found, error.agreed
+    return "done", False
+
+
+def test_ranks_that_agree_on_an_error_one_level_apart_leave_together(pool):
+    assert pool.run(3, fail_early) == [("no memory on 1", True)] * 3
+
+
 def work_on_main(rank: int, group: Any, fails: bool) -> Any:
     """What a rank of three gets of rank 0's work."""
     def work() -> list[int]:

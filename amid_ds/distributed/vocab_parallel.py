@@ -10,7 +10,7 @@ second code path.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -154,3 +154,27 @@ def _check_peers(peers: list[list[int]], names: list[str]) -> None:
         raise InputError(f"shards {shards} and vocab_size {vocab_size} (-1: none)",
                          "shards that cover the vocabulary from row 0, without a gap or an overlap",
                          "give each rank of the group the rows that follow its predecessor's")
+
+
+class _SliceReplicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, rows: slice, group: dist.ProcessGroup | None
+                ) -> Tensor:
+        ctx.shape, ctx.rows, ctx.group = whole.shape, rows, group
+        return whole[rows]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        total = gradient.new_zeros(ctx.shape)
+        total[ctx.rows] = gradient
+        dist.all_reduce(total, group=ctx.group)
+        return total, None, None
+
+
+def slice_replicated(whole: Tensor, rows: slice, group: dist.ProcessGroup | None
+                     ) -> Tensor:
+    """This rank's `rows` of a tensor that every rank of `group` holds whole.
+
+    The gradient of `whole` is complete on every rank of the group. One collective, in backward.
+    """
+    return _SliceReplicated.apply(whole, rows, group)

@@ -259,22 +259,26 @@ class World:
     def run_checked(self, work: Callable[[], _T]) -> _T:
         """Run `work` on every rank; if it raises on any, raise the lowest rank's error on all.
 
-        `first` of the error, after `work`. A rank that fails between two collectives of `work`
-        leaves the others in the second: `failures` ends those.
+        `first` of the error, after `work`. An error that ranks have agreed on in `work` is raised
+        as it is: a rank that has failed before may have agreed on it here with others that were
+        there. One that fails between two other collectives of `work` leaves the others in the
+        second: `failures` ends those.
         """
         result, error = None, None
+        own: InputError | TrainingError | None = None
         try:
             result = work()
         except Exception as caught:
-            error = caught
-        own = None if error is None else self._shareable(error)
+            if getattr(caught, "agreed", False):
+                raise
+            error, own = caught, self._shareable(caught)
         if own is not None and self.failures is not None:
             self.failures.report(str(own))
         first = self.first(own)
         if own is not None and self.failures is not None:
             self.failures.withdraw()
         if first is not None:
-            raise first from error
+            raise _agreed(first) from error
         return result   # type: ignore[return-value]
 
     def _shareable(self, error: Exception) -> InputError | TrainingError:
@@ -344,8 +348,14 @@ class World:
             running = self.broadcast(thread.is_alive())
         result, error = self.broadcast(outcome[0] if self.is_main else (None, None))
         if error is not None:
-            raise error
+            raise _agreed(error)
         return result   # type: ignore[return-value]
+
+
+def _agreed(error: Any) -> Exception:
+    """An error that every rank has: nobody has to be told again."""
+    error.agreed = True
+    return error   # type: ignore[no-any-return]
 
 
 def _packed(values: torch.Tensor, rank: int) -> torch.Tensor:
@@ -365,27 +375,3 @@ def _unpacked(number: float) -> Peak:
     ordered, place = divmod(int(number), MAX_RANKS)
     size, = struct.unpack("f", struct.pack("i", abs(ordered)))
     return Peak(size if ordered >= 0 else -size, MAX_RANKS - 1 - place)
-
-
-class _SliceReplicated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole: torch.Tensor, rows: slice, group: dist.ProcessGroup | None
-                ) -> torch.Tensor:
-        ctx.shape, ctx.rows, ctx.group = whole.shape, rows, group
-        return whole[rows]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        total = gradient.new_zeros(ctx.shape)
-        total[ctx.rows] = gradient
-        dist.all_reduce(total, group=ctx.group)
-        return total, None, None
-
-
-def slice_replicated(whole: torch.Tensor, rows: slice, group: dist.ProcessGroup | None
-                     ) -> torch.Tensor:
-    """This rank's `rows` of a tensor that every rank of `group` holds whole.
-
-    The gradient of `whole` is complete on every rank of the group. One collective, in backward.
-    """
-    return _SliceReplicated.apply(whole, rows, group)

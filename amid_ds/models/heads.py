@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from amid_ds.data.batch import Documents
-from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.distributed.world import slice_replicated
+from amid_ds.distributed.vocab_parallel import VocabShard, slice_replicated
 from amid_ds.errors import InputError
 from amid_ds.losses import LMHead
 from amid_ds.models.attention import (
