@@ -355,7 +355,7 @@ class World:
 def _agreed(error: Any) -> Exception:
     """An error that every rank has: nobody has to be told again."""
     error.agreed = True
-    return error   # type: ignore[no-any-return]
+    return error
 
 
 def _packed(values: torch.Tensor, rank: int) -> torch.Tensor:
