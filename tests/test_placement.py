@@ -155,6 +155,7 @@ def test_a_nodes_ranks_have_one_host_name_and_share_copies():
 ])
 def test_auto_is_planned_where_there_is_a_choice_and_else_the_recipe_decides(
         given, where, expected, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(placement, "make_setting", lambda *_: None)
     monkeypatch.setattr(placement, "choose_placement",
                         lambda *_: ChosenPlacement("node", 7, "the plan's"))
     overrides = [f"teacher.{key}={value}" for key, value in given.items()]

@@ -106,7 +106,7 @@ def test_a_rank_holds_of_the_teacher_what_its_placement_and_layout_leave_it(reci
 
 def chosen(recipe: Path, device: Device, *changes: str, nodes: int = 2,
            ranks: int = 8) -> tuple[str, int | None]:
-    taken = choose_placement(load_recipe(recipe, list(changes)), nodes, ranks, device)
+    taken = choose_placement(make_setting(load_recipe(recipe, list(changes)), ranks, device, nodes))
     plan = make_plan(load_recipe(recipe, list(changes)), nodes, ranks // nodes, device)
     assert plan.placement == taken
     return taken.placement, taken.shard_over
@@ -140,6 +140,7 @@ def test_auto_takes_the_fastest_placement_that_fits_and_of_equals_the_one_with_t
     assert chosen(recipe, slow, "teacher.shard_over=2") == ("node", 2)
     assert chosen(recipe, far, "teacher.placement=zero3") == ("zero3", None)
     assert chosen(recipe, far, "deepspeed=zero2.json") == ("zero3", None)
+    assert chosen(recipe, far, "deepspeed=zero2.json", "teacher.placement=node") == ("zero3", None)
     assert chosen(recipe, far, nodes=1) == ("zero3", None)
     # A rank a node: a node's shard would be all of it.
     assert chosen(recipe, far, nodes=8) == ("replicated", None)

@@ -16,7 +16,7 @@ from amid_ds.planning.network import network_per_step
 from amid_ds.planning.placement import (
     ChosenPlacement,
     PlacementCosts,
-    choose_for,
+    choose_placement,
     placed,
     placement_costs,
 )
@@ -81,7 +81,7 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
     storage_bandwidth: bytes/s that a node reads. Raises InputError as `make_setting` does.
     """
     counted = make_setting(recipe, ranks, device, nodes)
-    chosen = choose_for(counted)
+    chosen = choose_placement(counted)
     setting = placed(counted, chosen)
     train, student = recipe.train, setting.student
     memory, time = memory_per_rank(setting), step_time(setting)

@@ -6,20 +6,17 @@ that takes memory, and saves bytes between nodes and hops of the gathers' rings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from amid_ds.config.recipe import Recipe
-from amid_ds.planning.devices import Device
 from amid_ds.planning.memory import fits, memory_per_rank
-from amid_ds.planning.model_costs import UncountableModel
 from amid_ds.planning.network import step_traffic
 from amid_ds.planning.reading import STORAGE_BANDWIDTH, ReadAtStart, read_at_start
 from amid_ds.planning.setting import (
     Placement,
     PlacementName,
     Setting,
-    make_setting,
     ranks_of_shard,
     with_placement,
 )
@@ -59,37 +56,40 @@ class PlacementCosts:
     fits: bool
 
 
-def choose_placement(recipe: Recipe, nodes: int, ranks: int, device: Device) -> ChosenPlacement:
-    """The recipe's placement of the teacher, or for `auto` the fastest one that fits.
+def settled_placement(recipe: Recipe, zero_stage: int, data_parallel: int,
+                      copies_per_node: Callable[[], int]) -> ChosenPlacement | None:
+    """The placement where nothing needs to be planned; None for `auto` where there is a choice.
 
-    nodes: of `ranks` ranks, each the same number. Where steps take the same time, the one with
-    fewer bytes between nodes, then with less memory. Needs the models' configs alone; the models
-    are counted once in a process. Raises InputError for a layout or DeepSpeed config that cannot
-    be.
+    recipe: with a teacher. copies_per_node: the data-parallel ranks of a node, asked for where they
+    matter; what it raises is raised.
     """
-    try:
-        return choose_for(make_setting(recipe, ranks, device, nodes))
-    except UncountableModel as error:
-        if recipe.teacher is None or recipe.teacher.placement != "auto":
-            raise
-        return ChosenPlacement("zero3", None, f"it needs the least memory, and {error.found}")
-
-
-def choose_for(setting: Setting) -> ChosenPlacement:
-    """The recipe's placement, or for `auto` the fastest that fits, in a setting of any placement.
-    """
-    teacher = setting.recipe.teacher
-    if teacher is None or setting.teacher is None:
-        return ChosenPlacement("zero3", None, "no step needs a teacher")
-    if teacher.placement != "auto":
-        over = setting.placement.shard_over if teacher.placement == "node" else None
-        if over == setting.data_parallel:
-            return ChosenPlacement("zero3", None, f"{over} data-parallel ranks are all")
-        return ChosenPlacement(teacher.placement, over, "the recipe says so")
-    if setting.zero.stage < 3:
+    teacher = recipe.teacher
+    assert teacher is not None
+    if teacher.placement in ("zero3", "replicated"):
+        return ChosenPlacement(teacher.placement, None, "the recipe says so")
+    if zero_stage < 3:
         return ChosenPlacement("zero3", None, "below ZeRO stage 3 nothing shards the teacher")
-    if setting.nodes == 1 and teacher.shard_over is None:
-        return ChosenPlacement("zero3", None, "all ranks share a node")
+    over = teacher.shard_over or copies_per_node()
+    if over == data_parallel:
+        where = "all ranks share a node" if teacher.shard_over is None else f"{over} are all ranks"
+        return ChosenPlacement("zero3", None, where)
+    if teacher.placement == "node":
+        return ChosenPlacement("node", over, "the recipe says so")
+    return None
+
+
+def choose_placement(setting: Setting) -> ChosenPlacement:
+    """The recipe's placement, or for `auto` the fastest that fits, in a setting of any placement.
+
+    Where steps take the same time, the one with fewer bytes between nodes, then with less memory.
+    """
+    if setting.teacher is None:
+        return ChosenPlacement("zero3", None, "no step needs a teacher")
+    settled = settled_placement(
+        setting.recipe, setting.zero.stage, setting.data_parallel,
+        lambda: ranks_of_shard(setting.recipe, setting.data_parallel, setting.ranks_per_node))
+    if settled is not None:
+        return settled
     costs = placement_costs(setting)
     fitting = [each for each in costs if each.fits]
     if not fitting:
