@@ -21,7 +21,12 @@ from amid_ds.distributed.nodes import ShardGroups
 from amid_ds.distributed.world import World
 from amid_ds.engine.autotp import own_part
 from amid_ds.engine.ds_config import DeepSpeedConfig, sharded_loading, zero_stage
-from amid_ds.engine.partition import OwnRange, move_partitions, partition_parameters
+from amid_ds.engine.partition import (
+    OwnRange,
+    move_partitions,
+    partition_parameters,
+    replace_parameters,
+)
 from amid_ds.models.hollow import hollow_causal_lm
 from amid_ds.models.loading import DTYPES, checkpoint_dtype, load_causal_lm, open_weights
 from amid_ds.models.weight_reader import ParameterSource, WeightReader
@@ -112,17 +117,18 @@ def _progress(model: Any, reader: WeightReader,
 
 def _whole_parameters(model: nn.Module) -> list[OwnRange]:
     """Give every meta parameter of `model` memory on the CPU; returns them, to be filled."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for key, meta in module._parameters.items():
-            if meta is not None:
-                if id(meta) not in made:
-                    made[id(meta)] = nn.Parameter(torch.empty_like(meta, device="cpu"),
-                                                  requires_grad=meta.requires_grad)
-                    # AutoTP's marks among them.
-                    vars(made[id(meta)]).update(vars(meta))
-                module._parameters[key] = made[id(meta)]
-    return [OwnRange(parameter, 0, parameter.detach().view(-1)) for parameter in made.values()]
+    ranges: list[OwnRange] = []
+
+    def make(meta: nn.Parameter) -> nn.Parameter:
+        parameter = nn.Parameter(torch.empty_like(meta, device="cpu"),
+                                 requires_grad=meta.requires_grad)
+        # AutoTP's marks among them.
+        vars(parameter).update(vars(meta))
+        ranges.append(OwnRange(parameter, 0, parameter.detach().view(-1)))
+        return parameter
+
+    replace_parameters(model, make)
+    return ranges
 
 
 def _place_buffers(model: nn.Module, device: torch.device) -> dict[str, Tensor]:

@@ -35,6 +35,11 @@ class ChosenPlacement:
     shard_over: int | None
     reason: str
 
+    def __str__(self) -> str:
+        over = ("" if self.shard_over is None else
+                f" over {self.shard_over} data-parallel rank{'s' * (self.shard_over > 1)}")
+        return f"{self.placement}{over}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class PlacementCosts:

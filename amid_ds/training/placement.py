@@ -28,14 +28,14 @@ def place_teacher(job: Job, world: World) -> Job:
     """
     if job.recipe.teacher is None:
         return job
+
     def place() -> ChosenPlacement:
         nodes = find_nodes(world)
         _warn_of_wide_copies(job, nodes)
         return _placement(job, nodes)
 
     chosen = world.run_on_main(place)
-    over = "" if chosen.shard_over is None else f" over {chosen.shard_over} data-parallel rank(s)"
-    logger.info("teacher.placement: %s%s: %s", chosen.placement, over, chosen.reason)
+    logger.info("teacher.placement: %s", chosen)
     return replace(job, placement=chosen)
 
 
