@@ -15,7 +15,7 @@ from support.counting_rank import counting_rank
 from support.data import write_instructions
 from support.nodes import name_host, train_on_nodes
 from support.ranks import Ranks
-from support.runs import comparable_metrics, write_gathering_config, write_recipe
+from support.runs import comparable_results, write_gathering_config, write_recipe
 from torch.distributed import distributed_c10d
 
 from amid_ds.config.parse import load_recipe
@@ -69,13 +69,6 @@ def recipe(llama_pair, instructions_file, folder) -> Path:
                         deepspeed=str(write_gathering_config(folder)))
 
 
-def results(run: Path) -> list[dict]:
-    """The numbers that the run has logged of its steps and evaluations."""
-    evaluations = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-    assert evaluations
-    return [*comparable_metrics(run), *evaluations]
-
-
 @pytest.fixture(scope="module")
 def over_all(recipe, folder) -> Path:
     """The run whose teacher lies over all ranks."""
@@ -92,12 +85,12 @@ def stopped(recipe, folder) -> Ranks:
 def test_a_run_that_goes_on_with_another_placement_is_the_run_of_one(recipe, stopped, over_all,
                                                                      folder):
     run = folder / "node"
-    assert "teacher.placement: node over 2 data-parallel rank(s)" in stopped.output()
+    assert "teacher.placement: node over 2 data-parallel ranks" in stopped.output()
     chosen = json.loads((run / "provenance.json").read_text())["teacher"]["placement"]
     assert (chosen["placement"], chosen["shard_over"]) == ("node", 2) and chosen["reason"]
     assert load_recipe(run / "recipe.yaml").teacher.placement == "auto"
     train_on_nodes(4, recipe, run, "teacher.placement=replicated")
-    assert results(run) == results(over_all)
+    assert comparable_results(run) == comparable_results(over_all)
 
 
 def test_the_teacher_is_gathered_within_its_node_and_prefetched_undisturbed(stopped, folder):

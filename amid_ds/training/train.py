@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 def train(recipe_path: str, overrides: Sequence[str], began: float | None = None) -> None:
     """Train by a recipe; every rank of every launcher calls this.
 
-    began: the start's begin by time.monotonic(), such as the process's own; None: now. Raises
+    began: when the start began, by time.monotonic(), such as the process's own; None: now. Raises
     InputError, TrainingError or Stopped.
     """
     with StartClock(time.monotonic() if began is None else began):
