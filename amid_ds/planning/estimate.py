@@ -103,7 +103,7 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
         seconds_by_model={name: asdict(each) for name, each in time.by_model.items()},
         read_at_start=read_at_start(setting, storage_bandwidth),
         placement=chosen,
-        placements=placement_costs(counted, storage_bandwidth),
+        placements=placement_costs(counted),
         checkpoint_bytes=weights * weight_bytes + moment_bytes(setting.zero, weights,
                                                                student.muon.total),
         activations={

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from amid_ds.config.recipe import Recipe
 from amid_ds.planning.memory import fits, memory_per_rank
 from amid_ds.planning.network import step_traffic
-from amid_ds.planning.reading import STORAGE_BANDWIDTH, ReadAtStart, read_at_start
 from amid_ds.planning.setting import (
     Placement,
     PlacementName,
@@ -57,7 +56,6 @@ class PlacementCosts:
     seconds: float
     parts: PartSeconds
     binds: str
-    read_at_start: ReadAtStart
     fits: bool
 
 
@@ -113,13 +111,11 @@ def placed(setting: Setting, chosen: ChosenPlacement) -> Setting:
     return with_placement(setting, Placement(chosen.placement, over[chosen.placement]))
 
 
-def placement_costs(setting: Setting,
-                    storage_bandwidth: float = STORAGE_BANDWIDTH) -> list[PlacementCosts]:
+def placement_costs(setting: Setting) -> list[PlacementCosts]:
     """The costs of each placement that the layout may have, each once; [] without a teacher."""
     if setting.teacher is None:
         return []
-    return [costs_of(with_placement(setting, placement), storage_bandwidth)
-            for placement in _placements(setting)]
+    return [costs_of(with_placement(setting, placement)) for placement in _placements(setting)]
 
 
 def _placements(setting: Setting) -> Iterator[Placement]:
@@ -133,7 +129,7 @@ def _placements(setting: Setting) -> Iterator[Placement]:
     yield Placement("replicated", 1)
 
 
-def costs_of(setting: Setting, storage_bandwidth: float = STORAGE_BANDWIDTH) -> PlacementCosts:
+def costs_of(setting: Setting) -> PlacementCosts:
     """The costs of the setting's own placement; there is a teacher."""
     memory, time = memory_per_rank(setting), step_time(setting)
     gathers = step_traffic(setting)["teacher"]["teacher_gathers"]
@@ -141,8 +137,7 @@ def costs_of(setting: Setting, storage_bandwidth: float = STORAGE_BANDWIDTH) -> 
         placement=setting.placement.name, shard_over=setting.placement.shard_over,
         memory=memory["total"], from_neighbours=int(gathers.inside),
         from_other_nodes=int(gathers.between), seconds=time.seconds, parts=time.parts,
-        binds=time.binds, read_at_start=read_at_start(setting, storage_bandwidth),
-        fits=fits(setting, memory))
+        binds=time.binds, fits=fits(setting, memory))
 
 
 def _reason(best: PlacementCosts, costs: Sequence[PlacementCosts]) -> str:
