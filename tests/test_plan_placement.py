@@ -140,7 +140,10 @@ def test_auto_takes_the_fastest_placement_that_fits_and_of_equals_the_one_with_t
     assert chosen(recipe, slow, "teacher.shard_over=2") == ("node", 2)
     assert chosen(recipe, far, "teacher.placement=zero3") == ("zero3", None)
     assert chosen(recipe, far, "deepspeed=zero2.json") == ("zero3", None)
+    whole = load_recipe(recipe, ["deepspeed=zero2.json", "teacher.placement=node"])
+    listed = [each.placement for each in make_plan(whole, 2, 4, far).placements]
     assert chosen(recipe, far, "deepspeed=zero2.json", "teacher.placement=node") == ("zero3", None)
+    assert listed == ["zero3", "replicated"]
     assert chosen(recipe, far, nodes=1) == ("zero3", None)
     # A rank a node: a node's shard would be all of it.
     assert chosen(recipe, far, nodes=8) == ("replicated", None)
