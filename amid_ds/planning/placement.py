@@ -81,13 +81,14 @@ def choose_for(setting: Setting) -> ChosenPlacement:
     teacher = setting.recipe.teacher
     if teacher is None or setting.teacher is None:
         return ChosenPlacement("zero3", None, "no step needs a teacher")
+    if setting.zero.stage < 3:
+        return ChosenPlacement("replicated" if teacher.placement == "replicated" else "zero3", None,
+                               "below ZeRO stage 3 nothing shards the teacher")
     if teacher.placement != "auto":
         over = setting.placement.shard_over if teacher.placement == "node" else None
         if over == setting.data_parallel:
             return ChosenPlacement("zero3", None, f"{over} data-parallel ranks are all")
         return ChosenPlacement(teacher.placement, over, "the recipe says so")
-    if setting.zero.stage < 3:
-        return ChosenPlacement("zero3", None, "below ZeRO stage 3 nothing shards the teacher")
     if setting.nodes == 1 and teacher.shard_over is None:
         return ChosenPlacement("zero3", None, "all ranks share a node")
     costs = placement_costs(setting)
@@ -122,7 +123,7 @@ def _placements(setting: Setting) -> Iterator[Placement]:
     recipe, data_parallel = setting.recipe, setting.data_parallel
     yield Placement("zero3", data_parallel)
     over = ranks_of_shard(recipe, data_parallel, setting.ranks_per_node)
-    if (over < data_parallel and data_parallel % over == 0 and setting.ranks % setting.nodes == 0
+    if (setting.zero.stage == 3 and over < data_parallel and data_parallel % over == 0 and setting.ranks % setting.nodes == 0
             and over * setting.tensor_parallel > 1):
         yield Placement("node", over)
     yield Placement("replicated", 1)

@@ -76,19 +76,19 @@ def _plan_table(plan: Plan) -> Table:
 
 
 def _placement_table(plan: Plan) -> Table:
-    """A line for each placement of the teacher that this layout may have."""
+    """A line for each placement of the teacher that this layout may have, in 80 columns."""
     from rich.table import Table
 
     table = Table(title="placements of the teacher: GB and seconds of one rank")
-    table.add_column("", justify="left")
-    for heading in ("memory", "from neighbours", "from other nodes", "step", "bound by",
+    table.add_column("", no_wrap=True)
+    for heading in ("memory", "from its node", "from other nodes", "step", "bound by",
                     "read at start", "fits"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=heading == "step")
     for each in plan.placements:
         table.add_row(placement_title(each), f"{each.memory / GB:,.1f}",
                       f"{each.from_neighbours / GB:,.2f}", f"{each.from_other_nodes / GB:,.2f}",
-                      f"{each.seconds:,.3g} s", _words(each.binds),
-                      f"{each.read_at_start.seconds:,.1f} s", "yes" if each.fits else "no")
+                      f"{each.seconds:,.3g}", _words(each.binds),
+                      f"{each.read_at_start.seconds:,.1f}", "yes" if each.fits else "no")
     return table
 
 
