@@ -146,11 +146,13 @@ def test_a_nodes_ranks_have_one_host_name_and_share_copies():
     ({}, ONE_NODE, ("zero3", None)),
     ({}, Nodes((0, 1, 0, 1)), ("zero3", None)),
     ({"shard_over": 1}, ONE_NODE, ("node", 7)),
-    ({"shard_over": 2}, Nodes((0, 1, 0, 1)), ("node", 7)),
+    # The plan knows neighbours on a node.
+    ({"shard_over": 2}, Nodes((0, 1, 0, 1)), ("zero3", None)),
     ({"placement": "zero3"}, TWO_NODES, ("zero3", None)),
     ({"placement": "replicated"}, TWO_NODES, ("replicated", None)),
     ({"placement": "node"}, TWO_NODES, ("node", 2)),
     ({"placement": "node", "shard_over": 1}, TWO_NODES, ("node", 1)),
+    ({"placement": "node", "shard_over": 2}, Nodes((0, 1, 0, 1)), ("node", 2)),
     ({"placement": "node"}, ONE_NODE, ("zero3", None)),
 ])
 def test_auto_is_planned_where_there_is_a_choice_and_else_the_recipe_decides(
@@ -161,6 +163,8 @@ def test_auto_is_planned_where_there_is_a_choice_and_else_the_recipe_decides(
     job = check_recipe(load_recipe(recipe, [*overrides, f"output_dir={tmp_path / 'run'}"]), 4)
     chosen = placement._placement(job, where)
     assert (chosen.placement, chosen.shard_over) == expected and chosen.reason
+    assert ("share a node, and" in chosen.reason) == (
+        chosen.placement == "node" and where.node_of == (0, 1, 0, 1))
 
 
 def test_ranks_to_shard_over_that_cannot_be_are_refused_by_the_recipe(recipe, tmp_path):

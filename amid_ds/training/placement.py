@@ -62,17 +62,21 @@ def _placement(job: Job, nodes: Nodes) -> ChosenPlacement:
     over = teacher.shard_over or nodes.copies_per_node(recipe.tensor_parallel)
     if over == data_parallel_size(recipe, len(nodes.node_of)):
         return ChosenPlacement("zero3", None, f"{over} data-parallel ranks are all")
-    return ChosenPlacement("node", over, "the recipe says so")
+    reason = "the recipe says so"
+    if not nodes.hold_groups_of(over * recipe.tensor_parallel):
+        reason += "; so many neighbours do not share a node, and exchange it between nodes"
+    return ChosenPlacement("node", over, reason)
 
 
 def _fastest(recipe: Recipe, nodes: Nodes) -> ChosenPlacement:
     """The fastest placement by the plan; `zero3` where nothing can be planned."""
     ranks = len(nodes.node_of)
     try:
-        if _teacher(recipe).shard_over is None:
-            over = nodes.copies_per_node(recipe.tensor_parallel)
-            if over == data_parallel_size(recipe, ranks):
-                return ChosenPlacement("zero3", None, "all ranks share a node")
+        # The plan is of nodes like these alone.
+        of_node = nodes.copies_per_node(recipe.tensor_parallel)
+        if (_teacher(recipe).shard_over is None
+                and of_node == data_parallel_size(recipe, ranks)):
+            return ChosenPlacement("zero3", None, "all ranks share a node")
         device = local_device(ranks // nodes.count)
         if device is None:
             return ChosenPlacement("zero3", None, "nothing is known of this GPU to plan by")
