@@ -18,6 +18,7 @@ from support.ranks import Ranks
 from support.runs import comparable_metrics, write_gathering_config, write_recipe
 from torch.distributed import distributed_c10d
 
+from amid_ds.cluster import doctor
 from amid_ds.config.parse import load_recipe
 from amid_ds.distributed import nodes
 from amid_ds.distributed.nodes import Nodes, find_nodes, shard_groups
@@ -132,6 +133,18 @@ def test_nodes_that_cannot_each_hold_the_teacher_are_refused(node_of, tp_size, n
     with pytest.raises(InputError) as error:
         Nodes(node_of).copies_per_node(tp_size)
     assert named in error.value.found and "shard_over" in error.value.remedy
+
+
+@pytest.mark.parametrize("node_of, passed, named", [
+    ((0, 0, 1, 1), True, "over 2 data-parallel"), ((0, 1, 0, 1), False, "rank 1 runs on another")])
+def test_doctor_tells_whether_the_nodes_can_each_hold_the_teacher(node_of, passed, named, recipe,
+                                                                      monkeypatch):
+    world = World(0, 4, torch.device("cpu"), hosts=dict(enumerate(map(str, node_of))))
+    monkeypatch.setattr(World, "run_on_main", lambda _, work: work())
+    given = load_recipe(recipe, ["teacher.placement=node"])
+    verdict, = doctor.check_placement(given, world)
+    assert verdict.passed == passed and named in str(verdict)
+    assert list(doctor.check_placement(load_recipe(recipe, ["teacher.placement=auto"]), world)) == []
 
 
 def test_a_nodes_ranks_have_one_host_name_and_share_copies():
