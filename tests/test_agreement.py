@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import random
+import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -14,6 +16,7 @@ from support.exchanges import Record, count_collectives
 from support.ranks import RankPool
 
 from amid_ds.distributed.failures import FailureMonitor
+from amid_ds.distributed.progress import launched_collectives, rank_behind
 from amid_ds.distributed.world import Peak, World, _packed, _unpacked
 from amid_ds.errors import InputError, TrainingError
 
@@ -53,6 +56,33 @@ def test_every_rank_gets_the_same_answers_on_any_number_of_ranks(pool, size):
                                           else None)
         assert answers == expected
         assert type(answers["least"]) is int
+
+
+def launched_without(rank: int, group: Any, late: int) -> dict[str, int]:
+    """What a rank of four has launched while `late` has not come to the last agreement."""
+    world = World(rank, 4, CPU, agreement=group)
+    for number in range(3):
+        world.barrier()
+        world.collect(number)
+        world.broadcast(number, number)
+    if rank == late:
+        launched = launched_collectives(world)
+        world.barrier()
+        return launched
+    before = world.agreements.total()
+    thread = threading.Thread(target=world.barrier)
+    thread.start()
+    while world.agreements.total() == before:
+        time.sleep(0.001)
+    launched = launched_collectives(world)
+    thread.join()
+    return launched
+
+
+@pytest.mark.parametrize("late", range(4))
+def test_the_rank_that_an_agreement_waits_for_is_the_one_behind(pool, late):
+    # Ranks send and receive different numbers of messages in each.
+    assert rank_behind(dict(enumerate(pool.run(4, launched_without, late)))) == late
 
 
 def fail_on(rank: int, group: Any, failing: list[int]) -> str:

@@ -40,9 +40,9 @@ def read_model(folder: str, dtype: str, config: dict, world: World) -> Any:
 
     def watched(work: Any) -> Any:
         def call(*arguments: Any) -> Any:
-            before = launched_collectives()
+            before = launched_collectives(world)
             result = work(*arguments)
-            launched.append(launched_collectives() == before)
+            launched.append(launched_collectives(world) == before)
             return result
         return call
 

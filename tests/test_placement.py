@@ -18,6 +18,7 @@ from support.ranks import Ranks
 from support.runs import comparable_results, write_gathering_config, write_recipe
 from torch.distributed import distributed_c10d
 
+from amid_ds.cluster import doctor
 from amid_ds.config.parse import load_recipe
 from amid_ds.distributed import nodes
 from amid_ds.distributed.nodes import Nodes, find_nodes, shard_groups
@@ -127,6 +128,18 @@ def test_nodes_that_cannot_each_hold_the_teacher_are_refused(node_of, tp_size, n
     assert named in error.value.found and "shard_over" in error.value.remedy
 
 
+@pytest.mark.parametrize("node_of, passed, named", [
+    ((0, 0, 1, 1), True, "over 2 data-parallel"), ((0, 1, 0, 1), False, "rank 1 runs on another")])
+def test_doctor_tells_whether_the_nodes_can_each_hold_the_teacher(node_of, passed, named, recipe,
+                                                                      monkeypatch):
+    world = World(0, 4, torch.device("cpu"), hosts=dict(enumerate(map(str, node_of))))
+    monkeypatch.setattr(World, "run_on_main", lambda _, work: work())
+    given = load_recipe(recipe, ["teacher.placement=node"])
+    verdict, = doctor.check_placement(given, world)
+    assert verdict.passed == passed and named in str(verdict)
+    assert not list(doctor.check_placement(load_recipe(recipe), world))
+
+
 def test_a_nodes_ranks_have_one_host_name_and_share_copies():
     world = World(0, 4, torch.device("cpu"), hosts={0: "b", 1: "b", 2: "a", 3: "a"})
     assert find_nodes(world) == TWO_NODES
@@ -139,11 +152,13 @@ def test_a_nodes_ranks_have_one_host_name_and_share_copies():
     ({}, ONE_NODE, ("zero3", None)),
     ({}, Nodes((0, 1, 0, 1)), ("zero3", None)),
     ({"shard_over": 1}, ONE_NODE, ("node", 7)),
-    ({"shard_over": 2}, Nodes((0, 1, 0, 1)), ("node", 7)),
+    # The plan knows neighbours on a node.
+    ({"shard_over": 2}, Nodes((0, 1, 0, 1)), ("zero3", None)),
     ({"placement": "zero3"}, TWO_NODES, ("zero3", None)),
     ({"placement": "replicated"}, TWO_NODES, ("replicated", None)),
     ({"placement": "node"}, TWO_NODES, ("node", 2)),
     ({"placement": "node", "shard_over": 1}, TWO_NODES, ("node", 1)),
+    ({"placement": "node", "shard_over": 2}, Nodes((0, 1, 0, 1)), ("node", 2)),
     ({"placement": "node"}, ONE_NODE, ("zero3", None)),
 ])
 def test_auto_is_planned_where_there_is_a_choice_and_else_the_recipe_decides(
@@ -155,6 +170,8 @@ def test_auto_is_planned_where_there_is_a_choice_and_else_the_recipe_decides(
     job = check_recipe(load_recipe(recipe, [*overrides, f"output_dir={tmp_path / 'run'}"]), 4)
     chosen = placement._placement(job, where)
     assert (chosen.placement, chosen.shard_over) == expected and chosen.reason
+    assert ("share a node, and" in chosen.reason) == (
+        chosen.placement == "node" and where.node_of == (0, 1, 0, 1))
 
 
 def test_ranks_to_shard_over_that_cannot_be_are_refused_by_the_recipe(recipe, tmp_path):

@@ -72,7 +72,9 @@ def settled_placement(recipe: Recipe, zero_stage: int, data_parallel: int,
         return ChosenPlacement(teacher.placement, None, "the recipe says so")
     if zero_stage < 3:
         return ChosenPlacement("zero3", None, "below ZeRO stage 3 nothing shards the teacher")
-    over = teacher.shard_over or copies_per_node()
+    # For `auto` asked in any case: the plan is of nodes that are alike.
+    of_node = None if teacher.placement == "node" and teacher.shard_over else copies_per_node()
+    over = teacher.shard_over or of_node
     if over == data_parallel:
         where = "all ranks share a node" if teacher.shard_over is None else f"{over} are all ranks"
         return ChosenPlacement("zero3", None, where)

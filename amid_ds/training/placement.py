@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
+from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.nodes import Nodes, find_nodes
 from amid_ds.distributed.world import World
 from amid_ds.engine.ds_config import data_parallel_size, secondary_ranks, zero_stage
@@ -48,6 +49,15 @@ def _warn_of_wide_copies(job: Job, nodes: Nodes) -> None:
                        "ranks of a node, neighbours on it", ranks)
 
 
+def _with_warning(chosen: ChosenPlacement, recipe: Recipe, nodes: Nodes) -> ChosenPlacement:
+    """`chosen`, its reason with a remark where the ranks that share a copy share no node."""
+    over = chosen.shard_over
+    if over is None or nodes.hold_groups_of(over * recipe.tensor_parallel):
+        return chosen
+    return replace(chosen, reason=f"{chosen.reason}; so many neighbours do not share a node, and "
+                                  "exchange it between nodes")
+
+
 def _placement(job: Job, nodes: Nodes) -> ChosenPlacement:
     """The recipe's own placement, or the one that `auto` stands for here."""
     recipe, ranks = job.recipe, len(nodes.node_of)
@@ -57,7 +67,7 @@ def _placement(job: Job, nodes: Nodes) -> ChosenPlacement:
                                     data_parallel_size(recipe, ranks),
                                     lambda: nodes.copies_per_node(recipe.tensor_parallel))
         if settled is not None:
-            return settled
+            return _with_warning(settled, recipe, nodes)
         device = local_device(ranks // nodes.count)
         if device is None:
             return ChosenPlacement("zero3", None, "nothing is known of this GPU to plan by")
