@@ -48,7 +48,8 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     )
 
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
-    require_weights(meta_model(model, revision, trust_remote_code), model, revision)
+    meta: Any = meta_model(model, revision, trust_remote_code)
+    require_weights(meta, model, revision)
     if zero3_config is not None:
         bf16 = {"enabled": torch_dtype == torch.bfloat16}
         config_holder = _Zero3Config({**zero3_config, "bf16": bf16})
@@ -61,7 +62,9 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     finally:
         if zero3_config is not None:
             unset_hf_deepspeed_config()
-    refuse_other_keys(model, report)
+    # Sharded by transformers, tied weights are not compared.
+    untied = meta.all_tied_weights_keys.keys() - loaded.all_tied_weights_keys.keys()
+    refuse_other_keys(model, {**report, "untied": untied})
     return loaded
 
 
@@ -187,7 +190,10 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     that rank 0 has read the headers of: collective, and an error of one is an error of all. Raises
     InputError where the weights are not exactly those of the model's config.
     """
-    meta: Any = meta_model(model, revision, trust_remote_code)
+    def shape() -> Any:
+        return meta_model(model, revision, trust_remote_code)
+
+    meta = shape() if world is None else world.run_checked(shape)
     table = None
     if world is not None:
         table = share_weight_table(world, model, revision, named_weights(meta))
@@ -198,7 +204,8 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
         if getattr(meta.config, "quantization_config", None) is not None:
             return "they are quantized"
         with readable_weights(model):
-            return found[1].reason or WeightReader(found[0], found[1].sources)
+            mapped = found[1]
+            return mapped.reason or WeightReader(found[0], mapped.sources, mapped.twins)
 
     return read() if world is None else world.run_checked(read)
 
