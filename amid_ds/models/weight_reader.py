@@ -65,11 +65,10 @@ class FileBox:
         starts[dim] += by
         return replace(self, starts=tuple(starts))
 
-    def on_dims(self, places: Callable[[tuple[int, ...]], Iterable[int]],
-                new: int = 0) -> FileBox:
-        """Its dimensions reordered by `places`; -1 stands for a new one, whose start is `new`."""
+    def on_dims(self, places: Callable[[tuple[int, ...]], Iterable[int]]) -> FileBox:
+        """Its dimensions reordered by `places`; -1 stands for a new one."""
         return replace(self, strides=tuple(places((*self.strides, 0))),
-                       starts=tuple(places((*self.starts, new))),
+                       starts=tuple(places((*self.starts, 0))),
                        sizes=tuple(places((*self.sizes, 1))))
 
 
