@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -193,3 +194,15 @@ def test_ranks_together_ask_for_failures_at_most_500_times_a_second(size, second
     monitor = FailureMonitor(dist.HashStore(), 0, size)
     monitor.stop()
     assert monitor.interval == seconds and size / monitor.interval <= 500
+
+
+@pytest.mark.parametrize("rank, calls", [(0, ["report", "barrier", "withdraw"]),
+                                         (1, ["report", "barrier"])])
+def test_rank_0_alone_takes_back_the_failure_with_which_all_leave(rank, calls, monkeypatch):
+    """It holds the store, and may have ended before another rank asks for it."""
+    made: list[str] = []
+    monkeypatch.setattr(World, "barrier", lambda self: made.append("barrier"))
+    failures = SimpleNamespace(report=lambda message: made.append("report"),
+                               withdraw=lambda: made.append("withdraw"))
+    World(rank, 1, CPU, failures=failures).leave(TrainingError("why"))
+    assert made == calls

@@ -315,7 +315,8 @@ class World:
             if self.failures is not None:
                 self.failures.report(str(error) or type(error).__name__)
             self.barrier()
-            if self.failures is not None:
+            # Rank 0 alone: it holds the store, and may be gone before another has asked for it.
+            if self.failures is not None and self.is_main:
                 self.failures.withdraw()
 
     def run_on_main(self, work: Callable[[], _T]) -> _T:

@@ -45,7 +45,8 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     from transformers import AutoModelForCausalLM
 
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
-    require_weights(meta_model(model, revision, trust_remote_code), model, revision)
+    meta: Any = meta_model(model, revision, trust_remote_code)
+    require_weights(meta, model, revision)
     bf16 = {"enabled": torch_dtype == torch.bfloat16}
     with (contextlib.nullcontext() if zero3_config is None
           else from_pretrained_into_shards({**zero3_config, "bf16": bf16}),
@@ -53,7 +54,9 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
         loaded, report = AutoModelForCausalLM.from_pretrained(
             model, revision=revision, dtype=torch_dtype, output_loading_info=True,
             trust_remote_code=trust_remote_code)
-    refuse_other_keys(model, report)
+    # Sharded by transformers, tied weights are not compared.
+    untied = meta.all_tied_weights_keys.keys() - loaded.all_tied_weights_keys.keys()
+    refuse_other_keys(model, {**report, "untied": untied})
     return loaded
 
 
@@ -192,7 +195,10 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     that rank 0 has read the headers of: collective, and an error of one is an error of all. Raises
     InputError where the weights are not exactly those of the model's config.
     """
-    meta: Any = meta_model(model, revision, trust_remote_code)
+    def shape() -> Any:
+        return meta_model(model, revision, trust_remote_code)
+
+    meta = shape() if world is None else world.run_checked(shape)
     table = None
     if world is not None:
         table = share_weight_table(world, model, revision, named_weights(meta))
@@ -203,7 +209,8 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
         if getattr(meta.config, "quantization_config", None) is not None:
             return "they are quantized"
         with readable_weights(model):
-            return found[1].reason or WeightReader(found[0], found[1].sources)
+            mapped = found[1]
+            return mapped.reason or WeightReader(found[0], mapped.sources, mapped.twins)
 
     return read() if world is None else world.run_checked(read)
 
