@@ -110,6 +110,15 @@ def test_the_teacher_is_gathered_within_its_node_and_prefetched_undisturbed(stop
     assert counted[-1]["teacher_bytes"] <= counted[-1]["parameters"]
 
 
+def test_what_a_run_measures_of_its_gathers_is_less_of_the_teacher_and_as_much_of_the_student(
+        stopped, over_all, folder):
+    node, zero3 = (json.loads((run / "measured.json").read_text())["network_per_step"]
+                   for run in (folder / "node", over_all))
+    assert node["student_gathers"] == pytest.approx(zero3["student_gathers"], rel=0.01)
+    # A half of each weight comes from the other rank of the node; of four, three quarters.
+    assert node["teacher_gathers"] == pytest.approx(zero3["teacher_gathers"] * 0.5 / 0.75, rel=0.01)
+
+
 def test_ranks_of_a_node_that_are_no_neighbours_are_refused_on_all_ranks(recipe, tmp_path):
     ranks = train_on_nodes(4, recipe, tmp_path / "run", "teacher.placement=node", expected=2,
                            CYCLIC="")
