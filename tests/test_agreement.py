@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 import random
+import threading
+import time
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from support.exchanges import Record, count_collectives
 from support.ranks import RankPool
 
 from amid_ds.distributed.failures import FailureMonitor
+from amid_ds.distributed.progress import launched_collectives, rank_behind
 from amid_ds.distributed.world import Peak, World, _packed, _unpacked
 from amid_ds.errors import InputError, TrainingError
 
@@ -53,6 +57,33 @@ def test_every_rank_gets_the_same_answers_on_any_number_of_ranks(pool, size):
                                           else None)
         assert answers == expected
         assert type(answers["least"]) is int
+
+
+def launched_without(rank: int, group: Any, late: int) -> dict[str, int]:
+    """What a rank of four has launched while `late` has not come to the last agreement."""
+    world = World(rank, 4, CPU, agreement=group)
+    for number in range(3):
+        world.barrier()
+        world.collect(number)
+        world.broadcast(number, number)
+    if rank == late:
+        launched = launched_collectives(world)
+        world.barrier()
+        return launched
+    before = world.agreements.total()
+    thread = threading.Thread(target=world.barrier)
+    thread.start()
+    while world.agreements.total() == before:
+        time.sleep(0.001)
+    launched = launched_collectives(world)
+    thread.join()
+    return launched
+
+
+@pytest.mark.parametrize("late", range(4))
+def test_the_rank_that_an_agreement_waits_for_is_the_one_behind(pool, late):
+    # Ranks send and receive different numbers of messages in each.
+    assert rank_behind(dict(enumerate(pool.run(4, launched_without, late)))) == late
 
 
 def fail_on(rank: int, group: Any, failing: list[int]) -> str:
@@ -185,3 +216,15 @@ def test_ranks_together_ask_for_failures_at_most_500_times_a_second(size, second
     monitor = FailureMonitor(dist.HashStore(), 0, size)
     monitor.stop()
     assert monitor.interval == seconds and size / monitor.interval <= 500
+
+
+@pytest.mark.parametrize("rank, calls", [(0, ["report", "barrier", "withdraw"]),
+                                         (1, ["report", "barrier"])])
+def test_rank_0_alone_takes_back_the_failure_with_which_all_leave(rank, calls, monkeypatch):
+    """It holds the store, and may have ended before another rank asks for it."""
+    made: list[str] = []
+    monkeypatch.setattr(World, "barrier", lambda self: made.append("barrier"))
+    failures = SimpleNamespace(report=lambda message: made.append("report"),
+                               withdraw=lambda: made.append("withdraw"))
+    World(rank, 1, CPU, failures=failures).leave(TrainingError("why"))
+    assert made == calls

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from support.fake_cuda import FakeCuda, FakeStream, fake_cuda_rank
 from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main, run_ranks
-from support.runs import comparable_metrics, write_recipe
+from support.runs import comparable_metrics, write_gathering_config, write_recipe
 
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.memory import least_free_memory
@@ -140,6 +140,45 @@ def test_free_memory_is_the_rank_with_leasts_and_has_what_torch_holds_unused(tmp
 def test_gpu_memory_is_in_expandable_segments_unless_the_user_says_otherwise(
         tmp_path, variables, settings):
     assert joined_ranks(tmp_path, 1, **variables)[0][-1] == settings
+
+
+def splitting_rank(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank on faked GPUs that writes the ranks of each group that it makes, and whether it
+    alone names them."""
+    made: list[tuple[list[int] | None, bool]] = []
+    new_group = dist.new_group
+
+    def recorded(ranks=None, *arguments, **options):
+        made.append((ranks and list(ranks), options.get("use_local_synchronization", False)))
+        Path(folder, variables["RANK"]).write_text(json.dumps(made))
+        return new_group(ranks, *arguments, **options)
+
+    dist.new_group = recorded
+    fake_cuda_rank(argv, variables, log)
+
+
+# NCCL splits a group off the default one, by colours, in an act of all its ranks: one that made
+# another number of groups, or left itself out, would make all others wait for ever.
+@pytest.mark.parametrize("zero, changes", [
+    ({}, {"tensor_parallel": 2, "teacher__shard_over": 1}),
+    pytest.param({"zero_hpz_partition_size": 2}, {"teacher__shard_over": 2},
+                 marks=pytest.mark.slow)], ids=["tensor parallel", "secondary partitions"])
+def test_every_group_is_made_by_all_ranks_at_once(recipe, tmp_path, zero, changes):
+    config = write_gathering_config(tmp_path, **zero)
+    ranks = Ranks(4, "train", recipe(
+        tmp_path / "run", deepspeed=str(config), teacher__placement="node", train__steps=1,
+        **changes), target=functools.partial(splitting_rank, str(tmp_path)))
+    assert ranks.wait() == [0] * 4, "\n".join(map(ranks.output, range(4)))
+    made = [json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)]
+    for act in zip(*made, strict=True):
+        named, alone = zip(*act, strict=True)
+        if not any(alone):
+            assert all(group == named[0] for group in named)
+            continue
+        assert all(alone) and all(rank in group for rank, group in enumerate(named))
+        # Neighbours name the same ones, in order, or each would wait for others.
+        assert all(named[other] == group == sorted(group) for group in named for other in group)
+    assert any(alone for _, alone in made[0])
 
 
 def hanging_rank(sign: str, argv: list[str], variables: dict[str, str], log: str) -> None:

@@ -14,7 +14,7 @@ from support.fake_cuda import fake_cuda_rank
 from support.host_waits import HostWaits, Watched, mark_host_tensor
 from support.losses import LossProblem
 from support.ranks import Ranks
-from support.runs import write_recipe
+from support.runs import write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
 
 from amid_ds import AMiD
@@ -62,6 +62,20 @@ def test_masked_tokens_a_second_corpus_and_shared_rows_add_no_wait(llama_pair, t
         tmp_path / "r.yaml", *llama_pair, instructions_file, tmp_path / "run",
         train__steps=WATCHED + 2, data__workers=1, data__isolate_documents=True,
         data__auxiliary={"path": str(text_file), "text": "text", "weight": 0.5}))) == OURS
+
+
+@pytest.mark.slow
+def test_secondary_partitions_of_neighbours_add_a_wait_for_each_weight_of_the_student(
+        llama_pair, text_file, tmp_path):
+    waits = waits_of_a_step(write_recipe(
+        tmp_path / "r.yaml", *llama_pair, text_file, tmp_path / "run", data__workers=1,
+        train__steps=WATCHED + 2, train__global_batch_size=8,
+        deepspeed=str(write_gathering_config(tmp_path, zero_hpz_partition_size=2))))
+    weights = len(list(AutoModelForCausalLM.from_pretrained(llama_pair[0]).parameters()))
+    # Once in a step, whatever its micro-batches.
+    assert waits["deepspeed/runtime/zero/partition_parameters.py:_partition_param_sec "
+                 "synchronize"] == weights
+    assert ours(waits) == OURS
 
 
 ROW = torch.zeros(3)

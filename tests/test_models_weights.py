@@ -25,7 +25,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models import weight_map, weights
-from amid_ds.models.loading import meta_model, open_weights
+from amid_ds.models.loading import load_causal_lm, meta_model, open_weights
 from amid_ds.models.weight_files import StoredTensor, WeightFile, WeightTable
 from amid_ds.models.weight_reader import WeightReader
 
@@ -135,16 +135,35 @@ def test_what_cannot_be_followed_is_said_and_loaded_whole(family, operation, fam
     assert open_weights(str(family_folder(family))) == f"one of them is made by {operation}"
 
 
-def test_pickled_weights_and_a_tied_pair_of_two_are_left_to_transformers(shared_model, tmp_path):
+def test_pickled_weights_are_left_to_transformers(shared_model, tmp_path):
     pickled = Path(shutil.copytree(shared_model("llama"), tmp_path / "pickled"))
     torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
     (pickled / "model.safetensors").unlink()
     assert open_weights(str(pickled)) == "pytorch_model.bin is a pickled file"
-    twice = Path(shutil.copytree(shared_model("llama-tied"), tmp_path / "twice"))
-    tensors = load_file(twice / "model.safetensors")
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors, twice / "model.safetensors", metadata={"format": "pt"})
-    assert "which are tied, are both in the files" in str(open_weights(str(twice)))
+
+
+def test_a_tied_weight_that_files_hold_twice_is_read_once_and_its_second_copy_compared(
+        shared_model, tmp_path):
+    source = shared_model("llama-tied")
+    folder = Path(shutil.copytree(source, tmp_path / "twice"))
+    tensors = load_file(folder / "model.safetensors")
+    embedding = tensors["model.embed_tokens.weight"]
+    embedding[0, 0] = math.nan
+    tensors["lm_head.weight"] = embedding.clone()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with open_weights(str(folder)) as reader:
+        assert reader.sources["lm_head.weight"] == reader.sources["model.embed_tokens.weight"]
+        assert [reader.unequal_twins(share, 3) for share in range(3)] == [[], [], []]
+        assert reader.bytes_read == 2 * embedding.numel() * 4
+    # One number, in the third of the last rank.
+    tensors["lm_head.weight"][-1, -1] += 1
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with open_weights(str(folder)) as reader:
+        assert [reader.unequal_twins(share, 3) for share in range(3)] == [
+            [], [], ["lm_head.weight"]]
+    # Whole, transformers would make two weights of them.
+    with pytest.raises(InputError, match="tied by its config, with values of their own"):
+        load_causal_lm(str(folder), "fp32")
 
 
 def test_opening_leaves_the_meta_model_as_it_is_and_runs_the_loader_once(family_folder,

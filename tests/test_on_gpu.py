@@ -1,4 +1,5 @@
-"""On a GPU: the loss against float64, its memory and waits, and a training run killed and resumed.
+"""On a GPU: the loss against float64, its memory and waits, models that are read to it, groups over
+NCCL, and a training run killed and resumed.
 
 All of it is skipped without one, and none of it has run on one yet. It is meant to take two minutes
 without the slow ones, so that it is the first thing to run there.
@@ -6,6 +7,7 @@ without the slow ones, so that it is the first thing to run there.
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
@@ -17,15 +19,23 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.data import write_jsonl, write_texts
 from support.losses import LossProblem, relative_error
 from support.models import make_tokenizer
 from support.runs import BIN, launch_train, rank_environment, read_metrics, write_recipe
+from transformers import AutoModelForCausalLM
 
 from amid_ds import AMiD, LMHead, amid_loss, linear_amid_loss, preset
+from amid_ds.config.recipe import Teacher
 from amid_ds.data.batch import Batch
+from amid_ds.distributed.devices import choose_device
+from amid_ds.distributed.nodes import ShardGroups, neighbour_group
+from amid_ds.distributed.world import World
+from amid_ds.engine.sharding import open_causal_lm
 from amid_ds.experiments.small_models import LlamaSize, save_new_llama
 from amid_ds.losses.reference import naive_loss
+from amid_ds.models.loading import DTYPES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -169,6 +179,74 @@ def test_a_micro_batch_with_its_loss_is_queued_without_a_wait(problem, no_waits)
     step(checked=True)
     with pytest.raises(RuntimeError, match="synchroniz"):
         step(checked=False)
+
+
+@pytest.fixture
+def bound_gpu(monkeypatch) -> Iterator[torch.device]:
+    """The GPU of a default group of this process alone, bound to it as one of several ranks is."""
+    device = choose_device(0)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1,
+                            device_id=device)
+    yield device
+    dist.destroy_process_group()
+
+
+def test_groups_of_neighbours_are_split_off_a_group_that_is_bound_to_its_gpu(bound_gpu):
+    groups = [neighbour_group([0]) for _ in range(2)]
+    for group in groups:
+        for device in (bound_gpu, torch.device("cpu")):
+            total = torch.ones(2, device=device)
+            dist.all_reduce(total, group=group)
+            assert total.tolist() == [1, 1]
+
+
+def test_sums_and_peaks_over_nccl_are_exact(bound_gpu):
+    values = torch.tensor([0.1, -1e-3, 3e38, 0.0, math.inf, -math.inf, 1e-40, 8e10],
+                          device=bound_gpu)
+    sums, peaks = World(0, 1, bound_gpu).sum_with_peaks(values, torch.cat([values, -values[:2]]))
+    assert sums == values.tolist()
+    assert [peak.value for peak in peaks] == [*values.tolist(), *(-values[:2]).tolist()]
+    assert all(peak.rank == 0 for peak in peaks)
+    _, (peak,) = World(0, 1, bound_gpu).sum_with_peaks(values, -math.nan * values[:1])
+    assert math.isnan(peak.value)
+
+
+@pytest.fixture(scope="module")
+def wide_model(tmp_path_factory) -> Path:
+    """A model in fp32 whose embedding is read in several chunks."""
+    folder = tmp_path_factory.mktemp("wide")
+    tokenizer = make_tokenizer(folder, [f"word{number}" for number in range(VOCABULARIES[-1])])
+    save_new_llama(folder, LlamaSize.of_width(256, layers=2), tokenizer, 0)
+    return folder
+
+
+@pytest.mark.parametrize("offload", [{}, {"offload_param": {"device": "cpu", "pin_memory": True}}],
+                         ids=["on the GPU", "pinned"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_partitions_that_are_read_to_a_gpu_are_the_models_weights(wide_model, bound_gpu, offload,
+                                                                  dtype):
+    """Over a group of neighbours; chunks of the files pass through the host's memory alone."""
+    group = neighbour_group([0])
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {
+        "stage": 3, "stage3_param_persistence_threshold": 1000, **offload}}
+    world = World(0, 1, bound_gpu)
+    opened = open_causal_lm(Teacher(model=str(wide_model)), dtype, config, world,
+                            ShardGroups(group, group))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    named = dict(opened.read(world).named_parameters())
+    held = torch.cuda.memory_allocated() - before
+    assert torch.cuda.max_memory_allocated() - before <= held + (1 << 20)
+    whole = AutoModelForCausalLM.from_pretrained(wide_model, dtype=DTYPES[dtype])
+    for name, expected in whole.named_parameters():
+        own: torch.Tensor = named[name].ds_tensor
+        on_host = bool(offload) and not named[name].ds_persist
+        assert (own.device.type, own.is_pinned()) == ("cpu" if on_host else "cuda", on_host), name
+        assert torch.equal(own.cpu(), expected.detach().flatten()), name
+    for name, buffer in whole.named_buffers():
+        assert torch.equal(opened.module.get_buffer(name), buffer.to(bound_gpu)), name
 
 
 def losses_of(run: Path) -> list[float]:

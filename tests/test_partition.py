@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from support.models import WORDS, make_model
 from support.ranks import Ranks, rank_main, run_ranks, world_main
 from support.runs import comparable_metrics, write_recipe
@@ -24,6 +25,7 @@ from amid_ds.distributed.world import World
 from amid_ds.engine import build, sharding
 from amid_ds.engine.ds_config import read_deepspeed_config
 from amid_ds.engine.zero_plus_plus import secondary_groups_of_neighbours
+from amid_ds.errors import InputError
 from amid_ds.models.loading import load_causal_lm
 
 FAMILIES = ["llama", "llama-tied", "qwen3", "mistral", "gemma3", "gemma2", "qwen2-tied", "gpt2"]
@@ -40,9 +42,9 @@ def read_model(folder: str, dtype: str, config: dict, world: World) -> Any:
 
     def watched(work: Any) -> Any:
         def call(*arguments: Any) -> Any:
-            before = launched_collectives()
+            before = launched_collectives(world)
             result = work(*arguments)
-            launched.append(launched_collectives() == before)
+            launched.append(launched_collectives(world) == before)
             return result
         return call
 
@@ -106,10 +108,37 @@ def run_world(ranks: int, work: Any, *arguments: object) -> None:
     assert statuses == [0] * ranks, "\n".join(started.output(rank) for rank in range(ranks))
 
 
-def test_partitions_are_those_that_from_pretrained_under_zero_3_gives(shared_model):
+def copy_with_second_head(tied: Path, folder: Path, more: float = 0.0) -> Path:
+    """Copy a model with its tied head as a tensor of its own, `more` added to the last number."""
+    shutil.copytree(tied, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["lm_head.weight"][-1, -1] += more
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_partitions_are_those_that_from_pretrained_under_zero_3_gives(shared_model, tmp_path):
     models = [f"{shared_model(family)}:{dtype}" for family, dtype in (
         ("llama", "bf16"), ("llama-tied", "fp32"), ("gpt2", "bf16"))]
+    models.append(f"{copy_with_second_head(shared_model('llama-tied'), tmp_path / 'twice')}:bf16")
     run_world(3, same_as_transformers, json.dumps(ZERO_3), *models)
+
+
+def refuse_on_all(world: World, config: str, untied: str) -> None:
+    """Run by every rank: a tied pair that differs in the files; a folder that rank 1 lacks."""
+    with pytest.raises(InputError, match="tied by its config, with values of their own"):
+        read_model(untied, "fp32", json.loads(config), world)
+    for dtype in ("fp32", "auto"):
+        with pytest.raises(InputError, match="no model can be read from"):
+            read_model(untied if world.rank == 0 else f"{untied}/absent", dtype,
+                       json.loads(config), world)
+
+
+def test_what_one_rank_finds_wrong_is_an_error_of_all(shared_model, tmp_path):
+    # One number, which one of the ranks compares.
+    untied = copy_with_second_head(shared_model("llama-tied"), tmp_path / "untied", more=1.0)
+    run_world(2, refuse_on_all, json.dumps(ZERO_3), untied)
 
 
 def make_mixture(folder: Path) -> Path:

@@ -15,9 +15,10 @@ from support.counting_rank import counting_rank
 from support.data import write_instructions
 from support.nodes import name_host, train_on_nodes
 from support.ranks import Ranks
-from support.runs import comparable_metrics, write_gathering_config, write_recipe
+from support.runs import comparable_results, write_gathering_config, write_recipe
 from torch.distributed import distributed_c10d
 
+from amid_ds.cluster import doctor
 from amid_ds.config.parse import load_recipe
 from amid_ds.distributed import nodes
 from amid_ds.distributed.nodes import Nodes, find_nodes, shard_groups
@@ -69,13 +70,6 @@ def recipe(llama_pair, instructions_file, folder) -> Path:
                         deepspeed=str(write_gathering_config(folder)))
 
 
-def results(run: Path) -> list[dict]:
-    """The numbers that the run has logged of its steps and evaluations."""
-    evaluations = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-    assert evaluations
-    return [*comparable_metrics(run), *evaluations]
-
-
 @pytest.fixture(scope="module")
 def over_all(recipe, folder) -> Path:
     """The run whose teacher lies over all ranks."""
@@ -92,12 +86,12 @@ def stopped(recipe, folder) -> Ranks:
 def test_a_run_that_goes_on_with_another_placement_is_the_run_of_one(recipe, stopped, over_all,
                                                                      folder):
     run = folder / "node"
-    assert "teacher.placement: node over 2 data-parallel rank(s)" in stopped.output()
+    assert "teacher.placement: node over 2 data-parallel ranks" in stopped.output()
     chosen = json.loads((run / "provenance.json").read_text())["teacher"]["placement"]
     assert (chosen["placement"], chosen["shard_over"]) == ("node", 2) and chosen["reason"]
     assert load_recipe(run / "recipe.yaml").teacher.placement == "auto"
     train_on_nodes(4, recipe, run, "teacher.placement=replicated")
-    assert results(run) == results(over_all)
+    assert comparable_results(run) == comparable_results(over_all)
 
 
 def test_the_teacher_is_gathered_within_its_node_and_prefetched_undisturbed(stopped, folder):
@@ -114,6 +108,15 @@ def test_the_teacher_is_gathered_within_its_node_and_prefetched_undisturbed(stop
     # Once for the window, as under zero3.
     assert 0.9 * counted[-1]["parameters"] < counted[-1]["teacher_bytes"]
     assert counted[-1]["teacher_bytes"] <= counted[-1]["parameters"]
+
+
+def test_what_a_run_measures_of_its_gathers_is_less_of_the_teacher_and_as_much_of_the_student(
+        stopped, over_all, folder):
+    node, zero3 = (json.loads((run / "measured.json").read_text())["network_per_step"]
+                   for run in (folder / "node", over_all))
+    assert node["student_gathers"] == pytest.approx(zero3["student_gathers"], rel=0.01)
+    # A half of each weight comes from the other rank of the node; of four, three quarters.
+    assert node["teacher_gathers"] == pytest.approx(zero3["teacher_gathers"] * 0.5 / 0.75, rel=0.01)
 
 
 def test_ranks_of_a_node_that_are_no_neighbours_are_refused_on_all_ranks(recipe, tmp_path):
@@ -134,6 +137,18 @@ def test_nodes_that_cannot_each_hold_the_teacher_are_refused(node_of, tp_size, n
     assert named in error.value.found and "shard_over" in error.value.remedy
 
 
+@pytest.mark.parametrize("node_of, passed, named", [
+    ((0, 0, 1, 1), True, "over 2 data-parallel"), ((0, 1, 0, 1), False, "rank 1 runs on another")])
+def test_doctor_tells_whether_the_nodes_can_each_hold_the_teacher(node_of, passed, named, recipe,
+                                                                      monkeypatch):
+    world = World(0, 4, torch.device("cpu"), hosts=dict(enumerate(map(str, node_of))))
+    monkeypatch.setattr(World, "run_on_main", lambda _, work: work())
+    given = load_recipe(recipe, ["teacher.placement=node"])
+    verdict, = doctor.check_placement(given, world)
+    assert verdict.passed == passed and named in str(verdict)
+    assert not list(doctor.check_placement(load_recipe(recipe), world))
+
+
 def test_a_nodes_ranks_have_one_host_name_and_share_copies():
     world = World(0, 4, torch.device("cpu"), hosts={0: "b", 1: "b", 2: "a", 3: "a"})
     assert find_nodes(world) == TWO_NODES
@@ -146,21 +161,26 @@ def test_a_nodes_ranks_have_one_host_name_and_share_copies():
     ({}, ONE_NODE, ("zero3", None)),
     ({}, Nodes((0, 1, 0, 1)), ("zero3", None)),
     ({"shard_over": 1}, ONE_NODE, ("node", 7)),
-    ({"shard_over": 2}, Nodes((0, 1, 0, 1)), ("node", 7)),
+    # The plan knows neighbours on a node.
+    ({"shard_over": 2}, Nodes((0, 1, 0, 1)), ("zero3", None)),
     ({"placement": "zero3"}, TWO_NODES, ("zero3", None)),
     ({"placement": "replicated"}, TWO_NODES, ("replicated", None)),
     ({"placement": "node"}, TWO_NODES, ("node", 2)),
     ({"placement": "node", "shard_over": 1}, TWO_NODES, ("node", 1)),
+    ({"placement": "node", "shard_over": 2}, Nodes((0, 1, 0, 1)), ("node", 2)),
     ({"placement": "node"}, ONE_NODE, ("zero3", None)),
 ])
 def test_auto_is_planned_where_there_is_a_choice_and_else_the_recipe_decides(
         given, where, expected, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(placement, "make_setting", lambda *_: None)
     monkeypatch.setattr(placement, "choose_placement",
                         lambda *_: ChosenPlacement("node", 7, "the plan's"))
     overrides = [f"teacher.{key}={value}" for key, value in given.items()]
     job = check_recipe(load_recipe(recipe, [*overrides, f"output_dir={tmp_path / 'run'}"]), 4)
     chosen = placement._placement(job, where)
     assert (chosen.placement, chosen.shard_over) == expected and chosen.reason
+    assert ("share a node, and" in chosen.reason) == (
+        chosen.placement == "node" and where.node_of == (0, 1, 0, 1))
 
 
 def test_ranks_to_shard_over_that_cannot_be_are_refused_by_the_recipe(recipe, tmp_path):

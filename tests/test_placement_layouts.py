@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from support.data import write_instructions
 from support.nodes import name_host, train_on_nodes
 from support.patches import rank_without_compiler
 from support.ranks import Ranks
-from support.runs import comparable_metrics, read_metrics, write_gathering_config, write_recipe
+from support.runs import comparable_results, read_metrics, write_gathering_config, write_recipe
 
 from amid_ds.checkpoint.export import export
 
@@ -40,12 +39,6 @@ def recipe(llama_pair, instructions_file, folder) -> Path:
                         data__prepared=str(folder / "data"), data__eval=[evaluated],
                         train__eval_every=2, train__steps=4, train__global_batch_size=8,
                         checkpoint__every=2, deepspeed=str(write_gathering_config(folder)))
-
-
-def results(run: Path) -> list[dict]:
-    """The numbers that the run has logged of its steps and evaluations."""
-    evaluations = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
-    return [*comparable_metrics(run), *evaluations]
 
 
 # Ranks, overrides of both runs, of the one on nodes.
@@ -85,7 +78,7 @@ def test_the_teacher_over_a_node_gives_the_same_numbers_in_every_layout(layout, 
     for placement in ([OVER_ALL], on_nodes):
         run = tmp_path / f"run{len(runs)}"
         train_on_nodes(ranks, recipe, run, *both, *placement, target=node_rank_without_compiler)
-        runs.append(results(run))
+        runs.append(comparable_results(run))
     assert runs[0] == runs[1]
 
 

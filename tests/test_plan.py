@@ -201,7 +201,7 @@ def test_what_does_not_fit_exits_with_1_and_names_changes_that_do(large, capsys)
 
 
 @pytest.mark.parametrize("wrong, message",
-                         [([], "one of the two"), (["--check", "nowhere"], "no measured.json"),
+                         [([], "with nothing"), (["--check", "nowhere"], "no measured.json"),
                           (["--check", "."], "no measured.json")])
 def test_a_check_of_no_run_exits_with_2(wrong, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -106,7 +106,7 @@ def test_a_rank_holds_of_the_teacher_what_its_placement_and_layout_leave_it(reci
 
 def chosen(recipe: Path, device: Device, *changes: str, nodes: int = 2,
            ranks: int = 8) -> tuple[str, int | None]:
-    taken = choose_placement(load_recipe(recipe, list(changes)), nodes, ranks, device)
+    taken = choose_placement(make_setting(load_recipe(recipe, list(changes)), ranks, device, nodes))
     plan = make_plan(load_recipe(recipe, list(changes)), nodes, ranks // nodes, device)
     assert plan.placement == taken
     return taken.placement, taken.shard_over
@@ -139,7 +139,12 @@ def test_auto_takes_the_fastest_placement_that_fits_and_of_equals_the_one_with_t
         assert chosen(recipe, replace(device, memory=room)) == ("zero3", None)
     assert chosen(recipe, slow, "teacher.shard_over=2") == ("node", 2)
     assert chosen(recipe, far, "teacher.placement=zero3") == ("zero3", None)
-    assert chosen(recipe, far, "deepspeed=zero2.json") == ("zero3", None)
+    # As training has it below stage 3, whatever the recipe says.
+    for asked, taken in (("auto", "zero3"), ("node", "zero3"), ("replicated", "replicated")):
+        below = "deepspeed=zero2.json", f"teacher.placement={asked}"
+        assert chosen(recipe, far, *below) == (taken, None)
+        plan = make_plan(load_recipe(recipe, list(below)), 2, 4, far)
+        assert [each.placement for each in plan.placements] == ["zero3", "replicated"]
     assert chosen(recipe, far, nodes=1) == ("zero3", None)
     # A rank a node: a node's shard would be all of it.
     assert chosen(recipe, far, nodes=8) == ("replicated", None)
@@ -155,6 +160,8 @@ def test_where_nothing_fits_auto_is_zero3_and_the_plan_says_so(recipe, capsys):
     assert main(arguments) == 1
     printed = capsys.readouterr().out
     assert "teacher.placement: zero3" in printed and "placements of the teacher" in printed
+    # Nothing is cut off in 80 columns.
+    assert "node (2)" in printed and "…" not in printed
 
 
 def test_the_files_are_read_once_by_all_ranks_together_or_once_a_node(recipe):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -53,28 +54,35 @@ def test_the_parts_of_a_start_add_up_to_it_and_nothing_unused_is_imported(recipe
     assert "deepspeed.runtime.zero.muon.original_muon" in imported
 
 
-def counting_hashes(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """Run as a rank that writes the names of the files that it hashes beside its log."""
+def counting_files(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that writes the names of the files that it hashes, and of those whose headers
+    it judges, beside its log."""
+    from amid_ds.models import weight_files
     from amid_ds.run import provenance
 
-    original, names = provenance._name_size_and_ends, Path(f"{log}.hashed")
-    names.touch()
+    def noted(function: Any, kind: str) -> Any:
+        names = Path(f"{log}.{kind}")
+        names.touch()
 
-    def hashed(path: Path) -> bytes:
-        with open(names, "a") as file:
-            file.write(f"{path}\n")
-        return original(path)
+        def call(path: Path | str) -> Any:
+            with open(names, "a") as file:
+                file.write(f"{path}\n")
+            return function(path)
+        return call
 
-    provenance._name_size_and_ends = hashed
+    provenance._name_size_and_ends = noted(provenance._name_size_and_ends, "hashed")
+    weight_files.open_for_ranges = noted(weight_files.open_for_ranges, "judged")
     rank_main(argv, variables, log)
 
 
-def test_rank_0_hashes_each_file_once_and_logs_the_start_once(recipe, llama_pair):
-    ranks = run_ranks(2, "train", recipe, target=counting_hashes)
-    hashed = [Path(f"{ranks.log(rank)}.hashed").read_text().splitlines() for rank in (0, 1)]
+def test_rank_0_alone_judges_and_hashes_each_file_once_and_logs_the_start_once(recipe, llama_pair):
+    ranks = run_ranks(2, "train", recipe, target=counting_files)
+    hashed, judged = ([Path(f"{ranks.log(rank)}.{kind}").read_text().splitlines()
+                       for rank in (0, 1)] for kind in ("hashed", "judged"))
     student, teacher = ([str(folder / name) for name in ("config.json", "model.safetensors")]
                         for folder in llama_pair)
     assert hashed == [student + teacher, []]
+    assert judged == [[student[1], teacher[1]], []]
     lines = [line for rank in (0, 1) for line in ranks.output(rank).splitlines()
              if "s to the end of the first step: imports" in line]
     assert len(lines) == 1 and lines[0] in ranks.output(0)

@@ -8,7 +8,12 @@ import pytest
 import torch
 import transformers as t
 
-from amid_ds.models.tensor_parallel import layer_specs, tp_unsupported_reason, vocab_shard
+from amid_ds.models.tensor_parallel import (
+    layer_specs,
+    split_parameters,
+    tp_unsupported_reason,
+    vocab_shard,
+)
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=40, head_dim=8, pad_token_id=0, bos_token_id=1,
@@ -37,6 +42,17 @@ def test_every_linear_layer_of_a_planned_body_is_split_and_nothing_else(family):
             assert kind == ("skip" if name.endswith(("q_norm", "k_norm")) else None), name
     assert kinds == {}
     assert all(not spec["grad_allreduce"] for spec in layer_specs(model, "teacher", trains=False))
+
+
+def test_a_tied_embedding_in_the_plan_stays_whole_and_its_body_is_split():
+    tied = shell("Gemma2")
+    # As transformers 5.17 adds it, and 5.24 does not.
+    tied.config.base_model_tp_plan = {**tied.config.base_model_tp_plan,
+                                      "embed_tokens": "embedding_rowwise"}
+    assert tp_unsupported_reason(tied, 2) is None
+    assert not any("embed" in name for name in split_parameters(tied, 2))
+    assert not any("embed" in pattern for spec in layer_specs(tied, "student", trains=True)
+                   for pattern in spec["patterns"])
 
 
 def test_a_body_that_its_plan_does_not_split_evenly_stays_whole_and_says_why():

@@ -30,6 +30,7 @@ from amid_ds.engine.ds_config import DeepSpeedConfig, read_deepspeed_config
 from amid_ds.engine.sharding import open_causal_lm
 from amid_ds.experiments.small_models import LlamaSize, new_llama
 from amid_ds.losses.host_memory import freed_memory_given_back
+from amid_ds.models.loading import from_pretrained_into_shards
 
 LOADED_VOCABULARY = 32000
 # 602 M parameters, 1.2 GB in bf16.
@@ -161,28 +162,9 @@ def _ours(model: Path, world: World) -> nn.Module:
 def _from_pretrained(model: Path, world: World) -> nn.Module:
     """As a script of one's own loads it under ZeRO-3: rank 0 reads, each rank keeps its part."""
     from transformers import AutoModelForCausalLM
-    from transformers.integrations.deepspeed import (
-        set_hf_deepspeed_config,
-        unset_hf_deepspeed_config,
-    )
 
-    holder = _HfConfig(_config(model, world))
-    # transformers holds it by a weak reference.
-    set_hf_deepspeed_config(holder)
-    try:
+    with from_pretrained_into_shards(_config(model, world)):
         return AutoModelForCausalLM.from_pretrained(str(model), dtype="auto")
-    finally:
-        unset_hf_deepspeed_config()
-
-
-class _HfConfig:
-    """What transformers reads of its own HfDeepSpeedConfig, which needs a package more."""
-
-    def __init__(self, config: DeepSpeedConfig) -> None:
-        self.config = config
-
-    def is_zero3(self) -> bool:
-        return True
 
 
 WAYS: dict[str, Callable[[Path, World], nn.Module]] = {

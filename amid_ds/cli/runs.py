@@ -54,13 +54,14 @@ def _plan(args: argparse.Namespace) -> None:
     from amid_ds.planning.reading import storage_bandwidth
     from amid_ds.planning.report import print_check, print_plan
 
-    if args.paper_scale and args.recipe is None and args.check is None:
+    given = [name for name, value in (("a recipe", args.recipe), ("--check", args.check),
+                                      ("--paper-scale", args.paper_scale)) if value]
+    if len(given) != 1:
+        raise InputError(f"amid-ds plan with {' and '.join(given) or 'nothing'}",
+                         "one of RECIPE, --check RUN and --paper-scale", "leave the others out")
+    if args.paper_scale:
         print_paper_scale(find_device(args.device or DEFAULT_DEVICE, 1), args.json)
         return
-    if (args.recipe is None) == (args.check is None) or args.paper_scale:
-        raise InputError(f"the recipe {args.recipe} and the run {args.check}", "one of the two",
-                         "amid-ds plan RECIPE, amid-ds plan --check RUN, or amid-ds plan "
-                         "--paper-scale alone")
     if args.check is not None:
         check = check_plan(Path(args.check), args.device, args.trust_remote_code)
         print_check(check, args.json)

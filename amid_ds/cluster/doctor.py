@@ -27,6 +27,7 @@ import torch
 
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe, Student, Teacher
+from amid_ds.distributed.nodes import find_nodes
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
@@ -302,6 +303,26 @@ def check_cpu_adam(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
                   f"{cpu_adam.REMEDY}, or the offloaded state is stepped by torch's AdamW")
 
 
+def check_placement(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
+    """Where the recipe wants the teacher over a node's ranks, the ranks lie so that it can be."""
+    teacher = None if recipe is None else recipe.teacher
+    if (recipe is None or teacher is None or teacher.placement != "node"
+            or teacher.shard_over is not None):
+        return
+
+    def over_ranks() -> int | InputError:
+        try:
+            return find_nodes(world).copies_per_node(recipe.tensor_parallel)
+        except InputError as error:
+            return error
+
+    over = world.run_on_main(over_ranks)
+    if isinstance(over, InputError):
+        yield Verdict("placement", False, over.found, over.remedy)
+    else:
+        yield Verdict("placement", True, f"a teacher over {over} data-parallel rank(s) a node")
+
+
 def check_clocks(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
     """All ranks' clocks are within CLOCK_TOLERANCE_S of the median."""
     # After the barrier all read their clocks within milliseconds.
@@ -317,4 +338,4 @@ def check_clocks(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 
 CHECKS: tuple[Check, ...] = (check_versions, check_gpus, check_compiler, check_output_folder,
                              check_connections, check_all_reduce, check_model_files, check_cpu_adam,
-                             check_clocks)
+                             check_placement, check_clocks)

@@ -12,14 +12,19 @@ from typing import Any
 
 from torch.distributed import distributed_c10d
 
+from amid_ds.distributed.world import World
 
-def launched_collectives() -> dict[str, int]:
+
+def launched_collectives(world: World) -> dict[str, int]:
     """The collectives that this rank has launched, by the name of the group. Waits for nothing.
 
-    A group has the same name on all of its ranks. Of a group of two backends: NCCL's.
+    A group has the same name on all of its ranks. Of a group of two backends: NCCL's. Of the group
+    of agreements: those begun, for the messages of one are not as many on every rank.
     """
-    groups: list[Any] = list(distributed_c10d._world.pg_map)
-    return {group.group_name: group._get_sequence_number_for_group() for group in groups}
+    groups: list[Any] = [group for group in distributed_c10d._world.pg_map
+                         if group is not world.agreement]
+    return {"agreements": world.agreements.total(), **{
+        group.group_name: group._get_sequence_number_for_group() for group in groups}}
 
 
 def rank_behind(launched: Mapping[int, Mapping[str, int]]) -> int | None:

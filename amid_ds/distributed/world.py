@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
@@ -59,7 +60,7 @@ class World:
     ranks, or over none. agreement: all ranks, in a group that training's collectives do not use;
     None: the default group. failures: None in a world of one. hosts: by rank, on rank 0 all of
     them, elsewhere its own and rank 0's. on_host: the ranks of this rank's host, of which one
-    `is_first_on_host`.
+    `is_first_on_host`. agreements: those that this rank has begun, by kind.
     """
 
     rank: int
@@ -73,6 +74,7 @@ class World:
     hosts: Mapping[int, str] = field(default_factory=dict)
     on_host: int = 1
     is_first_on_host: bool = True
+    agreements: Counter[str] = field(default_factory=Counter)
 
     @property
     def is_main(self) -> bool:
@@ -172,6 +174,7 @@ class World:
 
     def _extreme(self, number: _Number,
                  choose: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> _Number:
+        self.agreements["extreme"] += 1
         own = torch.tensor(number, dtype=torch.int64 if isinstance(number, int) else torch.float64)
         parent, children = self.tree
         for child in children:
@@ -188,6 +191,7 @@ class World:
         """Rank `source`'s `value` (anything that pickles) on every rank. Two collectives."""
         if self.size == 1:
             return value
+        self.agreements["broadcast"] += 1
         values: list[Any] = [value if self.rank == source else None]
         dist.broadcast_object_list(values, source, self.agreement)
         return values[0]
@@ -206,6 +210,7 @@ class World:
         Up the `tree`: half of all ranks send their own alone, and rank 0 receives all values in
         ⌈log2 ranks⌉ messages.
         """
+        self.agreements["collect"] += 1
         values = {self.rank: value}
         parent, children = self.tree
         for child in children:
@@ -314,7 +319,8 @@ class World:
             if self.failures is not None:
                 self.failures.report(str(error) or type(error).__name__)
             self.barrier()
-            if self.failures is not None:
+            # Rank 0 alone: it holds the store, and may be gone before another has asked for it.
+            if self.failures is not None and self.is_main:
                 self.failures.withdraw()
 
     def run_on_main(self, work: Callable[[], _T]) -> _T:

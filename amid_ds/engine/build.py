@@ -22,11 +22,7 @@ from amid_ds.engine.ds_config import (
     zero_stage,
 )
 from amid_ds.engine.engine import Engine
-from amid_ds.engine.gather import (
-    GatheredBytes,
-    count_and_order_gathers,
-    gathered_head,
-)
+from amid_ds.engine.gather import GatheredBytes, count_and_order_gathers, gathered_head
 from amid_ds.engine.muon import clip_gradients_first
 from amid_ds.engine.optimizer import (
     DecayedParameters,
@@ -130,8 +126,7 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
 def _open_teacher(teacher: Teacher, config: DeepSpeedConfig, replicated: bool, world: World
                   ) -> OpenModel:
     if zero_stage(config) == 3 and not replicated:
-        return open_causal_lm(teacher, teacher.dtype, for_teacher(config), world,
-                          world.shards)
+        return open_causal_lm(teacher, teacher.dtype, for_teacher(config), world, world.shards)
     model = load_causal_lm(teacher.model, teacher.dtype, **teacher.hub_kwargs)
     return OpenModel(model.to(world.device) if replicated else model, config)
 

@@ -7,6 +7,7 @@ the weight it is: the rank reads that range and no other.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -26,31 +27,41 @@ class OwnRange(NamedTuple):
     values: Tensor
 
 
+def replace_parameters(model: nn.Module, make: Callable[[nn.Parameter], nn.Parameter]) -> None:
+    """Put what `make` returns in place of every parameter of `model`, of a shared one once."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in made:
+                made[id(parameter)] = make(parameter)
+            module._parameters[key] = made[id(parameter)]
+
+
 def partition_parameters(model: nn.Module, config: DeepSpeedConfig,
                          shards: ShardGroups | None = None) -> list[OwnRange]:
     """Make every meta parameter of `model` one of ZeRO-3, in place; returns what is to be filled.
 
     config: DeepSpeed's, with bf16 as the weights are to have it. shards: the ranks that they lie
     over; None: all. What tensor parallelism has split lies over the ranks with the same part. A
-    parameter that two modules share is made once; it keeps its attributes. Secondary partitions
-    (hpZ) are left to DeepSpeed, which makes them at the first gather. No collective, except that
-    it makes their groups, where the config asks for them.
+    parameter keeps its attributes. Secondary partitions (hpZ) are left to DeepSpeed, which makes
+    them at the first gather. No collective, except that it makes their groups, where the config
+    asks for them.
     """
     import_deepspeed()
     from deepspeed.runtime.zero.partition_parameters import Init
 
     init = Init(data_parallel_group=None if shards is None else shards.whole,
                 config_dict_or_path=dict(config))
-    made: dict[int, nn.Parameter] = {}
     ranges: list[OwnRange] = []
-    for module in model.modules():
-        for key, meta in module._parameters.items():
-            if meta is None:
-                continue
-            if id(meta) not in made:
-                made[id(meta)] = _declare(meta, init, shards)
-                ranges.append(_allocate(made[id(meta)], init))
-            module._parameters[key] = made[id(meta)]
+
+    def make(meta: nn.Parameter) -> nn.Parameter:
+        parameter = _declare(meta, init, shards)
+        ranges.append(_allocate(parameter, init))
+        return parameter
+
+    replace_parameters(model, make)
     if init.mem_efficient_linear:
         init._enable_mem_efficient_linear()
     init._keep_in_fp32(model)
@@ -68,14 +79,7 @@ def move_partitions(model: nn.Module, config: DeepSpeedConfig, shards: ShardGrou
     from deepspeed.runtime.zero.partition_parameters import Init
 
     init = Init(data_parallel_group=shards.whole, config_dict_or_path=dict(config))
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for key, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if id(parameter) not in made:
-                made[id(parameter)] = _moved(parameter, init, shards)
-            module._parameters[key] = made[id(parameter)]
+    replace_parameters(model, lambda parameter: _moved(parameter, init, shards))
 
 
 def _moved(parameter: Any, init: Any, shards: ShardGroups) -> nn.Parameter:

@@ -21,10 +21,16 @@ from amid_ds.distributed.nodes import ShardGroups
 from amid_ds.distributed.world import World
 from amid_ds.engine.autotp import own_part
 from amid_ds.engine.ds_config import DeepSpeedConfig, sharded_loading, zero_stage
-from amid_ds.engine.partition import OwnRange, move_partitions, partition_parameters
+from amid_ds.engine.partition import (
+    OwnRange,
+    move_partitions,
+    partition_parameters,
+    replace_parameters,
+)
 from amid_ds.models.hollow import hollow_causal_lm
 from amid_ds.models.loading import DTYPES, checkpoint_dtype, load_causal_lm, open_weights
 from amid_ds.models.weight_reader import ParameterSource, WeightReader
+from amid_ds.models.weights import refuse_other_keys
 from amid_ds.run.reading import ReadingProgress
 
 logger = logging.getLogger(__name__)
@@ -59,10 +65,10 @@ class OpenModel:
         ranges = (partition_parameters(self.module, self.config, self.shards) if sharded
                   else _whole_parameters(self.module))
         buffers = _place_buffers(self.module, world.device if sharded else torch.device("cpu"))
-        world.run_checked(lambda: self._fill(ranges, buffers))
+        world.run_checked(lambda: self._fill(ranges, buffers, world))
         return self.module
 
-    def _fill(self, ranges: list[OwnRange], buffers: Mapping[str, Tensor]) -> None:
+    def _fill(self, ranges: list[OwnRange], buffers: Mapping[str, Tensor], world: World) -> None:
         if self.zeros:
             for own in ranges:
                 own.values.zero_()
@@ -72,6 +78,8 @@ class OpenModel:
         reads = list(_reads(self.module, self.weights, ranges, buffers))
         with self.weights as reader, contextlib.ExitStack() as stack:
             if not self.zeros:
+                untied = reader.unequal_twins(world.rank, world.size)
+                refuse_other_keys(_name(self.module), {"untied": untied})
                 progress = stack.enter_context(_progress(self.module, reader, reads))
                 reader.on_bytes = progress.add
             reader.fill(reads)
@@ -85,11 +93,13 @@ def open_causal_lm(source: Student | Teacher, dtype: Dtype, config: DeepSpeedCon
     at stage 3. Collective: ranks agree on the files, and transformers sends what it must load.
     Raises InputError where the weights are not exactly those of the model's config.
     """
-    torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(source.model, **source.hub_kwargs)
+    torch_dtype = world.run_checked(
+        lambda: DTYPES.get(dtype) or checkpoint_dtype(source.model, **source.hub_kwargs))
     config = {**config, "bf16": {"enabled": torch_dtype == torch.bfloat16}}
     weights = open_weights(source.model, **source.hub_kwargs, world=world) if read else None
     if not isinstance(weights, str):
-        module = hollow_causal_lm(source.model, torch_dtype, **source.hub_kwargs)
+        module = world.run_checked(
+            lambda: hollow_causal_lm(source.model, torch_dtype, **source.hub_kwargs))
         if weights is None and any(buffer.is_meta for buffer in module.buffers()):
             weights = open_weights(source.model, **source.hub_kwargs, world=world)
     if not isinstance(weights, str):
@@ -107,22 +117,28 @@ def _progress(model: Any, reader: WeightReader,
               for source, start, out in reads)
     # A tied one is there under each of its names.
     whole = sum(source.numel() * source.dtype.itemsize for source in set(reader.sources.values()))
-    return ReadingProgress(model.config.name_or_path, own, whole)
+    return ReadingProgress(_name(model), own, whole)
+
+
+def _name(model: Any) -> str:
+    """The folder or hub id that it comes from."""
+    return str(model.config.name_or_path)
 
 
 def _whole_parameters(model: nn.Module) -> list[OwnRange]:
     """Give every meta parameter of `model` memory on the CPU; returns them, to be filled."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for key, meta in module._parameters.items():
-            if meta is not None:
-                if id(meta) not in made:
-                    made[id(meta)] = nn.Parameter(torch.empty_like(meta, device="cpu"),
-                                                  requires_grad=meta.requires_grad)
-                    # AutoTP's marks among them.
-                    vars(made[id(meta)]).update(vars(meta))
-                module._parameters[key] = made[id(meta)]
-    return [OwnRange(parameter, 0, parameter.detach().view(-1)) for parameter in made.values()]
+    ranges: list[OwnRange] = []
+
+    def make(meta: nn.Parameter) -> nn.Parameter:
+        parameter = nn.Parameter(torch.empty_like(meta, device="cpu"),
+                                 requires_grad=meta.requires_grad)
+        # AutoTP's marks among them.
+        vars(parameter).update(vars(meta))
+        ranges.append(OwnRange(parameter, 0, parameter.detach().view(-1)))
+        return parameter
+
+    replace_parameters(model, make)
+    return ranges
 
 
 def _place_buffers(model: nn.Module, device: torch.device) -> dict[str, Tensor]:

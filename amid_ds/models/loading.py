@@ -6,7 +6,8 @@ models are supported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,37 +43,44 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     first collective, where its weights are not exactly those of its config.
     """
     from transformers import AutoModelForCausalLM
+
+    torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
+    meta: Any = meta_model(model, revision, trust_remote_code)
+    require_weights(meta, model, revision)
+    bf16 = {"enabled": torch_dtype == torch.bfloat16}
+    with (contextlib.nullcontext() if zero3_config is None
+          else from_pretrained_into_shards({**zero3_config, "bf16": bf16}),
+          readable_weights(model)):
+        loaded, report = AutoModelForCausalLM.from_pretrained(
+            model, revision=revision, dtype=torch_dtype, output_loading_info=True,
+            trust_remote_code=trust_remote_code)
+    # Sharded by transformers, tied weights are not compared.
+    untied = meta.all_tied_weights_keys.keys() - loaded.all_tied_weights_keys.keys()
+    refuse_other_keys(model, {**report, "untied": untied})
+    return loaded
+
+
+@contextlib.contextmanager
+def from_pretrained_into_shards(config: Mapping[str, object]) -> Iterator[None]:
+    """A context in which from_pretrained loads under ZeRO-3 with this DeepSpeed config."""
     from transformers.integrations.deepspeed import (
         set_hf_deepspeed_config,
         unset_hf_deepspeed_config,
     )
 
-    torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
-    require_weights(meta_model(model, revision, trust_remote_code), model, revision)
-    if zero3_config is not None:
-        bf16 = {"enabled": torch_dtype == torch.bfloat16}
-        config_holder = _Zero3Config({**zero3_config, "bf16": bf16})
-        set_hf_deepspeed_config(config_holder)
+    # transformers holds it by a weak reference.
+    held = _Zero3Config(config)
+    set_hf_deepspeed_config(held)
     try:
-        with readable_weights(model):
-            loaded, report = AutoModelForCausalLM.from_pretrained(
-                model, revision=revision, dtype=torch_dtype, output_loading_info=True,
-                trust_remote_code=trust_remote_code)
+        yield
     finally:
-        if zero3_config is not None:
-            unset_hf_deepspeed_config()
-    refuse_other_keys(model, report)
-    return loaded
+        unset_hf_deepspeed_config()
 
 
 class _Zero3Config:
-    """The part of transformers' HfDeepSpeedConfig that from_pretrained reads: it builds the model
-    under zero.Init with this config.
+    """The part of transformers' HfDeepSpeedConfig, which needs a package more, that it reads."""
 
-    transformers holds it by a weak reference, so it must live as long as the loading.
-    """
-
-    def __init__(self, config: dict[str, object]) -> None:
+    def __init__(self, config: Mapping[str, object]) -> None:
         self.config = config
 
     def is_zero3(self) -> bool:
@@ -187,7 +195,10 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     that rank 0 has read the headers of: collective, and an error of one is an error of all. Raises
     InputError where the weights are not exactly those of the model's config.
     """
-    meta: Any = meta_model(model, revision, trust_remote_code)
+    def shape() -> Any:
+        return meta_model(model, revision, trust_remote_code)
+
+    meta = shape() if world is None else world.run_checked(shape)
     table = None
     if world is not None:
         table = share_weight_table(world, model, revision, named_weights(meta))
@@ -198,7 +209,8 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
         if getattr(meta.config, "quantization_config", None) is not None:
             return "they are quantized"
         with readable_weights(model):
-            return found[1].reason or WeightReader(found[0], found[1].sources)
+            mapped = found[1]
+            return mapped.reason or WeightReader(found[0], mapped.sources, mapped.twins)
 
     return read() if world is None else world.run_checked(read)
 

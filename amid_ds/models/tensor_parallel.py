@@ -62,7 +62,7 @@ def tp_unsupported_reason(model: nn.Module, tp_size: int) -> str | None:
     divide the number of heads, or attention would change.
     """
     config: Any = model.config
-    plan = getattr(config, "base_model_tp_plan", None)
+    plan = _plan(model)
     if not plan:
         return f"{type(model).__name__} has no tensor-parallel plan in transformers"
     if unknown := sorted(set(plan.values()) - set(STYLES)):
@@ -95,7 +95,7 @@ def layer_specs(model: nn.Module, name: str, trains: bool) -> list[LayerSpec]:
     """
     prefix = re.escape(f"{name}.{model.base_model_prefix}.")
     specs: list[LayerSpec] = []
-    for pattern, style in model.config.base_model_tp_plan.items():   # type: ignore[union-attr, operator]
+    for pattern, style in _plan(model).items():
         summed = style == "replicated_with_grad_allreduce"
         if not summed or trains:
             specs.append({"patterns": [rf"{prefix}{_regex(pattern)}\.weight$"],
@@ -116,7 +116,7 @@ def split_parameters(model: nn.Module, tp_size: int) -> set[str]:
         split |= {name for name, parameter in model.named_parameters()
                   if parameter is head.weight or parameter is head.bias}
     if tp_unsupported_reason(model, tp_size) is None:
-        for pattern, style in model.config.base_model_tp_plan.items():   # type: ignore[union-attr, operator]
+        for pattern, style in _plan(model).items():
             if style in SPLIT_PARAMETERS:
                 regex = rf"{model.base_model_prefix}\.{_regex(pattern)}{SPLIT_PARAMETERS[style]}"
                 split |= {name for name, _ in model.named_parameters() if re.fullmatch(regex, name)}
@@ -133,7 +133,7 @@ def shrink_to_tp_rank(model: nn.Module, tp_size: int) -> tuple[int, int]:
     forward = backward = 0
     if tp_size == 1 or tp_unsupported_reason(model, tp_size) is not None:
         return forward, backward
-    for pattern, style in model.config.base_model_tp_plan.items():   # type: ignore[union-attr, operator]
+    for pattern, style in _plan(model).items():
         for name, module in model.base_model.named_modules():   # type: ignore[union-attr]
             if STYLES[style] == "skip" or not re.fullmatch(_regex(pattern), name):
                 continue
@@ -169,6 +169,17 @@ def cut_head(model: nn.Module, shard: VocabShard, vocab_size: int,
             part.head_rows = shard.start, stop
             setattr(head, name, part)
     head.first_row = shard.start
+
+
+def _plan(model: nn.Module) -> dict[str, str]:
+    """The body's plan in transformers, {} for none.
+
+    Without a tied embedding, which transformers 5.17 adds to each: it stays whole here, as its head
+    does.
+    """
+    plan = getattr(model.config, "base_model_tp_plan", None) or {}
+    return {pattern: style for pattern, style in plan.items()
+            if style != "embedding_rowwise" or not _is_tied(model)}
 
 
 def _is_tied(model: nn.Module) -> bool:

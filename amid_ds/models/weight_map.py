@@ -26,12 +26,14 @@ class WeightMap:
     """What transformers' loader makes of a table of weights.
 
     report: its own, with missing, unexpected and mismatched keys. sources: by every name of a
-    parameter, and of a persistent buffer that is in the files. reason: why the weights cannot be
-    read by range; None if they can.
+    parameter, and of a persistent buffer that is in the files. twins: by the second name of a tied
+    parameter, where the files hold it a second time. reason: why the weights cannot be read by
+    range; None if they can.
     """
 
     report: dict[str, Any]
     sources: Mapping[str, ParameterSource]
+    twins: Mapping[str, ParameterSource]
     reason: str | None
 
 
@@ -74,9 +76,8 @@ def _run_loader(meta: Any, table: WeightTable) -> WeightMap:
     mapped = {name: source for name, source in found.items()
               if isinstance(source, ParameterSource)}
     reasons = [source for source in found.values() if isinstance(source, str)]
-    if not reasons:
-        reasons = _tied_twice(meta, mapped)
-    return WeightMap(vars(report), mapped, reasons[0] if reasons else None)
+    twins = {} if reasons else _take_out_twins(meta, mapped)
+    return WeightMap(vars(report), mapped, twins, reasons[0] if reasons else None)
 
 
 def stored_sources(table: WeightTable) -> dict[str, ParameterSource | str]:
@@ -96,14 +97,18 @@ def stored_sources(table: WeightTable) -> dict[str, ParameterSource | str]:
     return found
 
 
-def _tied_twice(meta: Any, sources: Mapping[str, ParameterSource]) -> list[str]:
-    """Why not, for parameters that are one in the model and two in the files."""
+def _take_out_twins(meta: Any, sources: dict[str, ParameterSource]) -> dict[str, ParameterSource]:
+    """Give parameters that are one in the model, and two in the files, the source of the first.
+
+    Returns the sources of the others, by their names.
+    """
     names: dict[int, str] = {}
+    twins = {}
     for name, parameter in meta.named_parameters(remove_duplicate=False):
         first = names.setdefault(id(parameter), name)
         if sources[first] != sources[name]:
-            return [f"{first} and {name}, which are tied, are both in the files"]
-    return []
+            twins[name], sources[name] = sources[name], sources[first]
+    return twins
 
 
 class HollowTensor(Tensor):

@@ -26,6 +26,8 @@ from amid_ds.models.weight_files import WeightTable, open_for_ranges, read_heade
 READ_THREADS = 4
 # Read at once by a thread: with READ_THREADS, 64 MiB are in flight.
 READ_CHUNK_BYTES = 16 << 20
+# Compared at once of two tied weights.
+TWIN_ELEMENTS = 8 << 20
 # Gaps below a page are read with what surrounds them: skipping them saves no page of the disk.
 PAGE_BYTES = 4096
 
@@ -63,11 +65,10 @@ class FileBox:
         starts[dim] += by
         return replace(self, starts=tuple(starts))
 
-    def on_dims(self, places: Callable[[tuple[int, ...]], Iterable[int]],
-                new: int = 0) -> FileBox:
-        """Its dimensions reordered by `places`; -1 stands for a new one, whose start is `new`."""
+    def on_dims(self, places: Callable[[tuple[int, ...]], Iterable[int]]) -> FileBox:
+        """Its dimensions reordered by `places`; -1 stands for a new one."""
         return replace(self, strides=tuple(places((*self.strides, 0))),
-                       starts=tuple(places((*self.starts, new))),
+                       starts=tuple(places((*self.starts, 0))),
                        sizes=tuple(places((*self.sizes, 1))))
 
 
@@ -228,12 +229,15 @@ class WeightReader:
     """Reads ranges of a model's weights; a context manager that holds open files.
 
     sources: by the parameter's (or persistent buffer's) name; a tied one's under each of its names.
-    on_bytes: called with the bytes of each read, by one thread at a time.
+    twins: by a tied one's second name, where the files hold it a second time. on_bytes: called with
+    the bytes of each read, by one thread at a time.
     """
 
     def __init__(self, table: WeightTable, sources: Mapping[str, ParameterSource],
+                 twins: Mapping[str, ParameterSource] | None = None,
                  on_bytes: Callable[[int], None] | None = None) -> None:
         self.sources = sources
+        self.twins = twins or {}
         self.on_bytes = on_bytes
         self.bytes_read = 0
         self._table = table
@@ -264,6 +268,25 @@ class WeightReader:
         for worker in workers:
             worker.result()
         self._require_unchanged()
+
+    def unequal_twins(self, share: int, shares: int) -> list[str]:
+        """The names of `twins` that differ, in that one of so many shares, from what they are tied
+        to: a model has but one of the two."""
+        unequal = []
+        for name, twin in self.twins.items():
+            source = self.sources[name]
+            count = source.numel()
+            stop = count * (share + 1) // shares
+            for start in range(count * share // shares, stop, TWIN_ELEMENTS):
+                pair = torch.empty(2, min(TWIN_ELEMENTS, stop - start),
+                                   dtype=torch.promote_types(source.dtype, twin.dtype))
+                self.fill([(source, start, pair[0]), (twin, start, pair[1])])
+                # Bytes: a NaN is equal to itself.
+                first, second = pair.view(torch.uint8)
+                if not torch.equal(first, second):
+                    unequal.append(name)
+                    break
+        return unequal
 
     def _jobs(self, reads: Iterable[tuple[ParameterSource, int, Tensor]]
               ) -> Generator[_Job, None, None]:
@@ -360,8 +383,8 @@ class WeightReader:
                 raise self._changed(file, "was written to while it was read")
 
     def _changed(self, file: int, what: str) -> InputError:
-        return InputError(f"the weights of {self._table.model} cannot be read: "
-                          f"{self._paths[file]} {what}",
+        return InputError(f"the weights of {self._table.model} cannot be read on "
+                          f"{socket.gethostname()}: {self._paths[file]} {what}",
                           "the files that the check of the model read, unchanged, on every node",
                           "wait until the model is copied or downloaded whole, on every node, and "
                           "start again")

@@ -128,10 +128,13 @@ def readable_weights(model: str) -> Iterator[None]:
 
 
 def refuse_other_keys(model: str, report: Mapping[str, Any]) -> None:
-    """Raise InputError if transformers' report of loading `model` names any key."""
+    """Raise InputError if transformers' report of loading `model`, or ours, names any key."""
     mismatched = [f"{name} {list(found)}, in the model {list(expected)}"
-                  for name, found, expected in report["mismatched_keys"]]
-    problems = {"missing": report["missing_keys"], "unexpected": report["unexpected_keys"],
+                  for name, found, expected in report.get("mismatched_keys", ())]
+    problems = {"missing": report.get("missing_keys", ()),
+                "unexpected": report.get("unexpected_keys", ()),
+                "tied by its config, with values of their own in the files":
+                    report.get("untied", ()),
                 "of another shape": mismatched,
                 "quantized, without a quantization_config": report.get("integers", ()),
                 "not convertible": report.get("conversion_errors", ())}

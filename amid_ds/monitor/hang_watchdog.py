@@ -106,7 +106,7 @@ class HangWatchdog:
         print_error(f"{self.world.name_of(rank)}: step {self.number} has not ended after "
                     f"{self.timeout_s:g} s; {place}. Its threads:")
         faulthandler.dump_traceback(file=STDERR, all_threads=True)
-        states = {rank: RankState(place, launched_collectives())}
+        states = {rank: RankState(place, launched_collectives(self.world))}
         # In a thread, because the store may not answer.
         exchange = threading.Thread(target=self._exchange, args=(states,), daemon=True)
         exchange.start()

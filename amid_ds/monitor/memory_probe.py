@@ -71,7 +71,8 @@ def probe_step(engine: Engine, recipe: Recipe, step: int) -> Iterator[None]:
     gathered_before = engine.gathered_bytes.teacher
     with probe, traffic:
         yield
-    teacher = int((engine.gathered_bytes.teacher - gathered_before) * (1 - 1 / world.dp_size))
+    over = world.dp_size if world.shards is None else world.shards.split.size()
+    teacher = int((engine.gathered_bytes.teacher - gathered_before) * (1 - 1 / over))
     network = {"student_gathers": traffic.bytes["gathers"] - teacher,
                "student_reductions": traffic.bytes["reductions"], "teacher_gathers": teacher}
     if world.tp_size > 1:

@@ -86,7 +86,7 @@ class RecentWork:
         return LocalStats([*bins, sum(self.whole)],
                           [own_s, -math.inf if self.reported else own_s, peak_bytes])
 
-    def hear(self, loss: float, sums: Sequence[float], peaks: Sequence[Peak]) -> PeerStats:
+    def combine(self, loss: float, sums: Sequence[float], peaks: Sequence[Peak]) -> PeerStats:
         """What the ranks' `local` amount to.
 
         sums: of their summands; peaks: of their parts of `loss`, then of their candidates.

@@ -56,9 +56,9 @@ def local_stats() -> LocalStats:
 
 
 def set_peer_stats(loss: float, sums: Sequence[float], peaks: Sequence[Peak]) -> None:
-    """Keep what the ranks' `local_stats` amount to (see RecentWork.hear)."""
+    """Keep what the ranks' `local_stats` amount to (see RecentWork.combine)."""
     if _current is not None:
-        _current.peers = _current.recent.hear(loss, sums, peaks)
+        _current.peers = _current.recent.combine(loss, sums, peaks)
 
 
 class StepTimer:
@@ -73,7 +73,7 @@ class StepTimer:
         self.device, self.flops, self.peak_flops = device, flops, peak_flops
         self.profiled = False
         self.seconds: Counter[str] = Counter()
-        self.heard: Counter[str] = Counter()
+        self.counted: Counter[str] = Counter()
         self.recent = RecentWork(rank)
         self.peers: PeerStats | None = None
         self._open = ["other"]
@@ -122,8 +122,8 @@ class StepTimer:
         group looks slow.
         """
         self._drain()
-        spent = {name: self.seconds[name] - self.heard[name] for name in PHASES}
-        self.heard = Counter(self.seconds)
+        spent = {name: self.seconds[name] - self.counted[name] for name in PHASES}
+        self.counted = Counter(self.seconds)
         return (spent["data"] + spent["loss"],
                 sum(seconds for name, seconds in spent.items() if name not in OUTSIDE_STEPS))
 

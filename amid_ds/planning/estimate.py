@@ -16,7 +16,7 @@ from amid_ds.planning.network import network_per_step
 from amid_ds.planning.placement import (
     ChosenPlacement,
     PlacementCosts,
-    choose_for,
+    choose_placement,
     placed,
     placement_costs,
 )
@@ -81,7 +81,7 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
     storage_bandwidth: bytes/s that a node reads. Raises InputError as `make_setting` does.
     """
     counted = make_setting(recipe, ranks, device, nodes)
-    chosen = choose_for(counted)
+    chosen = choose_placement(counted)
     setting = placed(counted, chosen)
     train, student = recipe.train, setting.student
     memory, time = memory_per_rank(setting), step_time(setting)
@@ -103,7 +103,7 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
         seconds_by_model={name: asdict(each) for name, each in time.by_model.items()},
         read_at_start=read_at_start(setting, storage_bandwidth),
         placement=chosen,
-        placements=placement_costs(counted, storage_bandwidth),
+        placements=placement_costs(counted),
         checkpoint_bytes=weights * weight_bytes + moment_bytes(setting.zero, weights,
                                                                student.muon.total),
         activations={

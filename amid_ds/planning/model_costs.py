@@ -30,10 +30,6 @@ from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
 ATTENTION_NAME = "planned"
 
 
-class UncountableModel(InputError):
-    """A model that does not run on torch's meta device; it may train all the same."""
-
-
 @dataclass(frozen=True)
 class WeightCounts:
     """Elements of a model's weights: of the model, and on one rank before ZeRO."""
@@ -123,8 +119,7 @@ def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     """The costs of `model` in `dtype` on one rank of a group of recipe.tensor_parallel.
 
     whole: the ranks of the group do not split it. Counted once by this process; the same on any
-    number of ranks. Raises UncountableModel for one that does not run on the
-    meta device.
+    number of ranks. Raises InputError for one that does not run on the meta device.
     """
     train = recipe.train
     config = loading.model_config(model.model, **model.hub_kwargs).to_json_string(use_diff=False)
@@ -156,7 +151,7 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     # Whatever its own code raises where tensors have no numbers.
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise UncountableModel(
+        raise InputError(
             f"{model.model} does not run on torch's meta device, so there is no plan: {reason}",
             "a model whose shapes do not depend on numbers", "train it without a plan") from None
     element_size = dtype.itemsize

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from amid_ds.config.recipe import Recipe
 from amid_ds.planning.devices import EFFICIENCY, HEADROOM, Device
-from amid_ds.planning.placement import PlacementCosts, choose_for, costs_of, placement_costs
+from amid_ds.planning.placement import PlacementCosts, choose_placement, costs_of, placement_costs
 from amid_ds.planning.report import placement_title
 from amid_ds.planning.setting import Placement, Setting, make_setting, with_placement
 
@@ -101,7 +101,7 @@ def _rows_of(folder: Path, student: str, teacher: str, seq_length: int, ranks: i
         "train": {"steps": 1, "seq_length": seq_length, "micro_batch_size": 1,
                   "global_batch_size": GLOBAL_BATCH_SIZE}})
     setting = make_setting(recipe, ranks, device, ranks // DEVICES_PER_NODE)
-    chosen = choose_for(setting)
+    chosen = choose_placement(setting)
     tokens = GLOBAL_BATCH_SIZE * seq_length
     for costs in _costs(setting):
         own = None if costs.placement != "node" else costs.shard_over

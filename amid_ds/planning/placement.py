@@ -6,20 +6,16 @@ that takes memory, and saves bytes between nodes and hops of the gathers' rings.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from amid_ds.config.recipe import Recipe
-from amid_ds.planning.devices import Device
 from amid_ds.planning.memory import fits, memory_per_rank
-from amid_ds.planning.model_costs import UncountableModel
 from amid_ds.planning.network import step_traffic
-from amid_ds.planning.reading import STORAGE_BANDWIDTH, ReadAtStart, read_at_start
 from amid_ds.planning.setting import (
     Placement,
     PlacementName,
     Setting,
-    make_setting,
     ranks_of_shard,
     with_placement,
 )
@@ -38,6 +34,11 @@ class ChosenPlacement:
     shard_over: int | None
     reason: str
 
+    def __str__(self) -> str:
+        over = ("" if self.shard_over is None else
+                f" over {self.shard_over} data-parallel rank{'s' * (self.shard_over > 1)}")
+        return f"{self.placement}{over}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class PlacementCosts:
@@ -55,41 +56,45 @@ class PlacementCosts:
     seconds: float
     parts: PartSeconds
     binds: str
-    read_at_start: ReadAtStart
     fits: bool
 
 
-def choose_placement(recipe: Recipe, nodes: int, ranks: int, device: Device) -> ChosenPlacement:
-    """The recipe's placement of the teacher, or for `auto` the fastest one that fits.
+def settled_placement(recipe: Recipe, zero_stage: int, data_parallel: int,
+                      copies_per_node: Callable[[], int]) -> ChosenPlacement | None:
+    """The placement where nothing needs to be planned; None for `auto` where there is a choice.
 
-    nodes: of `ranks` ranks, each the same number. Where steps take the same time, the one with
-    fewer bytes between nodes, then with less memory. Needs the models' configs alone; the models
-    are counted once in a process. Raises InputError for a layout or DeepSpeed config that cannot
-    be.
+    recipe: with a teacher. copies_per_node: the data-parallel ranks of a node, asked for where they
+    matter; what it raises is raised.
     """
-    try:
-        return choose_for(make_setting(recipe, ranks, device, nodes))
-    except UncountableModel as error:
-        if recipe.teacher is None or recipe.teacher.placement != "auto":
-            raise
-        return ChosenPlacement("zero3", None, f"it needs the least memory, and {error.found}")
-
-
-def choose_for(setting: Setting) -> ChosenPlacement:
-    """The recipe's placement, or for `auto` the fastest that fits, in a setting of any placement.
-    """
-    teacher = setting.recipe.teacher
-    if teacher is None or setting.teacher is None:
-        return ChosenPlacement("zero3", None, "no step needs a teacher")
-    if teacher.placement != "auto":
-        over = setting.placement.shard_over if teacher.placement == "node" else None
-        if over == setting.data_parallel:
-            return ChosenPlacement("zero3", None, f"{over} data-parallel ranks are all")
-        return ChosenPlacement(teacher.placement, over, "the recipe says so")
-    if setting.zero.stage < 3:
+    teacher = recipe.teacher
+    assert teacher is not None
+    if teacher.placement in ("zero3", "replicated"):
+        return ChosenPlacement(teacher.placement, None, "the recipe says so")
+    if zero_stage < 3:
         return ChosenPlacement("zero3", None, "below ZeRO stage 3 nothing shards the teacher")
-    if setting.nodes == 1 and teacher.shard_over is None:
-        return ChosenPlacement("zero3", None, "all ranks share a node")
+    # For `auto` asked in any case: the plan is of nodes that are alike.
+    of_node = None if teacher.placement == "node" and teacher.shard_over else copies_per_node()
+    over = teacher.shard_over or of_node
+    if over == data_parallel:
+        where = "all ranks share a node" if teacher.shard_over is None else f"{over} are all ranks"
+        return ChosenPlacement("zero3", None, where)
+    if teacher.placement == "node":
+        return ChosenPlacement("node", over, "the recipe says so")
+    return None
+
+
+def choose_placement(setting: Setting) -> ChosenPlacement:
+    """The recipe's placement, or for `auto` the fastest that fits, in a setting of any placement.
+
+    Where steps take the same time, the one with fewer bytes between nodes, then with less memory.
+    """
+    if setting.teacher is None:
+        return ChosenPlacement("zero3", None, "no step needs a teacher")
+    settled = settled_placement(
+        setting.recipe, setting.zero.stage, setting.data_parallel,
+        lambda: ranks_of_shard(setting.recipe, setting.data_parallel, setting.ranks_per_node))
+    if settled is not None:
+        return settled
     costs = placement_costs(setting)
     fitting = [each for each in costs if each.fits]
     if not fitting:
@@ -108,27 +113,29 @@ def placed(setting: Setting, chosen: ChosenPlacement) -> Setting:
     return with_placement(setting, Placement(chosen.placement, over[chosen.placement]))
 
 
-def placement_costs(setting: Setting,
-                    storage_bandwidth: float = STORAGE_BANDWIDTH) -> list[PlacementCosts]:
+def placement_costs(setting: Setting) -> list[PlacementCosts]:
     """The costs of each placement that the layout may have, each once; [] without a teacher."""
     if setting.teacher is None:
         return []
-    return [costs_of(with_placement(setting, placement), storage_bandwidth)
-            for placement in _placements(setting)]
+    return [costs_of(with_placement(setting, placement)) for placement in _placements(setting)]
 
 
 def _placements(setting: Setting) -> Iterator[Placement]:
-    """Those that differ: a node that holds all ranks is zero3, one of a single rank replicated."""
+    """Those that differ: a node that holds all ranks is zero3, one of a single rank replicated.
+
+    Below ZeRO stage 3 nothing is sharded over a node.
+    """
     recipe, data_parallel = setting.recipe, setting.data_parallel
     yield Placement("zero3", data_parallel)
     over = ranks_of_shard(recipe, data_parallel, setting.ranks_per_node)
-    if (over < data_parallel and data_parallel % over == 0 and setting.ranks % setting.nodes == 0
+    regular = data_parallel % over == 0 and setting.ranks % setting.nodes == 0
+    if (setting.zero.stage == 3 and regular and over < data_parallel
             and over * setting.tensor_parallel > 1):
         yield Placement("node", over)
     yield Placement("replicated", 1)
 
 
-def costs_of(setting: Setting, storage_bandwidth: float = STORAGE_BANDWIDTH) -> PlacementCosts:
+def costs_of(setting: Setting) -> PlacementCosts:
     """The costs of the setting's own placement; there is a teacher."""
     memory, time = memory_per_rank(setting), step_time(setting)
     gathers = step_traffic(setting)["teacher"]["teacher_gathers"]
@@ -136,8 +143,7 @@ def costs_of(setting: Setting, storage_bandwidth: float = STORAGE_BANDWIDTH) -> 
         placement=setting.placement.name, shard_over=setting.placement.shard_over,
         memory=memory["total"], from_neighbours=int(gathers.inside),
         from_other_nodes=int(gathers.between), seconds=time.seconds, parts=time.parts,
-        binds=time.binds, read_at_start=read_at_start(setting, storage_bandwidth),
-        fits=fits(setting, memory))
+        binds=time.binds, fits=fits(setting, memory))
 
 
 def _reason(best: PlacementCosts, costs: Sequence[PlacementCosts]) -> str:

@@ -14,7 +14,7 @@ from amid_ds.errors import printable
 from amid_ds.planning.check import Comparison, PlannedAndMeasured
 from amid_ds.planning.devices import EFFICIENCY, HEADROOM, Device
 from amid_ds.planning.estimate import Plan, estimate_plan
-from amid_ds.planning.placement import ChosenPlacement, PlacementCosts
+from amid_ds.planning.placement import PlacementCosts
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +48,7 @@ def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     console.print(_plan_table(plan))
     if plan.placements:
         console.print(_placement_table(plan))
-        console.print(f"teacher.placement: {_placement_words(plan.placement)}")
+        console.print(f"teacher.placement: {plan.placement}")
     console.print(_work_line(plan, recipe))
     console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}")
     console.print(_activations_line(plan))
@@ -79,27 +79,21 @@ def _placement_table(plan: Plan) -> Table:
     """A line for each placement of the teacher that this layout may have."""
     from rich.table import Table
 
-    table = Table(title="placements of the teacher: GB and seconds of one rank")
-    table.add_column("", justify="left")
-    for heading in ("memory", "from neighbours", "from other nodes", "step", "bound by",
-                    "read at start", "fits"):
-        table.add_column(heading, justify="right")
+    table = Table(title="placements of the teacher, for one rank: GB held, and of the teacher "
+                        "received from its own node and from others")
+    for heading in ("", "held", "own node", "others", "s a step", "bound by", "fits"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for each in plan.placements:
         table.add_row(placement_title(each), f"{each.memory / GB:,.1f}",
                       f"{each.from_neighbours / GB:,.2f}", f"{each.from_other_nodes / GB:,.2f}",
-                      f"{each.seconds:,.3g} s", _words(each.binds),
-                      f"{each.read_at_start.seconds:,.1f} s", "yes" if each.fits else "no")
+                      f"{each.seconds:,.3g}", _words(each.binds),
+                      "yes" if each.fits else "no")
     return table
 
 
 def placement_title(costs: PlacementCosts) -> str:
     """Its name, for `node` with the data-parallel ranks that share a copy."""
     return f"node ({costs.shard_over})" if costs.placement == "node" else costs.placement
-
-
-def _placement_words(chosen: ChosenPlacement) -> str:
-    over = "" if chosen.shard_over is None else f" over {chosen.shard_over} data-parallel ranks"
-    return f"{chosen.placement}{over}: {chosen.reason}"
 
 
 def _reading_line(plan: Plan) -> str:

@@ -1,6 +1,6 @@
-"""Where the time of a start goes, from the process's own begin to the end of its first step.
+"""Where the time of a start goes, from the process's own beginning to the end of its first step.
 
-The main thread marks the end of each part; every second since the begin belongs to exactly one, so
+The main thread marks the end of each part; every second since then belongs to exactly one, so
 a rank's wait for a slower one counts in the part in which it waits. One process is one rank, so the
 clock in use is the process's, as `monitor.step_timer` has it; without one `end_part` does nothing.
 """
@@ -49,7 +49,7 @@ def end_start(name: str) -> StartClock | None:
 class StartClock:
     """The parts of this process's start. As a context it is the one that `end_part` addresses.
 
-    began: the start's begin by time.monotonic(). parts: seconds by name, in the order of their
+    began: when the start began, by time.monotonic(). parts: seconds by name, in the order of their
     first ends.
     """
 

@@ -33,7 +33,7 @@ from amid_ds.errors import InputError, TrainingError
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.models.fit import require_positions, require_rows
-from amid_ds.models.loading import meta_model, require_supported
+from amid_ds.models.loading import meta_model, require_supported, supported_model
 from amid_ds.run.attempts import has_saved
 from amid_ds.run.exclusive import exclusive
 from amid_ds.run.folder import RunFolder
@@ -100,9 +100,10 @@ class Job:
                          decayed_parameters(self.recipe))
 
 
-def check_recipe(recipe: Recipe, ranks: int) -> Job:
+def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     """The job, after every check that needs neither a model's weights nor prepared data.
 
+    headers: read those of the models' weight files too; of many ranks one does it for all.
     Its recipe names the commits of models on the hub. Where it has epochs, `count_steps` makes the
     checks that need the number of steps. Raises InputError.
     """
@@ -120,8 +121,8 @@ def check_recipe(recipe: Recipe, ranks: int) -> Job:
     models: dict[str, Student | Teacher] = {f"student {student.model}": student}
     if teacher is not None:
         models[f"teacher {teacher.model}"] = teacher
-    metas = {name: require_supported(model.model, **model.hub_kwargs)
-             for name, model in models.items()}
+    look = require_supported if headers else supported_model
+    metas = {name: look(model.model, **model.hub_kwargs) for name, model in models.items()}
     tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
     if teacher is not None:
         require_same_tokenizer(tokenizer, load_tokenizer(teacher.model, **teacher.hub_kwargs),

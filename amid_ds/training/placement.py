@@ -8,14 +8,14 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from amid_ds.config.recipe import Recipe, Teacher
+from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.nodes import Nodes, find_nodes
 from amid_ds.distributed.world import World
 from amid_ds.engine.ds_config import data_parallel_size, secondary_ranks, zero_stage
 from amid_ds.errors import InputError
 from amid_ds.planning.devices import local_device
-from amid_ds.planning.placement import ChosenPlacement, choose_placement
-from amid_ds.planning.setting import PlacementName
+from amid_ds.planning.placement import ChosenPlacement, choose_placement, settled_placement
+from amid_ds.planning.setting import make_setting
 from amid_ds.training.job import Job
 
 logger = logging.getLogger(__name__)
@@ -29,14 +29,14 @@ def place_teacher(job: Job, world: World) -> Job:
     """
     if job.recipe.teacher is None:
         return job
+
     def place() -> ChosenPlacement:
         nodes = find_nodes(world)
         _warn_of_wide_copies(job, nodes)
         return _placement(job, nodes)
 
     chosen = world.run_on_main(place)
-    over = "" if chosen.shard_over is None else f" over {chosen.shard_over} data-parallel rank(s)"
-    logger.info("teacher.placement: %s%s: %s", chosen.placement, over, chosen.reason)
+    logger.info("teacher.placement: %s", chosen)
     return replace(job, placement=chosen)
 
 
@@ -49,39 +49,31 @@ def _warn_of_wide_copies(job: Job, nodes: Nodes) -> None:
                        "ranks of a node, neighbours on it", ranks)
 
 
+def _with_warning(chosen: ChosenPlacement, recipe: Recipe, nodes: Nodes) -> ChosenPlacement:
+    """`chosen`, its reason with a remark where the ranks that share a copy share no node."""
+    over = chosen.shard_over
+    if over is None or nodes.hold_groups_of(over * recipe.tensor_parallel):
+        return chosen
+    return replace(chosen, reason=f"{chosen.reason}; so many neighbours do not share a node, and "
+                                  "exchange it between nodes")
+
+
 def _placement(job: Job, nodes: Nodes) -> ChosenPlacement:
     """The recipe's own placement, or the one that `auto` stands for here."""
-    recipe, teacher = job.recipe, _teacher(job.recipe)
-    if zero_stage(job.deepspeed_config) < 3:
-        placement: PlacementName = "replicated" if teacher.placement == "replicated" else "zero3"
-        return ChosenPlacement(placement, None, "ZeRO below stage 3 shards no weights")
-    if teacher.placement == "auto":
-        return _fastest(recipe, nodes)
-    if teacher.placement != "node":
-        return ChosenPlacement(teacher.placement, None, "the recipe says so")
-    over = teacher.shard_over or nodes.copies_per_node(recipe.tensor_parallel)
-    if over == data_parallel_size(recipe, len(nodes.node_of)):
-        return ChosenPlacement("zero3", None, f"{over} data-parallel ranks are all")
-    return ChosenPlacement("node", over, "the recipe says so")
-
-
-def _fastest(recipe: Recipe, nodes: Nodes) -> ChosenPlacement:
-    """The fastest placement by the plan; `zero3` where nothing can be planned."""
-    ranks = len(nodes.node_of)
+    recipe, ranks = job.recipe, len(nodes.node_of)
+    assert recipe.teacher is not None
     try:
-        if _teacher(recipe).shard_over is None:
-            over = nodes.copies_per_node(recipe.tensor_parallel)
-            if over == data_parallel_size(recipe, ranks):
-                return ChosenPlacement("zero3", None, "all ranks share a node")
+        settled = settled_placement(recipe, zero_stage(job.deepspeed_config),
+                                    data_parallel_size(recipe, ranks),
+                                    lambda: nodes.copies_per_node(recipe.tensor_parallel))
+        if settled is not None:
+            return _with_warning(settled, recipe, nodes)
         device = local_device(ranks // nodes.count)
         if device is None:
             return ChosenPlacement("zero3", None, "nothing is known of this GPU to plan by")
-        return choose_placement(recipe, nodes.count, ranks, device)
+        return choose_placement(make_setting(recipe, ranks, device, nodes.count))
     except InputError as error:
+        if recipe.teacher.placement == "node":
+            raise
         # Irregular nodes, or a model that cannot be planned.
         return ChosenPlacement("zero3", None, error.found)
-
-
-def _teacher(recipe: Recipe) -> Teacher:
-    assert recipe.teacher is not None
-    return recipe.teacher

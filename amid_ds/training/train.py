@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 def train(recipe_path: str, overrides: Sequence[str], began: float | None = None) -> None:
     """Train by a recipe; every rank of every launcher calls this.
 
-    began: the start's begin by time.monotonic(), such as the process's own; None: now. Raises
+    began: when the start began, by time.monotonic(), such as the process's own; None: now. Raises
     InputError, TrainingError or Stopped.
     """
     with StartClock(time.monotonic() if began is None else began):
@@ -68,7 +68,7 @@ def train(recipe_path: str, overrides: Sequence[str], began: float | None = None
             end_part("imports")
             # Nodes may see different commits of a model on the hub: rank 0 decides.
             recipe = world.run_on_main(lambda: pin(load_recipe(recipe_path, overrides)))
-            job = world.run_checked(lambda: check_recipe(recipe, world.size))
+            job = world.run_checked(lambda: check_recipe(recipe, world.size, world.is_main))
             job = place_teacher(job, world)
             world = world.split(job.recipe.tensor_parallel, ds_config.teacher_shard_ranks(
                 job.placed_recipe, job.deepspeed_config))

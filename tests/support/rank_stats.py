@@ -31,7 +31,7 @@ class WatchedRanks:
         peaks = [Peak(max(column), column.index(max(column)))
                  for column in zip(*candidates, strict=True)]
         loss = sum(part for part, _ in ranks) / self.tp_size
-        peers = [work.hear(loss, sums, peaks) for work in self.work]
+        peers = [work.combine(loss, sums, peaks) for work in self.work]
         assert peers.count(peers[0]) == len(peers)
         self.monitor.step(step, peers[0], sampled)
         return peers[0]

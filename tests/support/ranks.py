@@ -83,10 +83,7 @@ class Ranks:
 def rank_main(argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run `amid-ds ARGV` in this process as one rank, its output in the file `log`; then exit."""
     os.setsid()
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(variables)
+    _become(variables, log)
     from amid_ds.cli import main
 
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False)
@@ -99,10 +96,7 @@ def rank_main(argv: list[str], variables: dict[str, str], log: str) -> None:
 def world_main(work: Callable[..., None], argv: list[str], variables: dict[str, str],
                log: str) -> None:
     """Call `work(world, *argv)` in this process as one rank, its output in the file `log`."""
-    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(variables)
+    _become(variables, log)
     from amid_ds.distributed.rendezvous import init_distributed
 
     status = 1
@@ -113,6 +107,14 @@ def world_main(work: Callable[..., None], argv: list[str], variables: dict[str, 
     except BaseException:
         os.write(2, traceback.format_exc().encode())
     os._exit(status)
+
+
+def _become(variables: dict[str, str], log: str) -> None:
+    """Give this process a rank's environment, and its output to the file `log`."""
+    descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(variables)
 
 
 def run_ranks(size: int, *arguments: object, timeout: float = 120,

@@ -91,6 +91,13 @@ def comparable_metrics(run: Path) -> list[dict]:
             for line in read_metrics(run)]
 
 
+def comparable_results(run: Path) -> list[dict]:
+    """`comparable_metrics` of a run, and what it has logged of its evaluations: some."""
+    evaluations = [json.loads(line) for line in (run / "eval.jsonl").read_text().splitlines()]
+    assert evaluations
+    return [*comparable_metrics(run), *evaluations]
+
+
 def count_steps(run: Path) -> int:
     """The number of steps that the run has logged; 0 before its first."""
     return len(read_metrics(run)) if (run / "metrics.jsonl").exists() else 0
