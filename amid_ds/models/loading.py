@@ -210,7 +210,7 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
             return "they are quantized"
         with readable_weights(model):
             mapped = found[1]
-            return mapped.reason or WeightReader(found[0], mapped.sources, mapped.twins)
+            return mapped.reason or WeightReader(found[0], mapped.sources, twins=mapped.twins)
 
     return read() if world is None else world.run_checked(read)
 

@@ -234,8 +234,8 @@ class WeightReader:
     """
 
     def __init__(self, table: WeightTable, sources: Mapping[str, ParameterSource],
-                 twins: Mapping[str, ParameterSource] | None = None,
-                 on_bytes: Callable[[int], None] | None = None) -> None:
+                 on_bytes: Callable[[int], None] | None = None,
+                 twins: Mapping[str, ParameterSource] | None = None) -> None:
         self.sources = sources
         self.twins = twins or {}
         self.on_bytes = on_bytes
