@@ -230,3 +230,15 @@ def test_rank_0_alone_takes_back_the_failure_with_which_all_leave(rank, calls, m
                                withdraw=lambda: made.append("withdraw"))
     World(rank, 1, CPU, failures=failures).leave(TrainingError("why"))
     assert made == calls
+
+
+def test_a_failure_that_is_taken_back_is_no_failure_and_nobody_waits_for_its_key():
+    """A rank between its two requests would wait for a deleted key, and abort at its end."""
+    store = dist.HashStore()
+    own, peer = FailureMonitor(store, 1, 2), FailureMonitor(store, 0, 2)
+    own.report("no memory\nhere")
+    assert (own.of_a_peer(), peer.of_a_peer()) == (None, "no memory")
+    own.withdraw()
+    assert peer.of_a_peer() is None and own.store.check(["failed"])
+    for monitor in (own, peer):
+        monitor.stop()

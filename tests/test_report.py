@@ -166,8 +166,9 @@ def test_the_plan_next_to_a_measurement_is_for_the_runs_own_device_and_ranks(run
 
     run = report.read_reported_run(runs[1], "second")
     elsewhere = replace(run.measured, device="NVIDIA H200", hosts=["a", "a", "b", "b"])
-    expected = make_plan(load_recipe(runs[1] / "recipe.yaml"), 2, 2,
-                         DEVICES["h200"]).memory_per_rank
+    # The run's ranks shared a node, so that its teacher lay over all of them.
+    recipe = load_recipe(runs[1] / "recipe.yaml", ["teacher.placement=zero3"])
+    expected = make_plan(recipe, 2, 2, DEVICES["h200"]).memory_per_rank
     assert report._planned(replace(run, measured=elsewhere)) == (expected, "")
 
 

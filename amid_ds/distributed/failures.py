@@ -48,7 +48,13 @@ class FailureMonitor:
         """Remove the report: every rank has received the error, and none is left waiting."""
         self._own = None
         with contextlib.suppress(RuntimeError):
-            self.store.delete_key("failed")
+            # Not deleted: a rank that has just seen the key would wait for it in `get`, and abort
+            # if its interpreter ended meanwhile.
+            self.store.set("failed", "")
+
+    def of_a_peer(self) -> str | None:
+        """What another rank has reported; None: nothing, or this rank has failed itself."""
+        return self._reported() if self._own is None else None
 
     def stop(self) -> None:
         """End the thread: inside the store at the interpreter's exit it would abort the process."""
@@ -59,16 +65,24 @@ class FailureMonitor:
         # Ranks that began together do not ask together. No numbers of the program's own generator.
         generator = random.Random()
         while not self._stopped.wait(self.interval * generator.uniform(0.5, 1.5)):
-            if self._reported() is None or self._stopped.wait(self.GRACE_S):
+            # The one that has failed ends last: its end would break the others' collectives, before
+            # they have seen why.
+            if self._reported() is None or self._stopped.wait(
+                    self.GRACE_S + (2 * self.interval if self._own else 0)):
                 continue
             # Read again: it may have been withdrawn meanwhile.
             if message := self._reported():
-                print_error(self._own or f"rank {self.rank} ends, it was waiting for a rank that "
-                                         f"failed: {message}")
+                print_error(self._own or waited_in_vain(self.rank, message))
                 os._exit(ExitStatus.FAILED)
 
     def _reported(self) -> str | None:
         try:
-            return self.store.get("failed").decode() if self.store.check(["failed"]) else None
+            is_there = self.store.check(["failed"])
+            return (self.store.get("failed").decode() or None) if is_there else None
         except RuntimeError:
             return "rank 0 is gone"
+
+
+def waited_in_vain(rank: int, failure: str) -> str:
+    """The message of a rank that ends because a peer has reported a failure."""
+    return f"rank {rank} ends, it was waiting for a rank that failed: {failure}"

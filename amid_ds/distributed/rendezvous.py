@@ -82,10 +82,15 @@ def _leaving_together(world: World) -> Iterator[None]:
     """Ranks that have agreed on an error leave together; another one is reported to the peers."""
     try:
         yield
+    except RankError:
+        raise
     except (InputError, TrainingError, Stopped) as error:
         world.leave(error)
         raise
     except Exception as error:
+        explained = world.explained(error)
+        if explained is not error:
+            raise explained from None
         if world.failures is not None:
             world.failures.report(f"rank {world.rank}: {type(error).__name__}: {error}")
         raise

@@ -20,11 +20,12 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from amid_ds.distributed.failures import FailureMonitor
+from amid_ds.distributed.failures import FailureMonitor, waited_in_vain
 from amid_ds.distributed.nodes import ShardGroups, neighbour_group, shard_groups
 from amid_ds.distributed.transfer import to_device
 from amid_ds.errors import (
     InputError,
+    RankError,
     Stopped,
     TrainingError,
     expected_error,
@@ -274,17 +275,33 @@ class World:
         try:
             result = work()
         except Exception as caught:
-            if getattr(caught, "agreed", False):
+            if getattr(caught, "agreed", False) or isinstance(caught, RankError):
                 raise
+            if (explained := self.explained(caught)) is not caught:
+                raise explained from None
             error, own = caught, self._shareable(caught)
         if own is not None and self.failures is not None:
             self.failures.report(str(own))
-        first = self.first(own)
+        try:
+            first = self.first(own)
+        # A peer is gone, and this rank's error with nobody to agree on it.
+        except RuntimeError as broken:
+            if own is None:
+                raise self.explained(broken) from broken
+            raise RankError(str(own)) from error
         if own is not None and self.failures is not None:
             self.failures.withdraw()
         if first is not None:
             raise _agreed(first) from error
         return result   # type: ignore[return-value]
+
+    def explained(self, error: Exception) -> Exception:
+        """The error, or where a collective broke because a peer has failed one that says so."""
+        if (self.failures is None or not isinstance(error, RuntimeError)
+                or isinstance(error, TrainingError)):
+            return error
+        failure = self.failures.of_a_peer()
+        return error if failure is None else RankError(waited_in_vain(self.rank, failure))
 
     def _shareable(self, error: Exception) -> InputError | TrainingError:
         """The error to raise on all ranks; one that nobody expects leaves its traceback on this

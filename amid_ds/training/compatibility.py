@@ -32,6 +32,8 @@ WHY_KEPT = ("; no leave changes it, because a checkpoint has no other optimizer'
 # none of the first two, and wrote the third into every recipe.yaml.
 CHANGED_DEFAULTS: dict[str, object] = {"betas": [0.9, 0.999], "decay_all": True,
                                        "weight_decay": 0.01}
+# Where the recipe names none of these, the teacher lies as the run began.
+PLACES = {"placement", "shard_over"}
 # Also free, unless rollout.adaptive uses the validation loss.
 EVALUATION_KEYS = ("data.eval", "train.eval_every")
 
@@ -47,9 +49,9 @@ def pin(recipe: Recipe) -> Recipe:
     began = _recipe_of_run(recipe.output_dir)
     pinned: dict[str, object] = {}
     if began is not None:
-        kept = {key: value for key, value in CHANGED_DEFAULTS.items()
-                if getattr(began.train, key) == value and key not in recipe.train.model_fields_set}
-        pinned["train"] = recipe.train.model_copy(update=kept)
+        of_train = {key: value for key, value in CHANGED_DEFAULTS.items() if
+                    getattr(began.train, key) == value and key not in recipe.train.model_fields_set}
+        pinned["train"] = recipe.train.model_copy(update=of_train)
     for section in ("student", "teacher"):
         model = getattr(recipe, section)
         if model is None:
@@ -59,7 +61,11 @@ def pin(recipe: Recipe) -> Recipe:
             revision = before.revision
         else:
             revision = resolved_commit(model.model, model.revision) or model.revision
-        pinned[section] = model.model_copy(update={"revision": revision})
+        kept = {"revision": revision}
+        if section == "teacher" and before is not None and not PLACES & model.model_fields_set:
+            # It was zero3 by default.
+            kept["placement"] = before.placement
+        pinned[section] = model.model_copy(update=kept)
     return recipe.model_copy(update=pinned)
 
 
