@@ -202,10 +202,11 @@ def _print(results: Sequence[LoadResult]) -> None:
     from rich.table import Table
 
     table = Table(title=f"a model of {results[0].model_bytes / 1e6:,.0f} MB in bf16 into ZeRO-3's "
-                        f"shards, {LOAD_ROUNDS} rounds; MB of the ranks, least to most")
-    for heading in ("ranks", "way", "cold s", "cached s", "CPU s", "read MB",
-                    "received MB", "peak anonymous MB"):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
+                        f"shards, {LOAD_ROUNDS} rounds; read, received and held at the peak "
+                        "(anonymous): MB of the ranks, least to most")
+    for heading in ("ranks", "way", "cold s", "cached s", "CPU s", "read", "received", "peak"):
+        table.add_column(heading, justify="left" if heading == "way" else "right",
+                         no_wrap=heading == "way")
     for result in results:
         for way, cost in (("amid-ds", result), ("from_pretrained", result.from_pretrained)):
             table.add_row(str(result.ranks), way, f"{cost.seconds:.2f}", f"{cost.warm_seconds:.2f}",
