@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections import Counter
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -242,3 +243,38 @@ def test_a_failure_that_is_taken_back_is_no_failure_and_nobody_waits_for_its_key
     assert peer.of_a_peer() is None and own.store.check(["failed"])
     for monitor in (own, peer):
         monitor.stop()
+
+
+def test_only_an_error_of_a_collective_is_laid_to_a_peer_that_has_failed():
+    """Any other is this rank's own, on which the ranks agree, also where a peer fails too."""
+    store = dist.HashStore()
+    monitors = [FailureMonitor(store, rank, 2) for rank in range(2)]
+    monitors[1].report("rank 1 has no memory")
+    world = World(0, 1, CPU, failures=monitors[0])
+    with pytest.raises(RuntimeError) as own:
+        torch.zeros(2) + torch.zeros(3)
+    assert world.explained(own.value) is own.value
+    with pytest.raises(RuntimeError) as of_collective:
+        store.set_timeout(timedelta(milliseconds=10))
+        dist.distributed_c10d._store_based_barrier(0, store, "name", 2, timedelta(seconds=0.01))
+    assert "rank 1 has no memory" in str(world.explained(of_collective.value))
+    for monitor in monitors:
+        monitor.stop()
+
+
+def work_on_hosts(rank: int, group: Any, failing: int | None) -> Any:
+    """What a rank of three, on hosts of two and one, gets of the first ranks' work."""
+    def work() -> int:
+        if rank == failing:
+            raise TrainingError("this host cannot")
+        return rank
+
+    try:
+        return World(rank, 3, CPU, agreement=group, is_first_on_host=rank != 1).run_on_hosts(work)
+    except TrainingError as error:
+        return str(error)
+
+
+def test_the_first_rank_of_each_host_works_and_its_error_is_every_ranks(pool):
+    assert pool.run(3, work_on_hosts, None) == [0, None, 2]
+    assert pool.run(3, work_on_hosts, 2) == ["this host cannot"] * 3

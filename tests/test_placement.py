@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 import torch
 from support.counting_rank import counting_rank
-from support.data import write_instructions
-from support.nodes import name_host, train_on_nodes
+from support.nodes import name_host, train_on_nodes, write_windows_recipe
 from support.ranks import Ranks
-from support.runs import comparable_results, write_gathering_config, write_recipe
+from support.runs import comparable_results
 from torch.distributed import distributed_c10d
 
 from amid_ds.cluster import doctor
@@ -61,13 +60,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(llama_pair, instructions_file, folder) -> Path:
-    """A recipe of windows of two micro-batches on four ranks, evaluated at the end."""
-    held_out = write_instructions(folder / "held.jsonl", rows=8, seed=5)
-    evaluated = {"path": str(held_out), "prompt": "prompt", "response": "response"}
-    return write_recipe(folder / "r.yaml", *llama_pair, instructions_file, folder / "run",
-                        data__prepared=str(folder / "data"), data__eval=[evaluated],
-                        train__eval_every=STEPS, train__steps=STEPS, train__global_batch_size=8,
-                        deepspeed=str(write_gathering_config(folder)))
+    return write_windows_recipe(folder, llama_pair, instructions_file,
+                                train__eval_every=STEPS, train__steps=STEPS)
 
 
 @pytest.fixture(scope="module")

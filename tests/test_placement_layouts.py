@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.data import write_instructions
-from support.nodes import name_host, train_on_nodes
+from support.nodes import name_host, train_on_nodes, write_windows_recipe
 from support.patches import rank_without_compiler
 from support.ranks import Ranks
-from support.runs import comparable_results, read_metrics, write_gathering_config, write_recipe
+from support.runs import comparable_results, read_metrics
 
 from amid_ds.checkpoint.export import export
 
@@ -33,12 +33,8 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(llama_pair, instructions_file, folder) -> Path:
-    held_out = write_instructions(folder / "held.jsonl", rows=8, seed=5)
-    evaluated = {"path": str(held_out), "prompt": "prompt", "response": "response"}
-    return write_recipe(folder / "r.yaml", *llama_pair, instructions_file, folder / "run",
-                        data__prepared=str(folder / "data"), data__eval=[evaluated],
-                        train__eval_every=2, train__steps=4, train__global_batch_size=8,
-                        checkpoint__every=2, deepspeed=str(write_gathering_config(folder)))
+    return write_windows_recipe(folder, llama_pair, instructions_file,
+                                train__eval_every=2, train__steps=4, checkpoint__every=2)
 
 
 # Ranks, overrides of both runs, of the one on nodes.

@@ -326,7 +326,7 @@ received: list[object] = []
 
 
 def test_ranks_that_wait_for_a_long_conversion_get_its_heartbeat_and_its_failure(monkeypatch):
-    monkeypatch.setattr("amid_ds.distributed.world.HEARTBEAT_S", 0.02)
+    monkeypatch.setattr("amid_ds.distributed.background.HEARTBEAT_S", 0.02)
     world = CountingWorld(rank=0, size=2, device=torch.device("cpu"))
     world.run_on_main(lambda: time.sleep(0.5))
     assert received.count(True) >= 3

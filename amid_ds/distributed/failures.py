@@ -6,10 +6,14 @@ import contextlib
 import os
 import random
 import threading
+import traceback
 
 import torch.distributed as dist
 
 from amid_ds.errors import ExitStatus, print_error
+
+# A thread in a file of these folders waits for its peers.
+WAITING_IN = (f"torch{os.sep}distributed", f"deepspeed{os.sep}comm")
 
 
 class FailureMonitor:
@@ -86,3 +90,10 @@ class FailureMonitor:
 def waited_in_vain(rank: int, failure: str) -> str:
     """The message of a rank that ends because a peer has reported a failure."""
     return f"rank {rank} ends, it was waiting for a rank that failed: {failure}"
+
+
+def broke_in_collective(error: Exception) -> bool:
+    """True for an error that a collective raised: a peer may be gone."""
+    return isinstance(error, RuntimeError) and any(
+        part in frame.filename for frame in traceback.extract_tb(error.__traceback__)
+        for part in WAITING_IN)

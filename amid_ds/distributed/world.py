@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import signal
 import struct
-import threading
 import time
 import traceback
 from collections import Counter
@@ -20,7 +19,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from amid_ds.distributed.failures import FailureMonitor, waited_in_vain
+from amid_ds.distributed.background import BackgroundWork
+from amid_ds.distributed.failures import FailureMonitor, broke_in_collective, waited_in_vain
 from amid_ds.distributed.nodes import ShardGroups, neighbour_group, shard_groups
 from amid_ds.distributed.transfer import to_device
 from amid_ds.errors import (
@@ -34,8 +34,6 @@ from amid_ds.errors import (
 
 _T = TypeVar("_T")
 _Number = TypeVar("_Number", int, float)
-# Seconds between the signs of life of rank 0 while the others wait for it.
-HEARTBEAT_S = 20.0
 # The first all-reduce of a measurement pays for the connections.
 MEASURED_ROUNDS = 4
 # A packed number has as many bits for its rank.
@@ -297,8 +295,7 @@ class World:
 
     def explained(self, error: Exception) -> Exception:
         """The error, or where a collective broke because a peer has failed one that says so."""
-        if (self.failures is None or not isinstance(error, RuntimeError)
-                or isinstance(error, TrainingError)):
+        if self.failures is None or not broke_in_collective(error):
             return error
         failure = self.failures.of_a_peer()
         return error if failure is None else RankError(waited_in_vain(self.rank, failure))
@@ -349,30 +346,32 @@ class World:
         """
         if self.size == 1:
             return self.run_checked(work)
-        outcome: list[tuple[_T | None, InputError | TrainingError | None]] = []
-
-        def run() -> None:
-            try:
-                outcome.append((work(), None))
-            except Exception as error:
-                outcome.append((None, self._shareable(error)))
-            except BaseException as error:
-                # A SystemExit would end this thread in silence.
-                outcome.append((None, TrainingError(
-                    f"rank 0 failed: {type(error).__name__}: {error}")))
-
-        thread = threading.Thread(target=run, name="main rank", daemon=True)
-        if self.is_main:
-            thread.start()
-        running = True
-        while running:
-            if self.is_main:
-                thread.join(HEARTBEAT_S)
-            running = self.broadcast(thread.is_alive())
-        result, error = self.broadcast(outcome[0] if self.is_main else (None, None))
+        own = BackgroundWork(0, work) if self.is_main else None
+        while self.broadcast(own is not None and own.goes_on()):
+            pass
+        result, error = self.broadcast(self._outcome(own))
         if error is not None:
             raise _agreed(error)
-        return result   # type: ignore[return-value]
+        return result
+
+    def run_on_hosts(self, work: Callable[[], _T]) -> _T | None:
+        """Run `work` on the first rank of each host, for as long as it takes, and return its result
+        there, None elsewhere.
+
+        As `run_on_main`, with an `any` each time, and a `run_checked` of the outcome.
+        """
+        own = BackgroundWork(self.rank, work) if self.is_first_on_host else None
+        while self.any(own is not None and own.goes_on()):
+            pass
+        return self.run_checked(lambda: None if own is None else own.result())
+
+    def _outcome(self, work: BackgroundWork[Any] | None
+                 ) -> tuple[Any, InputError | TrainingError | None]:
+        """(result, error) of ended work; of none, nothing."""
+        try:
+            return (None if work is None else work.result()), None
+        except Exception as error:
+            return None, self._shareable(error)
 
 
 def _agreed(error: Any) -> Exception:

@@ -10,13 +10,12 @@ from __future__ import annotations
 import logging
 import re
 import socket
-import threading
 import time
 from typing import Any
 
 import torch
 
-from amid_ds.distributed.world import HEARTBEAT_S, World
+from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
 
 REMEDY = "install g++, ninja and Python's headers (python3-dev)"
@@ -51,16 +50,7 @@ def new_cpu_adam(parameters: Any, **options: Any) -> torch.optim.Optimizer:
 def cpu_adam_problems(world: World) -> list[tuple[str, str]]:
     """(node, reason) of each node that cannot have it; [] where all have it loaded. Collective."""
     import_deepspeed()
-    own: list[str | None] = []
-    compiler = threading.Thread(target=lambda: own.append(_load()), name="compiler", daemon=True)
-    if world.is_first_on_host:
-        compiler.start()
-    running = True
-    while running:
-        if compiler.is_alive():
-            compiler.join(HEARTBEAT_S)
-        running = world.any(compiler.is_alive())
-    problem = own[0] if own else None
+    problem = world.run_on_hosts(_load)
     if not world.any(problem is not None):
         # The other ranks load what has been compiled.
         problem = _load()

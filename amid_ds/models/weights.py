@@ -8,13 +8,12 @@ all its renamings and conversions and reads no weight, and its report decides (`
 from __future__ import annotations
 
 import pickle
-import threading
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from amid_ds.distributed.world import HEARTBEAT_S, World
+from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.weight_files import WeightTable, read_weight_table, weight_paths
 from amid_ds.models.weight_map import WeightMap, map_weights
@@ -68,38 +67,9 @@ def share_weight_table(world: World, model: str, revision: str | None = None,
             # A mixture's tens of thousands of names are all alike.
             return zlib.compress(pickle.dumps(read_weight_table(model, revision, named=named)))
 
-    _run_on_first_of_hosts(world, download)
+    world.run_on_hosts(download)
     table: WeightTable = pickle.loads(zlib.decompress(world.run_on_main(read)))
     return table
-
-
-def _run_on_first_of_hosts(world: World, work: Callable[[], object]) -> None:
-    """Run `work`, which makes no collective, on the first rank of each host. Collective.
-
-    All ranks exchange a heartbeat meanwhile: a collective waits no longer than its timeout.
-    """
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            work()
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="weights", daemon=True)
-    if world.is_first_on_host:
-        thread.start()
-    running = True
-    while running:
-        if world.is_first_on_host:
-            thread.join(HEARTBEAT_S)
-        running = world.any(thread.is_alive())
-
-    def finish() -> None:
-        if errors:
-            raise errors[0]
-
-    world.run_checked(finish)
 
 
 def named_weights(meta: Any) -> str | None:

@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from amid_ds.distributed.failures import WAITING_IN
 from amid_ds.distributed.progress import launched_collectives, rank_behind
 from amid_ds.distributed.world import World
 from amid_ds.errors import ExitStatus, print_error
@@ -40,8 +41,6 @@ GPU_ANSWER_S = 1.0
 GRACE_S = 30.0
 # A file descriptor and not sys.stderr: the timer's thread must not touch Python objects.
 STDERR = 2
-# A main thread in a file of these folders waits for its peers.
-WAITING_IN = (f"torch{os.sep}distributed", f"deepspeed{os.sep}comm")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from amid_ds.data import Batch
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
 from amid_ds.models.distiller import StepObjective
+from amid_ds.monitor.hang_watchdog import MAX_RANKS_SHOWN
 from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
 from amid_ds.run.log import finite
 from amid_ds.training.fetch import AuxiliaryBatch
@@ -31,7 +32,7 @@ from amid_ds.training.objective import objective_at
 from amid_ds.training.rollout import StepBatch
 
 Metrics = dict[str, float | None]
-MAX_IDS_SHOWN, MAX_RANKS_SHOWN = 10, 64
+MAX_IDS_SHOWN = 10
 
 
 class _MicroBatch(NamedTuple):

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from support.data import write_instructions
 from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main
+from support.runs import write_gathering_config, write_recipe
 
 
 def name_host(variables: dict[str, str]) -> None:
@@ -34,6 +36,16 @@ def node_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank of a node of two."""
     name_host(variables)
     rank_main(argv, variables, log)
+
+
+def write_windows_recipe(folder: Path, pair: tuple[Path, Path], data: Path, **changes: Any) -> Path:
+    """Write a recipe of windows of two micro-batches on four ranks, with an evaluation set."""
+    held_out = write_instructions(folder / "held.jsonl", rows=8, seed=5)
+    evaluated = {"path": str(held_out), "prompt": "prompt", "response": "response"}
+    return write_recipe(folder / "r.yaml", *pair, data, folder / "run",
+                        data__prepared=str(folder / "data"), data__eval=[evaluated],
+                        train__global_batch_size=8,
+                        deepspeed=str(write_gathering_config(folder)), **changes)
 
 
 def train_on_nodes(ranks: int, recipe: Path, run: Path, *overrides: str, stop_at: int | None = None,
