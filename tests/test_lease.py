@@ -29,8 +29,7 @@ def path(tmp_path) -> Path:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch) -> None:
-    for name, value in (("BEAT_S", 0.1), ("STALE_S", 1.5), ("WATCH_S", 0.05),
-                        ("SETTLE_S", 0.01)):
+    for name, value in (("BEAT_S", 0.1), ("STALE_S", 1.5), ("WATCH_S", 0.05)):
         monkeypatch.setattr(leases, name, value)
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT"):
         monkeypatch.delenv(name, raising=False)
@@ -209,6 +208,36 @@ def test_of_many_at_once_one_gets_it_also_over_a_dead_ones_lease(path, process):
             thread.join()
         assert len(got) == 1
         got[0].release()
+
+
+def test_a_start_that_is_overtaken_by_another_leaves_it_the_lease(path, process, monkeypatch):
+    process.kill()
+    process.wait()
+    write(path, holder_of(process.pid))
+    found_dead, quicker = leases._refuse_if_alive, []
+
+    def overtaken(*arguments: object) -> None:
+        found_dead(*arguments)
+        monkeypatch.setattr(leases, "_refuse_if_alive", found_dead)
+        quicker.append(Lease.take(path, "it"))
+
+    monkeypatch.setattr(leases, "_refuse_if_alive", overtaken)
+    with pytest.raises(InputError, match="is in use"):
+        Lease.take(path, "it")
+    quicker[0].check()
+    quicker[0].release()
+    assert not list(path.parent.iterdir())
+
+
+def test_a_start_that_was_killed_while_it_took_over_is_taken_over_too(path, process):
+    process.kill()
+    process.wait()
+    dead = holder_of(process.pid)
+    write(path, dead)
+    write(path.with_name(f"{path.name}.{dead.token}"), replace(dead, token="another"))
+    with Lease.held(path, "it") as lease:
+        lease.check()
+    assert not list(path.parent.iterdir())
 
 
 def test_a_second_start_is_refused_and_a_killed_run_goes_on_at_once(llama_pair, text_file,

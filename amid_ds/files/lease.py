@@ -35,8 +35,6 @@ from amid_ds.errors import InputError, TrainingError
 BEAT_S = 5.0
 STALE_S = 60.0
 WATCH_S = 0.5
-# After a lease was taken over: another one who does so at the same moment shows in this time.
-SETTLE_S = 0.5
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +160,7 @@ class Lease:
             try:
                 lease = cls._create(path, work)
             except FileExistsError:
-                _remove_if_dead(path, work)
+                lease = cls._take_over(path, work)
             except OSError as error:
                 raise InputError(f"{work} cannot be written: {error}",
                                  "a folder that can be written",
@@ -193,6 +191,31 @@ class Lease:
             path.unlink(missing_ok=True)
             raise
         return lease
+
+    @classmethod
+    def _take_over(cls, path: Path, work: str) -> Lease | None:
+        """The lease of a dead holder, now ours. None if another start was quicker.
+
+        Two starts may find the same dead holder. Each file has one successor: the lease beside it
+        that is named after its token. Who has that one looks again, since the first successor's
+        is gone as soon as it has become the file itself.
+        """
+        found = _read(path)
+        if found is None:
+            return None
+        holder = found[1]
+        _refuse_if_alive(path, found, work)
+        successor = cls.take(path.with_name(f"{path.name}.{holder.token if holder else 'damaged'}"),
+                             work)
+        with contextlib.suppress(FileNotFoundError):
+            if _read(path) == found:
+                logger.info("%s: its last user was killed (%s); going on", work,
+                            holder or "unknown")
+                os.replace(successor.path, path)
+                successor.path = path
+                return successor
+        successor.release()
+        return None
 
     def check(self) -> None:
         """Raise LeaseLostError if another process has taken over.
@@ -249,11 +272,8 @@ def _read(path: Path) -> tuple[bytes, Holder | None] | None:
         return content, None
 
 
-def _remove_if_dead(path: Path, work: str) -> None:
-    """Remove the lease of a holder that is dead. Raises InputError for one that lives."""
-    found = _read(path)
-    if found is None:
-        return
+def _refuse_if_alive(path: Path, found: tuple[bytes, Holder | None], work: str) -> None:
+    """Raise InputError if the holder of the lease that was found lives."""
     content, holder = found
     lives = None if holder is None else holder.lives_here()
     is_dead = lives is False or (holder is not None and holder.is_earlier_restart())
@@ -263,11 +283,6 @@ def _remove_if_dead(path: Path, work: str) -> None:
         raise InputError(f"{work} is in use by {holder or 'an unknown process'}",
                          "one process or job at a time",
                          f"wait for it, or stop it; {path} goes when it ends")
-    # Another start may have taken it over meanwhile.
-    if _read(path) == found:
-        logger.info("%s: its last user was killed (%s); going on", work, holder or "unknown")
-        path.unlink(missing_ok=True)
-        time.sleep(SETTLE_S)
 
 
 def _stands_still(path: Path, content: bytes, work: str) -> bool:

@@ -35,7 +35,7 @@ def check_places(recipe: Recipe) -> None:
 
     def is_spared(entry: Path) -> bool:
         is_setting = entry.suffix in (".yaml", ".yml") and entry != run.recipe
-        return (entry.name in BEFORE_TRAINING or is_setting
+        return (entry.name in BEFORE_TRAINING or entry.name.startswith("lease.json.") or is_setting
                 or os.path.realpath(entry) == deepspeed
                 or (entry == run.start_model and is_exported(entry))
                 or (entry == run.recipe and _is_resolved(entry)))
