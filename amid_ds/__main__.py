@@ -1,6 +1,4 @@
-import sys
-
-from amid_ds.cli import main
+from amid_ds.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -111,6 +111,32 @@ def rank_without_temporary_folder(argv: list[str], variables: dict[str, str], lo
     rank_main(argv, {**variables, "TMPDIR": "/nowhere"}, log)
 
 
+# A thread that asks for the interpreter while it ends is killed by it, and one of C++ then aborts.
+ENDING = """
+import atexit, sys
+from amid_ds.cli import run
+
+class Kept:
+    def __del__(self):
+        print("the interpreter's own end")
+
+kept, sys.argv = Kept(), ["amid-ds", *sys.argv[1:]]
+atexit.register(print, "functions of the end")
+if "bug" in sys.argv:
+    sys.modules["amid_ds.cli.main"].main = lambda: 1 / 0
+run()
+"""
+
+
+@pytest.mark.parametrize(("words", "status"), [(["recipes"], 0), (["--help"], 0), (["no"], 2),
+                                               (["plan", "no.yaml"], 2), (["bug"], 1)])
+def test_a_process_ends_with_its_status_and_without_the_interpreters_end(words, status):
+    done = subprocess.run([sys.executable, "-c", ENDING, *words], capture_output=True, text=True)
+    assert done.returncode == status
+    assert "functions of the end" in done.stdout and "interpreter" not in done.stdout
+    assert ("ZeroDivisionError" in done.stderr) == (words == ["bug"])
+
+
 def test_a_run_needs_no_temporary_folder(recipe_for, tmp_path):
     """A new one, a save, a resume and the export at its end."""
     recipe = recipe_for(tmp_path / "run", checkpoint__every=2)

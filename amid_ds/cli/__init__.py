@@ -1,5 +1,5 @@
 """The commands."""
 
-from amid_ds.cli.main import main
+from amid_ds.cli.main import main, run
 
-__all__ = ["main"]
+__all__ = ["main", "run"]

@@ -7,8 +7,13 @@ arguments, `_X` imports what it needs and runs it. `errors.ExitStatus` has the e
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
+from typing import NoReturn
 
 from amid_ds.cli.jobs import add_doctor, add_requeue, add_submit, add_sweep
 from amid_ds.cli.library import add_bench, add_demo, add_recipes, add_study
@@ -34,6 +39,27 @@ from amid_ds.errors import (
     expected_error,
     report_error,
 )
+
+
+def run() -> NoReturn:
+    """Run this process's command, and end the process with its exit status.
+
+    Without the interpreter's own end: a thread of gloo that drops the tensors of the last
+    collective meanwhile waits for the interpreter, and the process would abort with status 134.
+    """
+    try:
+        status = main()
+    except SystemExit as end:
+        # argparse's.
+        status = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        status = ExitStatus.FAILED
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
