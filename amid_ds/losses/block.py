@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses.objective import INFINITE_RATIO, LOG_ZERO, AMiD
+from amid_ds.losses.divergences import INFINITE_RATIO, LOG_ZERO
+from amid_ds.losses.objective import AMiD
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from amid_ds.losses.block import (
     needs_normaliser,
     normalised,
 )
+from amid_ds.losses.divergences import INFINITE_RATIO, KL, LOG_ZERO, LogProbs
 from amid_ds.losses.moments import MOMENT_ROWS, merge_moments, sums_from_moments
-from amid_ds.losses.objective import INFINITE_RATIO, KL, LOG_ZERO, AMiD, LogProbs
+from amid_ds.losses.objective import AMiD
 from amid_ds.losses.tiles import each_tile
 
 

@@ -22,6 +22,7 @@ from triton.runtime import driver
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses import kernel_programs
 from amid_ds.losses.block import Block, RowNormalisers, RowStatistics, needs_normaliser
+from amid_ds.losses.divergences import KL
 from amid_ds.losses.kernel_math import (
     DIVERGENCE_CODES,
     divergence_arguments,
@@ -31,7 +32,7 @@ from amid_ds.losses.kernel_math import (
     order_arguments,
 )
 from amid_ds.losses.moments import MOMENT_ROWS, merge_moments, sums_from_moments
-from amid_ds.losses.objective import KL, AMiD
+from amid_ds.losses.objective import AMiD
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Columns that a program reads at once.

@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from amid_ds.losses.objective import AlphaBeta, AMiD, Divergence
+from amid_ds.losses.divergences import AlphaBeta, Divergence
+from amid_ds.losses.objective import AMiD
 
 
 def naive_loss(student_logits: Tensor, teacher_logits: Tensor, objective: AMiD) -> Tensor:
