@@ -1,13 +1,17 @@
 """The arguments of the Triton formulas (kernel_math.py), from an objective.
 
-In capitals what a kernel is compiled for; the rest may change from call to call.
+In capitals what a kernel is compiled for; the rest may change from call to call, or from token to
+token.
 """
 
 from __future__ import annotations
 
 import math
 
-from amid_ds.losses.divergences import KL, AlphaBeta
+import torch
+from torch import Tensor
+
+from amid_ds.losses.divergences import KL, AlphaBeta, Divergence
 from amid_ds.losses.kernel_math import (
     DIVERGENCE_CODES,
     MIXTURE_ARITHMETIC,
@@ -16,41 +20,81 @@ from amid_ds.losses.kernel_math import (
     MIXTURE_STUDENT,
     MIXTURE_TEACHER,
 )
-from amid_ds.losses.objective import ORDERS, AMiD
+from amid_ds.losses.objective import ORDERS, Number, ResolvedObjective
 
 # |c| from which no x needs the series: log₂(1 + e)/c is then exact to 2⁻²¹.
 SERIES_NEEDED_BELOW = 0.5
 # A λ or 1 - λ below it makes a mixture whose logarithm λp + (1-λ)q, in fp32, does not give.
 LEAST_SHARE = 2.0**-20
+# The |c| that is 0 in `token_numbers`: a power of 2, with which c (log p - log q)/c is exact.
+LEAST_C = 2.0**-60
+# log λ for λ = 0: below c (log p - log q) even where one of the two is LOG_ZERO.
+LOG_OF_NO_SHARE = -1e37
 
 
-def mixture_arguments(objective: AMiD) -> dict[str, float]:
-    """The arguments of `log_mixture`."""
+def has_token_numbers(objective: ResolvedObjective) -> bool:
+    """True if α, λ or a weight of an order differs from token to token."""
+    numbers = (objective.alpha, objective.lam, *[weight for _, weight in objective.order_weights])
+    return any(isinstance(number, Tensor) for number in numbers)
+
+
+def mixture_arguments(objective: ResolvedObjective) -> dict[str, float]:
+    """The arguments of `log_mixture`; zeros for numbers that are read from `token_numbers`."""
+    powered = {"power": objective.power, "POWERED": objective.power != 1}
+    if isinstance(objective.alpha, Tensor) or isinstance(objective.lam, Tensor):
+        return {**dict.fromkeys(("c", "inverse_c", "lam", "log_lam", "log_rest"), 0.0), **powered,
+                "MIXTURE": MIXTURE_POWER.value, "SERIES": True}
     c, lam = (1 - objective.alpha) / 2, objective.lam
     mixture = MIXTURE_POWER
     if lam in (0, 1):
         mixture = MIXTURE_TEACHER if lam else MIXTURE_STUDENT
     elif c == 0:
         mixture = MIXTURE_GEOMETRIC
-    elif c == 1 and LEAST_SHARE <= lam <= 1 - LEAST_SHARE and not isinstance(
-            objective.resolved_divergence, AlphaBeta):
+    elif (c == 1 and LEAST_SHARE <= lam <= 1 - LEAST_SHARE and objective.power == 1
+          and not isinstance(objective.resolved_divergence, AlphaBeta)):
         # Powers of r tell apart what is below LEAST.
         mixture = MIXTURE_ARITHMETIC
     # Finite numbers also where they are not used.
     log_lam, log_rest = (log if math.isfinite(log) else 0.0 for log in objective.log_weights)
     return {"c": c, "inverse_c": 1 / c if c else 0.0, "lam": float(lam), "log_lam": log_lam,
-            "log_rest": log_rest, "MIXTURE": mixture.value,
+            "log_rest": log_rest, **powered, "MIXTURE": mixture.value,
             "SERIES": mixture is MIXTURE_POWER and abs(c) < SERIES_NEEDED_BELOW}
 
 
-def order_arguments(objective: AMiD) -> dict[str, float]:
-    """The weights of the orders, and in capitals True for those above 0."""
+def token_numbers(objective: ResolvedObjective, like: Tensor) -> Tensor | None:
+    """[11, n] fp32: c, 1/c, λ, log λ, log(1-λ), the weights of the orders, only_p and only_q.
+
+    None if no number of the objective is of one token alone. like: any tensor [n] of the block's
+    device. They make MIXTURE_POWER with its series of every α and λ: at λ = 0 and 1 the logarithm
+    of a share of 0 is so low that r is q or p to the last bit; at α = 1 c is so small that the
+    series is λx, and below 0, so that r has no probability where one model has none.
+    """
     weights = dict(objective.order_weights)
-    return {**{order: weights.get(order, 0.0) for order in ORDERS},
+    if not has_token_numbers(objective):
+        return None
+    alpha, lam, *orders = (
+        torch.as_tensor(number, dtype=torch.float32, device=like.device).expand(like.shape)
+        for number in (objective.alpha, objective.lam, *[weights.get(name, 0.0) for name in ORDERS])
+    )
+    c = (1 - alpha) / 2
+    c = torch.where(c.abs() < LEAST_C, -LEAST_C, c)
+    log_lam, log_rest = (log.clamp(min=LOG_OF_NO_SHARE) for log in (lam.log(), (-lam).log1p()))
+    only = infinite_directions(objective.resolved_divergence, alpha, lam,
+                               dict(zip(ORDERS, orders, strict=True)))
+    directions = [torch.as_tensor(direction, dtype=torch.float32) for direction in only]
+    return torch.stack([c, 1 / c, lam, log_lam, log_rest, *orders, *directions])
+
+
+def order_arguments(objective: ResolvedObjective) -> dict[str, float]:
+    """The weights of the orders, and in capitals True for those above 0 at some token."""
+    weights = dict(objective.order_weights)
+    numbers = {order: 0.0 if isinstance(weight, Tensor) else weight
+               for order, weight in weights.items()}
+    return {**{order: numbers.get(order, 0.0) for order in ORDERS},
             **{order.upper(): order in weights for order in ORDERS}}
 
 
-def divergence_arguments(objective: AMiD) -> dict[str, float]:
+def divergence_arguments(objective: ResolvedObjective) -> dict[str, float]:
     """The arguments x, y, DIVERGENCE and BALANCED of `objective_terms`."""
     divergence = objective.resolved_divergence
     x, y = 1.0, 1.0
@@ -60,33 +104,48 @@ def divergence_arguments(objective: AMiD) -> dict[str, float]:
             "BALANCED": is_balanced(objective)}
 
 
-def is_balanced(objective: AMiD) -> bool:
+def is_balanced(objective: ResolvedObjective) -> bool:
     """True for κ_pr KL(p‖m) + κ_qr KL(q‖m) with m = λp + (1-λ)q and κ_pr : κ_qr = λ : 1-λ.
 
     The generalised Jensen-Shannon divergence, at whose m its derivative with respect to r is 0.
     """
     weights, lam = dict(objective.order_weights), objective.lam
-    return (isinstance(objective.resolved_divergence, KL) and set(weights) == {"pr", "qr"}
+    return (not has_token_numbers(objective)
+            and isinstance(objective.resolved_divergence, KL) and set(weights) == {"pr", "qr"}
             and mixture_arguments(objective)["MIXTURE"] == MIXTURE_ARITHMETIC.value
             and math.isclose(weights["pr"] * (1 - lam), weights["qr"] * lam, rel_tol=1e-9))
 
 
-def moves_assistant(objective: AMiD) -> bool:
+def moves_assistant(objective: ResolvedObjective) -> bool:
     """True if a gradient flows through r."""
-    return not (objective.detach_assistant or objective.lam == 1 or is_balanced(objective))
+    fixed = not isinstance(objective.lam, Tensor) and objective.lam == 1
+    return not (objective.detach_assistant or fixed or is_balanced(objective))
 
 
-def infinite_arguments(objective: AMiD) -> dict[str, bool]:
-    """ONLY_P, ONLY_Q: True if KL is infinite where only the teacher, only the student says a token.
+def infinite_arguments(objective: ResolvedObjective) -> dict[str, bool]:
+    """ONLY_P, ONLY_Q: True if KL is infinite where only the teacher, only the student says a token;
+    where that differs from token to token, True if KL is at some token."""
+    weights = dict(objective.order_weights)
+    if has_token_numbers(objective):
+        is_kl = isinstance(objective.resolved_divergence, KL)
+        return {"ONLY_P": is_kl, "ONLY_Q": is_kl}
+    only_p, only_q = infinite_directions(objective.resolved_divergence, objective.alpha,
+                                         objective.lam, weights)
+    return {"ONLY_P": bool(only_p), "ONLY_Q": bool(only_q)}
 
-    r has no probability where neither model has any, and for α ≥ 1 where one has none.
+
+def infinite_directions(divergence: Divergence, alpha: Number, lam: Number,
+                        weights: dict[str, Number]) -> tuple[Number, Number]:
+    """(True where KL is infinite if only the teacher says a token, if only the student does).
+
+    r has no probability where neither model has any, and for α ≥ 1 where one has none. Of numbers
+    or of tensors [n].
     """
-    weights, mixed = dict(objective.order_weights), objective.lam not in (0, 1)
-    if not isinstance(objective.resolved_divergence, KL):
+    if not isinstance(divergence, KL):
         weights = {}
-    r_without_p = objective.lam == 0 or (mixed and objective.alpha < 1)
-    r_without_q = objective.lam == 1 or (mixed and objective.alpha < 1)
-    return {"ONLY_P": bool(("pr" in weights and not r_without_q)
-                           or ("rq" in weights and r_without_q)),
-            "ONLY_Q": bool(("qr" in weights and not r_without_p)
-                           or ("rp" in weights and r_without_p))}
+    pr, qr, rp, rq = (weights.get(order, 0.0 * lam) > 0 for order in ORDERS)
+    mixed, narrow = (lam > 0) & (lam < 1), alpha >= 1
+    r_needs_p, r_needs_q = (lam == 1) | (mixed & narrow), (lam == 0) | (mixed & narrow)
+    r_without_p = (lam == 0) | (mixed & (alpha < 1))
+    r_without_q = (lam == 1) | (mixed & (alpha < 1))
+    return (pr & r_needs_q) | (rq & r_without_q), (qr & r_needs_p) | (rp & r_without_p)
