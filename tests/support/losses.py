@@ -108,7 +108,7 @@ class LossProblem:
 
 
 def random_logits(tokens: int = 6, vocabulary: int = 23) -> tuple[Tensor, Tensor]:
-    """The student's, which require a gradient, and the teacher's [tokens, vocabulary] in float64."""
+    """The student's (with a gradient) and the teacher's [tokens, vocabulary] in float64."""
     draw = torch.Generator().manual_seed(0)
     student, teacher = (2 * torch.randn(tokens, vocabulary, generator=draw, dtype=torch.float64)
                         for _ in range(2))
