@@ -23,6 +23,7 @@ from amid_ds.losses.divergences import (
     INFINITE_RATIO,
     KL,
     LOG_ZERO,
+    NEAR_ZERO,
     AlphaBeta,
     Divergence,
     SquaredHellinger,
@@ -50,6 +51,12 @@ DIVERGENCE_KL = tl.constexpr(0)
 DIVERGENCE_ALPHA_BETA = tl.constexpr(1)
 DIVERGENCE_TOTAL_VARIATION = tl.constexpr(2)
 DIVERGENCE_SQUARED_HELLINGER = tl.constexpr(3)
+# AlphaBeta where x or y is not well above 0: its value as a difference over x + y, over x, over y,
+# and for x = y = 0.
+DIVERGENCE_ALPHA_BETA_BY_SUM = tl.constexpr(4)
+DIVERGENCE_ALPHA_BETA_BY_X = tl.constexpr(5)
+DIVERGENCE_ALPHA_BETA_BY_Y = tl.constexpr(6)
+DIVERGENCE_LOG_SQUARES = tl.constexpr(7)
 DIVERGENCE_CODES: dict[type[Divergence], int] = {
     KL: DIVERGENCE_KL.value,
     AlphaBeta: DIVERGENCE_ALPHA_BETA.value,
@@ -94,11 +101,22 @@ def order_arguments(objective: AMiD) -> dict[str, float]:
 def divergence_arguments(objective: AMiD) -> dict[str, float]:
     """The arguments x, y, DIVERGENCE and BALANCED of `objective_terms`."""
     divergence = objective.resolved_divergence
-    x, y = 1.0, 1.0
+    x, y, code = 1.0, 1.0, DIVERGENCE_CODES[type(divergence)]
     if isinstance(divergence, AlphaBeta):
-        x, y = divergence.alpha, divergence.beta
-    return {"x": x, "y": y, "DIVERGENCE": DIVERGENCE_CODES[type(divergence)],
-            "BALANCED": is_balanced(objective)}
+        x, y = float(divergence.alpha), float(divergence.beta)
+        code = _alpha_beta_code(x, y)
+    return {"x": x, "y": y, "DIVERGENCE": code, "BALANCED": is_balanced(objective)}
+
+
+def _alpha_beta_code(x: float, y: float) -> int:
+    """The DIVERGENCE of AlphaBeta(x, y), whose value is divided by what is not small."""
+    if min(x, y) >= NEAR_ZERO:
+        return DIVERGENCE_ALPHA_BETA.value
+    if x == y == 0:
+        return DIVERGENCE_LOG_SQUARES.value
+    if abs(x + y) >= NEAR_ZERO:
+        return DIVERGENCE_ALPHA_BETA_BY_SUM.value
+    return (DIVERGENCE_ALPHA_BETA_BY_X if abs(x) >= abs(y) else DIVERGENCE_ALPHA_BETA_BY_Y).value
 
 
 def is_balanced(objective: AMiD) -> bool:
@@ -118,19 +136,21 @@ def moves_assistant(objective: AMiD) -> bool:
 
 
 def infinite_arguments(objective: AMiD) -> dict[str, bool]:
-    """ONLY_P, ONLY_Q: True if KL is infinite where only the teacher, only the student says a token.
+    """ONLY_P, ONLY_Q: True if D is infinite where only the teacher, only the student says a token.
 
     r has no probability where neither model has any, and for α ≥ 1 where one has none.
     """
-    weights, mixed = dict(objective.order_weights), objective.lam not in (0, 1)
-    if not isinstance(objective.resolved_divergence, KL):
-        weights = {}
-    r_without_p = objective.lam == 0 or (mixed and objective.alpha < 1)
-    r_without_q = objective.lam == 1 or (mixed and objective.alpha < 1)
-    return {"ONLY_P": bool(("pr" in weights and not r_without_q)
-                           or ("rq" in weights and r_without_q)),
-            "ONLY_Q": bool(("qr" in weights and not r_without_p)
-                           or ("rp" in weights and r_without_p))}
+    lam, mixed = objective.lam, objective.lam not in (0, 1) and objective.alpha < 1
+    without_first, without_second = objective.resolved_divergence.infinite_without
+
+    def infinite(said: set[str]) -> bool:
+        """True if an order is infinite where exactly these of p, q and r have some probability."""
+        return any(without_first if order[1] in said else without_second
+                   for order, _ in objective.order_weights
+                   if (order[0] in said) != (order[1] in said))
+
+    return {"ONLY_P": infinite({"p", "r"} if mixed or lam == 1 else {"p"}),
+            "ONLY_Q": infinite({"q", "r"} if mixed or lam == 0 else {"q"})}
 
 
 @triton.jit
@@ -211,6 +231,19 @@ def assistant(log_p, log_q, peak, rest, c, inverse_c, lam, log_lam, log_rest,
 
 
 @triton.jit
+def divided(first, second, u, k):
+    """(first - second) / k, given ln first - ln second = k u; its limit for k = 0, and nothing
+    cancels near it; see divergences._divided."""
+    t = tl.abs(k * u)
+    # (1 - e⁻ᵗ) / t to the fifth order.
+    series = 1.0 - t * (1.0 / 2 - t * (1.0 / 6 - t * (1.0 / 24 - t * (1.0 / 120 - t / 720))))
+    inverse_k = 1.0 / tl.where(k == 0, 1.0, tl.abs(k))
+    rise = tl.where(t < 2 * SERIES_LIMIT, tl.abs(u) * series,
+                    (1.0 - tl.exp2(-t * LOG2_E)) * inverse_k)
+    return tl.maximum(first, second) * tl.where(u < 0, -rise, rise)
+
+
+@triton.jit
 def divergence_terms(log_a, log_b, a, b, x, y, DIVERGENCE: tl.constexpr):
     """f, ∂f/∂log a and ∂f/∂log b, given also a and b; the twin of Divergence.terms, but finite
     where KL is infinite. x, y: AlphaBeta's numbers."""
@@ -219,14 +252,35 @@ def divergence_terms(log_a, log_b, a, b, x, y, DIVERGENCE: tl.constexpr):
         d_b = b - a
         value = d_a + d_b
     elif DIVERGENCE == DIVERGENCE_ALPHA_BETA:
-        # Where neither has any probability, powers below 0 are infinite and their sum is 0.
-        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -UNBOUNDED)
-        log_a = tl.where(neither, 0.0, log_a)
-        log_b = tl.where(neither, 0.0, log_b)
         both = tl.exp2(x * log_a + y * log_b)
         d_a = (tl.exp2((x + y) * log_a) - both) * (1.0 / y)
         d_b = (tl.exp2((x + y) * log_b) - both) * (1.0 / x)
         value = (d_a + d_b) * (1.0 / (x + y))
+    elif DIVERGENCE >= DIVERGENCE_ALPHA_BETA_BY_SUM:
+        s = x + y
+        # Where neither has any probability, powers below 0 are infinite and their sum is 0.
+        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -UNBOUNDED)
+        log_a = tl.where(neither, 0.0, log_a)
+        log_b = tl.where(neither, 0.0, log_b)
+        u = (log_a - log_b) * LN_2
+        if DIVERGENCE == DIVERGENCE_LOG_SQUARES:
+            value = 0.5 * u * u
+            d_a = u
+            d_b = -u
+        else:
+            of_a = tl.exp2(s * log_a)
+            of_b = tl.exp2(s * log_b)
+            both = tl.exp2(x * log_a + y * log_b)
+            d_a = divided(of_a, both, u, y)
+            d_b = -divided(both, of_b, u, x)
+            if DIVERGENCE == DIVERGENCE_ALPHA_BETA_BY_SUM:
+                value = (d_a + d_b) * (1.0 / s)
+            elif DIVERGENCE == DIVERGENCE_ALPHA_BETA_BY_X:
+                value = (d_a - divided(of_a, of_b, u, s)) * (1.0 / x)
+            else:
+                value = (d_b + divided(of_a, of_b, u, s)) * (1.0 / y)
+        # Infinite rather than ∞ - ∞ (`infinite_arguments`); NaN of the logits stays.
+        value = tl.where((tl.abs(u) > UNBOUNDED) & (value != value), 0.0, value)
     elif DIVERGENCE == DIVERGENCE_TOTAL_VARIATION:
         value = 0.5 * tl.abs(a - b)
         sign = tl.where(a > b, 0.5, tl.where(a < b, -0.5, 0.0))

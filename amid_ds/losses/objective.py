@@ -68,8 +68,13 @@ class AMiD:
         log_lam = math.log(self.lam) if self.lam > 0 else -math.inf
         log_rest = math.log1p(-self.lam) if self.lam < 1 else -math.inf
         # The dataclass is frozen: derived fields are set past its own __setattr__.
-        object.__setattr__(self, "resolved_divergence", divergence_from(self.divergence))
-        object.__setattr__(self, "order_weights", _order_weights(self.order))
+        divergence, order_weights = divergence_from(self.divergence), _order_weights(self.order)
+        if isinstance(divergence, AlphaBeta) and (as_kl := divergence.as_kl()):
+            divergence, backwards = as_kl
+            if backwards:
+                order_weights = tuple((key[::-1], weight) for key, weight in order_weights)
+        object.__setattr__(self, "resolved_divergence", divergence)
+        object.__setattr__(self, "order_weights", order_weights)
         object.__setattr__(self, "log_weights", (log_lam, log_rest))
 
 
