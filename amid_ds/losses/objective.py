@@ -13,12 +13,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
 
 from amid_ds.errors import InputError
 from amid_ds.losses.divergences import AlphaBeta, Divergence, divergence_from, finite_number
+from amid_ds.losses.measures import MEASURES, PerToken
 
 ORDERS = ("pr", "qr", "rp", "rq")
+SIDES = ("student", "teacher")
+
+# Of the whole block, or [n] of its tokens.
+Number: TypeAlias = "float | Tensor"
 
 
 @dataclass(frozen=True)
@@ -27,46 +35,57 @@ class AMiD:
 
     With c = (1 - α)/2 the assistant is, α = 1 being the limit,
         log r̃ = (1/c)·logaddexp(log λ + c·log p, log(1-λ) + c·log q),
-        log r  = log r̃ - logsumexp(log r̃).
+        log r  = power · log r̃ - logsumexp(power · log r̃).
     α = -1 is the arithmetic mixture, 1 the geometric, 3 the harmonic; every real α is allowed.
+
+    alpha, lam, the weights in `order` and token_weight may be `PerToken`: they then follow, token
+    by token, from a measure of both models, and are constants for the gradient.
 
     lam: the teacher's share λ in [0, 1]; 0 gives r = q, 1 gives r = p, both exact.
     divergence: `kl`, `total_variation`, `squared_hellinger`, an instance such as
         AlphaBeta(0.2, 0.7), or a mapping `{name: {parameter: value}}`.
     order: the two arguments, `pr` = D(p‖r), `qr`, `rp`, `rq`, or weights for several such as
         {"pr": 0.5, "qr": 0.5}.
-    temperature: τ divides both models' logits before the softmax. No τ² factor is applied to the
-        loss.
+    temperature: τ divides both models' logits before the softmax; {"student": τ, "teacher": τ} for
+        two of them. No τ² factor is applied to the loss.
     detach_assistant: r is a fixed target, no gradient flows through it (TAID).
+    power: exponents of p and q that need not sum to 1: p·q^β, normalised, is alpha=1,
+        lam=1/(1+β), power=1+β. 1 is the paper's.
+    token_weight: multiplies each token's weight, in the cross entropy too; the divisor of a mean is
+        left alone.
     Raises InputError (a ValueError) for anything else.
     """
 
-    alpha: float = -1.0
-    lam: float = 0.1
+    alpha: float | PerToken = -1.0
+    lam: float | PerToken = 0.1
     divergence: Divergence | str | Mapping[str, Any] = "kl"
-    order: str | Mapping[str, float] = "pr"
-    temperature: float = 1.0
+    order: str | Mapping[str, float | PerToken] = "pr"
+    temperature: float | Mapping[str, float] = 1.0
     detach_assistant: bool = False
-    # What the backends read. `divergence` as an instance:
+    power: float = 1.0
+    token_weight: PerToken | None = None
+    # What the loss reads. `divergence` as an instance:
     resolved_divergence: Divergence = field(init=False, repr=False, compare=False)
     # (order, weight) of the orders with a weight above 0:
-    order_weights: tuple[tuple[str, float], ...] = field(init=False, repr=False, compare=False)
-    # log λ and log(1-λ):
-    log_weights: tuple[float, float] = field(init=False, repr=False, compare=False)
+    order_weights: tuple[tuple[str, float | PerToken], ...] = field(init=False, repr=False,
+                                                                    compare=False)
+    student_temperature: float = field(init=False, repr=False, compare=False)
+    teacher_temperature: float = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        finite_number("alpha", self.alpha)
-        if not 0 <= finite_number("lam", self.lam) <= 1:
-            raise InputError(f"lam={self.lam}", "the teacher's share, in [0, 1]",
-                             "0 is the student alone, 1 the teacher")
-        if finite_number("temperature", self.temperature) <= 0:
-            raise InputError(f"temperature={self.temperature}", "a temperature above 0",
-                             "1.0 leaves the logits alone")
+        _check_number("alpha", self.alpha)
+        _check_number("lam", self.lam, 0.0, 1.0, "the teacher's share: 0 is the student alone")
         if not isinstance(self.detach_assistant, bool):
             raise InputError(f"detach_assistant={self.detach_assistant!r}", "True or False",
                              "the default is False")
-        log_lam = math.log(self.lam) if self.lam > 0 else -math.inf
-        log_rest = math.log1p(-self.lam) if self.lam < 1 else -math.inf
+        if finite_number("power", self.power) <= 0:
+            raise InputError(f"power={self.power}", "a number above 0", "1.0 is the paper's")
+        if self.token_weight is not None:
+            if not isinstance(self.token_weight, PerToken):
+                raise InputError(f"token_weight={self.token_weight!r}", "a PerToken, or None",
+                                 "a constant goes into token_weights or kd_weight and ce_weight")
+            _check_number("token_weight", self.token_weight, 0.0, may_choose=True)
+        student, teacher = _temperatures(self.temperature)
         # The dataclass is frozen: derived fields are set past its own __setattr__.
         divergence, order_weights = divergence_from(self.divergence), _order_weights(self.order)
         if isinstance(divergence, AlphaBeta) and (as_kl := divergence.as_kl()):
@@ -75,7 +94,62 @@ class AMiD:
                 order_weights = tuple((key[::-1], weight) for key, weight in order_weights)
         object.__setattr__(self, "resolved_divergence", divergence)
         object.__setattr__(self, "order_weights", order_weights)
-        object.__setattr__(self, "log_weights", (log_lam, log_rest))
+        object.__setattr__(self, "student_temperature", student)
+        object.__setattr__(self, "teacher_temperature", teacher)
+
+    @property
+    def per_token(self) -> tuple[PerToken, ...]:
+        """The numbers that follow from measures, each once."""
+        numbers = (self.alpha, self.lam, self.token_weight, *dict(self.order_weights).values())
+        return tuple(dict.fromkeys(x for x in numbers if isinstance(x, PerToken)))
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of the measures that it reads, in the order of MEASURES."""
+        read = {number.by for number in self.per_token}
+        return tuple(name for name in MEASURES if name in read)
+
+    @property
+    def needs_sequences(self) -> bool:
+        """True if the tokens of a sequence decide something together."""
+        return any(number.needs_sequences for number in self.per_token)
+
+    def resolved(self, values: Mapping[PerToken, Tensor]) -> ResolvedObjective:
+        """The objective of n tokens, given the [n] values of all of `per_token`."""
+        def of(number: float | PerToken) -> Number:
+            return values[number] if isinstance(number, PerToken) else number
+
+        return ResolvedObjective(
+            alpha=of(self.alpha), lam=of(self.lam),
+            order_weights=tuple((order, of(weight)) for order, weight in self.order_weights),
+            resolved_divergence=self.resolved_divergence, detach_assistant=self.detach_assistant,
+            power=float(self.power))
+
+
+@dataclass(frozen=True)
+class ResolvedObjective:
+    """AMiD for n tokens, as the backends read it: numbers, and [n] tensors where it is per token.
+
+    Temperatures are the logits' (block.Logits), token weights the block's scales.
+    """
+
+    alpha: Number
+    lam: Number
+    # (order, weight) of the orders with a weight above 0 at some token.
+    order_weights: tuple[tuple[str, Number], ...]
+    resolved_divergence: Divergence
+    detach_assistant: bool = False
+    power: float = 1.0
+    # log λ and log(1-λ); -inf for 0.
+    log_weights: tuple[Number, Number] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.lam, Tensor):
+            logs: tuple[Number, Number] = (self.lam.log(), torch.log1p(-self.lam))
+        else:
+            logs = (math.log(self.lam) if self.lam > 0 else -math.inf,
+                    math.log1p(-self.lam) if self.lam < 1 else -math.inf)
+        object.__setattr__(self, "log_weights", logs)
 
 
 def preset(name: str, **parameters: Any) -> AMiD:
@@ -144,7 +218,40 @@ PRESETS: dict[str, Callable[..., AMiD]] = {
 }
 
 
-def _order_weights(order: str | Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+def _check_number(name: str, value: object, low: float = -math.inf, high: float = math.inf,
+                  meaning: str = "", may_choose: bool = False) -> None:
+    """Raise InputError unless `value`, or both ends of a PerToken, are numbers from low to high.
+
+    may_choose: a PerToken may have a `top`.
+    """
+    if isinstance(value, PerToken):
+        if value.top is not None and not may_choose:
+            raise InputError(f"{name}={value}", "linear and at", "top is for token_weight alone")
+        ends = value.linear
+    else:
+        ends = (finite_number(name, value),) * 2
+    if not all(low <= end <= high for end in ends):
+        allowed = f"from {low:g}" + ("" if high == math.inf else f" to {high:g}")
+        raise InputError(f"{name}={value}", f"a number {allowed}, at both ends",
+                         meaning or f"give {name} such numbers")
+
+
+def _temperatures(temperature: object) -> tuple[float, float]:
+    """The student's and the teacher's."""
+    both: Mapping[str, Any] = (temperature if isinstance(temperature, Mapping)
+                               else dict.fromkeys(SIDES, temperature))
+    if set(both) != set(SIDES):
+        raise InputError(f"temperature={temperature!r}", "a number, or one of each side",
+                         'e.g. {"student": 2.0, "teacher": 1.0}')
+    for value in both.values():
+        if finite_number("temperature", value) <= 0:
+            raise InputError(f"temperature={temperature}", "a temperature above 0",
+                             "1.0 leaves the logits alone")
+    return float(both["student"]), float(both["teacher"])
+
+
+def _order_weights(order: str | Mapping[str, float | PerToken],
+                   ) -> tuple[tuple[str, float | PerToken], ...]:
     """(order, weight) of every order with a weight above 0."""
     weights = {order: 1.0} if isinstance(order, str) else order
     if (not isinstance(weights, Mapping) or not weights
@@ -152,8 +259,12 @@ def _order_weights(order: str | Mapping[str, float]) -> tuple[tuple[str, float],
         raise InputError(f"order={order!r}",
                          f"one of {', '.join(ORDERS)}, or a mapping from these to weights",
                          "e.g. order='pr', or order={'pr': 0.5, 'qr': 0.5}")
-    negative = any(finite_number(f"order[{key!r}]", value) < 0 for key, value in weights.items())
-    if negative or not any(weights.values()):
+    for key, value in weights.items():
+        _check_number(f"order[{key!r}]", value, 0.0)
+    used = tuple((key, value if isinstance(value, PerToken) else float(value))
+                 for key, value in weights.items()
+                 if (any(value.linear) if isinstance(value, PerToken) else value))
+    if not used:
         raise InputError(f"order={order!r}", "weights of at least 0, one of them above 0",
                          "e.g. {'pr': 0.5, 'qr': 0.5}")
-    return tuple((key, float(value)) for key, value in weights.items() if value)
+    return used
