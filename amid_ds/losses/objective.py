@@ -87,8 +87,13 @@ class AMiD:
             _check_number("token_weight", self.token_weight, 0.0, may_choose=True)
         student, teacher = _temperatures(self.temperature)
         # The dataclass is frozen: derived fields are set past its own __setattr__.
-        object.__setattr__(self, "resolved_divergence", divergence_from(self.divergence))
-        object.__setattr__(self, "order_weights", _order_weights(self.order))
+        divergence, order_weights = divergence_from(self.divergence), _order_weights(self.order)
+        if isinstance(divergence, AlphaBeta) and (as_kl := divergence.as_kl()):
+            divergence, backwards = as_kl
+            if backwards:
+                order_weights = tuple((key[::-1], weight) for key, weight in order_weights)
+        object.__setattr__(self, "resolved_divergence", divergence)
+        object.__setattr__(self, "order_weights", order_weights)
         object.__setattr__(self, "student_temperature", student)
         object.__setattr__(self, "teacher_temperature", teacher)
 

@@ -143,6 +143,18 @@ def _kl(log_a: Tensor, log_b: Tensor, _: Divergence) -> Tensor:
 def _alpha_beta(log_a: Tensor, log_b: Tensor, divergence: Divergence) -> Tensor:
     assert isinstance(divergence, AlphaBeta)
     x, y = divergence.alpha, divergence.beta
+    if x == y == 0:
+        return (log_a - log_b).square().sum(-1) / 2
+    if x + y == 0:
+        log_ratio = x * (log_a - log_b)
+        return (log_ratio.exp() - log_ratio - 1).sum(-1) / x**2
+    if x == 0:
+        return _alpha_beta(log_b, log_a, AlphaBeta(y, 0))
+    if y == 0:
+        # 0·log 0 = 0.
+        log_a, log_b = x * log_a, x * log_b
+        cross = log_a.exp() * (log_a - log_b).masked_fill(log_a == -math.inf, 0)
+        return (cross - log_a.exp() + log_b.exp()).sum(-1) / x**2
     # a^x b^y and so on, in logarithms: the derivative of a^x at 0 is infinite.
     both, a, b = x * log_a + y * log_b, (x + y) * log_a, (x + y) * log_b
     terms = both.exp() - x / (x + y) * a.exp() - y / (x + y) * b.exp()
