@@ -11,9 +11,14 @@ import math
 import torch
 from torch import Tensor
 
-from amid_ds.losses.divergences import KL, AlphaBeta, Divergence
+from amid_ds.losses.divergences import KL, NEAR_ZERO, AlphaBeta, Divergence
 from amid_ds.losses.kernel_math import (
+    DIVERGENCE_ALPHA_BETA,
+    DIVERGENCE_ALPHA_BETA_BY_SUM,
+    DIVERGENCE_ALPHA_BETA_BY_X,
+    DIVERGENCE_ALPHA_BETA_BY_Y,
     DIVERGENCE_CODES,
+    DIVERGENCE_LOG_SQUARES,
     MIXTURE_ARITHMETIC,
     MIXTURE_GEOMETRIC,
     MIXTURE_POWER,
@@ -97,11 +102,22 @@ def order_arguments(objective: ResolvedObjective) -> dict[str, float]:
 def divergence_arguments(objective: ResolvedObjective) -> dict[str, float]:
     """The arguments x, y, DIVERGENCE and BALANCED of `objective_terms`."""
     divergence = objective.resolved_divergence
-    x, y = 1.0, 1.0
+    x, y, code = 1.0, 1.0, DIVERGENCE_CODES[type(divergence)]
     if isinstance(divergence, AlphaBeta):
-        x, y = divergence.alpha, divergence.beta
-    return {"x": x, "y": y, "DIVERGENCE": DIVERGENCE_CODES[type(divergence)],
-            "BALANCED": is_balanced(objective)}
+        x, y = float(divergence.alpha), float(divergence.beta)
+        code = _alpha_beta_code(x, y)
+    return {"x": x, "y": y, "DIVERGENCE": code, "BALANCED": is_balanced(objective)}
+
+
+def _alpha_beta_code(x: float, y: float) -> int:
+    """The DIVERGENCE of AlphaBeta(x, y), whose value is divided by what is not small."""
+    if min(x, y) >= NEAR_ZERO:
+        return DIVERGENCE_ALPHA_BETA.value
+    if x == y == 0:
+        return DIVERGENCE_LOG_SQUARES.value
+    if abs(x + y) >= NEAR_ZERO:
+        return DIVERGENCE_ALPHA_BETA_BY_SUM.value
+    return (DIVERGENCE_ALPHA_BETA_BY_X if abs(x) >= abs(y) else DIVERGENCE_ALPHA_BETA_BY_Y).value
 
 
 def is_balanced(objective: ResolvedObjective) -> bool:
@@ -122,6 +138,7 @@ def moves_assistant(objective: ResolvedObjective) -> bool:
     return not (objective.detach_assistant or fixed or is_balanced(objective))
 
 
+<<<<<<< HEAD
 def infinite_arguments(objective: ResolvedObjective) -> dict[str, bool]:
     """ONLY_P, ONLY_Q: True if KL is infinite where only the teacher, only the student says a token;
     where that differs from token to token, True if KL is at some token."""
@@ -132,6 +149,10 @@ def infinite_arguments(objective: ResolvedObjective) -> dict[str, bool]:
     only_p, only_q = infinite_directions(objective.resolved_divergence, objective.alpha,
                                          objective.lam, weights)
     return {"ONLY_P": bool(only_p), "ONLY_Q": bool(only_q)}
+=======
+def infinite_arguments(objective: AMiD) -> dict[str, bool]:
+    """ONLY_P, ONLY_Q: True if D is infinite where only the teacher, only the student says a token.
+>>>>>>> h/CORE
 
 
 def infinite_directions(divergence: Divergence, alpha: Number, lam: Number,
@@ -141,6 +162,7 @@ def infinite_directions(divergence: Divergence, alpha: Number, lam: Number,
     r has no probability where neither model has any, and for α ≥ 1 where one has none. Of numbers
     or of tensors [n].
     """
+<<<<<<< HEAD
     if not isinstance(divergence, KL):
         weights = {}
     pr, qr, rp, rq = (weights.get(order, 0.0 * lam) > 0 for order in ORDERS)
@@ -149,3 +171,16 @@ def infinite_directions(divergence: Divergence, alpha: Number, lam: Number,
     r_without_p = (lam == 0) | (mixed & (alpha < 1))
     r_without_q = (lam == 1) | (mixed & (alpha < 1))
     return (pr & r_needs_q) | (rq & r_without_q), (qr & r_needs_p) | (rp & r_without_p)
+=======
+    lam, mixed = objective.lam, objective.lam not in (0, 1) and objective.alpha < 1
+    without_first, without_second = objective.resolved_divergence.infinite_without
+
+    def infinite(said: set[str]) -> bool:
+        """True if an order is infinite where exactly these of p, q and r have some probability."""
+        return any(without_first if order[1] in said else without_second
+                   for order, _ in objective.order_weights
+                   if (order[0] in said) != (order[1] in said))
+
+    return {"ONLY_P": infinite({"p", "r"} if mixed or lam == 1 else {"p"}),
+            "ONLY_Q": infinite({"q", "r"} if mixed or lam == 0 else {"q"})}
+>>>>>>> h/CORE

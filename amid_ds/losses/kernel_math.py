@@ -50,6 +50,12 @@ DIVERGENCE_KL = tl.constexpr(0)
 DIVERGENCE_ALPHA_BETA = tl.constexpr(1)
 DIVERGENCE_TOTAL_VARIATION = tl.constexpr(2)
 DIVERGENCE_SQUARED_HELLINGER = tl.constexpr(3)
+# AlphaBeta where x or y is not well above 0: its value as a difference over x + y, over x, over y,
+# and for x = y = 0.
+DIVERGENCE_ALPHA_BETA_BY_SUM = tl.constexpr(4)
+DIVERGENCE_ALPHA_BETA_BY_X = tl.constexpr(5)
+DIVERGENCE_ALPHA_BETA_BY_Y = tl.constexpr(6)
+DIVERGENCE_LOG_SQUARES = tl.constexpr(7)
 DIVERGENCE_CODES: dict[type[Divergence], int] = {
     KL: DIVERGENCE_KL.value,
     AlphaBeta: DIVERGENCE_ALPHA_BETA.value,
@@ -144,6 +150,19 @@ def assistant(log_p, log_q, peak, rest, c, inverse_c, lam, log_lam, log_rest, po
 
 
 @triton.jit
+def divided(first, second, u, k):
+    """(first - second) / k, given ln first - ln second = k u; its limit for k = 0, and nothing
+    cancels near it; see divergences._divided."""
+    t = tl.abs(k * u)
+    # (1 - e⁻ᵗ) / t to the fifth order.
+    series = 1.0 - t * (1.0 / 2 - t * (1.0 / 6 - t * (1.0 / 24 - t * (1.0 / 120 - t / 720))))
+    inverse_k = 1.0 / tl.where(k == 0, 1.0, tl.abs(k))
+    rise = tl.where(t < 2 * SERIES_LIMIT, tl.abs(u) * series,
+                    (1.0 - tl.exp2(-t * LOG2_E)) * inverse_k)
+    return tl.maximum(first, second) * tl.where(u < 0, -rise, rise)
+
+
+@triton.jit
 def divergence_terms(log_a, log_b, a, b, x, y, DIVERGENCE: tl.constexpr):
     """f, ∂f/∂log a and ∂f/∂log b, given also a and b; the twin of Divergence.terms, but finite
     where KL is infinite. x, y: AlphaBeta's numbers."""
@@ -152,14 +171,35 @@ def divergence_terms(log_a, log_b, a, b, x, y, DIVERGENCE: tl.constexpr):
         d_b = b - a
         value = d_a + d_b
     elif DIVERGENCE == DIVERGENCE_ALPHA_BETA:
-        # Where neither has any probability, powers below 0 are infinite and their sum is 0.
-        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -UNBOUNDED)
-        log_a = tl.where(neither, 0.0, log_a)
-        log_b = tl.where(neither, 0.0, log_b)
         both = tl.exp2(x * log_a + y * log_b)
         d_a = (tl.exp2((x + y) * log_a) - both) * (1.0 / y)
         d_b = (tl.exp2((x + y) * log_b) - both) * (1.0 / x)
         value = (d_a + d_b) * (1.0 / (x + y))
+    elif DIVERGENCE >= DIVERGENCE_ALPHA_BETA_BY_SUM:
+        s = x + y
+        # Where neither has any probability, powers below 0 are infinite and their sum is 0.
+        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -UNBOUNDED)
+        log_a = tl.where(neither, 0.0, log_a)
+        log_b = tl.where(neither, 0.0, log_b)
+        u = (log_a - log_b) * LN_2
+        if DIVERGENCE == DIVERGENCE_LOG_SQUARES:
+            value = 0.5 * u * u
+            d_a = u
+            d_b = -u
+        else:
+            of_a = tl.exp2(s * log_a)
+            of_b = tl.exp2(s * log_b)
+            both = tl.exp2(x * log_a + y * log_b)
+            d_a = divided(of_a, both, u, y)
+            d_b = -divided(both, of_b, u, x)
+            if DIVERGENCE == DIVERGENCE_ALPHA_BETA_BY_SUM:
+                value = (d_a + d_b) * (1.0 / s)
+            elif DIVERGENCE == DIVERGENCE_ALPHA_BETA_BY_X:
+                value = (d_a - divided(of_a, of_b, u, s)) * (1.0 / x)
+            else:
+                value = (d_b + divided(of_a, of_b, u, s)) * (1.0 / y)
+        # Infinite rather than ∞ - ∞ (`infinite_arguments`); NaN of the logits stays.
+        value = tl.where((tl.abs(u) > UNBOUNDED) & (value != value), 0.0, value)
     elif DIVERGENCE == DIVERGENCE_TOTAL_VARIATION:
         value = 0.5 * tl.abs(a - b)
         sign = tl.where(a > b, 0.5, tl.where(a < b, -0.5, 0.0))
