@@ -138,49 +138,37 @@ def moves_assistant(objective: ResolvedObjective) -> bool:
     return not (objective.detach_assistant or fixed or is_balanced(objective))
 
 
-<<<<<<< HEAD
 def infinite_arguments(objective: ResolvedObjective) -> dict[str, bool]:
-    """ONLY_P, ONLY_Q: True if KL is infinite where only the teacher, only the student says a token;
-    where that differs from token to token, True if KL is at some token."""
-    weights = dict(objective.order_weights)
+    """ONLY_P, ONLY_Q: True if D is infinite where only the teacher, only the student says a token;
+    with numbers per token, True if it may be at some token."""
     if has_token_numbers(objective):
-        is_kl = isinstance(objective.resolved_divergence, KL)
-        return {"ONLY_P": is_kl, "ONLY_Q": is_kl}
+        possible = any(objective.resolved_divergence.infinite_without)
+        return {"ONLY_P": possible, "ONLY_Q": possible}
     only_p, only_q = infinite_directions(objective.resolved_divergence, objective.alpha,
-                                         objective.lam, weights)
+                                         objective.lam, dict(objective.order_weights))
     return {"ONLY_P": bool(only_p), "ONLY_Q": bool(only_q)}
-=======
-def infinite_arguments(objective: AMiD) -> dict[str, bool]:
-    """ONLY_P, ONLY_Q: True if D is infinite where only the teacher, only the student says a token.
->>>>>>> h/CORE
 
 
 def infinite_directions(divergence: Divergence, alpha: Number, lam: Number,
                         weights: dict[str, Number]) -> tuple[Number, Number]:
-    """(True where KL is infinite if only the teacher says a token, if only the student does).
+    """(True if D is infinite where only the teacher says a token, the same of the student).
 
-    r has no probability where neither model has any, and for α ≥ 1 where one has none. Of numbers
-    or of tensors [n].
+    Of numbers or of tensors [n]. r has no probability where neither model has any, and for α ≥ 1
+    where one has none.
     """
-<<<<<<< HEAD
-    if not isinstance(divergence, KL):
-        weights = {}
-    pr, qr, rp, rq = (weights.get(order, 0.0 * lam) > 0 for order in ORDERS)
-    mixed, narrow = (lam > 0) & (lam < 1), alpha >= 1
-    r_needs_p, r_needs_q = (lam == 1) | (mixed & narrow), (lam == 0) | (mixed & narrow)
-    r_without_p = (lam == 0) | (mixed & (alpha < 1))
-    r_without_q = (lam == 1) | (mixed & (alpha < 1))
-    return (pr & r_needs_q) | (rq & r_without_q), (qr & r_needs_p) | (rp & r_without_p)
-=======
-    lam, mixed = objective.lam, objective.lam not in (0, 1) and objective.alpha < 1
-    without_first, without_second = objective.resolved_divergence.infinite_without
+    without_first, without_second = divergence.infinite_without
+    mixed = (lam > 0) & (lam < 1)
+    weighs = {order: weights.get(order, 0.0) > 0 for order in ORDERS}
 
-    def infinite(said: set[str]) -> bool:
-        """True if an order is infinite where exactly these of p, q and r have some probability."""
-        return any(without_first if order[1] in said else without_second
-                   for order, _ in objective.order_weights
-                   if (order[0] in said) != (order[1] in said))
+    def infinite(said: str, other: str, end: int) -> Number:
+        """Where `said` alone has some probability; r is `said` at this end of λ."""
+        r_has, r_lacks = ((lam == end) | (mixed & (alpha < 1)),
+                          (lam == 1 - end) | (mixed & (alpha >= 1)))
+        found = mixed & False
+        if without_second:
+            found = found | (r_lacks & weighs[said + "r"]) | (r_has & weighs["r" + other])
+        if without_first:
+            found = found | (r_has & weighs[other + "r"]) | (r_lacks & weighs["r" + said])
+        return found
 
-    return {"ONLY_P": infinite({"p", "r"} if mixed or lam == 1 else {"p"}),
-            "ONLY_Q": infinite({"q", "r"} if mixed or lam == 0 else {"q"})}
->>>>>>> h/CORE
+    return infinite("p", "q", 1), infinite("q", "p", 0)
