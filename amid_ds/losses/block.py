@@ -232,7 +232,7 @@ def forward_backward_block(block: Block, objective: AMiD | None, shard: VocabSha
             assert labels is not None
             kd, block = _sampled_tokens(block, norms, labels, shard, backend, sampled)
         else:
-            block = replace(block, objective=objective.resolved(values))
+            block = replace(block, objective=objective.resolved({**values}))
             stats = backend.statistics(block, norms, shard)
             kd = stats.sums[0]
     ce = None

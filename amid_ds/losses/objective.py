@@ -126,8 +126,8 @@ class AMiD:
         """True if the tokens of a sequence decide something together."""
         return any(number.needs_sequences for number in self.per_token)
 
-    def resolved(self, values: Mapping[PerToken, Tensor]) -> ResolvedObjective:
-        """The objective of n tokens, given the [n] values of all of `per_token`."""
+    def resolved(self, values: Mapping[PerToken, Number]) -> ResolvedObjective:
+        """The objective of n tokens, given the values, [n] say, of all of `per_token`."""
         def of(number: float | PerToken) -> Number:
             return values[number] if isinstance(number, PerToken) else number
 
