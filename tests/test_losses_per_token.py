@@ -167,19 +167,6 @@ def test_low_precision_is_no_further_from_the_truth_than_the_naive_loss(dtype):
             assert relative_error(a, c) <= relative_error(b, c) + tolerance
 
 
-@pytest.mark.parametrize("objective", PER_TOKEN[2:5], ids=str)
-@pytest.mark.slow
-def test_compiled_tiles_match_the_naive_twin(objective, monkeypatch):
-    monkeypatch.setattr(tiles, "WORTH_COMPILING", 0)
-    monkeypatch.setitem(tiles.TILE_ELEMENTS, "cpu", 200)
-    monkeypatch.setattr(tiles, "_say_once", pytest.fail)
-    problem = LossProblem()
-    ours, truth = problem.fused(objective, statistics=STATISTICS).loss, problem.naive(objective)
-    torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
-    for actual, expected in zip(problem.gradients(ours), problem.gradients(truth), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
-
-
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[RankPool]:
     ranks = RankPool()
