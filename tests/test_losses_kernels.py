@@ -16,13 +16,15 @@ from torch import Tensor
 from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss, preset
 from amid_ds.errors import InputError
 from amid_ds.losses import fused
-from amid_ds.losses.objective import ORDERS, divergence_from
+from amid_ds.losses.divergences import divergence_from
+from amid_ds.losses.objective import ORDERS
 from amid_ds.losses.reference import naive_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from amid_ds.losses.kernel_math import DIVERGENCE_CODES, is_balanced  # noqa: E402
+from amid_ds.losses.kernel_arguments import is_balanced  # noqa: E402
+from amid_ds.losses.kernel_math import DIVERGENCE_CODES  # noqa: E402
 
 
 def logits(seed: int, *shape: int, dtype: torch.dtype = torch.float32,
@@ -79,7 +81,8 @@ def test_an_arithmetic_mixture_is_made_of_probabilities_and_at_balance_has_no_pu
                       AMiD(-1.0, 0.3, order={"pr": 0.7, "qr": 0.3}), preset("srkl"),
                       AMiD(-1.0, 1e-9, order="pr"), AMiD(-1.0, 1e-9, "squared_hellinger")):
         check(logits(1, 3, 37), logits(2, 3, 37), objective, 2e-4, 2e-4)
-    assert is_balanced(preset("gkd", beta=0.3)) and not is_balanced(preset("skl"))
+    assert is_balanced(preset("gkd", beta=0.3).resolved({}))
+    assert not is_balanced(preset("skl").resolved({}))
 
 
 def test_columns_that_do_not_lie_side_by_side():

@@ -1,10 +1,11 @@
 # mypy: disallow-untyped-defs=False
 # (a Triton function's arguments have no Python types)
-"""The formulas of the objective as Triton functions of one block of columns, and their arguments.
+"""The formulas of the objective as Triton functions of one block of columns.
 
-The kernels in kernel_programs.py call them. All arithmetic is fp32, and all logarithms are in bits:
-2ˣ and log₂ are one instruction each on a GPU, eˣ and log several. The twins in plain torch are
-`elementwise.mixture` and `Divergence.terms`.
+The kernels in kernel_programs.py call them, with the arguments that kernel_arguments.py makes of an
+objective. All arithmetic is fp32, and all logarithms are in bits: 2ˣ and log₂ are one instruction
+each on a GPU, eˣ and log several. The twins in plain torch are `mixture.mixture` and
+`Divergence.terms`.
 
 APPROXIMATE takes the GPU's own log₂ and reciprocal: a tenth of the instructions, for an error of
 2⁻²² (tests/test_kernels_precision.py). That error is absolute where log₂ is near 0, which none of
@@ -19,13 +20,11 @@ import math
 import triton
 import triton.language as tl
 
-from amid_ds.losses.objective import (
+from amid_ds.losses.divergences import (
     INFINITE_RATIO,
     KL,
     LOG_ZERO,
-    ORDERS,
     AlphaBeta,
-    AMiD,
     Divergence,
     SquaredHellinger,
     TotalVariation,
@@ -51,6 +50,12 @@ DIVERGENCE_KL = tl.constexpr(0)
 DIVERGENCE_ALPHA_BETA = tl.constexpr(1)
 DIVERGENCE_TOTAL_VARIATION = tl.constexpr(2)
 DIVERGENCE_SQUARED_HELLINGER = tl.constexpr(3)
+# AlphaBeta where x or y is not well above 0: its value as a difference over x + y, over x, over y,
+# and for x = y = 0.
+DIVERGENCE_ALPHA_BETA_BY_SUM = tl.constexpr(4)
+DIVERGENCE_ALPHA_BETA_BY_X = tl.constexpr(5)
+DIVERGENCE_ALPHA_BETA_BY_Y = tl.constexpr(6)
+DIVERGENCE_LOG_SQUARES = tl.constexpr(7)
 DIVERGENCE_CODES: dict[type[Divergence], int] = {
     KL: DIVERGENCE_KL.value,
     AlphaBeta: DIVERGENCE_ALPHA_BETA.value,
@@ -60,78 +65,6 @@ DIVERGENCE_CODES: dict[type[Divergence], int] = {
 
 # |x| below which the mixture is a series in x: its sixth-order term is then below fp32's rounding.
 SERIES_LIMIT = tl.constexpr(0.125)
-# |c| from which no x needs the series: log₂(1 + e)/c is then exact to 2⁻²¹.
-SERIES_NEEDED_BELOW = 0.5
-# A λ or 1 - λ below it makes a mixture whose logarithm λp + (1-λ)q, in fp32, does not give.
-LEAST_SHARE = 2.0**-20
-
-
-def mixture_arguments(objective: AMiD) -> dict[str, float]:
-    """The arguments of `log_mixture`."""
-    c, lam = (1 - objective.alpha) / 2, objective.lam
-    mixture = MIXTURE_POWER
-    if lam in (0, 1):
-        mixture = MIXTURE_TEACHER if lam else MIXTURE_STUDENT
-    elif c == 0:
-        mixture = MIXTURE_GEOMETRIC
-    elif c == 1 and LEAST_SHARE <= lam <= 1 - LEAST_SHARE and not isinstance(
-            objective.resolved_divergence, AlphaBeta):
-        # Powers of r tell apart what is below LEAST.
-        mixture = MIXTURE_ARITHMETIC
-    # Finite numbers also where they are not used.
-    log_lam, log_rest = (log if math.isfinite(log) else 0.0 for log in objective.log_weights)
-    return {"c": c, "inverse_c": 1 / c if c else 0.0, "lam": float(lam), "log_lam": log_lam,
-            "log_rest": log_rest, "MIXTURE": mixture.value,
-            "SERIES": mixture is MIXTURE_POWER and abs(c) < SERIES_NEEDED_BELOW}
-
-
-def order_arguments(objective: AMiD) -> dict[str, float]:
-    """The weights of the orders, and in capitals True for those above 0."""
-    weights = dict(objective.order_weights)
-    return {**{order: weights.get(order, 0.0) for order in ORDERS},
-            **{order.upper(): order in weights for order in ORDERS}}
-
-
-def divergence_arguments(objective: AMiD) -> dict[str, float]:
-    """The arguments x, y, DIVERGENCE and BALANCED of `objective_terms`."""
-    divergence = objective.resolved_divergence
-    x, y = 1.0, 1.0
-    if isinstance(divergence, AlphaBeta):
-        x, y = divergence.alpha, divergence.beta
-    return {"x": x, "y": y, "DIVERGENCE": DIVERGENCE_CODES[type(divergence)],
-            "BALANCED": is_balanced(objective)}
-
-
-def is_balanced(objective: AMiD) -> bool:
-    """True for κ_pr KL(p‖m) + κ_qr KL(q‖m) with m = λp + (1-λ)q and κ_pr : κ_qr = λ : 1-λ.
-
-    The generalised Jensen-Shannon divergence, at whose m its derivative with respect to r is 0.
-    """
-    weights, lam = dict(objective.order_weights), objective.lam
-    return (isinstance(objective.resolved_divergence, KL) and set(weights) == {"pr", "qr"}
-            and mixture_arguments(objective)["MIXTURE"] == MIXTURE_ARITHMETIC.value
-            and math.isclose(weights["pr"] * (1 - lam), weights["qr"] * lam, rel_tol=1e-9))
-
-
-def moves_assistant(objective: AMiD) -> bool:
-    """True if a gradient flows through r."""
-    return not (objective.detach_assistant or objective.lam == 1 or is_balanced(objective))
-
-
-def infinite_arguments(objective: AMiD) -> dict[str, bool]:
-    """ONLY_P, ONLY_Q: True if KL is infinite where only the teacher, only the student says a token.
-
-    r has no probability where neither model has any, and for α ≥ 1 where one has none.
-    """
-    weights, mixed = dict(objective.order_weights), objective.lam not in (0, 1)
-    if not isinstance(objective.resolved_divergence, KL):
-        weights = {}
-    r_without_p = objective.lam == 0 or (mixed and objective.alpha < 1)
-    r_without_q = objective.lam == 1 or (mixed and objective.alpha < 1)
-    return {"ONLY_P": bool(("pr" in weights and not r_without_q)
-                           or ("rq" in weights and r_without_q)),
-            "ONLY_Q": bool(("qr" in weights and not r_without_p)
-                           or ("rp" in weights and r_without_p))}
 
 
 @triton.jit
@@ -153,11 +86,12 @@ def reciprocal_of(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE: tl.constexpr,
-                SERIES: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """(log₂ r̃, r̃ if it is made on the way, w = ∂log r̃/∂log q); see elementwise.mixture.
+def log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, power, MIXTURE: tl.constexpr,
+                SERIES: tl.constexpr, POWERED: tl.constexpr, APPROXIMATE: tl.constexpr):
+    """(log₂ r̃, r̃ if it is made on the way, w = ∂log r̃/∂log q); see mixture.mixture.
 
-    Under SERIES a series in x replaces log1p and expm1 where |x| is small.
+    Under SERIES a series in x replaces log1p and expm1 where |x| is small; under POWERED all is of
+    r̃ to its power.
     """
     r = tl.zeros_like(log_q)
     w = tl.zeros_like(log_q)
@@ -194,21 +128,38 @@ def log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE: tl.
             fifth = x * ((1.0 - 2.0 * lam) * (1.0 - 12.0 * v) / 120.0)
             series = x * (lam + x * v * (0.5 + x * (third + x * (fourth + fifth))))
             log_r = tl.where(tl.abs(x) < SERIES_LIMIT, log_q + series * (LOG2_E * inverse_c), log_r)
+    if POWERED:
+        tl.static_assert(MIXTURE != MIXTURE_ARITHMETIC)
+        log_r *= power
+        w *= power
     return log_r, r, w
 
 
 @triton.jit
-def assistant(log_p, log_q, peak, rest, c, inverse_c, lam, log_lam, log_rest,
-              MIXTURE: tl.constexpr, SERIES: tl.constexpr, HAS_ASSISTANT: tl.constexpr,
-              APPROXIMATE: tl.constexpr):
+def assistant(log_p, log_q, peak, rest, c, inverse_c, lam, log_lam, log_rest, power,
+              MIXTURE: tl.constexpr, SERIES: tl.constexpr, POWERED: tl.constexpr,
+              HAS_ASSISTANT: tl.constexpr, APPROXIMATE: tl.constexpr):
     """(log₂ r, r, w = ∂log r̃/∂log q), given log Σ r̃ in two parts."""
-    log_r, r, w = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE, SERIES,
-                              APPROXIMATE)
+    log_r, r, w = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, power, MIXTURE,
+                              SERIES, POWERED, APPROXIMATE)
     if HAS_ASSISTANT:
         log_r = log_r - peak - rest
     if MIXTURE != MIXTURE_ARITHMETIC:
         r = tl.exp2(log_r)
     return log_r, r, w
+
+
+@triton.jit
+def divided(first, second, u, k):
+    """(first - second) / k, given ln first - ln second = k u; its limit for k = 0, and nothing
+    cancels near it; see divergences._divided."""
+    t = tl.abs(k * u)
+    # (1 - e⁻ᵗ) / t to the fifth order.
+    series = 1.0 - t * (1.0 / 2 - t * (1.0 / 6 - t * (1.0 / 24 - t * (1.0 / 120 - t / 720))))
+    inverse_k = 1.0 / tl.where(k == 0, 1.0, tl.abs(k))
+    rise = tl.where(t < 2 * SERIES_LIMIT, tl.abs(u) * series,
+                    (1.0 - tl.exp2(-t * LOG2_E)) * inverse_k)
+    return tl.maximum(first, second) * tl.where(u < 0, -rise, rise)
 
 
 @triton.jit
@@ -220,14 +171,35 @@ def divergence_terms(log_a, log_b, a, b, x, y, DIVERGENCE: tl.constexpr):
         d_b = b - a
         value = d_a + d_b
     elif DIVERGENCE == DIVERGENCE_ALPHA_BETA:
-        # Where neither has any probability, powers below 0 are infinite and their sum is 0.
-        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -UNBOUNDED)
-        log_a = tl.where(neither, 0.0, log_a)
-        log_b = tl.where(neither, 0.0, log_b)
         both = tl.exp2(x * log_a + y * log_b)
         d_a = (tl.exp2((x + y) * log_a) - both) * (1.0 / y)
         d_b = (tl.exp2((x + y) * log_b) - both) * (1.0 / x)
         value = (d_a + d_b) * (1.0 / (x + y))
+    elif DIVERGENCE >= DIVERGENCE_ALPHA_BETA_BY_SUM:
+        s = x + y
+        # Where neither has any probability, powers below 0 are infinite and their sum is 0.
+        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -UNBOUNDED)
+        log_a = tl.where(neither, 0.0, log_a)
+        log_b = tl.where(neither, 0.0, log_b)
+        u = (log_a - log_b) * LN_2
+        if DIVERGENCE == DIVERGENCE_LOG_SQUARES:
+            value = 0.5 * u * u
+            d_a = u
+            d_b = -u
+        else:
+            of_a = tl.exp2(s * log_a)
+            of_b = tl.exp2(s * log_b)
+            both = tl.exp2(x * log_a + y * log_b)
+            d_a = divided(of_a, both, u, y)
+            d_b = -divided(both, of_b, u, x)
+            if DIVERGENCE == DIVERGENCE_ALPHA_BETA_BY_SUM:
+                value = (d_a + d_b) * (1.0 / s)
+            elif DIVERGENCE == DIVERGENCE_ALPHA_BETA_BY_X:
+                value = (d_a - divided(of_a, of_b, u, s)) * (1.0 / x)
+            else:
+                value = (d_b + divided(of_a, of_b, u, s)) * (1.0 / y)
+        # Infinite rather than ∞ - ∞ (`infinite_arguments`); NaN of the logits stays.
+        value = tl.where((tl.abs(u) > UNBOUNDED) & (value != value), 0.0, value)
     elif DIVERGENCE == DIVERGENCE_TOTAL_VARIATION:
         value = 0.5 * tl.abs(a - b)
         sign = tl.where(a > b, 0.5, tl.where(a < b, -0.5, 0.0))
@@ -244,9 +216,18 @@ def divergence_terms(log_a, log_b, a, b, x, y, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
+def weighted(weight, term, DIVERGENCE: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """weight · term; 0 where a token's own weight is, though the term be infinite."""
+    # KL's terms are finite.
+    if PER_TOKEN and DIVERGENCE != DIVERGENCE_KL:
+        return tl.where(weight == 0, 0.0, weight * term)
+    return weight * term
+
+
+@triton.jit
 def objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE: tl.constexpr,
-                    BALANCED: tl.constexpr, PR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr,
-                    RQ: tl.constexpr):
+                    BALANCED: tl.constexpr, PER_TOKEN: tl.constexpr, PR: tl.constexpr,
+                    QR: tl.constexpr, RP: tl.constexpr, RQ: tl.constexpr):
     """D, A = ∂D/∂log r and B = ∂D/∂log q, over the orders with their weights pr, qr, rp and rq."""
     p = tl.exp2(log_p)
     q = tl.exp2(log_q)
@@ -260,20 +241,20 @@ def objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE: tl
     else:
         if PR:
             f, _, d_r = divergence_terms(log_p, log_r, p, r, x, y, DIVERGENCE)
-            value += pr * f
-            a += pr * d_r
+            value += weighted(pr, f, DIVERGENCE, PER_TOKEN)
+            a += weighted(pr, d_r, DIVERGENCE, PER_TOKEN)
         if QR:
             f, d_q, d_r = divergence_terms(log_q, log_r, q, r, x, y, DIVERGENCE)
-            value += qr * f
-            a += qr * d_r
-            b += qr * d_q
+            value += weighted(qr, f, DIVERGENCE, PER_TOKEN)
+            a += weighted(qr, d_r, DIVERGENCE, PER_TOKEN)
+            b += weighted(qr, d_q, DIVERGENCE, PER_TOKEN)
         if RP:
             f, d_r, _ = divergence_terms(log_r, log_p, r, p, x, y, DIVERGENCE)
-            value += rp * f
-            a += rp * d_r
+            value += weighted(rp, f, DIVERGENCE, PER_TOKEN)
+            a += weighted(rp, d_r, DIVERGENCE, PER_TOKEN)
         if RQ:
             f, d_r, d_q = divergence_terms(log_r, log_q, r, q, x, y, DIVERGENCE)
-            value += rq * f
-            a += rq * d_r
-            b += rq * d_q
+            value += weighted(rq, f, DIVERGENCE, PER_TOKEN)
+            a += weighted(rq, d_r, DIVERGENCE, PER_TOKEN)
+            b += weighted(rq, d_q, DIVERGENCE, PER_TOKEN)
     return value, a, b
