@@ -60,6 +60,9 @@ class Loss(Section):
     ce_weight: Annotated[Scheduled, within(0, math.inf)] = 0.0
     """The coefficient of the cross entropy with the data's labels."""
 
+    normalise: Literal["tokens", "sequence"] = "tokens"
+    """Mean over the global batch's tokens, or over its sequences of the mean over their tokens."""
+
     @property
     def scheduled(self) -> dict[str, Schedule | Piecewise | TaidSchedule]:
         """The values that change with the step, by key; a preset's own keys included."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from amid_ds.config.recipe import DivergenceSpec, Loss
+from dataclasses import replace
+
+from amid_ds.config.recipe import DivergenceSpec, Loss, Recipe
 from amid_ds.config.schedule import TaidState, loss_at
 from amid_ds.errors import InputError
 from amid_ds.losses import AlphaBeta, AMiD, preset
-from amid_ds.models.distiller import StepObjective
+from amid_ds.models.distiller import StepObjective, StepObjectives
 
 
 def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = None) -> StepObjective:
@@ -23,9 +25,19 @@ def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = Non
     return StepObjective(amid, now.kd_weight * factor, now.ce_weight, scheduled)   # type: ignore[arg-type, operator]
 
 
+def objectives_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> StepObjectives:
+    """What optimizer step `step` (from 0) of the recipe learns from tokens of each origin.
+
+    taid, errors: as `objective_at` has them.
+    """
+    total = recipe.train.total_steps
+    base = objective_at(recipe.loss, step, total, taid)
+    return StepObjectives(base, replace(base, ce_weight=0.0))
+
+
 def _amid(loss: Loss) -> AMiD:
     """The AMiD objective of a loss without schedules."""
-    not_amids = {"preset", "kd_weight", "ce_weight", "temperature_scaling"}
+    not_amids = {"preset", "kd_weight", "ce_weight", "temperature_scaling", "normalise"}
     values = {key: value for key, value in loss if key not in not_amids}
     if isinstance(loss.divergence, DivergenceSpec):
         values["divergence"] = AlphaBeta(loss.divergence.alpha_beta.alpha,
