@@ -18,6 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amid_ds.data import PreparedLoader
 from amid_ds.data.batch import Batch, TokenRow, collate_rows
+from amid_ds.losses import AMiD
+from amid_ds.models.distiller import Distiller, Part, StepObjective, StepObjectives
+from amid_ds.models.heads import logits_of, run_body
 
 STEPS = 3
 TRAIN = {"steps": STEPS, "seq_length": 24, "micro_batch_size": 2, "global_batch_size": 12,
@@ -57,6 +60,85 @@ def test_a_sequence_is_a_document_that_is_kept_apart_or_else_a_row():
     assert alone.sequences.tolist() == [0] * 5 + [1] * 5
     empty = collate_rows([row(3, ())], [])
     assert empty.sequence_count == 0 and empty.sequence_weights(0.0).tolist() == []
+
+
+BASE = StepObjective(AMiD(lam=0.3), kd_weight=1.0, ce_weight=0.5)
+OTHER = StepObjective(AMiD(lam=0.6, order="qr"), kd_weight=0.7, ce_weight=0.0)
+WORDS_ALONE = StepObjective(AMiD(lam=0.6), kd_weight=0.0, ce_weight=1.0)
+
+
+@pytest.fixture(scope="module")
+def distiller(shared_model) -> Distiller:
+    student, teacher = (AutoModelForCausalLM.from_pretrained(shared_model(family, seed))
+                        for seed, family in enumerate(("llama-tied", "gpt2")))
+    return Distiller(student, teacher, vocab_size=30)
+
+
+def test_each_token_is_learnt_as_its_source_says(distiller):
+    rows = [row(12, (2, 4, 9, 12), (5, 8)), row(7, (1, 7)), row(6, (2, 6)), row(9, (5, 9))]
+    batch = collate_rows(rows, [], [1, 0, 2, 0])
+    objectives = StepObjectives(BASE, BASE, {0: BASE, 1: OTHER, 2: BASE})
+    parts = objectives.parts(batch, sampled=False)
+    assert [part.objective for part in parts] == [BASE, OTHER]
+    weights = torch.linspace(0.1, 1, len(batch.valid))
+    teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
+    own = distiller(batch.input_ids, batch.valid, batch.targets, weights, teacher_hidden,
+                    batch.positions, parts=parts, documents=batch.documents)
+    distiller.zero_grad()
+    own.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in distiller.student.parameters()]
+    log_q, log_p = (logits_of(head, hidden).double()[:, :30].log_softmax(-1)
+                    for head, hidden in zip(distiller.head.heads(), grad_hidden_states(
+                        distiller, batch), strict=True))
+    loss = kd_sum = 0
+    for i, source in enumerate(batch.source_numbers.tolist()):
+        kind = objectives.by_source[source]
+        lam, order = kind.amid.lam, kind.amid.order
+        log_r = torch.log(lam * log_p[i].exp() + (1 - lam) * log_q[i].exp())
+        kd = DIVERGENCES[order](log_p[i], log_q[i], log_r)
+        ce = -log_q[i, batch.targets[i]]
+        loss = loss + weights[i] * (kind.kd_weight * kd + kind.ce_weight * ce)
+        kd_sum += weights[i] * kd.item()
+        # Cross entropy that is not learnt may be infinite and is no place of a NaN.
+        expected = [kd.item(), ce.item() if kind.ce_weight else 0.0]
+        assert own.tokens[i].tolist() == pytest.approx(expected, rel=1e-4)
+    assert own.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert own.kd.item() == pytest.approx(kd_sum.item(), rel=1e-5)
+    distiller.zero_grad()
+    loss.backward()
+    for parameter, gradient in zip(distiller.student.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def grad_hidden_states(distiller: Distiller, batch: Batch) -> list[Tensor]:
+    """Both models' hidden states at the labels, the student's with its graph."""
+    states = [run_body(model, batch.input_ids, batch.positions).flatten(0, 1)[batch.valid]
+              for model in (distiller.student, distiller.teacher)]
+    return [states[0], states[1].detach()]
+
+
+def test_a_kind_without_a_token_is_left_out_and_one_part_stays(distiller):
+    objectives = StepObjectives(BASE, OTHER, {0: BASE, 1: OTHER, 2: BASE})
+    alike = collate_rows([row(7, (1, 7)), row(6, (2, 6))], [], [2, 0])
+    # The row of the other source has no label.
+    silent = collate_rows([row(7, ()), row(6, (2, 6))], [], [0, 1])
+    empty = collate_rows([row(3, ())], [])
+    found = [objectives.parts(batch, sampled=False) for batch in (alike, silent, empty)]
+    assert found == [[Part(BASE)], [Part(OTHER)], [Part(BASE)]]
+    assert objectives.parts(alike, sampled=True) == [Part(OTHER)]
+    hidden, head = torch.zeros(0, 32, requires_grad=True), distiller.student.lm_head.weight
+    out = distiller.head(hidden, None, torch.zeros(0).long(), torch.zeros(0), parts=found[2])
+    out.loss.backward()
+    assert head.grad is not None and out.tokens.shape == (0, 2)
+
+
+def test_a_step_runs_the_teacher_where_any_of_its_origins_may_need_it(distiller):
+    mixed = StepObjectives(BASE, WORDS_ALONE, {0: WORDS_ALONE, 1: BASE})
+    alone = StepObjectives(BASE, BASE, {0: WORDS_ALONE})
+    assert distiller.uses_teacher(mixed.of_step(False))
+    assert not distiller.uses_teacher(mixed.of_step(True))
+    assert not distiller.uses_teacher(alone.of_step(False))
+    assert distiller.uses_teacher(StepObjectives(BASE, WORDS_ALONE).of_step(False))
 
 
 def reference_metrics(student: Path, teacher: Path, prepared: Path, sources: list[dict],
