@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from amid_ds.config.recipe import DivergenceSpec, Loss
+from amid_ds.config.recipe import Loss
 from amid_ds.config.schedule import TaidState, loss_at
 from amid_ds.errors import InputError
-from amid_ds.losses import AlphaBeta, AMiD, preset
+from amid_ds.losses import AMiD, preset
 from amid_ds.models.distiller import StepObjective
 
 
@@ -25,11 +25,9 @@ def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = Non
 
 def _amid(loss: Loss) -> AMiD:
     """The AMiD objective of a loss without schedules."""
-    not_amids = {"preset", "kd_weight", "ce_weight", "temperature_scaling"}
+    not_amids = {"preset", "kd_weight", "ce_weight", "temperature_scaling", "normalise", "power",
+                 "token_weight"}
     values = {key: value for key, value in loss if key not in not_amids}
-    if isinstance(loss.divergence, DivergenceSpec):
-        values["divergence"] = AlphaBeta(loss.divergence.alpha_beta.alpha,
-                                         loss.divergence.alpha_beta.beta)
     try:
         if loss.preset is None:
             return AMiD(**values)
