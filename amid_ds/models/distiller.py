@@ -82,15 +82,15 @@ class StepObjectives:
         if len(objectives) == 1 or not len(batch.valid):
             return [_part(objectives[0], batch.sequences)]
         sources = batch.source_numbers
-        # Sources without a loss of their own share one.
+        # Sources by the first one that is learnt from alike.
         alike: dict[int, list[int]] = {}
         for source in sources.unique().tolist():
-            alike.setdefault(id(self.by_source[source]), []).append(source)
+            alike.setdefault(objectives.index(self.by_source[source]), []).append(source)
         if len(alike) == 1:
-            return [_part(self.by_source[int(sources[0])], batch.sequences)]
-        return [_part(self.by_source[own[0]], batch.sequences,
+            return [_part(objectives[next(iter(alike))], batch.sequences)]
+        return [_part(objectives[first], batch.sequences,
                       torch.isin(sources, torch.tensor(own)).nonzero()[:, 0])
-                for own in alike.values()]
+                for first, own in alike.items()]
 
 
 def _part(objective: StepObjective, sequences: Tensor, tokens: Tensor | None = None) -> Part:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from amid_ds.config.recipe import DivergenceSpec, Loss, Recipe
+from amid_ds.config.recipe import Loss, Recipe
 from amid_ds.config.schedule import TaidState, loss_at
 from amid_ds.errors import InputError
-from amid_ds.losses import AlphaBeta, AMiD, preset
+from amid_ds.losses import AMiD, preset
 from amid_ds.models.distiller import StepObjective, StepObjectives
 
 
@@ -30,18 +28,20 @@ def objectives_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> S
 
     taid, errors: as `objective_at` has them.
     """
-    total = recipe.train.total_steps
-    base = objective_at(recipe.loss, step, total, taid)
-    return StepObjectives(base, replace(base, ce_weight=0.0))
+    def at(loss: Loss) -> StepObjective:
+        return objective_at(loss, step, recipe.train.total_steps, taid)
+
+    base, own = at(recipe.loss), recipe.source_losses
+    every_source = range(len(recipe.data.train) if own else 0)
+    return StepObjectives(base, at(recipe.sampled_loss), {
+        number: at(own[number]) if number in own else base for number in every_source})
 
 
 def _amid(loss: Loss) -> AMiD:
     """The AMiD objective of a loss without schedules."""
-    not_amids = {"preset", "kd_weight", "ce_weight", "temperature_scaling", "normalise"}
+    not_amids = {"preset", "kd_weight", "ce_weight", "temperature_scaling", "normalise", "power",
+                 "token_weight"}
     values = {key: value for key, value in loss if key not in not_amids}
-    if isinstance(loss.divergence, DivergenceSpec):
-        values["divergence"] = AlphaBeta(loss.divergence.alpha_beta.alpha,
-                                         loss.divergence.alpha_beta.beta)
     try:
         if loss.preset is None:
             return AMiD(**values)

@@ -133,7 +133,7 @@ class Rollouts:
         step, total = self.state.step, self.recipe.train.total_steps
         chance = float(torch.rand((), generator=_generator(self.recipe, step, CHOICE_SEED)))
         source, metrics = self._choose(chance)
-        if not value_at(self.recipe.loss.kd_weight, step, total):
+        if not value_at(self.recipe.sampled_loss.kd_weight, step, total):
             # A step without the teacher would learn nothing from student samples.
             source = "data"
         metrics = {"rollout": float(source != "data"), **metrics}
