@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,7 +13,12 @@ import torch
 from support.data import split_documents, write_instructions, write_texts
 from support.ranks import run_ranks
 from support.reference_loop import reference_adamw
-from support.runs import read_metrics, write_recipe
+from support.runs import (
+    comparable_metrics,
+    read_metrics,
+    write_gathering_config,
+    write_recipe,
+)
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -187,19 +194,63 @@ def require_same(run: Path, truth: list[dict]) -> None:
             assert line[name] == pytest.approx(value, rel=1e-4), (run, line["step"], name)
 
 
-def test_a_mean_over_sequences_is_the_same_on_1_2_and_3_ranks_and_in_a_plain_loop(
-        shared_model, sources, tmp_path):
-    pair = shared_model("llama-tied", 0), shared_model("gpt2", 1)
-    loss = {"lam": 0.3, "order": "pr", "ce_weight": 0.5}
-    recipe = write_recipe(
-        tmp_path / "r.yaml", *pair, Path(sources[0]["path"]), tmp_path / "run1",
-        data__train=sources, data__prepared=str(tmp_path / "data"), train=TRAIN,
-        loss={**loss, "normalise": "sequence"})
-    truth = None
-    # 3 micro-batches of 2 rows, 2 of 3, 3 of 2.
-    for ranks, rows in ((1, 4), (2, 2), (3, 2)):
-        run = tmp_path / f"run{ranks}"
-        run_ranks(ranks, "train", recipe, f"output_dir={run}", f"train.micro_batch_size={rows}")
-        truth = truth or reference_metrics(*pair, tmp_path / "data", sources, [loss, loss],
-                                           "sequence")
-        require_same(run, truth)
+LOSSES = [{"lam": 0.3, "order": "pr", "ce_weight": 0.5},
+          {"lam": 0.6, "order": "qr", "kd_weight": 0.7, "ce_weight": 0.0}]
+
+
+@pytest.fixture(scope="module")
+def recipe_for(shared_model, sources, tmp_path_factory) -> Callable[..., Path]:
+    """recipe_for(normalise): learns from the text and the instructions by LOSSES; every weight is
+    gathered at each use."""
+    folder = tmp_path_factory.mktemp("recipes")
+    base, own = LOSSES
+
+    def write(normalise: str) -> Path:
+        return write_recipe(
+            folder / f"{normalise}.yaml", shared_model("llama-tied", 0), shared_model("gpt2", 1),
+            Path(sources[0]["path"]), folder / normalise,
+            data__train=[sources[0], {**sources[1], "loss": own}], train=TRAIN,
+            data__prepared=str(folder / "data"), loss={**base, "normalise": normalise},
+            deepspeed=str(write_gathering_config(folder)))
+    return write
+
+
+@pytest.fixture(scope="module")
+def truth_of(shared_model, sources, recipe_for) -> Callable[[str], list[dict]]:
+    """truth_of(normalise): a plain loop's metrics, once the data are prepared."""
+    return functools.cache(lambda normalise: reference_metrics(
+        shared_model("llama-tied", 0), shared_model("gpt2", 1),
+        recipe_for(normalise).parent / "data", sources, LOSSES, normalise))
+
+
+# Ranks, rows of a micro-batch: three micro-batches, two, three.
+LAYOUTS = [pytest.param(1, 4, id="1"), pytest.param(2, 3, id="2"),
+           pytest.param(3, 2, id="3", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("ranks", "rows"), LAYOUTS)
+def test_losses_of_sources_and_means_over_sequences_are_a_plain_loops_on_any_ranks(
+        recipe_for, truth_of, ranks, rows, tmp_path):
+    run_ranks(ranks, "train", recipe_for("sequence"), f"output_dir={tmp_path}/run",
+              f"train.micro_batch_size={rows}")
+    require_same(tmp_path / "run", truth_of("sequence"))
+
+
+@pytest.mark.slow
+def test_a_run_with_losses_of_sources_goes_on_where_it_was(recipe_for, tmp_path):
+    run = tmp_path / "run"
+    changes = (f"output_dir={run}", "checkpoint.every=2")
+    run_ranks(2, "train", recipe_for("sequence"), *changes)
+    whole = comparable_metrics(run)
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:08d}")
+    assert "resumed after step 2" in run_ranks(2, "train", recipe_for("sequence"),
+                                               *changes).output()
+    assert comparable_metrics(run) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["tensor_parallel=2"]], ids=["plain", "tp 2"])
+def test_losses_of_sources_under_a_mean_over_tokens_are_a_plain_loops(recipe_for, truth_of,
+                                                                      overrides, tmp_path):
+    run_ranks(2, "train", recipe_for("tokens"), f"output_dir={tmp_path}/run", *overrides)
+    require_same(tmp_path / "run", truth_of("tokens"))
