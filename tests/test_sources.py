@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from support.data import split_documents, write_instructions, write_texts
 from support.ranks import run_ranks
 from support.reference_loop import reference_adamw
@@ -23,11 +24,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_ds.data import PreparedLoader
+from amid_ds.config.parse import dump_recipe, load_recipe
+from amid_ds.data import PreparedLoader, load_tokenizer, prepare
 from amid_ds.data.batch import Batch, TokenRow, collate_rows
+from amid_ds.errors import InputError
 from amid_ds.losses import AMiD
 from amid_ds.models.distiller import Distiller, Part, StepObjective, StepObjectives
 from amid_ds.models.heads import logits_of, run_body
+from amid_ds.training.compatibility import refuse_other_run
+from amid_ds.training.objective import objectives_at
 
 STEPS = 3
 TRAIN = {"steps": STEPS, "seq_length": 24, "micro_batch_size": 2, "global_batch_size": 12,
@@ -254,3 +259,75 @@ def test_losses_of_sources_under_a_mean_over_tokens_are_a_plain_loops(recipe_for
                                                                       overrides, tmp_path):
     run_ranks(2, "train", recipe_for("tokens"), f"output_dir={tmp_path}/run", *overrides)
     require_same(tmp_path / "run", truth_of("tokens"))
+
+
+def test_what_a_token_is_learnt_by_follows_from_its_origin(recipe_for):
+    recipe = recipe_for("tokens")
+    by_name = "rollout={share: 0.5, max_new_tokens: 4}", "data.train=[{path: a, prompt: p, " \
+        "response: r}, {path: b, prompt: p, response: r, loss: {order: qr, ce_weight: 0.25}}]"
+    at = objectives_at(load_recipe(recipe, by_name), 0)
+    assert at.by_source == {0: at.base, 1: StepObjective(AMiD(lam=0.3, order="qr"), 1.0, 0.25)}
+    # The student's own words are no labels, unless the recipe says so.
+    assert at.base == StepObjective(AMiD(lam=0.3), 1.0, 0.5)
+    assert at.sampled == StepObjective(AMiD(lam=0.3), 1.0, 0.0)
+    own = objectives_at(load_recipe(recipe, [*by_name, "rollout.loss={preset: srkl, lam: 0.9}"]), 0)
+    assert own.sampled == StepObjective(AMiD(lam=0.9, order="qr"), 1.0, 0.0)
+    said = objectives_at(load_recipe(recipe, [*by_name, "rollout.loss={ce_weight: 0.1}"]), 0)
+    assert said.sampled == StepObjective(AMiD(lam=0.3), 1.0, 0.1)
+    # Nothing by source where no source says anything.
+    assert objectives_at(load_recipe(recipe, ["data.train=[{path: a}, {path: b}]"]),
+                         0).by_source == {}
+
+
+def test_a_sources_loss_is_no_part_of_its_prepared_rows(recipe_for, tmp_path):
+    recipe = load_recipe(recipe_for("tokens"))
+    tokenizer = load_tokenizer(recipe.student.model)
+    plain = [source.model_copy(update={"loss": None}) for source in recipe.data.train]
+    prepare(recipe.data.model_copy(update={"train": plain}), 24, tokenizer, tmp_path)
+    assert prepare(recipe.data, 24, tokenizer, tmp_path).reused
+
+
+def test_a_source_learnt_otherwise_is_another_run(recipe_for, tmp_path):
+    recipe, folder = recipe_for("tokens"), f"output_dir={tmp_path}"
+    began = dump_recipe(load_recipe(recipe, [folder]))
+    (tmp_path / "recipe.yaml").write_text(began)
+    refuse_other_run(load_recipe(recipe, [folder]))
+    for change in ("data.train.1.loss.lam=0.5", "data.train.0.loss={lam: 0.5}",
+                   "data.train.1.loss=null"):
+        with pytest.raises(InputError, match=change.partition("=")[0].removesuffix(".lam")):
+            refuse_other_run(load_recipe(recipe, [folder, change]))
+        allowed = "checkpoint.allow_change=[data.train.0.loss, data.train.1.loss]"
+        refuse_other_run(load_recipe(recipe, [folder, change, allowed]))
+    # A version without the key left a recipe without it.
+    old = yaml.safe_load(began)
+    for source in old["data"]["train"]:
+        del source["loss"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(old))
+    refuse_other_run(load_recipe(recipe, [folder, "data.train.1.loss=null"]))
+
+
+# Of every step's rows the student writes the responses: greedily, as that is fast to follow.
+OWN_WORDS = {"share": 1.0, "temperature": 0, "max_new_tokens": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_students_own_words_are_learnt_by_the_rollouts_loss_alone(
+        ranks, shared_model, instructions_file, tmp_path):
+    pair = shared_model("llama-tied", 0), shared_model("gpt2", 1)
+
+    def metrics(name: str, loss: dict, own: dict | None = None) -> list[dict]:
+        recipe = write_recipe(tmp_path / f"{name}.yaml", *pair, instructions_file, tmp_path / name,
+                              data__prepared=str(tmp_path / "data"), train__steps=2,
+                              train__micro_batch_size=2, loss={**loss, "normalise": "sequence"},
+                              rollout={**OWN_WORDS, "loss": own})
+        run_ranks(ranks, "train", recipe)
+        return comparable_metrics(tmp_path / name)
+
+    wanted = metrics("wanted", {"lam": 0.6, "order": "qr"})
+    got = metrics("got", {"lam": 0.3, "ce_weight": 0.5}, {"lam": 0.6, "order": "qr"})
+    same = ("loss", "kd_loss", "ce_loss", "grad_norm", "tokens", "rollout")
+    assert [[line[key] for key in same] for line in got] == [
+        [line[key] for key in same] for line in wanted]
+    both = metrics("both", {"lam": 0.3}, {"ce_weight": 0.5})[0]
+    assert both["loss"] == pytest.approx(both["kd_loss"] + 0.5 * both["ce_loss"], rel=1e-5)
