@@ -28,7 +28,7 @@ from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.data import PreparedLoader, load_tokenizer, prepare
 from amid_ds.data.batch import Batch, TokenRow, collate_rows
 from amid_ds.errors import InputError
-from amid_ds.losses import AMiD
+from amid_ds.losses import AMiD, PerToken
 from amid_ds.models.distiller import Distiller, Part, StepObjective, StepObjectives
 from amid_ds.models.heads import logits_of, run_body
 from amid_ds.training.compatibility import refuse_other_run
@@ -120,6 +120,28 @@ def test_each_token_is_learnt_as_its_source_says(distiller):
     loss.backward()
     for parameter, gradient in zip(distiller.student.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_tokens_of_a_sequence_are_chosen_within_it_whatever_stands_beside_it(distiller):
+    chosen = StepObjective(AMiD(lam=0.6, token_weight=PerToken("teacher_entropy", top=0.5)), 1.0,
+                           0.0)
+    rows = [row(12, (2, 5, 8, 12), (6,)), row(7, (1, 7)), row(6, (2, 6))]
+    batch = collate_rows(rows, [], [1, 0, 1])
+    parts = StepObjectives(BASE, BASE, {0: BASE, 1: chosen}).parts(batch, sampled=False)
+    weights = torch.ones(len(batch.valid))
+    teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
+    whole, none = (distiller(batch.input_ids, batch.valid, batch.targets, weights, teacher_hidden,
+                             batch.positions, batch.sequences, parts=own,
+                             documents=batch.documents) for own in (parts, [Part(BASE)]))
+    logits = logits_of(distiller.head.heads()[1], teacher_hidden)[:, :30].double()
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    expected = sum(none.tokens[i] @ torch.tensor([1.0, 0.5])
+                   for i in range(len(weights)) if batch.source_numbers[i] == 0)
+    for sequence in (0, 1, 3):
+        own = (batch.sequences == sequence).nonzero()[:, 0]
+        best = own[entropy[own].argsort(descending=True)[:-(-len(own) // 2)]]
+        expected += whole.tokens[best, 0].sum()
+    assert whole.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def grad_hidden_states(distiller: Distiller, batch: Batch) -> list[Tensor]:
