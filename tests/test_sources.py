@@ -326,30 +326,3 @@ def test_a_source_learnt_otherwise_is_another_run(recipe_for, tmp_path):
         del source["loss"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(old))
     refuse_other_run(load_recipe(recipe, [folder, "data.train.1.loss=null"]))
-
-
-# Of every step's rows the student writes the responses: greedily, as that is fast to follow.
-OWN_WORDS = {"share": 1.0, "temperature": 0, "max_new_tokens": 8}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_students_own_words_are_learnt_by_the_rollouts_loss_alone(
-        ranks, shared_model, instructions_file, tmp_path):
-    pair = shared_model("llama-tied", 0), shared_model("gpt2", 1)
-
-    def metrics(name: str, loss: dict, own: dict | None = None) -> list[dict]:
-        recipe = write_recipe(tmp_path / f"{name}.yaml", *pair, instructions_file, tmp_path / name,
-                              data__prepared=str(tmp_path / "data"), train__steps=2,
-                              train__micro_batch_size=2, loss={**loss, "normalise": "sequence"},
-                              rollout={**OWN_WORDS, "loss": own})
-        run_ranks(ranks, "train", recipe)
-        return comparable_metrics(tmp_path / name)
-
-    wanted = metrics("wanted", {"lam": 0.6, "order": "qr"})
-    got = metrics("got", {"lam": 0.3, "ce_weight": 0.5}, {"lam": 0.6, "order": "qr"})
-    same = ("loss", "kd_loss", "ce_loss", "grad_norm", "tokens", "rollout")
-    assert [[line[key] for key in same] for line in got] == [
-        [line[key] for key in same] for line in wanted]
-    both = metrics("both", {"lam": 0.3}, {"ce_weight": 0.5})[0]
-    assert both["loss"] == pytest.approx(both["kd_loss"] + 0.5 * both["ce_loss"], rel=1e-5)
