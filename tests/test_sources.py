@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,8 @@ from amid_ds.errors import InputError
 from amid_ds.losses import AMiD, PerToken
 from amid_ds.models.distiller import Distiller, Part, StepObjective, StepObjectives
 from amid_ds.models.heads import logits_of, run_body
+from amid_ds.planning.devices import find_device
+from amid_ds.planning.plan import make_plan
 from amid_ds.training.compatibility import refuse_other_run
 from amid_ds.training.objective import objectives_at
 
@@ -307,6 +310,32 @@ def test_a_sources_loss_is_no_part_of_its_prepared_rows(recipe_for, tmp_path):
     plain = [source.model_copy(update={"loss": None}) for source in recipe.data.train]
     prepare(recipe.data.model_copy(update={"train": plain}), 24, tokenizer, tmp_path)
     assert prepare(recipe.data, 24, tokenizer, tmp_path).reused
+
+
+def test_a_plan_counts_a_gradient_of_the_head_for_each_loss_of_a_micro_batch(recipe_for, distiller):
+    recipe, alike = recipe_for("tokens"), "data.train.1.loss=null"
+    head = distiller.student.lm_head.weight
+    planned = {changes: make_plan(load_recipe(recipe, changes), 1, 2, find_device("cpu", 2))
+               .memory_per_rank["loss_workspace"]
+               for changes in ((), (alike,), ("train.micro_batch_size=1",),
+                               (alike, "train.micro_batch_size=1"))}
+    two, one, *of_one_row = planned.values()
+    assert two - one == head.numel() * head.element_size() and len(set(of_one_row)) == 1
+    batch = collate_rows([row(7, (1, 7)), row(6, (2, 6))], [], [0, 1])
+    objectives = StepObjectives(BASE, BASE, {0: BASE, 1: OTHER})
+    for parts, held in ((objectives.parts(batch, False), 2), ([Part(BASE)], 1)):
+        before = len(tensors_like(head))
+        out = distiller(batch.input_ids, batch.valid, batch.targets, torch.ones(len(batch.valid)),
+                        distiller.teacher_hidden_states([batch], 1)[0], parts=parts)
+        assert len(tensors_like(head)) - before == held
+        del out
+
+
+def tensors_like(weight: Tensor) -> list[Tensor]:
+    """The tensors of its shape that are alive and no parameters."""
+    gc.collect()
+    return [found for found in gc.get_objects() if isinstance(found, Tensor)
+            and found.shape == weight.shape and not isinstance(found, torch.nn.Parameter)]
 
 
 def test_a_source_learnt_otherwise_is_another_run(recipe_for, tmp_path):
