@@ -231,7 +231,8 @@ def ranks_of_shard(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> i
 def _count_teacher(recipe: Recipe, placement: Placement) -> ModelCosts | None:
     """The teacher's costs; None where there is none, or no step gives its divergence any weight."""
     teacher = recipe.teacher
-    if teacher is None or not any(bounding_values(recipe.loss.kd_weight)):
+    if teacher is None or not any(any(bounding_values(loss.kd_weight)) or loss.token_weight
+                                  for loss in recipe.losses):
         return None
     dtype = loading.DTYPES.get(teacher.dtype)
     if dtype is None:
