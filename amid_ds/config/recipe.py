@@ -6,26 +6,19 @@ need the recipe alone are here; checks that need ranks, models or data are in tr
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Rows, Source
+from amid_ds.config.checkpoint_section import Best, CheckpointPolicy
+from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Generation, Rows, Source
+from amid_ds.config.loss_section import AlphaBetaSpec, DivergenceSpec, Loss
 from amid_ds.config.optimizer_section import Muon, OptimizerKeys
 from amid_ds.config.rate_section import RateKeys
-from amid_ds.config.scheduled_values import (
-    Piecewise,
-    Schedule,
-    Scheduled,
-    TaidSchedule,
-    bounding_values,
-    within,
-)
+from amid_ds.config.scheduled_values import Piecewise, Schedule, TaidSchedule, bounding_values
 from amid_ds.config.section import (
     MAX_INT,
-    Finite,
     NonNegative,
     NonNegativeInt,
     PathText,
@@ -37,10 +30,10 @@ from amid_ds.config.section import (
 
 # Every section under one roof: other folders import them from here.
 __all__ = [
-    "AlphaBetaSpec", "Auxiliary", "CheckpointPolicy", "Data", "DivergenceSpec", "Dtype", "EvalSet",
-    "HubKwargs", "Loss", "Muon", "Piecewise", "PretrainedModel", "ProfileSteps", "Recipe", "Replay",
-    "Rollout", "Rows", "Schedule", "Section", "Slurm", "Source", "Student", "TaidSchedule",
-    "Teacher", "Train", "bounding_values"]
+    "AlphaBetaSpec", "Auxiliary", "Best", "CheckpointPolicy", "Data", "DivergenceSpec", "Dtype",
+    "EvalSet", "Generation", "HubKwargs", "Loss", "Muon", "Piecewise", "PretrainedModel",
+    "ProfileSteps", "Recipe", "Replay", "Rollout", "Rows", "Schedule", "Section", "Slurm", "Source",
+    "Student", "TaidSchedule", "Teacher", "Train", "bounding_values"]
 
 Dtype = Literal["auto", "bf16", "fp32"]
 
@@ -95,77 +88,6 @@ class Teacher(PretrainedModel):
         if self.shard_over is not None and self.placement not in ("auto", "node"):
             raise ValueError(f"`shard_over` {self.shard_over} with `placement: {self.placement}`, "
                              "which has no ranks to choose; leave it out, or set `placement: node`")
-        return self
-
-
-class AlphaBetaSpec(Section):
-    """The two parameters of the alpha-beta divergence."""
-
-    alpha: Finite
-    beta: Finite
-
-
-class DivergenceSpec(Section):
-    """A divergence with parameters."""
-
-    alpha_beta: AlphaBetaSpec
-
-
-class Loss(Section):
-    """The AMiD objective, or a `preset` with its own keys (see `amid_ds.losses.preset`)."""
-
-    # For a preset's own keys. Without a preset, parse.py refuses unknown keys.
-    model_config = ConfigDict(extra="allow")
-    preset: str | None = None
-    """One of the published special cases; None: the AMiD objective from the keys below."""
-    __pydantic_extra__: dict[str, Scheduled] = Field(init=False)
-    alpha: Scheduled = -1.0
-    """α of the assistant's mixture: -1 arithmetic, 1 geometric, 3 harmonic."""
-    lam: Annotated[Scheduled, within(0, 1)] = 0.1
-    """λ, the teacher's share in the assistant."""
-    divergence: str | DivergenceSpec = "kl"
-    """`kl`, `total_variation`, `squared_hellinger`, or {alpha_beta: {alpha, beta}}."""
-    order: str | dict[str, NonNegative] = "pr"
-    """The divergence's arguments of p (teacher), q (student), r (assistant): `pr` is D(p‖r); a
-    mapping from orders to weights is their weighted sum."""
-    temperature: Annotated[Scheduled, within(0, math.inf, open_low=True)] = 1.0
-    """Divides both models' logits."""
-    temperature_scaling: Literal["none", "squared"] = "none"
-    """A factor of the divergence. none: 1; squared: temperature², so that the gradient keeps its
-    size at high temperatures (Hinton et al., 2015)."""
-    detach_assistant: bool = False
-    """Treat the assistant as a fixed target, without a gradient through it."""
-    kd_weight: Annotated[Scheduled, within(0, math.inf)] = 1.0
-    """The coefficient of the divergence."""
-    ce_weight: Annotated[Scheduled, within(0, math.inf)] = 0.0
-    """The coefficient of the cross entropy with the data's labels."""
-
-    @property
-    def scheduled(self) -> dict[str, Schedule | Piecewise | TaidSchedule]:
-        """The values that change with the step, by key; a preset's own keys included."""
-        return {name: value for name, value in self
-                if isinstance(value, (Schedule, Piecewise, TaidSchedule))}
-
-    @property
-    def adaptive(self) -> TaidSchedule | None:
-        """The schedule that follows the divergence; None: no value does."""
-        return next((value for value in self.scheduled.values()
-                     if isinstance(value, TaidSchedule)), None)
-
-    @model_validator(mode="after")
-    def _only_the_interpolation_adapts(self) -> Loss:
-        interpolation = "t" if self.preset == "taid" else "lam"
-        for name, value in self.scheduled.items():
-            if isinstance(value, TaidSchedule) and name != interpolation:
-                raise ValueError(f"`{name}` is adaptive: only `{interpolation}`, the teacher's "
-                                 "share, can be")
-        return self
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> Loss:
-        if not any(bounding_values(self.kd_weight) + bounding_values(self.ce_weight)):
-            raise ValueError("kd_weight and ce_weight are both 0: nothing would be learnt; give "
-                             "one of them a weight")
         return self
 
 
@@ -255,19 +177,6 @@ class Rollout(Section):
         return self
 
 
-class CheckpointPolicy(Section):
-    """The checkpoints that are written and kept, and the changes that a resumed run may make."""
-
-    every: PositiveInt = 100
-    """Steps between checkpoints."""
-    keep: Annotated[int, Field(ge=2, le=MAX_INT)] = 2
-    """The newest ones that stay; two at least, so that one is left if the newest is damaged."""
-    keep_every: PositiveInt | None = None
-    """Checkpoints of steps that this number divides stay too."""
-    allow_change: list[str] = Field(default=[])
-    """Keys of the recipe in which a resumed run may differ from the attempts before."""
-
-
 class Slurm(Section):
     """The requeueing of a Slurm job."""
 
@@ -312,6 +221,25 @@ class Recipe(Section):
         if self.train.eval_every and not self.data.eval:
             raise ValueError(f"`train.eval_every` is {self.train.eval_every}, and `data.eval` "
                              "names no set; name one")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        best = self.checkpoint.best
+        problems = [] if best is None else list(best.problems(
+            self.data.eval, self.teacher is not None, self.train.eval_every))
+        if best is not None and problems:
+            raise ValueError(f"`checkpoint.best.metric` {best.metric!r} is not measured: "
+                             + "; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _generations_fit(self) -> Recipe:
+        for each in self.data.eval:
+            if each.generate and each.generate.max_new_tokens >= self.train.seq_length:
+                raise ValueError(f"`generate.max_new_tokens` {each.generate.max_new_tokens} of the "
+                                 f"set {each.name!r} leaves a prompt no room in `train.seq_length` "
+                                 f"{self.train.seq_length}; lower the one or raise the other")
         return self
 
     @model_validator(mode="after")
