@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from amid_ds.config.loss_section import OwnLoss
 from amid_ds.config.prompt_templates import TEMPLATES
 from amid_ds.config.section import (
     NonNegative,
@@ -98,6 +99,8 @@ class Source(Rows):
     """The source's share of the rows that are read, relative to the other sources' weights."""
     stream: bool = False
     """Read and tokenised while training, by `datasets`; nothing is prepared."""
+    loss: OwnLoss | None = None
+    """Keys in place of those of the recipe's `loss`, for this source's tokens."""
 
 
 class Auxiliary(Rows):

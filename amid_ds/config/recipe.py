@@ -9,14 +9,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from amid_ds.config.checkpoint_section import Best, CheckpointPolicy
 from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Generation, Rows, Source
-from amid_ds.config.loss_section import AlphaBetaSpec, DivergenceSpec, Loss
+from amid_ds.config.loss_section import (
+    BESIDE_THE_DIVERGENCE,
+    Loss,
+    OwnLoss,
+    Temperatures,
+    TokenWeight,
+    overridden,
+)
 from amid_ds.config.optimizer_section import Muon, OptimizerKeys
 from amid_ds.config.rate_section import RateKeys
-from amid_ds.config.scheduled_values import Piecewise, Schedule, TaidSchedule, bounding_values
+from amid_ds.config.rollout_section import Replay, Rollout
+from amid_ds.config.scheduled_values import (
+    Measure,
+    PerTokenSpec,
+    Piecewise,
+    Schedule,
+    TaidSchedule,
+    bounding_values,
+)
 from amid_ds.config.section import (
     MAX_INT,
     NonNegative,
@@ -25,17 +40,20 @@ from amid_ds.config.section import (
     Positive,
     PositiveInt,
     Section,
-    Share,
 )
 
 # Every section under one roof: other folders import them from here.
 __all__ = [
-    "AlphaBetaSpec", "Auxiliary", "Best", "CheckpointPolicy", "Data", "DivergenceSpec", "Dtype",
-    "EvalSet", "Generation", "HubKwargs", "Loss", "Muon", "Piecewise", "PretrainedModel",
-    "ProfileSteps", "Recipe", "Replay", "Rollout", "Rows", "Schedule", "Section", "Slurm", "Source",
-    "Student", "TaidSchedule", "Teacher", "Train", "bounding_values"]
+    "Auxiliary", "Best", "CheckpointPolicy", "Data", "Dtype", "EvalSet", "Generation", "HubKwargs",
+    "Loss", "Muon", "OwnLoss", "PerTokenSpec", "Piecewise", "PretrainedModel", "ProfileSteps",
+    "Recipe", "Replay", "Rollout", "Rows", "Schedule", "Section", "Slurm", "Source", "Student",
+    "TaidSchedule", "Teacher", "Temperatures", "TokenWeight", "Train", "bounding_values",
+    "overridden"]
 
 Dtype = Literal["auto", "bf16", "fp32"]
+# What metrics.jsonl can say of each step beside its losses. agreement: of both models' first
+# choices.
+Statistic = Literal[Measure, "agreement"]
 
 
 class HubKwargs(TypedDict):
@@ -117,6 +135,8 @@ class Train(OptimizerKeys, RateKeys):
     """On a GPU, take kernels that give the same digits each time; they are slower."""
     log_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl."""
+    statistics: list[Statistic] = Field(default=[])
+    """What metrics.jsonl has beside the losses: means over the tokens of the step's batch."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on data.eval; 0: only at the end."""
     max_hours: Positive | None = None
@@ -132,56 +152,30 @@ class Train(OptimizerKeys, RateKeys):
         return None if self.muon is None else self.muon.learning_rate / self.learning_rate
 
 
-class Replay(Section):
-    """DistiLLM's adaptive off-policy scheme (arXiv 2402.03898).
-
-    With the threshold's probability a step learns from samples of the student, new or kept ones.
-    The threshold rises by 0.1 whenever the validation loss has risen.
-    """
-
-    init_threshold: Share = 0.0
-    """The threshold at the first step."""
-    loss_eps: NonNegative = 0.1
-    """The least rise of the validation loss, in nats per token, since the threshold rose last."""
-    # A replay draws as many completions as the batch has prompts. If these share rows and
-    # outnumber the capacity, the step learns from all that are kept, which is less than a batch.
-    capacity: PositiveInt = 1000
-    """Completions that are kept, over all ranks."""
-    replay_ratio: Literal["constant", "increasing", "decreasing"] = "decreasing"
-    """The share of the threshold at which the student samples anew once the buffer is full.
-    constant: a half; increasing: from 0 to 1 over the run; decreasing: from 1 to 0."""
-
-
-class Rollout(Section):
-    """Steps with responses that the student samples for the batch's prompts."""
-
-    share: Share | None = None
-    """The share of such steps, as in GKD; or else `adaptive`."""
-    adaptive: Replay | None = None
-    """DistiLLM's scheme; or else `share`."""
-    temperature: NonNegative = 1.0
-    """Of the sampling; 0: the most probable token."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the fewest tokens that have this probability together."""
-    max_new_tokens: PositiveInt = 256
-    """The longest response."""
-    batch_size: PositiveInt = 32
-    """Prompts that a rank completes at once."""
-    end_of_text: str | None = None
-    """The token that ends a response; None: the ends that the student and its tokenizer name."""
-
-    @model_validator(mode="after")
-    def _one_scheme(self) -> Rollout:
-        if (self.share is None) == (self.adaptive is None):
-            raise ValueError("one of `share` and `adaptive` says when the student samples")
-        return self
-
-
 class Slurm(Section):
     """The requeueing of a Slurm job."""
 
     max_restarts: NonNegativeInt = 20
     """Restarts of one job after attempts that failed."""
+
+
+# What `rollout.estimator: sampled` puts in the place of the divergence.
+SAMPLED_REVERSE_KL = OwnLoss(preset=None, divergence="sampled_kl", order="qr", lam=1.0)
+
+
+def _without_divergences(raw: dict[str, object]) -> dict[str, object]:
+    """A recipe before its check, in the losses of its sources no divergence."""
+    data = raw.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("train"), list):
+        return raw
+
+    def without(source: object) -> object:
+        if not isinstance(source, dict) or not isinstance(source.get("loss"), dict):
+            return source
+        loss: dict[str, object] = source["loss"]
+        cross_entropy = {key: value for key, value in loss.items() if key != "ce_weight" or value}
+        return {**source, "loss": {**cross_entropy, "kd_weight": 0.0}}
+    return {**raw, "data": {**data, "train": [without(source) for source in data["train"]]}}
 
 
 class Recipe(Section):
@@ -214,7 +208,27 @@ class Recipe(Section):
         if not isinstance(loss, dict):
             return raw
         ce_weight = loss.get("ce_weight") or 1.0
-        return {**raw, "loss": {**loss, "kd_weight": 0.0, "ce_weight": ce_weight}}
+        return {**_without_divergences(raw),
+                "loss": {**loss, "kd_weight": 0.0, "ce_weight": ce_weight}}
+
+    @model_validator(mode="after")
+    def _own_losses_fit(self) -> Recipe:
+        """Each `loss` of a source, or of the rollouts, makes a whole with the recipe's."""
+        for place, own in self.own_losses.items():
+            try:
+                whole = overridden(self.loss, own)
+            except ValidationError as error:
+                problems = "; ".join(each["msg"].removeprefix("Value error, ")
+                                     for each in error.errors())
+                raise ValueError(f"`{place}` over `loss`: {problems}") from None
+            self._require_a_teacher_for(f"{place}.token_weight", whole.token_weight)
+        self._require_a_teacher_for("loss.token_weight", self.loss.token_weight)
+        return self
+
+    def _require_a_teacher_for(self, place: str, weight: TokenWeight | None) -> None:
+        if self.teacher is None and weight is not None and weight.by != "student_entropy":
+            raise ValueError(f"`{place}` by `{weight.by}` without a `teacher`: only "
+                             "`student_entropy` is known; name a teacher, or leave it out")
 
     @model_validator(mode="after")
     def _something_to_evaluate_on(self) -> Recipe:
@@ -247,6 +261,7 @@ class Recipe(Section):
         if self.rollout is not None:
             self._require_prompts()
             self._require_rollout_sizes(self.rollout)
+            self._require_own_words(self.rollout)
         return self
 
     def _require_prompts(self) -> None:
@@ -275,6 +290,30 @@ class Recipe(Section):
                              "batch; raise it to `train.global_batch_size` "
                              f"{train.global_batch_size} or more")
 
+    def _require_own_words(self, rollout: Rollout) -> None:
+        """What is learnt from the student's samples is learnt from them alone."""
+        own, is_sampled = rollout.loss, rollout.estimator == "sampled"
+        if self.loss.adaptive is not None and (own is not None or is_sampled):
+            raise ValueError("`loss` has an adaptive value, which follows one divergence, and "
+                             "rollouts have another: leave `rollout.loss` and "
+                             "`rollout.estimator` out, or take another schedule")
+        if not is_sampled:
+            return
+        if wrong := sorted(own.model_fields_set - {*BESIDE_THE_DIVERGENCE} if own else ()):
+            raise ValueError(f"`rollout.loss.{wrong[0]}` with `rollout.estimator: sampled`, which "
+                             "is the reverse KL; leave one of them out")
+        temperature = self.sampled_loss.temperature
+        if isinstance(temperature, Temperatures):
+            temperature = temperature.student
+        found = (("`rollout.adaptive`" if rollout.adaptive is not None else "")
+                 or (f"`rollout.top_p` {rollout.top_p:g}" if rollout.top_p < 1 else "")
+                 or (f"`rollout.temperature` {rollout.temperature:g} and another of the loss's "
+                     "student" if rollout.temperature != temperature else ""))
+        if found:
+            raise ValueError(f"`rollout.estimator: sampled` with {found}: it is right for samples "
+                             "of today's student as the loss has it; set `share`, `top_p` 1 and "
+                             "the same temperature, or `estimator: exact`")
+
     @field_validator("output_dir", "deepspeed")
     @classmethod
     def _not_empty(cls, value: str) -> str:
@@ -294,6 +333,32 @@ class Recipe(Section):
         return self.model_copy(update={
             "student": self.student.model_copy(update=untrusted),
             "teacher": self.teacher and self.teacher.model_copy(update=untrusted)})
+
+    @property
+    def own_losses(self) -> dict[str, OwnLoss]:
+        """Every `loss` beside the recipe's own, by its place."""
+        own = {f"data.train.{number}.loss": source.loss
+               for number, source in enumerate(self.data.train)}
+        if self.rollout is not None:
+            own["rollout.loss"] = self.rollout.loss
+        return {place: loss for place, loss in own.items() if loss is not None}
+
+    @property
+    def source_losses(self) -> dict[int, Loss]:
+        """What is learnt from sources with a `loss` of their own, by their index in data.train."""
+        return {number: overridden(self.loss, source.loss)
+                for number, source in enumerate(self.data.train) if source.loss is not None}
+
+    @property
+    def sampled_loss(self) -> Loss:
+        """What is learnt from the student's own words: no cross entropy, unless it is named."""
+        own = self.rollout.loss if self.rollout is not None else None
+        loss = self.loss if own is None else overridden(self.loss, own)
+        if own is None or "ce_weight" not in own.model_fields_set:
+            loss = loss.model_copy(update={"ce_weight": 0.0})
+        if self.rollout is not None and self.rollout.estimator == "sampled":
+            loss = overridden(loss, SAMPLED_REVERSE_KL)
+        return loss
 
     @property
     def prepared_dir(self) -> Path:

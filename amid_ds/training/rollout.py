@@ -62,13 +62,14 @@ class RolloutDocument(NamedTuple):
 class StepBatch(NamedTuple):
     """The batch that a step learns from: this rank's micro-batches.
 
-    tokens, padding: of the global batch, its valid tokens and the share of positions that hold
-    nothing. sampled: the responses are student samples. metrics: what metrics.jsonl says of the
-    choice.
+    tokens, sequences, padding: of the global batch, its valid tokens, the sequences that have one
+    and the share of positions that hold nothing. sampled: the responses are student samples.
+    metrics: what metrics.jsonl says of the choice.
     """
 
     window: list[Batch]
     tokens: float
+    sequences: float
     padding: float
     sampled: bool = False
     metrics: Mapping[str, float] = {}
@@ -123,7 +124,7 @@ class Rollouts:
         step, total = self.state.step, self.recipe.train.total_steps
         chance = float(torch.rand((), generator=_generator(self.recipe, step, CHOICE_SEED)))
         source, metrics = self._choose(chance)
-        if not value_at(self.recipe.loss.kd_weight, step, total):
+        if not value_at(self.recipe.sampled_loss.kd_weight, step, total):
             # A step without the teacher would learn nothing from student samples.
             source = "data"
         metrics = {"rollout": float(source != "data"), **metrics}
@@ -204,10 +205,10 @@ class Rollouts:
             empty = collate_rows([TokenRow(np.zeros(3, np.int64), np.empty(0, np.int32),
                                            np.empty(0, np.int32), "")], [])
             window.append(replace(empty, padding=empty.input_ids.numel(), sources=[]))
-        counts = [[len(b.valid), b.padding, b.input_ids.numel()] for b in window]
-        tokens, padding, total = self.world.sum(
+        counts = [[len(b.valid), b.sequence_count, b.padding, b.input_ids.numel()] for b in window]
+        tokens, sequences, padding, total = self.world.sum(
             [sum(column) for column in zip(*counts, strict=True)])
-        return StepBatch(window, tokens, padding / total, True, metrics)
+        return StepBatch(window, tokens, sequences, padding / total, True, metrics)
 
 
 def _generator(recipe: Recipe, step: int, purpose: int) -> torch.Generator:
