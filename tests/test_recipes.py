@@ -14,8 +14,9 @@ from support.chats import PLAIN
 from support.data import write_jsonl
 from support.ranks import run_ranks
 from support.runs import read_metrics
+from torch import Tensor
 
-from amid_ds import amid_loss
+from amid_ds import AMiD, amid_loss
 from amid_ds.cli import main
 from amid_ds.config.library import RECIPES_FOLDER, find_recipe
 from amid_ds.config.parse import load_recipe
@@ -23,7 +24,8 @@ from amid_ds.config.published import published, published_row
 from amid_ds.config.recipe import Recipe
 from amid_ds.config.schedule import learning_rate
 from amid_ds.errors import InputError
-from amid_ds.training.objective import objective_at
+from amid_ds.models.distiller import StepObjectives
+from amid_ds.training.objective import objective_at, objectives_at
 
 SMALL_BATCH = ["train.global_batch_size=2", "train.micro_batch_size=2"]
 ADAPTIVE = [*SMALL_BATCH, "rollout.max_new_tokens=8", "rollout.adaptive.init_threshold=1.0"]
@@ -142,16 +144,88 @@ def test_a_published_row_has_a_number_for_every_set_and_a_run_of_ours():
         published_row("gkdd")
 
 
+def objectives_of(name: str, step: int = 0) -> StepObjectives:
+    """What the packaged recipe learns from at `step` of 100."""
+    recipe = load_recipe(find_recipe(name), ["train.epochs=null", "train.steps=100"])
+    return objectives_at(recipe, step)
+
+
+def models() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(student's logits, with a gradient; teacher's logits; q; p), peaked tokens and flat ones."""
+    logits = torch.randn(2, 12, 17, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    student, teacher = logits * torch.linspace(0.2, 5, 12, dtype=torch.float64)[:, None]
+    student.requires_grad_()
+    return student, teacher, student.softmax(-1), teacher.softmax(-1)
+
+
+def kl(a: Tensor, b: Tensor) -> Tensor:
+    """KL(a ‖ b), of each token."""
+    return (a * (a / b).log()).sum(-1)
+
+
+def assert_learns(amid: AMiD, truth: Tensor, student: Tensor, teacher: Tensor,
+                  gradient: Tensor | None = None) -> None:
+    """The objective's value is `truth`, and its gradient truth's, or `gradient`."""
+    value = amid_loss(student, teacher, amid)
+    torch.testing.assert_close(value, truth)
+    if gradient is None:
+        gradient, = torch.autograd.grad(truth.sum(), student, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(value.sum(), student)[0], gradient)
+
+
 def test_the_gkd_recipes_loss_is_its_scripts():
     """0.9 KL(student ‖ m) + 0.1 KL(teacher ‖ m), m = 0.1 teacher + 0.9 student."""
-    recipe = load_recipe(find_recipe("gkd"))
-    student, teacher = torch.randn(2, 5, 17, generator=torch.Generator().manual_seed(0),
-                                   dtype=torch.float64)
-    objective = objective_at(recipe.loss, 0, 100).amid
-    q, p = student.softmax(-1), teacher.softmax(-1)
+    student, teacher, q, p = models()
     m = 0.1 * p + 0.9 * q
-    truth = (0.9 * q * (q / m).log() + 0.1 * p * (p / m).log()).sum(-1)
-    torch.testing.assert_close(amid_loss(student, teacher, objective), truth)
+    assert_learns(objectives_of("gkd").base.amid, 0.9 * kl(q, m) + 0.1 * kl(p, m), student, teacher)
+
+
+def test_distillm2s_two_texts_have_their_own_losses():
+    """Skew KL of the teacher's; of the student's skew reverse KL, q in the mixture a number."""
+    student, teacher, q, p = models()
+    objectives = objectives_of("distillm2")
+    assert_learns(objectives.by_source[0].amid, kl(p, 0.1 * p + 0.9 * q), student, teacher)
+    assert_learns(objectives.by_source[1].amid, kl(q, 0.9 * p + 0.1 * q.detach()), student, teacher)
+    recipe = load_recipe(find_recipe("distillm2"))
+    assert recipe.loss.normalise == "sequence"
+    # A pair's two losses are added up, and the mean is over pairs.
+    assert [each.kd_weight for each in objectives.by_source.values()] == [2.0, 2.0]
+
+
+def test_eopd_adds_forward_kl_where_the_teacher_is_unsure():
+    student, teacher, q, p = models()
+    unsure = -(p * p.log()).sum(-1) >= 0.8
+    assert unsure.any() and not unsure.all()
+    assert_learns(objectives_of("eopd").sampled.amid, kl(q, p) + unsure * kl(p, q), student,
+                  teacher)
+
+
+def test_csds_gradient_is_its_scripts():
+    """q (D - Σ q D), D the residual of the logits: half the gradient of D's variance under q."""
+    student, teacher, q, _ = models()
+    residual, q = (student - teacher).detach(), q.detach()
+    centred = residual - (q * residual).sum(-1, keepdim=True)
+    assert_learns(objectives_of("csd").base.amid, 0.5 * (q * centred**2).sum(-1), student, teacher,
+                  q * centred)
+
+
+@pytest.mark.parametrize(("step", "beta"), [(0, 0.8), (99, 0.0)])
+def test_vetos_target_is_p_times_a_power_of_q_that_goes_to_0(step, beta):
+    student, teacher, q, p = models()
+    target = (p * q.detach()**beta) / (p * q.detach()**beta).sum(-1, keepdim=True)
+    assert_learns(objectives_of("veto", step).sampled.amid, kl(target, q), student, teacher)
+
+
+def test_amid_adaptives_alpha_rises_with_the_overlap_of_the_two():
+    student, teacher, q, p = models()
+    alpha = -5 + 6 * torch.minimum(p, q).sum(-1, keepdim=True).detach()
+    c = (1 - alpha) / 2
+    r = (0.1 * p**c + 0.9 * q**c)**(1 / c)
+    r = r / r.sum(-1, keepdim=True)
+    x, y = 0.2, 0.7
+    mixed = p**x * r**y - x / (x + y) * p**(x + y) - y / (x + y) * r**(x + y)
+    assert_learns(objectives_of("amid_adaptive").base.amid, -mixed.sum(-1) / (x * y), student,
+                  teacher)
 
 
 def on_dolly() -> list[Recipe]:
