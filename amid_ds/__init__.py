@@ -9,10 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from amid_ds.distributed.vocab_parallel import VocabShard
-    from amid_ds.losses import AlphaBeta, AMiD, LMHead, amid_loss, linear_amid_loss, preset
+    from amid_ds.losses import (
+        AlphaBeta,
+        AMiD,
+        LMHead,
+        PerToken,
+        amid_loss,
+        linear_amid_loss,
+        preset,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["AMiD", "AlphaBeta", "LMHead", "VocabShard", "amid_loss", "linear_amid_loss", "preset"]
+__all__ = ["AMiD", "AlphaBeta", "LMHead", "PerToken", "VocabShard", "amid_loss", "linear_amid_loss",
+           "preset"]
 
 
 def __getattr__(name: str) -> Any:

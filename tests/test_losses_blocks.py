@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from amid_ds import AMiD, LMHead, VocabShard
-from amid_ds.losses import blocks, fused, lm_head
+from amid_ds.losses import blocks, fused, linear_argmax, lm_head
 from amid_ds.losses.checks import VocabLayout
 from amid_ds.planning.devices import DEVICES
 from amid_ds.planning.memory import _loss_bytes
@@ -99,7 +99,7 @@ def test_tokens_are_cut_into_whole_rounds(tokens, vocabulary, gib, expected):
 def test_a_cpu_has_blocks_of_nearly_equal_length():
     for tokens, most in [(100, 100), (101, 100), (1000, 300), (7, 3), (0, 5)]:
         size = blocks.equal_blocks(tokens, most)
-        cut = [rows.stop - rows.start for rows in fused._blocks(tokens, size)]
+        cut = [rows.stop - rows.start for rows in blocks.slices(tokens, size)]
         assert sum(cut) == tokens and len(cut) == math.ceil(tokens / most)
         assert all(n <= most for n in cut) and max(cut, default=0) - min(cut, default=0) <= len(cut)
 
@@ -211,7 +211,7 @@ def test_aligned_rows_give_the_same_loss(aligned, monkeypatch, objective, backen
     tolerance = 2e-4 if backend == "triton" else 1e-9
     assert max(relative_error(actual.detach(), expected.detach())
                for actual, expected in pairs) < tolerance
-    chosen = fused.linear_argmax(problem.student, LMHead(problem.weight), vocab_size=40)
+    chosen = linear_argmax(problem.student, LMHead(problem.weight), vocab_size=40)
     assert torch.equal(chosen, (problem.student @ problem.weight[:40].t()).argmax(-1))
 
 
@@ -322,14 +322,14 @@ def test_one_pass_scales_and_rounds_to_the_same_bits_as_two(dtype, per_row):
     factor = torch.rand(201) if per_row else torch.tensor(1 / 3)
     by_row = factor[:, None] if per_row else factor.item()
     expected = (gradient * by_row).to(dtype)
-    assert torch.equal(fused._scaled(gradient.clone(), factor, dtype), expected)
+    assert torch.equal(lm_head.scaled(gradient.clone(), factor, dtype), expected)
     # In place, and the factor is not rounded to the gradient's dtype.
     low = gradient.to(dtype)
     expected = (low.float() * by_row).to(dtype)
-    assert fused._scaled(low, factor, dtype) is low
+    assert lm_head.scaled(low, factor, dtype) is low
     assert torch.equal(low, expected)
     bias = gradient[:, 0].clone()
-    assert torch.equal(fused._scaled(bias, torch.tensor(1 / 3), dtype),
+    assert torch.equal(lm_head.scaled(bias, torch.tensor(1 / 3), dtype),
                        (gradient[:, 0] * torch.tensor(1 / 3).item()).to(dtype))
 
 
@@ -338,7 +338,7 @@ def test_the_factor_has_dimensions_without_which_a_gpu_would_round_it_first(monk
     monkeypatch.setattr(torch, "mul", lambda gradient, factor, out: factors.append(factor)
                         or real(gradient, factor, out=out))
     for shape in ((5, 3), (5,)):
-        fused._scaled(torch.ones(shape, dtype=torch.bfloat16), torch.tensor(1 / 3), torch.bfloat16)
+        lm_head.scaled(torch.ones(shape, dtype=torch.bfloat16), torch.tensor(1 / 3), torch.bfloat16)
     assert [factor.dim() for factor in factors] == [2, 1]
     assert all(factor.dtype == torch.float32 for factor in factors)
 
@@ -346,5 +346,5 @@ def test_the_factor_has_dimensions_without_which_a_gpu_would_round_it_first(monk
 def test_one_pass_makes_no_fp32_copy_of_the_gradient():
     gradient = torch.randn(5000, 64)
     allocated = largest_allocation(
-        lambda: fused._scaled(gradient, torch.tensor(0.5), torch.bfloat16))
+        lambda: lm_head.scaled(gradient, torch.tensor(0.5), torch.bfloat16))
     assert allocated == gradient.numel() * 2

@@ -16,7 +16,8 @@ from torch import Tensor
 from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss, preset
 from amid_ds.errors import InputError
 from amid_ds.losses import fused
-from amid_ds.losses.objective import ORDERS, divergence_from
+from amid_ds.losses.divergences import divergence_from
+from amid_ds.losses.objective import ORDERS
 from amid_ds.losses.reference import naive_loss
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -36,7 +36,7 @@ MUTATIONS = {
                                                    "odds = log_lam - log_rest - x"),
     "ignore a weight": (fused, "index = weights.nonzero()[:, 0]",
                         "weights = (weights > 0).to(dtype); index = weights.nonzero()[:, 0]"),
-    "ignore the temperature in the gradient": (elementwise, "/ tile.objective.temperature)", ")"),
+    "ignore the temperature in the gradient": (elementwise, "/ tile.student.temperature)", ")"),
     "leave out a block": (fused, "for rows in _blocks(len(index), size):",
                           "for rows in [*_blocks(len(index), size)][1:]:"),
     "forget the upstream gradient": (fused, "factor[rows] if per_row else factor",

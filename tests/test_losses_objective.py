@@ -12,14 +12,8 @@ from torch import Tensor
 
 from amid_ds import AlphaBeta, AMiD, amid_loss, preset
 from amid_ds.errors import InputError
-from amid_ds.losses.objective import (
-    DIVERGENCES,
-    ORDERS,
-    Divergence,
-    LogProbs,
-    divergence_from,
-    register,
-)
+from amid_ds.losses.divergences import DIVERGENCES, Divergence, LogProbs, divergence_from, register
+from amid_ds.losses.objective import ORDERS
 
 MEASURES = ["kl", AlphaBeta(0.2, 0.7), "total_variation", "squared_hellinger"]
 alphas = st.one_of(st.sampled_from([-10.0, -5.0, -1.0, 0.0, 1.0, 3.0, 10.0]), st.floats(-10, 10))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from amid_ds import AlphaBeta, AMiD
 from amid_ds.losses import blocks, elementwise, fused, tiles
-from amid_ds.losses.objective import Divergence, LogProbs, Terms
+from amid_ds.losses.divergences import Divergence, LogProbs, Terms
 
 WHOLE_FAMILY = [AMiD(alpha, lam, measure, order, 1.5, detach)
                 for measure in EVERY_DIVERGENCE for order in ("pr", "rq", {"qr": 0.5, "rp": 0.5})

@@ -1,8 +1,10 @@
-"""One block of tokens from logits to loss and gradient: at most three exchanges of row sums.
+"""One block of tokens from logits to loss and gradient, between exchanges of row sums.
 
-The arithmetic between the exchanges belongs to a backend, a module with the three functions of
-`Backend`: plain torch (elementwise.py) or Triton (kernels.py). The exchanges are here, the same for
-both backends and for one process.
+At most three exchanges for a loss of constant numbers: normalisers, then one or two of the
+divergence. Measures are one more, after the normalisers, where numbers follow from them or they are
+asked for; `agreement` is another. The arithmetic between the exchanges belongs to a backend, a
+module with the functions of `Backend`: plain torch (elementwise.py) or Triton (kernels.py). The
+exchanges are the same for both backends and for one process.
 
 With D the divergence of a token, A = ∂D/∂log r, B = ∂D/∂log q at fixed r, w = ∂log r̃/∂log q and
 g = w (A - r ΣA) + B, the gradient of a row is ∂D/∂s = (g - q Σg) / τ. Its sums over the vocabulary
@@ -11,24 +13,28 @@ are ΣD, ΣA, Σ(wA + B) and Σwr: `RowStatistics.sums`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses.objective import INFINITE_RATIO, LOG_ZERO, AMiD
+from amid_ds.losses.divergences import INFINITE_RATIO, LOG_ZERO
+from amid_ds.losses.measures import MEASURES, PerToken, first_choices
+from amid_ds.losses.objective import AMiD, ResolvedObjective
 
 
 @dataclass(frozen=True)
 class Logits:
     """One model's logits of a block: `raw` [n, width] as the product left them, then scaled, then
-    capped."""
+    capped; for the divergence divided by the temperature."""
 
     raw: Tensor
     scale: float = 1.0
     softcap: float | None = None
+    temperature: float = 1.0
 
     @property
     def width(self) -> int:
@@ -40,8 +46,13 @@ class Logits:
         return replace(self, raw=self.raw[:, columns])
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The logits [n, width] in `dtype`; `raw` itself if nothing has to be done."""
+        """The untempered logits [n, width] in `dtype`; `raw` itself if nothing has to be done."""
         return self.scale_and_cap(self.raw.to(dtype))
+
+    def tempered(self, dtype: torch.dtype) -> Tensor:
+        """The logits [n, width] over τ."""
+        logits = self.read(dtype)
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def scale_and_cap(self, raw: Tensor) -> Tensor:
         """scale · raw, then softcap · tanh(… / softcap) if there is a cap."""
@@ -63,8 +74,8 @@ class Block:
     # [n, width] of both models; no teacher: cross entropy alone.
     student: Logits
     teacher: Logits | None
-    # None exactly if `teacher` is.
-    objective: AMiD | None
+    # None without a teacher, and until its numbers are known.
+    objective: ResolvedObjective | None
     # Of the arithmetic: fp32, or fp64 if an input is.
     dtype: torch.dtype
     # [n] int64, counted from the first column here; negative for a token without a label.
@@ -89,9 +100,15 @@ class Block:
     def normaliser_names(self) -> list[str]:
         """The log-sum-exps that the loss needs, in order: of q and p for distillation, of z (the
         untempered student) for labels unless q is the same."""
-        tempered = self.objective is not None and self.objective.temperature != 1
         models = [] if self.teacher is None else ["q", "p"]
-        return models + (["z"] if self.labels is not None and (tempered or not models) else [])
+        differs = not models or self.student.temperature != 1
+        return models + (["z"] if self.labels is not None and differs else [])
+
+    def weighted(self, factor: Tensor) -> Block:
+        """The same with both gradients' scales multiplied by a factor [n]."""
+        kd, ce = (None if scale is None else scale * factor
+                  for scale in (self.kd_scale, self.ce_scale))
+        return replace(self, kd_scale=kd, ce_scale=ce)
 
     def tile(self, columns: slice) -> Block:
         """These columns alone, as a block with the logits, gradient and labels of the columns."""
@@ -135,6 +152,10 @@ class Backend(Protocol):
         """[k, 2, n] log Σ exp over this shard's columns, one for each of `normaliser_names`."""
         ...
 
+    def measures(self, block: Block, norms: RowNormalisers, names: tuple[str, ...]) -> Tensor:
+        """[k, n] sums over this shard's columns of the measures of these names."""
+        ...
+
     def statistics(self, block: Block, norms: RowNormalisers, shard: VocabShard) -> RowStatistics:
         """The divergence's statistics over the whole vocabulary. At most two collectives."""
         ...
@@ -154,9 +175,12 @@ def arithmetic_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def needs_normaliser(objective: AMiD) -> bool:
-    """True unless Σ r̃ = 1 by construction: at the ends of λ, and for α = -1."""
-    return objective.lam not in (0, 1) and objective.alpha != -1
+def needs_normaliser(objective: ResolvedObjective) -> bool:
+    """True unless Σ r̃ = 1 by construction: at the ends of λ, and for α = -1; numbers alone tell."""
+    alpha, lam = objective.alpha, objective.lam
+    if isinstance(alpha, Tensor) or isinstance(lam, Tensor) or objective.power != 1:
+        return True
+    return lam not in (0, 1) and alpha != -1
 
 
 def normalised(x: Tensor, log_sum: Tensor) -> Tensor:
@@ -164,15 +188,40 @@ def normalised(x: Tensor, log_sum: Tensor) -> Tensor:
     return (x - log_sum[0][:, None]).sub_(log_sum[1][:, None]).clamp_(min=LOG_ZERO)
 
 
-def forward_backward_block(block: Block, shard: VocabShard,
-                           backend: Backend) -> tuple[Tensor | None, Tensor | None]:
-    """(kd [n], ce [n]) of a block; its gradient is written to `block.gradient`.
+class BlockLoss(NamedTuple):
+    """What a block's tokens cost, all [n]."""
 
-    At most three collectives. kd is None without a teacher, ce without labels.
+    # None without a teacher.
+    kd: Tensor | None
+    # None without labels.
+    ce: Tensor | None
+    # The objective's token_weight, which is in neither; None for 1.
+    factor: Tensor | None
+    # By the names that were asked for.
+    statistics: dict[str, Tensor]
+
+
+def forward_backward_block(block: Block, objective: AMiD | None, shard: VocabShard,
+                           backend: Backend, statistics: tuple[str, ...] = (),
+                           values: Mapping[PerToken, Tensor] | None = None) -> BlockLoss:
+    """The loss of a block, whose own objective is not set; the gradient is in `block.gradient`.
+
+    objective: None exactly without a teacher. statistics: names to report. values: [n] of all of
+    the objective's `per_token`; None: from this block's measures.
+    At most three collectives, one more for measures, and one more for agreement.
     """
-    norms, label_logits = _row_normalisers(block, shard, backend)
-    stats = None
-    if block.objective is not None:
+    norms, label_logits = row_normalisers(block, shard, backend)
+    factor = stats = None
+    measured: dict[str, Tensor] = {}
+    if objective is not None:
+        asked = {*statistics, *(objective.measures if values is None else ())}
+        measured = measure(block, norms, shard, backend, asked)
+        if values is None:
+            values = {each: each.values(measured[each.by]) for each in objective.per_token}
+        block = replace(block, objective=objective.resolved(values))
+        if objective.token_weight is not None:
+            factor = values[objective.token_weight]
+            block = block.weighted(factor)
         stats = backend.statistics(block, norms, shard)
     ce = None
     if label_logits is not None:
@@ -183,10 +232,29 @@ def forward_backward_block(block: Block, shard: VocabShard,
         ce.masked_fill_(ce > INFINITE_RATIO, torch.inf)
     if block.gradient is not None:
         backend.write_gradient(block, norms, stats)
-    return None if stats is None else stats.sums[0], ce
+    return BlockLoss(None if stats is None else stats.sums[0], ce, factor,
+                     {name: measured[name] for name in statistics})
 
 
-def _row_normalisers(block: Block, shard: VocabShard,
+def measure(block: Block, norms: RowNormalisers, shard: VocabShard, backend: Backend,
+            names: set[str]) -> dict[str, Tensor]:
+    """The measures [n] of these names over the whole vocabulary. One collective for all but
+    `agreement`, one for that."""
+    found: dict[str, Tensor] = {}
+    summed = tuple(name for name in MEASURES if name in names)
+    if summed:
+        sums = shard.sum(backend.measures(block, norms, summed))
+        found.update(zip(summed, sums, strict=True))
+    if "agreement" in names:
+        assert block.teacher is not None
+        # The same ids are first whatever the scale, the cap and the temperature.
+        choices = first_choices([block.student.raw, block.teacher.raw], shard)
+        agree = (choices[0] == choices[1]).to(block.dtype)
+        found["agreement"] = torch.where(choices.isnan().any(0), torch.nan, agree)
+    return found
+
+
+def row_normalisers(block: Block, shard: VocabShard,
                      backend: Backend) -> tuple[RowNormalisers, Tensor | None]:
     """(the normalisers, the labels' logits [n] or None) over the whole vocabulary. One collective.
 

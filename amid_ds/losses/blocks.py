@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -108,6 +109,11 @@ def row_stride(width: int, device_type: str) -> int:
     """Elements from one row of logits to the next in the workspace."""
     alignment = ROW_ALIGNMENT["cpu" if device_type == "cpu" else "cuda"]
     return -(-width // alignment) * alignment
+
+
+def slices(tokens: int, size: int) -> Iterator[slice]:
+    """Blocks of `size` of `tokens` tokens, the last maybe shorter."""
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, max(1, size)))
 
 
 def equal_blocks(tokens: int, most: int) -> int:

@@ -6,6 +6,7 @@ the host waits for a GPU once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.errors import InputError
 from amid_ds.losses.lm_head import LMHead
+from amid_ds.losses.measures import STATISTICS
 from amid_ds.losses.objective import AMiD
 
 # The label of a token without cross entropy.
@@ -57,9 +59,13 @@ def check_vocabulary(rows: dict[str, int], vocab_size: int | None, shard: VocabS
     return VocabLayout(VocabShard(0, end), end, end, end)
 
 
-def check_logits(student: Tensor, teacher: Tensor, objective: object) -> None:
-    """Raise InputError unless these are logits [..., V] of the same tokens, and an AMiD."""
+def check_logits(student: Tensor, teacher: Tensor, objective: AMiD) -> None:
+    """Raise InputError unless these are logits [..., V] of the same tokens, and an AMiD that reads
+    nothing else."""
     _check_objective(objective)
+    if objective.needs_sequences or "label_probability" in objective.measures:
+        raise InputError("an objective that reads labels or whole sequences", "logits alone",
+                         "linear_amid_loss takes labels and sequences")
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
         _check_float(name, logits)
         if logits.dim() == 0:
@@ -110,6 +116,30 @@ def check_linear(student_hidden: Tensor, student_head: LMHead, teacher_hidden: T
     if labels is not None and not _is_integer(labels):
         raise InputError(f"labels of {labels.dtype}", "an integer dtype",
                          f"labels are token ids, {IGNORE_INDEX} to ignore")
+
+
+def check_measures(objective: AMiD | None, tokens: int, labels: Tensor | None,
+                   sequences: Tensor | None, statistics: Sequence[str]) -> None:
+    """Raise InputError unless what the objective and the statistics name can be measured.
+
+    objective: None without a teacher.
+    """
+    unknown = sorted(set(statistics) - set(STATISTICS))
+    if unknown:
+        raise InputError(f"statistics {unknown}", f"some of {', '.join(STATISTICS)}",
+                         "check the spelling")
+    if statistics and objective is None:
+        raise InputError(f"statistics {list(statistics)} without a teacher", "both models",
+                         "leave out statistics, or pass the teacher's hidden states and head")
+    names = {*statistics, *(objective.measures if objective is not None else ())}
+    if "label_probability" in names and labels is None:
+        raise InputError("label_probability without labels", "labels [N]", "pass labels")
+    if objective is not None and objective.needs_sequences and sequences is None:
+        raise InputError("an objective that reads whole sequences, without sequences",
+                         "sequences [N]", "pass the number of each token's sequence")
+    if sequences is not None and (sequences.shape != (tokens,) or not _is_integer(sequences)):
+        raise InputError(f"sequences {list(sequences.shape)} of {sequences.dtype}",
+                         f"[N] = [{tokens}] integers", "one number per row of student_hidden")
 
 
 def check_head_and_hidden(side: str, hidden: Tensor, head: LMHead) -> None:

@@ -23,8 +23,9 @@ from amid_ds.losses.block import (
     needs_normaliser,
     normalised,
 )
+from amid_ds.losses.divergences import INFINITE_RATIO, KL, LOG_ZERO, LogProbs
 from amid_ds.losses.moments import MOMENT_ROWS, merge_moments, sums_from_moments
-from amid_ds.losses.objective import INFINITE_RATIO, KL, LOG_ZERO, AMiD, LogProbs
+from amid_ds.losses.objective import Number, ResolvedObjective
 from amid_ds.losses.tiles import each_tile
 
 
@@ -35,6 +36,33 @@ def log_normalisers(block: Block) -> Tensor:
 
 def _normalisers_tile(tile: Block) -> Tensor:
     return torch.stack([_log_sum_exp(_logits(tile, name)) for name in tile.normaliser_names])
+
+
+def measures(block: Block, norms: RowNormalisers, names: tuple[str, ...]) -> Tensor:
+    """[k, n] local sums of the measures of these names (measures.py). One reading."""
+    empty = torch.zeros(len(names), block.tokens, dtype=block.dtype, device=block.device)
+    return torch.stack(each_tile(block, _measures_tile, norms, names) or [empty]).sum(0)
+
+
+def _measures_tile(tile: Block, norms: RowNormalisers, names: tuple[str, ...]) -> Tensor:
+    log_p, log_q = _log_models(tile, norms)
+    p, q = LogProbs(log_p), LogProbs(log_q)
+    sums = []
+    for name in names:
+        if name == "teacher_entropy":
+            sums.append(-(p.p * log_p).sum(-1))
+        elif name == "student_entropy":
+            sums.append(-(q.p * log_q).sum(-1))
+        elif name == "divergence":
+            sums.append(KL().terms(p, q)[0].sum(-1))
+        elif name == "overlap":
+            sums.append(torch.minimum(p.p, q.p).sum(-1))
+        else:
+            assert name == "label_probability" and tile.labels is not None
+            here = (tile.labels >= 0) & (tile.labels < log_p.shape[1])
+            at_label = p.p.gather(1, tile.labels.clamp(0, log_p.shape[1] - 1)[:, None])[:, 0]
+            sums.append(torch.where(here, at_label, 0.0))
+    return torch.stack(sums)
 
 
 def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowStatistics:
@@ -79,25 +107,37 @@ def _kl_moments_tile(tile: Block, norms: RowNormalisers) -> Tensor:
     for model, log_m in (("p", log_p), ("q", log_q)):
         # The weights of D(model‖r) and D(r‖model).
         to_r, from_r = kappa.get(model + "r", 0.0), kappa.get("r" + model, 0.0)
-        if not to_r and not from_r:
+        reads_to, reads_from = _is_used(to_r), _is_used(from_r)
+        if not reads_to and not reads_from:
             continue
         m, rise = log_m.exp(), log_r - log_m
         excess = excess + (from_r - to_r) * m.sum(-1)
         # D(model‖r) is infinite where r has no probability and the model has some; D(r‖model), the
         # other way round.
-        if to_r:
-            value = value.masked_fill(rise.amin(-1) < -INFINITE_RATIO, math.inf)
-        if from_r:
-            value = value.masked_fill(rise.amax(-1) > INFINITE_RATIO, math.inf)
+        if reads_to:
+            value = _infinite_where(rise.amin(-1) < -INFINITE_RATIO, to_r, value)
+        if reads_from:
+            value = _infinite_where(rise.amax(-1) > INFINITE_RATIO, from_r, value)
             t_r = t_r + from_r * (r * rise).sum(-1) / total
             wt_r = wt_r + from_r * (w_r * rise).sum(-1) / total
-        if to_r:
+        if reads_to:
             fall = to_r * (m * rise).sum(-1)
             value = value - fall
             pull = pull - (fall if model == "q" else zero)
             w_models = w_models + to_r * (m * w).sum(-1)
     return torch.stack([peak, total.log(), w_r.sum(-1) / total, t_r, wt_r, value, pull, w_models,
                         excess])
+
+
+def _is_used(weight: Number) -> bool:
+    return isinstance(weight, Tensor) or weight != 0
+
+
+def _infinite_where(mask: Tensor, weight: Number, value: Tensor) -> Tensor:
+    """value [n], infinite where the mask [n] is set and the weight is not 0."""
+    if isinstance(weight, Tensor):
+        mask = mask & (weight != 0)
+    return value.masked_fill(mask, math.inf)
 
 
 def _log_assistant_normaliser(block: Block, norms: RowNormalisers) -> Tensor:
@@ -158,8 +198,24 @@ def _merged(block: Block, parts: list[Tensor], rows: int) -> Tensor:
     return merge_logsumexp(torch.stack(parts)) if len(parts) > 1 else parts[0]
 
 
-def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tensor | float]:
-    """log r̃ and w = ∂log r̃/∂log q = (1-λ) q^c / (λ p^c + (1-λ) q^c), for every real α.
+def mixture(log_p: Tensor, log_q: Tensor,
+            objective: ResolvedObjective) -> tuple[Tensor, Tensor | float]:
+    """log r̃ and w = ∂log r̃/∂log q = (1-λ) q^c / (λ p^c + (1-λ) q^c), for every real α; both times
+    the objective's power."""
+    w: Tensor | float
+    if isinstance(objective.alpha, Tensor) or isinstance(objective.lam, Tensor):
+        log_r, w = _mixture_per_token(log_p, log_q, objective)
+    else:
+        log_r, w = _mixture_of_numbers(log_p, log_q, objective.alpha, objective.lam,
+                                       objective.log_weights)
+    if objective.power == 1:
+        return log_r, w
+    return _log_zero_kept(log_r * objective.power), w * objective.power
+
+
+def _mixture_of_numbers(log_p: Tensor, log_q: Tensor, alpha: float, lam: float,
+                        log_weights: tuple[Number, Number]) -> tuple[Tensor, Tensor | float]:
+    """The mixture for one α and one λ.
 
     With x = c (log p - log q) both follow from the student's log-odds o = log((1-λ)/λ) - x:
     w = σ(o), and log r̃ is the dominant one of log p + log(λ)/c and log q + log(1-λ)/c, plus
@@ -167,15 +223,13 @@ def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tens
     rest; log q + log1p(λ expm1(x))/c has none, but overflows for large x. It is used element by
     element if |x| < 1.
     """
-    alpha, lam = objective.alpha, objective.lam
     if lam in (0, 1):
         return (log_p, 0.0) if lam else (log_q, 1.0)
     if alpha == 1:
-        log_r = torch.lerp(log_q, log_p, lam)
-        return log_r.masked_fill_(log_r < LOG_ZERO / INFINITE_RATIO, LOG_ZERO), 1.0 - lam
+        return _log_zero_kept(torch.lerp(log_q, log_p, lam)), 1.0 - lam
     c = (1 - alpha) / 2
     x = (log_p - log_q).mul_(c)
-    log_lam, log_rest = objective.log_weights
+    log_lam, log_rest = log_weights
     odds = log_rest - log_lam - x
     dominant = torch.maximum if c > 0 else torch.minimum
     log_r = log_p + log_lam / c
@@ -185,6 +239,32 @@ def mixture(log_p: Tensor, log_q: Tensor, objective: AMiD) -> tuple[Tensor, Tens
         near = x.clamp(-1, 1).expm1_().mul_(lam).log1p_().div_(c).add_(log_q)
         log_r = torch.where(x.abs() < 1, near, log_r)
     return log_r, odds.sigmoid_()
+
+
+def _mixture_per_token(log_p: Tensor, log_q: Tensor,
+                       objective: ResolvedObjective) -> tuple[Tensor, Tensor]:
+    """The same where α or λ is [n]: every form at once, and one taken by torch.where.
+
+    The ends of λ are exact: there a logarithm is -inf, hence o = ±inf, and the other model is left.
+    """
+    alpha, lam, log_lam, log_rest = (
+        number[:, None] if isinstance(number, Tensor) else torch.full_like(log_p[:, :1], number)
+        for number in (objective.alpha, objective.lam, *objective.log_weights))
+    geometric = alpha == 1
+    c = torch.where(geometric, 1.0, (1 - alpha) / 2)
+    x = (log_p - log_q).mul_(c)
+    odds = log_rest - log_lam - x
+    log_r = torch.where(odds > 0, log_q + log_rest / c, log_p + log_lam / c)
+    log_r.add_(odds.abs().neg_().exp_().log1p_().div_(c))
+    near = x.clamp(-1, 1).expm1_().mul_(lam).log1p_().div_(c).add_(log_q)
+    log_r = torch.where((c.abs() < 0.5) & (lam < 1) & (x.abs() < 1), near, log_r)
+    log_r = torch.where(geometric, _log_zero_kept(torch.lerp(log_q, log_p, lam)), log_r)
+    return log_r, torch.where(geometric, 1 - lam, odds.sigmoid_())
+
+
+def _log_zero_kept(log_r: Tensor) -> Tensor:
+    """In place: a multiple of LOG_ZERO is LOG_ZERO."""
+    return log_r.masked_fill_(log_r < LOG_ZERO / INFINITE_RATIO, LOG_ZERO)
 
 
 def _terms(tile: Block, norms: RowNormalisers, log_assistant: Tensor | None,
@@ -206,7 +286,7 @@ def _terms(tile: Block, norms: RowNormalisers, log_assistant: Tensor | None,
         value, d_first, d_second = objective.resolved_divergence.terms(
             probs_of[first], probs_of[second])
         for key, term in (("value", value), (first, d_first), (second, d_second)):
-            parts[key] = _plus(parts[key], term if weight == 1 else weight * term)
+            parts[key] = _plus(parts[key], _times(weight, term))
     total, d_r, d_q = parts["value"], parts["r"], parts["q"]
     assert total is not None and d_r is not None
     if isinstance(w, float) and not w:
@@ -224,7 +304,7 @@ def _kd_gradient(tile: Block, norms: RowNormalisers, stats: RowStatistics) -> Te
         gradient += pull
     if w_r is not None:
         gradient -= w_r.mul_(sum_a)
-    return gradient.mul_(tile.kd_scale[:, None] / tile.objective.temperature)
+    return gradient.mul_(tile.kd_scale[:, None] / tile.student.temperature)
 
 
 def _log_models(tile: Block, norms: RowNormalisers) -> tuple[Tensor, Tensor]:
@@ -237,9 +317,7 @@ def _logits(tile: Block, name: str) -> Tensor:
     """[n, tile] `p` the teacher's and `q` the student's logits over τ, `z` the student's alone."""
     model = tile.teacher if name == "p" else tile.student
     assert model is not None
-    logits = model.read(tile.dtype)
-    tau = 1.0 if name == "z" or tile.objective is None else tile.objective.temperature
-    return logits if tau == 1 else logits / tau
+    return model.read(tile.dtype) if name == "z" else model.tempered(tile.dtype)
 
 
 def _subtract_at_labels(tile: Block, gradient: Tensor) -> None:
@@ -249,6 +327,14 @@ def _subtract_at_labels(tile: Block, gradient: Tensor) -> None:
     here = ((tile.labels >= 0) & (tile.labels < width)).to(gradient.dtype)
     gradient.scatter_add_(1, tile.labels.clamp(0, width - 1)[:, None],
                           -(tile.ce_scale * here)[:, None])
+
+
+def _times(weight: Number, term: Tensor) -> Tensor:
+    """[n, tile] of a number or [n] weights; 0 where the weight is, though the term be infinite."""
+    if isinstance(weight, Tensor):
+        of_token = weight[:, None]
+        return torch.where((of_token == 0) & term.isinf(), 0.0, of_token * term)
+    return term if weight == 1 else weight * term
 
 
 def _plus(a: Tensor | None, b: Tensor) -> Tensor:

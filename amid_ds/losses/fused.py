@@ -13,8 +13,13 @@ other things than logits, and with less blocks are single tokens), a few vectors
 copy of the head's and of the hidden states' gradient in fp32 if these are of lower precision,
 because sums over blocks are made in fp32 (the head's not if it is in bf16 and there is one block).
 Masked tokens are dropped at the start. Collectives under a shard: at most three per block, of row
-sums; one in backward, of the hidden states' gradient; and at the first call with a VocabShard
-object one check, on a GPU also two about what all its ranks' devices can do.
+sums, and one more for measures of the tokens (block.py); one in backward, of the hidden states'
+gradient; and at the first call with a VocabShard object one check, on a GPU also two about what all
+its ranks' devices can do.
+
+Where the tokens of a sequence decide something together (a token weight by `top`, a measure over
+the sequence), all blocks are measured first, and their logits made a second time for the loss: six
+products instead of four.
 
 The objective travels by argument: `linear_amid_loss` -> `LossInputs` -> `_LinearLoss` ->
 `block.forward_backward_block` -> the backend's three functions -> `elementwise.mixture` or
@@ -23,8 +28,8 @@ The objective travels by argument: `linear_amid_loss` -> `LossInputs` -> `_Linea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,26 +44,34 @@ from amid_ds.losses.block import (
     Logits,
     arithmetic_dtype,
     forward_backward_block,
+    measure,
+    row_normalisers,
 )
-from amid_ds.losses.blocks import row_stride, tokens_per_block
+from amid_ds.losses.blocks import slices, tokens_per_block
 from amid_ds.losses.checks import IGNORE_INDEX, VocabLayout
-from amid_ds.losses.lm_head import HeadGradients, LMHead
+from amid_ds.losses.lm_head import (
+    HeadGradients,
+    LMHead,
+    logits_workspace,
+    scaled,
+    take_gradients,
+)
+from amid_ds.losses.measures import PerToken
 from amid_ds.losses.objective import AMiD
-
-# Rows that a CPU multiplies at once in backward: where the dtypes of the factors or of the result
-# differ, it makes a temporary in the wider one. A GPU makes none.
-BACKWARD_ROWS = 64
 
 
 class LossOutput(NamedTuple):
     """A scalar loss that can be differentiated, and its parts per token.
 
     kd, ce: [N] fp32 (fp64 if an input is), detached, 0 for a masked token; None if not computed.
+    The objective's `token_weight` is in the loss and not in these.
+    statistics: the same of each statistic that was asked for, by its name.
     """
 
     loss: Tensor
     kd: Tensor | None
     ce: Tensor | None
+    statistics: dict[str, Tensor]
 
 
 def amid_loss(
@@ -79,15 +92,18 @@ def amid_loss(
         log_r = (logaddexp(log(λ) + c * log_p, log(1 - λ) + c * log_q) / c).log_softmax(-1)
         loss = (log_p.exp() * (log_p - log_r)).sum(-1)
 
-    for KL and the order `pr`; `reference.naive_loss` is that code for the whole family.
+    for KL and the order `pr`; `reference.naive_loss` is that code for the whole family. Times the
+    objective's `token_weight`, if it has one.
 
     vocab_size: only ids below it count, on both sides, renormalised; without it the two widths must
     be equal.
     shard: this rank's columns of both; every rank gets the whole loss, and its own columns'
     gradient.
     The gradient reaches student_logits alone, in their dtype.
-    Collectives under a shard: at most three per block in forward, none in backward.
-    Raises InputError (a ValueError) for shapes, dtypes and numbers that do not fit.
+    Collectives under a shard: at most three per block in forward, one more if a number of the
+    objective is per token; none in backward.
+    Raises InputError (a ValueError) for shapes, dtypes and numbers that do not fit, and for an
+    objective that reads labels or sequences.
     """
     checks.check_logits(student_logits, teacher_logits, objective)
     student, teacher = (logits[None].flatten(0, -2)
@@ -117,6 +133,8 @@ def linear_amid_loss(
     backend: str = "auto",
     workspace_bytes: int | None = None,
     checked: bool = False,
+    sequences: Tensor | None = None,   # [N] int: which sequence a token is of
+    statistics: Sequence[str] = (),
 ) -> LossOutput:
     """Σ_i token_weights_i · (kd_weight · kd_i + ce_weight · ce_i), fused with both heads. Replaces
 
@@ -136,13 +154,20 @@ def linear_amid_loss(
     shard: both heads hold the rows [start, stop), and the hidden states, weights and labels are the
     same on every rank of the group; the hidden states' gradient comes back whole.
     checked: the values are known to be sound, no token is left out; else the host waits for a GPU.
-    Collectives under a shard: at most three per block in forward, one in backward.
+    sequences: read, and required, where the objective's numbers follow from a whole sequence. A
+    token's weight is then also multiplied by the objective's `token_weight`.
+    statistics: names of measures.STATISTICS, reported per token.
+    Collectives under a shard: at most three per block in forward, one more with a measure that the
+    objective or the statistics name, one more with `agreement`; two more per block if the objective
+    needs sequences; one in backward.
     Raises InputError (a ValueError) for shapes, dtypes and numbers that do not fit.
     """
     student = student_head if isinstance(student_head, LMHead) else LMHead(student_head)
     teacher = LMHead(teacher_head) if isinstance(teacher_head, Tensor) else teacher_head
     checks.check_linear(student_hidden, student, teacher_hidden, teacher, objective, token_weights,
                         labels, ce_weight, kd_weight)
+    checks.check_measures(objective if teacher is not None else None, len(student_hidden), labels,
+                          sequences, statistics)
     rows = {f"{side}_head": head.weight.shape[0]
             for side, head in (("student", student), ("teacher", teacher)) if head is not None}
     layout = checks.check_vocabulary(rows, vocab_size, shard, student_hidden.shape[0],
@@ -158,45 +183,10 @@ def linear_amid_loss(
         objective=objective if teacher is not None else None, token_weights=token_weights,
         labels=labels, every_token=checked, ce_weight=float(ce_weight), kd_weight=float(kd_weight),
         layout=layout, backend=choose_backend(backend, objective, hidden, layout.shard),
-        workspace_bytes=workspace_bytes, wants=tuple(map(_wants_gradient, leaves)))
-    return LossOutput(*_LinearLoss.apply(*leaves, inputs))
-
-
-@torch.no_grad()
-def linear_argmax(
-    hidden: Tensor,                    # [N, H]
-    head: LMHead,                      # weight [V_local, H]
-    *,
-    vocab_size: int | None = None,
-    shard: VocabShard | None = None,
-    workspace_bytes: int | None = None,
-) -> Tensor:                           # [N] int64
-    """A model's first choice: the id with the highest logit, the lowest among equals. Replaces
-
-        (hidden @ W.T + b)[:, :vocab_size].argmax(-1)
-
-    A scale is taken to be above 0, so neither it nor a soft cap changes the order.
-    Blocks of tokens as in the loss, the same answer on every rank of a shard's group.
-    Collectives under a shard: one per block. Raises InputError for arguments that do not fit.
-    """
-    checks.check_head_and_hidden("the", hidden, head)
-    device, dtype = hidden.device, head.weight.dtype
-    layout = checks.check_vocabulary({"head": head.weight.shape[0]}, vocab_size, shard,
-                                     hidden.shape[0], device)
-    size = _tokens_per_block(len(hidden), layout, [head.weight], workspace_bytes, elementwise)
-    chosen = torch.empty(len(hidden), dtype=torch.int64, device=device)
-    workspace = _logits_workspace(min(size, len(hidden)), layout, dtype, device)
-    for rows in _blocks(len(hidden), size):
-        raw = head.logits(hidden[rows], layout.valid, workspace).raw
-        # The best logit and its id; a shard may be empty.
-        best = torch.full((2, len(raw)), -torch.inf, dtype=torch.float64, device=device)
-        if layout.valid:
-            peak, index = raw.max(-1)
-            best = torch.stack([peak.double(), (index + layout.shard.start).double()])
-        shards = layout.shard.gather(best)
-        first = shards[:, 0].argmax(0)
-        chosen[rows] = shards[first, 1, torch.arange(len(raw), device=device)].long()
-    return chosen
+        workspace_bytes=workspace_bytes, wants=tuple(map(_wants_gradient, leaves)),
+        sequences=sequences, statistics=tuple(dict.fromkeys(statistics)))
+    loss, kd, ce, *measured = _LinearLoss.apply(*leaves, inputs)
+    return LossOutput(loss, kd, ce, dict(zip(inputs.statistics, measured, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -218,6 +208,8 @@ class LossInputs:
     workspace_bytes: int | None
     # True for each of hidden, weight and bias that gets a gradient.
     wants: tuple[bool, ...]
+    sequences: Tensor | None
+    statistics: tuple[str, ...]
 
 
 class _LogitLoss(torch.autograd.Function):
@@ -233,91 +225,62 @@ class _LogitLoss(torch.autograd.Function):
             gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
             gradient[:, valid:] = 0
             kd_scale = torch.ones_like(per_token)
-        for rows in _blocks(tokens, size):
-            block = Block(Logits(student[rows, :valid]), Logits(teacher[rows, :valid]), objective,
-                          dtype,
-                          kd_scale=None if kd_scale is None else kd_scale[rows],
-                          gradient=None if gradient is None else gradient[rows, :valid])
-            kd, _ = forward_backward_block(block, layout.shard, backend)
-            assert kd is not None
-            per_token[rows] = kd
+        for rows in slices(tokens, size):
+            block = Block(
+                Logits(student[rows, :valid], temperature=objective.student_temperature),
+                Logits(teacher[rows, :valid], temperature=objective.teacher_temperature), None,
+                dtype, kd_scale=None if kd_scale is None else kd_scale[rows],
+                gradient=None if gradient is None else gradient[rows, :valid])
+            out = forward_backward_block(block, objective, layout.shard, backend)
+            assert out.kd is not None
+            per_token[rows] = out.kd if out.factor is None else _weighted(out.factor, out.kd)
         ctx.gradients = [gradient]
         return per_token
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, = _take_gradients(ctx)
+        gradient, = take_gradients(ctx)
         assert gradient is not None
-        return (_scaled(gradient, upstream, gradient.dtype), *[None] * 6)
+        return (scaled(gradient, upstream, gradient.dtype), *[None] * 6)
 
 
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-                inputs: LossInputs) -> tuple[Tensor, Tensor | None, Tensor | None]:
+                inputs: LossInputs) -> tuple[Tensor | None, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
-            loss, kd, ce, gradients = _loss_and_gradients(hidden, inputs)
+            out, gradients = _loss_and_gradients(hidden, inputs)
         ctx.gradients, ctx.shard = gradients, inputs.layout.shard
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        ctx.mark_non_differentiable(*[x for x in (kd, ce) if x is not None])
+        parts = (out.kd, out.ce, *out.statistics.values())
+        ctx.mark_non_differentiable(*[x for x in parts if x is not None])
         ctx.set_materialize_grads(False)
-        return loss, kd, ce
+        return out.loss, *parts
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor | None,
                  *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = _take_gradients(ctx)
+        gradients = take_gradients(ctx)
         if upstream is None:
             return (None,) * 4
         hidden, *of_head = gradients
         if hidden is not None:
-            hidden = _scaled(hidden, upstream, hidden.dtype)
+            hidden = scaled(hidden, upstream, hidden.dtype)
             # Before it is rounded.
             ctx.shard.add_up(hidden)
             hidden = hidden.to(ctx.dtypes[0])
-        return (hidden, *[None if gradient is None else _scaled(gradient, upstream, dtype)
+        return (hidden, *[None if gradient is None else scaled(gradient, upstream, dtype)
                           for gradient, dtype in zip(of_head, ctx.dtypes[1:], strict=True)], None)
 
 
-def _take_gradients(ctx: Any) -> list[Tensor | None]:
-    """The gradients that forward left, to be scaled in place; copies if the graph is kept."""
-    # Gradients are enabled within a backward only under create_graph=True.
-    if torch.is_grad_enabled():
-        raise RuntimeError("the fused loss has no second derivative: its gradients are made in "
-                           "forward, as numbers; call backward without create_graph=True")
-    if ctx.gradients is None:
-        raise RuntimeError("backward was called a second time on the fused loss, whose gradients "
-                           "have been given away; call the loss again, or the first backward with "
-                           "retain_graph=True")
-    # retain_graph=True: backward may come again.
-    if torch._C._autograd._get_current_graph_task_keep_graph():
-        return [None if gradient is None else gradient.clone() for gradient in ctx.gradients]
-    gradients, ctx.gradients = ctx.gradients, None
-    return gradients
-
-
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient · factor, rounded to `dtype` in the same pass; in place if that is its dtype.
-
-    factor: a scalar, or one entry per row [n].
-    """
-    result = gradient if dtype == gradient.dtype else torch.empty_like(gradient, dtype=dtype)
-    at_once = gradient.device.type != "cpu" or gradient.dtype == factor.dtype == dtype
-    per_row = factor.dim() > 0
-    # A tensor without dimensions would be rounded to the gradient's dtype first.
-    factor = factor.reshape(-1, *[1] * (gradient.dim() - 1))
-    for rows in _blocks(len(gradient), len(gradient) if at_once else BACKWARD_ROWS):
-        torch.mul(gradient[rows], factor[rows] if per_row else factor, out=result[rows])
-    return result
-
-
-def _loss_and_gradients(hidden: Tensor, inputs: LossInputs) -> tuple[
-        Tensor, Tensor | None, Tensor | None, list[Tensor | None]]:
-    """(loss, kd [N], ce [N], [∂loss/∂hidden, ∂loss/∂weight, ∂loss/∂bias]), arithmetic's dtype."""
+def _loss_and_gradients(hidden: Tensor,
+                        inputs: LossInputs) -> tuple[LossOutput, list[Tensor | None]]:
+    """(the loss, [∂loss/∂hidden, ∂loss/∂weight, ∂loss/∂bias]), in the arithmetic's dtype."""
     layout, dtype = inputs.layout, arithmetic_dtype(hidden, inputs.teacher_hidden)
     weights = inputs.token_weights.to(dtype)
     kd = None if inputs.objective is None else torch.zeros_like(weights)
     ce = None if inputs.labels is None else torch.zeros_like(weights)
+    statistics = {name: torch.zeros_like(weights) for name in inputs.statistics}
     heads = [head for head in (inputs.student_head, inputs.teacher_head) if head is not None]
     index: Tensor | range = range(len(weights))
     if not inputs.every_token:
@@ -326,35 +289,76 @@ def _loss_and_gradients(hidden: Tensor, inputs: LossInputs) -> tuple[
                              inputs.workspace_bytes, inputs.backend, hidden.shape[1])
     gradients = HeadGradients(hidden, inputs.student_head, layout.valid, dtype, inputs.wants,
                               single_block=len(index) <= size)
-    workspaces = [_logits_workspace(min(size, len(index)), layout, head.weight.dtype, hidden.device)
+    workspaces = [logits_workspace(min(size, len(index)), layout.valid, head.weight)
                   for head in heads]
-    for rows in _blocks(len(index), size):
-        tokens = rows if isinstance(index, range) else index[rows]
-        block_hidden = hidden[tokens]
-        block = _make_block(block_hidden, inputs, tokens, weights[tokens], workspaces, dtype)
-        block_kd, block_ce = forward_backward_block(block, layout.shard, inputs.backend)
-        if kd is not None and block_kd is not None:
-            kd[tokens] = block_kd
-        if ce is not None and block_ce is not None:
-            ce[tokens] = block_ce
+
+    def blocks() -> Iterator[tuple[Tensor | slice, Block]]:
+        for rows in slices(len(index), size):
+            tokens = rows if isinstance(index, range) else index[rows]
+            yield tokens, _make_block(hidden, inputs, tokens, weights[tokens], workspaces, dtype)
+
+    values = None
+    if inputs.objective is not None and inputs.objective.needs_sequences:
+        values = _values_in_sequences(blocks(), inputs, weights)
+    total_weights = weights
+    if inputs.objective is not None and inputs.objective.token_weight is not None:
+        total_weights = torch.zeros_like(weights)
+    for tokens, block in blocks():
+        out = forward_backward_block(
+            block, inputs.objective, layout.shard, inputs.backend, inputs.statistics,
+            None if values is None else {each: of[tokens] for each, of in values.items()})
+        parts = [(kd, out.kd), (ce, out.ce),
+                 *((statistics[name], out.statistics[name]) for name in statistics)]
+        for whole, part in parts:
+            if whole is not None and part is not None:
+                whole[tokens] = part
+        if out.factor is not None:
+            total_weights[tokens] = weights[tokens] * out.factor
         if block.gradient is not None:
-            gradients.add(block.gradient, block_hidden, tokens)
+            gradients.add(block.gradient, hidden[tokens], tokens)
     loss = weights.new_zeros(())
-    for weight, values in ((inputs.kd_weight, kd), (inputs.ce_weight, ce)):
-        if values is not None and weight:
-            loss = loss + weight * torch.dot(weights, values)
-    return loss, kd, ce, gradients.totals()
+    for weight, part in ((inputs.kd_weight, kd), (inputs.ce_weight, ce)):
+        if part is not None and weight:
+            loss = loss + weight * (torch.dot(weights, part) if total_weights is weights
+                                    else _weighted(total_weights, part).sum())
+    return LossOutput(loss, kd, ce, statistics), gradients.totals()
+
+
+def _values_in_sequences(blocks: Iterator[tuple[Tensor | slice, Block]], inputs: LossInputs,
+                         weights: Tensor) -> dict[PerToken, Tensor]:
+    """[N] values of all the objective's `per_token`, from all blocks' measures. Two collectives
+    per block."""
+    objective, shard = inputs.objective, inputs.layout.shard
+    assert objective is not None and inputs.sequences is not None
+    measured = {name: torch.zeros_like(weights) for name in objective.measures}
+    for tokens, block in blocks:
+        norms, _ = row_normalisers(block, shard, inputs.backend)
+        of_block = measure(block, norms, shard, inputs.backend, set(measured))
+        for name, whole in measured.items():
+            whole[tokens] = of_block[name]
+    return {each: each.values_in_sequences(measured[each.by], inputs.sequences, weights > 0)
+            if each.needs_sequences else each.values(measured[each.by])
+            for each in objective.per_token}
+
+
+def _weighted(weights: Tensor, part: Tensor) -> Tensor:
+    """weights · part [n]; 0 where the weight is, though the part be infinite."""
+    return torch.where((weights == 0) & part.isinf(), 0.0, weights * part)
 
 
 def _make_block(hidden: Tensor, inputs: LossInputs, tokens: Tensor | slice, weights: Tensor,
                 workspaces: list[Tensor], dtype: torch.dtype) -> Block:
-    """The block of n `tokens` with student hidden states [n, H_s], its logits in `workspaces`."""
+    """The block of n `tokens` of hidden [N, H_s], of these weights [n], its logits in
+    `workspaces`."""
     layout, wants_gradient = inputs.layout, any(inputs.wants)
-    student = inputs.student_head.logits(hidden, layout.valid, workspaces[0])
+    student = inputs.student_head.logits(hidden[tokens], layout.valid, workspaces[0])
     teacher = labels = kd_scale = ce_scale = None
-    if inputs.teacher_head is not None and inputs.teacher_hidden is not None:
+    if inputs.objective is not None:
+        assert inputs.teacher_head is not None and inputs.teacher_hidden is not None
         teacher = inputs.teacher_head.logits(inputs.teacher_hidden[tokens], layout.valid,
                                              workspaces[1])
+        teacher = replace(teacher, temperature=inputs.objective.teacher_temperature)
+        student = replace(student, temperature=inputs.objective.student_temperature)
         if wants_gradient and inputs.kd_weight:
             kd_scale = weights * inputs.kd_weight
     if inputs.labels is not None:
@@ -363,23 +367,12 @@ def _make_block(hidden: Tensor, inputs: LossInputs, tokens: Tensor | slice, weig
         labels = torch.where(labelled, ids - layout.shard.start, -1)
         if wants_gradient and inputs.ce_weight:
             ce_scale = weights * inputs.ce_weight * labelled
-    return Block(student, teacher, inputs.objective, dtype, labels, kd_scale, ce_scale,
+    return Block(student, teacher, None, dtype, labels, kd_scale, ce_scale,
                  student.raw if wants_gradient else None)
 
 
 def _wants_gradient(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
-
-
-def _blocks(tokens: int, size: int) -> Iterator[slice]:
-    """Blocks of `size` tokens, the last maybe shorter."""
-    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, max(1, size)))
-
-
-def _logits_workspace(tokens: int, layout: VocabLayout, dtype: torch.dtype,
-                      device: torch.device) -> Tensor:
-    """Room for the logits of `tokens` tokens (LMHead.logits)."""
-    return torch.empty(tokens * row_stride(layout.valid, device.type), dtype=dtype, device=device)
 
 
 def _tokens_per_block(tokens: int, layout: VocabLayout, models: list[Tensor],

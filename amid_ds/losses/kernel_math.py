@@ -19,17 +19,16 @@ import math
 import triton
 import triton.language as tl
 
-from amid_ds.losses.objective import (
+from amid_ds.losses.divergences import (
     INFINITE_RATIO,
     KL,
     LOG_ZERO,
-    ORDERS,
     AlphaBeta,
-    AMiD,
     Divergence,
     SquaredHellinger,
     TotalVariation,
 )
+from amid_ds.losses.objective import ORDERS, AMiD
 
 ZERO_LOG = tl.constexpr(LOG_ZERO)
 UNBOUNDED = tl.constexpr(INFINITE_RATIO)

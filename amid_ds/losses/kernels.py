@@ -20,8 +20,9 @@ from torch import Tensor
 from triton.runtime import driver
 
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses import kernel_programs
+from amid_ds.losses import elementwise, kernel_programs
 from amid_ds.losses.block import Block, RowNormalisers, RowStatistics, needs_normaliser
+from amid_ds.losses.divergences import KL
 from amid_ds.losses.kernel_math import (
     DIVERGENCE_CODES,
     divergence_arguments,
@@ -31,7 +32,7 @@ from amid_ds.losses.kernel_math import (
     order_arguments,
 )
 from amid_ds.losses.moments import MOMENT_ROWS, merge_moments, sums_from_moments
-from amid_ds.losses.objective import KL, AMiD
+from amid_ds.losses.objective import AMiD
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Columns that a program reads at once.
@@ -43,7 +44,8 @@ VECTOR_BYTES = 16
 
 def supports(objective: AMiD | None, dtypes: list[torch.dtype]) -> bool:
     """True if there are kernels for this divergence and these dtypes of logits."""
-    known = objective is None or type(objective.resolved_divergence) in DIVERGENCE_CODES
+    known = objective is None or (type(objective.resolved_divergence) in DIVERGENCE_CODES
+                                  and not objective.per_token and objective.power == 1)
     return known and set(dtypes) <= {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -56,6 +58,11 @@ def log_normalisers(block: Block) -> Tensor:
                 HAS_TEACHER=block.teacher is not None, HAS_Z="z" in names,
                 **_logit_arguments(block))
     return rows
+
+
+def measures(block: Block, norms: RowNormalisers, names: tuple[str, ...]) -> Tensor:
+    """[k, n] local sums of the measures of these names, in plain torch."""
+    return elementwise.measures(block, norms, names)
 
 
 def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowStatistics:
@@ -104,11 +111,11 @@ def write_gradient(block: Block, norms: RowNormalisers, stats: RowStatistics | N
     rows = (norms.log_p, norms.log_q, log_assistant, sums, block.kd_scale, block.ce_scale, log_z,
             labels)
     # Without a teacher its terms are compiled away, and any objective does.
-    objective = block.objective or AMiD()
+    objective = block.objective or AMiD().resolved({})
     _launch(
         kernel_programs.gradient_kernel, block, *_models(block), block.gradient,
         block.gradient.stride(0), *[_or_unread(row, block) for row in rows], block.tokens,
-        inverse_tau=1 / objective.temperature,
+        inverse_tau=1 / block.student.temperature,
         HAS_KD=block.kd_scale is not None, HAS_CE=has_ce, HAS_ASSISTANT=log_assistant is not None,
         MOVES=moves_assistant(objective), **order_arguments(objective),
         **divergence_arguments(objective), **mixture_arguments(objective),
@@ -137,13 +144,12 @@ def _or_unread(tensor: Tensor | None, block: Block) -> Tensor:
 def _logit_arguments(block: Block) -> dict[str, float]:
     """How the kernels read logits: what is read, under a cap capped, is tempered by `unit`."""
     student, teacher = block.student, block.teacher or block.student
-    inverse_tau = 1.0 if block.objective is None else 1 / block.objective.temperature
     columns = triton.next_power_of_2(student.width)
     narrowest = min(student.raw.element_size(), teacher.raw.element_size())
     arguments = {"width": student.width, "BLOCK": min(MAX_COLUMNS, max(MIN_COLUMNS, columns)),
                  "VECTOR": VECTOR_BYTES // narrowest, **_machine_arguments()}
     for name, model in (("student", student), ("teacher", teacher)):
-        capped = model.softcap is not None
+        capped, inverse_tau = model.softcap is not None, 1 / model.temperature
         arguments |= {f"{name}_scale": model.scale, f"{name}_cap": model.softcap or 0.0,
                       f"{name}_unit": inverse_tau if capped else model.scale * inverse_tau,
                       f"{name.upper()}_CAPPED": capped}

@@ -1,8 +1,12 @@
-"""A language model's head: the matrix products of a block with it, forward and backward."""
+"""A language model's head: the matrix products of a block with it, forward and backward.
+
+Gradients are made in forward and given away in backward: `take_gradients` and `scaled`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +14,11 @@ from torch import Tensor
 from amid_ds.errors import InputError
 from amid_ds.losses import tiles
 from amid_ds.losses.block import Logits
-from amid_ds.losses.blocks import adds_in_fp32, row_stride
+from amid_ds.losses.blocks import adds_in_fp32, row_stride, slices
+
+# Rows that a CPU multiplies at once in backward: where the dtypes of the factors or of the result
+# differ, it makes a temporary in the wider one. A GPU makes none.
+BACKWARD_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,11 @@ class LMHead:
         else:
             torch.addmm(self.bias.detach()[:columns], hidden, weight, out=raw)
         return Logits(raw, self.scale, self.softcap)
+
+
+def logits_workspace(tokens: int, columns: int, weight: Tensor) -> Tensor:
+    """Room for the first `columns` logits of `tokens` tokens, of the weight's dtype and device."""
+    return weight.new_empty(tokens * row_stride(columns, weight.device.type))
 
 
 class HeadGradients:
@@ -93,6 +106,38 @@ class HeadGradients:
                 if tensor is not None:
                     tensor.zero_()
         return [self.hidden, self.weight, self.bias]
+
+
+def take_gradients(ctx: Any) -> list[Tensor | None]:
+    """The gradients that forward left, to be scaled in place; copies if the graph is kept."""
+    # Gradients are enabled within a backward only under create_graph=True.
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused loss has no second derivative: its gradients are made in "
+                           "forward, as numbers; call backward without create_graph=True")
+    if ctx.gradients is None:
+        raise RuntimeError("backward was called a second time on the fused loss, whose gradients "
+                           "have been given away; call the loss again, or the first backward with "
+                           "retain_graph=True")
+    # retain_graph=True: backward may come again.
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return [None if gradient is None else gradient.clone() for gradient in ctx.gradients]
+    gradients, ctx.gradients = ctx.gradients, None
+    return gradients
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient · factor, rounded to `dtype` in the same pass; in place if that is its dtype.
+
+    factor: a scalar, or one entry per row [n].
+    """
+    result = gradient if dtype == gradient.dtype else torch.empty_like(gradient, dtype=dtype)
+    at_once = gradient.device.type != "cpu" or gradient.dtype == factor.dtype == dtype
+    per_row = factor.dim() > 0
+    # A tensor without dimensions would be rounded to the gradient's dtype first.
+    factor = factor.reshape(-1, *[1] * (gradient.dim() - 1))
+    for rows in slices(len(gradient), len(gradient) if at_once else BACKWARD_ROWS):
+        torch.mul(gradient[rows], factor[rows] if per_row else factor, out=result[rows])
+    return result
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from amid_ds.distributed.vocab_parallel import merge_logsumexp
-from amid_ds.losses.objective import AMiD
+from amid_ds.losses.objective import Number, ResolvedObjective
 
 MOMENT_ROWS = 9
 
@@ -39,9 +39,10 @@ def merge_moments(parts: Tensor) -> Tensor:
     return torch.cat([total, (parts[:, 2:5] * share[:, None]).sum(0), parts[:, 5:].sum(0)])
 
 
-def sums_from_moments(moments: Tensor, objective: AMiD) -> Tensor:
+def sums_from_moments(moments: Tensor, objective: ResolvedObjective) -> Tensor:
     """moments [9, n] of the whole vocabulary -> [4, n] ΣD, ΣA, Σ(wA + B), Σwr (block.py)."""
-    kappa = {"pr": 0.0, "qr": 0.0, "rp": 0.0, "rq": 0.0, **dict(objective.order_weights)}
+    kappa: dict[str, Number] = {"pr": 0.0, "qr": 0.0, "rp": 0.0, "rq": 0.0}
+    kappa.update(objective.order_weights)
     to_r, from_r = kappa["pr"] + kappa["qr"], kappa["rp"] + kappa["rq"]
     log_sum = moments[0] + moments[1]
     w_r, t_r, wt_r, value, pull, w_models, excess = moments[2:]

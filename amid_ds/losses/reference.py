@@ -13,7 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from amid_ds.losses.objective import AlphaBeta, AMiD, Divergence
+from amid_ds.losses.divergences import AlphaBeta, Divergence
+from amid_ds.losses.objective import AMiD
 
 
 def naive_loss(student_logits: Tensor, teacher_logits: Tensor, objective: AMiD) -> Tensor:
@@ -21,8 +22,8 @@ def naive_loss(student_logits: Tensor, teacher_logits: Tensor, objective: AMiD) 
 
     Give it fp64 for a truth. The gradient reaches student_logits alone.
     """
-    log_p = (teacher_logits.detach() / objective.temperature).log_softmax(-1)
-    log_q = (student_logits / objective.temperature).log_softmax(-1)
+    log_p = (teacher_logits.detach() / objective.teacher_temperature).log_softmax(-1)
+    log_q = (student_logits / objective.student_temperature).log_softmax(-1)
     log_r = naive_assistant(log_p, log_q, objective.alpha, objective.lam)
     if objective.detach_assistant:
         log_r = log_r.detach()

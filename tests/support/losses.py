@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from amid_ds import AlphaBeta, AMiD, LMHead, linear_amid_loss
 from amid_ds.losses import fused
-from amid_ds.losses.objective import DIVERGENCES
+from amid_ds.losses.divergences import DIVERGENCES
 from amid_ds.losses.reference import naive_loss
 
 EVERY_DIVERGENCE = [AlphaBeta(0.2, 0.7) if name == "alpha_beta" else name for name in DIVERGENCES]
