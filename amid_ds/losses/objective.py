@@ -158,6 +158,8 @@ def preset(name: str, **parameters: Any) -> AMiD:
     taid(t): KL(r‖q), r = softmax(t·teacher + (1-t)·stopgrad(student)) of the logits, TAID
         (arXiv 2501.16937)
     abkd(alpha, beta): D_AB(p‖q), ABKD (arXiv 2505.04560)
+    veto(beta, order="rq"): KL(r‖q), r = p·stopgrad(q)^β normalised, or `qr`, KL(q‖r), Veto
+        (arXiv 2601.07155)
     amid: AMiD's own parameters
 
     All take `temperature`. Raises InputError for an unknown name or parameter.
@@ -207,9 +209,15 @@ def _abkd(alpha: float, beta: float, temperature: float = 1.0) -> AMiD:
                 temperature=temperature)
 
 
+def _veto(beta: float, order: str = "rq", temperature: float = 1.0) -> AMiD:
+    _check_number("beta", beta, 0.0)
+    return AMiD(alpha=1.0, lam=1 / (1 + beta), power=1 + beta, order=order, temperature=temperature,
+                detach_assistant=True)
+
+
 PRESETS: dict[str, Callable[..., AMiD]] = {
     "fkl": _fkl, "rkl": _rkl, "skl": _skl, "srkl": _srkl, "gkd": _gkd, "taid": _taid,
-    "abkd": _abkd, "amid": AMiD,
+    "abkd": _abkd, "veto": _veto, "amid": AMiD,
 }
 
 
