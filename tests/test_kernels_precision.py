@@ -22,12 +22,8 @@ from triton.runtime import interpreter
 
 from amid_ds import AlphaBeta, AMiD, amid_loss, preset
 from amid_ds.losses import kernels
-from amid_ds.losses.kernel_math import (
-    MIXTURE_POWER,
-    SERIES_LIMIT,
-    log_mixture,
-    mixture_arguments,
-)
+from amid_ds.losses.kernel_arguments import mixture_arguments
+from amid_ds.losses.kernel_math import MIXTURE_POWER, SERIES_LIMIT, log_mixture
 from amid_ds.losses.reference import naive_loss
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels run on the GPU")

@@ -23,7 +23,8 @@ from amid_ds.losses.reference import naive_loss
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
-from amid_ds.losses.kernel_math import DIVERGENCE_CODES, is_balanced  # noqa: E402
+from amid_ds.losses.kernel_arguments import is_balanced  # noqa: E402
+from amid_ds.losses.kernel_math import DIVERGENCE_CODES  # noqa: E402
 
 
 def logits(seed: int, *shape: int, dtype: torch.dtype = torch.float32,

@@ -187,7 +187,7 @@ def _mixture_kind(alpha: float) -> str:
     """The key of INSTRUCTIONS_PER_PAIR: the kernels have a path of its own for each."""
     if alpha in (-1, 1):
         return "arithmetic" if alpha == -1 else "geometric"
-    # Below |c| = ½ they need a series (losses/kernel_math.py, which needs Triton).
+    # Below |c| = ½ they need a series (losses/kernel_arguments.py, which needs Triton).
     return "near_geometric" if abs(1 - alpha) / 2 < 0.5 else "power"
 
 

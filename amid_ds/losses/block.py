@@ -218,7 +218,7 @@ def forward_backward_block(block: Block, objective: AMiD | None, shard: VocabSha
         measured = measure(block, norms, shard, backend, asked)
         if values is None:
             values = {each: each.values(measured[each.by]) for each in objective.per_token}
-        block = replace(block, objective=objective.resolved(values))
+        block = replace(block, objective=objective.resolved({**values}))
         if objective.token_weight is not None:
             factor = values[objective.token_weight]
             block = block.weighted(factor)

@@ -48,6 +48,8 @@ from amid_ds.errors import InputError
 LOG_ZERO = -1e30
 # Where one of two probabilities is 0 their log ratio is beyond this; finite logits' never is.
 INFINITE_RATIO = 1e20
+# A power of AlphaBeta's below it is taken for small: a difference divided by it is made by expm1.
+NEAR_ZERO = 0.125
 
 Terms = tuple[Tensor, Tensor, Tensor]
 
@@ -80,6 +82,11 @@ class Divergence:
 
     name: ClassVar[str]
 
+    @property
+    def infinite_without(self) -> tuple[bool, bool]:
+        """True if D is infinite where only a, where only b has no probability."""
+        return False, False
+
     def terms(self, a: LogProbs, b: LogProbs) -> Terms:
         """(f, ∂f/∂log a, ∂f/∂log b) element by element, [n, tile] in the arguments' dtype.
 
@@ -109,6 +116,10 @@ class KL(Divergence):
 
     name = "kl"
 
+    @property
+    def infinite_without(self) -> tuple[bool, bool]:
+        return False, True
+
     def terms(self, a: LogProbs, b: LogProbs) -> Terms:
         ratio = a.log - b.log
         infinite = ratio > INFINITE_RATIO
@@ -122,7 +133,17 @@ class KL(Divergence):
 class AlphaBeta(Divergence):
     """D_AB(a‖b) = -1/(xy) Σ [a^x b^y - x/(x+y) a^(x+y) - y/(x+y) b^(x+y)], ABKD (arXiv 2505.04560).
 
-    x = `alpha`, y = `beta`. Raises InputError if x, y or x + y is 0: the formula has no value then.
+    x = `alpha`, y = `beta`, any two numbers; where x, y or x + y is 0 it is the limit:
+        y = 0       Σ [a^x log(a^x/b^x) - a^x + b^x] / x²           (1, 0): KL(a‖b)
+        x = 0       Σ [b^y log(b^y/a^y) - b^y + a^y] / y²           (0, 1): KL(b‖a)
+        x + y = 0   Σ [log(b^x/a^x) + a^x/b^x - 1] / x²
+        x = y = 0   ½ Σ (log a - log b)²
+
+    With s = x + y, u = log a - log b and the three logarithms s log b, x log a + y log b, s log a,
+    the value is u² times the second divided difference of exp at these three, and the derivatives
+    are ±u times the first at two of them: continuous in x and y, and computed as such. All digits
+    hold near a limit, but those of the value near x = y = 0, where it is off by fp32's rounding of
+    u over max(|x|, |y|); the gradient is not.
     """
 
     alpha: float
@@ -130,23 +151,57 @@ class AlphaBeta(Divergence):
     name = "alpha_beta"
 
     def __post_init__(self) -> None:
-        x = finite_number("AlphaBeta's alpha", self.alpha)
-        y = finite_number("AlphaBeta's beta", self.beta)
-        if x == 0 or y == 0 or x + y == 0:
-            raise InputError(
-                f"AlphaBeta(alpha={x}, beta={y})", "alpha, beta and alpha + beta different from 0",
-                "take a value near the limit, or divergence='kl', which is the limit (1, 0)")
+        finite_number("AlphaBeta's alpha", self.alpha)
+        finite_number("AlphaBeta's beta", self.beta)
+
+    @property
+    def infinite_without(self) -> tuple[bool, bool]:
+        of_sum = self.alpha + self.beta <= 0
+        return self.alpha <= 0 or of_sum, self.beta <= 0 or of_sum
 
     def terms(self, a: LogProbs, b: LogProbs) -> Terms:
         x, y = self.alpha, self.beta
-        if x + y < 0:
+        s = x + y
+        if s < 0:
             # Where neither has any probability, the powers are infinite and their sum is 0.
             neither = torch.maximum(a.log, b.log) < -INFINITE_RATIO
             a, b = (LogProbs(each.log.masked_fill(neither, 0.0)) for each in (a, b))
-        both = (x * a.log + y * b.log).exp()
-        d_a = (((x + y) * a.log).exp() - both) / y
-        d_b = (((x + y) * b.log).exp() - both) / x
-        return (d_a + d_b) / (x + y), d_a, d_b
+        u = a.log - b.log
+        of_a, of_b = (each if s == 1 else LogProbs(s * each.log) for each in (a, b))
+        both = of_a if y == 0 else of_b if x == 0 else LogProbs(x * a.log + y * b.log)
+        d_a = _divided(of_a, both, u, y)
+        d_b = -_divided(both, of_b, u, x)
+        if abs(s) >= NEAR_ZERO:
+            value = (d_a + d_b) / s
+        elif x == y == 0:
+            value = 0.5 * u.square()
+        elif abs(x) >= abs(y):
+            value = (d_a - _divided(of_a, of_b, u, s)) / x
+        else:
+            value = (d_b + _divided(of_a, of_b, u, s)) / y
+        without_a, without_b = self.infinite_without
+        if without_a:
+            value = value.masked_fill(u < -INFINITE_RATIO, math.inf)
+        if without_b:
+            value = value.masked_fill(u > INFINITE_RATIO, math.inf)
+        return value, d_a, d_b
+
+    def as_kl(self) -> tuple[KL, bool] | None:
+        """KL, and True if its arguments are in the reverse order, where this is one; else None."""
+        if {self.alpha, self.beta} != {0, 1}:
+            return None
+        return KL(), self.beta == 1
+
+
+def _divided(first: LogProbs, second: LogProbs, u: Tensor, k: float) -> Tensor:
+    """(first - second) / k, given log first - log second = k u; its limit for k = 0, and nothing
+    cancels near it."""
+    if k == 0:
+        return first.p * u
+    if abs(k) >= NEAR_ZERO:
+        return (first.p - second.p) / k
+    rise = -torch.expm1(-(k * u).abs()) / abs(k)
+    return torch.maximum(first.p, second.p) * torch.copysign(rise, u)
 
 
 @register

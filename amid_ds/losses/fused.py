@@ -158,8 +158,8 @@ def linear_amid_loss(
     token's weight is then also multiplied by the objective's `token_weight`.
     statistics: names of measures.STATISTICS, reported per token.
     Collectives under a shard: at most three per block in forward, one more with a measure that the
-    objective or the statistics name, one more with `agreement`; two more per block if the objective
-    needs sequences; one in backward.
+    objective or the statistics name, one more with `agreement`, one more if the objective needs
+    sequences; one in backward.
     Raises InputError (a ValueError) for shapes, dtypes and numbers that do not fit.
     """
     student = student_head if isinstance(student_head, LMHead) else LMHead(student_head)
@@ -297,18 +297,19 @@ def _loss_and_gradients(hidden: Tensor,
             tokens = rows if isinstance(index, range) else index[rows]
             yield tokens, _make_block(hidden, inputs, tokens, weights[tokens], workspaces, dtype)
 
-    values = None
+    values, in_blocks = None, inputs.statistics
     if inputs.objective is not None and inputs.objective.needs_sequences:
-        values = _values_in_sequences(blocks(), inputs, weights)
+        statistics, values = _measured_first(blocks(), inputs, weights)
+        in_blocks = ()
     total_weights = weights
     if inputs.objective is not None and inputs.objective.token_weight is not None:
         total_weights = torch.zeros_like(weights)
     for tokens, block in blocks():
         out = forward_backward_block(
-            block, inputs.objective, layout.shard, inputs.backend, inputs.statistics,
+            block, inputs.objective, layout.shard, inputs.backend, in_blocks,
             None if values is None else {each: of[tokens] for each, of in values.items()})
         parts = [(kd, out.kd), (ce, out.ce),
-                 *((statistics[name], out.statistics[name]) for name in statistics)]
+                 *((statistics[name], out.statistics[name]) for name in in_blocks)]
         for whole, part in parts:
             if whole is not None and part is not None:
                 whole[tokens] = part
@@ -324,21 +325,22 @@ def _loss_and_gradients(hidden: Tensor,
     return LossOutput(loss, kd, ce, statistics), gradients.totals()
 
 
-def _values_in_sequences(blocks: Iterator[tuple[Tensor | slice, Block]], inputs: LossInputs,
-                         weights: Tensor) -> dict[PerToken, Tensor]:
-    """[N] values of all the objective's `per_token`, from all blocks' measures. Two collectives
-    per block."""
+def _measured_first(blocks: Iterator[tuple[Tensor | slice, Block]], inputs: LossInputs,
+                    weights: Tensor) -> tuple[dict[str, Tensor], dict[PerToken, Tensor]]:
+    """The statistics, and the values of all the objective's `per_token`, [N] each; from the
+    measures of all blocks."""
     objective, shard = inputs.objective, inputs.layout.shard
     assert objective is not None and inputs.sequences is not None
-    measured = {name: torch.zeros_like(weights) for name in objective.measures}
+    measured = {name: torch.zeros_like(weights) for name in
+                (*inputs.statistics, *objective.measures)}
     for tokens, block in blocks:
         norms, _ = row_normalisers(block, shard, inputs.backend)
-        of_block = measure(block, norms, shard, inputs.backend, set(measured))
-        for name, whole in measured.items():
-            whole[tokens] = of_block[name]
-    return {each: each.values_in_sequences(measured[each.by], inputs.sequences, weights > 0)
-            if each.needs_sequences else each.values(measured[each.by])
-            for each in objective.per_token}
+        for name, part in measure(block, norms, shard, inputs.backend, set(measured)).items():
+            measured[name][tokens] = part
+    values = {each: each.values_in_sequences(measured[each.by], inputs.sequences, weights > 0)
+              if each.needs_sequences else each.values(measured[each.by])
+              for each in objective.per_token}
+    return {name: measured[name] for name in inputs.statistics}, values
 
 
 def _weighted(weights: Tensor, part: Tensor) -> Tensor:

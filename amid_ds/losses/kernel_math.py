@@ -1,10 +1,11 @@
 # mypy: disallow-untyped-defs=False
 # (a Triton function's arguments have no Python types)
-"""The formulas of the objective as Triton functions of one block of columns, and their arguments.
+"""The formulas of the objective as Triton functions of one block of columns.
 
-The kernels in kernel_programs.py call them. All arithmetic is fp32, and all logarithms are in bits:
-2ˣ and log₂ are one instruction each on a GPU, eˣ and log several. The twins in plain torch are
-`elementwise.mixture` and `Divergence.terms`.
+The kernels in kernel_programs.py call them, with the arguments that kernel_arguments.py makes of an
+objective. All arithmetic is fp32, and all logarithms are in bits: 2ˣ and log₂ are one instruction
+each on a GPU, eˣ and log several. The twins in plain torch are `elementwise.mixture` and
+`Divergence.terms`.
 
 APPROXIMATE takes the GPU's own log₂ and reciprocal: a tenth of the instructions, for an error of
 2⁻²² (tests/test_kernels_precision.py). That error is absolute where log₂ is near 0, which none of
@@ -28,7 +29,6 @@ from amid_ds.losses.divergences import (
     SquaredHellinger,
     TotalVariation,
 )
-from amid_ds.losses.objective import ORDERS, AMiD
 
 ZERO_LOG = tl.constexpr(LOG_ZERO)
 UNBOUNDED = tl.constexpr(INFINITE_RATIO)
@@ -50,6 +50,12 @@ DIVERGENCE_KL = tl.constexpr(0)
 DIVERGENCE_ALPHA_BETA = tl.constexpr(1)
 DIVERGENCE_TOTAL_VARIATION = tl.constexpr(2)
 DIVERGENCE_SQUARED_HELLINGER = tl.constexpr(3)
+# AlphaBeta where x or y is not well above 0: its value as a difference over x + y, over x, over y,
+# and for x = y = 0.
+DIVERGENCE_ALPHA_BETA_BY_SUM = tl.constexpr(4)
+DIVERGENCE_ALPHA_BETA_BY_X = tl.constexpr(5)
+DIVERGENCE_ALPHA_BETA_BY_Y = tl.constexpr(6)
+DIVERGENCE_LOG_SQUARES = tl.constexpr(7)
 DIVERGENCE_CODES: dict[type[Divergence], int] = {
     KL: DIVERGENCE_KL.value,
     AlphaBeta: DIVERGENCE_ALPHA_BETA.value,
@@ -59,78 +65,6 @@ DIVERGENCE_CODES: dict[type[Divergence], int] = {
 
 # |x| below which the mixture is a series in x: its sixth-order term is then below fp32's rounding.
 SERIES_LIMIT = tl.constexpr(0.125)
-# |c| from which no x needs the series: log₂(1 + e)/c is then exact to 2⁻²¹.
-SERIES_NEEDED_BELOW = 0.5
-# A λ or 1 - λ below it makes a mixture whose logarithm λp + (1-λ)q, in fp32, does not give.
-LEAST_SHARE = 2.0**-20
-
-
-def mixture_arguments(objective: AMiD) -> dict[str, float]:
-    """The arguments of `log_mixture`."""
-    c, lam = (1 - objective.alpha) / 2, objective.lam
-    mixture = MIXTURE_POWER
-    if lam in (0, 1):
-        mixture = MIXTURE_TEACHER if lam else MIXTURE_STUDENT
-    elif c == 0:
-        mixture = MIXTURE_GEOMETRIC
-    elif c == 1 and LEAST_SHARE <= lam <= 1 - LEAST_SHARE and not isinstance(
-            objective.resolved_divergence, AlphaBeta):
-        # Powers of r tell apart what is below LEAST.
-        mixture = MIXTURE_ARITHMETIC
-    # Finite numbers also where they are not used.
-    log_lam, log_rest = (log if math.isfinite(log) else 0.0 for log in objective.log_weights)
-    return {"c": c, "inverse_c": 1 / c if c else 0.0, "lam": float(lam), "log_lam": log_lam,
-            "log_rest": log_rest, "MIXTURE": mixture.value,
-            "SERIES": mixture is MIXTURE_POWER and abs(c) < SERIES_NEEDED_BELOW}
-
-
-def order_arguments(objective: AMiD) -> dict[str, float]:
-    """The weights of the orders, and in capitals True for those above 0."""
-    weights = dict(objective.order_weights)
-    return {**{order: weights.get(order, 0.0) for order in ORDERS},
-            **{order.upper(): order in weights for order in ORDERS}}
-
-
-def divergence_arguments(objective: AMiD) -> dict[str, float]:
-    """The arguments x, y, DIVERGENCE and BALANCED of `objective_terms`."""
-    divergence = objective.resolved_divergence
-    x, y = 1.0, 1.0
-    if isinstance(divergence, AlphaBeta):
-        x, y = divergence.alpha, divergence.beta
-    return {"x": x, "y": y, "DIVERGENCE": DIVERGENCE_CODES[type(divergence)],
-            "BALANCED": is_balanced(objective)}
-
-
-def is_balanced(objective: AMiD) -> bool:
-    """True for κ_pr KL(p‖m) + κ_qr KL(q‖m) with m = λp + (1-λ)q and κ_pr : κ_qr = λ : 1-λ.
-
-    The generalised Jensen-Shannon divergence, at whose m its derivative with respect to r is 0.
-    """
-    weights, lam = dict(objective.order_weights), objective.lam
-    return (isinstance(objective.resolved_divergence, KL) and set(weights) == {"pr", "qr"}
-            and mixture_arguments(objective)["MIXTURE"] == MIXTURE_ARITHMETIC.value
-            and math.isclose(weights["pr"] * (1 - lam), weights["qr"] * lam, rel_tol=1e-9))
-
-
-def moves_assistant(objective: AMiD) -> bool:
-    """True if a gradient flows through r."""
-    return not (objective.detach_assistant or objective.lam == 1 or is_balanced(objective))
-
-
-def infinite_arguments(objective: AMiD) -> dict[str, bool]:
-    """ONLY_P, ONLY_Q: True if KL is infinite where only the teacher, only the student says a token.
-
-    r has no probability where neither model has any, and for α ≥ 1 where one has none.
-    """
-    weights, mixed = dict(objective.order_weights), objective.lam not in (0, 1)
-    if not isinstance(objective.resolved_divergence, KL):
-        weights = {}
-    r_without_p = objective.lam == 0 or (mixed and objective.alpha < 1)
-    r_without_q = objective.lam == 1 or (mixed and objective.alpha < 1)
-    return {"ONLY_P": bool(("pr" in weights and not r_without_q)
-                           or ("rq" in weights and r_without_q)),
-            "ONLY_Q": bool(("qr" in weights and not r_without_p)
-                           or ("rp" in weights and r_without_p))}
 
 
 @triton.jit
@@ -211,6 +145,19 @@ def assistant(log_p, log_q, peak, rest, c, inverse_c, lam, log_lam, log_rest,
 
 
 @triton.jit
+def divided(first, second, u, k):
+    """(first - second) / k, given ln first - ln second = k u; its limit for k = 0, and nothing
+    cancels near it; see divergences._divided."""
+    t = tl.abs(k * u)
+    # (1 - e⁻ᵗ) / t to the fifth order.
+    series = 1.0 - t * (1.0 / 2 - t * (1.0 / 6 - t * (1.0 / 24 - t * (1.0 / 120 - t / 720))))
+    inverse_k = 1.0 / tl.where(k == 0, 1.0, tl.abs(k))
+    rise = tl.where(t < 2 * SERIES_LIMIT, tl.abs(u) * series,
+                    (1.0 - tl.exp2(-t * LOG2_E)) * inverse_k)
+    return tl.maximum(first, second) * tl.where(u < 0, -rise, rise)
+
+
+@triton.jit
 def divergence_terms(log_a, log_b, a, b, x, y, DIVERGENCE: tl.constexpr):
     """f, ∂f/∂log a and ∂f/∂log b, given also a and b; the twin of Divergence.terms, but finite
     where KL is infinite. x, y: AlphaBeta's numbers."""
@@ -219,14 +166,35 @@ def divergence_terms(log_a, log_b, a, b, x, y, DIVERGENCE: tl.constexpr):
         d_b = b - a
         value = d_a + d_b
     elif DIVERGENCE == DIVERGENCE_ALPHA_BETA:
-        # Where neither has any probability, powers below 0 are infinite and their sum is 0.
-        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -UNBOUNDED)
-        log_a = tl.where(neither, 0.0, log_a)
-        log_b = tl.where(neither, 0.0, log_b)
         both = tl.exp2(x * log_a + y * log_b)
         d_a = (tl.exp2((x + y) * log_a) - both) * (1.0 / y)
         d_b = (tl.exp2((x + y) * log_b) - both) * (1.0 / x)
         value = (d_a + d_b) * (1.0 / (x + y))
+    elif DIVERGENCE >= DIVERGENCE_ALPHA_BETA_BY_SUM:
+        s = x + y
+        # Where neither has any probability, powers below 0 are infinite and their sum is 0.
+        neither = (x + y < 0) & (tl.maximum(log_a, log_b) < -UNBOUNDED)
+        log_a = tl.where(neither, 0.0, log_a)
+        log_b = tl.where(neither, 0.0, log_b)
+        u = (log_a - log_b) * LN_2
+        if DIVERGENCE == DIVERGENCE_LOG_SQUARES:
+            value = 0.5 * u * u
+            d_a = u
+            d_b = -u
+        else:
+            of_a = tl.exp2(s * log_a)
+            of_b = tl.exp2(s * log_b)
+            both = tl.exp2(x * log_a + y * log_b)
+            d_a = divided(of_a, both, u, y)
+            d_b = -divided(both, of_b, u, x)
+            if DIVERGENCE == DIVERGENCE_ALPHA_BETA_BY_SUM:
+                value = (d_a + d_b) * (1.0 / s)
+            elif DIVERGENCE == DIVERGENCE_ALPHA_BETA_BY_X:
+                value = (d_a - divided(of_a, of_b, u, s)) * (1.0 / x)
+            else:
+                value = (d_b + divided(of_a, of_b, u, s)) * (1.0 / y)
+        # Infinite rather than ∞ - ∞ (`infinite_arguments`); NaN of the logits stays.
+        value = tl.where((tl.abs(u) > UNBOUNDED) & (value != value), 0.0, value)
     elif DIVERGENCE == DIVERGENCE_TOTAL_VARIATION:
         value = 0.5 * tl.abs(a - b)
         sign = tl.where(a > b, 0.5, tl.where(a < b, -0.5, 0.0))

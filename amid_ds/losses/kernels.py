@@ -23,14 +23,14 @@ from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses import elementwise, kernel_programs
 from amid_ds.losses.block import Block, RowNormalisers, RowStatistics, needs_normaliser
 from amid_ds.losses.divergences import KL
-from amid_ds.losses.kernel_math import (
-    DIVERGENCE_CODES,
+from amid_ds.losses.kernel_arguments import (
     divergence_arguments,
     infinite_arguments,
     mixture_arguments,
     moves_assistant,
     order_arguments,
 )
+from amid_ds.losses.kernel_math import DIVERGENCE_CODES
 from amid_ds.losses.moments import MOMENT_ROWS, merge_moments, sums_from_moments
 from amid_ds.losses.objective import AMiD
 

@@ -87,8 +87,13 @@ class AMiD:
             _check_number("token_weight", self.token_weight, 0.0, may_choose=True)
         student, teacher = _temperatures(self.temperature)
         # The dataclass is frozen: derived fields are set past its own __setattr__.
-        object.__setattr__(self, "resolved_divergence", divergence_from(self.divergence))
-        object.__setattr__(self, "order_weights", _order_weights(self.order))
+        divergence, order_weights = divergence_from(self.divergence), _order_weights(self.order)
+        if isinstance(divergence, AlphaBeta) and (as_kl := divergence.as_kl()):
+            divergence, backwards = as_kl
+            if backwards:
+                order_weights = tuple((key[::-1], weight) for key, weight in order_weights)
+        object.__setattr__(self, "resolved_divergence", divergence)
+        object.__setattr__(self, "order_weights", order_weights)
         object.__setattr__(self, "student_temperature", student)
         object.__setattr__(self, "teacher_temperature", teacher)
 
@@ -109,8 +114,8 @@ class AMiD:
         """True if the tokens of a sequence decide something together."""
         return any(number.needs_sequences for number in self.per_token)
 
-    def resolved(self, values: Mapping[PerToken, Tensor]) -> ResolvedObjective:
-        """The objective of n tokens, given the [n] values of all of `per_token`."""
+    def resolved(self, values: Mapping[PerToken, Number]) -> ResolvedObjective:
+        """The objective of n tokens, given the values, [n] say, of all of `per_token`."""
         def of(number: float | PerToken) -> Number:
             return values[number] if isinstance(number, PerToken) else number
 

@@ -6,16 +6,31 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from amid_ds import AlphaBeta, AMiD, LMHead, linear_amid_loss
+from amid_ds import AlphaBeta, AMiD, LMHead, PerToken, linear_amid_loss
 from amid_ds.losses import fused
 from amid_ds.losses.divergences import DIVERGENCES
-from amid_ds.losses.reference import naive_loss
+from amid_ds.losses.reference import naive_loss, naive_values
 
 EVERY_DIVERGENCE = [AlphaBeta(0.2, 0.7) if name == "alpha_beta" else name for name in DIVERGENCES]
 OBJECTIVES = [AMiD(-5.0, 0.1),
               AMiD(0.5, 0.3, AlphaBeta(0.2, 0.7), {"pr": 0.5, "qr": 0.5}, 2.0),
               AMiD(1.0, 0.4, order="rq", detach_assistant=True),
               AMiD(3.0, 0.7, "squared_hellinger", "rp")]
+# Numbers per token: constants of the teacher, of the student, of both, of sequences; at the ends of
+# λ and on both sides of α = 1.
+PER_TOKEN = [
+    AMiD(-5.0, PerToken("teacher_entropy", (0.1, 0.5), (0.5, 3.0))),
+    AMiD(PerToken("overlap", (-4.0, 4.0), (0.0, 0.5)), 0.3, "total_variation", "qr"),
+    AMiD(PerToken("overlap", (1.0, -1.0), (0.2, 0.3)), PerToken("divergence", (0.0, 1.0), (0.5, 2)),
+         AlphaBeta(0.2, 0.7), {"pr": PerToken("student_entropy", (0, 1), (2, 3)), "rq": 0.5},
+         {"student": 2.0, "teacher": 0.7}),
+    AMiD(1.0, 0.4, order="rq", detach_assistant=True,
+         token_weight=PerToken("label_probability", (0.0, 2.0), (0.0, 0.1))),
+    AMiD(3.0, PerToken("student_entropy", (0.9, 0.1), (1.0, 3.0), over="sequence"), "kl",
+         {"qr": 0.3, "rp": 0.7}, power=1.5, token_weight=PerToken("teacher_entropy", top=0.5)),
+    AMiD(1.0, 1 / 1.8, "squared_hellinger", "rq", power=1.8, temperature={"student": 0.8,
+                                                                         "teacher": 1.3}),
+]
 
 
 class LossProblem:
@@ -39,6 +54,8 @@ class LossProblem:
         self.weights[::4] = 0
         self.labels = torch.randint(0, vocabulary, (tokens,), generator=draw)
         self.labels[::3] = -100
+        # Runs of uneven length, whose numbers do not rise.
+        self.sequences = 90 - torch.arange(tokens).double().sqrt().long()
         for tensor in self.leaves():
             tensor.requires_grad_()
 
@@ -62,10 +79,12 @@ class LossProblem:
               **options) -> fused.LossOutput:
         """The loss by linear_amid_loss: 0.9 of the divergence and 0.4 of the cross entropy."""
         head = LMHead(self.weight, self.bias, softcap, scale)
+        if objective is not None and objective.needs_sequences:
+            options["sequences"] = self.sequences
+        defaults = {"labels": self.labels, "ce_weight": 0.4, "kd_weight": 0.9}
         return linear_amid_loss(self.student, head, self.teacher, self.teacher_weight, objective,
-                                token_weights=self.weights, labels=self.labels,
-                                vocab_size=self.vocab_size,
-                                **{"ce_weight": 0.4, "kd_weight": 0.9, **options})
+                                token_weights=self.weights, vocab_size=self.vocab_size,
+                                **{**defaults, **options})
 
     def naive(self, objective: AMiD, softcap: float | None = None, scale: float = 1.0) -> Tensor:
         """The same loss by the naive twin, on full logits in at least fp32."""
@@ -76,12 +95,24 @@ class LossProblem:
             logits[:, :self.vocab_size].to(torch.promote_types(logits.dtype, torch.float32))
             for logits in (student, teacher))
         ce = F.cross_entropy(student, self.labels, reduction="none")
-        kd = naive_loss(student, teacher, objective)
-        return (self.weights * (0.9 * kd + 0.4 * ce)).sum()
+        tokens = (self.labels, self.sequences, self.weights > 0)
+        kd, weights = naive_loss(student, teacher, objective, *tokens), self.weights
+        if objective.token_weight is not None:
+            values = naive_values(student, teacher, objective, *tokens)[objective.token_weight]
+            weights = weights * torch.tensor(values, dtype=kd.dtype)
+        return (weights * (0.9 * kd + 0.4 * ce)).sum()
 
     def gradients(self, loss: Tensor) -> list[Tensor]:
         """The loss's gradients, in the order of leaves()."""
         return list(torch.autograd.grad(loss, self.leaves()))
+
+
+def random_logits(tokens: int = 6, vocabulary: int = 23) -> tuple[Tensor, Tensor]:
+    """The student's (with a gradient) and the teacher's [tokens, vocabulary] in float64."""
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (2 * torch.randn(tokens, vocabulary, generator=draw, dtype=torch.float64)
+                        for _ in range(2))
+    return student.requires_grad_(), teacher
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
