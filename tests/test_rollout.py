@@ -90,8 +90,9 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
     """Their weights are gathered once, or once for each token if the student does not fit."""
     ranks, overrides, changes = LAYOUTS[layout]
     run = tmp_path / "run"
-    started = Ranks(ranks, "train", recipe_for(run, rollout=ALWAYS, train__steps=2), *overrides,
-                    variables=changes, target=gather_counting_rank)
+    started = Ranks(ranks, "train", recipe_for(run, rollout=ALWAYS, train__steps=2),
+                    "train.statistics=[overlap]", *overrides, variables=changes,
+                    target=gather_counting_rank)
     assert started.wait() == [0] * ranks, started.output()
     run_ranks(1, "export", run, tmp_path / "after1", "--step", 1)
     teacher = AutoModelForCausalLM.from_pretrained(pair[1])
@@ -102,7 +103,7 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
                                           (tmp_path / "after1", buffers[1][len(buffers[0]):])]):
         student = AutoModelForCausalLM.from_pretrained(model)
         assert [ids[:start] for ids, start in kept] == read_prompts(prepared, step)
-        losses = []
+        losses, overlaps = [], []
         for ids, start in kept:
             truth = student.generate(torch.tensor([ids[:start]]), max_new_tokens=NEW,
                                      do_sample=False, eos_token_id=END, pad_token_id=2)
@@ -110,9 +111,11 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
             p, q = (model(torch.tensor([ids])).logits[0, start - 1:-1].softmax(-1)
                     for model in (teacher, student))
             losses.append((p * (p.log() - (0.3 * p + 0.7 * q).log())).sum(-1))
+            overlaps.append(torch.minimum(p, q).sum(-1))
         lengths.append([len(ids) - start for ids, start in kept])
         line = read_metrics(run)[step]
         assert line["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+        assert line["overlap"] == pytest.approx(torch.cat(overlaps).mean().item(), rel=1e-4)
         assert line["rollout"] == 1
     # Some ended before the others.
     assert len(set(lengths[0])) > 1 and max(lengths[0]) == NEW

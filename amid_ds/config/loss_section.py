@@ -21,9 +21,11 @@ from pydantic import (
 
 from amid_ds.config.scheduled_values import (
     FLAG,
+    MAPPING,
     NAME,
+    PER_SIDE,
     SCHEDULED,
-    SEVERAL,
+    VALUE_SECTIONS,
     AnySchedule,
     PerTokenOrScheduled,
     PerTokenSpec,
@@ -71,11 +73,14 @@ class Temperatures(Section):
     teacher: PositiveSchedule = 1.0
 
 
+VALUE_SECTIONS[PER_SIDE] = Temperatures
+
+
 def _temperature_kind(value: object) -> str:
     """The tag of one temperature, or of two."""
     two = (bool(value.keys() & {"student", "teacher"}) if isinstance(value, Mapping)
            else isinstance(value, Temperatures))
-    return SEVERAL if two else SCHEDULED
+    return PER_SIDE if two else SCHEDULED
 
 
 class LossKeys(Section):
@@ -92,19 +97,19 @@ class LossKeys(Section):
     """λ, the teacher's share in the assistant."""
     divergence: Annotated[
         Annotated[str, Tag(NAME)]
-        | Annotated[dict[str, dict[str, Parameter]], Tag(SEVERAL)],
+        | Annotated[dict[str, dict[str, Parameter]], Tag(MAPPING)],
         Discriminator(by_name)] = "kl"
     """A name in `amid_ds.losses.DIVERGENCES`, or {name: {parameter: value}}."""
     order: Annotated[
         Annotated[str, Tag(NAME)]
-        | Annotated[dict[str, Annotated[PerTokenOrScheduled, within(0, math.inf)]], Tag(SEVERAL)],
+        | Annotated[dict[str, Annotated[PerTokenOrScheduled, within(0, math.inf)]], Tag(MAPPING)],
         Discriminator(by_name)] = "pr"
     """The divergence's arguments of p (teacher), q (student), r (assistant): `pr` is D(p‖r); a
     mapping from orders to weights is their weighted sum."""
     power: PositiveSchedule = 1.0
     """An exponent of the assistant before it is normalised."""
     temperature: Annotated[
-        Annotated[PositiveSchedule, Tag(SCHEDULED)] | Annotated[Temperatures, Tag(SEVERAL)],
+        Annotated[PositiveSchedule, Tag(SCHEDULED)] | Annotated[Temperatures, Tag(PER_SIDE)],
         Discriminator(_temperature_kind)] = 1.0
     """Divides both models' logits, or {student, teacher}."""
     temperature_scaling: Literal["none", "squared"] = "none"
@@ -118,9 +123,6 @@ class LossKeys(Section):
     """The coefficient of the cross entropy with the data's labels."""
     token_weight: TokenWeight | None = None
     """A factor of each token's weight in both; the divisor stays. None: 1."""
-
-    normalise: Literal["tokens", "sequence"] = "tokens"
-    """Mean over the global batch's tokens, or over its sequences of the mean over their tokens."""
 
     @property
     def scheduled(self) -> dict[str, AnySchedule]:

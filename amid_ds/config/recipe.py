@@ -146,6 +146,13 @@ class Train(OptimizerKeys, RateKeys):
     profile: ProfileSteps | None = None
     """Steps to trace with torch's profiler, on every rank."""
 
+    @field_validator("statistics")
+    @classmethod
+    def _each_once(cls, statistics: list[Statistic]) -> list[Statistic]:
+        if len(set(statistics)) < len(statistics):
+            raise ValueError("each once")
+        return statistics
+
     @property
     def muon_ratio(self) -> float | None:
         """Muon's learning rate over AdamW's, the same at every step; None without Muon."""
@@ -214,21 +221,17 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _own_losses_fit(self) -> Recipe:
         """Each `loss` of a source, or of the rollouts, makes a whole with the recipe's."""
-        for place, own in self.own_losses.items():
+        for place, own in {"loss": OwnLoss(), **self.own_losses}.items():
             try:
                 whole = overridden(self.loss, own)
             except ValidationError as error:
                 problems = "; ".join(each["msg"].removeprefix("Value error, ")
                                      for each in error.errors())
                 raise ValueError(f"`{place}` over `loss`: {problems}") from None
-            self._require_a_teacher_for(f"{place}.token_weight", whole.token_weight)
-        self._require_a_teacher_for("loss.token_weight", self.loss.token_weight)
+            if self.teacher is None and whole.token_weight is not None:
+                raise ValueError(f"`{place}` has a `token_weight` and there is no `teacher` to "
+                                 "measure the tokens with; name one, or leave it out")
         return self
-
-    def _require_a_teacher_for(self, place: str, weight: TokenWeight | None) -> None:
-        if self.teacher is None and weight is not None and weight.by != "student_entropy":
-            raise ValueError(f"`{place}` by `{weight.by}` without a `teacher`: only "
-                             "`student_entropy` is known; name a teacher, or leave it out")
 
     @model_validator(mode="after")
     def _something_to_evaluate_on(self) -> Recipe:
@@ -354,11 +357,16 @@ class Recipe(Section):
         """What is learnt from the student's own words: no cross entropy, unless it is named."""
         own = self.rollout.loss if self.rollout is not None else None
         loss = self.loss if own is None else overridden(self.loss, own)
-        if own is None or "ce_weight" not in own.model_fields_set:
-            loss = loss.model_copy(update={"ce_weight": 0.0})
         if self.rollout is not None and self.rollout.estimator == "sampled":
             loss = overridden(loss, SAMPLED_REVERSE_KL)
+        if own is None or "ce_weight" not in own.model_fields_set:
+            loss = loss.model_copy(update={"ce_weight": 0.0})
         return loss
+
+    @property
+    def losses(self) -> list[Loss]:
+        """Every loss that a step may have: the data's, its sources', the student's own words'."""
+        return [self.loss, *self.source_losses.values(), self.sampled_loss]
 
     @property
     def prepared_dir(self) -> Path:

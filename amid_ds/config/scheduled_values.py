@@ -90,11 +90,14 @@ AnySchedule = Schedule | Piecewise | TaidSchedule
 ScheduledValue = float | AnySchedule
 
 # Tags of the unions below. pydantic puts them into the location of an error; parse.py drops them.
-NUMBER, SCHEDULE, PIECEWISE, TAID, SCHEDULED, PER_TOKEN, NAME, FLAG, SEVERAL = VALUE_KINDS = (
-    "a number", "a schedule", "a piecewise schedule", "a TAID schedule", "a scheduled number",
-    "a number per token", "a name", "a flag", "several")
+VALUE_KINDS = ("a number", "a schedule", "a piecewise schedule", "a TAID schedule",
+               "a scheduled number", "a number per token", "a number per side", "a name", "a flag",
+               "a mapping")
+(NUMBER, SCHEDULE, PIECEWISE, TAID, SCHEDULED, PER_TOKEN, PER_SIDE, NAME, FLAG,
+ MAPPING) = VALUE_KINDS
 
 
+# Their keys, for parse.py.
 VALUE_SECTIONS: dict[str, type[Section]] = {
     SCHEDULE: Schedule, PIECEWISE: Piecewise, TAID: TaidSchedule}
 
@@ -160,8 +163,8 @@ PerTokenOrScheduled = Annotated[
 
 
 def by_name(value: object) -> str:
-    """The tag of a union of NAME, a text, and SEVERAL, a mapping."""
-    return SEVERAL if isinstance(value, Mapping) else NAME
+    """The tag of a union of a NAME and a MAPPING."""
+    return MAPPING if isinstance(value, Mapping) else NAME
 
 
 def scheduled_parts(value: object, name: str = "") -> Iterator[tuple[str, AnySchedule]]:

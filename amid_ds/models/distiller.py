@@ -27,13 +27,13 @@ from amid_ds.monitor.step_timer import phase
 class StepObjective:
     """The loss of one optimizer step: kd_weight · divergence + ce_weight · cross entropy.
 
-    scheduled: the recipe's keys whose values change with the step, at this step, for the log.
+    statistics: what to tell of the tokens beside it, as `linear_amid_loss` has them.
     """
 
     amid: AMiD
     kd_weight: float
     ce_weight: float
-    scheduled: Mapping[str, float] = field(default_factory=dict)
+    statistics: tuple[str, ...] = ()
 
 
 class Part(NamedTuple):
@@ -95,7 +95,7 @@ class StepObjectives:
 
 def _part(objective: StepObjective, sequences: Tensor, tokens: Tensor | None = None) -> Part:
     """The part of these `tokens` of a batch with `sequences` [n]."""
-    if not getattr(objective.amid, 'needs_sequences', False):
+    if not objective.amid.needs_sequences:
         return Part(objective, tokens)
     if tokens is None:
         return Part(objective, None, sequences)
@@ -106,12 +106,14 @@ class MicroBatchLoss(NamedTuple):
     """Scalars of one micro-batch: weighted loss (with gradient), divergence and cross entropy.
 
     tokens: [n, 2], the divergence and cross entropy of each token, as far as they count.
+    statistics: [m], weighted sums of the objective's; 0 without the teacher.
     """
 
     loss: Tensor
     kd: Tensor
     ce: Tensor
     tokens: Tensor
+    statistics: Tensor
 
 
 class FusedHead(nn.Module):
@@ -148,7 +150,8 @@ class FusedHead(nn.Module):
             assert part.tokens is not None
             tokens.index_copy_(0, part.tokens, own.tokens)
         loss, kd, ce = (torch.stack([own[i] for own in losses]).sum() for i in range(3))
-        return MicroBatchLoss(loss, kd, ce, tokens)
+        return MicroBatchLoss(loss, kd, ce, tokens,
+                              torch.stack([own.statistics for own in losses]).sum(0))
 
     def _part_loss(self, part: Part, heads: tuple[LMHead, LMHead | None], student_hidden: Tensor,
                    teacher_hidden: Tensor | None, labels: Tensor,
@@ -162,15 +165,20 @@ class FusedHead(nn.Module):
             teacher_hidden = part.take(teacher_hidden)
         objective = part.objective
         weights = (0.0 if teacher_hidden is None else objective.kd_weight, objective.ce_weight)
+        statistics = objective.statistics if teacher_hidden is not None else ()
         out = linear_amid_loss(
             part.take(student_hidden), student_head, teacher_hidden, teacher_head, objective.amid,
             token_weights=token_weights, labels=part.take(labels), kd_weight=weights[0],
-            ce_weight=weights[1], vocab_size=self.vocab_size, shard=self.shard, checked=True)
+            ce_weight=weights[1], vocab_size=self.vocab_size, shard=self.shard, checked=True,
+            sequences=part.sequences, statistics=statistics)
         kd, ce = (out.loss.new_zeros(()) if values is None else (token_weights * values).sum()
                   for values in (out.kd, out.ce))
         tokens = [torch.zeros_like(token_weights) if values is None or not weight else values
                   for values, weight in zip((out.kd, out.ce), weights, strict=True)]
-        return MicroBatchLoss(out.loss, kd, ce, torch.stack(tokens, -1))
+        sums = out.loss.new_zeros(len(objective.statistics))
+        for place, name in enumerate(statistics):
+            sums[place] = (token_weights * out.statistics[name]).sum()
+        return MicroBatchLoss(out.loss, kd, ce, torch.stack(tokens, -1), sums)
 
 
 class Distiller(nn.Module):
@@ -206,7 +214,8 @@ class Distiller(nn.Module):
 
     def uses_teacher(self, objectives: Iterable[StepObjective]) -> bool:
         """True where a step with these objectives needs the teacher's forward pass."""
-        return self.teacher is not None and any(own.kd_weight > 0 for own in objectives)
+        return self.teacher is not None and any(
+            own.kd_weight > 0 or own.amid.token_weight is not None for own in objectives)
 
     @torch.no_grad()
     def teacher_hidden_states(self, batches: Sequence[Batch], micro_batches_per_pass: int,

@@ -140,9 +140,7 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
 
 def _check_objectives(recipe: Recipe) -> None:
     """Raise InputError for a step whose objective cannot be."""
-    losses = [recipe.loss, recipe.sampled_loss, *recipe.source_losses.values()]
-    for step in sorted({step for loss in losses
-                        for step in turning_points(loss, recipe.train.total_steps)}):
+    for step in turning_points(recipe.losses, recipe.train.total_steps):
         objectives_at(recipe, step)
 
 

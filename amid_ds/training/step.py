@@ -25,12 +25,13 @@ from amid_ds.data import Batch
 from amid_ds.distributed.transfer import to_device
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
+from amid_ds.losses import PerToken
 from amid_ds.models.distiller import Part, StepObjective, StepObjectives
 from amid_ds.monitor.hang_watchdog import MAX_RANKS_SHOWN
 from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
 from amid_ds.run.log import finite
 from amid_ds.training.fetch import AuxiliaryBatch
-from amid_ds.training.objective import objectives_at
+from amid_ds.training.objective import objectives_at, scheduled_at
 from amid_ds.training.rollout import StepBatch
 
 Metrics = dict[str, float | None]
@@ -48,13 +49,14 @@ class _MicroBatch(NamedTuple):
 class _StepSums(NamedTuple):
     """Sums of a step over all ranks: its loss, divergence and cross entropy.
 
-    auxiliary: the mean cross entropy of the auxiliary corpus.
+    auxiliary: the mean cross entropy of the auxiliary corpus. statistics: means over the tokens.
     """
 
     loss: float
     kd: float
     ce: float
     auxiliary: float
+    statistics: list[float]
 
 
 class Stepper:
@@ -78,13 +80,16 @@ class Stepper:
         began = time.monotonic()
         recipe, step = self.recipe, self.state.step
         objectives = objectives_at(recipe, step, self.state.taid)
+        scheduled = scheduled_at(recipe, step, self.state.taid)
+        shown = objectives.sampled if batch.sampled else objectives.base
         uses_teacher = self.engine.distiller.uses_teacher(objectives.of_step(batch.sampled))
         rate = learning_rate(recipe.train, step)
         torch.manual_seed(step_seed(recipe.train.seed, step, self.world.dp_rank))
         self.engine.start_step(rate)
         micro_batches = self._micro_batches(batch, auxiliary, objectives)
-        losses, tokens = self._forward_backward(micro_batches, len(batch.window), uses_teacher)
-        sums = self._reduce(losses, len(batch.window))
+        losses, statistics, tokens = self._forward_backward(micro_batches, len(batch.window),
+                                                            uses_teacher)
+        sums = self._reduce(losses, statistics, len(batch.window))
         self._require_finite(f"the loss of step {step + 1} is {sums.loss}", sums.loss, tokens,
                              micro_batches)
         with phase("optimizer"):
@@ -100,7 +105,7 @@ class Stepper:
                 # One that the loss does not count may be infinite.
                 "kd_loss": finite(sums.kd) if uses_teacher else None, "ce_loss": finite(sums.ce),
                 "grad_norm": norm, **_learning_rates(recipe.train, rate),
-                **_objective_metrics(objectives.base, uses_teacher),
+                **scheduled, **_objective_metrics(shown, uses_teacher, sums.statistics),
                 "tokens_per_second": batch.tokens / (time.monotonic() - began)}
 
     def _micro_batches(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None,
@@ -122,16 +127,18 @@ class Stepper:
             for each in batch.window]
         if auxiliary is not None:
             assert self.recipe.data.auxiliary is not None
-            cross_entropy = [Part(replace(objectives.base, kd_weight=0.0, ce_weight=1.0))]
+            cross_entropy = [Part(replace(objectives.base, kd_weight=0.0, ce_weight=1.0,
+                                          statistics=()))]
             divisor = max(auxiliary.tokens, 1.0) / self.recipe.data.auxiliary.weight
             micro_batches += [_MicroBatch(each.to(device), equal_weights(each, divisor),
                                           cross_entropy) for each in auxiliary.window]
         return micro_batches
 
     def _forward_backward(self, micro_batches: list[_MicroBatch], main_count: int,
-                          uses_teacher: bool) -> tuple[Tensor, list[Tensor]]:
-        """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy; and of
-        each micro-batch its tokens' as `MicroBatchLoss` has them.
+                          uses_teacher: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy; sums of
+        the statistics [m] float64; and of each micro-batch its tokens' as `MicroBatchLoss` has
+        them.
 
         Gradients are accumulated. The teacher runs first, over the first `main_count`
         micro-batches at once.
@@ -143,7 +150,7 @@ class Stepper:
                 teacher_hidden[:main_count] = self.engine.teacher_hidden_states(
                     [each.batch for each in micro_batches[:main_count]],
                     train.micro_batch_size * train.seq_length, self.teacher_batch)
-        losses, tokens = [], []
+        losses, tokens, statistics = [], [], []
         with self.engine.gathered_head(distiller.teacher if uses_teacher else None):
             for index, (batch, weights, parts) in enumerate(micro_batches):
                 with phase("forward"):
@@ -155,9 +162,12 @@ class Stepper:
                     self.engine.backward(loss.loss)
                 losses.append(torch.stack([loss.loss.detach(), loss.kd, loss.ce]))
                 tokens.append(loss.tokens)
-        return torch.stack(losses).double(), tokens
+                statistics.append(loss.statistics)
+        # The auxiliary corpus has none.
+        return (torch.stack(losses).double(),
+                torch.stack(statistics[:main_count]).double().sum(0), tokens)
 
-    def _reduce(self, losses: Tensor, main_count: int) -> _StepSums:
+    def _reduce(self, losses: Tensor, statistics: Tensor, main_count: int) -> _StepSums:
         """The step's sums over all ranks, in the collectives that spread the ranks' statistics too.
         """
         main, added = losses[:main_count], losses[main_count:]
@@ -167,12 +177,13 @@ class Stepper:
         # Summed on the device, so that the host waits for it once.
         own_loss = losses[:, 0].sum()[None]
         (loss, kd, ce, auxiliary, *sums), peaks = self.world.sum_with_peaks(
-            torch.cat([own_loss, main[:, 1:].sum(0), added[:, 2].sum()[None], summands]),
+            torch.cat([own_loss, main[:, 1:].sum(0), added[:, 2].sum()[None], statistics,
+                       summands]),
             torch.cat([own_loss, candidates]))
-        set_peer_stats(loss, sums, peaks)
+        set_peer_stats(loss, sums[len(statistics):], peaks)
         weight = (self.recipe.data.auxiliary.weight if self.recipe.data.auxiliary is not None
                   else 1.0)
-        return _StepSums(loss, kd, ce, auxiliary / weight)
+        return _StepSums(loss, kd, ce, auxiliary / weight, sums[:len(statistics)])
 
     def _require_finite(self, problem: str, value: float | None, tokens: list[Tensor],
                         micro_batches: list[_MicroBatch]) -> None:
@@ -251,9 +262,11 @@ def _bad_places(batch: Batch, tokens: Tensor) -> Iterator[str]:
                    f"{tokens[index][bad[index]][0].item()})")
 
 
-def _objective_metrics(objective: StepObjective, uses_teacher: bool) -> Metrics:
-    """`alpha` and `lam`, None without a teacher, and the other keys that have a schedule."""
-    amid = objective.amid
-    shown: Metrics = {"alpha": amid.alpha if uses_teacher else None,
-                      "lam": amid.lam if uses_teacher else None}
-    return {**objective.scheduled, **shown}
+def _objective_metrics(objective: StepObjective, uses_teacher: bool,
+                       statistics: list[float]) -> Metrics:
+    """`alpha` and `lam`, None where each token has its own, and the statistics by name; None
+    without the teacher."""
+    numbers = {"alpha": objective.amid.alpha, "lam": objective.amid.lam,
+               **dict(zip(objective.statistics, statistics, strict=True))}
+    return {name: finite(number) if uses_teacher and not isinstance(number, PerToken) else None
+            for name, number in numbers.items()}
