@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+import functools
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from support.data import split_documents, write_instructions, write_texts
 from support.ranks import run_ranks
 from support.reference_loop import reference_adamw
-from support.runs import read_metrics, write_recipe
+from support.runs import (
+    comparable_metrics,
+    read_metrics,
+    write_gathering_config,
+    write_recipe,
+)
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_ds.data import PreparedLoader
+from amid_ds.config.parse import dump_recipe, load_recipe
+from amid_ds.data import PreparedLoader, load_tokenizer, prepare
 from amid_ds.data.batch import Batch, TokenRow, collate_rows
+from amid_ds.errors import InputError
 from amid_ds.losses import AMiD
 from amid_ds.models.distiller import Distiller, Part, StepObjective, StepObjectives
 from amid_ds.models.heads import logits_of, run_body
+from amid_ds.training.compatibility import refuse_other_run
+from amid_ds.training.objective import objectives_at
 
 STEPS = 3
 TRAIN = {"steps": STEPS, "seq_length": 24, "micro_batch_size": 2, "global_batch_size": 12,
@@ -187,19 +199,135 @@ def require_same(run: Path, truth: list[dict]) -> None:
             assert line[name] == pytest.approx(value, rel=1e-4), (run, line["step"], name)
 
 
-def test_a_mean_over_sequences_is_the_same_on_1_2_and_3_ranks_and_in_a_plain_loop(
-        shared_model, sources, tmp_path):
+LOSSES = [{"lam": 0.3, "order": "pr", "ce_weight": 0.5},
+          {"lam": 0.6, "order": "qr", "kd_weight": 0.7, "ce_weight": 0.0}]
+
+
+@pytest.fixture(scope="module")
+def recipe_for(shared_model, sources, tmp_path_factory) -> Callable[..., Path]:
+    """recipe_for(normalise): learns from the text and the instructions by LOSSES; every weight is
+    gathered at each use."""
+    folder = tmp_path_factory.mktemp("recipes")
+    base, own = LOSSES
+
+    def write(normalise: str) -> Path:
+        return write_recipe(
+            folder / f"{normalise}.yaml", shared_model("llama-tied", 0), shared_model("gpt2", 1),
+            Path(sources[0]["path"]), folder / normalise,
+            data__train=[sources[0], {**sources[1], "loss": own}], train=TRAIN,
+            data__prepared=str(folder / "data"), loss={**base, "normalise": normalise},
+            deepspeed=str(write_gathering_config(folder)))
+    return write
+
+
+@pytest.fixture(scope="module")
+def truth_of(shared_model, sources, recipe_for) -> Callable[[str], list[dict]]:
+    """truth_of(normalise): a plain loop's metrics, once the data are prepared."""
+    return functools.cache(lambda normalise: reference_metrics(
+        shared_model("llama-tied", 0), shared_model("gpt2", 1),
+        recipe_for(normalise).parent / "data", sources, LOSSES, normalise))
+
+
+# Ranks, rows of a micro-batch: three micro-batches, two, three.
+LAYOUTS = [pytest.param(1, 4, id="1"), pytest.param(2, 3, id="2"),
+           pytest.param(3, 2, id="3", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize(("ranks", "rows"), LAYOUTS)
+def test_losses_of_sources_and_means_over_sequences_are_a_plain_loops_on_any_ranks(
+        recipe_for, truth_of, ranks, rows, tmp_path):
+    run_ranks(ranks, "train", recipe_for("sequence"), f"output_dir={tmp_path}/run",
+              f"train.micro_batch_size={rows}")
+    require_same(tmp_path / "run", truth_of("sequence"))
+
+
+@pytest.mark.slow
+def test_a_run_with_losses_of_sources_goes_on_where_it_was(recipe_for, tmp_path):
+    run = tmp_path / "run"
+    changes = (f"output_dir={run}", "checkpoint.every=2")
+    run_ranks(2, "train", recipe_for("sequence"), *changes)
+    whole = comparable_metrics(run)
+    shutil.rmtree(run / "checkpoints" / f"step_{STEPS:08d}")
+    assert "resumed after step 2" in run_ranks(2, "train", recipe_for("sequence"),
+                                               *changes).output()
+    assert comparable_metrics(run) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [[], ["tensor_parallel=2"]], ids=["plain", "tp 2"])
+def test_losses_of_sources_under_a_mean_over_tokens_are_a_plain_loops(recipe_for, truth_of,
+                                                                      overrides, tmp_path):
+    run_ranks(2, "train", recipe_for("tokens"), f"output_dir={tmp_path}/run", *overrides)
+    require_same(tmp_path / "run", truth_of("tokens"))
+
+
+def test_what_a_token_is_learnt_by_follows_from_its_origin(recipe_for):
+    recipe = recipe_for("tokens")
+    by_name = "rollout={share: 0.5, max_new_tokens: 4}", "data.train=[{path: a, prompt: p, " \
+        "response: r}, {path: b, prompt: p, response: r, loss: {order: qr, ce_weight: 0.25}}]"
+    at = objectives_at(load_recipe(recipe, by_name), 0)
+    assert at.by_source == {0: at.base, 1: StepObjective(AMiD(lam=0.3, order="qr"), 1.0, 0.25)}
+    # The student's own words are no labels, unless the recipe says so.
+    assert at.base == StepObjective(AMiD(lam=0.3), 1.0, 0.5)
+    assert at.sampled == StepObjective(AMiD(lam=0.3), 1.0, 0.0)
+    own = objectives_at(load_recipe(recipe, [*by_name, "rollout.loss={preset: srkl, lam: 0.9}"]), 0)
+    assert own.sampled == StepObjective(AMiD(lam=0.9, order="qr"), 1.0, 0.0)
+    said = objectives_at(load_recipe(recipe, [*by_name, "rollout.loss={ce_weight: 0.1}"]), 0)
+    assert said.sampled == StepObjective(AMiD(lam=0.3), 1.0, 0.1)
+    # Nothing by source where no source says anything.
+    assert objectives_at(load_recipe(recipe, ["data.train=[{path: a}, {path: b}]"]),
+                         0).by_source == {}
+
+
+def test_a_sources_loss_is_no_part_of_its_prepared_rows(recipe_for, tmp_path):
+    recipe = load_recipe(recipe_for("tokens"))
+    tokenizer = load_tokenizer(recipe.student.model)
+    plain = [source.model_copy(update={"loss": None}) for source in recipe.data.train]
+    prepare(recipe.data.model_copy(update={"train": plain}), 24, tokenizer, tmp_path)
+    assert prepare(recipe.data, 24, tokenizer, tmp_path).reused
+
+
+def test_a_source_learnt_otherwise_is_another_run(recipe_for, tmp_path):
+    recipe, folder = recipe_for("tokens"), f"output_dir={tmp_path}"
+    began = dump_recipe(load_recipe(recipe, [folder]))
+    (tmp_path / "recipe.yaml").write_text(began)
+    refuse_other_run(load_recipe(recipe, [folder]))
+    for change in ("data.train.1.loss.lam=0.5", "data.train.0.loss={lam: 0.5}",
+                   "data.train.1.loss=null"):
+        with pytest.raises(InputError, match=change.partition("=")[0].removesuffix(".lam")):
+            refuse_other_run(load_recipe(recipe, [folder, change]))
+        allowed = "checkpoint.allow_change=[data.train.0.loss, data.train.1.loss]"
+        refuse_other_run(load_recipe(recipe, [folder, change, allowed]))
+    # A version without the key left a recipe without it.
+    old = yaml.safe_load(began)
+    for source in old["data"]["train"]:
+        del source["loss"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(old))
+    refuse_other_run(load_recipe(recipe, [folder, "data.train.1.loss=null"]))
+
+
+# Of every step's rows the student writes the responses: greedily, as that is fast to follow.
+OWN_WORDS = {"share": 1.0, "temperature": 0, "max_new_tokens": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_students_own_words_are_learnt_by_the_rollouts_loss_alone(
+        ranks, shared_model, instructions_file, tmp_path):
     pair = shared_model("llama-tied", 0), shared_model("gpt2", 1)
-    loss = {"lam": 0.3, "order": "pr", "ce_weight": 0.5}
-    recipe = write_recipe(
-        tmp_path / "r.yaml", *pair, Path(sources[0]["path"]), tmp_path / "run1",
-        data__train=sources, data__prepared=str(tmp_path / "data"), train=TRAIN,
-        loss={**loss, "normalise": "sequence"})
-    truth = None
-    # 3 micro-batches of 2 rows, 2 of 3, 3 of 2.
-    for ranks, rows in ((1, 4), (2, 2), (3, 2)):
-        run = tmp_path / f"run{ranks}"
-        run_ranks(ranks, "train", recipe, f"output_dir={run}", f"train.micro_batch_size={rows}")
-        truth = truth or reference_metrics(*pair, tmp_path / "data", sources, [loss, loss],
-                                           "sequence")
-        require_same(run, truth)
+
+    def metrics(name: str, loss: dict, own: dict | None = None) -> list[dict]:
+        recipe = write_recipe(tmp_path / f"{name}.yaml", *pair, instructions_file, tmp_path / name,
+                              data__prepared=str(tmp_path / "data"), train__steps=2,
+                              train__micro_batch_size=2, loss={**loss, "normalise": "sequence"},
+                              rollout={**OWN_WORDS, "loss": own})
+        run_ranks(ranks, "train", recipe)
+        return comparable_metrics(tmp_path / name)
+
+    wanted = metrics("wanted", {"lam": 0.6, "order": "qr"})
+    got = metrics("got", {"lam": 0.3, "ce_weight": 0.5}, {"lam": 0.6, "order": "qr"})
+    same = ("loss", "kd_loss", "ce_loss", "grad_norm", "tokens", "rollout")
+    assert [[line[key] for key in same] for line in got] == [
+        [line[key] for key in same] for line in wanted]
+    both = metrics("both", {"lam": 0.3}, {"ce_weight": 0.5})[0]
+    assert both["loss"] == pytest.approx(both["kd_loss"] + 0.5 * both["ce_loss"], rel=1e-5)

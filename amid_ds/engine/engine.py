@@ -81,7 +81,7 @@ class Engine:
         self._deepspeed.set_gradient_accumulation_boundary(last)
         loss: MicroBatchLoss = self._deepspeed(
             batch.input_ids, batch.valid, batch.targets, token_weights, teacher_hidden,
-            batch.positions, parts=parts, documents=batch.documents)
+            batch.positions, batch.sequences, parts=parts, documents=batch.documents)
         return loss
 
     def backward(self, loss: Tensor) -> None:

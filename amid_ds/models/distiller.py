@@ -39,23 +39,19 @@ class StepObjective:
 class Part(NamedTuple):
     """The tokens of a micro-batch that have one objective.
 
-    tokens: [k] int64, which of its n labelled tokens they are; None: all. sequences: [k] int64,
-    each one's sequence, numbered from 0 without gaps; None: the objective does not ask.
+    tokens: [k] int64, which of its n labelled tokens they are; None: all.
     """
 
     objective: StepObjective
     tokens: Tensor | None = None
-    sequences: Tensor | None = None
 
     def to(self, device: torch.device | str) -> Part:
         """A copy on `device`, which nothing waits for."""
-        tokens, sequences = (None if numbers is None else to_device(numbers, device)
-                             for numbers in self[1:])
-        return Part(self.objective, tokens, sequences)
+        return self if self.tokens is None else self._replace(tokens=to_device(self.tokens, device))
 
-    def take(self, rows: Tensor) -> Tensor:
-        """The part's rows [k, ...] of [n, ...]."""
-        return rows if self.tokens is None else rows.index_select(0, self.tokens)
+    def take(self, rows: Tensor | None) -> Tensor | None:
+        """The part's rows [k, ...] of [n, ...]; None of None."""
+        return rows if rows is None or self.tokens is None else rows.index_select(0, self.tokens)
 
 
 @dataclass(frozen=True)
@@ -80,26 +76,16 @@ class StepObjectives:
         """The batch's tokens by objective, one part at least. On the host, as the batch is."""
         objectives = self.of_step(sampled)
         if len(objectives) == 1 or not len(batch.valid):
-            return [_part(objectives[0], batch.sequences)]
+            return [Part(objectives[0])]
         sources = batch.source_numbers
         # Sources by the first one that is learnt from alike.
         alike: dict[int, list[int]] = {}
         for source in sources.unique().tolist():
             alike.setdefault(objectives.index(self.by_source[source]), []).append(source)
         if len(alike) == 1:
-            return [_part(objectives[next(iter(alike))], batch.sequences)]
-        return [_part(objectives[first], batch.sequences,
-                      torch.isin(sources, torch.tensor(own)).nonzero()[:, 0])
+            return [Part(objectives[next(iter(alike))])]
+        return [Part(objectives[first], torch.isin(sources, torch.tensor(own)).nonzero()[:, 0])
                 for first, own in alike.items()]
-
-
-def _part(objective: StepObjective, sequences: Tensor, tokens: Tensor | None = None) -> Part:
-    """The part of these `tokens` of a batch with `sequences` [n]."""
-    if not objective.amid.needs_sequences:
-        return Part(objective, tokens)
-    if tokens is None:
-        return Part(objective, None, sequences)
-    return Part(objective, tokens, sequences[tokens].unique(return_inverse=True)[1])
 
 
 class MicroBatchLoss(NamedTuple):
@@ -131,18 +117,19 @@ class FusedHead(nn.Module):
         self.heads, self.vocab_size, self.shard = heads, vocab_size, shard
 
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor,
-                token_weights: Tensor, *, parts: Sequence[Part]) -> MicroBatchLoss:
+                token_weights: Tensor, sequences: Tensor | None = None, *,
+                parts: Sequence[Part]) -> MicroBatchLoss:
         """The loss of n tokens, each of which is in one of the `parts`.
 
         student_hidden [n, H_s], teacher_hidden [n, H_t] or None (cross entropy alone), labels [n]
-        below `vocab_size`, token_weights [n] above 0. Neither is looked at: the host does not wait
-        for a GPU. The collectives are those of `linear_amid_loss` for each part; the heads are
-        gathered once, whatever the parts.
+        below `vocab_size`, token_weights [n] above 0, sequences [n], where an objective asks for
+        them. None is looked at: the host does not wait for a GPU. The collectives are those of
+        `linear_amid_loss` for each part; the heads are gathered once, whatever the parts.
         """
         heads = self.heads()
         with phase("loss"):
             losses = [self._part_loss(part, heads, student_hidden, teacher_hidden, labels,
-                                      token_weights) for part in parts]
+                                      token_weights, sequences) for part in parts]
         if len(losses) == 1:
             return losses[0]
         tokens = losses[0].tokens.new_empty(len(labels), 2)
@@ -153,24 +140,21 @@ class FusedHead(nn.Module):
         return MicroBatchLoss(loss, kd, ce, tokens,
                               torch.stack([own.statistics for own in losses]).sum(0))
 
-    def _part_loss(self, part: Part, heads: tuple[LMHead, LMHead | None], student_hidden: Tensor,
-                   teacher_hidden: Tensor | None, labels: Tensor,
-                   token_weights: Tensor) -> MicroBatchLoss:
-        """The loss of the part's tokens, of these of all n."""
-        student_head, teacher_head = heads
-        token_weights = part.take(token_weights)
+    def _part_loss(self, part: Part, heads: tuple[LMHead, LMHead | None],
+                   *rows: Tensor | None) -> MicroBatchLoss:
+        """The loss of the part's tokens. rows: of all n, in the order of `forward`."""
+        student_hidden, teacher_hidden, labels, token_weights, sequences = map(part.take, rows)
+        assert student_hidden is not None and token_weights is not None
+        objective, (student_head, teacher_head) = part.objective, heads
         if teacher_hidden is None:
             teacher_head = None
-        else:
-            teacher_hidden = part.take(teacher_hidden)
-        objective = part.objective
         weights = (0.0 if teacher_hidden is None else objective.kd_weight, objective.ce_weight)
         statistics = objective.statistics if teacher_hidden is not None else ()
         out = linear_amid_loss(
-            part.take(student_hidden), student_head, teacher_hidden, teacher_head, objective.amid,
-            token_weights=token_weights, labels=part.take(labels), kd_weight=weights[0],
-            ce_weight=weights[1], vocab_size=self.vocab_size, shard=self.shard, checked=True,
-            sequences=part.sequences, statistics=statistics)
+            student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
+            token_weights=token_weights, labels=labels, kd_weight=weights[0], ce_weight=weights[1],
+            vocab_size=self.vocab_size, shard=self.shard, checked=True, sequences=sequences,
+            statistics=statistics)
         kd, ce = (out.loss.new_zeros(()) if values is None else (token_weights * values).sum()
                   for values in (out.kd, out.ce))
         tokens = [torch.zeros_like(token_weights) if values is None or not weight else values
@@ -243,18 +227,20 @@ class Distiller(nn.Module):
         return hidden
 
     def forward(self, input_ids: Tensor, valid: Tensor, labels: Tensor, token_weights: Tensor,
-                teacher_hidden: Tensor | None, positions: Tensor | None = None, *,
-                parts: Sequence[Part], documents: Documents | None = None) -> MicroBatchLoss:
+                teacher_hidden: Tensor | None, positions: Tensor | None = None,
+                sequences: Tensor | None = None, *, parts: Sequence[Part],
+                documents: Documents | None = None) -> MicroBatchLoss:
         """One micro-batch's loss.
 
         input_ids [B, L]; valid [n], the places of its labelled tokens in B · L; their labels and
         token_weights [n] (fp32); teacher_hidden: its part of `teacher_hidden_states` (None: cross
-        entropy alone); positions [B, L] and documents as `run_body` has them; parts: of the n.
+        entropy alone); positions [B, L] and documents as `run_body` has them; sequences [n] and
+        parts as the head has them.
         """
         hidden = _rows(run_body(self.student, input_ids, positions, documents), valid)
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
-        return self.head(hidden, teacher_hidden, labels, token_weights, parts=parts)
+        return self.head(hidden, teacher_hidden, labels, token_weights, sequences, parts=parts)
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
