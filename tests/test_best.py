@@ -100,6 +100,14 @@ def test_a_run_ends_after_its_patience_and_keeps_the_best_beside_the_newest(ende
     assert capsys.readouterr().out.count("the best") == 1
 
 
+@pytest.mark.slow
+def test_the_report_says_why_it_ended_and_what_was_the_best(ended, tmp_path):
+    assert main(["report", str(ended), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert f"3 evaluations without a better {BEST['metric']}" in page
+    assert f"{BEST['metric']} " in page and "<th>rouge l</th>" in page
+
+
 def test_the_best_model_is_that_checkpoints_bit_by_bit_and_the_model_the_last_ones(
         ended, llama_pair, tmp_path):
     best, _, last = saved_steps(ended)
@@ -170,6 +178,7 @@ def test_in_any_layout_it_is_the_same_best_and_the_same_samples(ranks, layout, e
     recipe = recipe_for(tmp_path / "run")
     run_ranks(ranks, "train", recipe, *layout)
     for line, truth in zip(evaluations(tmp_path / "run"), evaluations(ended), strict=True):
+        assert line.pop("name") == truth.pop("name")
         assert line == pytest.approx(truth, rel=1e-4)
     assert saved_steps(tmp_path / "run") == saved_steps(ended)
     # At a temperature, from the first weights on, where the layouts' last digits are still close.
@@ -232,7 +241,7 @@ def failing_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
 def test_adaptive_rollouts_and_the_best_share_an_evaluation_and_a_resume(recipe_for, tmp_path):
     rollout = {"adaptive": {"init_threshold": 0.7, "capacity": 9}, "max_new_tokens": 4}
     recipe = recipe_for(tmp_path / "run", rollout=rollout, train__steps=6,
-                        checkpoint={"every": 3, "best": {**BEST, "patience": None}})
+                        checkpoint={"every": 3, "keep": 9, "best": {**BEST, "patience": None}})
     run_ranks(2, "train", recipe)
     whole, best = comparable_results(tmp_path / "run"), weights(tmp_path / "run" / "best")
     for step in saved_steps(tmp_path / "run"):
