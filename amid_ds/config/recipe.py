@@ -167,7 +167,7 @@ class Slurm(Section):
 
 
 # What `rollout.estimator: sampled` puts in the place of the divergence.
-SAMPLED_REVERSE_KL = OwnLoss(preset=None, divergence="sampled_kl", order="qr", lam=1.0)
+SAMPLED_REVERSE_KL = OwnLoss(preset=None, divergence="sampled_reverse_kl", order="qr", lam=1.0)
 
 
 def _without_divergences(raw: dict[str, object]) -> dict[str, object]:
