@@ -16,7 +16,7 @@ from support.ranks import run_ranks
 from support.runs import read_metrics
 from torch import Tensor
 
-from amid_ds import AMiD, amid_loss
+from amid_ds import AMiD, amid_loss, linear_amid_loss
 from amid_ds.cli import main
 from amid_ds.config.library import RECIPES_FOLDER, find_recipe
 from amid_ds.config.parse import load_recipe
@@ -225,6 +225,24 @@ def test_amid_adaptives_alpha_rises_with_the_overlap_of_the_two():
     mixed = p**x * r**y - x / (x + y) * p**(x + y) - y / (x + y) * r**(x + y)
     assert_learns(objectives_of("amid_adaptive").base.amid, -mixed.sum(-1) / (x * y), student,
                   teacher)
+
+
+def test_opd_sampleds_gradient_is_a_policy_gradient_whose_mean_is_reverse_kls():
+    """Of each label y the student may sample: (log q(y) - log p(y) - KL(q ‖ p)) ∇log q(y)."""
+    student, teacher, q, p = models()
+    amid, gradients = objectives_of("opd_sampled").sampled.amid, []
+    head, ones = torch.eye(17, dtype=torch.float64), torch.ones(12)
+    for label in range(17):
+        loss = linear_amid_loss(student, head, teacher, head, amid, token_weights=ones,
+                                labels=torch.full((12,), label)).loss
+        advantage = ((q / p).log()[..., label] - kl(q, p)).detach()
+        truth, = torch.autograd.grad((advantage * q.log()[..., label]).sum(), student,
+                                     retain_graph=True)
+        gradients.append(torch.autograd.grad(loss, student)[0])
+        torch.testing.assert_close(gradients[-1], truth)
+    mean = sum(q[..., [label]] * each for label, each in enumerate(gradients))
+    exact, = torch.autograd.grad(kl(q, p).sum(), student)
+    torch.testing.assert_close(mean.detach(), exact)
 
 
 def on_dolly() -> list[Recipe]:
