@@ -113,7 +113,7 @@ def mixture_kernel(logs, out, c, lam, log_lam, log_rest, SERIES: tl.constexpr, N
     """out [2, N] = log₂ r̃ and w of log₂ p and log₂ q, logs [2, N]."""
     ids = tl.arange(0, N)
     log_r, _, w = log_mixture(tl.load(logs + ids), tl.load(logs + N + ids), c, 1.0 / c, lam,
-                              log_lam, log_rest, MIXTURE_POWER, SERIES, False)
+                              log_lam, log_rest, 1.0, MIXTURE_POWER, SERIES, False, False)
     tl.store(out + ids, log_r)
     tl.store(out + N + ids, w)
 
@@ -124,7 +124,7 @@ def test_log_r_is_exact_to_millionths_of_a_bit_with_the_series_where_it_is_neede
         approximate, c, lam):
     """The logaddexp form is off by log₂(1 + e)'s 2⁻²² over c, which from |c| = ½ on is no more than
     log₂ p has been rounded by; below that a series takes over where p and q are close."""
-    arguments = mixture_arguments(AMiD(1 - 2 * c, lam, AlphaBeta(0.2, 0.7)))
+    arguments = mixture_arguments(AMiD(1 - 2 * c, lam, AlphaBeta(0.2, 0.7)).resolved({}))
     assert arguments["SERIES"] == (abs(c) < 0.5)
     logs = torch.stack(torch.meshgrid(*[torch.linspace(-16, -0.01, 32)] * 2, indexing="ij"))
     out = torch.empty(2, 1024)

@@ -60,6 +60,9 @@ def load(folder: Path, **changes) -> Recipe:
           temperature={"student": 2.0, "teacher": 1.0}, token_weight=PerToken("overlap"))),
     ({"preset": "gkd", "beta": 0.3, "temperature": {"teacher": 2}},
      preset("gkd", beta=0.3, temperature={"student": 1.0, "teacher": 2.0})),
+    ({"preset": "csd", "first": "uniform"}, preset("csd", first="uniform")),
+    ({"divergence": {"concrete_score": {"second": "teacher"}}},
+     AMiD(divergence={"concrete_score": {"second": "teacher"}})),
     ({"preset": "taid", "t": {"by": "overlap"}},
      preset("taid", t=PerToken("overlap"))),
 ])
@@ -129,7 +132,7 @@ def test_a_wrong_loss_is_refused_in_one_line_by_name(loss, message, tmp_path):
     ({"divergence": {"alpha_beta": {"alpha": 0.2}}}, "beta"),
     ({"divergence": {"alpha_beta": {"alpha": 0.2, "gamma": 0.7}}}, "gamma"),
     ({"divergence": {"renyi": {"alpha": 0.2}}}, "renyi"),
-    ({"divergence": {"alpha_beta": {"alpha": "half", "beta": True}}}, "alpha='half'"),
+    ({"divergence": {"alpha_beta": {"alpha": "half", "beta": 0.7}}}, "alpha='half'"),
     ({"divergence": {"kl": {}, "alpha_beta": {}}}, "one of"),
     ({"preset": "skl", "power": 2.0}, "power"),
     ({"order": {"pq": 1.0}}, "order"),
@@ -193,6 +196,19 @@ def test_every_origin_has_its_objective_and_its_schedules_are_logged_by_their_pl
     assert text["data"]["train"][0]["loss"] is None
 
 
+@pytest.mark.parametrize("own, parameters, weight", [
+    (None, {}, 1.0), ({"baseline": "none", "kd_weight": 2.0}, {"baseline": "none"}, 2.0),
+    ({"ce_weight": 0.5}, {}, 1.0)])
+def test_the_sampled_estimator_takes_the_place_of_the_divergence(own, parameters, weight, tmp_path):
+    recipe = load(tmp_path, loss={"preset": "gkd", "beta": 0.3, "ce_weight": 0.1},
+                  rollout={"share": 0.5, "estimator": "sampled", **({"loss": own} if own else {})})
+    at = objectives_at(recipe, 0)
+    assert (at.base.amid, at.base.ce_weight) == (preset("gkd", beta=0.3), 0.1)
+    assert at.sampled.amid == preset("sampled_rkl", **parameters)
+    assert (at.sampled.kd_weight, at.sampled.ce_weight) == (weight, (own or {}).get("ce_weight", 0))
+    assert parse_recipe(dump_recipe(recipe), "it") == recipe
+
+
 def test_objectives_are_checked_where_a_schedule_of_any_loss_turns(tmp_path):
     pieces = {"pieces": [{"steps": [2, 4], "value": 0.5}, {"steps": [6, 8], "linear": [0.5, 1]}]}
     recipe = load(tmp_path, own={0: {"order": {"pr": 0.5, "qr": pieces}}},
@@ -212,6 +228,10 @@ def test_objectives_are_checked_where_a_schedule_of_any_loss_turns(tmp_path):
      "has an adaptive value, which follows one divergence"),
     ({"rollout": {"share": 1, "estimator": "sampled", "loss": {"order": "rq"}}},
      "`rollout.loss.order` with `rollout.estimator: sampled`"),
+    ({"own": {0: {"preset": "sampled_rkl"}}}, "`data.train.0.loss` names the sampled reverse KL"),
+    ({"loss": {"divergence": {"sampled_reverse_kl": {}}}}, "`loss` names the sampled reverse KL"),
+    ({"own": {0: {"baseline": "none"}}, "rollout": {"share": 1, "estimator": "sampled"}},
+     "`data.train.0.loss.baseline` is unknown"),
     ({"rollout": {"share": 1, "estimator": "sampled", "top_p": 0.9}}, "with `rollout.top_p` 0.9"),
     ({"rollout": {"share": 1, "estimator": "sampled", "temperature": 0.5}},
      "with `rollout.temperature` 0.5"),

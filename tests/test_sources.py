@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,9 +29,11 @@ from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.data import PreparedLoader, load_tokenizer, prepare
 from amid_ds.data.batch import Batch, TokenRow, collate_rows
 from amid_ds.errors import InputError
-from amid_ds.losses import AMiD
+from amid_ds.losses import AMiD, PerToken
 from amid_ds.models.distiller import Distiller, Part, StepObjective, StepObjectives
 from amid_ds.models.heads import logits_of, run_body
+from amid_ds.planning.devices import find_device
+from amid_ds.planning.plan import make_plan
 from amid_ds.training.compatibility import refuse_other_run
 from amid_ds.training.objective import objectives_at
 
@@ -120,6 +123,28 @@ def test_each_token_is_learnt_as_its_source_says(distiller):
     loss.backward()
     for parameter, gradient in zip(distiller.student.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_the_tokens_of_a_sequence_are_chosen_within_it_whatever_stands_beside_it(distiller):
+    chosen = StepObjective(AMiD(lam=0.6, token_weight=PerToken("teacher_entropy", top=0.5)), 1.0,
+                           0.0)
+    rows = [row(12, (2, 5, 8, 12), (6,)), row(7, (1, 7)), row(6, (2, 6))]
+    batch = collate_rows(rows, [], [1, 0, 1])
+    parts = StepObjectives(BASE, BASE, {0: BASE, 1: chosen}).parts(batch, sampled=False)
+    weights = torch.ones(len(batch.valid))
+    teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
+    whole, none = (distiller(batch.input_ids, batch.valid, batch.targets, weights, teacher_hidden,
+                             batch.positions, batch.sequences, parts=own,
+                             documents=batch.documents) for own in (parts, [Part(BASE)]))
+    logits = logits_of(distiller.head.heads()[1], teacher_hidden)[:, :30].double()
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    expected = sum(none.tokens[i] @ torch.tensor([1.0, 0.5])
+                   for i in range(len(weights)) if batch.source_numbers[i] == 0)
+    for sequence in (0, 1, 3):
+        own = (batch.sequences == sequence).nonzero()[:, 0]
+        best = own[entropy[own].argsort(descending=True)[:-(-len(own) // 2)]]
+        expected += whole.tokens[best, 0].sum()
+    assert whole.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def grad_hidden_states(distiller: Distiller, batch: Batch) -> list[Tensor]:
@@ -287,6 +312,32 @@ def test_a_sources_loss_is_no_part_of_its_prepared_rows(recipe_for, tmp_path):
     assert prepare(recipe.data, 24, tokenizer, tmp_path).reused
 
 
+def test_a_plan_counts_a_gradient_of_the_head_for_each_loss_of_a_micro_batch(recipe_for, distiller):
+    recipe, alike = recipe_for("tokens"), "data.train.1.loss=null"
+    head = distiller.student.lm_head.weight
+    planned = {changes: make_plan(load_recipe(recipe, changes), 1, 2, find_device("cpu", 2))
+               .memory_per_rank["loss_workspace"]
+               for changes in ((), (alike,), ("train.micro_batch_size=1",),
+                               (alike, "train.micro_batch_size=1"))}
+    two, one, *of_one_row = planned.values()
+    assert two - one == head.numel() * head.element_size() and len(set(of_one_row)) == 1
+    batch = collate_rows([row(7, (1, 7)), row(6, (2, 6))], [], [0, 1])
+    objectives = StepObjectives(BASE, BASE, {0: BASE, 1: OTHER})
+    for parts, held in ((objectives.parts(batch, False), 2), ([Part(BASE)], 1)):
+        before = len(tensors_like(head))
+        out = distiller(batch.input_ids, batch.valid, batch.targets, torch.ones(len(batch.valid)),
+                        distiller.teacher_hidden_states([batch], 1)[0], parts=parts)
+        assert len(tensors_like(head)) - before == held
+        del out
+
+
+def tensors_like(weight: Tensor) -> list[Tensor]:
+    """The tensors of its shape that are alive and no parameters."""
+    gc.collect()
+    return [found for found in gc.get_objects() if isinstance(found, Tensor)
+            and found.shape == weight.shape and not isinstance(found, torch.nn.Parameter)]
+
+
 def test_a_source_learnt_otherwise_is_another_run(recipe_for, tmp_path):
     recipe, folder = recipe_for("tokens"), f"output_dir={tmp_path}"
     began = dump_recipe(load_recipe(recipe, [folder]))
@@ -304,30 +355,3 @@ def test_a_source_learnt_otherwise_is_another_run(recipe_for, tmp_path):
         del source["loss"]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(old))
     refuse_other_run(load_recipe(recipe, [folder, "data.train.1.loss=null"]))
-
-
-# Of every step's rows the student writes the responses: greedily, as that is fast to follow.
-OWN_WORDS = {"share": 1.0, "temperature": 0, "max_new_tokens": 8}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_the_students_own_words_are_learnt_by_the_rollouts_loss_alone(
-        ranks, shared_model, instructions_file, tmp_path):
-    pair = shared_model("llama-tied", 0), shared_model("gpt2", 1)
-
-    def metrics(name: str, loss: dict, own: dict | None = None) -> list[dict]:
-        recipe = write_recipe(tmp_path / f"{name}.yaml", *pair, instructions_file, tmp_path / name,
-                              data__prepared=str(tmp_path / "data"), train__steps=2,
-                              train__micro_batch_size=2, loss={**loss, "normalise": "sequence"},
-                              rollout={**OWN_WORDS, "loss": own})
-        run_ranks(ranks, "train", recipe)
-        return comparable_metrics(tmp_path / name)
-
-    wanted = metrics("wanted", {"lam": 0.6, "order": "qr"})
-    got = metrics("got", {"lam": 0.3, "ce_weight": 0.5}, {"lam": 0.6, "order": "qr"})
-    same = ("loss", "kd_loss", "ce_loss", "grad_norm", "tokens", "rollout")
-    assert [[line[key] for key in same] for line in got] == [
-        [line[key] for key in same] for line in wanted]
-    both = metrics("both", {"lam": 0.3}, {"ce_weight": 0.5})[0]
-    assert both["loss"] == pytest.approx(both["kd_loss"] + 0.5 * both["ce_loss"], rel=1e-5)

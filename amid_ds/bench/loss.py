@@ -15,14 +15,15 @@ import math
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
-from amid_ds import AMiD, linear_amid_loss, preset
+from amid_ds import AMiD, PerToken, linear_amid_loss, preset
 from amid_ds.bench.measure import device_name, process_bytes, reset_peak_rss
+from amid_ds.losses.measures import STATISTICS
 from amid_ds.losses.reference import naive_loss
 from amid_ds.losses.tiles import WORTH_COMPILING
 
@@ -40,6 +41,12 @@ class LossShape:
 
 
 BENCH_OBJECTIVES = {"amid": AMiD(alpha=-5.0, lam=0.1), "jsd": preset("gkd", beta=0.5)}
+# What else the objective can do, as further lines beside `amid`: what each costs.
+FURTHER_KINDS = {
+    "two temperatures": AMiD(-5.0, 0.1, temperature={"student": 2.0, "teacher": 1.5}),
+    "powered": AMiD(-5.0, 0.1, power=1.5),
+    "per token": AMiD(-5.0, PerToken("teacher_entropy", (0.1, 0.5), (0.0, 4.0)))}
+WITH_STATISTICS = "statistics"
 # (vocabulary, student's width, teacher's width) on a GPU.
 GPU_WIDTHS = ((128256, 4096, 4096), (128256, 2048, 4096), (151936, 2048, 4096))
 LOSS_SHAPES = {
@@ -160,7 +167,15 @@ def _loss_methods(device: str, objective: str) -> dict[str, Callable[[_Inputs], 
         # pip install --no-deps "trl>=1.16" accelerate
         if objective == "jsd" and importlib.util.find_spec("trl"):
             methods["TRL, chunked"] = _trl_chunked
-    return methods
+    return methods | (_further_methods(device) if objective == "amid" else {})
+
+
+def _further_methods(device: str) -> dict[str, Callable[[_Inputs], None]]:
+    """Lines for FURTHER_KINDS, and for the objective itself with statistics."""
+    backend = "triton" if device == "cuda" else "torch"
+    methods = {kind: _fused(backend, objective) for kind, objective in FURTHER_KINDS.items()}
+    methods[WITH_STATISTICS] = _fused(backend, statistics=STATISTICS)
+    return {f"amid_ds {backend}, {kind}": method for kind, method in methods.items()}
 
 
 def _liger_fused(x: _Inputs) -> None:
@@ -188,10 +203,14 @@ def _trl_chunked(x: _Inputs) -> None:
     loss.backward()
 
 
-def _fused(backend: str) -> Callable[[_Inputs], None]:
+def _fused(backend: str, objective: AMiD | None = None,
+           statistics: Sequence[str] = ()) -> Callable[[_Inputs], None]:
+    """The fused loss; objective: None for that of the inputs."""
     def fused(x: _Inputs) -> None:
-        out = linear_amid_loss(x.student, x.student_head, x.teacher, x.teacher_head, x.objective,
-                               token_weights=x.weights, backend=backend)
+        out = linear_amid_loss(x.student, x.student_head, x.teacher, x.teacher_head,
+                               objective or x.objective, token_weights=x.weights,
+                               labels=x.labels if statistics else None,
+                               statistics=statistics, backend=backend)
         out.loss.backward()
     return fused
 
@@ -288,4 +307,4 @@ def _print_row(row: LossRow) -> None:
 def _print_line(method: str, values: list[str]) -> None:
     columns = (f"{value:>{width}}" for value, (_, width, _) in zip(values, _COLUMNS, strict=True))
     # Seen at once, also through a pipe: what follows takes minutes.
-    print(f"{method:28}{''.join(columns)}", flush=True)
+    print(f"{method:34}{''.join(columns)}", flush=True)

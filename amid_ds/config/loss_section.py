@@ -20,10 +20,10 @@ from pydantic import (
 )
 
 from amid_ds.config.scheduled_values import (
-    FLAG,
     MAPPING,
     NAME,
     PER_SIDE,
+    PER_TOKEN,
     SCHEDULED,
     VALUE_SECTIONS,
     AnySchedule,
@@ -38,11 +38,13 @@ from amid_ds.config.scheduled_values import (
 )
 from amid_ds.config.section import Section
 
-# Of a divergence: most are numbers, some choose.
+# Of a divergence, and of a preset: a number, or a choice by its name.
 Parameter = Annotated[
-    Annotated[str, Tag(NAME)] | Annotated[bool, Tag(FLAG)] | Annotated[Scheduled, Tag(SCHEDULED)],
-    Discriminator(lambda value: NAME if isinstance(value, str)
-                  else FLAG if isinstance(value, bool) else SCHEDULED)]
+    Annotated[str, Tag(NAME)] | Annotated[Scheduled, Tag(SCHEDULED)],
+    Discriminator(lambda value: NAME if isinstance(value, str) else SCHEDULED)]
+PresetKey = Annotated[
+    Annotated[str, Tag(NAME)] | Annotated[PerTokenOrScheduled, Tag(PER_TOKEN)],
+    Discriminator(lambda value: NAME if isinstance(value, str) else PER_TOKEN)]
 PositiveSchedule = Annotated[Scheduled, within(0, math.inf, open_low=True)]
 # What `loss` has beside the divergence: another `preset` for a source leaves them.
 BESIDE_THE_DIVERGENCE = ("kd_weight", "ce_weight", "token_weight", "temperature",
@@ -90,7 +92,7 @@ class LossKeys(Section):
     model_config = ConfigDict(extra="allow")
     preset: str | None = None
     """One of the published special cases; None: the AMiD objective from the keys below."""
-    __pydantic_extra__: dict[str, PerTokenOrScheduled] = Field(init=False)
+    __pydantic_extra__: dict[str, PresetKey] = Field(init=False)
     alpha: PerTokenOrScheduled = -1.0
     """α of the assistant's mixture: -1 arithmetic, 1 geometric, 3 harmonic."""
     lam: Annotated[PerTokenOrScheduled, within(0, 1)] = 0.1

@@ -10,7 +10,14 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from amid_ds.config.recipe import Loss, OwnLoss, Recipe, Section, Source
+from amid_ds.config.recipe import (
+    SAMPLED_REVERSE_KL,
+    Loss,
+    OwnLoss,
+    Recipe,
+    Section,
+    Source,
+)
 from amid_ds.config.scheduled_values import VALUE_KINDS, VALUE_SECTIONS
 from amid_ds.config.strict import dump_yaml, load_yaml, read_user_file
 from amid_ds.errors import InputError, suggest
@@ -222,15 +229,17 @@ def _unknown_loss_keys(raw: RawRecipe) -> Iterator[str]:
     The recipe's own, and those of sources and rollouts, which may have its preset.
     """
     whole, data, rollout = raw.get("loss"), raw.get("data"), raw.get("rollout")
-    sources = data.get("train") if isinstance(data, dict) else None
-    places: dict[str, object] = {"loss": whole}
+    preset = whole.get("preset") if isinstance(whole, dict) else None
+    # Each with the preset that it has if it names none.
+    places: dict[str, tuple[object, object]] = {"loss": (whole, None)}
     if isinstance(rollout, dict):
-        places["rollout.loss"] = rollout.get("loss")
+        sampled = rollout.get("estimator") == "sampled"
+        places["rollout.loss"] = rollout.get("loss"), SAMPLED_REVERSE_KL if sampled else preset
+    sources = data.get("train") if isinstance(data, dict) else None
     for number, source in enumerate(sources if isinstance(sources, list) else []):
         if isinstance(source, dict):
-            places[f"data.train.{number}.loss"] = source.get("loss")
-    preset = whole.get("preset") if isinstance(whole, dict) else None
-    for place, loss in places.items():
+            places[f"data.train.{number}.loss"] = source.get("loss"), preset
+    for place, (loss, preset) in places.items():
         if not isinstance(loss, dict):
             continue
         known = list((Loss if place == "loss" else OwnLoss).model_fields)

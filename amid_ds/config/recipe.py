@@ -166,8 +166,9 @@ class Slurm(Section):
     """Restarts of one job after attempts that failed."""
 
 
-# What `rollout.estimator: sampled` puts in the place of the divergence.
-SAMPLED_REVERSE_KL = OwnLoss(preset=None, divergence="sampled_reverse_kl", order="qr", lam=1.0)
+# What `rollout.estimator: sampled` puts in the place of the divergence: nothing else may name it,
+# for other words are no samples of the student. Its own key may stand in `rollout.loss`.
+SAMPLED_REVERSE_KL, SAMPLED_DIVERGENCE, BASELINE = "sampled_rkl", "sampled_reverse_kl", "baseline"
 
 
 def _without_divergences(raw: dict[str, object]) -> dict[str, object]:
@@ -228,6 +229,9 @@ class Recipe(Section):
                 problems = "; ".join(each["msg"].removeprefix("Value error, ")
                                      for each in error.errors())
                 raise ValueError(f"`{place}` over `loss`: {problems}") from None
+            if whole.preset == SAMPLED_REVERSE_KL or SAMPLED_DIVERGENCE in whole.divergence:
+                raise ValueError(f"`{place}` names the sampled reverse KL, which is for the "
+                                 "student's own words alone; set `rollout.estimator: sampled`")
             if self.teacher is None and whole.token_weight is not None:
                 raise ValueError(f"`{place}` has a `token_weight` and there is no `teacher` to "
                                  "measure the tokens with; name one, or leave it out")
@@ -302,7 +306,8 @@ class Recipe(Section):
                              "`rollout.estimator` out, or take another schedule")
         if not is_sampled:
             return
-        if wrong := sorted(own.model_fields_set - {*BESIDE_THE_DIVERGENCE} if own else ()):
+        if wrong := sorted(own.model_fields_set - {*BESIDE_THE_DIVERGENCE, BASELINE} if own
+                           else ()):
             raise ValueError(f"`rollout.loss.{wrong[0]}` with `rollout.estimator: sampled`, which "
                              "is the reverse KL; leave one of them out")
         temperature = self.sampled_loss.temperature
@@ -358,7 +363,9 @@ class Recipe(Section):
         own = self.rollout.loss if self.rollout is not None else None
         loss = self.loss if own is None else overridden(self.loss, own)
         if self.rollout is not None and self.rollout.estimator == "sampled":
-            loss = overridden(loss, SAMPLED_REVERSE_KL)
+            baseline = {BASELINE: getattr(own, BASELINE)} if hasattr(own, BASELINE) else {}
+            loss = overridden(loss, OwnLoss.model_validate(
+                {"preset": SAMPLED_REVERSE_KL, **baseline}))
         if own is None or "ce_weight" not in own.model_fields_set:
             loss = loss.model_copy(update={"ce_weight": 0.0})
         return loss

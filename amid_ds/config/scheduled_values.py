@@ -91,10 +91,9 @@ ScheduledValue = float | AnySchedule
 
 # Tags of the unions below. pydantic puts them into the location of an error; parse.py drops them.
 VALUE_KINDS = ("a number", "a schedule", "a piecewise schedule", "a TAID schedule",
-               "a scheduled number", "a number per token", "a number per side", "a name", "a flag",
+               "a scheduled number", "a number per token", "a number per side", "a name",
                "a mapping")
-(NUMBER, SCHEDULE, PIECEWISE, TAID, SCHEDULED, PER_TOKEN, PER_SIDE, NAME, FLAG,
- MAPPING) = VALUE_KINDS
+(NUMBER, SCHEDULE, PIECEWISE, TAID, SCHEDULED, PER_TOKEN, PER_SIDE, NAME, MAPPING) = VALUE_KINDS
 
 
 # Their keys, for parse.py.

@@ -86,11 +86,12 @@ def reciprocal_of(x, APPROXIMATE: tl.constexpr):
 
 
 @triton.jit
-def log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE: tl.constexpr,
-                SERIES: tl.constexpr, APPROXIMATE: tl.constexpr):
+def log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, power, MIXTURE: tl.constexpr,
+                SERIES: tl.constexpr, POWERED: tl.constexpr, APPROXIMATE: tl.constexpr):
     """(log₂ r̃, r̃ if it is made on the way, w = ∂log r̃/∂log q); see elementwise.mixture.
 
-    Under SERIES a series in x replaces log1p and expm1 where |x| is small.
+    Under SERIES a series in x replaces log1p and expm1 where |x| is small; under POWERED all is of
+    r̃ to its power.
     """
     r = tl.zeros_like(log_q)
     w = tl.zeros_like(log_q)
@@ -127,16 +128,20 @@ def log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE: tl.
             fifth = x * ((1.0 - 2.0 * lam) * (1.0 - 12.0 * v) / 120.0)
             series = x * (lam + x * v * (0.5 + x * (third + x * (fourth + fifth))))
             log_r = tl.where(tl.abs(x) < SERIES_LIMIT, log_q + series * (LOG2_E * inverse_c), log_r)
+    if POWERED:
+        tl.static_assert(MIXTURE != MIXTURE_ARITHMETIC)
+        log_r *= power
+        w *= power
     return log_r, r, w
 
 
 @triton.jit
-def assistant(log_p, log_q, peak, rest, c, inverse_c, lam, log_lam, log_rest,
-              MIXTURE: tl.constexpr, SERIES: tl.constexpr, HAS_ASSISTANT: tl.constexpr,
-              APPROXIMATE: tl.constexpr):
+def assistant(log_p, log_q, peak, rest, c, inverse_c, lam, log_lam, log_rest, power,
+              MIXTURE: tl.constexpr, SERIES: tl.constexpr, POWERED: tl.constexpr,
+              HAS_ASSISTANT: tl.constexpr, APPROXIMATE: tl.constexpr):
     """(log₂ r, r, w = ∂log r̃/∂log q), given log Σ r̃ in two parts."""
-    log_r, r, w = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE, SERIES,
-                              APPROXIMATE)
+    log_r, r, w = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, power, MIXTURE,
+                              SERIES, POWERED, APPROXIMATE)
     if HAS_ASSISTANT:
         log_r = log_r - peak - rest
     if MIXTURE != MIXTURE_ARITHMETIC:
@@ -211,9 +216,18 @@ def divergence_terms(log_a, log_b, a, b, x, y, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
+def weighted(weight, term, DIVERGENCE: tl.constexpr, PER_TOKEN: tl.constexpr):
+    """weight · term; 0 where a token's own weight is, though the term be infinite."""
+    # KL's terms are finite.
+    if PER_TOKEN and DIVERGENCE != DIVERGENCE_KL:
+        return tl.where(weight == 0, 0.0, weight * term)
+    return weight * term
+
+
+@triton.jit
 def objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE: tl.constexpr,
-                    BALANCED: tl.constexpr, PR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr,
-                    RQ: tl.constexpr):
+                    BALANCED: tl.constexpr, PER_TOKEN: tl.constexpr, PR: tl.constexpr,
+                    QR: tl.constexpr, RP: tl.constexpr, RQ: tl.constexpr):
     """D, A = ∂D/∂log r and B = ∂D/∂log q, over the orders with their weights pr, qr, rp and rq."""
     p = tl.exp2(log_p)
     q = tl.exp2(log_q)
@@ -227,20 +241,20 @@ def objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE: tl
     else:
         if PR:
             f, _, d_r = divergence_terms(log_p, log_r, p, r, x, y, DIVERGENCE)
-            value += pr * f
-            a += pr * d_r
+            value += weighted(pr, f, DIVERGENCE, PER_TOKEN)
+            a += weighted(pr, d_r, DIVERGENCE, PER_TOKEN)
         if QR:
             f, d_q, d_r = divergence_terms(log_q, log_r, q, r, x, y, DIVERGENCE)
-            value += qr * f
-            a += qr * d_r
-            b += qr * d_q
+            value += weighted(qr, f, DIVERGENCE, PER_TOKEN)
+            a += weighted(qr, d_r, DIVERGENCE, PER_TOKEN)
+            b += weighted(qr, d_q, DIVERGENCE, PER_TOKEN)
         if RP:
             f, d_r, _ = divergence_terms(log_r, log_p, r, p, x, y, DIVERGENCE)
-            value += rp * f
-            a += rp * d_r
+            value += weighted(rp, f, DIVERGENCE, PER_TOKEN)
+            a += weighted(rp, d_r, DIVERGENCE, PER_TOKEN)
         if RQ:
             f, d_r, d_q = divergence_terms(log_r, log_q, r, q, x, y, DIVERGENCE)
-            value += rq * f
-            a += rq * d_r
-            b += rq * d_q
+            value += weighted(rq, f, DIVERGENCE, PER_TOKEN)
+            a += weighted(rq, d_r, DIVERGENCE, PER_TOKEN)
+            b += weighted(rq, d_q, DIVERGENCE, PER_TOKEN)
     return value, a, b

@@ -31,8 +31,11 @@ from amid_ds.losses.kernel_rows import (
     block_columns,
     infinite_if_apart,
     load_assistant,
+    load_directions,
     load_log_probs,
     load_logits,
+    load_mixture,
+    load_orders,
     load_pair,
     log2_probability,
     most_apart,
@@ -45,7 +48,7 @@ from amid_ds.losses.kernel_rows import (
 
 # Arguments that differ from call to call.
 ROWS = ["tokens", "rows", "out", "log_p_norm", "log_q_norm", "log_z_norm", "log_assistant", "sums",
-        "kd_scale", "ce_scale", "labels"]
+        "kd_scale", "ce_scale", "labels", "numbers"]
 
 
 @triton.jit(do_not_specialize=ROWS)
@@ -96,11 +99,12 @@ def normalisers_kernel(
 
 @triton.jit(do_not_specialize=ROWS)
 def assistant_kernel(
-    student, student_stride, teacher, teacher_stride, log_p_norm, log_q_norm, out, tokens, width,
-    student_scale, student_unit, student_cap, teacher_scale, teacher_unit, teacher_cap,
-    c, inverse_c, lam, log_lam, log_rest,
-    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, MIXTURE: tl.constexpr,
-    SERIES: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    student, student_stride, teacher, teacher_stride, log_p_norm, log_q_norm, numbers, out, tokens,
+    width, student_scale, student_unit, student_cap, teacher_scale, teacher_unit, teacher_cap,
+    c, inverse_c, lam, log_lam, log_rest, power,
+    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, PER_TOKEN: tl.constexpr,
+    MIXTURE: tl.constexpr, SERIES: tl.constexpr, POWERED: tl.constexpr, APPROXIMATE: tl.constexpr,
+    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):
     """out [2, n] = log Σ r̃ over this shard's columns: its peak and the logarithm of the rest."""
     row = tl.program_id(0).to(tl.int64)
@@ -108,6 +112,8 @@ def assistant_kernel(
     teacher += row * teacher_stride
     peak_p, rest_p = load_pair(log_p_norm, row, tokens)
     peak_q, rest_q = load_pair(log_q_norm, row, tokens)
+    if PER_TOKEN:
+        c, inverse_c, lam, log_lam, log_rest = load_mixture(numbers, row, tokens)
     offsets = block_columns(BLOCK, VECTOR)
     peak = tl.full((BLOCK // VECTOR, 1), 0.5 * ZERO_LOG, tl.float32)
     sum_r = tl.zeros((BLOCK // VECTOR, 1), tl.float32)
@@ -119,8 +125,8 @@ def assistant_kernel(
                                    student_cap, peak_q, rest_q, STUDENT_CAPPED, TAIL, APPROXIMATE)
             log_p = load_log_probs(teacher, columns, width, teacher_scale, teacher_unit,
                                    teacher_cap, peak_p, rest_p, TEACHER_CAPPED, TAIL, APPROXIMATE)
-            log_r, _, _ = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE,
-                                      SERIES, APPROXIMATE)
+            log_r, _, _ = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, power,
+                                      MIXTURE, SERIES, POWERED, APPROXIMATE)
             new, r, rescale = to_peak(peak, log_r)
             peak = new
             sum_r = sum_r * rescale + total(r)
@@ -129,13 +135,13 @@ def assistant_kernel(
 
 @triton.jit(do_not_specialize=ROWS)
 def kl_moments_kernel(
-    student, student_stride, teacher, teacher_stride, log_p_norm, log_q_norm, out, tokens, width,
-    student_scale, student_unit, student_cap, teacher_scale, teacher_unit, teacher_cap,
-    c, inverse_c, lam, log_lam, log_rest, pr, qr, rp, rq,
-    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, MOVES: tl.constexpr,
-    MIXTURE: tl.constexpr, SERIES: tl.constexpr, PR: tl.constexpr, QR: tl.constexpr,
-    RP: tl.constexpr, RQ: tl.constexpr, ONLY_P: tl.constexpr, ONLY_Q: tl.constexpr,
-    APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    student, student_stride, teacher, teacher_stride, log_p_norm, log_q_norm, numbers, out, tokens,
+    width, student_scale, student_unit, student_cap, teacher_scale, teacher_unit, teacher_cap,
+    c, inverse_c, lam, log_lam, log_rest, power, pr, qr, rp, rq,
+    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, PER_TOKEN: tl.constexpr,
+    MOVES: tl.constexpr, MIXTURE: tl.constexpr, SERIES: tl.constexpr, POWERED: tl.constexpr,
+    PR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr, RQ: tl.constexpr, ONLY_P: tl.constexpr,
+    ONLY_Q: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):
     """out [9, n] = the moments of KL (moments.py), r̃ summed against its running maximum."""
     row = tl.program_id(0).to(tl.int64)
@@ -143,6 +149,11 @@ def kl_moments_kernel(
     teacher += row * teacher_stride
     peak_p, rest_p = load_pair(log_p_norm, row, tokens)
     peak_q, rest_q = load_pair(log_q_norm, row, tokens)
+    only_p, only_q = 0.0, 0.0
+    if PER_TOKEN:
+        c, inverse_c, lam, log_lam, log_rest = load_mixture(numbers, row, tokens)
+        pr, qr, rp, rq = load_orders(numbers, row, tokens)
+        only_p, only_q = load_directions(numbers, row, tokens)
     offsets = block_columns(BLOCK, VECTOR)
     peak = tl.full((BLOCK // VECTOR, 1), 0.5 * ZERO_LOG, tl.float32)
     sum_r = tl.zeros((BLOCK // VECTOR, 1), tl.float32)
@@ -163,9 +174,9 @@ def kl_moments_kernel(
                                    student_cap, peak_q, rest_q, STUDENT_CAPPED, TAIL, APPROXIMATE)
             log_p = load_log_probs(teacher, columns, width, teacher_scale, teacher_unit,
                                    teacher_cap, peak_p, rest_p, TEACHER_CAPPED, TAIL, APPROXIMATE)
-            log_r, _, w = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, MIXTURE,
-                                      SERIES, APPROXIMATE)
-            apart = most_apart(apart, log_p, log_q, ONLY_P, ONLY_Q)
+            log_r, _, w = log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, power,
+                                      MIXTURE, SERIES, POWERED, APPROXIMATE)
+            apart = most_apart(apart, log_p, log_q, only_p, only_q, ONLY_P, ONLY_Q, PER_TOKEN)
             peak, r, rescale = to_peak(peak, log_r)
             sum_r = sum_r * rescale + total(r)
             if MOVES:
@@ -203,14 +214,14 @@ def kl_moments_kernel(
 
 @triton.jit(do_not_specialize=ROWS)
 def sums_kernel(
-    student, student_stride, teacher, teacher_stride, log_p_norm, log_q_norm, log_assistant, out,
-    tokens, width, student_scale, student_unit, student_cap, teacher_scale, teacher_unit,
-    teacher_cap, c, inverse_c, lam, log_lam, log_rest, pr, qr, rp, rq, x, y,
-    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, HAS_ASSISTANT: tl.constexpr,
-    MOVES: tl.constexpr, MIXTURE: tl.constexpr, SERIES: tl.constexpr, DIVERGENCE: tl.constexpr,
-    BALANCED: tl.constexpr, PR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr, RQ: tl.constexpr,
-    ONLY_P: tl.constexpr, ONLY_Q: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
+    student, student_stride, teacher, teacher_stride, log_p_norm, log_q_norm, log_assistant,
+    numbers, out, tokens, width, student_scale, student_unit, student_cap, teacher_scale,
+    teacher_unit, teacher_cap, c, inverse_c, lam, log_lam, log_rest, power, pr, qr, rp, rq, x, y,
+    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, PER_TOKEN: tl.constexpr,
+    HAS_ASSISTANT: tl.constexpr, MOVES: tl.constexpr, MIXTURE: tl.constexpr, SERIES: tl.constexpr,
+    POWERED: tl.constexpr, DIVERGENCE: tl.constexpr, BALANCED: tl.constexpr, PR: tl.constexpr,
+    QR: tl.constexpr, RP: tl.constexpr, RQ: tl.constexpr, ONLY_P: tl.constexpr,
+    ONLY_Q: tl.constexpr, APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):
     """out [4, n] = ΣD, ΣA, Σ(wA + B), Σwr over this shard's columns; ΣA only where it is used,
     under MOVES."""
@@ -220,6 +231,11 @@ def sums_kernel(
     peak_p, rest_p = load_pair(log_p_norm, row, tokens)
     peak_q, rest_q = load_pair(log_q_norm, row, tokens)
     peak_r, rest_r = load_assistant(log_assistant, row, tokens, HAS_ASSISTANT)
+    only_p, only_q = 0.0, 0.0
+    if PER_TOKEN:
+        c, inverse_c, lam, log_lam, log_rest = load_mixture(numbers, row, tokens)
+        pr, qr, rp, rq = load_orders(numbers, row, tokens)
+        only_p, only_q = load_directions(numbers, row, tokens)
     offsets = block_columns(BLOCK, VECTOR)
     sum_d = tl.zeros((BLOCK // VECTOR, 1), tl.float32)
     sum_a = sum_d
@@ -235,10 +251,11 @@ def sums_kernel(
             log_p = load_log_probs(teacher, columns, width, teacher_scale, teacher_unit,
                                    teacher_cap, peak_p, rest_p, TEACHER_CAPPED, TAIL, APPROXIMATE)
             log_r, r, w = assistant(log_p, log_q, peak_r, rest_r, c, inverse_c, lam, log_lam,
-                                    log_rest, MIXTURE, SERIES, HAS_ASSISTANT, APPROXIMATE)
+                                    log_rest, power, MIXTURE, SERIES, POWERED, HAS_ASSISTANT,
+                                    APPROXIMATE)
             d, a, b = objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE,
-                                      BALANCED, PR, QR, RP, RQ)
-            apart = most_apart(apart, log_p, log_q, ONLY_P, ONLY_Q)
+                                      BALANCED, PER_TOKEN, PR, QR, RP, RQ)
+            apart = most_apart(apart, log_p, log_q, only_p, only_q, ONLY_P, ONLY_Q, PER_TOKEN)
             sum_d += total(d)
             if MOVES:
                 sum_a += total(a)
@@ -254,14 +271,14 @@ def sums_kernel(
 @triton.jit(do_not_specialize=ROWS)
 def gradient_kernel(
     student, student_stride, teacher, teacher_stride, gradient, gradient_stride,
-    log_p_norm, log_q_norm, log_assistant, sums, kd_scale, ce_scale, log_z_norm, labels, tokens,
-    width, inverse_tau, student_scale, student_unit, student_cap, teacher_scale, teacher_unit,
-    teacher_cap, c, inverse_c, lam, log_lam, log_rest, pr, qr, rp, rq, x, y,
-    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, HAS_KD: tl.constexpr,
-    HAS_CE: tl.constexpr, HAS_ASSISTANT: tl.constexpr, MOVES: tl.constexpr, MIXTURE: tl.constexpr,
-    SERIES: tl.constexpr, DIVERGENCE: tl.constexpr, BALANCED: tl.constexpr, PR: tl.constexpr,
-    QR: tl.constexpr, RP: tl.constexpr, RQ: tl.constexpr, APPROXIMATE: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr,
+    log_p_norm, log_q_norm, log_assistant, sums, kd_scale, ce_scale, log_z_norm, labels, numbers,
+    tokens, width, inverse_tau, student_scale, student_unit, student_cap, teacher_scale,
+    teacher_unit, teacher_cap, c, inverse_c, lam, log_lam, log_rest, power, pr, qr, rp, rq, x, y,
+    STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, PER_TOKEN: tl.constexpr,
+    HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, HAS_ASSISTANT: tl.constexpr, MOVES: tl.constexpr,
+    MIXTURE: tl.constexpr, SERIES: tl.constexpr, POWERED: tl.constexpr, DIVERGENCE: tl.constexpr,
+    BALANCED: tl.constexpr, PR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr, RQ: tl.constexpr,
+    APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):
     """gradient [n, width] = kd_scale (wA + B - ΣA w r - q Σg)/τ + ce_scale (softmax(z) - onehot),
     through cap and scale. Each element is read before it is written, so it may be the student's
@@ -281,6 +298,9 @@ def gradient_kernel(
         peak_z, rest_z = load_pair(log_z_norm, row, tokens)
         of_ce = tl.load(ce_scale + row) * student_scale
         label = tl.load(labels + row)
+    if PER_TOKEN:
+        c, inverse_c, lam, log_lam, log_rest = load_mixture(numbers, row, tokens)
+        pr, qr, rp, rq = load_orders(numbers, row, tokens)
     offsets = block_columns(BLOCK, VECTOR)
     full = width // BLOCK * BLOCK
     for TAIL in tl.static_range(2):
@@ -295,9 +315,10 @@ def gradient_kernel(
                                        teacher_cap, peak_p, rest_p, TEACHER_CAPPED, TAIL,
                                        APPROXIMATE)
                 log_r, r, w = assistant(log_p, log_q, peak_r, rest_r, c, inverse_c, lam, log_lam,
-                                        log_rest, MIXTURE, SERIES, HAS_ASSISTANT, APPROXIMATE)
+                                        log_rest, power, MIXTURE, SERIES, POWERED, HAS_ASSISTANT,
+                                        APPROXIMATE)
                 _, a, b = objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE,
-                                          BALANCED, PR, QR, RP, RQ)
+                                          BALANCED, PER_TOKEN, PR, QR, RP, RQ)
                 if MOVES:
                     b += w * (a - sum_a * r)
                 g += of_kd * (b - sum_g * tl.exp2(log_q))

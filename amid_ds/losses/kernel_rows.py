@@ -81,6 +81,29 @@ def load_assistant(pointer, row, tokens, HAS_ASSISTANT: tl.constexpr):
 
 
 @triton.jit
+def load_mixture(numbers, row, tokens):
+    """c, 1/c, λ, log λ and log(1-λ) of a token, from `kernel_math.token_numbers`."""
+    numbers += row
+    return (tl.load(numbers), tl.load(numbers + tokens), tl.load(numbers + 2 * tokens),
+            tl.load(numbers + 3 * tokens), tl.load(numbers + 4 * tokens))
+
+
+@triton.jit
+def load_orders(numbers, row, tokens):
+    """The weights pr, qr, rp and rq of a token, from the same."""
+    numbers += row + 5 * tokens
+    return (tl.load(numbers), tl.load(numbers + tokens), tl.load(numbers + 2 * tokens),
+            tl.load(numbers + 3 * tokens))
+
+
+@triton.jit
+def load_directions(numbers, row, tokens):
+    """only_p and only_q of a token, from the same."""
+    numbers += row + 9 * tokens
+    return tl.load(numbers), tl.load(numbers + tokens)
+
+
+@triton.jit
 def total(terms):
     """[groups, 1] the sum of each group's [groups, m]."""
     return tl.sum(terms, 1, keep_dims=True)
@@ -124,11 +147,15 @@ def store_mixture_sum(pointer, row, tokens, peak, sums):
 
 
 @triton.jit
-def most_apart(apart, log_p, log_q, ONLY_P: tl.constexpr, ONLY_Q: tl.constexpr):
-    """The groups' largest log₂ p/q seen, under ONLY_Q of its inverse, under both its magnitude."""
+def most_apart(apart, log_p, log_q, only_p, only_q, ONLY_P: tl.constexpr, ONLY_Q: tl.constexpr,
+               PER_TOKEN: tl.constexpr):
+    """The groups' largest log₂ p/q seen, under ONLY_Q of its inverse, under both its magnitude;
+    PER_TOKEN by the token's own only_p and only_q, which are 0 or 1."""
     if ONLY_P or ONLY_Q:
         ratio = log_p - log_q
-        if ONLY_P and ONLY_Q:
+        if PER_TOKEN:
+            ratio = tl.maximum(only_p * ratio, -only_q * ratio)
+        elif ONLY_P and ONLY_Q:
             ratio = tl.abs(ratio)
         elif ONLY_Q:
             ratio = -ratio

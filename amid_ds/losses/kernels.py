@@ -12,6 +12,7 @@ TRITON_INTERPRET=1, alone so far.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,15 +21,17 @@ from torch import Tensor
 from triton.runtime import driver
 
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses import elementwise, kernel_programs
-from amid_ds.losses.block import Block, RowNormalisers, RowStatistics, needs_normaliser
+from amid_ds.losses import kernel_measures, kernel_programs
+from amid_ds.losses.block import Block, RowNormalisers, RowStatistics, needs_normaliser, normalised
 from amid_ds.losses.divergences import KL
 from amid_ds.losses.kernel_arguments import (
     divergence_arguments,
+    has_token_numbers,
     infinite_arguments,
     mixture_arguments,
     moves_assistant,
     order_arguments,
+    token_numbers,
 )
 from amid_ds.losses.kernel_math import DIVERGENCE_CODES
 from amid_ds.losses.moments import MOMENT_ROWS, merge_moments, sums_from_moments
@@ -40,12 +43,13 @@ MIN_COLUMNS, MAX_COLUMNS = 16, 2048
 THREADS = 256
 # Bytes that a thread reads at once.
 VECTOR_BYTES = 16
+# Rows of `kernel_measures.measures_kernel`.
+SUMMED_MEASURES = ("teacher_entropy", "student_entropy", "divergence", "overlap")
 
 
 def supports(objective: AMiD | None, dtypes: list[torch.dtype]) -> bool:
     """True if there are kernels for this divergence and these dtypes of logits."""
-    known = objective is None or (type(objective.resolved_divergence) in DIVERGENCE_CODES
-                                  and not objective.per_token and objective.power == 1)
+    known = objective is None or type(objective.resolved_divergence) in DIVERGENCE_CODES
     return known and set(dtypes) <= {torch.float32, torch.bfloat16, torch.float16}
 
 
@@ -61,8 +65,28 @@ def log_normalisers(block: Block) -> Tensor:
 
 
 def measures(block: Block, norms: RowNormalisers, names: tuple[str, ...]) -> Tensor:
-    """[k, n] local sums of the measures of these names, in plain torch."""
-    return elementwise.measures(block, norms, names)
+    """[k, n] local sums of the measures of these names (measures.py). One reading."""
+    local = torch.empty(len(SUMMED_MEASURES), block.tokens, dtype=torch.float32,
+                        device=block.device)
+    asked = {name.upper(): name in names for name in SUMMED_MEASURES}
+    if local.numel() and any(asked.values()):
+        _launch(kernel_measures.measures_kernel, block, *_models(block), norms.log_p, norms.log_q,
+                local, block.tokens, **asked, **_logit_arguments(block))
+    rows = dict(zip(SUMMED_MEASURES, local, strict=True))
+    if "label_probability" in names:
+        rows["label_probability"] = _label_probability(block, norms)
+    return torch.stack([rows[name] for name in names])
+
+
+def _label_probability(block: Block, norms: RowNormalisers) -> Tensor:
+    """[n] the teacher's probability of the label if this shard holds it, else 0."""
+    assert block.teacher is not None and block.labels is not None and norms.log_p is not None
+    labels, width = block.labels, block.teacher.width
+    if not width:
+        return torch.zeros_like(norms.log_p[0])
+    raw = block.teacher.raw.gather(1, labels.clamp(0, width - 1)[:, None])
+    log_p = normalised(replace(block.teacher, raw=raw).tempered(torch.float32), norms.log_p)[:, 0]
+    return torch.where((labels >= 0) & (labels < width), log_p.exp(), 0.0)
 
 
 def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowStatistics:
@@ -72,8 +96,10 @@ def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowSta
     """
     objective = block.objective
     assert objective is not None and norms.log_p is not None and norms.log_q is not None
+    numbers = _or_unread(token_numbers(objective, norms.log_q[0]), block)
     models = (*_models(block), norms.log_p, norms.log_q)
-    logits, mixture = _logit_arguments(block), mixture_arguments(objective)
+    logits = {**_logit_arguments(block), "PER_TOKEN": has_token_numbers(objective)}
+    mixture = mixture_arguments(objective)
     orders = {**order_arguments(objective), **infinite_arguments(objective),
               "MOVES": moves_assistant(objective)}
 
@@ -84,18 +110,18 @@ def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowSta
     if needs_normaliser(objective):
         if isinstance(objective.resolved_divergence, KL):
             local = empty(MOMENT_ROWS)
-            _launch(kernel_programs.kl_moments_kernel, block, *models, local, block.tokens,
-                    **orders, **mixture, **logits)
+            _launch(kernel_programs.kl_moments_kernel, block, *models, numbers, local,
+                    block.tokens, **orders, **mixture, **logits)
             moments = merge_moments(shard.gather(local))
             return RowStatistics(moments[:2], sums_from_moments(moments, objective))
         local = empty(2)
-        _launch(kernel_programs.assistant_kernel, block, *models, local, block.tokens, **mixture,
-                **logits)
+        _launch(kernel_programs.assistant_kernel, block, *models, numbers, local, block.tokens,
+                **mixture, **logits)
         log_assistant = shard.logsumexp(local)
     local = empty(4)
     _launch(
-        kernel_programs.sums_kernel, block, *models, _or_unread(log_assistant, block), local,
-        block.tokens, HAS_ASSISTANT=log_assistant is not None, **orders,
+        kernel_programs.sums_kernel, block, *models, _or_unread(log_assistant, block),
+        numbers, local, block.tokens, HAS_ASSISTANT=log_assistant is not None, **orders,
         **divergence_arguments(objective), **mixture, **logits)
     return RowStatistics(log_assistant, shard.sum(local))
 
@@ -108,15 +134,17 @@ def write_gradient(block: Block, norms: RowNormalisers, stats: RowStatistics | N
         log_assistant, sums = stats.log_assistant, stats.sums.contiguous()
     has_ce = block.ce_scale is not None
     log_z, labels = (norms.log_z, block.labels) if has_ce else (None, None)
-    rows = (norms.log_p, norms.log_q, log_assistant, sums, block.kd_scale, block.ce_scale, log_z,
-            labels)
     # Without a teacher its terms are compiled away, and any objective does.
     objective = block.objective or AMiD().resolved({})
+    numbers = None if norms.log_q is None else token_numbers(objective, norms.log_q[0])
+    rows = (norms.log_p, norms.log_q, log_assistant, sums, block.kd_scale, block.ce_scale, log_z,
+            labels, numbers)
     _launch(
         kernel_programs.gradient_kernel, block, *_models(block), block.gradient,
         block.gradient.stride(0), *[_or_unread(row, block) for row in rows], block.tokens,
         inverse_tau=1 / block.student.temperature,
-        HAS_KD=block.kd_scale is not None, HAS_CE=has_ce, HAS_ASSISTANT=log_assistant is not None,
+        PER_TOKEN=numbers is not None, HAS_KD=block.kd_scale is not None, HAS_CE=has_ce,
+        HAS_ASSISTANT=log_assistant is not None,
         MOVES=moves_assistant(objective), **order_arguments(objective),
         **divergence_arguments(objective), **mixture_arguments(objective),
         **_logit_arguments(block))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -77,14 +78,14 @@ class StepObjectives:
         objectives = self.of_step(sampled)
         if len(objectives) == 1 or not len(batch.valid):
             return [Part(objectives[0])]
-        sources = batch.source_numbers
+        sources = batch.source_numbers.numpy()
         # Sources by the first one that is learnt from alike.
         alike: dict[int, list[int]] = {}
-        for source in sources.unique().tolist():
+        for source in np.unique(sources).tolist():
             alike.setdefault(objectives.index(self.by_source[source]), []).append(source)
         if len(alike) == 1:
             return [Part(objectives[next(iter(alike))])]
-        return [Part(objectives[first], torch.isin(sources, torch.tensor(own)).nonzero()[:, 0])
+        return [Part(objectives[first], torch.from_numpy(np.flatnonzero(np.isin(sources, own))))
                 for first, own in alike.items()]
 
 

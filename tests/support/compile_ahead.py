@@ -5,7 +5,8 @@
 The kernels are compiled through their own launchers, hence with the arguments and specialisations
 of a real call; a stand-in for Triton's driver names the GPU. Prints one JSON object per kernel, or
 with --table the table of amid_ds/losses/README.md. A case is
-ARCH:OBJECTIVE:STUDENT/TEACHER:WIDTH:TOKENS[:ce][:cap], e.g. sm_90:jsd:bf16/bf16:50257:17:ce.
+ARCH:OBJECTIVE:STUDENT/TEACHER:WIDTH:TOKENS[:ce][:cap][:measures], e.g.
+sm_90:jsd:bf16/bf16:50257:17:ce.
 
 A script of its own, because the tests' process runs Triton's interpreter. The tools that assemble
 and disassemble are those in Triton's wheel: ptxas, cuobjdump and nvdisasm.
@@ -34,14 +35,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from amid_ds import AlphaBeta, AMiD, VocabShard, preset
-from amid_ds.losses import kernel_programs, kernels
+from amid_ds import AlphaBeta, AMiD, PerToken, VocabShard, preset
+from amid_ds.losses import kernel_measures, kernel_programs, kernels
 from amid_ds.losses.block import Block, Logits, RowNormalisers
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-KERNELS = ["normalisers", "assistant", "kl_moments", "sums", "gradient"]
+PROGRAMS = {"normalisers": kernel_programs, "measures": kernel_measures,
+            "assistant": kernel_programs, "kl_moments": kernel_programs, "sums": kernel_programs,
+            "gradient": kernel_programs}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALL_ORDERS = {"pr": 1.0, "qr": 0.5, "rp": 0.25, "rq": 0.125}
+ENTROPY = PerToken("teacher_entropy", (0.1, 0.5), (0.0, 4.0))
 OBJECTIVES = {
     "jsd": preset("gkd", beta=0.3),
     "skl": preset("skl"),
@@ -57,10 +61,18 @@ OBJECTIVES = {
     "squared_hellinger": AMiD(-5.0, 0.1, "squared_hellinger"),
     "alpha_beta": AMiD(-5.0, 0.1, AlphaBeta(0.2, 0.7)),
     "alpha_beta_all_orders": AMiD(-5.0, 0.1, AlphaBeta(0.2, 0.7), ALL_ORDERS),
+    "two_temperatures": AMiD(-5.0, 0.1, temperature={"student": 2.0, "teacher": 1.5}),
+    "powered": AMiD(-5.0, 0.1, power=1.5),
+    "per_token": AMiD(-5.0, ENTROPY),
+    "per_token_alpha_beta": AMiD(-5.0, ENTROPY, AlphaBeta(0.2, 0.7)),
+    "per_token_orders": AMiD(-1.0, 0.0, order={"pr": ENTROPY, "rp": 1.0}),
     "ce": None,
 }
 # The rows of the table.
-SHOWN = ["jsd", "skl", "amid", "amid_all_orders", "near_geometric", "alpha_beta"]
+SHOWN = ["jsd", "skl", "amid", "amid_all_orders", "near_geometric", "alpha_beta",
+         "two_temperatures", "powered", "per_token", "per_token_orders"]
+# Kernels that are the same for every objective.
+OF_ANY = ["normalisers", "measures"]
 ARCHES = ["sm_80", "sm_90", "sm_100", "gfx942"]
 
 
@@ -95,7 +107,7 @@ class _Recorder:
 
     def __init__(self, name: str, found: list[tuple[str, Any, dict[str, Any]]]) -> None:
         self.name, self.found = name, found
-        self.kernel = getattr(kernel_programs, f"{name}_kernel")
+        self.kernel = getattr(PROGRAMS[name], f"{name}_kernel")
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def launch(*arguments: Any, **options: Any) -> None:
@@ -122,19 +134,22 @@ def compile_case(case: str) -> list[Compiled]:
     block = _block(name, [DTYPES[each] for each in dtypes.split("/")], int(width), int(tokens),
                    extras)
     found: list[tuple[str, Any, dict[str, Any]]] = []
-    originals = {kernel: getattr(kernel_programs, f"{kernel}_kernel") for kernel in KERNELS}
+    originals = {name: getattr(programs, f"{name}_kernel") for name, programs in PROGRAMS.items()}
     try:
-        for kernel in KERNELS:
-            setattr(kernel_programs, f"{kernel}_kernel", _Recorder(kernel, found))
+        for kernel, programs in PROGRAMS.items():
+            setattr(programs, f"{kernel}_kernel", _Recorder(kernel, found))
         rows = dict(zip(block.normaliser_names, kernels.log_normalisers(block), strict=True))
         norms = RowNormalisers(rows.get("q"), rows.get("p"), rows.get("z", rows.get("q")))
-        stats = None
-        if block.objective is not None:
+        objective, stats = OBJECTIVES[name], None
+        if objective is not None:
+            asked = kernels.SUMMED_MEASURES if "measures" in extras else objective.measures
+            if asked:
+                kernels.measures(block, norms, asked)
             stats = kernels.statistics(block, norms, VocabShard(0, int(width)))
         kernels.write_gradient(block, norms, stats)
     finally:
         for kernel, original in originals.items():
-            setattr(kernel_programs, f"{kernel}_kernel", original)
+            setattr(PROGRAMS[kernel], f"{kernel}_kernel", original)
     return [_read(case, *each) for each in found]
 
 
@@ -143,15 +158,19 @@ def _block(name: str, dtypes: list[torch.dtype], width: int, tokens: int,
     """`tokens` tokens with rows of logits as the linear loss makes them: 64 divides the stride."""
     stride = -(-width // 64) * 64
     cap = 30.0 if "cap" in extras else None
-    student, teacher = (Logits(torch.empty(tokens, stride, dtype=dtype)[:, :width], 1.0, cap)
-                        for dtype in dtypes)
     objective = OBJECTIVES[name]
+    temperatures = ((1.0, 1.0) if objective is None
+                    else (objective.student_temperature, objective.teacher_temperature))
+    student, teacher = (Logits(torch.empty(tokens, stride, dtype=dtype)[:, :width], 1.0, cap, tau)
+                        for dtype, tau in zip(dtypes, temperatures, strict=True))
     has_ce = objective is None or "ce" in extras
     ones = torch.ones(tokens)
-    return Block(student, None if objective is None else teacher, objective, torch.float32,
-                 labels=torch.zeros(tokens, dtype=torch.int64) if has_ce else None,
-                 kd_scale=None if objective is None else ones, ce_scale=ones if has_ce else None,
-                 gradient=student.raw)
+    labels = torch.zeros(tokens, dtype=torch.int64) if has_ce else None
+    if objective is None:
+        return Block(student, None, None, torch.float32, labels, None, ones, student.raw)
+    resolved = objective.resolved(dict.fromkeys(objective.per_token, ones))
+    return Block(student, teacher, resolved, torch.float32, labels, ones, ones if has_ce else None,
+                 student.raw)
 
 
 def _read(case: str, name: str, kernel: Any, options: dict[str, Any]) -> Compiled:
@@ -231,14 +250,15 @@ def table() -> None:
     print("| objective | kernel | " + " | ".join(ARCHES) + " | of these exp2, log2, 1/x |")
     print("|---|---|" + "---:|" * (len(ARCHES) + 1))
     for name in SHOWN:
-        by_arch = [compile_case(f"{arch}:{name}:bf16/bf16:50257:17") for arch in ARCHES]
+        extra = ":measures" if name == SHOWN[0] else ""
+        by_arch = [compile_case(f"{arch}:{name}:bf16/bf16:50257:17{extra}") for arch in ARCHES]
         for kernels_of in zip(*by_arch, strict=True):
             first = kernels_of[0]
             if first.kernel == "normalisers" and name != SHOWN[0]:
                 continue
             cells = [f"{each.per_pair:.1f} ({each.registers})" if each.instructions
                      else f"({each.registers})" for each in kernels_of]
-            whose = "any" if first.kernel == "normalisers" else name
+            whose = "any" if first.kernel in OF_ANY and name == SHOWN[0] else name
             print(f"| {whose} | {first.kernel} | {' | '.join(cells)} | "
                   f"{first.special / first.pairs:.1f} |", flush=True)
 
