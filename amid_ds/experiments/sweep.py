@@ -299,7 +299,9 @@ def final_metrics(run: Path) -> dict[str, float | None]:
         metrics |= {prefix + key: value for key, value in line.items()
                     if key not in ("step", "name", "tokens")}
     if (run / SCORES_FILE).is_file():
-        metrics |= json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))
+        scores = json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))
+        # Not the text that says how they were made.
+        metrics |= {name: value for name, value in scores.items() if not isinstance(value, str)}
     return metrics
 
 
