@@ -9,7 +9,13 @@ import math
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from amid_ds.config.recipe import Loss, Train
-from amid_ds.config.scheduled_values import Piecewise, Schedule, ScheduledValue, TaidSchedule
+from amid_ds.config.scheduled_values import (
+    Piecewise,
+    Schedule,
+    ScheduledValue,
+    TaidSchedule,
+    with_schedules,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,8 +92,8 @@ def value_at(scheduled: ScheduledValue, step: int, total: int,
 
 def loss_at(loss: Loss, step: int, total: int, taid_state: TaidState | None = None) -> Loss:
     """The loss of optimizer step `step` (from 0) of `total`, its schedules replaced by values."""
-    return loss.model_copy(update={name: value_at(value, step, total, taid_state)
-                                   for name, value in loss.scheduled.items()})
+    at: Loss = with_schedules(loss, lambda value: value_at(value, step, total, taid_state))
+    return at
 
 
 def taid_update(adaptive: TaidSchedule, taid_state: TaidState | None, divergence: float, step: int,

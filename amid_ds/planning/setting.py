@@ -231,7 +231,8 @@ def ranks_of_shard(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> i
 def _count_teacher(recipe: Recipe, placement: Placement) -> ModelCosts | None:
     """The teacher's costs; None where there is none, or no step gives its divergence any weight."""
     teacher = recipe.teacher
-    if teacher is None or not any(bounding_values(recipe.loss.kd_weight)):
+    losses = [recipe.loss, recipe.sampled_loss, *recipe.source_losses.values()]
+    if teacher is None or not any(any(bounding_values(loss.kd_weight)) for loss in losses):
         return None
     dtype = loading.DTYPES.get(teacher.dtype)
     if dtype is None:

@@ -48,7 +48,7 @@ from amid_ds.training.compatibility import (
     refuse_other_identity,
     refuse_other_run,
 )
-from amid_ds.training.objective import objective_at
+from amid_ds.training.objective import objectives_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -137,9 +137,10 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
 
 def _check_objectives(recipe: Recipe) -> None:
     """Raise InputError for a step whose objective cannot be."""
-    steps = recipe.train.total_steps
-    for step in turning_points(recipe.loss, steps):
-        objective_at(recipe.loss, step, steps)
+    losses = [recipe.loss, recipe.sampled_loss, *recipe.source_losses.values()]
+    for step in sorted({step for loss in losses
+                        for step in turning_points(loss, recipe.train.total_steps)}):
+        objectives_at(recipe, step)
 
 
 def count_steps(job: Job, world: World) -> Job:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from amid_ds.config.recipe import DivergenceSpec, Loss
+from amid_ds.config.recipe import Loss, Recipe
 from amid_ds.config.schedule import TaidState, loss_at
 from amid_ds.errors import InputError
-from amid_ds.losses import AlphaBeta, AMiD, preset
-from amid_ds.models.distiller import StepObjective
+from amid_ds.losses import AMiD, preset
+from amid_ds.models.distiller import StepObjective, StepObjectives
 
 
 def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = None) -> StepObjective:
@@ -23,13 +23,25 @@ def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = Non
     return StepObjective(amid, now.kd_weight * factor, now.ce_weight, scheduled)   # type: ignore[arg-type, operator]
 
 
+def objectives_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> StepObjectives:
+    """What optimizer step `step` (from 0) of the recipe learns from tokens of each origin.
+
+    taid, errors: as `objective_at` has them.
+    """
+    def at(loss: Loss) -> StepObjective:
+        return objective_at(loss, step, recipe.train.total_steps, taid)
+
+    base, own = at(recipe.loss), recipe.source_losses
+    every_source = range(len(recipe.data.train) if own else 0)
+    return StepObjectives(base, at(recipe.sampled_loss), {
+        number: at(own[number]) if number in own else base for number in every_source})
+
+
 def _amid(loss: Loss) -> AMiD:
     """The AMiD objective of a loss without schedules."""
-    not_amids = {"preset", "kd_weight", "ce_weight", "temperature_scaling"}
+    not_amids = {"preset", "kd_weight", "ce_weight", "temperature_scaling", "normalise", "power",
+                 "token_weight"}
     values = {key: value for key, value in loss if key not in not_amids}
-    if isinstance(loss.divergence, DivergenceSpec):
-        values["divergence"] = AlphaBeta(loss.divergence.alpha_beta.alpha,
-                                         loss.divergence.alpha_beta.beta)
     try:
         if loss.preset is None:
             return AMiD(**values)

@@ -1,9 +1,10 @@
 """One optimizer step: objective, teacher, forward and backward of every micro-batch, optimizer.
 
-A step's loss is the sum over its valid tokens divided by the number N of valid tokens in the whole
-global batch, so it does not depend on ranks, micro-batches or masks. DeepSpeed averages gradients
-over the data-parallel ranks R; with token weights 1/N and the loss times R (`Engine.backward`), its
-(1/R) Σ_ranks Σ_micro ∇(R · Σ_i loss_i / N) is ∇ Σ_i loss_i / N.
+A step's loss is Σ_i w_i · loss_i over the valid tokens of the whole global batch, with w_i = 1/N of
+its N tokens; under `normalise: sequence` w_i = 1/(S · n) in a sequence of n of them, of S. So it
+does not depend on ranks, micro-batches or masks. DeepSpeed averages gradients over the
+data-parallel ranks R; with the loss times R (`Engine.backward`), its
+(1/R) Σ_ranks Σ_micro ∇(R · Σ_i w_i loss_i) is ∇ Σ_i w_i loss_i.
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.recipe import Recipe, Train
 from amid_ds.config.schedule import learning_rate, step_seed, taid_update
 from amid_ds.data import Batch
+from amid_ds.distributed.transfer import to_device
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
-from amid_ds.models.distiller import StepObjective
+from amid_ds.models.distiller import Part, StepObjective, StepObjectives
 from amid_ds.monitor.hang_watchdog import MAX_RANKS_SHOWN
 from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
 from amid_ds.run.log import finite
 from amid_ds.training.fetch import AuxiliaryBatch
-from amid_ds.training.objective import objective_at
+from amid_ds.training.objective import objectives_at
 from amid_ds.training.rollout import StepBatch
 
 Metrics = dict[str, float | None]
@@ -36,11 +38,11 @@ MAX_IDS_SHOWN = 10
 
 
 class _MicroBatch(NamedTuple):
-    """A micro-batch of a step with its own objective and token divisor."""
+    """A micro-batch of a step on the device, with its tokens' weights [n] fp32 and objectives."""
 
     batch: Batch
-    divisor: float
-    objective: StepObjective
+    weights: Tensor
+    parts: list[Part]
 
 
 class _StepSums(NamedTuple):
@@ -69,18 +71,19 @@ class Stepper:
     def train_step(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None = None) -> Metrics:
         """Make one optimizer step and update the state; returns the step's metrics.
 
-        The auxiliary corpus adds its coefficient times its mean cross entropy. Where the batch is
-        sampled by the student, its cross entropy does not count. Two small collectives beside
-        DeepSpeed's. Raises TrainingError, before the optimizer step, for a NaN or Inf.
+        The auxiliary corpus adds its coefficient times its mean cross entropy over tokens. Two
+        small collectives beside DeepSpeed's. Raises TrainingError, before the optimizer step, for a
+        NaN or Inf.
         """
         began = time.monotonic()
         recipe, step = self.recipe, self.state.step
-        objective = objective_at(recipe.loss, step, recipe.train.total_steps, self.state.taid)
+        objectives = objectives_at(recipe, step, self.state.taid)
+        uses_teacher = self.engine.distiller.uses_teacher(objectives.of_step(batch.sampled))
         rate = learning_rate(recipe.train, step)
         torch.manual_seed(step_seed(recipe.train.seed, step, self.world.dp_rank))
         self.engine.start_step(rate)
-        micro_batches = self._micro_batches(batch, auxiliary, objective)
-        losses, tokens = self._forward_backward(micro_batches, len(batch.window), objective)
+        micro_batches = self._micro_batches(batch, auxiliary, objectives)
+        losses, tokens = self._forward_backward(micro_batches, len(batch.window), uses_teacher)
         sums = self._reduce(losses, len(batch.window))
         self._require_finite(f"the loss of step {step + 1} is {sums.loss}", sums.loss, tokens,
                              micro_batches)
@@ -88,7 +91,6 @@ class Stepper:
             norm = self.engine.optimizer_step()
         self._require_finite(f"the gradient norm of step {step + 1} is not finite", norm, tokens,
                              micro_batches)
-        uses_teacher = self.engine.distiller.uses_teacher(objective)
         if uses_teacher and recipe.loss.adaptive is not None:
             self.state.taid = taid_update(recipe.loss.adaptive, self.state.taid, sums.kd, step,
                                           recipe.train.total_steps)
@@ -98,28 +100,36 @@ class Stepper:
                 # One that the loss does not count may be infinite.
                 "kd_loss": finite(sums.kd) if uses_teacher else None, "ce_loss": finite(sums.ce),
                 "grad_norm": norm, **_learning_rates(recipe.train, rate),
-                **_objective_metrics(objective, uses_teacher),
+                **_objective_metrics(objectives.base, uses_teacher),
                 "tokens_per_second": batch.tokens / (time.monotonic() - began)}
 
     def _micro_batches(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None,
-                       objective: StepObjective) -> list[_MicroBatch]:
+                       objectives: StepObjectives) -> list[_MicroBatch]:
         """The step's micro-batches, those of the auxiliary corpus last.
 
-        Each window is divided once by its own valid tokens.
+        Each window is divided once, by its own valid tokens or sequences.
         """
-        own = replace(objective, ce_weight=0.0) if batch.sampled else objective
-        micro_batches = [_MicroBatch(each.to(self.world.device), max(batch.tokens, 1.0), own)
-                         for each in batch.window]
+        device, by_sequence = self.world.device, self.recipe.loss.normalise == "sequence"
+
+        def equal_weights(each: Batch, divisor: float) -> Tensor:
+            return torch.ones(len(each.valid), device=device) / divisor
+
+        micro_batches = [_MicroBatch(
+            each.to(device),
+            to_device(each.sequence_weights(batch.sequences), device) if by_sequence
+            else equal_weights(each, max(batch.tokens, 1.0)),
+            [part.to(device) for part in objectives.parts(each, batch.sampled)])
+            for each in batch.window]
         if auxiliary is not None:
             assert self.recipe.data.auxiliary is not None
-            cross_entropy = replace(objective, kd_weight=0.0, ce_weight=1.0)
+            cross_entropy = [Part(replace(objectives.base, kd_weight=0.0, ce_weight=1.0))]
             divisor = max(auxiliary.tokens, 1.0) / self.recipe.data.auxiliary.weight
-            micro_batches += [_MicroBatch(each.to(self.world.device), divisor, cross_entropy)
-                              for each in auxiliary.window]
+            micro_batches += [_MicroBatch(each.to(device), equal_weights(each, divisor),
+                                          cross_entropy) for each in auxiliary.window]
         return micro_batches
 
     def _forward_backward(self, micro_batches: list[_MicroBatch], main_count: int,
-                          objective: StepObjective) -> tuple[Tensor, list[Tensor]]:
+                          uses_teacher: bool) -> tuple[Tensor, list[Tensor]]:
         """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy; and of
         each micro-batch its tokens' as `MicroBatchLoss` has them.
 
@@ -128,7 +138,6 @@ class Stepper:
         """
         distiller, train = self.engine.distiller, self.recipe.train
         teacher_hidden: list[Tensor | None] = [None] * len(micro_batches)
-        uses_teacher = distiller.uses_teacher(objective)
         if uses_teacher:
             with phase("teacher"):
                 teacher_hidden[:main_count] = self.engine.teacher_hidden_states(
@@ -136,12 +145,10 @@ class Stepper:
                     train.micro_batch_size * train.seq_length, self.teacher_batch)
         losses, tokens = [], []
         with self.engine.gathered_head(distiller.teacher if uses_teacher else None):
-            for index, (batch, divisor, own) in enumerate(micro_batches):
-                token_weights = torch.ones(len(batch.valid), device=self.world.device) / divisor
+            for index, (batch, weights, parts) in enumerate(micro_batches):
                 with phase("forward"):
                     last = index == len(micro_batches) - 1
-                    loss = self.engine.forward(batch, token_weights, teacher_hidden[index], own,
-                                               last)
+                    loss = self.engine.forward(batch, weights, teacher_hidden[index], parts, last)
                 # Its memory is free for the next micro-batch's activations.
                 teacher_hidden[index] = None
                 with phase("backward"):

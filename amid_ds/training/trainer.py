@@ -76,7 +76,8 @@ class Trainer(Stepper):
                 if info.stop:
                     break
                 monitors.step_agreed()
-                batch = self._roll_out(StepBatch(fetched.window, info.tokens, info.padding))
+                batch = self._roll_out(StepBatch(fetched.window, info.tokens, info.sequences,
+                                                 info.padding))
                 with monitors.train_step(self.engine):
                     metrics = self.train_step(batch, self._auxiliary_batch(fetched, info))
                 self._end_start()

@@ -1,0 +1,205 @@
+"""What is learnt by source, and means over sequences: runs against a float64 loop of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.data import split_documents, write_instructions, write_texts
+from support.ranks import run_ranks
+from support.reference_loop import reference_adamw
+from support.runs import read_metrics, write_recipe
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from amid_ds.data import PreparedLoader
+from amid_ds.data.batch import Batch, TokenRow, collate_rows
+from amid_ds.losses import AMiD
+from amid_ds.models.distiller import Distiller, Part, StepObjective, StepObjectives
+from amid_ds.models.heads import logits_of, run_body
+
+STEPS = 3
+TRAIN = {"steps": STEPS, "seq_length": 24, "micro_batch_size": 2, "global_batch_size": 12,
+         "learning_rate": 3e-3, "schedule": "constant"}
+# (log p, log q, their mixture's log r) of a token to its divergence.
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "pr": lambda p, q, r: (p.exp() * (p - r)).sum(-1),
+    "qr": lambda p, q, r: (q.exp() * (q - r)).sum(-1)}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> list[dict]:
+    """Text, whose rows are sequences, and instructions, several of which share a row."""
+    folder = tmp_path_factory.mktemp("sources")
+    return [{"path": str(write_texts(folder / "text.jsonl")), "text": "text", "weight": 1.0},
+            {"path": str(write_instructions(folder / "asked.jsonl")), "prompt": "prompt",
+             "response": "response", "weight": 2.0}]
+
+
+def row(length: int, spans: Sequence[int], starts: Sequence[int] = ()) -> TokenRow:
+    return TokenRow(np.arange(length), np.array(spans, np.int32), np.array(starts, np.int32), "")
+
+
+def test_a_sequence_is_a_document_that_is_kept_apart_or_else_a_row():
+    # Two documents and one without a label between them; nothing; one that is cut.
+    rows = [row(12, (2, 4, 9, 12), (5, 8)), row(3, ()), row(6, (1, 6))]
+    batch = collate_rows(rows, [], [1, 0, 2])
+    assert batch.sequences.tolist() == [0, 0, 1, 1, 1, 2, 2, 2, 2, 2] and batch.sequence_count == 3
+    assert batch.source_numbers.tolist() == [1] * 5 + [2] * 5
+    weights = batch.sequence_weights(6.0)
+    expected = [1 / 12] * 2 + [1 / 18] * 3 + [1 / 30] * 5
+    torch.testing.assert_close(weights, torch.tensor(expected), rtol=1e-7, atol=0)
+    # Where documents are not known, positions tell them; without positions a row is one.
+    told = Batch(batch.input_ids, batch.labels, batch.positions, 0, [], [])
+    assert torch.equal(told.sequences, batch.sequences)
+    alone = Batch(batch.input_ids, batch.labels, None, 0, [], [])
+    assert alone.sequences.tolist() == [0] * 5 + [1] * 5
+    empty = collate_rows([row(3, ())], [])
+    assert empty.sequence_count == 0 and empty.sequence_weights(0.0).tolist() == []
+
+
+BASE = StepObjective(AMiD(lam=0.3), kd_weight=1.0, ce_weight=0.5)
+OTHER = StepObjective(AMiD(lam=0.6, order="qr"), kd_weight=0.7, ce_weight=0.0)
+WORDS_ALONE = StepObjective(AMiD(lam=0.6), kd_weight=0.0, ce_weight=1.0)
+
+
+@pytest.fixture(scope="module")
+def distiller(shared_model) -> Distiller:
+    student, teacher = (AutoModelForCausalLM.from_pretrained(shared_model(family, seed))
+                        for seed, family in enumerate(("llama-tied", "gpt2")))
+    return Distiller(student, teacher, vocab_size=30)
+
+
+def test_each_token_is_learnt_as_its_source_says(distiller):
+    rows = [row(12, (2, 4, 9, 12), (5, 8)), row(7, (1, 7)), row(6, (2, 6)), row(9, (5, 9))]
+    batch = collate_rows(rows, [], [1, 0, 2, 0])
+    objectives = StepObjectives(BASE, BASE, {0: BASE, 1: OTHER, 2: BASE})
+    parts = objectives.parts(batch, sampled=False)
+    assert [part.objective for part in parts] == [BASE, OTHER]
+    weights = torch.linspace(0.1, 1, len(batch.valid))
+    teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
+    own = distiller(batch.input_ids, batch.valid, batch.targets, weights, teacher_hidden,
+                    batch.positions, parts=parts, documents=batch.documents)
+    distiller.zero_grad()
+    own.loss.backward()
+    gradients = [parameter.grad.clone() for parameter in distiller.student.parameters()]
+    log_q, log_p = (logits_of(head, hidden).double()[:, :30].log_softmax(-1)
+                    for head, hidden in zip(distiller.head.heads(), grad_hidden_states(
+                        distiller, batch), strict=True))
+    loss = kd_sum = 0
+    for i, source in enumerate(batch.source_numbers.tolist()):
+        kind = objectives.by_source[source]
+        lam, order = kind.amid.lam, kind.amid.order
+        log_r = torch.log(lam * log_p[i].exp() + (1 - lam) * log_q[i].exp())
+        kd = DIVERGENCES[order](log_p[i], log_q[i], log_r)
+        ce = -log_q[i, batch.targets[i]]
+        loss = loss + weights[i] * (kind.kd_weight * kd + kind.ce_weight * ce)
+        kd_sum += weights[i] * kd.item()
+        # Cross entropy that is not learnt may be infinite and is no place of a NaN.
+        expected = [kd.item(), ce.item() if kind.ce_weight else 0.0]
+        assert own.tokens[i].tolist() == pytest.approx(expected, rel=1e-4)
+    assert own.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert own.kd.item() == pytest.approx(kd_sum.item(), rel=1e-5)
+    distiller.zero_grad()
+    loss.backward()
+    for parameter, gradient in zip(distiller.student.parameters(), gradients, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def grad_hidden_states(distiller: Distiller, batch: Batch) -> list[Tensor]:
+    """Both models' hidden states at the labels, the student's with its graph."""
+    states = [run_body(model, batch.input_ids, batch.positions).flatten(0, 1)[batch.valid]
+              for model in (distiller.student, distiller.teacher)]
+    return [states[0], states[1].detach()]
+
+
+def test_a_kind_without_a_token_is_left_out_and_one_part_stays(distiller):
+    objectives = StepObjectives(BASE, OTHER, {0: BASE, 1: OTHER, 2: BASE})
+    alike = collate_rows([row(7, (1, 7)), row(6, (2, 6))], [], [2, 0])
+    # The row of the other source has no label.
+    silent = collate_rows([row(7, ()), row(6, (2, 6))], [], [0, 1])
+    empty = collate_rows([row(3, ())], [])
+    found = [objectives.parts(batch, sampled=False) for batch in (alike, silent, empty)]
+    assert found == [[Part(BASE)], [Part(OTHER)], [Part(BASE)]]
+    assert objectives.parts(alike, sampled=True) == [Part(OTHER)]
+    hidden, head = torch.zeros(0, 32, requires_grad=True), distiller.student.lm_head.weight
+    out = distiller.head(hidden, None, torch.zeros(0).long(), torch.zeros(0), parts=found[2])
+    out.loss.backward()
+    assert head.grad is not None and out.tokens.shape == (0, 2)
+
+
+def test_a_step_runs_the_teacher_where_any_of_its_origins_may_need_it(distiller):
+    mixed = StepObjectives(BASE, WORDS_ALONE, {0: WORDS_ALONE, 1: BASE})
+    alone = StepObjectives(BASE, BASE, {0: WORDS_ALONE})
+    assert distiller.uses_teacher(mixed.of_step(False))
+    assert not distiller.uses_teacher(mixed.of_step(True))
+    assert not distiller.uses_teacher(alone.of_step(False))
+    assert distiller.uses_teacher(StepObjectives(BASE, WORDS_ALONE).of_step(False))
+
+
+def reference_metrics(student: Path, teacher: Path, prepared: Path, sources: list[dict],
+                      losses: Sequence[dict], normalise: str) -> list[dict]:
+    """Each step's metrics with the loss of each source, in float64, a document at a time."""
+    model, guide = (AutoModelForCausalLM.from_pretrained(path).double()
+                    for path in (student, teacher))
+    vocabulary = len(AutoTokenizer.from_pretrained(student))
+    optimizer = reference_adamw(model, {})
+    for group in optimizer.param_groups:
+        group["lr"] = 3e-3
+    rows = PreparedLoader(prepared, seed=0, global_batch_size=12, micro_batch_size=1, dp_rank=0,
+                          dp_size=1, workers=0, weights=[source["weight"] for source in sources])
+    lines = []
+    for step in range(STEPS):
+        total = {"loss": [], "kd_loss": [], "ce_loss": []}
+        for batch in rows.window(step):
+            own, = (loss for loss, source in zip(losses, sources, strict=True)
+                    if batch.sources[0].startswith(source["path"]))
+            for ids, labels in split_documents(batch):
+                keep = labels != -100
+                if not keep.any():
+                    continue
+                log_q = model(ids).logits[0, keep, :vocabulary].log_softmax(-1)
+                with torch.no_grad():
+                    log_p = guide(ids).logits[0, keep, :vocabulary].log_softmax(-1)
+                log_r = torch.log(own["lam"] * log_p.exp() + (1 - own["lam"]) * log_q.exp())
+                kd = DIVERGENCES[own["order"]](log_p, log_q, log_r)
+                ce = F.nll_loss(log_q, labels[keep], reduction="none")
+                loss = own.get("kd_weight", 1.0) * kd + own["ce_weight"] * ce
+                for name, values in (("loss", loss), ("kd_loss", kd), ("ce_loss", ce)):
+                    total[name].append(values.mean()[None] if normalise == "sequence" else values)
+        means = {name: torch.cat(values).mean() for name, values in total.items()}
+        optimizer.zero_grad()
+        means["loss"].backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lines.append({**{name: mean.item() for name, mean in means.items()},
+                      "grad_norm": norm.item()})
+    return lines
+
+
+def require_same(run: Path, truth: list[dict]) -> None:
+    for line, expected in zip(read_metrics(run), truth, strict=True):
+        for name, value in expected.items():
+            assert line[name] == pytest.approx(value, rel=1e-4), (run, line["step"], name)
+
+
+def test_a_mean_over_sequences_is_the_same_on_1_2_and_3_ranks_and_in_a_plain_loop(
+        shared_model, sources, tmp_path):
+    pair = shared_model("llama-tied", 0), shared_model("gpt2", 1)
+    loss = {"lam": 0.3, "order": "pr", "ce_weight": 0.5}
+    recipe = write_recipe(
+        tmp_path / "r.yaml", *pair, Path(sources[0]["path"]), tmp_path / "run1",
+        data__train=sources, data__prepared=str(tmp_path / "data"), train=TRAIN,
+        loss={**loss, "normalise": "sequence"})
+    truth = None
+    # 3 micro-batches of 2 rows, 2 of 3, 3 of 2.
+    for ranks, rows in ((1, 4), (2, 2), (3, 2)):
+        run = tmp_path / f"run{ranks}"
+        run_ranks(ranks, "train", recipe, f"output_dir={run}", f"train.micro_batch_size={rows}")
+        truth = truth or reference_metrics(*pair, tmp_path / "data", sources, [loss, loss],
+                                           "sequence")
+        require_same(run, truth)
