@@ -94,8 +94,8 @@ def require_rouge() -> Any:
     except ImportError:
         raise InputError("the Python package rouge-score is not installed",
                          "it, to score generations with ROUGE-L",
-                         "pip install 'rouge-score>=0.1.2', or leave generations out with "
-                         "--seeds 0") from None
+                         "pip install 'rouge-score>=0.1.2', or leave generations out: "
+                         "--seeds 0, in a recipe no `generate`") from None
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
+from amid_ds.checkpoint.best import comparable_best, has_finished, newest_state
 from amid_ds.config.grid import Combination, parse_swept_key, path_override, sweep_combinations
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe
@@ -120,11 +120,13 @@ def _require_own_table(folder: Path) -> None:
 
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
-    """True once the run has saved its last step and exported its model."""
+    """True once the run has saved its last step and exported its model, its best one too."""
     folder = RunFolder(run)
-    saved = list_checkpoints(folder.checkpoints)
-    reached_end = bool(saved) and checkpoint_step(saved[-1]) == with_steps(recipe).train.steps
-    return reached_end and folder.model.is_dir()
+    state = newest_state(folder)
+    if state is None or not has_finished(with_steps(recipe), state):
+        return False
+    selects = comparable_best(recipe, state) is not None
+    return folder.model.is_dir() and (folder.best_model.is_dir() or not selects)
 
 
 def run_here(sweep: Sweep, ranks: int) -> None:
