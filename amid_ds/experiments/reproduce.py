@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,7 +79,14 @@ class Reproduction:
         return RunFolder(self.root / "run")
 
     @property
+    def model(self) -> Path:
+        """What is evaluated: the best evaluation's student where the recipe selects one."""
+        selects = self.recipe.checkpoint.best is not None
+        return self.run.best_model if selects else self.run.model
+
+    @property
     def recipe_path(self) -> str:
+        """The packaged recipe's file."""
         return str(find_recipe(self.row.recipe))
 
     @cached_property
@@ -139,8 +146,9 @@ def reproduce(args: ReproduceArgs) -> None:
     """
     row = published_row(args.name)
     seeds = tuple(published().seeds) if args.seeds is None else parse_seeds(args.seeds)
-    if not seeds:
-        raise InputError(f"--seeds {args.seeds}", "one seed or more", "leave --seeds out")
+    if not seeds or args.ranks < 1:
+        raise InputError(f"--seeds {args.seeds} --ranks-per-node {args.ranks}",
+                         "one seed or more, and one rank or more", "leave them out")
     task = Reproduction(args, row, seeds)
     require_rouge()
     _require_inputs(task)
@@ -163,8 +171,8 @@ def _require_inputs(task: Reproduction) -> None:
                 *map(task.data, files)]
     if missing := [str(path) for path in expected if not path.exists()]:
         raise InputError(
-            f"{args_of(task)}: {len(missing)} of {len(expected)} are not there:\n    "
-            + "\n    ".join(missing),
+            "\n    ".join([f"of the authors' models and data {len(missing)} are not there:",
+                           *missing]),
             f"in {task.args.models} a folder for each model ({_names(task.models.values())}), and "
             f"in {task.args.data} the authors' files of instruction, input and output "
             f"({', '.join(files)})",
@@ -176,10 +184,92 @@ def _require_inputs(task: Reproduction) -> None:
             raise InputError(f"{source.path} has no rows", "a set to evaluate on", "check the file")
 
 
-def args_of(task: Reproduction) -> str:
-    """The arguments that name the inputs, for messages."""
-    return f"--models {task.args.models} --data {task.args.data}"
-
-
-def _names(paths: Iterator[Path] | Sequence[Path]) -> str:
+def _names(paths: Iterable[Path]) -> str:
     return ", ".join(path.name for path in paths)
+
+
+def _require_same_task(task: Reproduction) -> None:
+    """Write what is trained and evaluated; raise InputError if the folder's is another."""
+    # Not the places of the inputs: they may be mounted elsewhere later.
+    asked = {"name": task.args.name, "recipe": task.row.recipe,
+             "overrides": [*task.row.overrides, *task.args.overrides]}
+    path = task.root / "asked.json"
+    if path.is_file() and (before := json.loads(path.read_text(encoding="utf-8"))) != asked:
+        raise InputError(f"{task.root} reproduces something else: {before}", f"{asked}",
+                         "name another --out")
+    replace_text(path, json.dumps(asked, indent=1) + "\n")
+
+
+def _split_raw(task: Reproduction) -> None:
+    """Write the rows that are held out, and those that train, once."""
+    parts = [task.root / DATA_ROOT / file for file in (HELD_OUT_FILE, TRAIN_FILE)]
+    if all(part.is_file() for part in parts):
+        return
+    raw = task.data(RAW_FILE)
+    lines = raw.read_text(encoding="utf-8").splitlines(keepends=True)
+    if len(lines) <= HELD_OUT_ROWS:
+        raise InputError(f"{raw} has {len(lines)} rows",
+                         f"more than the {HELD_OUT_ROWS} that are held out", "check the file")
+    for part, own in zip(parts, (lines[:HELD_OUT_ROWS], lines[HELD_OUT_ROWS:]), strict=True):
+        part.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(part, "".join(own))
+
+
+def _score(task: Reproduction, name: str) -> Mapping[str, float]:
+    """The scores of a set, made once: what `eval --json` prints."""
+    path = task.scores(name)
+    if not path.is_file():
+        path.parent.mkdir(exist_ok=True)
+        log = path.with_suffix(".log")
+        logger.info(f"evaluation of {name}: {log}")
+        # A comma behind a single seed: it is no number of seeds.
+        seeds = "".join(f"{seed}," for seed in task.seeds)
+        command = launch_command(
+            task.args.ranks, "eval", str(task.model), "--data",
+            str(task.data(published().sets[name].path)), "--template", TEMPLATE, "--protocol",
+            PROTOCOL, "--seeds", seeds, "--json")
+        status = run_logged(command, log)
+        printed = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines()
+                   if line.startswith('{"loss"')]
+        if status or not printed:
+            raise TrainingError(f"the evaluation of {name} ended with status {status}; {log} says "
+                                "why, and the same command goes on")
+        replace_text(path, printed[-1] + "\n")
+    scores: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8"))
+    return scores
+
+
+def _report(task: Reproduction, scores: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the table and write it, and the same as JSON. In per cent, as the papers."""
+    row = task.row
+    here, std, sem = ({name: 100 * each[key] for name, each in scores.items()
+                       if each[key] is not None}
+                      for key in ("rouge_l", "rouge_l_std", "rouge_l_sem"))
+    average = (statistics.fmean(row.rouge_l.values()) if row.average is None else row.average)
+    lines: list[tuple[str, Mapping[str, float], float | None]] = [
+        (f"published: {row.method}", row.rouge_l, average),
+        ("here", here, statistics.fmean(here.values())),
+        ("here: ± standard deviation over the seeds", std, None),
+        ("here: ± standard error", sem, None)]
+    table = markdown_table(["ROUGE-L", *scores, "average"], [
+        [title, *(_hundredths(values.get(name)) for name in scores), _hundredths(mean)]
+        for title, values, mean in lines])
+    text = (f"{table}\nPublished: {row.source}. Here: the recipe {row.recipe} with "
+            f"{' '.join([*row.overrides, *task.args.overrides]) or 'no override'}; seeds "
+            f"{', '.join(map(str, task.seeds))}. What differs, beside what the recipe's header "
+            f"says: {row.differs}.\n")
+    result = {
+        "name": task.args.name, "method": row.method, "source": row.source, "differs": row.differs,
+        "recipe": row.recipe, "overrides": [*row.overrides, *task.args.overrides],
+        "model": str(task.model), "seeds": task.seeds,
+        "protocol": {name: each["protocol"] for name, each in scores.items()},
+        "published": {**row.rouge_l, "average": average},
+        "rouge_l": {**here, "average": statistics.fmean(here.values())},
+        "rouge_l_std": std, "rouge_l_sem": sem}
+    replace_text(task.root / "reproduced.json", json.dumps(result, indent=1) + "\n")
+    replace_text(task.root / "reproduced.md", text)
+    print(f"{text}\nin per cent; also {task.root / 'reproduced.json'} and reproduced.md")
+
+
+def _hundredths(value: float | None) -> str | None:
+    return None if value is None else f"{value:.2f}"
