@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import statistics
 from pathlib import Path
 
@@ -12,14 +13,16 @@ import pytest
 from support.data import write_jsonl
 from support.models import WORDS, make_model
 from support.ranks import Ranks
+from support.runs import count_steps, read_metrics
 
 from amid_ds.cli import main
 from amid_ds.config.published import published
 from amid_ds.experiments import reproduce, sweep
+from amid_ds.run import attempts
 from amid_ds.run.log import read_evaluations
 
 # Beside the recipe: what makes it small.
-SMALLER = ["train.epochs=null", "train.steps=3", "train.global_batch_size=2",
+SMALLER = ["train.epochs=null", "train.steps=2", "train.global_batch_size=2",
            "train.micro_batch_size=2", "train.seq_length=96", "train.eval_every=1",
            "train.log_every=1", "data.workers=0", "data.eval.0.generate.max_new_tokens=4",
            "rollout.max_new_tokens=8"]
@@ -43,7 +46,7 @@ def inputs(tmp_path_factory) -> list[str]:
     data = root / "data"
     # Dolly and Self-Instruct: one reference; Vicuna's questions have a category and no input;
     # S-NI and UnNI have several references, and fields of their own.
-    files = {"dolly/raw.jsonl": [row(n) for n in range(9)],
+    files = {"dolly/raw.jsonl": [row(n) for n in range(1009)],
              "dolly/valid.jsonl": [{**row(n), "prompt": "as processed"} for n in range(3)],
              "self-inst/valid.jsonl": [{"id": f"user_oriented_task_{n}", **row(n)}
                                        for n in range(2)],
@@ -98,8 +101,10 @@ def test_a_row_is_trained_selected_evaluated_and_printed_beside_the_published_on
         assert result["rouge_l"][name] == 100 * ours[name]["rouge_l"] > 0
         assert result["rouge_l_std"][name] == 100 * ours[name]["rouge_l_std"]
         assert result["rouge_l_sem"][name] == 100 * ours[name]["rouge_l_sem"]
-        assert "keep=first no_repeat_ngram=6 prompts=10000" in result["protocol"][name]
-        assert "seeds=10,20" in result["protocol"][name]
+        assert ours[name]["protocol"] == result["protocol"]
+    assert result["protocol"] == (
+        "minillm (changed): seq_length=512 seeds=10,20 new_tokens=4 prompt_tokens=256 keep=first "
+        "no_repeat_ngram=6 prompts=10000 temperature=1.0 top_p=1.0")
     mean = statistics.fmean(100 * each["rouge_l"] for each in ours.values())
     assert result["rouge_l"]["average"] == pytest.approx(mean)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()
@@ -111,9 +116,11 @@ def test_a_row_is_trained_selected_evaluated_and_printed_beside_the_published_on
     assert [line[0] for line in lines[4:]] == ["here: ± standard deviation over the seeds",
                                                "here: ± standard error"]
     assert lines[4][1:6] == [f"{100 * each['rouge_l_std']:.2f}" for each in ours.values()]
-    # Seven rows train and two are held out, in the order of the file; the best of three is kept.
-    assert len((out / "data/dolly/train.jsonl").read_text().splitlines()) == 7
-    assert [line["step"] for line in read_evaluations(out / "run")] == [1, 2, 3]
+    # Two rows are held out and the others train, in the order of the file.
+    parts = [(out / "data/dolly" / name).read_text() for name in ("heldout.jsonl", "train.jsonl")]
+    assert parts[0].count("\n") == 2
+    assert "".join(parts) == (Path(inputs[3]) / "dolly" / "raw.jsonl").read_text()
+    assert [line["step"] for line in read_evaluations(out / "run")] == [1, 2]
     # Again: nothing is done twice. Half killed: what is missing is done.
     before = (out / "reproduced.json").read_text()
     (out / "scores" / "vicuna_10-20.json").unlink()
@@ -147,3 +154,31 @@ def test_what_cannot_be_reproduced_is_refused(inputs, tmp_path, capsys, change, 
     message = capsys.readouterr().err
     assert [word for word in named if word not in message] == []
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_killed_or_stopped_on_two_ranks_it_goes_on_and_does_nothing_twice(inputs, tmp_path):
+    """Everything as it is on a real machine, with 256 new tokens: launchers, signals, locks."""
+    out = tmp_path / "out"
+    # 1,000 rows are held out, of which few are sampled for.
+    words = ["reproduce", "distillm_srkl", *inputs, "--seeds", "10,", "--out", out,
+             "--ranks-per-node", 2, *SMALLER, "train.steps=8", "train.eval_every=4",
+             "checkpoint.every=100", "train.micro_batch_size=1", "data.eval.0.generate.rows=4"]
+    killed = Ranks(1, *words)
+    killed.wait_until(lambda: count_steps(out / "run") >= 2, 240)
+    killed.signal(signal.SIGKILL)
+    killed.wait()
+    stopped = Ranks(1, *words)
+    stopped.wait_until(lambda: (out / "scores" / "self_inst_10.log").exists(), 400)
+    stopped.signal(signal.SIGTERM)
+    assert stopped.wait() == [75], stopped.output()
+    first = (out / "scores" / "dolly_10.json").stat().st_mtime_ns
+    again = Ranks(1, *words)
+    assert again.wait(400) == [0], again.output()
+    assert [attempt.status for attempt in attempts.read_attempts(out / "run")] == [75, 0]
+    assert [line["step"] for line in read_metrics(out / "run")] == list(range(1, 9))
+    assert (out / "scores" / "dolly_10.json").stat().st_mtime_ns == first
+    result = json.loads((out / "reproduced.json").read_text())
+    assert "seeds=10 new_tokens=256" in result["protocol"]
+    # Of a single seed.
+    assert result["rouge_l_sem"] == {} and set(result["rouge_l_std"].values()) == {0.0}

@@ -76,7 +76,7 @@ class Reproduction:
     @property
     def run(self) -> RunFolder:
         """The training's."""
-        return RunFolder(self.root / "run")
+        return RunFolder(Path(self.recipe.output_dir))
 
     @property
     def model(self) -> Path:
@@ -100,7 +100,7 @@ class Reproduction:
         places = [path_override(key, place) for key, place in self.models.items()]
         places += [path_override(key, self.made(file) or self.data(file))
                    for key, file in self.files.items()]
-        return [*self.row.overrides, *places, path_override("output_dir", self.run.path),
+        return [*self.row.overrides, *places, path_override("output_dir", self.root / "run"),
                 *self.args.overrides]
 
     @cached_property
@@ -151,6 +151,7 @@ def reproduce(args: ReproduceArgs) -> None:
                          "one seed or more, and one rank or more", "leave them out")
     task = Reproduction(args, row, seeds)
     require_rouge()
+    logger.info(f"{row.method} by {row.recipe}: {task.run.path}")
     _require_inputs(task)
     require_own_folder(task.root, is_signed(task.root, "reproduce"), "--out")
     sign(task.root, "reproduce")
@@ -262,7 +263,7 @@ def _report(task: Reproduction, scores: Mapping[str, Mapping[str, float]]) -> No
         "name": task.args.name, "method": row.method, "source": row.source, "differs": row.differs,
         "recipe": row.recipe, "overrides": [*row.overrides, *task.args.overrides],
         "model": str(task.model), "seeds": task.seeds,
-        "protocol": {name: each["protocol"] for name, each in scores.items()},
+        "protocol": next(iter(scores.values()))["protocol"],
         "published": {**row.rouge_l, "average": average},
         "rouge_l": {**here, "average": statistics.fmean(here.values())},
         "rouge_l_std": std, "rouge_l_sem": sem}
