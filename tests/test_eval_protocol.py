@@ -104,9 +104,11 @@ def test_options_beside_the_protocol_take_its_values_place_and_prompts_end_at_it
     assert "seq_length=100 seeds=7,5 new_tokens=4 prompt_tokens=96" in scores["protocol"]
     # Without a protocol the end of a long prompt stays.
     asked.clear()
-    plain = report(capsys, model, rows, "--seeds", "1", "--new-tokens", "4", "--seq-length", "100")
+    plain = report(capsys, model, rows, "--seeds", "1", "--new-tokens", "4", "--seq-length", "100",
+                   "--no-repeat-ngram", "2")
     [(prompts, sampling)] = asked
-    assert len(prompts) == 5 and len(prompts[2]) == 96 and sampling.no_repeat_ngram == 0
+    assert len(prompts) == 5 and len(prompts[2]) == 96
+    assert sampling == text_metrics.Sampling((10,), 4, no_repeat_ngram=2)
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert prompts[2][-3:] == tokenizer("### Response:\n")["input_ids"][-3:]
     assert "protocol" not in plain

@@ -155,12 +155,14 @@ def reproduce(args: ReproduceArgs) -> None:
     _require_inputs(task)
     require_own_folder(task.root, is_signed(task.root, "reproduce"), "--out")
     sign(task.root, "reproduce")
-    with Lease.held(task.root / "lease.json", f"the folder {task.root}"):
+    with Lease.held(task.root / "lease.json", f"the folder {task.root}") as lease:
         _require_same_task(task)
         _split_raw(task)
         if run_one("training", task.recipe_path, task.overrides, args.ranks):
             raise TrainingError(f"the training of {args.name} failed; the same command goes on")
-        _report(task, {name: _score(task, name) for name in published().sets})
+        scores = {name: _score(task, name, lease) for name in published().sets}
+        lease.check()
+        _report(task, scores)
 
 
 def _require_inputs(task: Reproduction) -> None:
@@ -216,7 +218,7 @@ def _split_raw(task: Reproduction) -> None:
         replace_text(part, "".join(own))
 
 
-def _score(task: Reproduction, name: str) -> Mapping[str, float]:
+def _score(task: Reproduction, name: str, lease: Lease) -> Mapping[str, float]:
     """The scores of a set, made once: what `eval --json` prints."""
     path = task.scores(name)
     if not path.is_file():
@@ -235,6 +237,7 @@ def _score(task: Reproduction, name: str) -> Mapping[str, float]:
         if status or not printed:
             raise TrainingError(f"the evaluation of {name} ended with status {status}; {log} says "
                                 "why, and the same command goes on")
+        lease.check()
         replace_text(path, printed[-1] + "\n")
     scores: Mapping[str, float] = json.loads(path.read_text(encoding="utf-8"))
     return scores
