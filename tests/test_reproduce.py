@@ -169,7 +169,8 @@ def test_killed_or_stopped_on_two_ranks_it_goes_on_and_does_nothing_twice(inputs
     killed.signal(signal.SIGKILL)
     killed.wait()
     stopped = Ranks(1, *words)
-    stopped.wait_until(lambda: (out / "scores" / "self_inst_10.log").exists(), 400)
+    log = out / "scores" / "self_inst_10.log"
+    stopped.wait_until(lambda: log.exists() and log.stat().st_size, 400)
     stopped.signal(signal.SIGTERM)
     assert stopped.wait() == [75], stopped.output()
     first = (out / "scores" / "dolly_10.json").stat().st_mtime_ns
