@@ -37,6 +37,15 @@ def row(number: int, several: bool = False) -> dict[str, object]:
             "output": [output, "a bird runs"] if several else output}
 
 
+def minillm(row: dict) -> str:
+    """The prompt that MiniLLM's scripts make of a row, with their sign for a line end."""
+    return ("Below is an instruction that describes a task"
+            + (", paired with an input that provides further context" if row["input"] else "")
+            + ". Write a response that appropriately completes the request.<n><n>### Instruction:"
+            + f"<n>{row['instruction']}<n><n>"
+            + (f"### Input:<n>{row['input']}<n><n>" if row["input"] else "") + "### Response:<n>")
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> list[str]:
     """--models and --data: folders as the authors publish them, small."""
@@ -47,9 +56,9 @@ def inputs(tmp_path_factory) -> list[str]:
     # Dolly and Self-Instruct: one reference; Vicuna's questions have a category and no input;
     # S-NI and UnNI have several references, and fields of their own.
     files = {"dolly/raw.jsonl": [row(n) for n in range(1009)],
-             "dolly/valid.jsonl": [{**row(n), "prompt": "as processed"} for n in range(3)],
-             "self-inst/valid.jsonl": [{"id": f"user_oriented_task_{n}", **row(n)}
-                                       for n in range(2)],
+             "dolly/valid.jsonl": [{**row(n), "prompt": "another"} for n in range(3)],
+             "self-inst/valid.jsonl": [{"id": f"user_oriented_task_{n}", **row(n),
+                                        "prompt": minillm(row(n))} for n in range(2)],
              "vicuna/valid.jsonl": [{"question_id": n, "category": "generic", **row(2 * n)}
                                     for n in range(2)],
              "sinst/11_/valid.jsonl": [{"id": f"task{n}", "split": "test", **row(n, True)}
@@ -88,7 +97,9 @@ def test_a_row_is_trained_selected_evaluated_and_printed_beside_the_published_on
     out = tmp_path / "out"
     command = ["reproduce", "amid", *inputs, *SEEDS, "--out", str(out), *SMALLER]
     assert main(command) == 0
-    printed = capsys.readouterr().out
+    printed, said = capsys.readouterr()
+    assert "dolly/valid.jsonl: in 3 of 3 rows the column `prompt`" in said
+    assert "self-inst/valid.jsonl: in" not in said
     assert started == ["train", *["eval"] * 5]
     result = json.loads((out / "reproduced.json").read_text())
     paper = published().rows["amid"]
@@ -147,7 +158,7 @@ def test_missing_models_and_data_are_all_named_before_anything_is_made(inputs, t
 
 @pytest.mark.parametrize(("change", "named"), [
     (["amidd"], ["'amidd'", "did you mean `amid`?"]),
-    (["amid", "--seeds", "0"], ["--seeds 0"]),
+    (["amid", "--seeds", "ten"], ["--seeds ten"]), (["amid", "--seeds", ""], ["--seeds"]),
     (["amid", "--ranks-per-node", "0"], ["--ranks-per-node 0"])])
 def test_what_cannot_be_reproduced_is_refused(inputs, tmp_path, capsys, change, named):
     assert main(["reproduce", *change, *inputs, "--out", str(tmp_path / "out")]) == 2
@@ -161,7 +172,7 @@ def test_killed_or_stopped_on_two_ranks_it_goes_on_and_does_nothing_twice(inputs
     """Everything as it is on a real machine, with 256 new tokens: launchers, signals, locks."""
     out = tmp_path / "out"
     # 1,000 rows are held out, of which few are sampled for.
-    words = ["reproduce", "distillm_srkl", *inputs, "--seeds", "10,", "--out", out,
+    words = ["reproduce", "distillm_srkl", *inputs, "--seeds", "10", "--out", out,
              "--ranks-per-node", 2, *SMALLER, "train.steps=8", "train.eval_every=4",
              "checkpoint.every=100", "train.micro_batch_size=1", "data.eval.0.generate.rows=4"]
     killed = Ranks(1, *words)

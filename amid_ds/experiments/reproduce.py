@@ -21,7 +21,7 @@ from amid_ds.config.library import find_recipe
 from amid_ds.config.parse import load_recipe, source_of
 from amid_ds.config.published import PublishedRow, published, published_row
 from amid_ds.config.recipe import Recipe
-from amid_ds.data import read_prompts_with_references
+from amid_ds.data import read_prompts, read_prompts_with_references, source_columns
 from amid_ds.distributed.launch import launch_command
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval.protocol import parse_seeds
@@ -47,8 +47,8 @@ DATA_ROOT = "data"
 class ReproduceArgs:
     """The arguments of `amid-ds reproduce`.
 
-    models, data: the folders of the published ones. seeds: of the samples, as `eval --seeds` has
-    them; None: the published five. out: None: runs/reproduce/NAME.
+    models, data: the folders of the published ones. seeds: `A,B,…`, of the samples; None: the
+    published five. out: None: runs/reproduce/NAME.
     """
 
     name: str
@@ -145,7 +145,8 @@ def reproduce(args: ReproduceArgs) -> None:
     Raises InputError that names all models and data that are not there; Stopped; TrainingError.
     """
     row = published_row(args.name)
-    seeds = tuple(published().seeds) if args.seeds is None else parse_seeds(args.seeds)
+    # A comma behind a single seed: it is no number of seeds.
+    seeds = tuple(published().seeds) if args.seeds is None else parse_seeds(f"{args.seeds},")
     if not seeds or args.ranks < 1:
         raise InputError(f"--seeds {args.seeds} --ranks-per-node {args.ranks}",
                          "one seed or more, and one rank or more", "leave them out")
@@ -181,10 +182,29 @@ def _require_inputs(task: Reproduction) -> None:
             f"({', '.join(files)})",
             "download them, as amid_ds/experiments/README.md says, or name other folders")
     for each in published().sets.values():
-        source = source_of({"path": str(task.data(each.path)), "template": TEMPLATE})
-        # Every row is read: one that has no answer would end the evaluation after the training.
-        if not sum(1 for _ in read_prompts_with_references(source, "error")):
-            raise InputError(f"{source.path} has no rows", "a set to evaluate on", "check the file")
+        _read_set(task.data(each.path))
+
+
+def _read_set(path: Path) -> None:
+    """Read every row: one that has no answer would end the evaluation after the training.
+
+    Warn where rows have a prompt of their own, as the authors' files do, and it is not the one that
+    is made of them: then ours and theirs are asked different things. Raises InputError.
+    """
+    source = source_of({"path": str(path), "template": TEMPLATE})
+    made = [prompt for prompt, _ in read_prompts_with_references(source, "error")]
+    if not made:
+        raise InputError(f"{path} has no rows", "a set to evaluate on", "check the file")
+    if "prompt" not in source_columns(source):
+        return
+    own = read_prompts(source_of({"path": str(path), "text": "prompt"}), "error")
+    # Their code takes <n> for a line end.
+    pairs = zip((text.replace("<n>", "\n") for text in own), made, strict=True)
+    others = sum(text != prompt for text, prompt in pairs)
+    if others:
+        logger.warning(f"{path}: in {others} of {len(made)} rows the column `prompt` is not what "
+                       f"the template {TEMPLATE} makes of instruction and input; the template's "
+                       "is used")
 
 
 def _names(paths: Iterable[Path]) -> str:
@@ -225,7 +245,6 @@ def _score(task: Reproduction, name: str, lease: Lease) -> Mapping[str, float]:
         path.parent.mkdir(exist_ok=True)
         log = path.with_suffix(".log")
         logger.info(f"evaluation of {name}: {log}")
-        # A comma behind a single seed: it is no number of seeds.
         seeds = "".join(f"{seed}," for seed in task.seeds)
         command = launch_command(
             task.args.ranks, "eval", str(task.model), "--data",
