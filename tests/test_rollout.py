@@ -169,7 +169,8 @@ def gather_counting_rank(argv: list[str], variables: dict[str, str], log: str) -
         made = original(self, data)
         self.world.barrier()
         seconds = time.perf_counter() - began
-        weights = sum(p.ds_numel * p.element_size() for p in self.student.parameters())
+        student = self.engine.distiller.student
+        weights = sum(p.ds_numel * p.element_size() for p in student.parameters())
         with open(Path(self.recipe.output_dir) / f"{variables['RANK']}.jsonl", "a") as file:
             file.write(json.dumps([gathered.student - before, weights, seconds]) + "\n")
         return made

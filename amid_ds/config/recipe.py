@@ -11,7 +11,8 @@ from typing import Annotated, Literal, TypedDict
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Rows, Source
+from amid_ds.config.checkpoint_section import Best, CheckpointPolicy
+from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Generation, Rows, Source
 from amid_ds.config.loss_section import (
     BESIDE_THE_DIVERGENCE,
     Loss,
@@ -43,10 +44,11 @@ from amid_ds.config.section import (
 
 # Every section under one roof: other folders import them from here.
 __all__ = [
-    "Auxiliary", "CheckpointPolicy", "Data", "Dtype", "EvalSet", "HubKwargs", "Loss", "Muon",
-    "OwnLoss", "PerTokenSpec", "Piecewise", "PretrainedModel", "ProfileSteps", "Recipe", "Replay",
-    "Rollout", "Rows", "Schedule", "Section", "Slurm", "Source", "Student", "TaidSchedule",
-    "Teacher", "Temperatures", "TokenWeight", "Train", "bounding_values", "overridden"]
+    "Auxiliary", "Best", "CheckpointPolicy", "Data", "Dtype", "EvalSet", "Generation", "HubKwargs",
+    "Loss", "Muon", "OwnLoss", "PerTokenSpec", "Piecewise", "PretrainedModel", "ProfileSteps",
+    "Recipe", "Replay", "Rollout", "Rows", "Schedule", "Section", "Slurm", "Source", "Student",
+    "TaidSchedule", "Teacher", "Temperatures", "TokenWeight", "Train", "bounding_values",
+    "overridden"]
 
 Dtype = Literal["auto", "bf16", "fp32"]
 # What metrics.jsonl can say of each step beside its losses. agreement: of both models' first
@@ -157,19 +159,6 @@ class Train(OptimizerKeys, RateKeys):
         return None if self.muon is None else self.muon.learning_rate / self.learning_rate
 
 
-class CheckpointPolicy(Section):
-    """The checkpoints that are written and kept, and the changes that a resumed run may make."""
-
-    every: PositiveInt = 100
-    """Steps between checkpoints."""
-    keep: Annotated[int, Field(ge=2, le=MAX_INT)] = 2
-    """The newest ones that stay; two at least, so that one is left if the newest is damaged."""
-    keep_every: PositiveInt | None = None
-    """Checkpoints of steps that this number divides stay too."""
-    allow_change: list[str] = Field(default=[])
-    """Keys of the recipe in which a resumed run may differ from the attempts before."""
-
-
 class Slurm(Section):
     """The requeueing of a Slurm job."""
 
@@ -253,6 +242,25 @@ class Recipe(Section):
         if self.train.eval_every and not self.data.eval:
             raise ValueError(f"`train.eval_every` is {self.train.eval_every}, and `data.eval` "
                              "names no set; name one")
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        best = self.checkpoint.best
+        problems = [] if best is None else list(best.problems(
+            self.data.eval, self.teacher is not None, self.train.eval_every))
+        if best is not None and problems:
+            raise ValueError(f"`checkpoint.best.metric` {best.metric!r} is not measured: "
+                             + "; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _generations_fit(self) -> Recipe:
+        for each in self.data.eval:
+            if each.generate and each.generate.max_new_tokens >= self.train.seq_length:
+                raise ValueError(f"`generate.max_new_tokens` {each.generate.max_new_tokens} of the "
+                                 f"set {each.name!r} leaves a prompt no room in `train.seq_length` "
+                                 f"{self.train.seq_length}; lower the one or raise the other")
         return self
 
     @model_validator(mode="after")

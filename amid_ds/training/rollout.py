@@ -13,23 +13,20 @@ uninterrupted one. Cross entropy is left out of such a step: student samples are
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from amid_ds.checkpoint.manifest import checkpoint_name
 from amid_ds.checkpoint.state import RolloutState, TrainState
 from amid_ds.config.recipe import Recipe, Replay
 from amid_ds.config.schedule import step_seed, value_at
-from amid_ds.data import Batch, vocabulary_size
+from amid_ds.data import Batch
 from amid_ds.data.batch import TokenRow, collate_rows
 from amid_ds.data.pack import PackedRow, pack_best_fit
 from amid_ds.data.prepared import PreparedDataset
@@ -37,9 +34,9 @@ from amid_ds.engine.engine import Engine
 from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.losses import IGNORE_INDEX
-from amid_ds.models.ends import end_ids
-from amid_ds.models.sampler import Sampler, SamplerPrompt
+from amid_ds.models.sampler import SamplerPrompt
 from amid_ds.run.folder import RunFolder
+from amid_ds.training.sampling import StudentSampler
 from amid_ds.training.validation import EvalMetrics, validate
 
 if TYPE_CHECKING:
@@ -88,14 +85,8 @@ class Rollouts:
                  state: TrainState) -> None:
         assert recipe.rollout is not None
         self.recipe, self.rollout, self.engine, self.state = recipe, recipe.rollout, engine, state
-        self.world, self.student = engine.world, engine.distiller.student
-        # Weights are gathered once per generation where they fit, else for each token.
-        self.gather_once = engine.fits_gathered(self.student)
-        own: Any = self.student.generation_config
-        self.sampler = Sampler(self.rollout.temperature, self.rollout.top_p,
-                               end_ids(own, tokenizer, self.rollout.end_of_text),
-                               vocabulary_size(tokenizer), engine.distiller.head.shard,
-                               self._readable_head)
+        self.world = engine.world
+        self.sampler = StudentSampler(engine, tokenizer, self.rollout, self.rollout.end_of_text)
         self.buffer: list[RolloutDocument] = []
         if state.rollout is not None:
             folder = RunFolder(Path(recipe.output_dir)).checkpoints / checkpoint_name(state.step)
@@ -169,7 +160,7 @@ class Rollouts:
             prompts.append(SamplerPrompt(document.ids[:document.start], room,
                                          step_seed(step, row, number)))
             keys.append((row, number, document.source))
-        responses = self._complete(prompts)
+        responses = self.sampler.complete(prompts)
         documents = [RolloutDocument(prompt.ids + ids, len(prompt.ids), source)
                      for prompt, ids, (*_, source) in zip(prompts, responses, keys, strict=True)]
         if self.rollout.adaptive is not None:
@@ -201,32 +192,6 @@ class Rollouts:
                 global_row = (micro * self.world.dp_size + self.world.dp_rank) * size + row
                 for number, document in enumerate(split_documents(batch, row)):
                     yield global_row, number, document
-
-    def _complete(self, prompts: Sequence[SamplerPrompt]) -> list[list[int]]:
-        """The student's responses, `batch_size` at once.
-
-        Every rank makes as many passes, and as many steps in each.
-        """
-        size = self.rollout.batch_size
-        passes = -(-self.world.most(len(prompts)) // size)
-        responses: list[list[int]] = []
-        gathered = (self.engine.gathered(self.student) if self.gather_once
-                    else contextlib.nullcontext())
-        with self.engine.evaluating(), gathered:
-            for number in range(passes):
-                responses += self.world.run_checked(partial(
-                    self.sampler.complete, self.student, prompts[number * size:(number + 1) * size],
-                    self._any_rank_continues, self.world.device))
-        return responses
-
-    def _any_rank_continues(self, own: bool) -> bool:
-        if not self.gather_once:
-            # The gathers of one token are ZeRO-3's trace.
-            self.engine.reset_prefetch()
-        return self.world.sum([own])[0] > 0
-
-    def _readable_head(self, student: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.gather_once else self.engine.gathered_head(student)
 
     def _to_batch(self, documents: Sequence[RolloutDocument],
                   metrics: Mapping[str, float]) -> StepBatch:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from amid_ds.checkpoint.best import describe_early_end, has_finished
 from amid_ds.checkpoint.saver import Saver
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.schedule import learning_rate
@@ -35,6 +36,8 @@ from amid_ds.training.fetch import (
 )
 from amid_ds.training.job import Job, export_final_model
 from amid_ds.training.rollout import Rollouts, StepBatch
+from amid_ds.training.sample_scores import SampleScores
+from amid_ds.training.selection import Selection, export_best_model
 from amid_ds.training.step import Metrics, Stepper
 from amid_ds.training.validation import validate
 
@@ -56,8 +59,11 @@ class Trainer(Stepper):
         self.data, self.auxiliary = self.world.run_checked(
             lambda: open_step_data(job, state, self.world))
         self.rollouts = self._open_rollouts()
+        self.selection = Selection(self.recipe, state)
+        self.samples = self.world.run_checked(
+            lambda: SampleScores(self.recipe, engine, job.tokenizer))
         self.saver = Saver(engine, job.run.checkpoints, self.recipe.checkpoint, identity, damaged,
-                           fence, attempt.saved)
+                           fence, attempt.saved, self.selection.lost)
         self.saved_step = state.step
 
     def run(self) -> None:
@@ -84,6 +90,8 @@ class Trainer(Stepper):
                 self._log_step(metrics, batch, info, monitors)
                 self._evaluate(monitors)
                 self._save_if_due()
+                if self.selection.has_ended:
+                    break
                 monitors.restart_clock()
             monitors.rest()
             self._finish()
@@ -141,14 +149,22 @@ class Trainer(Stepper):
         monitors.evaluation_begin()
         with phase("evaluation"):
             metrics = self.world.run_checked(lambda: validate(self.recipe, self.engine))
+            self.world.run_checked(
+                lambda: self.samples.add_to(metrics, monitors.evaluation_begin))
             if self._holds_run():
                 self.log.evaluation(step, metrics)
         if self.rollouts is not None:
             self.rollouts.update_threshold(metrics)
+        if self.selection.improves(metrics):
+            with phase("checkpoint"):
+                # The best so far may be still being written: it is there then, or never was best.
+                self.saver.finish()
+        self.selection.note(step, metrics)
 
     def _save_if_due(self) -> None:
-        if (self.state.step % self.recipe.checkpoint.every == 0
-                or self.state.step == self.recipe.train.total_steps):
+        step = self.state.step
+        if (step % self.recipe.checkpoint.every == 0 or step == self.recipe.train.total_steps
+                or self.selection.is_best(step)):
             self._save()
 
     def _save(self) -> None:
@@ -169,7 +185,7 @@ class Trainer(Stepper):
         if self.state.step != self.saved_step:
             self._save()
         self.saver.close()
-        if self.state.step < self.recipe.train.total_steps:
+        if not has_finished(self.recipe, self.state):
             reason = self.world.first(self.stop.reason())
             self.stop.honoured()
             logger.info("stopped in order after step %d (%s); the same command goes on from there",
@@ -177,8 +193,11 @@ class Trainer(Stepper):
             raise Stopped
         logger.info("epochs read: %s", describe_epochs(self.job, self.data, self.state))
         logger.info("done: %d steps, checkpoint in %s", self.state.step, self.job.run.checkpoints)
-        # A request to stop waits for it.
-        export_final_model(self.job, self.world, self.fence)
+        if self.selection.has_ended:
+            logger.info("%s", describe_early_end(self.recipe, self.state))
+        # A request to stop waits for them.
+        export_final_model(self.job, self.state.step, self.world, self.fence)
+        export_best_model(self.job, self.state, self.world, self.fence)
 
     def _log_step(self, metrics: Metrics, batch: StepBatch, info: StepInfo,
                   monitors: Monitors) -> None:
