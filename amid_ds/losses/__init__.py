@@ -8,12 +8,18 @@ naive twin; `block` turns a block of logits into loss and gradient through a bac
 from amid_ds.losses.argmax import linear_argmax
 from amid_ds.losses.blocks import default_workspace_bytes
 from amid_ds.losses.checks import IGNORE_INDEX
-from amid_ds.losses.divergences import AlphaBeta, Divergence, LogProbs, register
+from amid_ds.losses.divergences import (
+    AlphaBeta,
+    ConcreteScore,
+    Divergence,
+    LogProbs,
+    register,
+)
 from amid_ds.losses.fused import LossOutput, amid_loss, linear_amid_loss
 from amid_ds.losses.lm_head import LMHead
 from amid_ds.losses.measures import PerToken
 from amid_ds.losses.objective import AMiD, preset
 
-__all__ = ["IGNORE_INDEX", "AMiD", "AlphaBeta", "Divergence", "LMHead", "LogProbs", "LossOutput",
-           "PerToken", "amid_loss", "default_workspace_bytes", "linear_amid_loss", "linear_argmax",
-           "preset", "register"]
+__all__ = ["IGNORE_INDEX", "AMiD", "AlphaBeta", "ConcreteScore", "Divergence", "LMHead", "LogProbs",
+           "LossOutput", "PerToken", "amid_loss", "default_workspace_bytes", "linear_amid_loss",
+           "linear_argmax", "preset", "register"]

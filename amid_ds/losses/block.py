@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses.divergences import INFINITE_RATIO, LOG_ZERO
+from amid_ds.losses.divergences import INFINITE_RATIO, LOG_ZERO, SampledReverseKL
 from amid_ds.losses.measures import MEASURES, PerToken, first_choices
 from amid_ds.losses.objective import AMiD, ResolvedObjective
 
@@ -85,6 +85,8 @@ class Block:
     ce_scale: Tensor | None = None
     # [n, width] that receives the gradient, may be the student's `raw`; None: value alone.
     gradient: Tensor | None = None
+    # [n] the weight of ∂log q(label), of sampled tokens, which have no kd_scale; 0 without a label.
+    label_scale: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -143,6 +145,8 @@ class RowStatistics:
     log_assistant: Tensor | None
     # [4, n] ΣD, ΣA, Σ(wA + B), Σwr.
     sums: Tensor
+    # [orders, 4, n] of a concrete score alone: Σ w₁, Σ w₂, Σ w₁δ, Σ w₂δ.
+    residuals: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -162,7 +166,8 @@ class Backend(Protocol):
 
     def write_gradient(self, block: Block, norms: RowNormalisers,
                        stats: RowStatistics | None) -> None:
-        """Write kd_scale · ∂D/∂raw + ce_scale · ∂CE/∂raw into `block.gradient` [n, width].
+        """Write kd_scale · ∂D/∂raw + ce_scale · ∂CE/∂raw + label_scale · ∂log q(label)/∂raw into
+        `block.gradient` [n, width].
 
         `block.gradient` may be the student's `raw`. stats: None without a teacher.
         """
@@ -210,21 +215,29 @@ def forward_backward_block(block: Block, objective: AMiD | None, shard: VocabSha
     the objective's `per_token`; None: from this block's measures.
     At most three collectives, one more for measures, and one more for agreement.
     """
-    norms, label_logits = row_normalisers(block, shard, backend)
-    factor = stats = None
+    divergence = None if objective is None else objective.resolved_divergence
+    sampled = divergence if isinstance(divergence, SampledReverseKL) else None
+    norms, labels = row_normalisers(block, shard, backend, of_teacher=sampled is not None)
+    factor = stats = kd = None
     measured: dict[str, Tensor] = {}
     if objective is not None:
         asked = {*statistics, *(objective.measures if values is None else ())}
         measured = measure(block, norms, shard, backend, asked)
         if values is None:
             values = {each: each.values(measured[each.by]) for each in objective.per_token}
-        block = replace(block, objective=objective.resolved({**values}))
         if objective.token_weight is not None:
             factor = values[objective.token_weight]
             block = block.weighted(factor)
-        stats = backend.statistics(block, norms, shard)
+        if sampled is not None:
+            assert labels is not None
+            kd, block = _sampled_tokens(block, norms, labels, shard, backend, sampled)
+        else:
+            block = replace(block, objective=objective.resolved({**values}))
+            stats = backend.statistics(block, norms, shard)
+            kd = stats.sums[0]
     ce = None
-    if label_logits is not None:
+    if labels is not None:
+        label_logits = labels[0]
         assert norms.log_z is not None
         loss = norms.log_z[0] - label_logits + norms.log_z[1]
         # No shard has the logit of a token without a label.
@@ -232,8 +245,31 @@ def forward_backward_block(block: Block, objective: AMiD | None, shard: VocabSha
         ce.masked_fill_(ce > INFINITE_RATIO, torch.inf)
     if block.gradient is not None:
         backend.write_gradient(block, norms, stats)
-    return BlockLoss(None if stats is None else stats.sums[0], ce, factor,
-                     {name: measured[name] for name in statistics})
+    return BlockLoss(kd, ce, factor, {name: measured[name] for name in statistics})
+
+
+def _sampled_tokens(block: Block, norms: RowNormalisers, labels: Tensor, shard: VocabShard,
+                    backend: Backend, divergence: SampledReverseKL) -> tuple[Tensor, Block]:
+    """(log q - log p of the labels [n], the block with the weights of their pull) for the labels'
+    logits [2, n] of student and teacher. With a baseline one collective."""
+    assert block.teacher is not None and norms.log_q is not None and norms.log_p is not None
+    log_q, log_p = (
+        ((logit / model.temperature - norm[0]) - norm[1]).masked_fill_(logit <= LOG_ZERO, LOG_ZERO)
+        for logit, model, norm in zip(labels, (block.student, block.teacher),
+                                      (norms.log_q, norms.log_p), strict=True))
+    # No shard has the logit of a token without a label.
+    unlabelled = labels[0] == -torch.inf
+    kd = (log_q - log_p).masked_fill_(unlabelled, 0.0)
+    kd = torch.where(kd.abs() > INFINITE_RATIO, kd * torch.inf, kd)
+    if block.kd_scale is None:
+        return kd, block
+    advantage = kd
+    if divergence.baseline == "kl":
+        exact = replace(block, objective=AMiD(lam=1.0, order="qr").resolved({}))
+        baseline = backend.statistics(exact, norms, shard).sums[0]
+        advantage = kd - baseline.masked_fill(baseline.isinf(), 0.0)
+    pull = (block.kd_scale * advantage).masked_fill_(unlabelled, 0.0)
+    return kd, replace(block, kd_scale=None, label_scale=pull)
 
 
 def measure(block: Block, norms: RowNormalisers, shard: VocabShard, backend: Backend,
@@ -254,30 +290,33 @@ def measure(block: Block, norms: RowNormalisers, shard: VocabShard, backend: Bac
     return found
 
 
-def row_normalisers(block: Block, shard: VocabShard,
-                     backend: Backend) -> tuple[RowNormalisers, Tensor | None]:
-    """(the normalisers, the labels' logits [n] or None) over the whole vocabulary. One collective.
+def row_normalisers(block: Block, shard: VocabShard, backend: Backend,
+                    of_teacher: bool = False) -> tuple[RowNormalisers, Tensor | None]:
+    """(the normalisers, the labels' logits [1, n] or None) over the whole vocabulary. One
+    collective.
 
+    of_teacher: the labels' logits are [2, n], the student's and the teacher's.
     A label's logit travels as one more log-sum-exp: the shards that do not hold it have -inf.
     """
-    local = backend.log_normalisers(block)
+    local, count = backend.log_normalisers(block), len(block.normaliser_names)
     if block.labels is not None:
-        label = _label_logits(block)
-        local = torch.cat([local, torch.stack([label, torch.zeros_like(label)])[None]])
+        models = [block.student, block.teacher] if of_teacher else [block.student]
+        labels = torch.stack([_label_logits(block, model) for model in models if model is not None])
+        local = torch.cat([local, torch.stack([labels, torch.zeros_like(labels)], 1)])
     rows = shard.logsumexp(local)
     by_name = dict(zip(block.normaliser_names, rows, strict=False))
     log_q = by_name.get("q")
     norms = RowNormalisers(log_q, by_name.get("p"), by_name.get("z", log_q))
-    return norms, None if block.labels is None else rows[-1, 0]
+    return norms, None if block.labels is None else rows[count:, 0]
 
 
-def _label_logits(block: Block) -> Tensor:
-    """[n] the label's logit if this shard holds it (at least LOG_ZERO), else -inf."""
+def _label_logits(block: Block, model: Logits) -> Tensor:
+    """[n] the label's logit of a model if this shard holds it (at least LOG_ZERO), else -inf."""
     assert block.labels is not None
-    width = block.student.width
+    width = model.width
     if not width:
         return torch.full((block.tokens,), -torch.inf, dtype=block.dtype, device=block.device)
     here = (block.labels >= 0) & (block.labels < width)
-    raw = block.student.raw.gather(1, block.labels.clamp(0, width - 1)[:, None])[:, 0]
-    logits = block.student.scale_and_cap(raw.to(block.dtype)).clamp(min=LOG_ZERO)
+    raw = model.raw.gather(1, block.labels.clamp(0, width - 1)[:, None])[:, 0]
+    logits = model.scale_and_cap(raw.to(block.dtype)).clamp(min=LOG_ZERO)
     return torch.where(here, logits, -torch.inf)

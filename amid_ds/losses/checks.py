@@ -63,7 +63,8 @@ def check_logits(student: Tensor, teacher: Tensor, objective: AMiD) -> None:
     """Raise InputError unless these are logits [..., V] of the same tokens, and an AMiD that reads
     nothing else."""
     _check_objective(objective)
-    if objective.needs_sequences or "label_probability" in objective.measures:
+    if (objective.needs_sequences or "label_probability" in objective.measures
+            or objective.resolved_divergence.needs_labels):
         raise InputError("an objective that reads labels or whole sequences", "logits alone",
                          "linear_amid_loss takes labels and sequences")
     for name, logits in (("student_logits", student), ("teacher_logits", teacher)):
@@ -134,6 +135,9 @@ def check_measures(objective: AMiD | None, tokens: int, labels: Tensor | None,
     names = {*statistics, *(objective.measures if objective is not None else ())}
     if "label_probability" in names and labels is None:
         raise InputError("label_probability without labels", "labels [N]", "pass labels")
+    if objective is not None and objective.resolved_divergence.needs_labels and labels is None:
+        raise InputError(f"the divergence {objective.resolved_divergence.name!r} without labels",
+                         "labels [N], the ids that the student has sampled", "pass labels")
     if objective is not None and objective.needs_sequences and sequences is None:
         raise InputError("an objective that reads whole sequences, without sequences",
                          "sequences [N]", "pass the number of each token's sequence")

@@ -81,6 +81,8 @@ class Divergence:
     """
 
     name: ClassVar[str]
+    # True for one of the label alone, which has no `terms`.
+    needs_labels: ClassVar[bool] = False
 
     @property
     def infinite_without(self) -> tuple[bool, bool]:
@@ -228,6 +230,109 @@ class SquaredHellinger(Divergence):
         root_a, root_b = (0.5 * a.log).exp(), (0.5 * b.log).exp()
         difference = root_a - root_b
         return 0.5 * difference.square(), 0.5 * root_a * difference, -0.5 * root_b * difference
+
+
+@register
+@dataclass(frozen=True)
+class ConcreteScore(Divergence):
+    """D(a‖b) = ½ Σ_x Σ_y w₁(x) w₂(y) (δ_x - δ_y)², δ = log a - log b: concrete score distillation
+    (arXiv 2509.25837, eq. 8), of residuals of logits, whose normalisers cancel.
+
+    first, second: w₁ and w₂, constants for the gradient: the `student`'s or the `teacher`'s
+        tempered probabilities, or `uniform` over the ids that either says. The paper's (S, S) is
+        the default, (U, S) and (T, S) its others; their order does not matter.
+
+    In O(V): with m₁ and m₂ the means of δ under the two weights, c = (m₁ + m₂)/2, h = (m₁ - m₂)/2
+    and w = (w₁ + w₂)/2, it is Σ w [(δ - c)² + h²]; for w₁ = w₂ the variance of δ under w₁. So the
+    means come first: one more reading of the logits and one more collective.
+    The authors' code has half of this gradient (kd_weight 0.5), and does not divide the residuals
+    by τ, only the weights' logits.
+    Infinite where a or b has no probability at an id of some weight.
+    """
+
+    first: str = "student"
+    second: str = "student"
+    name = "concrete_score"
+
+    def __post_init__(self) -> None:
+        for field, weight in (("first", self.first), ("second", self.second)):
+            if weight not in ("student", "teacher", "uniform"):
+                raise InputError(f"ConcreteScore({field}={weight!r})",
+                                 "student, teacher or uniform", "the paper's is student twice")
+
+    def residual(self, a: LogProbs, b: LogProbs, p: LogProbs,
+                 q: LogProbs) -> tuple[Tensor, LogProbs, LogProbs]:
+        """δ, 0 where it is infinite, w₁ and w₂, not normalised, [n, tile] each, of the teacher p
+        and the student q; an id that neither a nor b says has no weight."""
+        neither = torch.maximum(a.log, b.log) < -INFINITE_RATIO
+        log = {"teacher": p.log, "student": q.log, "uniform": torch.zeros_like(a.log)}
+        first = LogProbs(log[self.first].masked_fill(neither, LOG_ZERO))
+        second = first
+        if self.second != self.first:
+            second = LogProbs(log[self.second].masked_fill(neither, LOG_ZERO))
+        delta = a.log - b.log
+        return delta.masked_fill_(delta.abs() > INFINITE_RATIO, 0.0), first, second
+
+    def residual_sums(self, a: LogProbs, b: LogProbs, p: LogProbs, q: LogProbs) -> Tensor:
+        """[4, n] Σ w₁, Σ w₂, Σ w₁δ and Σ w₂δ."""
+        delta, first, second = self.residual(a, b, p, q)
+        return torch.stack([first.p.sum(-1), second.p.sum(-1), (first.p * delta).sum(-1),
+                            (second.p * delta).sum(-1)])
+
+    def terms(self, a: LogProbs, b: LogProbs) -> Terms:
+        raise NotImplementedError("a concrete score needs sums first: `centred_terms`")
+
+    def centred_terms(self, a: LogProbs, b: LogProbs, p: LogProbs, q: LogProbs,
+                      sums: Tensor) -> Terms:
+        """`terms`, given the `residual_sums` [4, n] over the whole vocabulary."""
+        delta, log_first, log_second = self.residual(a, b, p, q)
+        total_first, total_second, of_first, of_second = sums[..., None]
+        first, second = log_first.p / total_first, log_second.p / total_second
+        mean_first, mean_second = of_first / total_first, of_second / total_second
+        weight, half = (first + second) / 2, (mean_first - mean_second) / 2
+        delta = delta - (mean_first + mean_second) / 2
+        value = weight * (delta.square() + half.square())
+        infinite = (a.log - b.log).abs() > INFINITE_RATIO
+        weighs = torch.maximum(log_first.log, log_second.log) > -INFINITE_RATIO
+        d_a = 2 * weight * delta + (first - second) * half
+        return value.masked_fill_(infinite & weighs, math.inf), d_a, -d_a
+
+
+@register
+@dataclass(frozen=True)
+class SampledReverseKL(Divergence):
+    """KL(q‖p) estimated from the label y that the student has sampled: log q(y) - log p(y).
+
+    A policy gradient: with b a constant, a token's gradient is (log q(y) - log p(y) - b) ∇log q(y)
+    and not the derivative of its value (whose mean over y ~ q is 0). Its mean over y ~ q is the
+    gradient of KL(q‖p) at that token, whatever b: Σ q ∇log q = 0. As with the exact divergence,
+    what a token does to those after it counts for nothing (a discount of 0).
+
+    baseline: b.
+        `kl`, the default, is KL(q‖p) of the token itself, the mean of what it is taken from, as in
+            arXiv 2605.07865: the variance is less, though not the least of all constants'. It
+            costs what the exact KL(q‖p) costs, one reading of the logits and one collective; 0
+            where it is infinite.
+        `none` is b = 0, what on-policy distillation began with (Thinking Machines' post of October
+            2025: the advantage is log p(y) - log q(y) as it is): no sum over the vocabulary beyond
+            both models' normalisers.
+
+    The exact KL(q‖p) (`rkl`) is this estimator's mean over y, without its variance, and here not
+    dearer than `kl`: take this one to repeat what was published with it.
+    The labels have to be samples of the tempered student; a token without one counts 0.
+    """
+
+    baseline: str = "kl"
+    name = "sampled_reverse_kl"
+    needs_labels = True
+
+    def __post_init__(self) -> None:
+        if self.baseline not in ("kl", "none"):
+            raise InputError(f"SampledReverseKL(baseline={self.baseline!r})", "kl or none",
+                             "kl is the default")
+
+    def terms(self, a: LogProbs, b: LogProbs) -> Terms:
+        raise NotImplementedError("it is a function of the label alone (block.py)")
 
 
 def divergence_from(spec: Divergence | str | Mapping[str, Any]) -> Divergence:

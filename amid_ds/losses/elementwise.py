@@ -23,7 +23,15 @@ from amid_ds.losses.block import (
     needs_normaliser,
     normalised,
 )
-from amid_ds.losses.divergences import INFINITE_RATIO, KL, LOG_ZERO, LogProbs
+from amid_ds.losses.divergences import (
+    INFINITE_RATIO,
+    KL,
+    LOG_ZERO,
+    ConcreteScore,
+    LogProbs,
+    Terms,
+)
+from amid_ds.losses.mixture import mixture
 from amid_ds.losses.moments import MOMENT_ROWS, merge_moments, sums_from_moments
 from amid_ds.losses.objective import Number, ResolvedObjective
 from amid_ds.losses.tiles import each_tile
@@ -68,17 +76,20 @@ def _measures_tile(tile: Block, norms: RowNormalisers, names: tuple[str, ...]) -
 def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowStatistics:
     """log Σ r̃ and ΣD, ΣA, Σ(wA + B), Σwr over the whole vocabulary.
 
-    One collective for KL and without log Σ r̃, two otherwise.
+    One collective for KL and without log Σ r̃, two otherwise; one more for a concrete score.
     """
     objective = block.objective
     assert objective is not None
-    if not needs_normaliser(objective):
-        return RowStatistics(None, shard.sum(_sums(block, norms, None)))
-    if isinstance(objective.resolved_divergence, KL):
-        moments = merge_moments(shard.gather(_kl_moments(block, norms)))
-        return RowStatistics(moments[:2], sums_from_moments(moments, objective))
-    log_assistant = shard.logsumexp(_log_assistant_normaliser(block, norms))
-    return RowStatistics(log_assistant, shard.sum(_sums(block, norms, log_assistant)))
+    log_assistant = residuals = None
+    if needs_normaliser(objective):
+        if isinstance(objective.resolved_divergence, KL):
+            moments = merge_moments(shard.gather(_kl_moments(block, norms)))
+            return RowStatistics(moments[:2], sums_from_moments(moments, objective))
+        log_assistant = shard.logsumexp(_log_assistant_normaliser(block, norms))
+    if isinstance(objective.resolved_divergence, ConcreteScore):
+        residuals = shard.sum(_residual_sums(block, norms, log_assistant))
+    sums = shard.sum(_sums(block, norms, log_assistant, residuals))
+    return RowStatistics(log_assistant, sums, residuals)
 
 
 def _kl_moments(block: Block, norms: RowNormalisers) -> Tensor:
@@ -150,20 +161,44 @@ def _assistant_tile(tile: Block, norms: RowNormalisers) -> Tensor:
     return _log_sum_exp(mixture(*_log_models(tile, norms), tile.objective)[0])[None]
 
 
-def _sums(block: Block, norms: RowNormalisers, log_assistant: Tensor | None) -> Tensor:
+def _residual_sums(block: Block, norms: RowNormalisers, log_assistant: Tensor | None) -> Tensor:
+    """[orders, 4, n] local sums that a concrete score needs first."""
+    assert block.objective is not None
+    empty = torch.zeros(len(block.objective.order_weights), 4, block.tokens, dtype=block.dtype,
+                        device=block.device)
+    parts = each_tile(block, _residual_sums_tile, norms, log_assistant)
+    return torch.stack(parts or [empty]).sum(0)
+
+
+def _residual_sums_tile(tile: Block, norms: RowNormalisers,
+                        log_assistant: Tensor | None) -> Tensor:
+    assert tile.objective is not None
+    divergence = tile.objective.resolved_divergence
+    assert isinstance(divergence, ConcreteScore)
+    probs, _ = _distributions(tile, norms, log_assistant)
+    return torch.stack([
+        divergence.residual_sums(probs[order[0]], probs[order[1]], probs["p"], probs["q"])
+        for order, _ in tile.objective.order_weights])
+
+
+def _sums(block: Block, norms: RowNormalisers, log_assistant: Tensor | None,
+          residuals: Tensor | None) -> Tensor:
     """[4, n] local ΣD, ΣA, Σ(wA + B), Σwr."""
     empty = torch.zeros(4, block.tokens, dtype=block.dtype, device=block.device)
-    return torch.stack(each_tile(block, _sums_tile, norms, log_assistant) or [empty]).sum(0)
+    parts = each_tile(block, _sums_tile, norms, log_assistant, residuals)
+    return torch.stack(parts or [empty]).sum(0)
 
 
-def _sums_tile(tile: Block, norms: RowNormalisers, log_assistant: Tensor | None) -> Tensor:
-    *terms, q = _terms(tile, norms, log_assistant)
+def _sums_tile(tile: Block, norms: RowNormalisers, log_assistant: Tensor | None,
+               residuals: Tensor | None) -> Tensor:
+    *terms, q = _terms(tile, norms, log_assistant, residuals)
     zero = torch.zeros_like(q.log[:, 0])
     return torch.stack([zero if term is None else term.sum(-1) for term in terms])
 
 
 def write_gradient(block: Block, norms: RowNormalisers, stats: RowStatistics | None) -> None:
-    """Write kd_scale · ∂D/∂raw + ce_scale · ∂CE/∂raw into `block.gradient` [n, width]."""
+    """Write kd_scale · ∂D/∂raw + ce_scale · ∂CE/∂raw + label_scale · ∂log q(label)/∂raw into
+    `block.gradient` [n, width]."""
     each_tile(block, _gradient_tile, norms, stats)
 
 
@@ -176,8 +211,11 @@ def _gradient_tile(tile: Block, norms: RowNormalisers, stats: RowStatistics | No
         gradient = torch.zeros_like(z)
     if tile.ce_scale is not None:
         assert norms.log_z is not None
-        gradient.addcmul_(normalised(z, norms.log_z).exp_(), tile.ce_scale[:, None])
-        _subtract_at_labels(tile, gradient)
+        _add_label_gradient(tile, gradient, normalised(z, norms.log_z), -tile.ce_scale)
+    if tile.label_scale is not None:
+        assert norms.log_q is not None
+        log_q = normalised(_logits(tile, "q"), norms.log_q)
+        _add_label_gradient(tile, gradient, log_q, tile.label_scale / tile.student.temperature)
     tile.student.chain(gradient, z)
     assert tile.gradient is not None
     tile.gradient.copy_(gradient)
@@ -198,93 +236,31 @@ def _merged(block: Block, parts: list[Tensor], rows: int) -> Tensor:
     return merge_logsumexp(torch.stack(parts)) if len(parts) > 1 else parts[0]
 
 
-def mixture(log_p: Tensor, log_q: Tensor,
-            objective: ResolvedObjective) -> tuple[Tensor, Tensor | float]:
-    """log r̃ and w = ∂log r̃/∂log q = (1-λ) q^c / (λ p^c + (1-λ) q^c), for every real α; both times
-    the objective's power."""
-    w: Tensor | float
-    if isinstance(objective.alpha, Tensor) or isinstance(objective.lam, Tensor):
-        log_r, w = _mixture_per_token(log_p, log_q, objective)
-    else:
-        log_r, w = _mixture_of_numbers(log_p, log_q, objective.alpha, objective.lam,
-                                       objective.log_weights)
-    if objective.power == 1:
-        return log_r, w
-    return _log_zero_kept(log_r * objective.power), w * objective.power
-
-
-def _mixture_of_numbers(log_p: Tensor, log_q: Tensor, alpha: float, lam: float,
-                        log_weights: tuple[Number, Number]) -> tuple[Tensor, Tensor | float]:
-    """The mixture for one α and one λ.
-
-    With x = c (log p - log q) both follow from the student's log-odds o = log((1-λ)/λ) - x:
-    w = σ(o), and log r̃ is the dominant one of log p + log(λ)/c and log q + log(1-λ)/c, plus
-    log(1 + e^-|o|)/c: nothing cancels. For small c there is cancellation, between log(λ)/c and the
-    rest; log q + log1p(λ expm1(x))/c has none, but overflows for large x. It is used element by
-    element if |x| < 1.
-    """
-    if lam in (0, 1):
-        return (log_p, 0.0) if lam else (log_q, 1.0)
-    if alpha == 1:
-        return _log_zero_kept(torch.lerp(log_q, log_p, lam)), 1.0 - lam
-    c = (1 - alpha) / 2
-    x = (log_p - log_q).mul_(c)
-    log_lam, log_rest = log_weights
-    odds = log_rest - log_lam - x
-    dominant = torch.maximum if c > 0 else torch.minimum
-    log_r = log_p + log_lam / c
-    dominant(log_r, log_q + log_rest / c, out=log_r)
-    log_r.add_(odds.abs().neg_().exp_().log1p_().div_(c))
-    if abs(c) < 0.5:
-        near = x.clamp(-1, 1).expm1_().mul_(lam).log1p_().div_(c).add_(log_q)
-        log_r = torch.where(x.abs() < 1, near, log_r)
-    return log_r, odds.sigmoid_()
-
-
-def _mixture_per_token(log_p: Tensor, log_q: Tensor,
-                       objective: ResolvedObjective) -> tuple[Tensor, Tensor]:
-    """The same where α or λ is [n]: every form at once, and one taken by torch.where.
-
-    The ends of λ are exact: there a logarithm is -inf, hence o = ±inf, and the other model is left.
-    """
-    alpha, lam, log_lam, log_rest = (
-        number[:, None] if isinstance(number, Tensor) else torch.full_like(log_p[:, :1], number)
-        for number in (objective.alpha, objective.lam, *objective.log_weights))
-    geometric = alpha == 1
-    c = torch.where(geometric, 1.0, (1 - alpha) / 2)
-    x = (log_p - log_q).mul_(c)
-    odds = log_rest - log_lam - x
-    log_r = torch.where(odds > 0, log_q + log_rest / c, log_p + log_lam / c)
-    log_r.add_(odds.abs().neg_().exp_().log1p_().div_(c))
-    near = x.clamp(-1, 1).expm1_().mul_(lam).log1p_().div_(c).add_(log_q)
-    log_r = torch.where((c.abs() < 0.5) & (lam < 1) & (x.abs() < 1), near, log_r)
-    log_r = torch.where(geometric, _log_zero_kept(torch.lerp(log_q, log_p, lam)), log_r)
-    return log_r, torch.where(geometric, 1 - lam, odds.sigmoid_())
-
-
-def _log_zero_kept(log_r: Tensor) -> Tensor:
-    """In place: a multiple of LOG_ZERO is LOG_ZERO."""
-    return log_r.masked_fill_(log_r < LOG_ZERO / INFINITE_RATIO, LOG_ZERO)
-
-
-def _terms(tile: Block, norms: RowNormalisers, log_assistant: Tensor | None,
-           ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, LogProbs]:
-    """D, A, wA + B and w r element by element [n, tile], None for a zero; and q."""
+def _distributions(tile: Block, norms: RowNormalisers, log_assistant: Tensor | None,
+                   ) -> tuple[dict[str, LogProbs], Tensor | float]:
+    """p, q and r by their letters, and w = ∂log r̃/∂log q, 0 if r is detached."""
     objective = tile.objective
     assert objective is not None
     log_p, log_q = _log_models(tile, norms)
     log_r, w = mixture(log_p, log_q, objective)
     if log_assistant is not None:
         log_r = normalised(log_r, log_assistant)
-    if objective.detach_assistant:
-        w = 0.0
     probs_of = {"p": LogProbs(log_p), "q": LogProbs(log_q), "r": LogProbs(log_r)}
+    return probs_of, 0.0 if objective.detach_assistant else w
+
+
+def _terms(tile: Block, norms: RowNormalisers, log_assistant: Tensor | None,
+           residuals: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None,
+                                              LogProbs]:
+    """D, A, wA + B and w r element by element [n, tile], None for a zero; and q."""
+    objective = tile.objective
+    assert objective is not None
+    probs_of, w = _distributions(tile, norms, log_assistant)
     # D, and its derivatives with respect to log p, log q and log r.
     parts: dict[str, Tensor | None] = {"value": None, "p": None, "q": None, "r": None}
-    for order, weight in objective.order_weights:
+    for number, (order, weight) in enumerate(objective.order_weights):
         first, second = order[0], order[1]
-        value, d_first, d_second = objective.resolved_divergence.terms(
-            probs_of[first], probs_of[second])
+        value, d_first, d_second = _order_terms(objective, probs_of, number, residuals)
         for key, term in (("value", value), (first, d_first), (second, d_second)):
             parts[key] = _plus(parts[key], _times(weight, term))
     total, d_r, d_q = parts["value"], parts["r"], parts["q"]
@@ -294,10 +270,22 @@ def _terms(tile: Block, norms: RowNormalisers, log_assistant: Tensor | None,
     return total, d_r, _plus(d_q, d_r * w), probs_of["r"].p * w, probs_of["q"]
 
 
+def _order_terms(objective: ResolvedObjective, probs_of: dict[str, LogProbs], number: int,
+                 residuals: Tensor | None) -> Terms:
+    """The terms of the divergence in the objective's order of this number."""
+    divergence, order = objective.resolved_divergence, objective.order_weights[number][0]
+    first, second = probs_of[order[0]], probs_of[order[1]]
+    if isinstance(divergence, ConcreteScore):
+        assert residuals is not None
+        return divergence.centred_terms(first, second, probs_of["p"], probs_of["q"],
+                                        residuals[number])
+    return divergence.terms(first, second)
+
+
 def _kd_gradient(tile: Block, norms: RowNormalisers, stats: RowStatistics) -> Tensor:
     """kd_scale · (X - ΣA·w r - q·Σg) / τ with X = wA + B and Σg = ΣX - ΣA·Σwr."""
     assert tile.kd_scale is not None and tile.objective is not None
-    _, _, pull, w_r, q = _terms(tile, norms, stats.log_assistant)
+    _, _, pull, w_r, q = _terms(tile, norms, stats.log_assistant, stats.residuals)
     _, sum_a, sum_x, sum_w_r = stats.sums[..., None]
     gradient = q.p * (sum_a * sum_w_r - sum_x)
     if pull is not None:
@@ -320,13 +308,14 @@ def _logits(tile: Block, name: str) -> Tensor:
     return model.read(tile.dtype) if name == "z" else model.tempered(tile.dtype)
 
 
-def _subtract_at_labels(tile: Block, gradient: Tensor) -> None:
-    """gradient[i, label_i] -= ce_scale_i for the labels in this tile."""
-    assert tile.labels is not None and tile.ce_scale is not None
+def _add_label_gradient(tile: Block, gradient: Tensor, log: Tensor, scale: Tensor) -> None:
+    """gradient += scale · ∂log[label]/∂logits = scale · (onehot - exp(log)), for the logits' own
+    log-softmax [n, tile]; scale [n], 0 for a token without a label."""
+    assert tile.labels is not None
+    gradient.addcmul_(log.exp_(), -scale[:, None])
     width = gradient.shape[1]
     here = ((tile.labels >= 0) & (tile.labels < width)).to(gradient.dtype)
-    gradient.scatter_add_(1, tile.labels.clamp(0, width - 1)[:, None],
-                          -(tile.ce_scale * here)[:, None])
+    gradient.scatter_add_(1, tile.labels.clamp(0, width - 1)[:, None], (scale * here)[:, None])
 
 
 def _times(weight: Number, term: Tensor) -> Tensor:

@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 
 from amid_ds.errors import InputError
-from amid_ds.losses.divergences import AlphaBeta, Divergence, divergence_from, finite_number
+from amid_ds.losses.divergences import (
+    AlphaBeta,
+    ConcreteScore,
+    Divergence,
+    SampledReverseKL,
+    divergence_from,
+    finite_number,
+)
 from amid_ds.losses.measures import MEASURES, PerToken
 
 ORDERS = ("pr", "qr", "rp", "rq")
@@ -92,6 +99,11 @@ class AMiD:
             divergence, backwards = as_kl
             if backwards:
                 order_weights = tuple((key[::-1], weight) for key, weight in order_weights)
+        if isinstance(divergence, SampledReverseKL) and (
+                (self.lam, order_weights) != (1, (("qr", 1.0),))):
+            raise InputError(f"the divergence {divergence.name!r} with lam={self.lam} and "
+                             f"order={self.order!r}", "lam=1 and order='qr', which is KL(q‖p)",
+                             "use preset('sampled_rkl')")
         object.__setattr__(self, "resolved_divergence", divergence)
         object.__setattr__(self, "order_weights", order_weights)
         object.__setattr__(self, "student_temperature", student)
@@ -163,6 +175,9 @@ def preset(name: str, **parameters: Any) -> AMiD:
     taid(t): KL(r‖q), r = softmax(t·teacher + (1-t)·stopgrad(student)) of the logits, TAID
         (arXiv 2501.16937)
     abkd(alpha, beta): D_AB(p‖q), ABKD (arXiv 2505.04560)
+    csd(first="student", second="student"): residuals of logits under these weights, concrete score
+        distillation (arXiv 2509.25837)
+    sampled_rkl(baseline="kl"): KL(q‖p) estimated from the labels, which the student has sampled
     amid: AMiD's own parameters
 
     All take `temperature`. Raises InputError for an unknown name or parameter.
@@ -212,9 +227,19 @@ def _abkd(alpha: float, beta: float, temperature: float = 1.0) -> AMiD:
                 temperature=temperature)
 
 
+def _csd(first: str = "student", second: str = "student", temperature: float = 1.0) -> AMiD:
+    return AMiD(alpha=-1.0, lam=0.0, divergence=ConcreteScore(first, second), order="pr",
+                temperature=temperature)
+
+
+def _sampled_rkl(baseline: str = "kl", temperature: float = 1.0) -> AMiD:
+    return AMiD(alpha=-1.0, lam=1.0, divergence=SampledReverseKL(baseline), order="qr",
+                temperature=temperature)
+
+
 PRESETS: dict[str, Callable[..., AMiD]] = {
     "fkl": _fkl, "rkl": _rkl, "skl": _skl, "srkl": _srkl, "gkd": _gkd, "taid": _taid,
-    "abkd": _abkd, "amid": AMiD,
+    "abkd": _abkd, "csd": _csd, "sampled_rkl": _sampled_rkl, "amid": AMiD,
 }
 
 

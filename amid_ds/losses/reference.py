@@ -14,7 +14,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from amid_ds.losses.divergences import AlphaBeta, Divergence
+from amid_ds.losses.divergences import KL, AlphaBeta, ConcreteScore, Divergence, SampledReverseKL
 from amid_ds.losses.measures import PerToken
 from amid_ds.losses.objective import AMiD, ResolvedObjective
 
@@ -47,11 +47,31 @@ def _loss_of_numbers(log_p: Tensor, log_q: Tensor, objective: ResolvedObjective)
         log_r = log_r.detach()
     log = {"p": log_p, "q": log_q, "r": log_r}
     total = torch.zeros_like(log_q[..., 0])
+    divergence = objective.resolved_divergence
     for order, weight in objective.order_weights:
         if weight:
-            total = total + weight * naive_divergence(log[order[0]], log[order[1]],
-                                                      objective.resolved_divergence)
+            first, second = log[order[0]], log[order[1]]
+            value = (naive_concrete_score(first, second, log_p, log_q, divergence)
+                     if isinstance(divergence, ConcreteScore)
+                     else naive_divergence(first, second, divergence))
+            total = total + weight * value
     return total
+
+
+def naive_sampled_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor,
+                       objective: AMiD) -> Tensor:
+    """log q(y) - log p(y) [...] of the labels y [...] and logits [..., V], whose gradient is that
+    of the policy gradient, (log q(y) - log p(y) - b) ∇log q(y); 0 for a label below 0."""
+    divergence = objective.resolved_divergence
+    assert isinstance(divergence, SampledReverseKL)
+    log_p = (teacher_logits.detach() / objective.teacher_temperature).log_softmax(-1)
+    log_q = (student_logits / objective.student_temperature).log_softmax(-1)
+    chosen = labels.clamp(min=0)[..., None]
+    of_q, of_p = (log.gather(-1, chosen)[..., 0] for log in (log_q, log_p))
+    value = (of_q - of_p).detach()
+    baseline = naive_divergence(log_q, log_p, KL()).detach() if divergence.baseline == "kl" else 0
+    surrogate = (value - baseline) * of_q
+    return torch.where(labels >= 0, value + surrogate - surrogate.detach(), 0)
 
 
 def naive_assistant(log_p: Tensor, log_q: Tensor, alpha: float, lam: float,
@@ -133,6 +153,22 @@ def naive_divergence(log_a: Tensor, log_b: Tensor, divergence: Divergence) -> Te
     none = (log_a == -math.inf) & (log_b == -math.inf)
     return FORMULAS[divergence.name](log_a.masked_fill(none, 0), log_b.masked_fill(none, 0),
                                      divergence)
+
+
+def naive_concrete_score(log_a: Tensor, log_b: Tensor, log_p: Tensor, log_q: Tensor,
+                         divergence: ConcreteScore) -> Tensor:
+    """½ Σ_x Σ_y w₁(x) w₂(y) (δ_x - δ_y)² [...] of log-probabilities [..., V], δ = log a - log b
+    (arXiv 2509.25837, eq. 8); a table of V × V for each token."""
+    said = (log_a > -math.inf) | (log_b > -math.inf)
+    named = {"teacher": log_p.exp(), "student": log_q.exp(), "uniform": torch.ones_like(log_p)}
+    first, second = (named[name].detach() * said for name in (divergence.first, divergence.second))
+    first, second = first / first.sum(-1, keepdim=True), second / second.sum(-1, keepdim=True)
+    infinite = (log_a == -math.inf) ^ (log_b == -math.inf)
+    # Before the difference, so that autograd meets no infinity.
+    delta = (log_a.masked_fill(infinite | ~said, 0) - log_b.masked_fill(infinite | ~said, 0))
+    squares = (delta[..., :, None] - delta[..., None, :]).square()
+    value = (first[..., :, None] * second[..., None, :] * squares).sum((-2, -1)) / 2
+    return value.masked_fill((infinite & ((first > 0) | (second > 0))).any(-1), math.inf)
 
 
 def _kl(log_a: Tensor, log_b: Tensor, _: Divergence) -> Tensor:

@@ -8,10 +8,14 @@ from torch.nn import functional as F
 
 from amid_ds import AlphaBeta, AMiD, LMHead, PerToken, linear_amid_loss
 from amid_ds.losses import fused
-from amid_ds.losses.divergences import DIVERGENCES
+from amid_ds.losses.divergences import DIVERGENCES, ConcreteScore
 from amid_ds.losses.reference import naive_loss, naive_values
 
-EVERY_DIVERGENCE = [AlphaBeta(0.2, 0.7) if name == "alpha_beta" else name for name in DIVERGENCES]
+# Those with parameters that have to be given, or that make them a function for gradcheck.
+INSTANCES = {"alpha_beta": AlphaBeta(0.2, 0.7),
+             "concrete_score": ConcreteScore("teacher", "uniform")}
+EVERY_DIVERGENCE = [INSTANCES.get(name, name) for name, of in DIVERGENCES.items()
+                    if not of.needs_labels]
 OBJECTIVES = [AMiD(-5.0, 0.1),
               AMiD(0.5, 0.3, AlphaBeta(0.2, 0.7), {"pr": 0.5, "qr": 0.5}, 2.0),
               AMiD(1.0, 0.4, order="rq", detach_assistant=True),
