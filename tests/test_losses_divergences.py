@@ -63,7 +63,9 @@ def test_alpha_beta_is_abkds_formula_at_its_limits_too(measure):
 
 
 @pytest.mark.parametrize("measure", LIMITS, ids=str)
-@pytest.mark.parametrize("order", [*ORDERS, {"pr": 0.5, "qr": 0.25, "rp": 1.0, "rq": 2.0}], ids=str)
+@pytest.mark.parametrize("order", [{"pr": 0.5, "qr": 0.25, "rp": 1.0, "rq": 2.0},
+                                   *(pytest.param(each, marks=pytest.mark.slow) for each in ORDERS)],
+                         ids=str)
 def test_the_limits_pass_gradcheck_through_the_assistant(measure, order):
     student, teacher = logits(1, 3, 7, scale=1.0).requires_grad_(), logits(2, 3, 7, scale=1.0)
     for alpha, lam in ((-5.0, 0.1), (1.0, 0.3), (-1.0, 0.5), (0.0, 1.0)):
@@ -73,7 +75,7 @@ def test_the_limits_pass_gradcheck_through_the_assistant(measure, order):
                                    naive_loss(student, teacher, objective), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-6, 1e-9, 1e-15])
+@pytest.mark.parametrize("step", [1e-2, 1e-6, 1e-15])
 @pytest.mark.parametrize("measure", LIMITS, ids=str)
 def test_value_and_gradient_are_continuous_at_the_limits(measure, step):
     """In float64: as far from the limit as the step, and no digit is lost on the way."""
