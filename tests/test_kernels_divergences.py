@@ -32,7 +32,8 @@ def test_the_kernels_have_the_limits(measure):
         assert relative_error(gradient[finite], of_truth[finite]) < 1e-5
 
 
-@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+@pytest.mark.parametrize("weights", [
+    *WEIGHTS[:2], *(pytest.param(each, marks=pytest.mark.slow) for each in WEIGHTS[2:])], ids=str)
 def test_the_kernels_have_concrete_scores_of_the_models(weights):
     for lam, order, tau in ((0.0, "pr", 1.0),
                             (1.0, {"qr": 0.5, "rq": 0.3, "pr": 1.0}, {"student": 2, "teacher": 1})):
