@@ -8,14 +8,24 @@ from typing import Any
 
 import pytest
 import torch
-from support.losses import LossProblem, relative_error
+from support.losses import LossProblem, relative_error, value_and_gradient, with_zeros
 from support.ranks import RankPool
 from torch import Tensor
 from torch.nn import functional as F
 
-from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss, preset
+from amid_ds import (
+    AlphaBeta,
+    AMiD,
+    ConcreteScore,
+    LMHead,
+    SampledReverseKL,
+    VocabShard,
+    amid_loss,
+    linear_amid_loss,
+    preset,
+)
 from amid_ds.errors import InputError
-from amid_ds.losses.divergences import KL, ConcreteScore, SampledReverseKL, divergence_from
+from amid_ds.losses.divergences import KL, divergence_from
 from amid_ds.losses.reference import naive_loss, naive_sampled_loss
 
 INF = float("inf")
@@ -29,21 +39,6 @@ def logits(seed: int, *shape: int, scale: float = 2.0,
            dtype: torch.dtype = torch.float64) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=draw, dtype=torch.float64) * scale).to(dtype)
-
-
-def with_zeros(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """(student's, teacher's) logits [4, 37]: none is -inf; one of both; the student's; the
-    teacher's."""
-    student, teacher = logits(4, 4, 37, dtype=dtype), logits(5, 4, 37, dtype=dtype)
-    student[1, 3] = teacher[1, 3] = student[2, 5] = teacher[3, 7] = -INF
-    return student.requires_grad_(), teacher
-
-
-def value_and_gradient(student: Tensor, teacher: Tensor, objective: AMiD,
-                       **options) -> tuple[Tensor, Tensor]:
-    """The loss per token, and the gradient of the sum of its finite ones."""
-    loss = amid_loss(student, teacher, objective, **options)
-    return loss.detach(), torch.autograd.grad(loss[loss.isfinite()].sum(), student)[0]
 
 
 def abkd(x: float, y: float, p: Tensor, q: Tensor) -> Tensor:
@@ -78,7 +73,9 @@ def test_alpha_beta_is_abkds_formula_at_its_limits_too(measure):
 
 
 @pytest.mark.parametrize("measure", LIMITS, ids=str)
-@pytest.mark.parametrize("order", [*ORDERS, {"pr": 0.5, "qr": 0.25, "rp": 1.0, "rq": 2.0}], ids=str)
+@pytest.mark.parametrize("order", [
+    {"pr": 0.5, "qr": 0.25, "rp": 1.0, "rq": 2.0},
+    *(pytest.param(each, marks=pytest.mark.slow) for each in ORDERS)], ids=str)
 def test_the_limits_pass_gradcheck_through_the_assistant(measure, order):
     student, teacher = logits(1, 3, 7, scale=1.0).requires_grad_(), logits(2, 3, 7, scale=1.0)
     for alpha, lam in ((-5.0, 0.1), (1.0, 0.3), (-1.0, 0.5), (0.0, 1.0)):
@@ -88,7 +85,7 @@ def test_the_limits_pass_gradcheck_through_the_assistant(measure, order):
                                    naive_loss(student, teacher, objective), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-6, 1e-9, 1e-15])
+@pytest.mark.parametrize("step", [1e-2, 1e-6, 1e-15])
 @pytest.mark.parametrize("measure", LIMITS, ids=str)
 def test_value_and_gradient_are_continuous_at_the_limits(measure, step):
     """In float64: as far from the limit as the step, and no digit is lost on the way."""
@@ -145,23 +142,6 @@ def test_the_limits_are_infinite_where_the_paper_is_and_never_nan(measure):
         assert torch.equal(finite, truth.isfinite()) and finite[:2].all()
         assert not loss.isnan().any() and gradient[finite].isfinite().all()
         torch.testing.assert_close(loss[finite], truth[finite], rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("measure", [
-    AlphaBeta(0, 0.7), AlphaBeta(0.4, -0.4), AlphaBeta(0, 0), AlphaBeta(0.03, -0.04),
-    *(pytest.param(each, marks=pytest.mark.slow)
-      for each in (*LIMITS[1:7], AlphaBeta(1e-6, 1), AlphaBeta(0.05, -0.04), AlphaBeta(-0.3, -0.2),
-                   AlphaBeta(1.5, -0.5)))], ids=str)
-def test_the_kernels_have_the_limits(measure):
-    for alpha, lam, order in ((-5.0, 0.3, "pr"), (3.0, 0.5, {"rq": 0.5, "qr": 0.3})):
-        objective = AMiD(alpha, lam, measure, order)
-        truth, of_truth = value_and_gradient(*with_zeros(), objective)
-        loss, gradient = value_and_gradient(*with_zeros(torch.float32), objective,
-                                            backend="triton")
-        finite = truth.isfinite()
-        assert torch.equal(loss.isfinite(), finite) and not loss.isnan().any()
-        torch.testing.assert_close(loss[finite].double(), truth[finite], rtol=1e-5, atol=1e-6)
-        assert relative_error(gradient[finite], of_truth[finite]) < 1e-5
 
 
 # --- concrete score distillation ------------------------------------------------------------------
@@ -222,26 +202,6 @@ def test_concrete_score_is_the_naive_twin_through_the_assistant_and_with_zeros(w
         torch.testing.assert_close(gradient[finite], of_truth[finite], rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("weights", WEIGHTS[:4], ids=str)
-def test_the_kernels_have_concrete_scores_of_the_models(weights):
-    for lam, order, tau in ((0.0, "pr", 1.0),
-                            (1.0, {"qr": 0.5, "rq": 0.3, "pr": 1.0}, {"student": 2, "teacher": 1})):
-        objective = AMiD(-1.0, lam, ConcreteScore(*weights), order, tau)
-        truth, of_truth = value_and_gradient(*with_zeros(), objective)
-        loss, gradient = value_and_gradient(*with_zeros(torch.float32), objective,
-                                            backend="triton")
-        finite = truth.isfinite()
-        assert torch.equal(loss.isfinite(), finite)
-        torch.testing.assert_close(loss[finite].double(), truth[finite], rtol=1e-5, atol=1e-6)
-        assert relative_error(gradient[finite], of_truth[finite]) < 1e-5
-
-
-def test_the_kernels_refuse_a_concrete_score_through_the_assistant():
-    with pytest.raises(InputError, match="backend='triton'"):
-        amid_loss(logits(1, 2, 5).float(), logits(2, 2, 5).float(),
-                  AMiD(divergence=ConcreteScore()), backend="triton")
-
-
 def test_weights_of_a_concrete_score_are_checked():
     with pytest.raises(InputError, match="first='assistant'"):
         ConcreteScore("assistant")
@@ -295,9 +255,10 @@ def test_the_kl_baseline_lowers_the_variance_of_the_gradient():
     assert spread["kl"] < 0.7 * spread["none"]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("temperature", TEMPERATURES, ids=str)
-def test_sampled_tokens_are_the_naive_twin_beside_cross_entropy_and_weights(temperature, backend):
+@pytest.mark.parametrize(("backend", "temperature"), [
+    *(("torch", each) for each in TEMPERATURES), ("triton", TEMPERATURES[2]),
+    pytest.param("triton", 1.0, marks=pytest.mark.slow)], ids=str)
+def test_sampled_tokens_are_the_naive_twin_beside_cross_entropy_and_weights(backend, temperature):
     problem = LossProblem(dtype=torch.float64 if backend == "torch" else torch.float32)
     tolerance = 1e-9 if backend == "torch" else 2e-5
     for baseline in ("kl", "none"):
@@ -351,7 +312,7 @@ OBJECTIVES = {
     "sampled": preset("sampled_rkl", temperature=2.0),
     "sampled_alone": preset("sampled_rkl", baseline="none"),
 }
-CUTS = [0, 7, 8, 41]
+CUTS = [0, 8, 8, 41]
 
 
 def sharded(rank: int, group: Any, name: str) -> tuple[int, list[Tensor]]:
@@ -381,7 +342,7 @@ def ranks() -> Iterator[RankPool]:
 @pytest.mark.parametrize(("name", "exchanges"), [
     ("log_squares", 3), ("alpha_zero", 2), ("csd", 3), ("csd_through_r", 3), ("sampled", 2),
     ("sampled_alone", 1)])
-def test_three_uneven_shards_are_one_process(ranks, name, exchanges):
+def test_three_uneven_shards_one_of_them_empty_are_one_process(ranks, name, exchanges):
     problem = LossProblem()
     out = problem.fused(OBJECTIVES[name])
     hidden, weight, bias = problem.gradients(out.loss)
