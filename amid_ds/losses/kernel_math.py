@@ -25,6 +25,7 @@ from amid_ds.losses.divergences import (
     KL,
     LOG_ZERO,
     AlphaBeta,
+    ConcreteScore,
     Divergence,
     SquaredHellinger,
     TotalVariation,
@@ -56,11 +57,14 @@ DIVERGENCE_ALPHA_BETA_BY_SUM = tl.constexpr(4)
 DIVERGENCE_ALPHA_BETA_BY_X = tl.constexpr(5)
 DIVERGENCE_ALPHA_BETA_BY_Y = tl.constexpr(6)
 DIVERGENCE_LOG_SQUARES = tl.constexpr(7)
+# It has kernels of its own (kernel_residuals.py), but for the gradient.
+DIVERGENCE_CONCRETE_SCORE = tl.constexpr(8)
 DIVERGENCE_CODES: dict[type[Divergence], int] = {
     KL: DIVERGENCE_KL.value,
     AlphaBeta: DIVERGENCE_ALPHA_BETA.value,
     TotalVariation: DIVERGENCE_TOTAL_VARIATION.value,
     SquaredHellinger: DIVERGENCE_SQUARED_HELLINGER.value,
+    ConcreteScore: DIVERGENCE_CONCRETE_SCORE.value,
 }
 
 # |x| below which the mixture is a series in x: its sixth-order term is then below fp32's rounding.
