@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from amid_ds import AlphaBeta, AMiD, amid_loss, preset
+from amid_ds import AlphaBeta, AMiD, PerToken, amid_loss, preset
 from amid_ds.losses import kernels
 from amid_ds.losses.kernel_arguments import mixture_arguments
 from amid_ds.losses.kernel_math import MIXTURE_POWER, SERIES_LIMIT, log_mixture
@@ -84,7 +84,9 @@ OBJECTIVES = [
     AMiD(-1.0, 1e-6, order="rp"), AMiD(0.001, 0.1, order="qr"), AMiD(0.9, 0.3, order="rq"),
     AMiD(0.9, 0.3, "squared_hellinger"), AMiD(1.0, 0.4, order="rq", detach_assistant=True),
     AMiD(3.0, 0.3, order={"pr": 1.0, "qr": 0.5, "rp": 0.3}), AMiD(-5.0, 0.1, "total_variation"),
-    AMiD(-1.0, 0.2, AlphaBeta(0.2, 0.7))]
+    AMiD(-1.0, 0.2, AlphaBeta(0.2, 0.7)), AMiD(1.0, 1 / 1.4, order="rq", power=1.4),
+    AMiD(PerToken("overlap", (-5.0, 1.0), (0.0, 0.3)),
+         PerToken("teacher_entropy", (0.0, 1.0), (1.0, 5.0)), order={"pr": 1.0, "rq": 0.5})]
 
 
 @pytest.mark.parametrize("kind", ["sure", pytest.param("unsure", marks=pytest.mark.slow),

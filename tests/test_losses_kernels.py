@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from support.losses import EVERY_DIVERGENCE, LossProblem, relative_error
 from torch import Tensor
 
-from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss, preset
+from amid_ds import (
+    AlphaBeta,
+    AMiD,
+    LMHead,
+    PerToken,
+    VocabShard,
+    amid_loss,
+    linear_amid_loss,
+    preset,
+)
 from amid_ds.errors import InputError
 from amid_ds.losses import fused
 from amid_ds.losses.divergences import divergence_from
@@ -179,39 +188,47 @@ def test_cross_entropy_alone():
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
-class TwoRanks(VocabShard):
-    """Two ranks in one process, by turns: a peer's rows are those of the round before."""
+class Peers(VocabShard):
+    """Ranks in one process, by turns: the peers' rows are those of the round before."""
 
     def gather(self, local: Tensor) -> Tensor:
-        mine, theirs = self.noted
+        rank, mine, before = self.noted
         mine.append(local)
         call = len(mine) - 1
-        parts = [local, theirs[call] if call < len(theirs) else torch.zeros_like(local)]
-        return torch.stack(parts if self.start == 0 else parts[::-1])
+        return torch.stack([
+            local if peer == rank else sent[call] if call < len(sent) else torch.zeros_like(local)
+            for peer, sent in enumerate(before)])
 
 
-@pytest.mark.parametrize("objective",
-                         [AMiD(-5.0, 0.1, order={"pr": 0.5, "qr": 0.2, "rp": 1.0, "rq": 0.3}),
-                          AMiD(3.0, 0.4, "squared_hellinger")], ids=str)
-def test_shards_are_put_together_in_two_collectives_for_kl_and_three_otherwise(objective):
+ENTROPY = PerToken("teacher_entropy", (0.1, 0.9), (1.0, 3.0))
+
+
+@pytest.mark.parametrize(("objective", "exchanges"), [
+    (AMiD(-5.0, 0.1, order={"pr": 0.5, "qr": 0.2, "rp": 1.0, "rq": 0.3}), 2),
+    (AMiD(3.0, 0.4, "squared_hellinger"), 3),
+    (AMiD(-5.0, ENTROPY, order={"pr": 1.0, "rq": PerToken("overlap")}, power=1.3), 3),
+    (AMiD(PerToken("divergence", (-1.0, 1.0), (0.0, 3.0)), 0.4, "squared_hellinger",
+          temperature={"student": 2.0, "teacher": 1.0}), 4)],
+    ids=["kl", "squared_hellinger", "kl per token", "squared_hellinger per token"])
+def test_uneven_shards_are_put_together_in_two_or_three_collectives_and_one_for_measures(
+        objective, exchanges):
     """A rank's n-th exchange is right once the first n − 1 are: exchanges + 1 rounds suffice."""
     student, teacher = logits(1, 3, 61), logits(2, 3, 61)
-    cuts, rounds = [0, 17, 61], 2 if objective.resolved_divergence.name == "kl" else 3
-    sent: list[list[Tensor]] = [[], []]
-    for _ in range(rounds + 1):
-        received = [list(sent[0]), list(sent[1])]
-        results = []
-        for rank in (0, 1):
-            sent[rank] = []
-            shard = TwoRanks(cuts[rank], cuts[rank + 1], group="peers")  # type: ignore[arg-type]
-            object.__setattr__(shard, "noted", (sent[rank], received[1 - rank]))
-            shard._extent.extend([44, 61])
+    cuts = [0, 17, 21, 61]
+    ranks = range(len(cuts) - 1)
+    sent: list[list[Tensor]] = [[] for _ in ranks]
+    for _ in range(exchanges + 1):
+        before, sent, results = sent, [[] for _ in ranks], []
+        for rank in ranks:
+            columns = slice(cuts[rank], cuts[rank + 1])
+            shard = Peers(columns.start, columns.stop, group="peers")  # type: ignore[arg-type]
+            object.__setattr__(shard, "noted", (rank, sent[rank], before))
+            shard._extent.extend([40, 61])
             shard._least["the device"] = [80 << 30, 132]
-            part = student[:, cuts[rank]:cuts[rank + 1]].clone().requires_grad_()
-            loss = amid_loss(part, teacher[:, cuts[rank]:cuts[rank + 1]], objective, shard=shard,
-                             backend="triton")
+            part = student[:, columns].clone().requires_grad_()
+            loss = amid_loss(part, teacher[:, columns], objective, shard=shard, backend="triton")
             results.append((loss.detach(), torch.autograd.grad(loss.sum(), part)[0]))
-    assert [len(calls) for calls in sent] == [rounds, rounds]
+    assert [len(calls) for calls in sent] == [exchanges] * len(ranks)
     whole = student.clone().requires_grad_()
     loss = amid_loss(whole, teacher, objective)
     expected, = torch.autograd.grad(loss.sum(), whole)
