@@ -30,12 +30,13 @@ from amid_ds.data import PreparedLoader, load_tokenizer, prepare
 from amid_ds.data.batch import Batch, TokenRow, collate_rows
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD, PerToken
-from amid_ds.models.distiller import Distiller, Part, StepObjective, StepObjectives
+from amid_ds.models.distiller import Distiller, LossPart, StepObjective, StepObjectives
 from amid_ds.models.heads import logits_of, run_body
 from amid_ds.planning.devices import find_device
 from amid_ds.planning.plan import make_plan
 from amid_ds.training.compatibility import refuse_other_run
 from amid_ds.training.objective import objectives_at
+from amid_ds.training.step import _bad_places
 
 STEPS = 3
 TRAIN = {"steps": STEPS, "seq_length": 24, "micro_batch_size": 2, "global_batch_size": 12,
@@ -125,6 +126,21 @@ def test_each_token_is_learnt_as_its_source_says(distiller):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_a_nan_is_named_by_its_row_whichever_loss_its_token_has(distiller):
+    rows = [row(7, (1, 7))._replace(source="a line 1"), row(6, (2, 6))._replace(source="b line 4"),
+            row(6, (2, 6))._replace(source="a line 2")]
+    batch = collate_rows(rows, [], [0, 1, 0])
+    parts = StepObjectives(BASE, BASE, {0: BASE, 1: OTHER}).parts(batch, sampled=False)
+    teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
+    student_hidden = grad_hidden_states(distiller, batch)[0].detach()
+    # The second of its tokens with a label, which are the row's from 2 on.
+    student_hidden[6 + 1] = torch.nan
+    out = distiller.head(student_hidden, teacher_hidden, batch.targets,
+                         torch.ones(len(batch.valid)), parts=parts)
+    place, = _bad_places(batch, out.tokens)
+    assert place.startswith("b line 4 (the divergence at token 3 of the row, which id 3 follows")
+
+
 def test_the_tokens_of_a_sequence_are_chosen_within_it_whatever_stands_beside_it(distiller):
     chosen = StepObjective(AMiD(lam=0.6, token_weight=PerToken("teacher_entropy", top=0.5)), 1.0,
                            0.0)
@@ -135,7 +151,7 @@ def test_the_tokens_of_a_sequence_are_chosen_within_it_whatever_stands_beside_it
     teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
     whole, none = (distiller(batch.input_ids, batch.valid, batch.targets, weights, teacher_hidden,
                              batch.positions, batch.sequences, parts=own,
-                             documents=batch.documents) for own in (parts, [Part(BASE)]))
+                             documents=batch.documents) for own in (parts, [LossPart(BASE)]))
     logits = logits_of(distiller.head.heads()[1], teacher_hidden)[:, :30].double()
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     expected = sum(none.tokens[i] @ torch.tensor([1.0, 0.5])
@@ -161,8 +177,8 @@ def test_a_kind_without_a_token_is_left_out_and_one_part_stays(distiller):
     silent = collate_rows([row(7, ()), row(6, (2, 6))], [], [0, 1])
     empty = collate_rows([row(3, ())], [])
     found = [objectives.parts(batch, sampled=False) for batch in (alike, silent, empty)]
-    assert found == [[Part(BASE)], [Part(OTHER)], [Part(BASE)]]
-    assert objectives.parts(alike, sampled=True) == [Part(OTHER)]
+    assert found == [[LossPart(BASE)], [LossPart(OTHER)], [LossPart(BASE)]]
+    assert objectives.parts(alike, sampled=True) == [LossPart(OTHER)]
     hidden, head = torch.zeros(0, 32, requires_grad=True), distiller.student.lm_head.weight
     out = distiller.head(hidden, None, torch.zeros(0).long(), torch.zeros(0), parts=found[2])
     out.loss.backward()
@@ -323,7 +339,7 @@ def test_a_plan_counts_a_gradient_of_the_head_for_each_loss_of_a_micro_batch(rec
     assert two - one == head.numel() * head.element_size() and len(set(of_one_row)) == 1
     batch = collate_rows([row(7, (1, 7)), row(6, (2, 6))], [], [0, 1])
     objectives = StepObjectives(BASE, BASE, {0: BASE, 1: OTHER})
-    for parts, held in ((objectives.parts(batch, False), 2), ([Part(BASE)], 1)):
+    for parts, held in ((objectives.parts(batch, False), 2), ([LossPart(BASE)], 1)):
         before = len(tensors_like(head))
         out = distiller(batch.input_ids, batch.valid, batch.targets, torch.ones(len(batch.valid)),
                         distiller.teacher_hidden_states([batch], 1)[0], parts=parts)
