@@ -12,7 +12,7 @@ import pytest
 import torch
 from support.fake_cuda import fake_cuda_rank
 from support.host_waits import HostWaits, Watched, mark_host_tensor
-from support.losses import LossProblem
+from support.losses import PER_TOKEN, LossProblem
 from support.ranks import Ranks
 from support.runs import write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,7 @@ from amid_ds import AMiD
 from amid_ds.data.batch import Batch, TokenRow, collate_rows, require_ids_below
 from amid_ds.errors import InputError
 from amid_ds.losses import fused
+from amid_ds.losses.measures import STATISTICS
 from amid_ds.models.distiller import Distiller
 from amid_ds.training.fetch import fetch_steps
 
@@ -114,14 +115,16 @@ def test_what_counts_as_a_wait_is_what_makes_a_host_wait(name, args, kwargs, wai
     assert seen.places.total() == waits
 
 
-def test_a_loss_whose_values_are_known_to_be_sound_is_the_same_and_waits_for_nothing(monkeypatch):
+@pytest.mark.parametrize("objective", [AMiD(-5.0, 0.1), PER_TOKEN[2], PER_TOKEN[4]], ids=str)
+def test_a_loss_whose_values_are_known_to_be_sound_is_the_same_and_waits_for_nothing(monkeypatch,
+                                                                                     objective):
     monkeypatch.setattr(fused, "_tokens_per_block", lambda *_: 4)
     results, places = [], []
     for checked in (True, False):
         problem = LossProblem()
         problem.weights += 0.1
         with Watched() as watched:
-            out = problem.fused(AMiD(-5.0, 0.1), checked=checked)
+            out = problem.fused(objective, checked=checked, statistics=STATISTICS)
             gradients = problem.gradients(out.loss)
         results.append([out.loss, out.kd, out.ce, *gradients])
         places.append({place for place in watched.waits.places if "/losses/" in place})

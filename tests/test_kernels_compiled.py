@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from amid_ds.bench.predict import INSTRUCTIONS_PER_PAIR
+from amid_ds.bench.predict import INSTRUCTIONS_PER_PAIR, MEASURES_PER_PAIR
 
 pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 
@@ -18,7 +18,8 @@ SCRIPT = Path(__file__).parent / "support" / "compile_ahead.py"
 ARCHES = ["sm_80", "sm_90", "sm_100", "gfx942"]
 OBJECTIVES = ["jsd", "skl", "fkl", "taid", "amid", "amid_rq", "amid_all_orders", "geometric",
               "near_geometric", "harmonic", "total_variation", "squared_hellinger", "alpha_beta",
-              "alpha_beta_all_orders", "ce"]
+              "alpha_beta_all_orders", "two_temperatures", "powered", "per_token",
+              "per_token_alpha_beta", "per_token_orders", "ce"]
 # Of Llama 2, GPT-2, Llama 3, Qwen 3, Qwen 2.5, Gemma 3; a shard of two ranks of GPT-2's.
 TOKENIZERS = [32000, 50257, 128256, 151669, 151936, 262144, 25129]
 # The objective whose kernels the prediction takes for a kind of mixture.
@@ -71,6 +72,7 @@ def check_prediction(kind: str, kernels: dict[str, dict]) -> None:
 def on_sm_90() -> dict[str, dict[str, dict]]:
     """The Jensen-Shannon divergence and AMiD's own objective at the lengths of two tokenizers."""
     found = compiled("sm_90:jsd:bf16/bf16:50257:17", "sm_90:amid:bf16/bf16:50257:17",
+                     "sm_90:per_token:bf16/bf16:50257:17:measures",
                      *[f"sm_90:jsd:bf16/bf16:50257:{tokens}" for tokens in (1, 32, 1024)])
     return {case.removeprefix("sm_90:"): kernels for case, kernels in found.items()}
 
@@ -83,6 +85,17 @@ def test_instructions_per_pair_of_logits_are_within_the_budget(on_sm_90, objecti
     assert sum(map(per_pair, kernels.values())) <= budget
     if objective == PREDICTED["power"]:
         check_prediction("power", kernels)
+
+
+def test_numbers_per_token_cost_the_series_and_measures_one_cheap_reading(on_sm_90):
+    kernels = on_sm_90["per_token:bf16/bf16:50257:17:measures"]
+    for kernel in kernels.values():
+        check(kernel)
+    near_geometric = INSTRUCTIONS_PER_PAIR["near_geometric"]
+    for name, known in (("kl_moments", "statistics"), ("gradient", "gradient")):
+        assert per_pair(kernels[name]) <= 1.15 * near_geometric[known][0]
+    measures = per_pair(kernels["measures"]), per_pair(kernels["measures"], "special")
+    assert measures == pytest.approx(MEASURES_PER_PAIR, rel=0.1)
 
 
 def test_a_kernel_is_compiled_once_for_any_number_of_tokens(on_sm_90):

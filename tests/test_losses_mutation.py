@@ -1,4 +1,4 @@
-"""The tests can fail: each of ten ways to break the implementation differs from the naive twin.
+"""The tests can fail: each of fifteen ways to break the implementation differs from the naive twin.
 
 A mutation is a replacement in the source of one module. The replaced text must be there exactly
 once, so a mutation cannot silently become none when the code changes.
@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.losses import LossProblem
+from support.losses import PER_TOKEN, LossProblem
 from torch import Tensor
 
 from amid_ds import AMiD, VocabShard, amid_loss
-from amid_ds.losses import backends, elementwise, fused, moments, tiles
+from amid_ds.losses import backends, block, elementwise, fused, lm_head, mixture, moments, tiles
 
 OBJECTIVES = [AMiD(-5.0, 0.3, order="rp"), AMiD(0.5, 0.3, order={"pr": 0.5, "qr": 0.5}),
               AMiD(2.0, 0.6, order="rq")]
@@ -32,14 +32,26 @@ MUTATIONS = {
                                       "gradient = q.p * 0"),
     "forget the assistant's normaliser": (elementwise,
                                           "log_r = normalised(log_r, log_assistant)", "pass"),
-    "take the teacher's share for the student's": (elementwise, "odds = log_rest - log_lam - x",
-                                                   "odds = log_lam - log_rest - x"),
+    "take the teacher's share for the student's": (
+        mixture, "odds = log_rest - log_lam - x\n    dominant",
+        "odds = log_lam - log_rest - x\n    dominant"),
     "ignore a weight": (fused, "index = weights.nonzero()[:, 0]",
                         "weights = (weights > 0).to(dtype); index = weights.nonzero()[:, 0]"),
-    "ignore the temperature in the gradient": (elementwise, "/ tile.student.temperature)", ")"),
-    "leave out a block": (fused, "for rows in _blocks(len(index), size):",
-                          "for rows in [*_blocks(len(index), size)][1:]:"),
-    "forget the upstream gradient": (fused, "factor[rows] if per_row else factor",
+    "ignore the temperature in the gradient": (
+        elementwise, "tile.kd_scale[:, None] / tile.student.temperature",
+        "tile.kd_scale[:, None]"),
+    "leave out a block": (fused, "for rows in slices(len(index), size):",
+                          "for rows in [*slices(len(index), size)][1:]:"),
+    "take another token's number": (mixture, "number[:, None] if isinstance",
+                                    "number.flip(0)[:, None] if isinstance"),
+    "forget a token weight in the gradient": (block, "block = block.weighted(factor)", "pass"),
+    "forget a token weight in the loss": (
+        fused, "total_weights[tokens] = weights[tokens] * out.factor",
+        "total_weights[tokens] = weights[tokens]"),
+    "count a masked token in its sequence": (fused, "inputs.sequences, weights > 0)",
+                                             "inputs.sequences, weights >= 0)"),
+    "measure the other model": (elementwise, "-(p.p * log_p).sum(-1)", "-(q.p * log_q).sum(-1)"),
+    "forget the upstream gradient": (lm_head, "factor[rows] if per_row else factor",
                                     "torch.ones(())"),
 }
 
@@ -57,13 +69,13 @@ def mutant(module: types.ModuleType, old: str, new: str) -> dict[str, Any]:
 
 def agrees(linear_loss: Any, head: Any = fused.LMHead) -> bool:
     """True if the loss and its gradients are the naive twin's, over several blocks and tiles."""
-    for objective in (*OBJECTIVES, AMiD(-5.0, 0.1, temperature=2.0)):
+    for objective in (*OBJECTIVES, AMiD(-5.0, 0.1, temperature=2.0), *PER_TOKEN):
         problem = LossProblem()
         truth = problem.naive(objective)
         ours = linear_loss(problem.student, head(problem.weight, problem.bias), problem.teacher,
                            problem.teacher_weight, objective, token_weights=problem.weights,
                            labels=problem.labels, ce_weight=0.4, kd_weight=0.9,
-                           vocab_size=problem.vocab_size).loss
+                           vocab_size=problem.vocab_size, sequences=problem.sequences).loss
         pairs = zip([ours, *problem.gradients(3 * ours)], [truth, *problem.gradients(3 * truth)],
                     strict=True)
         if not all(torch.allclose(a, b, rtol=1e-6, atol=1e-8) for a, b in pairs):
@@ -91,6 +103,13 @@ def test_a_mutation_is_noticed(name, monkeypatch):
     elif module is tiles:
         broken["TILE_ELEMENTS"] = {"cpu": 30}
         monkeypatch.setattr(elementwise, "each_tile", broken["each_tile"])
+        assert not agrees(fused.linear_amid_loss)
+    elif module in (block, lm_head):
+        name = "forward_backward_block" if module is block else "scaled"
+        monkeypatch.setattr(fused, name, broken[name])
+        assert not agrees(fused.linear_amid_loss)
+    elif module is mixture:
+        monkeypatch.setattr(elementwise, "mixture", broken["mixture"])
         assert not agrees(fused.linear_amid_loss)
     else:
         monkeypatch.setattr(backends, "elementwise", types.SimpleNamespace(**broken))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
-import types
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +14,7 @@ from support.ranks import RankPool
 from torch import Tensor
 
 from amid_ds import AMiD, LMHead, PerToken, VocabShard, amid_loss, linear_amid_loss
-from amid_ds.losses import elementwise, fused, tiles
+from amid_ds.losses import elementwise, fused, mixture, tiles
 from amid_ds.losses.block import forward_backward_block
 from amid_ds.losses.measures import STATISTICS
 from amid_ds.losses.objective import ORDERS
@@ -62,16 +60,16 @@ def test_a_number_per_token_is_that_number_at_each_token(measure, detach):
     student, teacher = (x.detach().float() for x in random_logits(len(cases), 61))
     student.requires_grad_()
     for order in (*ORDERS, {"pr": 0.5, "rq": 1.5}):
-        objective = AMiD(0.0, 0.5, measure, order, 1.5, detach).resolved({})
-        resolved = dataclasses.replace(objective, alpha=torch.tensor([a for a, _ in cases]),
-                                       lam=torch.tensor([lam for _, lam in cases]))
-        given = types.SimpleNamespace(measures=(), per_token=(), token_weight=None,
-                                      resolved=lambda _, numbers=resolved: numbers)
+        by_alpha, by_lam = PerToken("overlap"), PerToken("student_entropy")
+        values = {by_alpha: torch.tensor([alpha for alpha, _ in cases]),
+                  by_lam: torch.tensor([lam for _, lam in cases])}
+        objective = AMiD(by_alpha, by_lam, measure, order, 1.5, detach)
         gradient, ours = torch.empty_like(student), student.detach()
         block = fused.Block(
             fused.Logits(ours, temperature=1.5), fused.Logits(teacher, temperature=1.5), None,
             torch.float32, kd_scale=torch.ones(len(cases)), gradient=gradient)
-        out = forward_backward_block(block, given, VocabShard(0, 61), elementwise)
+        out = forward_backward_block(block, objective, VocabShard(0, 61), elementwise,
+                                     values=values)
         for row, (alpha, lam) in enumerate(cases):
             exact = student[row].detach().double().requires_grad_()
             constants = AMiD(alpha, lam, measure, order, 1.5, detach)
@@ -89,7 +87,7 @@ def test_constants_take_the_path_they_took_to_the_last_bit(monkeypatch):
     problem = LossProblem(dtype=torch.float32)
     flat = problem.fused(AMiD(-5.0, PerToken("overlap", (0.1, 0.1)))).loss
     torch.testing.assert_close(flat, problem.fused(AMiD(-5.0, 0.1)).loss, rtol=1e-5, atol=1e-6)
-    monkeypatch.setattr(elementwise, "_mixture_per_token", lambda *_: pytest.fail("per token"))
+    monkeypatch.setattr(mixture, "_mixture_per_token", lambda *_: pytest.fail("per token"))
     monkeypatch.setattr(elementwise, "measures", lambda *_: pytest.fail("measured"))
     problem.fused(AMiD(-5.0, 0.1, power=2.0, temperature={"student": 2, "teacher": 1}))
 
@@ -167,19 +165,6 @@ def test_low_precision_is_no_further_from_the_truth_than_the_naive_loss(dtype):
         for a, b, c in zip(low.gradients(ours), low.gradients(naive), exact.gradients(truth),
                            strict=True):
             assert relative_error(a, c) <= relative_error(b, c) + tolerance
-
-
-@pytest.mark.parametrize("objective", PER_TOKEN[2:5], ids=str)
-@pytest.mark.slow
-def test_compiled_tiles_match_the_naive_twin(objective, monkeypatch):
-    monkeypatch.setattr(tiles, "WORTH_COMPILING", 0)
-    monkeypatch.setitem(tiles.TILE_ELEMENTS, "cpu", 200)
-    monkeypatch.setattr(tiles, "_say_once", pytest.fail)
-    problem = LossProblem()
-    ours, truth = problem.fused(objective, statistics=STATISTICS).loss, problem.naive(objective)
-    torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-12)
-    for actual, expected in zip(problem.gradients(ours), problem.gradients(truth), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Statistic
-from amid_ds.data import PreparedLoader
+from amid_ds.data import Batch, PreparedLoader
+from amid_ds.losses import AMiD
+from amid_ds.models.distiller import Distiller, Part, StepObjective
 
 NAMES = list(get_args(Statistic))
 # At the first the teacher does not run.
@@ -82,6 +84,20 @@ def test_statistics_are_means_over_the_global_batchs_tokens_on_any_ranks(layout,
     assert [first[name] for name in NAMES] == [None] * len(NAMES)
     for line, expected in zip(others, truth, strict=True):
         assert [line[name] for name in NAMES] == pytest.approx(expected, rel=2e-5, abs=1e-6)
+
+
+def test_without_a_teacher_the_students_entropy_is_there_alone(shared_model):
+    student = AutoModelForCausalLM.from_pretrained(shared_model("llama"))
+    distiller = Distiller(student, None, vocab_size=30)
+    ids = torch.arange(8)[None] + 3
+    batch = Batch(ids, ids.roll(-1, 1), None, 0, [], [])
+    parts = [Part(StepObjective(AMiD(temperature=2.0), 0.0, 1.0, tuple(NAMES)))]
+    weights = torch.linspace(0.1, 1, 8)
+    found = distiller(ids, batch.valid, batch.targets, weights, None, parts=parts).statistics
+    q = student(ids).logits[0, :, :30].double().softmax(-1)
+    entropy = (weights * -(q * q.log()).sum(-1)).sum().item()
+    expected = [entropy if name == "student_entropy" else 0.0 for name in NAMES]
+    assert found.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -47,11 +47,14 @@ INSTRUCTIONS_PER_PAIR = {
     "near_geometric": {"normalisers": (18.2, 2.2), "statistics": (44.4, 5.1),
                        "gradient": (45.1, 6.0)},
     "power": {"normalisers": (18.2, 2.2), "statistics": (34.4, 5.1), "gradient": (34.6, 6.0)}}
+# Of one more reading, where statistics or numbers per token ask for all sums of both models.
+MEASURES_PER_PAIR = (23.6, 2.0)
 # A multiprocessor of sm_80 to sm_100 has 128 lanes for most fp32 instructions and 16 for exp2, log2
 # and reciprocals (CUDA C++ programming guide, arithmetic throughput); assumed of other chips.
 SLOTS_OF_SPECIAL = 8
 # Bytes of each pair that a kernel reads and writes.
-BYTES_PER_PAIR = {"normalisers": 2 * BF16, "statistics": 2 * BF16, "gradient": 3 * BF16}
+BYTES_PER_PAIR = {"normalisers": 2 * BF16, "statistics": 2 * BF16, "gradient": 3 * BF16,
+                  "measures": 2 * BF16}
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class LossPrediction:
     `products_ms`: the four products over all tokens at once, nothing between them; `ratio`: total
     over them. `block_products_ms`: the same products in the loss's blocks. `sums_ms`: adding up the
     weight's gradient over blocks. `rest_ms`: gathering tokens, scaling and rounding gradients.
+    `measures_ms`: one more reading, for statistics or numbers per token; not in the total.
     """
 
     device: str
@@ -90,6 +94,7 @@ class LossPrediction:
     rest_ms: float
     total_ms: float
     ratio: float
+    measures_ms: float
 
 
 def predict_loss(device: Device, shape: PredictedShape) -> LossPrediction:
@@ -109,7 +114,7 @@ def predict_loss(device: Device, shape: PredictedShape) -> LossPrediction:
     return LossPrediction(
         device.name, next(iter(model.blocks)), model.count, 1e3 * products,
         **{name: 1e3 * seconds for name, seconds in parts.items()}, total_ms=1e3 * total,
-        ratio=total / products)
+        ratio=total / products, measures_ms=1e3 * model.kernel("measures", *MEASURES_PER_PAIR))
 
 
 class _Roofline:
@@ -149,15 +154,17 @@ class _Roofline:
                 + self.product(n, width, v) + of_weight)
 
     def kernels(self) -> float:
-        """Normalisers, statistics and gradient: instructions or bytes, the longer."""
-        pairs = self.shape.tokens * self.shape.vocabulary
+        """Normalisers, statistics and gradient."""
         costs = INSTRUCTIONS_PER_PAIR[_mixture_kind(self.shape.alpha)]
+        return sum(self.kernel(name, *cost) for name, cost in costs.items())
+
+    def kernel(self, name: str, instructions: float, special: float) -> float:
+        """One reading of all logits: instructions or bytes, the longer."""
+        pairs = self.shape.tokens * self.shape.vocabulary
         slots = (self.chip.multiprocessors * self.chip.lanes * self.chip.clock) * ISSUE_SHARE
         bandwidth = self.copy_rate * KERNEL_COPY_SHARE
-        return sum(
-            max(pairs * issue_slots(*costs[kernel]) / slots, pairs * size / bandwidth)
-            + self.count * LAUNCH
-            for kernel, size in BYTES_PER_PAIR.items())
+        return (max(pairs * issue_slots(instructions, special) / slots,
+                    pairs * BYTES_PER_PAIR[name] / bandwidth) + self.count * LAUNCH)
 
     def sums(self) -> float:
         """The weight's gradient: a single block writes it in bf16; of several the first writes it
@@ -207,3 +214,4 @@ def print_prediction(device: str, shape: PredictedShape, as_json: bool) -> None:
             ("gather, scale, round", found.rest_ms), ("total", found.total_ms)):
         print(f"  {title:30s}{milliseconds:8.2f} ms")
     print(f"  {'total / products alone':30s}{found.ratio:8.2f}")
+    print(f"  {'measures, if asked for':30s}{found.measures_ms:8.2f} ms")

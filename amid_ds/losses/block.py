@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses.divergences import INFINITE_RATIO, LOG_ZERO, SampledReverseKL
+from amid_ds.losses.divergences import INFINITE_RATIO, LOG_ZERO, ConcreteScore, SampledReverseKL
 from amid_ds.losses.measures import MEASURES, PerToken, first_choices
 from amid_ds.losses.objective import AMiD, ResolvedObjective
 
@@ -181,7 +181,10 @@ def arithmetic_dtype(student: Tensor, teacher: Tensor | None) -> torch.dtype:
 
 
 def needs_normaliser(objective: ResolvedObjective) -> bool:
-    """True unless Σ r̃ = 1 by construction: at the ends of λ, and for α = -1; numbers alone tell."""
+    """True unless Σ r̃ = 1 by construction: at the ends of λ, and for α = -1; numbers alone tell.
+    Never for a concrete score, whose residuals are centred."""
+    if isinstance(objective.resolved_divergence, ConcreteScore):
+        return False
     alpha, lam = objective.alpha, objective.lam
     if isinstance(alpha, Tensor) or isinstance(lam, Tensor) or objective.power != 1:
         return True
@@ -235,6 +238,11 @@ def forward_backward_block(block: Block, objective: AMiD | None, shard: VocabSha
             block = replace(block, objective=objective.resolved({**values}))
             stats = backend.statistics(block, norms, shard)
             kd = stats.sums[0]
+    elif statistics:
+        # Of the student alone (checks.py): of both sides, it is what it would be.
+        alone = RowNormalisers(norms.log_z, norms.log_z, norms.log_z)
+        measured = measure(replace(block, teacher=block.student), alone, shard, backend,
+                           {*statistics})
     ce = None
     if labels is not None:
         label_logits = labels[0]

@@ -22,7 +22,7 @@ the sequence), all blocks are measured first, and their logits made a second tim
 products instead of four.
 
 The objective travels by argument: `linear_amid_loss` -> `LossInputs` -> `_LinearLoss` ->
-`block.forward_backward_block` -> the backend's three functions -> `elementwise.mixture` or
+`block.forward_backward_block` -> the backend's functions -> `mixture.mixture` or
 `kernel_math.log_mixture`.
 """
 

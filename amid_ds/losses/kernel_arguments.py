@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from amid_ds.losses.divergences import KL, NEAR_ZERO, AlphaBeta, Divergence
+from amid_ds.losses.divergences import KL, NEAR_ZERO, AlphaBeta, ConcreteScore, Divergence
 from amid_ds.losses.kernel_math import (
     DIVERGENCE_ALPHA_BETA,
     DIVERGENCE_ALPHA_BETA_BY_SUM,
@@ -25,6 +25,7 @@ from amid_ds.losses.kernel_math import (
     MIXTURE_STUDENT,
     MIXTURE_TEACHER,
 )
+from amid_ds.losses.kernel_residuals import WEIGHT_CODES
 from amid_ds.losses.objective import ORDERS, Number, ResolvedObjective
 
 # |c| from which no x needs the series: log₂(1 + e)/c is then exact to 2⁻²¹.
@@ -107,6 +108,21 @@ def divergence_arguments(objective: ResolvedObjective) -> dict[str, float]:
         x, y = float(divergence.alpha), float(divergence.beta)
         code = _alpha_beta_code(x, y)
     return {"x": x, "y": y, "DIVERGENCE": code, "BALANCED": is_balanced(objective)}
+
+
+def weight_arguments(objective: ResolvedObjective) -> dict[str, int]:
+    """FIRST and SECOND, the weights of a concrete score."""
+    divergence = objective.resolved_divergence
+    if not isinstance(divergence, ConcreteScore):
+        return {"FIRST": 0, "SECOND": 0}
+    return {"FIRST": WEIGHT_CODES[divergence.first], "SECOND": WEIGHT_CODES[divergence.second]}
+
+
+def score_weight(objective: ResolvedObjective) -> Number:
+    """The weight of D(p‖q), either way round, in an objective of a concrete score at an end of λ:
+    there each order is that, or 0 = D(r‖r)."""
+    other = "p" if objective.lam == 0 else "q"
+    return sum(weight for order, weight in objective.order_weights if other in order)
 
 
 def _alpha_beta_code(x: float, y: float) -> int:

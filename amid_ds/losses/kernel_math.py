@@ -4,7 +4,7 @@
 
 The kernels in kernel_programs.py call them, with the arguments that kernel_arguments.py makes of an
 objective. All arithmetic is fp32, and all logarithms are in bits: 2ˣ and log₂ are one instruction
-each on a GPU, eˣ and log several. The twins in plain torch are `elementwise.mixture` and
+each on a GPU, eˣ and log several. The twins in plain torch are `mixture.mixture` and
 `Divergence.terms`.
 
 APPROXIMATE takes the GPU's own log₂ and reciprocal: a tenth of the instructions, for an error of
@@ -25,6 +25,7 @@ from amid_ds.losses.divergences import (
     KL,
     LOG_ZERO,
     AlphaBeta,
+    ConcreteScore,
     Divergence,
     SquaredHellinger,
     TotalVariation,
@@ -56,11 +57,14 @@ DIVERGENCE_ALPHA_BETA_BY_SUM = tl.constexpr(4)
 DIVERGENCE_ALPHA_BETA_BY_X = tl.constexpr(5)
 DIVERGENCE_ALPHA_BETA_BY_Y = tl.constexpr(6)
 DIVERGENCE_LOG_SQUARES = tl.constexpr(7)
+# It has kernels of its own (kernel_residuals.py), but for the gradient.
+DIVERGENCE_CONCRETE_SCORE = tl.constexpr(8)
 DIVERGENCE_CODES: dict[type[Divergence], int] = {
     KL: DIVERGENCE_KL.value,
     AlphaBeta: DIVERGENCE_ALPHA_BETA.value,
     TotalVariation: DIVERGENCE_TOTAL_VARIATION.value,
     SquaredHellinger: DIVERGENCE_SQUARED_HELLINGER.value,
+    ConcreteScore: DIVERGENCE_CONCRETE_SCORE.value,
 }
 
 # |x| below which the mixture is a series in x: its sixth-order term is then below fp32's rounding.
@@ -88,7 +92,7 @@ def reciprocal_of(x, APPROXIMATE: tl.constexpr):
 @triton.jit
 def log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, power, MIXTURE: tl.constexpr,
                 SERIES: tl.constexpr, POWERED: tl.constexpr, APPROXIMATE: tl.constexpr):
-    """(log₂ r̃, r̃ if it is made on the way, w = ∂log r̃/∂log q); see elementwise.mixture.
+    """(log₂ r̃, r̃ if it is made on the way, w = ∂log r̃/∂log q); see mixture.mixture.
 
     Under SERIES a series in x replaces log1p and expm1 where |x| is small; under POWERED all is of
     r̃ to its power.

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from amid_ds.losses.kernel_math import (
+    DIVERGENCE_CONCRETE_SCORE,
     LN_2,
     LOG2_E,
     ZERO_LOG,
@@ -26,6 +27,7 @@ from amid_ds.losses.kernel_math import (
     log_mixture,
     objective_terms,
 )
+from amid_ds.losses.kernel_residuals import load_centres, score_slope
 from amid_ds.losses.kernel_rows import (
     add_to_logsumexp,
     block_columns,
@@ -48,7 +50,7 @@ from amid_ds.losses.kernel_rows import (
 
 # Arguments that differ from call to call.
 ROWS = ["tokens", "rows", "out", "log_p_norm", "log_q_norm", "log_z_norm", "log_assistant", "sums",
-        "kd_scale", "ce_scale", "labels", "numbers"]
+        "kd_scale", "ce_scale", "label_scale", "residuals", "labels", "numbers"]
 
 
 @triton.jit(do_not_specialize=ROWS)
@@ -271,32 +273,40 @@ def sums_kernel(
 @triton.jit(do_not_specialize=ROWS)
 def gradient_kernel(
     student, student_stride, teacher, teacher_stride, gradient, gradient_stride,
-    log_p_norm, log_q_norm, log_assistant, sums, kd_scale, ce_scale, log_z_norm, labels, numbers,
-    tokens, width, inverse_tau, student_scale, student_unit, student_cap, teacher_scale,
-    teacher_unit, teacher_cap, c, inverse_c, lam, log_lam, log_rest, power, pr, qr, rp, rq, x, y,
+    log_p_norm, log_q_norm, log_assistant, sums, residuals, kd_scale, ce_scale, label_scale,
+    log_z_norm, labels, numbers, tokens, width, inverse_tau, student_scale, student_unit,
+    student_cap, teacher_scale, teacher_unit, teacher_cap, c, inverse_c, lam, log_lam, log_rest,
+    power, pr, qr, rp, rq, x, y,
     STUDENT_CAPPED: tl.constexpr, TEACHER_CAPPED: tl.constexpr, PER_TOKEN: tl.constexpr,
-    HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, HAS_ASSISTANT: tl.constexpr, MOVES: tl.constexpr,
-    MIXTURE: tl.constexpr, SERIES: tl.constexpr, POWERED: tl.constexpr, DIVERGENCE: tl.constexpr,
-    BALANCED: tl.constexpr, PR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr, RQ: tl.constexpr,
+    HAS_KD: tl.constexpr, HAS_CE: tl.constexpr, SAMPLED: tl.constexpr, FIRST: tl.constexpr,
+    SECOND: tl.constexpr, HAS_ASSISTANT: tl.constexpr, MOVES: tl.constexpr, MIXTURE: tl.constexpr,
+    SERIES: tl.constexpr, POWERED: tl.constexpr, DIVERGENCE: tl.constexpr, BALANCED: tl.constexpr,
+    PR: tl.constexpr, QR: tl.constexpr, RP: tl.constexpr, RQ: tl.constexpr,
     APPROXIMATE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
 ):
     """gradient [n, width] = kd_scale (wA + B - ΣA w r - q Σg)/τ + ce_scale (softmax(z) - onehot),
-    through cap and scale. Each element is read before it is written, so it may be the student's
-    logits."""
+    under SAMPLED + label_scale (onehot - q)/τ, through cap and scale. Each element is read before
+    it is written, so it may be the student's logits."""
     row = tl.program_id(0).to(tl.int64)
     student += row * student_stride
     teacher += row * teacher_stride
     gradient += row * gradient_stride
+    if HAS_KD or SAMPLED:
+        peak_q, rest_q = load_pair(log_q_norm, row, tokens)
     if HAS_KD:
         peak_p, rest_p = load_pair(log_p_norm, row, tokens)
-        peak_q, rest_q = load_pair(log_q_norm, row, tokens)
         peak_r, rest_r = load_assistant(log_assistant, row, tokens, HAS_ASSISTANT)
+        if DIVERGENCE == DIVERGENCE_CONCRETE_SCORE:
+            inverse_first, inverse_second, centre, half = load_centres(residuals, row, tokens)
         sum_a = tl.load(sums + tokens + row)
         sum_g = tl.load(sums + 2 * tokens + row) - sum_a * tl.load(sums + 3 * tokens + row)
         of_kd = tl.load(kd_scale + row) * inverse_tau * student_scale
     if HAS_CE:
         peak_z, rest_z = load_pair(log_z_norm, row, tokens)
         of_ce = tl.load(ce_scale + row) * student_scale
+    if SAMPLED:
+        of_label = tl.load(label_scale + row) * inverse_tau * student_scale
+    if HAS_CE or SAMPLED:
         label = tl.load(labels + row)
     if PER_TOKEN:
         c, inverse_c, lam, log_lam, log_rest = load_mixture(numbers, row, tokens)
@@ -314,17 +324,25 @@ def gradient_kernel(
                 log_p = load_log_probs(teacher, columns, width, teacher_scale, teacher_unit,
                                        teacher_cap, peak_p, rest_p, TEACHER_CAPPED, TAIL,
                                        APPROXIMATE)
-                log_r, r, w = assistant(log_p, log_q, peak_r, rest_r, c, inverse_c, lam, log_lam,
-                                        log_rest, power, MIXTURE, SERIES, POWERED, HAS_ASSISTANT,
-                                        APPROXIMATE)
-                _, a, b = objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y, DIVERGENCE,
-                                          BALANCED, PER_TOKEN, PR, QR, RP, RQ)
-                if MOVES:
-                    b += w * (a - sum_a * r)
-                g += of_kd * (b - sum_g * tl.exp2(log_q))
+                if DIVERGENCE == DIVERGENCE_CONCRETE_SCORE:
+                    g += of_kd * score_slope(log_p, log_q, inverse_first, inverse_second, centre,
+                                             half, FIRST, SECOND)
+                else:
+                    log_r, r, w = assistant(log_p, log_q, peak_r, rest_r, c, inverse_c, lam,
+                                            log_lam, log_rest, power, MIXTURE, SERIES, POWERED,
+                                            HAS_ASSISTANT, APPROXIMATE)
+                    _, a, b = objective_terms(log_p, log_q, log_r, r, pr, qr, rp, rq, x, y,
+                                              DIVERGENCE, BALANCED, PER_TOKEN, PR, QR, RP, RQ)
+                    if MOVES:
+                        b += w * (a - sum_a * r)
+                    g += of_kd * (b - sum_g * tl.exp2(log_q))
+            if HAS_CE or SAMPLED:
+                onehot = tl.where(columns == label, 1.0, 0.0)
+            if SAMPLED:
+                log_q = log2_probability(z, student_unit, peak_q, rest_q, columns, width, TAIL)
+                g += of_label * (onehot - tl.exp2(log_q))
             if HAS_CE:
                 unit = 1.0 if STUDENT_CAPPED else student_scale
-                onehot = tl.where(columns == label, 1.0, 0.0)
                 g += of_ce * (tl.exp2((z * unit - peak_z) * LOG2_E - rest_z) - onehot)
             if STUDENT_CAPPED:
                 g *= 1.0 - (z / student_cap) * (z / student_cap)

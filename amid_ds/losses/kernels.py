@@ -21,9 +21,9 @@ from torch import Tensor
 from triton.runtime import driver
 
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses import kernel_measures, kernel_programs
+from amid_ds.losses import kernel_measures, kernel_programs, kernel_residuals
 from amid_ds.losses.block import Block, RowNormalisers, RowStatistics, needs_normaliser, normalised
-from amid_ds.losses.divergences import KL
+from amid_ds.losses.divergences import KL, ConcreteScore
 from amid_ds.losses.kernel_arguments import (
     divergence_arguments,
     has_token_numbers,
@@ -31,7 +31,9 @@ from amid_ds.losses.kernel_arguments import (
     mixture_arguments,
     moves_assistant,
     order_arguments,
+    score_weight,
     token_numbers,
+    weight_arguments,
 )
 from amid_ds.losses.kernel_math import DIVERGENCE_CODES
 from amid_ds.losses.moments import MOMENT_ROWS, merge_moments, sums_from_moments
@@ -49,8 +51,15 @@ SUMMED_MEASURES = ("teacher_entropy", "student_entropy", "divergence", "overlap"
 
 def supports(objective: AMiD | None, dtypes: list[torch.dtype]) -> bool:
     """True if there are kernels for this divergence and these dtypes of logits."""
-    known = objective is None or type(objective.resolved_divergence) in DIVERGENCE_CODES
+    known = objective is None or _is_known(objective)
     return known and set(dtypes) <= {torch.float32, torch.bfloat16, torch.float16}
+
+
+def _is_known(objective: AMiD) -> bool:
+    divergence = objective.resolved_divergence
+    if isinstance(divergence, ConcreteScore):
+        return objective.lam in (0, 1) and objective.power == 1
+    return divergence.needs_labels or type(divergence) in DIVERGENCE_CODES
 
 
 def log_normalisers(block: Block) -> Tensor:
@@ -96,6 +105,8 @@ def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowSta
     """
     objective = block.objective
     assert objective is not None and norms.log_p is not None and norms.log_q is not None
+    if isinstance(objective.resolved_divergence, ConcreteScore):
+        return _score_statistics(block, norms, shard)
     numbers = _or_unread(token_numbers(objective, norms.log_q[0]), block)
     models = (*_models(block), norms.log_p, norms.log_q)
     logits = {**_logit_arguments(block), "PER_TOKEN": has_token_numbers(objective)}
@@ -126,25 +137,51 @@ def statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowSta
     return RowStatistics(log_assistant, shard.sum(local))
 
 
+def _score_statistics(block: Block, norms: RowNormalisers, shard: VocabShard) -> RowStatistics:
+    """`statistics` of a concrete score of the two models. Two readings and two collectives."""
+    objective = block.objective
+    assert objective is not None
+    models = (*_models(block), norms.log_p, norms.log_q)
+    options = {**weight_arguments(objective), **_logit_arguments(block)}
+    local = torch.empty(4, block.tokens, dtype=torch.float32, device=block.device)
+    _launch(kernel_residuals.residual_sums_kernel, block, *models, local, block.tokens, **options)
+    residuals = shard.sum(local)
+    value = torch.empty_like(local[0])
+    _launch(kernel_residuals.score_kernel, block, *models, residuals, value, block.tokens,
+            **options)
+    sums = torch.zeros_like(local)
+    weight, value = score_weight(objective), shard.sum(value)
+    # The weight of a token may be 0 where its value is infinite.
+    weightless = torch.as_tensor(weight == 0, device=block.device)
+    sums[0] = (value * weight).masked_fill(weightless & value.isinf(), 0.0)
+    return RowStatistics(None, sums, residuals[None])
+
+
 def write_gradient(block: Block, norms: RowNormalisers, stats: RowStatistics | None) -> None:
     """Write ∂loss/∂raw into `block.gradient`, which may be the student's `raw`. One reading."""
     assert block.gradient is not None
-    log_assistant = sums = None
+    log_assistant = sums = residuals = None
+    kd_scale = block.kd_scale
     if stats is not None:
-        log_assistant, sums = stats.log_assistant, stats.sums.contiguous()
-    has_ce = block.ce_scale is not None
-    log_z, labels = (norms.log_z, block.labels) if has_ce else (None, None)
+        log_assistant, residuals = stats.log_assistant, stats.residuals
+        sums = stats.sums.contiguous()
+    if residuals is not None and kd_scale is not None:
+        assert block.objective is not None
+        kd_scale = kd_scale * score_weight(block.objective)
+    has_ce, sampled = block.ce_scale is not None, block.label_scale is not None
+    log_z = norms.log_z if has_ce else None
+    labels = block.labels if has_ce or sampled else None
     # Without a teacher its terms are compiled away, and any objective does.
     objective = block.objective or AMiD().resolved({})
     numbers = None if norms.log_q is None else token_numbers(objective, norms.log_q[0])
-    rows = (norms.log_p, norms.log_q, log_assistant, sums, block.kd_scale, block.ce_scale, log_z,
-            labels, numbers)
+    rows = (norms.log_p, norms.log_q, log_assistant, sums, residuals, kd_scale, block.ce_scale,
+            block.label_scale, log_z, labels, numbers)
     _launch(
         kernel_programs.gradient_kernel, block, *_models(block), block.gradient,
         block.gradient.stride(0), *[_or_unread(row, block) for row in rows], block.tokens,
         inverse_tau=1 / block.student.temperature,
         PER_TOKEN=numbers is not None, HAS_KD=block.kd_scale is not None, HAS_CE=has_ce,
-        HAS_ASSISTANT=log_assistant is not None,
+        SAMPLED=sampled, HAS_ASSISTANT=log_assistant is not None, **weight_arguments(objective),
         MOVES=moves_assistant(objective), **order_arguments(objective),
         **divergence_arguments(objective), **mixture_arguments(objective),
         **_logit_arguments(block))

@@ -93,7 +93,7 @@ class MicroBatchLoss(NamedTuple):
     """Scalars of one micro-batch: weighted loss (with gradient), divergence and cross entropy.
 
     tokens: [n, 2], the divergence and cross entropy of each token, as far as they count.
-    statistics: [m], weighted sums of the objective's; 0 without the teacher.
+    statistics: [m], weighted sums of the objective's; 0 of what needs the teacher, without it.
     """
 
     loss: Tensor
@@ -150,7 +150,8 @@ class FusedHead(nn.Module):
         if teacher_hidden is None:
             teacher_head = None
         weights = (0.0 if teacher_hidden is None else objective.kd_weight, objective.ce_weight)
-        statistics = objective.statistics if teacher_hidden is not None else ()
+        statistics = [name for name in objective.statistics
+                      if teacher_hidden is not None or name == "student_entropy"]
         out = linear_amid_loss(
             student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
             token_weights=token_weights, labels=labels, kd_weight=weights[0], ce_weight=weights[1],
@@ -161,8 +162,8 @@ class FusedHead(nn.Module):
         tokens = [torch.zeros_like(token_weights) if values is None or not weight else values
                   for values, weight in zip((out.kd, out.ce), weights, strict=True)]
         sums = out.loss.new_zeros(len(objective.statistics))
-        for place, name in enumerate(statistics):
-            sums[place] = (token_weights * out.statistics[name]).sum()
+        for name in statistics:
+            sums[objective.statistics.index(name)] = (token_weights * out.statistics[name]).sum()
         return MicroBatchLoss(out.loss, kd, ce, torch.stack(tokens, -1), sums)
 
 

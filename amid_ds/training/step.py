@@ -25,8 +25,8 @@ from amid_ds.data import Batch
 from amid_ds.distributed.transfer import to_device
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
-from amid_ds.losses import PerToken
-from amid_ds.models.distiller import Part, StepObjective, StepObjectives
+from amid_ds.losses import AMiD, PerToken
+from amid_ds.models.distiller import Part, StepObjectives
 from amid_ds.monitor.hang_watchdog import MAX_RANKS_SHOWN
 from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
 from amid_ds.run.log import finite
@@ -105,8 +105,16 @@ class Stepper:
                 # One that the loss does not count may be infinite.
                 "kd_loss": finite(sums.kd) if uses_teacher else None, "ce_loss": finite(sums.ce),
                 "grad_norm": norm, **_learning_rates(recipe.train, rate),
-                **scheduled, **_objective_metrics(shown, uses_teacher, sums.statistics),
+                **scheduled, **_objective_metrics(shown.amid, uses_teacher),
+                **self._statistics(sums.statistics, uses_teacher),
                 "tokens_per_second": batch.tokens / (time.monotonic() - began)}
+
+    def _statistics(self, means: list[float], uses_teacher: bool) -> Metrics:
+        """The recipe's statistics by name; None without the teacher, but for the entropy of a
+        student that has none."""
+        alone = {"student_entropy"} if self.recipe.teacher is None else set()
+        return {name: finite(mean) if uses_teacher or name in alone else None for name, mean
+                in zip(self.recipe.train.statistics, means, strict=True)}
 
     def _micro_batches(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None,
                        objectives: StepObjectives) -> list[_MicroBatch]:
@@ -262,11 +270,7 @@ def _bad_places(batch: Batch, tokens: Tensor) -> Iterator[str]:
                    f"{tokens[index][bad[index]][0].item()})")
 
 
-def _objective_metrics(objective: StepObjective, uses_teacher: bool,
-                       statistics: list[float]) -> Metrics:
-    """`alpha` and `lam`, None where each token has its own, and the statistics by name; None
-    without the teacher."""
-    numbers = {"alpha": objective.amid.alpha, "lam": objective.amid.lam,
-               **dict(zip(objective.statistics, statistics, strict=True))}
-    return {name: finite(number) if uses_teacher and not isinstance(number, PerToken) else None
-            for name, number in numbers.items()}
+def _objective_metrics(amid: AMiD, uses_teacher: bool) -> Metrics:
+    """`alpha` and `lam`; None without the teacher, or where each token has its own."""
+    return {name: None if isinstance(number, PerToken) or not uses_teacher else number
+            for name, number in (("alpha", amid.alpha), ("lam", amid.lam))}
