@@ -19,7 +19,8 @@ ARCHES = ["sm_80", "sm_90", "sm_100", "gfx942"]
 OBJECTIVES = ["jsd", "skl", "fkl", "taid", "amid", "amid_rq", "amid_all_orders", "geometric",
               "near_geometric", "harmonic", "total_variation", "squared_hellinger", "alpha_beta",
               "alpha_beta_all_orders", "two_temperatures", "powered", "per_token",
-              "per_token_alpha_beta", "per_token_orders", "ce"]
+              "per_token_alpha_beta", "per_token_orders", "ce",
+              "alpha_zero", "alpha_beta_of_sum_zero", "log_squares", "csd", "csd_ts"]
 # Of Llama 2, GPT-2, Llama 3, Qwen 3, Qwen 2.5, Gemma 3; a shard of two ranks of GPT-2's.
 TOKENIZERS = [32000, 50257, 128256, 151669, 151936, 262144, 25129]
 # The objective whose kernels the prediction takes for a kind of mixture.
@@ -110,6 +111,7 @@ def test_a_kernel_is_compiled_once_for_any_number_of_tokens(on_sm_90):
 def test_every_objective_compiles_for_every_gpu(arch):
     cases = [f"{arch}:{objective}:bf16/bf16:50257:17" for objective in OBJECTIVES]
     cases += [f"{arch}:{objective}:bf16/bf16:128256:17:ce:cap" for objective in ("jsd", "harmonic")]
+    cases += [f"{arch}:harmonic:bf16/bf16:50257:17{ce}:sampled" for ce in ("", ":ce")]
     found = compiled(*cases)
     for kernels in found.values():
         for kernel in kernels.values():

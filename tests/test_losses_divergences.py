@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.losses import LossProblem, relative_error
+from support.losses import LossProblem, relative_error, value_and_gradient, with_zeros
 from support.ranks import RankPool
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,21 +29,6 @@ def logits(seed: int, *shape: int, scale: float = 2.0,
            dtype: torch.dtype = torch.float64) -> Tensor:
     draw = torch.Generator().manual_seed(seed)
     return (torch.randn(*shape, generator=draw, dtype=torch.float64) * scale).to(dtype)
-
-
-def with_zeros(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """(student's, teacher's) logits [4, 37]: none is -inf; one of both; the student's; the
-    teacher's."""
-    student, teacher = logits(4, 4, 37, dtype=dtype), logits(5, 4, 37, dtype=dtype)
-    student[1, 3] = teacher[1, 3] = student[2, 5] = teacher[3, 7] = -INF
-    return student.requires_grad_(), teacher
-
-
-def value_and_gradient(student: Tensor, teacher: Tensor, objective: AMiD,
-                       **options) -> tuple[Tensor, Tensor]:
-    """The loss per token, and the gradient of the sum of its finite ones."""
-    loss = amid_loss(student, teacher, objective, **options)
-    return loss.detach(), torch.autograd.grad(loss[loss.isfinite()].sum(), student)[0]
 
 
 def abkd(x: float, y: float, p: Tensor, q: Tensor) -> Tensor:
@@ -78,7 +63,9 @@ def test_alpha_beta_is_abkds_formula_at_its_limits_too(measure):
 
 
 @pytest.mark.parametrize("measure", LIMITS, ids=str)
-@pytest.mark.parametrize("order", [*ORDERS, {"pr": 0.5, "qr": 0.25, "rp": 1.0, "rq": 2.0}], ids=str)
+@pytest.mark.parametrize("order", [{"pr": 0.5, "qr": 0.25, "rp": 1.0, "rq": 2.0},
+                                   *(pytest.param(each, marks=pytest.mark.slow) for each in ORDERS)],
+                         ids=str)
 def test_the_limits_pass_gradcheck_through_the_assistant(measure, order):
     student, teacher = logits(1, 3, 7, scale=1.0).requires_grad_(), logits(2, 3, 7, scale=1.0)
     for alpha, lam in ((-5.0, 0.1), (1.0, 0.3), (-1.0, 0.5), (0.0, 1.0)):
@@ -88,7 +75,7 @@ def test_the_limits_pass_gradcheck_through_the_assistant(measure, order):
                                    naive_loss(student, teacher, objective), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("step", [1e-2, 1e-4, 1e-6, 1e-9, 1e-15])
+@pytest.mark.parametrize("step", [1e-2, 1e-6, 1e-15])
 @pytest.mark.parametrize("measure", LIMITS, ids=str)
 def test_value_and_gradient_are_continuous_at_the_limits(measure, step):
     """In float64: as far from the limit as the step, and no digit is lost on the way."""
@@ -147,23 +134,6 @@ def test_the_limits_are_infinite_where_the_paper_is_and_never_nan(measure):
         torch.testing.assert_close(loss[finite], truth[finite], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("measure", [
-    AlphaBeta(0, 0.7), AlphaBeta(0.4, -0.4), AlphaBeta(0, 0), AlphaBeta(0.03, -0.04),
-    *(pytest.param(each, marks=pytest.mark.slow)
-      for each in (*LIMITS[1:7], AlphaBeta(1e-6, 1), AlphaBeta(0.05, -0.04), AlphaBeta(-0.3, -0.2),
-                   AlphaBeta(1.5, -0.5)))], ids=str)
-def test_the_kernels_have_the_limits(measure):
-    for alpha, lam, order in ((-5.0, 0.3, "pr"), (3.0, 0.5, {"rq": 0.5, "qr": 0.3})):
-        objective = AMiD(alpha, lam, measure, order)
-        truth, of_truth = value_and_gradient(*with_zeros(), objective)
-        loss, gradient = value_and_gradient(*with_zeros(torch.float32), objective,
-                                            backend="triton")
-        finite = truth.isfinite()
-        assert torch.equal(loss.isfinite(), finite) and not loss.isnan().any()
-        torch.testing.assert_close(loss[finite].double(), truth[finite], rtol=1e-5, atol=1e-6)
-        assert relative_error(gradient[finite], of_truth[finite]) < 1e-5
-
-
 # --- concrete score distillation ------------------------------------------------------------------
 
 WEIGHTS = [("student", "student"), ("uniform", "student"), ("teacher", "student"),
@@ -220,26 +190,6 @@ def test_concrete_score_is_the_naive_twin_through_the_assistant_and_with_zeros(w
         of_truth = torch.autograd.grad(truth[finite].sum(), student)[0]
         torch.testing.assert_close(loss[finite], truth[finite].detach(), rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(gradient[finite], of_truth[finite], rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("weights", WEIGHTS[:4], ids=str)
-def test_the_kernels_have_concrete_scores_of_the_models(weights):
-    for lam, order, tau in ((0.0, "pr", 1.0),
-                            (1.0, {"qr": 0.5, "rq": 0.3, "pr": 1.0}, {"student": 2, "teacher": 1})):
-        objective = AMiD(-1.0, lam, ConcreteScore(*weights), order, tau)
-        truth, of_truth = value_and_gradient(*with_zeros(), objective)
-        loss, gradient = value_and_gradient(*with_zeros(torch.float32), objective,
-                                            backend="triton")
-        finite = truth.isfinite()
-        assert torch.equal(loss.isfinite(), finite)
-        torch.testing.assert_close(loss[finite].double(), truth[finite], rtol=1e-5, atol=1e-6)
-        assert relative_error(gradient[finite], of_truth[finite]) < 1e-5
-
-
-def test_the_kernels_refuse_a_concrete_score_through_the_assistant():
-    with pytest.raises(InputError, match="backend='triton'"):
-        amid_loss(logits(1, 2, 5).float(), logits(2, 2, 5).float(),
-                  AMiD(divergence=ConcreteScore()), backend="triton")
 
 
 def test_weights_of_a_concrete_score_are_checked():

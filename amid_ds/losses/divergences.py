@@ -3,7 +3,8 @@
 A divergence is a class of three formulas, its value and its derivatives with respect to the
 logarithm of each argument; all else (the chain rule through r, the softmax, blocks, shards) is
 written once, in block.py and the backends. The trade-off: only divergences that are sums over the
-vocabulary of a function of (log a, log b) fit.
+vocabulary of a function of (log a, log b) fit. Two are known to the backends by name:
+ConcreteScore, which needs sums over the vocabulary first, and SampledReverseKL, of the label alone.
 
 To add a divergence, write its class here,
 

@@ -14,7 +14,7 @@ import triton.language as tl
 from amid_ds.losses.kernel_math import LN_2, UNBOUNDED
 from amid_ds.losses.kernel_rows import block_columns, load_log_probs, load_pair, total
 
-ROWS = ["tokens", "out", "log_p_norm", "log_q_norm", "residuals"]
+RESIDUAL_ROWS = ["tokens", "out", "log_p_norm", "log_q_norm", "residuals"]
 # The constexpr FIRST and SECOND.
 WEIGHT_STUDENT = tl.constexpr(0)
 WEIGHT_TEACHER = tl.constexpr(1)
@@ -63,7 +63,7 @@ def score_slope(log_p, log_q, inverse_first, inverse_second, centre, half, FIRST
     return (first + second) * (delta - centre) + (first - second) * half
 
 
-@triton.jit(do_not_specialize=ROWS)
+@triton.jit(do_not_specialize=RESIDUAL_ROWS)
 def residual_sums_kernel(
     student, student_stride, teacher, teacher_stride, log_p_norm, log_q_norm, out, tokens, width,
     student_scale, student_unit, student_cap, teacher_scale, teacher_unit, teacher_cap,
@@ -106,7 +106,7 @@ def residual_sums_kernel(
     tl.store(out + 3 * tokens + row, tl.sum(of_second))
 
 
-@triton.jit(do_not_specialize=ROWS)
+@triton.jit(do_not_specialize=RESIDUAL_ROWS)
 def score_kernel(
     student, student_stride, teacher, teacher_stride, log_p_norm, log_q_norm, residuals, out,
     tokens, width, student_scale, student_unit, student_cap, teacher_scale, teacher_unit,

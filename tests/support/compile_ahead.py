@@ -5,7 +5,7 @@
 The kernels are compiled through their own launchers, hence with the arguments and specialisations
 of a real call; a stand-in for Triton's driver names the GPU. Prints one JSON object per kernel, or
 with --table the table of amid_ds/losses/README.md. A case is
-ARCH:OBJECTIVE:STUDENT/TEACHER:WIDTH:TOKENS[:ce][:cap][:measures], e.g.
+ARCH:OBJECTIVE:STUDENT/TEACHER:WIDTH:TOKENS[:ce][:cap][:measures][:sampled], e.g.
 sm_90:jsd:bf16/bf16:50257:17:ce.
 
 A script of its own, because the tests' process runs Triton's interpreter. The tools that assemble
@@ -36,13 +36,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from amid_ds import AlphaBeta, AMiD, PerToken, VocabShard, preset
-from amid_ds.losses import kernel_measures, kernel_programs, kernels
+from amid_ds.losses import kernel_measures, kernel_programs, kernel_residuals, kernels
 from amid_ds.losses.block import Block, Logits, RowNormalisers
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 PROGRAMS = {"normalisers": kernel_programs, "measures": kernel_measures,
             "assistant": kernel_programs, "kl_moments": kernel_programs, "sums": kernel_programs,
-            "gradient": kernel_programs}
+            "gradient": kernel_programs, "residual_sums": kernel_residuals,
+            "score": kernel_residuals}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ALL_ORDERS = {"pr": 1.0, "qr": 0.5, "rp": 0.25, "rq": 0.125}
 ENTROPY = PerToken("teacher_entropy", (0.1, 0.5), (0.0, 4.0))
@@ -66,6 +67,11 @@ OBJECTIVES = {
     "per_token": AMiD(-5.0, ENTROPY),
     "per_token_alpha_beta": AMiD(-5.0, ENTROPY, AlphaBeta(0.2, 0.7)),
     "per_token_orders": AMiD(-1.0, 0.0, order={"pr": ENTROPY, "rp": 1.0}),
+    "alpha_zero": AMiD(-5.0, 0.1, AlphaBeta(0.0, 0.7)),
+    "alpha_beta_of_sum_zero": AMiD(-5.0, 0.1, AlphaBeta(0.4, -0.4)),
+    "log_squares": AMiD(-5.0, 0.1, AlphaBeta(0.0, 0.0)),
+    "csd": preset("csd"),
+    "csd_ts": preset("csd", first="teacher"),
     "ce": None,
 }
 # The rows of the table.
@@ -140,7 +146,7 @@ def compile_case(case: str) -> list[Compiled]:
             setattr(programs, f"{kernel}_kernel", _Recorder(kernel, found))
         rows = dict(zip(block.normaliser_names, kernels.log_normalisers(block), strict=True))
         norms = RowNormalisers(rows.get("q"), rows.get("p"), rows.get("z", rows.get("q")))
-        objective, stats = OBJECTIVES[name], None
+        objective, stats = None if "sampled" in extras else OBJECTIVES[name], None
         if objective is not None:
             asked = kernels.SUMMED_MEASURES if "measures" in extras else objective.measures
             if asked:
@@ -165,7 +171,11 @@ def _block(name: str, dtypes: list[torch.dtype], width: int, tokens: int,
                         for dtype, tau in zip(dtypes, temperatures, strict=True))
     has_ce = objective is None or "ce" in extras
     ones = torch.ones(tokens)
-    labels = torch.zeros(tokens, dtype=torch.int64) if has_ce else None
+    sampled = "sampled" in extras
+    labels = torch.zeros(tokens, dtype=torch.int64) if has_ce or sampled else None
+    if sampled:
+        return Block(student, teacher, None, torch.float32, labels, None, ones if has_ce else None,
+                     student.raw, label_scale=ones)
     if objective is None:
         return Block(student, None, None, torch.float32, labels, None, ones, student.raw)
     resolved = objective.resolved(dict.fromkeys(objective.per_token, ones))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from amid_ds import AlphaBeta, AMiD, LMHead, PerToken, linear_amid_loss
+from amid_ds import AlphaBeta, AMiD, LMHead, PerToken, amid_loss, linear_amid_loss
 from amid_ds.losses import fused
 from amid_ds.losses.divergences import DIVERGENCES, ConcreteScore
 from amid_ds.losses.reference import naive_loss, naive_values
@@ -122,3 +122,20 @@ def random_logits(tokens: int = 6, vocabulary: int = 23) -> tuple[Tensor, Tensor
 def relative_error(actual: Tensor, truth: Tensor) -> float:
     """‖actual − truth‖ / ‖truth‖ in float64."""
     return ((actual.double() - truth.double()).norm() / truth.double().norm()).item()
+
+
+def with_zeros(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """(student's, teacher's) logits [4, 37]: none is -inf; one of both; the student's; the
+    teacher's."""
+    student, teacher = (
+        2 * torch.randn(4, 37, generator=torch.Generator().manual_seed(seed)).to(dtype)
+        for seed in (4, 5))
+    student[1, 3] = teacher[1, 3] = student[2, 5] = teacher[3, 7] = -torch.inf
+    return student.requires_grad_(), teacher
+
+
+def value_and_gradient(student: Tensor, teacher: Tensor, objective: AMiD,
+                       **options) -> tuple[Tensor, Tensor]:
+    """The loss per token, and the gradient of the sum of its finite ones."""
+    loss = amid_loss(student, teacher, objective, **options)
+    return loss.detach(), torch.autograd.grad(loss[loss.isfinite()].sum(), student)[0]

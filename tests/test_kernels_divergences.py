@@ -1,0 +1,52 @@
+"""The kernels of the divergences at their limits and of residuals, against plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.losses import relative_error, value_and_gradient, with_zeros
+
+from amid_ds import AlphaBeta, AMiD, amid_loss
+from amid_ds.errors import InputError
+from amid_ds.losses import ConcreteScore
+
+LIMITS = [AlphaBeta(0.4, 0), AlphaBeta(-1.5, 1.5), AlphaBeta(0, -0.6), AlphaBeta(-0.6, 0)]
+WEIGHTS = [("student", "student"), ("uniform", "student"), ("teacher", "student"),
+           ("teacher", "teacher")]
+
+
+@pytest.mark.parametrize("measure", [
+    AlphaBeta(0, 0.7), AlphaBeta(0.4, -0.4), AlphaBeta(0, 0), AlphaBeta(0.03, -0.04),
+    *(pytest.param(each, marks=pytest.mark.slow)
+      for each in (*LIMITS, AlphaBeta(1e-6, 1), AlphaBeta(0.05, -0.04), AlphaBeta(-0.3, -0.2),
+                   AlphaBeta(1.5, -0.5)))], ids=str)
+def test_the_kernels_have_the_limits(measure):
+    for alpha, lam, order in ((-5.0, 0.3, "pr"), (3.0, 0.5, {"rq": 0.5, "qr": 0.3})):
+        objective = AMiD(alpha, lam, measure, order)
+        truth, of_truth = value_and_gradient(*with_zeros(), objective)
+        loss, gradient = value_and_gradient(*with_zeros(torch.float32), objective,
+                                            backend="triton")
+        finite = truth.isfinite()
+        assert torch.equal(loss.isfinite(), finite) and not loss.isnan().any()
+        torch.testing.assert_close(loss[finite].double(), truth[finite], rtol=1e-5, atol=1e-6)
+        assert relative_error(gradient[finite], of_truth[finite]) < 1e-5
+
+
+@pytest.mark.parametrize("weights", WEIGHTS, ids=str)
+def test_the_kernels_have_concrete_scores_of_the_models(weights):
+    for lam, order, tau in ((0.0, "pr", 1.0),
+                            (1.0, {"qr": 0.5, "rq": 0.3, "pr": 1.0}, {"student": 2, "teacher": 1})):
+        objective = AMiD(-1.0, lam, ConcreteScore(*weights), order, tau)
+        truth, of_truth = value_and_gradient(*with_zeros(), objective)
+        loss, gradient = value_and_gradient(*with_zeros(torch.float32), objective,
+                                            backend="triton")
+        finite = truth.isfinite()
+        assert torch.equal(loss.isfinite(), finite)
+        torch.testing.assert_close(loss[finite].double(), truth[finite], rtol=1e-5, atol=1e-6)
+        assert relative_error(gradient[finite], of_truth[finite]) < 1e-5
+
+
+def test_the_kernels_refuse_a_concrete_score_through_the_assistant():
+    with pytest.raises(InputError, match="backend='triton'"):
+        amid_loss(torch.zeros(2, 5), torch.zeros(2, 5), AMiD(divergence=ConcreteScore()),
+                  backend="triton")
