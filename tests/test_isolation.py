@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 from amid_ds.data import Batch
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD
-from amid_ds.models.distiller import Distiller, Part, StepObjective
+from amid_ds.models.distiller import Distiller, LossPart, StepObjective
 from amid_ds.models.heads import check_isolation
 
 FAMILIES = ("llama", "llama-tied", "qwen3", "gemma2", "qwen2-tied", "gpt2")
 # Tokens of each document in the row; Gemma's window of 8 ends inside one of them.
 LENGTHS = (5, 13, 1, 9)
-PARTS = [Part(StepObjective(AMiD(lam=0.3), kd_weight=1.0, ce_weight=0.5))]
+PARTS = [LossPart(StepObjective(AMiD(lam=0.3), kd_weight=1.0, ce_weight=0.5))]
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ from amid_ds.data import PreparedLoader, load_tokenizer, prepare
 from amid_ds.data.batch import Batch, TokenRow, collate_rows
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD, PerToken
-from amid_ds.models.distiller import Distiller, Part, StepObjective, StepObjectives
+from amid_ds.models.distiller import Distiller, LossPart, StepObjective, StepObjectives
 from amid_ds.models.heads import logits_of, run_body
 from amid_ds.planning.devices import find_device
 from amid_ds.planning.plan import make_plan
@@ -135,7 +135,7 @@ def test_the_tokens_of_a_sequence_are_chosen_within_it_whatever_stands_beside_it
     teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
     whole, none = (distiller(batch.input_ids, batch.valid, batch.targets, weights, teacher_hidden,
                              batch.positions, batch.sequences, parts=own,
-                             documents=batch.documents) for own in (parts, [Part(BASE)]))
+                             documents=batch.documents) for own in (parts, [LossPart(BASE)]))
     logits = logits_of(distiller.head.heads()[1], teacher_hidden)[:, :30].double()
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     expected = sum(none.tokens[i] @ torch.tensor([1.0, 0.5])
@@ -161,8 +161,8 @@ def test_a_kind_without_a_token_is_left_out_and_one_part_stays(distiller):
     silent = collate_rows([row(7, ()), row(6, (2, 6))], [], [0, 1])
     empty = collate_rows([row(3, ())], [])
     found = [objectives.parts(batch, sampled=False) for batch in (alike, silent, empty)]
-    assert found == [[Part(BASE)], [Part(OTHER)], [Part(BASE)]]
-    assert objectives.parts(alike, sampled=True) == [Part(OTHER)]
+    assert found == [[LossPart(BASE)], [LossPart(OTHER)], [LossPart(BASE)]]
+    assert objectives.parts(alike, sampled=True) == [LossPart(OTHER)]
     hidden, head = torch.zeros(0, 32, requires_grad=True), distiller.student.lm_head.weight
     out = distiller.head(hidden, None, torch.zeros(0).long(), torch.zeros(0), parts=found[2])
     out.loss.backward()
@@ -323,7 +323,7 @@ def test_a_plan_counts_a_gradient_of_the_head_for_each_loss_of_a_micro_batch(rec
     assert two - one == head.numel() * head.element_size() and len(set(of_one_row)) == 1
     batch = collate_rows([row(7, (1, 7)), row(6, (2, 6))], [], [0, 1])
     objectives = StepObjectives(BASE, BASE, {0: BASE, 1: OTHER})
-    for parts, held in ((objectives.parts(batch, False), 2), ([Part(BASE)], 1)):
+    for parts, held in ((objectives.parts(batch, False), 2), ([LossPart(BASE)], 1)):
         before = len(tensors_like(head))
         out = distiller(batch.input_ids, batch.valid, batch.targets, torch.ones(len(batch.valid)),
                         distiller.teacher_hidden_states([batch], 1)[0], parts=parts)

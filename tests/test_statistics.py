@@ -17,7 +17,7 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Statistic
 from amid_ds.data import Batch, PreparedLoader
 from amid_ds.losses import AMiD
-from amid_ds.models.distiller import Distiller, Part, StepObjective
+from amid_ds.models.distiller import Distiller, LossPart, StepObjective
 
 NAMES = list(get_args(Statistic))
 # At the first the teacher does not run.
@@ -91,7 +91,7 @@ def test_without_a_teacher_the_students_entropy_is_there_alone(shared_model):
     distiller = Distiller(student, None, vocab_size=30)
     ids = torch.arange(8)[None] + 3
     batch = Batch(ids, ids.roll(-1, 1), None, 0, [], [])
-    parts = [Part(StepObjective(AMiD(temperature=2.0), 0.0, 1.0, tuple(NAMES)))]
+    parts = [LossPart(StepObjective(AMiD(temperature=2.0), 0.0, 1.0, tuple(NAMES)))]
     weights = torch.linspace(0.1, 1, 8)
     found = distiller(ids, batch.valid, batch.targets, weights, None, parts=parts).statistics
     q = student(ids).logits[0, :, :30].double().softmax(-1)

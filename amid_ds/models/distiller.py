@@ -37,7 +37,7 @@ class StepObjective:
     statistics: tuple[str, ...] = ()
 
 
-class Part(NamedTuple):
+class LossPart(NamedTuple):
     """The tokens of a micro-batch that have one objective.
 
     tokens: [k] int64, which of its n labelled tokens they are; None: all.
@@ -46,7 +46,7 @@ class Part(NamedTuple):
     objective: StepObjective
     tokens: Tensor | None = None
 
-    def to(self, device: torch.device | str) -> Part:
+    def to(self, device: torch.device | str) -> LossPart:
         """A copy on `device`, which nothing waits for."""
         return self if self.tokens is None else self._replace(tokens=to_device(self.tokens, device))
 
@@ -73,19 +73,19 @@ class StepObjectives:
             return [self.sampled]
         return list(self.by_source.values()) or [self.base]
 
-    def parts(self, batch: Batch, sampled: bool) -> list[Part]:
+    def parts(self, batch: Batch, sampled: bool) -> list[LossPart]:
         """The batch's tokens by objective, one part at least. On the host, as the batch is."""
         objectives = self.of_step(sampled)
         if len(objectives) == 1 or not len(batch.valid):
-            return [Part(objectives[0])]
+            return [LossPart(objectives[0])]
         sources = batch.source_numbers.numpy()
         # Sources by the first one that is learnt from alike.
         alike: dict[int, list[int]] = {}
         for source in np.unique(sources).tolist():
             alike.setdefault(objectives.index(self.by_source[source]), []).append(source)
         if len(alike) == 1:
-            return [Part(objectives[next(iter(alike))])]
-        return [Part(objectives[first], torch.from_numpy(np.flatnonzero(np.isin(sources, own))))
+            return [LossPart(objectives[next(iter(alike))])]
+        return [LossPart(objectives[first], torch.from_numpy(np.flatnonzero(np.isin(sources, own))))
                 for first, own in alike.items()]
 
 
@@ -119,7 +119,7 @@ class FusedHead(nn.Module):
 
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor,
                 token_weights: Tensor, sequences: Tensor | None = None, *,
-                parts: Sequence[Part]) -> MicroBatchLoss:
+                parts: Sequence[LossPart]) -> MicroBatchLoss:
         """The loss of n tokens, each of which is in one of the `parts`.
 
         student_hidden [n, H_s], teacher_hidden [n, H_t] or None (cross entropy alone), labels [n]
@@ -141,7 +141,7 @@ class FusedHead(nn.Module):
         return MicroBatchLoss(loss, kd, ce, tokens,
                               torch.stack([own.statistics for own in losses]).sum(0))
 
-    def _part_loss(self, part: Part, heads: tuple[LMHead, LMHead | None],
+    def _part_loss(self, part: LossPart, heads: tuple[LMHead, LMHead | None],
                    *rows: Tensor | None) -> MicroBatchLoss:
         """The loss of the part's tokens. rows: of all n, in the order of `forward`."""
         student_hidden, teacher_hidden, labels, token_weights, sequences = map(part.take, rows)
@@ -230,7 +230,7 @@ class Distiller(nn.Module):
 
     def forward(self, input_ids: Tensor, valid: Tensor, labels: Tensor, token_weights: Tensor,
                 teacher_hidden: Tensor | None, positions: Tensor | None = None,
-                sequences: Tensor | None = None, *, parts: Sequence[Part],
+                sequences: Tensor | None = None, *, parts: Sequence[LossPart],
                 documents: Documents | None = None) -> MicroBatchLoss:
         """One micro-batch's loss.
 

@@ -26,7 +26,7 @@ from amid_ds.distributed.transfer import to_device
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
 from amid_ds.losses import AMiD, PerToken
-from amid_ds.models.distiller import Part, StepObjectives
+from amid_ds.models.distiller import LossPart, StepObjectives
 from amid_ds.monitor.hang_watchdog import MAX_RANKS_SHOWN
 from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
 from amid_ds.run.log import finite
@@ -43,7 +43,7 @@ class _MicroBatch(NamedTuple):
 
     batch: Batch
     weights: Tensor
-    parts: list[Part]
+    parts: list[LossPart]
 
 
 class _StepSums(NamedTuple):
@@ -135,7 +135,7 @@ class Stepper:
             for each in batch.window]
         if auxiliary is not None:
             assert self.recipe.data.auxiliary is not None
-            cross_entropy = [Part(replace(objectives.base, kd_weight=0.0, ce_weight=1.0,
+            cross_entropy = [LossPart(replace(objectives.base, kd_weight=0.0, ce_weight=1.0,
                                           statistics=()))]
             divisor = max(auxiliary.tokens, 1.0) / self.recipe.data.auxiliary.weight
             micro_batches += [_MicroBatch(each.to(device), equal_weights(each, divisor),
