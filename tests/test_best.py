@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -152,6 +153,23 @@ def test_a_run_that_went_on_from_its_best_step_ends_as_the_uninterrupted_one(end
     assert saved_steps(run) == saved_steps(ended)
     assert equal(weights(run / "best"), weights(ended / "best"))
     assert equal(weights(run / "model"), weights(ended / "model"))
+
+
+@pytest.mark.slow
+def test_killed_after_each_of_its_saves_it_is_the_run_that_nobody_killed(ended, recipe_for,
+                                                                         tmp_path):
+    run = tmp_path / "run"
+    recipe = recipe_for(run)
+    for _ in range(3):
+        before = saved_steps(run)
+        ranks = Ranks(2, "train", recipe)
+        ranks.wait_until(lambda before=before: saved_steps(run) != before, interval=0.002)
+        ranks.signal(signal.SIGKILL)
+        ranks.wait()
+    run_ranks(2, "train", recipe)
+    assert comparable_results(run) == comparable_results(ended)
+    assert saved_steps(run) == saved_steps(ended)
+    assert equal(weights(run / "best"), weights(ended / "best"))
 
 
 def test_a_run_that_ended_early_is_done_and_makes_what_is_missing_of_the_best_good_checkpoint(
