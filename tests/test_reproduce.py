@@ -156,6 +156,20 @@ def test_missing_models_and_data_are_all_named_before_anything_is_made(inputs, t
     assert str(tmp_path / "data/vicuna") not in message and not out.exists()
 
 
+@pytest.mark.parametrize("name", published().rows)
+def test_every_published_row_is_a_recipe_on_the_authors_files(name, inputs, tmp_path):
+    args = reproduce.ReproduceArgs(name, inputs[1], inputs[3], out=str(tmp_path))
+    task = reproduce.Reproduction(args, published().rows[name], (10,))
+    recipe = task.recipe
+    assert recipe.teacher is not None and recipe.checkpoint.best is not None
+    assert [recipe.student.model, recipe.teacher.model] == [
+        f"{inputs[1]}/init-gpt2-120M", f"{inputs[1]}/teacher-gpt2-1.5B"]
+    paths = [recipe.data.train[0].path, recipe.data.eval[0].path]
+    assert paths == [f"{tmp_path}/data/dolly/train.jsonl", f"{tmp_path}/data/dolly/heldout.jsonl"]
+    assert recipe.data.auxiliary is None or recipe.data.auxiliary.path == f"{inputs[3]}/openwebtext"
+    assert recipe.output_dir == f"{tmp_path}/run"
+
+
 @pytest.mark.parametrize(("change", "named"), [
     (["amidd"], ["'amidd'", "did you mean `amid`?"]),
     (["amid", "--seeds", "ten"], ["--seeds ten"]), (["amid", "--seeds", ""], ["--seeds"]),
