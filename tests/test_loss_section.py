@@ -139,8 +139,10 @@ def test_a_wrong_loss_is_refused_in_one_line_by_name(loss, message, tmp_path):
 ])
 def test_what_no_objective_has_is_refused_by_the_check_of_the_job(loss, message, tmp_path):
     recipe = load(tmp_path, loss=loss)
-    with pytest.raises(InputError, match=message):
-        objectives_at(recipe, 0)
+    own = load(tmp_path, own={1: loss})
+    for place, wrong in (("`loss`: ", recipe), ("`data.train.1.loss`: ", own)):
+        with pytest.raises(InputError, match=f"(?s)^{place}.*{message}"):
+            objectives_at(wrong, 0)
 
 
 def test_equal_temperatures_of_both_sides_are_squared_as_one():

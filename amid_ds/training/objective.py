@@ -30,16 +30,20 @@ def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = Non
 def objectives_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> StepObjectives:
     """What optimizer step `step` (from 0) of the recipe learns from tokens of each origin.
 
-    taid, errors: as `objective_at` has them.
+    taid, errors: as `objective_at` has them; an error names the loss by its place.
     """
-    def at(loss: Loss) -> StepObjective:
-        objective = objective_at(loss, step, recipe.train.total_steps, taid)
+    def at(loss: Loss, place: str) -> StepObjective:
+        try:
+            objective = objective_at(loss, step, recipe.train.total_steps, taid)
+        except InputError as error:
+            raise InputError(f"`{place}`: {error.found}", error.expected, error.remedy) from None
         return replace(objective, statistics=tuple(recipe.train.statistics))
 
-    base, own = at(recipe.loss), recipe.source_losses
+    base, own = at(recipe.loss, "loss"), recipe.source_losses
     every_source = range(len(recipe.data.train) if own else 0)
-    return StepObjectives(base, at(recipe.sampled_loss), {
-        number: at(own[number]) if number in own else base for number in every_source})
+    return StepObjectives(base, at(recipe.sampled_loss, "rollout.loss"), {
+        number: at(own[number], f"data.train.{number}.loss") if number in own else base
+        for number in every_source})
 
 
 def scheduled_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> dict[str, float]:
