@@ -36,6 +36,7 @@ from amid_ds.planning.devices import find_device
 from amid_ds.planning.plan import make_plan
 from amid_ds.training.compatibility import refuse_other_run
 from amid_ds.training.objective import objectives_at
+from amid_ds.training.step import _bad_places
 
 STEPS = 3
 TRAIN = {"steps": STEPS, "seq_length": 24, "micro_batch_size": 2, "global_batch_size": 12,
@@ -123,6 +124,21 @@ def test_each_token_is_learnt_as_its_source_says(distiller):
     loss.backward()
     for parameter, gradient in zip(distiller.student.parameters(), gradients, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_nan_is_named_by_its_row_whichever_loss_its_token_has(distiller):
+    rows = [row(7, (1, 7))._replace(source="a line 1"), row(6, (2, 6))._replace(source="b line 4"),
+            row(6, (2, 6))._replace(source="a line 2")]
+    batch = collate_rows(rows, [], [0, 1, 0])
+    parts = StepObjectives(BASE, BASE, {0: BASE, 1: OTHER}).parts(batch, sampled=False)
+    teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
+    student_hidden = grad_hidden_states(distiller, batch)[0].detach()
+    # The second of its tokens with a label, which are the row's from 2 on.
+    student_hidden[6 + 1] = torch.nan
+    out = distiller.head(student_hidden, teacher_hidden, batch.targets,
+                         torch.ones(len(batch.valid)), parts=parts)
+    place, = _bad_places(batch, out.tokens)
+    assert place.startswith("b line 4 (the divergence at token 3 of the row, which id 3 follows")
 
 
 def test_the_tokens_of_a_sequence_are_chosen_within_it_whatever_stands_beside_it(distiller):

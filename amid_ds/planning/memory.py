@@ -156,15 +156,8 @@ def _loss_bytes(setting: Setting) -> int:
     gradient_bytes = FP32_BYTES + (BF16_BYTES if in_bf16 else 0)
     in_one_block = logits + tile_bytes <= most
     head_bytes = BF16_BYTES if in_bf16 and in_one_block else gradient_bytes
-    return (workspace + student.head * head_bytes * _losses_at_once(setting)
+    return (workspace + student.head * head_bytes * setting.losses_at_once
             + tokens * student.hidden_size * gradient_bytes)
-
-
-def _losses_at_once(setting: Setting) -> int:
-    """Losses that the rows of a micro-batch may have; each holds a gradient of the head."""
-    recipe = setting.recipe
-    own = len(recipe.source_losses)
-    return min(own + (own < len(recipe.data.train)), recipe.train.micro_batch_size)
 
 
 def teacher_step_bytes(setting: Setting, teacher: ModelCosts,

@@ -132,6 +132,12 @@ class Setting:
         return self.recipe.train.micro_batch_size * self.recipe.train.seq_length
 
     @property
+    def losses_at_once(self) -> int:
+        """Losses that the rows of a micro-batch may have; each holds a gradient of the head."""
+        sources, own = len(self.recipe.data.train), len(self.recipe.source_losses)
+        return min(own + (own < sources), self.recipe.train.micro_batch_size)
+
+    @property
     def teacher_tokens(self) -> int:
         """Tokens per rank and step that the teacher sees."""
         return self.tokens * self.teacher_micro_batches

@@ -8,7 +8,8 @@ because under ZeRO-3 they generate together.
 The samples of a step are a function of seed, step and position in the global batch. The buffer is
 the same on every rank and counts completions over all of them (the scripts have one of that
 capacity on each rank); it lies in the checkpoints beside the threshold, so a resumed run equals the
-uninterrupted one. Cross entropy is left out of such a step: student samples are no labels to learn.
+uninterrupted one. What such a step learns is the recipe's `sampled_loss`: without cross entropy,
+unless the recipe asks for it, for student samples are no labels to learn.
 """
 
 from __future__ import annotations
