@@ -150,6 +150,8 @@ class Trainer(Stepper):
             metrics = self.world.run_checked(lambda: validate(self.recipe, self.engine))
             self.world.run_checked(
                 lambda: self.samples.add_to(metrics, monitors.evaluation_begin))
+            # What is decided by them is decided alike: the same digits on every rank.
+            metrics = self.world.broadcast(metrics)
             if self._holds_run():
                 self.log.evaluation(step, metrics)
         if self.rollouts is not None:
