@@ -25,6 +25,7 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Best
 from amid_ds.data import load_tokenizer, tokenizer_fingerprint
 from amid_ds.errors import InputError
+from amid_ds.run.places import check_places
 from amid_ds.training.selection import Selection
 
 NEW, SAMPLED = 6, 7
@@ -299,9 +300,22 @@ def test_a_best_that_was_lost_is_taken_back_with_the_evaluations_since(recipe_fo
     assert (state.best["value"], state.best["step"], state.best["since"]) == (2.0, 2, 3)
     # A later attempt by the same recipe goes on with it, one that compares something else does not.
     assert Selection(recipe, TrainState(best=state.best)).state.best == state.best
-    other = load_recipe(recipe_for(tmp_path / "run"), ["checkpoint.best.mode=max"])
-    assert Selection(other, TrainState(best=state.best)).state.best["step"] is None
+    for change, step in (("checkpoint.best.mode=max", None), ("data.eval.0.truncate=right", None),
+                         ("data.eval.0.generate.seed=3", 2), ("checkpoint.best.patience=9", 2)):
+        changed = load_recipe(recipe_for(tmp_path / "run"), [change])
+        assert Selection(changed, TrainState(best=state.best)).state.best["step"] == step
     assert TrainState.from_json({"step": 3, "tokens": 9}).best is None
+
+
+def test_a_folder_of_somebody_elses_in_the_best_ones_place_is_refused(recipe_for, tmp_path):
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / "best" / "mine.txt").write_text("mine")
+    (run / "provenance.json").write_text('{"tokenizer_sha256": ""}')
+    recipe = recipe_for(run)
+    with pytest.raises(InputError, match=r"best, is there already .* it holds mine\.txt"):
+        check_places(load_recipe(recipe))
+    check_places(load_recipe(recipe, ["checkpoint.best=null"]))
 
 
 ERRORS = {
