@@ -257,6 +257,35 @@ def failing_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_request_to_stop_is_honoured_after_the_evaluation_that_it_comes_in(ended, recipe_for,
+                                                                             tmp_path):
+    run = tmp_path / "run"
+    recipe = recipe_for(run)
+    ranks = Ranks(2, "train", recipe, target=stopped_rank)
+    assert ranks.wait() == [75, 75], ranks.output()
+    assert [line["step"] for line in evaluations(run)] == [1, 2, 3]
+    run_ranks(2, "train", recipe)
+    assert comparable_results(run) == comparable_results(ended)
+    assert equal(weights(run / "best"), weights(ended / "best"))
+
+
+def stopped_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank whose run is asked to stop within its third evaluation."""
+    from amid_ds.training.sample_scores import SampleScores
+
+    original, steps = SampleScores.add_to, []
+
+    def add_to(self, metrics, before_pass):
+        steps.append(len(steps) + 1)
+        if steps[-1] == 3:
+            (Path(argv[1]).with_suffix("") / "STOP").touch()
+        original(self, metrics, before_pass)
+
+    SampleScores.add_to = add_to
+    rank_main(argv, variables, log)
+
+
+@pytest.mark.slow
 def test_adaptive_rollouts_and_the_best_share_an_evaluation_and_a_resume(recipe_for, tmp_path):
     rollout = {"adaptive": {"init_threshold": 0.7, "capacity": 9}, "max_new_tokens": 4}
     recipe = recipe_for(tmp_path / "run", rollout=rollout, train__steps=6,
