@@ -18,9 +18,9 @@ SCRIPT = Path(__file__).parent / "support" / "compile_ahead.py"
 ARCHES = ["sm_80", "sm_90", "sm_100", "gfx942"]
 OBJECTIVES = ["jsd", "skl", "fkl", "taid", "amid", "amid_rq", "amid_all_orders", "geometric",
               "near_geometric", "harmonic", "total_variation", "squared_hellinger", "alpha_beta",
-              "alpha_beta_all_orders", "two_temperatures", "powered", "per_token",
-              "per_token_alpha_beta", "per_token_orders", "ce",
-              "alpha_zero", "alpha_beta_of_sum_zero", "log_squares", "csd", "csd_ts"]
+              "alpha_beta_all_orders", "alpha_zero", "alpha_beta_of_sum_zero", "log_squares",
+              "two_temperatures", "powered", "per_token", "per_token_alpha_beta",
+              "per_token_orders", "csd", "csd_ts", "ce"]
 # Of Llama 2, GPT-2, Llama 3, Qwen 3, Qwen 2.5, Gemma 3; a shard of two ranks of GPT-2's.
 TOKENIZERS = [32000, 50257, 128256, 151669, 151936, 262144, 25129]
 # The objective whose kernels the prediction takes for a kind of mixture.

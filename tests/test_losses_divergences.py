@@ -13,9 +13,19 @@ from support.ranks import RankPool
 from torch import Tensor
 from torch.nn import functional as F
 
-from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss, preset
+from amid_ds import (
+    AlphaBeta,
+    AMiD,
+    ConcreteScore,
+    LMHead,
+    SampledReverseKL,
+    VocabShard,
+    amid_loss,
+    linear_amid_loss,
+    preset,
+)
 from amid_ds.errors import InputError
-from amid_ds.losses.divergences import KL, ConcreteScore, SampledReverseKL, divergence_from
+from amid_ds.losses.divergences import KL, divergence_from
 from amid_ds.losses.reference import naive_loss, naive_sampled_loss
 
 INF = float("inf")
@@ -63,9 +73,9 @@ def test_alpha_beta_is_abkds_formula_at_its_limits_too(measure):
 
 
 @pytest.mark.parametrize("measure", LIMITS, ids=str)
-@pytest.mark.parametrize("order", [{"pr": 0.5, "qr": 0.25, "rp": 1.0, "rq": 2.0},
-                                   *(pytest.param(each, marks=pytest.mark.slow) for each in ORDERS)],
-                         ids=str)
+@pytest.mark.parametrize("order", [
+    {"pr": 0.5, "qr": 0.25, "rp": 1.0, "rq": 2.0},
+    *(pytest.param(each, marks=pytest.mark.slow) for each in ORDERS)], ids=str)
 def test_the_limits_pass_gradcheck_through_the_assistant(measure, order):
     student, teacher = logits(1, 3, 7, scale=1.0).requires_grad_(), logits(2, 3, 7, scale=1.0)
     for alpha, lam in ((-5.0, 0.1), (1.0, 0.3), (-1.0, 0.5), (0.0, 1.0)):
@@ -245,9 +255,10 @@ def test_the_kl_baseline_lowers_the_variance_of_the_gradient():
     assert spread["kl"] < 0.7 * spread["none"]
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("temperature", TEMPERATURES, ids=str)
-def test_sampled_tokens_are_the_naive_twin_beside_cross_entropy_and_weights(temperature, backend):
+@pytest.mark.parametrize(("backend", "temperature"), [
+    *(("torch", each) for each in TEMPERATURES), ("triton", TEMPERATURES[2]),
+    pytest.param("triton", 1.0, marks=pytest.mark.slow)], ids=str)
+def test_sampled_tokens_are_the_naive_twin_beside_cross_entropy_and_weights(backend, temperature):
     problem = LossProblem(dtype=torch.float64 if backend == "torch" else torch.float32)
     tolerance = 1e-9 if backend == "torch" else 2e-5
     for baseline in ("kl", "none"):
@@ -301,7 +312,7 @@ OBJECTIVES = {
     "sampled": preset("sampled_rkl", temperature=2.0),
     "sampled_alone": preset("sampled_rkl", baseline="none"),
 }
-CUTS = [0, 7, 8, 41]
+CUTS = [0, 8, 8, 41]
 
 
 def sharded(rank: int, group: Any, name: str) -> tuple[int, list[Tensor]]:
@@ -331,7 +342,7 @@ def ranks() -> Iterator[RankPool]:
 @pytest.mark.parametrize(("name", "exchanges"), [
     ("log_squares", 3), ("alpha_zero", 2), ("csd", 3), ("csd_through_r", 3), ("sampled", 2),
     ("sampled_alone", 1)])
-def test_three_uneven_shards_are_one_process(ranks, name, exchanges):
+def test_three_uneven_shards_one_of_them_empty_are_one_process(ranks, name, exchanges):
     problem = LossProblem()
     out = problem.fused(OBJECTIVES[name])
     hidden, weight, bias = problem.gradients(out.loss)

@@ -70,16 +70,17 @@ def mixture_arguments(objective: ResolvedObjective) -> dict[str, float]:
 def token_numbers(objective: ResolvedObjective, like: Tensor) -> Tensor | None:
     """[11, n] fp32: c, 1/c, λ, log λ, log(1-λ), the weights of the orders, only_p and only_q.
 
-    None if no number of the objective is of one token alone. like: any tensor [n] of the block's
-    device. They make MIXTURE_POWER with its series of every α and λ: at λ = 0 and 1 the logarithm
-    of a share of 0 is so low that r is q or p to the last bit; at α = 1 c is so small that the
-    series is λx, and below 0, so that r has no probability where one model has none.
+    None if no number of the objective is of one token alone. like: any fp32 tensor [n] of the
+    block's device. They make MIXTURE_POWER with its series of every α and λ: at λ = 0 and 1 the
+    logarithm of a share of 0 is so low that r is q or p to the last bit; at α = 1 c is so small
+    that the series is λx, and below 0, so that r has no probability where one model has none.
     """
     weights = dict(objective.order_weights)
     if not has_token_numbers(objective):
         return None
+    # A number is filled in: a tensor made of it would be copied, for which the host waits.
     alpha, lam, *orders = (
-        torch.as_tensor(number, dtype=torch.float32, device=like.device).expand(like.shape)
+        number.float() if isinstance(number, Tensor) else torch.full_like(like, number)
         for number in (objective.alpha, objective.lam, *[weights.get(name, 0.0) for name in ORDERS])
     )
     c = (1 - alpha) / 2

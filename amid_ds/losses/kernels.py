@@ -151,9 +151,10 @@ def _score_statistics(block: Block, norms: RowNormalisers, shard: VocabShard) ->
             **options)
     sums = torch.zeros_like(local)
     weight, value = score_weight(objective), shard.sum(value)
-    # The weight of a token may be 0 where its value is infinite.
-    weightless = torch.as_tensor(weight == 0, device=block.device)
-    sums[0] = (value * weight).masked_fill(weightless & value.isinf(), 0.0)
+    sums[0] = value * weight
+    if isinstance(weight, Tensor):
+        # A token's weight may be 0 where its value is infinite.
+        sums[0].masked_fill_((weight == 0) & value.isinf(), 0.0)
     return RowStatistics(None, sums, residuals[None])
 
 
