@@ -122,7 +122,7 @@ def test_weights_of_orders_per_token_leave_the_mixture_its_own_path(lam):
 def test_a_divergence_is_infinite_at_the_tokens_whose_own_numbers_make_it_so():
     """-inf in one model's logits and not in the other's; an infinite term of weight 0 is none."""
     numbers = [(alpha, lam, weight) for alpha in (0.5, 1.0) for lam in (0.0, 0.3, 1.0)
-               for weight in (0.0, 1.0)]
+               for weight in (0.0, 1.0)] + [(1.0, 1e-20, 1.0)]
     values = dict(zip((ALPHA, LAM, WEIGHT), torch.tensor(numbers).T, strict=True))
     infinite = set()
     for whose in (0, 1):
@@ -133,9 +133,10 @@ def test_a_divergence_is_infinite_at_the_tokens_whose_own_numbers_make_it_so():
                                   ("kl", {"qr": 1.0, "rq": WEIGHT}),
                                   (AlphaBeta(-0.3, 0.8), {"pr": 1.0, "qr": WEIGHT})):
             objective = AMiD(ALPHA, LAM, divergence, order)
-            kd, _ = of_numbers(*pair, objective, values)
+            kd, gradient = of_numbers(*pair, objective, values)
             expected, _ = truth_of_numbers(*pair, objective, values)
             torch.testing.assert_close(kd.double(), expected, rtol=2e-4, atol=2e-6)
+            assert gradient[kd.isfinite()].isfinite().all()
             infinite |= set(kd.isinf().tolist())
     assert infinite == {True, False}
 
