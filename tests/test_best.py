@@ -25,6 +25,7 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Best
 from amid_ds.data import load_tokenizer, tokenizer_fingerprint
 from amid_ds.errors import InputError
+from amid_ds.run.places import check_places
 from amid_ds.training.selection import Selection
 
 NEW, SAMPLED = 6, 7
@@ -256,6 +257,35 @@ def failing_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_request_to_stop_is_honoured_after_the_evaluation_that_it_comes_in(ended, recipe_for,
+                                                                             tmp_path):
+    run = tmp_path / "run"
+    recipe = recipe_for(run)
+    ranks = Ranks(2, "train", recipe, target=stopped_rank)
+    assert ranks.wait() == [75, 75], ranks.output()
+    assert [line["step"] for line in evaluations(run)] == [1, 2, 3]
+    run_ranks(2, "train", recipe)
+    assert comparable_results(run) == comparable_results(ended)
+    assert equal(weights(run / "best"), weights(ended / "best"))
+
+
+def stopped_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank whose run is asked to stop within its third evaluation."""
+    from amid_ds.training.sample_scores import SampleScores
+
+    original, steps = SampleScores.add_to, []
+
+    def add_to(self, metrics, before_pass):
+        steps.append(len(steps) + 1)
+        if steps[-1] == 3:
+            (Path(argv[1]).with_suffix("") / "STOP").touch()
+        original(self, metrics, before_pass)
+
+    SampleScores.add_to = add_to
+    rank_main(argv, variables, log)
+
+
+@pytest.mark.slow
 def test_adaptive_rollouts_and_the_best_share_an_evaluation_and_a_resume(recipe_for, tmp_path):
     rollout = {"adaptive": {"init_threshold": 0.7, "capacity": 9}, "max_new_tokens": 4}
     recipe = recipe_for(tmp_path / "run", rollout=rollout, train__steps=6,
@@ -299,9 +329,22 @@ def test_a_best_that_was_lost_is_taken_back_with_the_evaluations_since(recipe_fo
     assert (state.best["value"], state.best["step"], state.best["since"]) == (2.0, 2, 3)
     # A later attempt by the same recipe goes on with it, one that compares something else does not.
     assert Selection(recipe, TrainState(best=state.best)).state.best == state.best
-    other = load_recipe(recipe_for(tmp_path / "run"), ["checkpoint.best.mode=max"])
-    assert Selection(other, TrainState(best=state.best)).state.best["step"] is None
+    for change, step in (("checkpoint.best.mode=max", None), ("data.eval.0.truncate=right", None),
+                         ("data.eval.0.generate.seed=3", 2), ("checkpoint.best.patience=9", 2)):
+        changed = load_recipe(recipe_for(tmp_path / "run"), [change])
+        assert Selection(changed, TrainState(best=state.best)).state.best["step"] == step
     assert TrainState.from_json({"step": 3, "tokens": 9}).best is None
+
+
+def test_a_folder_of_somebody_elses_in_the_best_ones_place_is_refused(recipe_for, tmp_path):
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (run / "best" / "mine.txt").write_text("mine")
+    (run / "provenance.json").write_text('{"tokenizer_sha256": ""}')
+    recipe = recipe_for(run)
+    with pytest.raises(InputError, match=r"best, is there already .* it holds mine\.txt"):
+        check_places(load_recipe(recipe))
+    check_places(load_recipe(recipe, ["checkpoint.best=null"]))
 
 
 ERRORS = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.chats import PLAIN
-from support.data import write_jsonl
+from support.data import write_jsonl, write_texts
 from support.ranks import run_ranks
 from support.runs import read_metrics
 from torch import Tensor
@@ -48,11 +48,17 @@ ON_DOLLY = ["amid_gpt2_dolly", "amid_adaptive", "distillm_gpt2_dolly", "gkd", "c
 
 
 @pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> Path:
+    """Few rows of text: each evaluation reads all of them."""
+    return write_texts(tmp_path_factory.mktemp("recipes") / "texts.jsonl", rows=20)
+
+
+@pytest.fixture(scope="module")
 def instructions(tmp_path_factory) -> Path:
     """Instructions in the columns of the published sets."""
     rows = [{"instruction": "the river", "input": "",
              "output": "sings over the stone " * (1 + number % 3)}
-            for number in range(40)]
+            for number in range(8)]
     return write_jsonl(tmp_path_factory.mktemp("recipes") / "instructions.jsonl", rows)
 
 
@@ -61,7 +67,7 @@ def conversations(tmp_path_factory) -> Path:
     """Conversations of two turns."""
     rows = [{"messages": [{"role": "user", "content": "the river"},
                           {"role": "assistant", "content": "sings slowly " * (1 + number % 3)}]}
-            for number in range(40)]
+            for number in range(8)]
     return write_jsonl(tmp_path_factory.mktemp("recipes") / "conversations.jsonl", rows)
 
 
@@ -80,13 +86,13 @@ def test_every_recipe_has_its_stand_in():
 
 
 @pytest.mark.parametrize("name", STAND_INS)
-def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, chat_models, text_file,
+def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, chat_models, texts,
                                                        instructions, conversations, tmp_path,
                                                        capsys, name):
     family, ranks, smaller = STAND_INS[name]
     recipe = load_recipe(find_recipe(name))
     source = recipe.data.train[0]
-    data = (text_file if source.is_text else instructions if source.template else conversations)
+    data = (texts if source.is_text else instructions if source.template else conversations)
     student, teacher = (chat_models if source.messages
                         else [shared_model(family, 0), shared_model(family, 1)])
     sets = [f"data.train.{i}" for i in range(len(recipe.data.train))] + ["data.eval.0"]
@@ -96,7 +102,7 @@ def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, chat_models
                  "train.warmup_steps=0", "train.eval_every=1", "train.log_every=1",
                  f"output_dir={tmp_path / 'run'}", *smaller]
     if recipe.data.auxiliary is not None:
-        overrides.append(f"data.auxiliary.path={text_file}")
+        overrides.append(f"data.auxiliary.path={texts}")
     if recipe.data.eval[0].generate is not None:
         overrides += ["data.eval.0.generate.max_new_tokens=8", "data.eval.0.generate.rows=2"]
     assert main(["plan", str(find_recipe(name)), "--ranks-per-node", str(ranks), "--json",

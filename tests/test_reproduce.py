@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import statistics
 from pathlib import Path
@@ -17,6 +18,7 @@ from support.runs import count_steps, read_metrics
 
 from amid_ds.cli import main
 from amid_ds.config.published import published
+from amid_ds.eval.protocol import PROTOCOLS
 from amid_ds.experiments import reproduce, sweep
 from amid_ds.run import attempts
 from amid_ds.run.log import read_evaluations
@@ -135,7 +137,9 @@ def test_a_row_is_trained_selected_evaluated_and_printed_beside_the_published_on
     # Again: nothing is done twice. Half killed: what is missing is done.
     before = (out / "reproduced.json").read_text()
     (out / "scores" / "vicuna_10-20.json").unlink()
-    assert main(command) == 0 and started == ["train", *["eval"] * 6]
+    # Older than the model: another one's.
+    os.utime(out / "scores" / "sinst_10-20.json", (0, 0))
+    assert main(command) == 0 and started == ["train", *["eval"] * 7]
     assert (out / "reproduced.json").read_text() == before
     assert main([*command, "loss.lam=0.3"]) == 2
     assert "reproduces something else" in capsys.readouterr().err
@@ -154,6 +158,26 @@ def test_missing_models_and_data_are_all_named_before_anything_is_made(inputs, t
                 "data/sinst/11_/valid.jsonl", "data/uinst/11_/valid.jsonl", "remedy:"]
     assert [name for name in expected if name not in message] == []
     assert str(tmp_path / "data/vicuna") not in message and not out.exists()
+
+
+def test_the_rows_are_of_the_protocol_that_is_followed():
+    protocol = PROTOCOLS[reproduce.PROTOCOL]
+    assert list(protocol.seeds) == published().seeds
+    assert {each.rows for each in published().sets.values()} == {None, protocol.prompts}
+
+
+@pytest.mark.parametrize("name", published().rows)
+def test_every_published_row_is_a_recipe_on_the_authors_files(name, inputs, tmp_path):
+    args = reproduce.ReproduceArgs(name, inputs[1], inputs[3], out=str(tmp_path))
+    task = reproduce.Reproduction(args, published().rows[name], (10,))
+    recipe = task.recipe
+    assert recipe.teacher is not None and recipe.checkpoint.best is not None
+    assert [recipe.student.model, recipe.teacher.model] == [
+        f"{inputs[1]}/init-gpt2-120M", f"{inputs[1]}/teacher-gpt2-1.5B"]
+    paths = [recipe.data.train[0].path, recipe.data.eval[0].path]
+    assert paths == [f"{tmp_path}/data/dolly/train.jsonl", f"{tmp_path}/data/dolly/heldout.jsonl"]
+    assert recipe.data.auxiliary is None or recipe.data.auxiliary.path == f"{inputs[3]}/openwebtext"
+    assert recipe.output_dir == f"{tmp_path}/run"
 
 
 @pytest.mark.parametrize(("change", "named"), [

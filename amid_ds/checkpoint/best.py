@@ -17,19 +17,23 @@ from amid_ds.checkpoint.manifest import (
     manifest_of,
 )
 from amid_ds.checkpoint.state import BestState, TrainState
+from amid_ds.config.checkpoint_section import SAMPLE_KEY
 from amid_ds.config.recipe import Best, Recipe
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_evaluations
 
 
 def subject_of(recipe: Recipe, best: Best) -> str:
-    """What is compared, as text: the metric, its mode, and the set that it is measured on.
+    """What is compared, as text: the metric, its mode, and what it is measured on.
 
     Values of two subjects are not comparable.
     """
     measured = next(each for each in recipe.data.eval if each.name == best.set_name)
-    return json.dumps([best.metric, best.mode,
-                       measured.model_dump(mode="json", exclude_defaults=True)])
+    facts = measured.model_dump(mode="json", exclude_defaults=True)
+    sampling = facts.pop("generate", {})
+    sampling.pop("batch_size", None)
+    return json.dumps([best.metric, best.mode, facts,
+                       *([sampling] if best.key == SAMPLE_KEY else [])])
 
 
 def updated_best(best: Best, before: BestState, step: int, value: float | None) -> BestState:

@@ -239,9 +239,10 @@ def _split_raw(task: Reproduction) -> None:
 
 
 def _score(task: Reproduction, name: str, lease: Lease) -> Mapping[str, float]:
-    """The scores of a set, made once: what `eval --json` prints."""
+    """The scores of a set, made once for the model: what `eval --json` prints."""
     path = task.scores(name)
-    if not path.is_file():
+    made = (task.model / "config.json").stat().st_mtime
+    if not path.is_file() or path.stat().st_mtime < made:
         path.parent.mkdir(exist_ok=True)
         log = path.with_suffix(".log")
         logger.info(f"evaluation of {name}: {log}")

@@ -126,13 +126,13 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def describe_epochs(job: Job, data: StepLoader, state: TrainState) -> str:
-    """The number of times that each source is read by the last step.
+def describe_epochs(job: Job, data: StepLoader, state: TrainState, step: int) -> str:
+    """The number of times that each source is read by the end of `step`.
 
     Of streamed sources: that it has been read so far, and what was left out.
     """
     if isinstance(data, PreparedLoader):
-        epochs = zip(job.recipe.data.train, data.epochs(job.recipe.train.total_steps), strict=True)
+        epochs = zip(job.recipe.data.train, data.epochs(step), strict=True)
         return ", ".join(f"{source.path} {count:.3g}"
                          + (" (its rows come again)" if count > 1 else "")
                          for source, count in epochs)

@@ -151,6 +151,8 @@ class Trainer(Stepper):
             metrics = self.world.run_checked(lambda: validate(self.recipe, self.engine))
             self.world.run_checked(
                 lambda: self.samples.add_to(metrics, monitors.evaluation_begin))
+            # What is decided by them is decided alike: the same digits on every rank.
+            metrics = self.world.broadcast(metrics)
             if self._holds_run():
                 self.log.evaluation(step, metrics)
         if self.rollouts is not None:
@@ -191,7 +193,8 @@ class Trainer(Stepper):
             logger.info("stopped in order after step %d (%s); the same command goes on from there",
                         self.state.step, reason)
             raise Stopped
-        logger.info("epochs read: %s", describe_epochs(self.job, self.data, self.state))
+        logger.info("epochs read: %s", describe_epochs(self.job, self.data, self.state,
+                                                       self.state.step))
         logger.info("done: %d steps, checkpoint in %s", self.state.step, self.job.run.checkpoints)
         if self.selection.has_ended:
             logger.info("%s", describe_early_end(self.recipe, self.state))
@@ -263,7 +266,8 @@ class Trainer(Stepper):
         teacher = "" if self.recipe.teacher is not None else "no teacher: cross entropy alone, "
         logger.info("%d rank(s), %d rows of %d tokens a step, %s%s", self.world.size,
                     train.global_batch_size, train.seq_length, teacher, begin)
-        logger.info("epochs by the last step: %s", describe_epochs(self.job, self.data, self.state))
+        logger.info("epochs by the last step: %s", describe_epochs(self.job, self.data, self.state,
+                                                                   train.total_steps))
         self.world.run_checked(self._compare_rates)
 
     def _compare_rates(self) -> None:
