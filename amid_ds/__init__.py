@@ -12,16 +12,18 @@ if TYPE_CHECKING:
     from amid_ds.losses import (
         AlphaBeta,
         AMiD,
+        ConcreteScore,
         LMHead,
         PerToken,
+        SampledReverseKL,
         amid_loss,
         linear_amid_loss,
         preset,
     )
 
 __version__ = "0.1.0"
-__all__ = ["AMiD", "AlphaBeta", "LMHead", "PerToken", "VocabShard", "amid_loss", "linear_amid_loss",
-           "preset"]
+__all__ = ["AMiD", "AlphaBeta", "ConcreteScore", "LMHead", "PerToken", "SampledReverseKL",
+           "VocabShard", "amid_loss", "linear_amid_loss", "preset"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.losses import relative_error, value_and_gradient, with_zeros
+from support.losses import LossProblem, relative_error, value_and_gradient, with_zeros
 
-from amid_ds import AlphaBeta, AMiD, amid_loss
+from amid_ds import AlphaBeta, AMiD, ConcreteScore, amid_loss, preset
 from amid_ds.errors import InputError
-from amid_ds.losses import ConcreteScore
 
 LIMITS = [AlphaBeta(0.4, 0), AlphaBeta(-1.5, 1.5), AlphaBeta(0, -0.6), AlphaBeta(-0.6, 0)]
 WEIGHTS = [("student", "student"), ("uniform", "student"), ("teacher", "student"),
@@ -51,3 +50,18 @@ def test_the_kernels_refuse_a_concrete_score_through_the_assistant():
     with pytest.raises(InputError, match="backend='triton'"):
         amid_loss(torch.zeros(2, 5), torch.zeros(2, 5), AMiD(divergence=ConcreteScore()),
                   backend="triton")
+
+
+@pytest.mark.parametrize(("name", "parameters", "launched"), [
+    ("sampled_rkl", {"baseline": "none"}, ["normalisers", "gradient"]),
+    ("sampled_rkl", {"baseline": "kl"}, ["normalisers", "sums", "gradient"]),
+    ("rkl", {}, ["normalisers", "sums", "gradient"]),
+    ("csd", {}, ["normalisers", "residual_sums", "score", "gradient"])])
+def test_the_logits_are_read_no_more_often_than_it_takes(name, parameters, launched, monkeypatch):
+    from amid_ds.losses import kernels
+
+    seen, real = [], kernels._launch
+    monkeypatch.setattr(kernels, "_launch", lambda kernel, *rest, **options: (
+        seen.append(kernel.__name__.removesuffix("_kernel")), real(kernel, *rest, **options)))
+    LossProblem(2, 5, dtype=torch.float32).fused(preset(name, **parameters), backend="triton")
+    assert seen == launched

@@ -13,6 +13,7 @@ from amid_ds.losses.divergences import (
     ConcreteScore,
     Divergence,
     LogProbs,
+    SampledReverseKL,
     register,
 )
 from amid_ds.losses.fused import LossOutput, amid_loss, linear_amid_loss
@@ -21,5 +22,5 @@ from amid_ds.losses.measures import PerToken
 from amid_ds.losses.objective import AMiD, preset
 
 __all__ = ["IGNORE_INDEX", "AMiD", "AlphaBeta", "ConcreteScore", "Divergence", "LMHead", "LogProbs",
-           "LossOutput", "PerToken", "amid_loss", "default_workspace_bytes", "linear_amid_loss",
-           "linear_argmax", "preset", "register"]
+           "LossOutput", "PerToken", "SampledReverseKL", "amid_loss", "default_workspace_bytes",
+           "linear_amid_loss", "linear_argmax", "preset", "register"]

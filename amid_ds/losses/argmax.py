@@ -39,5 +39,5 @@ def linear_argmax(
     workspace = logits_workspace(min(size, len(hidden)), layout.valid, head.weight)
     for rows in slices(len(hidden), size):
         raw = head.logits(hidden[rows], layout.valid, workspace).raw
-        chosen[rows] = first_choices([raw], layout.shard)[0].long()
+        chosen[rows] = first_choices([raw], layout.shard)[0][0]
     return chosen

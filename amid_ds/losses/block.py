@@ -287,9 +287,9 @@ def measure(block: Block, norms: RowNormalisers, shard: VocabShard, backend: Bac
     if "agreement" in names:
         assert block.teacher is not None
         # The same ids are first whatever the scale, the cap and the temperature.
-        choices = first_choices([block.student.raw, block.teacher.raw], shard)
-        agree = (choices[0] == choices[1]).to(block.dtype)
-        found["agreement"] = torch.where(choices.isnan().any(0), torch.nan, agree)
+        ids, peaks = first_choices([block.student.raw, block.teacher.raw], shard)
+        agree = (ids[0] == ids[1]).to(block.dtype)
+        found["agreement"] = torch.where(peaks.isnan().any(0), torch.nan, agree)
     return found
 
 

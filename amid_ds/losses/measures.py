@@ -120,10 +120,11 @@ def in_top_share(measure: Tensor, sequences: Tensor, counts: Tensor, share: floa
     return torch.where(measure.isnan(), measure, chosen)
 
 
-def first_choices(logits: list[Tensor], shard: VocabShard) -> Tensor:
-    """[m, n] float64: the id with the highest logit in each of m logits [n, width].
+def first_choices(logits: list[Tensor], shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """(ids int64, their logits float64), [m, n] each: the highest in each of m logits [n, width].
 
-    The lowest among equals, NaN for a row with a NaN. The same on every rank; one collective.
+    The lowest id among equals; a NaN is higher than any number. The same on every rank; one
+    collective.
     """
     rows, device = logits[0].shape[0], logits[0].device
     # The best logit and its id; a shard may be empty.
@@ -135,7 +136,7 @@ def first_choices(logits: list[Tensor], shard: VocabShard) -> Tensor:
     shards = shard.gather(best)
     first = shards[:, 0].argmax(0, keepdim=True)
     peaks, ids = (shards[:, part].gather(0, first)[0] for part in (0, 1))
-    return torch.where(peaks.isnan(), peaks, ids)
+    return ids.long(), peaks
 
 
 def _segments(ordered: Tensor) -> Tensor:
