@@ -10,7 +10,16 @@ import torch
 from support.losses import EVERY_DIVERGENCE, LossProblem
 from torch.nn import functional as F
 
-from amid_ds import AlphaBeta, AMiD, ConcreteScore, LMHead, amid_loss, linear_amid_loss, preset
+from amid_ds import (
+    AlphaBeta,
+    AMiD,
+    ConcreteScore,
+    LMHead,
+    PerToken,
+    amid_loss,
+    linear_amid_loss,
+    preset,
+)
 from amid_ds.losses import tiles
 from amid_ds.losses.reference import naive_loss
 
@@ -86,6 +95,14 @@ def test_plain_torch_is_the_naive_twin(pattern, small_tiles):
         check(pattern, objective, torch.float64, 1e-9)
     check(pattern, AMiD(1.0, 0.4, order="rq", detach_assistant=True), torch.float64, 1e-9)
     check(pattern, AMiD(-1.0, 0.4, order="pr", temperature=2.0), torch.float64, 1e-9)
+    check(pattern, AMiD(1.0, 0.4, order="rq", power=1.5), torch.float64, 1e-9)
+    for measure, order in itertools.product(("kl", "squared_hellinger"), ORDERS):
+        # λ from 0 to 1, α below 1, at 1 and above; a weight that is 0 at some tokens.
+        by = PerToken("overlap", at=(0.03, 0.04))
+        for alpha in (-5.0, 1.0, PerToken("teacher_entropy", (-1.0, 3.0), (0.9, 1.6)), 3.0):
+            check(pattern, AMiD(alpha, by, measure, order), torch.float64, 1e-9)
+        weights = {order: by} if isinstance(order, str) else {**order, "qr": by}
+        check(pattern, AMiD(3.0, 0.3, measure, weights), torch.float64, 1e-9)
 
 
 @pytest.mark.parametrize("pattern", ["neither says them", "each has its own"])

@@ -26,7 +26,7 @@ from support.models import make_tokenizer
 from support.runs import BIN, launch_train, rank_environment, read_metrics, write_recipe
 from transformers import AutoModelForCausalLM
 
-from amid_ds import AMiD, LMHead, amid_loss, linear_amid_loss, preset
+from amid_ds import AMiD, LMHead, PerToken, amid_loss, linear_amid_loss, preset
 from amid_ds.config.recipe import Teacher
 from amid_ds.data.batch import Batch
 from amid_ds.distributed.devices import choose_device
@@ -43,7 +43,11 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 VOCABULARIES = (4096, 5000, 50257)
 OBJECTIVES = {"jsd": preset("gkd", beta=0.5), "amid": AMiD(-5.0, 0.1),
               "near-1": AMiD(1 - 1e-6, 0.3), "geometric": AMiD(1.0, 0.3, order="rq"),
-              "all-orders": AMiD(3.0, 0.3, order={"pr": 0.4, "qr": 0.3, "rp": 0.2, "rq": 0.1})}
+              "all-orders": AMiD(3.0, 0.3, order={"pr": 0.4, "qr": 0.3, "rp": 0.2, "rq": 0.1}),
+              "power": AMiD(1.0, 0.7, order="rq", power=1.4,
+                            temperature={"student": 2.0, "teacher": 1.5}),
+              "per-token": AMiD(PerToken("overlap", (-5.0, 1.0), (0.0, 0.3)),
+                                PerToken("teacher_entropy", (0.0, 1.0), (4.0, 9.0)))}
 STEPS, KILLED_AFTER = 60, 10
 
 
