@@ -12,6 +12,7 @@ from support.runs import comparable_metrics, write_recipe
 
 from amid_ds.config import recipe
 from amid_ds.data import (
+    PreparedLoader,
     StreamLoader,
     merge_stream_states,
     prepare,
@@ -54,6 +55,28 @@ def test_a_share_of_the_files_gives_the_rows_that_prepare_makes_of_it(tmp_path, 
         expected = [batch.input_ids[0].tolist()
                     for batch in read_batches(tmp_path / f"out{number}", 1)]
         assert [ids for row, ids in streamed if row % 4 == number] == expected[:18]
+
+
+def test_each_row_is_known_by_its_source_streamed_or_prepared(tmp_path, tokenizer):
+    paths = [write(tmp_path / name, 2, 30, seed) for seed, name in enumerate("ab")]
+    streamed, prepared = (recipe.Data(train=[{"path": path, "weight": weight, "stream": stream}
+                                             for path, weight in zip(paths, (1, 3), strict=True)])
+                          for stream in (True, False))
+    prepare(prepared, SEQ, tokenizer, tmp_path / "out")
+    layout = {"global_batch_size": 8, "micro_batch_size": 4, "dp_rank": 0, "dp_size": 1,
+              "workers": 0}
+    for loader in (StreamLoader(streamed, SEQ, tokenizer, None, **layout),
+                   PreparedLoader(tmp_path / "out", seed=0, weights=[1, 3], **layout)):
+        found = set()
+        for batch in itertools.chain.from_iterable(loader.windows(0, 3)):
+            named = [next(i for i, path in enumerate(paths) if source.startswith(path))
+                     for source in batch.sources]
+            assert batch.row_sources == named
+            assert batch.source_numbers.tolist() == [
+                source for source, row in zip(named, batch.labels, strict=True)
+                for label in row if label != -100]
+            found |= set(named)
+        assert found == {0, 1}
 
 
 def test_blocks_together_hold_every_document_once_and_in_order(tmp_path, tokenizer, monkeypatch):

@@ -26,7 +26,10 @@ VALUES: list[object] = [
     "\x1b[31m", "\u202e", "../..", "null", "\ud800", "a\0b", [], {}, [1],
     ["a", None], [[[]]], {"a": 1}, {"enabled": True}, {"enabled": "auto"}, {"linear": [0, 1]},
     {"steps": [0, 1], "value": 2},
-    {"pieces": []}, {"adaptive": [1, 0]}, {"alpha_beta": {"alpha": 1, "beta": -1}}]
+    {"by": "overlap", "linear": [{"linear": [0, 1]}, 1], "at": [0, 1e308]}, {"student": 2},
+    {"by": "divergence", "top": 0.5}, {"preset": "skl", "lam": 0.5}, {"pr": {"by": "overlap"}},
+    {"loss": {"preset": None, "order": "qr"}}, {"pieces": []},
+    {"adaptive": [1, 0]}, {"alpha_beta": {"alpha": 1, "beta": -1}}]
 # Pieces of text that YAML has a meaning for.
 TOKENS = ["&a ", "*a", "<<: ", "!!int ", "!!python/none ", "- ", ": ", "? ", "|\n", ">\n", "---\n",
           "...\n", "{", "}", "[", "]", "'", '"', "#", "%YAML 1.1\n", "\t", "\x00", "\x85", "\ufeff",

@@ -322,7 +322,7 @@ def test_generate_and_eval_stop_at_any_end_that_the_model_names(tmp_path, capsys
         assert row["response"] == tokenizer.decode(shown, skip_special_tokens=True)
     assert rows[0]["ended"]
     own = AutoModelForCausalLM.from_pretrained(model)
-    answers = sample_responses(own, tokenizer, [[3, 4]] * 32, Sampling(1, 20), seed=0)
+    answers = sample_responses(own, tokenizer, [[3, 4]] * 32, Sampling((10,), 20), seed=0)
     assert all(turn not in answer for answer in answers)
     assert min(map(len, answers)) < 20
     (model / "generation_config.json").write_text("{")

@@ -57,12 +57,16 @@ def test_a_step_waits_three_times_however_many_micro_batches_it_has(llama_pair, 
         "transformers/masking_utils.py:find_packed_sequence_indices __bool__": 5}
 
 
-def test_masked_tokens_a_second_corpus_and_shared_rows_add_no_wait(llama_pair, text_file,
-                                                                   instructions_file, tmp_path):
+def test_masked_tokens_corpora_learnt_otherwise_and_shared_rows_add_no_wait(
+        llama_pair, text_file, instructions_file, tmp_path):
+    asked = {"path": str(instructions_file), "prompt": "prompt", "response": "response"}
+    text = {"path": str(text_file), "text": "text"}
     assert ours(waits_of_a_step(write_recipe(
         tmp_path / "r.yaml", *llama_pair, instructions_file, tmp_path / "run",
-        train__steps=WATCHED + 2, data__workers=1, data__isolate_documents=True,
-        data__auxiliary={"path": str(text_file), "text": "text", "weight": 0.5}))) == OURS
+        train__steps=WATCHED + 2, train__micro_batch_size=2, data__workers=1,
+        data__isolate_documents=True, data__auxiliary={**text, "weight": 0.5},
+        data__train=[asked, {**text, "loss": {"order": "qr"}}],
+        loss={"lam": 0.3, "normalise": "sequence"}))) == OURS
 
 
 @pytest.mark.slow

@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 from amid_ds.data import Batch
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD
-from amid_ds.models.distiller import Distiller, StepObjective
+from amid_ds.models.distiller import Distiller, LossPart, StepObjective
 from amid_ds.models.heads import check_isolation
 
 FAMILIES = ("llama", "llama-tied", "qwen3", "gemma2", "qwen2-tied", "gpt2")
 # Tokens of each document in the row; Gemma's window of 8 ends inside one of them.
 LENGTHS = (5, 13, 1, 9)
-OBJECTIVE = StepObjective(AMiD(lam=0.3), kd_weight=1.0, ce_weight=0.5)
+PARTS = [LossPart(StepObjective(AMiD(lam=0.3), kd_weight=1.0, ce_weight=0.5))]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def losses_of(distiller: Distiller, ids: torch.Tensor, positions: torch.Tensor) 
         [batch, Batch(longer, longer, None, 0, [], [])], 2)
     document = (positions == 0).cumsum(1).flatten() - 1
     return [distiller(ids, batch.valid, batch.targets, (document == i).float(), teacher_hidden,
-                      positions, objective=OBJECTIVE).loss.item()
+                      positions, parts=PARTS).loss.item()
             for i in range(len(LENGTHS))]
 
 
@@ -60,7 +60,7 @@ def test_changing_a_document_leaves_the_others_losses_as_they_were_to_the_last_d
         batch = Batch(document, labels, None, 0, [], [])
         teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
         alone = distiller(document, batch.valid, batch.targets, torch.ones(length), teacher_hidden,
-                          objective=OBJECTIVE).loss
+                          parts=PARTS).loss
         assert alone.item() == pytest.approx(before[changed], rel=1e-4)
         start += length
 

@@ -61,6 +61,7 @@ PAPERS = {
     "gkd": ({"beta": 0.3}, lambda s, t: gjsd(0.3, softmax(t), softmax(s))),
     "taid": ({"t": 0.4}, lambda s, t: taid(0.4, s, t)),
     "abkd": ({"alpha": 0.2, "beta": 0.7}, lambda s, t: abkd(0.2, 0.7, softmax(t), softmax(s))),
+    "veto": ({"beta": 0.8}, lambda s, t: kl(softmax(0.8 * s.detach() + t), softmax(s))),
     "amid": ({"alpha": 3.0, "lam": 0.3},
              lambda s, t: kl(softmax(t), harmonic(0.3, softmax(t), softmax(s)))),
 }

@@ -90,8 +90,9 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
     """Their weights are gathered once, or once for each token if the student does not fit."""
     ranks, overrides, changes = LAYOUTS[layout]
     run = tmp_path / "run"
-    started = Ranks(ranks, "train", recipe_for(run, rollout=ALWAYS, train__steps=2), *overrides,
-                    variables=changes, target=gather_counting_rank)
+    started = Ranks(ranks, "train", recipe_for(run, rollout=ALWAYS, train__steps=2),
+                    "train.statistics=[overlap]", *overrides, variables=changes,
+                    target=gather_counting_rank)
     assert started.wait() == [0] * ranks, started.output()
     run_ranks(1, "export", run, tmp_path / "after1", "--step", 1)
     teacher = AutoModelForCausalLM.from_pretrained(pair[1])
@@ -102,7 +103,7 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
                                           (tmp_path / "after1", buffers[1][len(buffers[0]):])]):
         student = AutoModelForCausalLM.from_pretrained(model)
         assert [ids[:start] for ids, start in kept] == read_prompts(prepared, step)
-        losses = []
+        losses, overlaps = [], []
         for ids, start in kept:
             truth = student.generate(torch.tensor([ids[:start]]), max_new_tokens=NEW,
                                      do_sample=False, eos_token_id=END, pad_token_id=2)
@@ -110,9 +111,11 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
             p, q = (model(torch.tensor([ids])).logits[0, start - 1:-1].softmax(-1)
                     for model in (teacher, student))
             losses.append((p * (p.log() - (0.3 * p + 0.7 * q).log())).sum(-1))
+            overlaps.append(torch.minimum(p, q).sum(-1))
         lengths.append([len(ids) - start for ids, start in kept])
         line = read_metrics(run)[step]
         assert line["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+        assert line["overlap"] == pytest.approx(torch.cat(overlaps).mean().item(), rel=1e-4)
         assert line["rollout"] == 1
     # Some ended before the others.
     assert len(set(lengths[0])) > 1 and max(lengths[0]) == NEW
@@ -120,6 +123,33 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
     for step, line in enumerate((run / "0.jsonl").read_text().splitlines()):
         gathered, weights, _ = json.loads(line)
         assert gathered == weights * (max(lengths[step]) if changes else 1)
+
+
+@pytest.mark.parametrize("baseline", ["kl", pytest.param("none", marks=pytest.mark.slow)])
+def test_the_sampled_estimator_is_a_policy_gradient_on_the_students_own_words(baseline, pair,
+                                                                              recipe_for, tmp_path):
+    words = {"temperature": 1.0, "max_new_tokens": NEW, "end_of_text": "tree"}
+    kept, run = tmp_path / "kept", tmp_path / "run"
+    # The same samples, by seed and place, which the buffer of this one shows.
+    run_ranks(1, "train", recipe_for(kept, rollout={**ALWAYS, **words}, train__steps=1))
+    sampled = {"share": 1.0, "estimator": "sampled", "loss": {"baseline": baseline}, **words}
+    run_ranks(1, "train", recipe_for(run, rollout=sampled, train__steps=1, train__eval_every=0))
+    student, teacher = map(AutoModelForCausalLM.from_pretrained, pair)
+    values, likelihoods = [], []
+    for ids, start in documents(kept, 1):
+        log_q, log_p = (model(torch.tensor([ids])).logits[0, start - 1:-1].log_softmax(-1)
+                        for model in (student, teacher))
+        said = torch.tensor(ids[start:])[:, None]
+        of_label = (log_q.gather(1, said) - log_p.gather(1, said))[:, 0].detach()
+        mean = (log_q.exp() * (log_q - log_p)).sum(-1).detach()
+        values.append(of_label)
+        likelihoods.append((of_label - mean * (baseline == "kl")) * log_q.gather(1, said)[:, 0])
+    torch.cat(likelihoods).mean().backward()
+    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+    line, = read_metrics(run)
+    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+    for name in ("loss", "kd_loss"):
+        assert line[name] == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
 
 
 def gather_counting_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
@@ -139,7 +169,8 @@ def gather_counting_rank(argv: list[str], variables: dict[str, str], log: str) -
         made = original(self, data)
         self.world.barrier()
         seconds = time.perf_counter() - began
-        weights = sum(p.ds_numel * p.element_size() for p in self.student.parameters())
+        student = self.engine.distiller.student
+        weights = sum(p.ds_numel * p.element_size() for p in student.parameters())
         with open(Path(self.recipe.output_dir) / f"{variables['RANK']}.jsonl", "a") as file:
             file.write(json.dumps([gathered.student - before, weights, seconds]) + "\n")
         return made

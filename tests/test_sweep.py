@@ -88,6 +88,10 @@ def test_every_combination_is_a_run_that_is_made_once_and_a_line_of_the_table(re
     (out / "sweep.csv").unlink()
     assert main(["sweep", str(out)]) == 0 and len(started) == 3
     assert (out / "sweep.csv").read_bytes() == before and (out / "sweep.png").exists()
+    # What `eval --json` printed: the numbers, not the text that says how they were made.
+    (out / names[0] / "scores.json").write_text('{"rouge_l": 0.25, "protocol": "minillm: …"}')
+    assert main(["sweep", str(out)]) == 0
+    assert table(out)[0]["rouge_l"] == "0.25" and "protocol" not in table(out)[0]
 
 
 def commands_with(word: Path) -> list[str]:

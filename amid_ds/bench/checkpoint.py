@@ -138,7 +138,8 @@ def _engine_after_one_step(folder: Path, world: World) -> Engine:
     config = read_deepspeed_config(recipe, world.dp_size)
     engine = build_engine(recipe, config, VOCAB_SIZE, world)
     ids = torch.randint(VOCAB_SIZE, (1, 64))
-    batch = StepBatch([Batch(ids, ids, None, 0, [], [])], tokens=64 * world.size, padding=0.0)
+    batch = StepBatch([Batch(ids, ids, None, 0, [], [])], tokens=64 * world.size,
+                      sequences=world.size, padding=0.0)
     Stepper(recipe, engine, TrainState()).train_step(batch)
     return engine
 

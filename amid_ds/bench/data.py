@@ -28,7 +28,7 @@ from amid_ds.data import Batch, PreparedLoader, load_tokenizer, prepare, train_s
 from amid_ds.data.tokenizer import encode_texts
 from amid_ds.experiments import demo
 from amid_ds.experiments.small_models import new_llama
-from amid_ds.models.distiller import Distiller, StepObjective
+from amid_ds.models.distiller import Distiller, LossPart, StepObjective
 
 ROW_LENGTH, ROWS_PER_STEP, MICRO_BATCH = 512, 64, 8
 TOKENIZER_SIZE = 4000
@@ -140,7 +140,7 @@ def demo_speed(rounds: int = 5) -> float:
     """Tokens per second of the demo's distillation, on all cores of one process, no engine."""
     student, teacher = (new_llama(size, demo.VOCABULARY) for size in (demo.STUDENT, demo.TEACHER))
     distiller = Distiller(student, teacher, vocab_size=demo.VOCABULARY)
-    objective = StepObjective(preset("skl"), kd_weight=1.0, ce_weight=0.0)
+    parts = [LossPart(StepObjective(preset("skl"), kd_weight=1.0, ce_weight=0.0))]
     optimizer = torch.optim.AdamW(student.parameters())
     ids = torch.randint(demo.VOCABULARY, (demo.TRAIN["micro_batch_size"], demo.SEQ_LENGTH))
     weights = torch.full((ids.numel(),), 1 / ids.numel())
@@ -150,7 +150,7 @@ def demo_speed(rounds: int = 5) -> float:
         began = time.perf_counter()
         teacher_hidden, = distiller.teacher_hidden_states([batch], 1)
         distiller(ids, batch.valid, batch.targets, weights, teacher_hidden,
-                  objective=objective).loss.backward()
+                  parts=parts).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - began)

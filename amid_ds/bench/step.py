@@ -219,7 +219,8 @@ class _OurStep:
 
     def _step(self, window: list[Batch]) -> None:
         valid = sum(batch.labels.numel() for batch in window) * self.world.size
-        self.stepper.train_step(StepBatch(window, valid, padding=0.0))
+        rows = sum(len(batch.labels) for batch in window) * self.world.size
+        self.stepper.train_step(StepBatch(window, valid, sequences=rows, padding=0.0))
 
     @torch.no_grad()
     def teacher_forward(self) -> None:

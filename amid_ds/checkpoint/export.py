@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -198,6 +199,16 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) 
     parts.append("## Provenance\n\n```json\n" + origin.strip() + "\n```")
     parts.append("## Recipe\n\n```yaml\n" + dump_recipe(recipe).strip() + "\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def exported_step(model: Path) -> int | None:
+    """The step that the card of an exported model names; None where it cannot be read."""
+    try:
+        card = (model / "README.md").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None
+    title = re.search(r"^# .*, step (\d+)$", card, re.MULTILINE)
+    return None if title is None else int(title[1])
 
 
 def _lines_of_last_step(lines: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:

@@ -216,8 +216,16 @@ def find_latest_valid(folder: Path, world: World) -> ResumePoint:
     return ResumePoint(None, frozenset())
 
 
+def manifest_of(checkpoint: Path) -> Manifest | None:
+    """The checkpoint's manifest; None where that is damaged."""
+    try:
+        return Manifest.read(checkpoint)
+    except ValueError:
+        return None
+
+
 def print_checkpoints(run: str) -> None:
-    """`amid-ds checkpoints RUN`: each with step, size, layout and verdict."""
+    """`amid-ds checkpoints RUN`: each with step, size, layout and verdict, the best one marked."""
     from rich.table import Table
 
     from amid_ds.run.console import PlainConsole
@@ -230,12 +238,14 @@ def print_checkpoints(run: str) -> None:
     for column in ("checkpoint", "step", "MB", "layout", "verdict"):
         table.add_column(column, justify="right" if column in ("step", "MB") else "left",
                          overflow="fold")
-    for path in list_checkpoints(folder.checkpoints):
+    rows = [(path, manifest_of(path)) for path in list_checkpoints(folder.checkpoints)]
+    newest = next((manifest for _, manifest in rows[::-1] if manifest is not None), None)
+    best = newest.state.best if newest is not None else None
+    for path, manifest in rows:
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        try:
-            layout = str(Manifest.read(path).layout)
-        except ValueError:
-            layout = "?"
-        table.add_row(path.name, str(checkpoint_step(path)), f"{size / 1e6:,.1f}", layout,
-                      verify(path) or "good")
+        step, verdict = checkpoint_step(path), verify(path) or "good"
+        if best is not None and best["step"] == step:
+            verdict += ", the best evaluation's"
+        table.add_row(path.name, str(step), f"{size / 1e6:,.1f}",
+                      "?" if manifest is None else str(manifest.layout), verdict)
     PlainConsole().print(table)

@@ -61,14 +61,16 @@ class Saver:
 
     Every method but `writing` is collective: all ranks call it at the same step. identity: what the
     run learns from, for the manifest. damaged: checkpoints that do not count. fence: the right to
-    write in `folder`. on_commit: called on rank 0 with the step of each checkpoint that is there.
+    write in `folder`. on_commit: called on rank 0 with the step of each checkpoint that is there;
+    on_failure: on every rank with the step of each that could not be saved.
     """
 
     def __init__(self, engine: Engine, folder: Path, policy: CheckpointPolicy,
                  identity: Mapping[str, object], damaged: frozenset[Path] = frozenset(),
                  fence: Fence = UNFENCED,
-                 on_commit: Callable[[int], None] = lambda step: None) -> None:
-        self.fence, self.on_commit = fence, on_commit
+                 on_commit: Callable[[int], None] = lambda step: None,
+                 on_failure: Callable[[int], None] = lambda step: None) -> None:
+        self.fence, self.on_commit, self.on_failure = fence, on_commit, on_failure
         self.engine, self.folder, self.policy, self.identity = engine, folder, policy, identity
         self.world, self.damaged = engine.world, damaged
         self.layout = layout_of(engine)
@@ -153,6 +155,7 @@ class Saver:
             self.failures = 0
             return
         self.failures += 1
+        self.on_failure(save.state.step)
         if self.world.is_main:
             shutil.rmtree(save.staging, ignore_errors=True)
         # No rank begins the next save while this one is removed.
@@ -196,7 +199,7 @@ class Saver:
             self.damaged -= {final}
             self.on_commit(save.state.step)
             self.fence.check()
-            self._remove([replaced, *self._hide_old()])
+            self._remove([replaced, *self._hide_old(save.state)])
             if not (self.folder / "zero_to_fp32.py").exists():
                 shutil.copy(recovery_script(), self.folder / "zero_to_fp32.py")
         except OSError as error:
@@ -205,15 +208,18 @@ class Saver:
             return error
         return None
 
-    def _hide_old(self) -> list[Path]:
-        """Hide all but the newest `keep` good ones and the milestones; returns the new paths.
+    def _hide_old(self, state: TrainState) -> list[Path]:
+        """Hide all but the newest `keep` good ones, the milestones, and the best by `state`;
+        returns the new paths.
 
         A half-removed one must not be taken for a good one.
         """
+        best = None if state.best is None else state.best["step"]
         good = [path for path in list_checkpoints(self.folder) if path not in self.damaged]
         hidden = []
         for path in good[:-self.policy.keep]:
-            if not self.policy.keep_every or checkpoint_step(path) % self.policy.keep_every:
+            step, milestones = checkpoint_step(path), self.policy.keep_every
+            if step != best and (not milestones or step % milestones):
                 hidden.append(path.with_name(f".{path.name}.old"))
                 os.replace(path, hidden[-1])
         return hidden

@@ -20,6 +20,19 @@ class RolloutState(TypedDict):
     loss: float
 
 
+class BestState(TypedDict):
+    """The best evaluation so far.
+
+    of: what is compared, see checkpoint/best.py. value, step: of the best one; None while none had
+    a value. since: evaluations after it.
+    """
+
+    of: str
+    value: float | None
+    step: int | None
+    since: int
+
+
 # Names that version 0.1 wrote first; kept so that all its checkpoints read alike.
 _MANIFEST_NAMES = {"teacher_tokens_per_pass": "tokens_per_pass", "taid": "interpolation"}
 
@@ -29,9 +42,9 @@ class TrainState:
     """Everything beside weights, optimizer and the recipe that the next step depends on.
 
     step: optimizer steps done. tokens: valid tokens learnt from. teacher_tokens_per_pass: tokens
-    that share a forward call of the teacher (None: not chosen yet). taid, rollout, streams: the
-    state of TAID's interpolation, of adaptive rollouts, and of streamed sources by their number;
-    None without.
+    that share a forward call of the teacher (None: not chosen yet). taid, rollout, streams, best:
+    the state of TAID's interpolation, of adaptive rollouts, of streamed sources by their number,
+    and of `checkpoint.best`; None without.
     """
 
     step: int = 0
@@ -40,6 +53,7 @@ class TrainState:
     taid: TaidState | None = None
     rollout: RolloutState | None = None
     streams: StreamState | None = None
+    best: BestState | None = None
 
     def to_json(self) -> dict[str, object]:
         """The fields as a manifest has them, without those that are None."""

@@ -1,4 +1,4 @@
-"""The commands about many runs and Slurm: submit, sweep, doctor, requeue."""
+"""The commands about many runs and Slurm: submit, sweep, reproduce, doctor, requeue."""
 
 from __future__ import annotations
 
@@ -118,6 +118,24 @@ def _sweep(args: argparse.Namespace) -> None:
     else:
         run_here(sweep, ranks)
         write_results(sweep.folder)
+
+
+def add_reproduce(commands: Commands) -> None:
+    parser = add_command(commands, _reproduce, "a published row: train, select, evaluate, compare")
+    parser.add_argument("name", metavar="NAME", help="of a row, such as amid, abkd or gkd")
+    parser.add_argument("--models", required=True, metavar="DIR", help="the authors' models")
+    parser.add_argument("--data", required=True, metavar="DIR", help="the authors' sets")
+    parser.add_argument("--seeds", metavar="A,B,...", help="of the samples; default the published")
+    parser.add_argument("--out", metavar="DIR", help="default runs/reproduce/NAME; resumes there")
+    parser.add_argument("--ranks-per-node", type=int, default=1, metavar="R")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _reproduce(args: argparse.Namespace) -> None:
+    from amid_ds.experiments.reproduce import ReproduceArgs, reproduce
+
+    reproduce(ReproduceArgs(args.name, args.models, args.data, args.seeds, args.out,
+                            args.ranks_per_node, args.overrides))
 
 
 def add_doctor(commands: Commands) -> None:

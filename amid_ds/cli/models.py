@@ -37,9 +37,14 @@ def add_eval(commands: Commands) -> None:
     for name in ("text", "prompt", "response", "messages"):
         parser.add_argument(f"--{name}", metavar="COL", help="default: by the columns of the rows")
     _add_row_options(parser, "error")
-    parser.add_argument("--seq-length", type=int, default=512, metavar="L")
-    parser.add_argument("--seeds", type=int, metavar="N", help="samples per prompt; default 5")
+    parser.add_argument("--protocol", metavar="NAME", help="a published one, minillm: sets what "
+                        "the options below leave out")
+    parser.add_argument("--seq-length", type=int, metavar="L", help="default 512")
+    parser.add_argument("--seeds", metavar="N", help="samples per prompt, or A,B,...: the seeds; "
+                        "default 5")
     parser.add_argument("--new-tokens", type=int, metavar="N", help="per sample; default half of L")
+    parser.add_argument("--no-repeat-ngram", type=int, metavar="N", help="N tokens in a row that "
+                        "were in prompt or sample do not come again")
     parser.add_argument("--json", action="store_true")
     add_trust(parser)
 
@@ -51,13 +56,15 @@ def _add_row_options(parser: argparse.ArgumentParser, on_bad_row: str | None) ->
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from amid_ds.eval.evaluate import EvalArgs, evaluate_command
+    from amid_ds.eval.evaluate import evaluate_command
+    from amid_ds.eval.protocol import EvalArgs, eval_protocol
     from amid_ds.eval.rows import RowOptions
 
     rows = RowOptions(args.text, args.prompt, args.response, args.messages, args.template,
                       args.split, args.on_bad_row)
-    evaluate_command(EvalArgs(args.model, args.teacher, args.data, args.seq_length, rows,
-                              args.seeds, args.new_tokens,
+    protocol = eval_protocol(args.protocol, args.seq_length, args.seeds, args.new_tokens,
+                             args.no_repeat_ngram)
+    evaluate_command(EvalArgs(args.model, args.teacher, args.data, protocol, rows,
                               trust_remote_code=args.trust_remote_code), args.json)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from amid_ds.checkpoint.best import describe_best, describe_early_end, newest_state
 from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
 from amid_ds.cluster import slurm
 from amid_ds.config.parse import load_recipe
@@ -55,12 +56,19 @@ def run_status(run: Path) -> dict[str, str]:
     submitted = [event for event in attempts.read_events(run) if event["event"] == "submitted"]
     total = _total_steps(run, submitted)
     lines = read_metrics(run)
+    reached = newest_state(RunFolder(run))
+    early = best = None
+    if reached is not None and RunFolder(run).exists:
+        recipe = load_recipe(RunFolder(run).recipe)
+        early, best = describe_early_end(recipe, reached), describe_best(recipe, reached)
     job = _latest_job(history, submitted)
     job_facts = slurm.show_job(job) if job is not None and slurm.slurm_available() else {}
-    status = {"state": _state(run, history, total, job_facts),
+    status = {"state": f"done, {early}" if early else _state(run, history, total, job_facts),
               "step": f"{lines[-1]['step'] if lines else 0} of {total or 'a number not known yet'}"}
     if lines:
-        status |= _progress(lines, total)
+        status |= _progress(lines, None if early else total)
+    if best is not None:
+        status["best"] = best
     status["restarts"] = str(max(0, len(history) - 1))
     if job is not None:
         status["job"] = job

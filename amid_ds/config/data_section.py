@@ -7,8 +7,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from amid_ds.config.loss_section import OwnLoss
 from amid_ds.config.prompt_templates import TEMPLATES
-from amid_ds.config.section import NonNegativeInt, PathText, Positive, Section
+from amid_ds.config.section import (
+    NonNegative,
+    NonNegativeInt,
+    PathText,
+    Positive,
+    PositiveInt,
+    Section,
+)
 from amid_ds.errors import suggest
 
 
@@ -91,6 +99,8 @@ class Source(Rows):
     """The source's share of the rows that are read, relative to the other sources' weights."""
     stream: bool = False
     """Read and tokenised while training, by `datasets`; nothing is prepared."""
+    loss: OwnLoss | None = None
+    """Keys in place of those of the recipe's `loss`, for this source's tokens."""
 
 
 class Auxiliary(Rows):
@@ -100,11 +110,30 @@ class Auxiliary(Rows):
     """The coefficient of that loss."""
 
 
+class Generation(Section):
+    """Responses that the student samples for a set's prompts in each evaluation, for ROUGE-L."""
+
+    max_new_tokens: PositiveInt = 256
+    """The longest response."""
+    temperature: NonNegative = 1.0
+    """Of the sampling; 0: the most probable token."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the fewest tokens that have this probability together."""
+    seed: NonNegativeInt = 10
+    """Of the sampling; the same one in every evaluation."""
+    batch_size: PositiveInt = 32
+    """Prompts that a rank completes at once."""
+    rows: PositiveInt | None = None
+    """The set's first rows alone are sampled for; None: all."""
+
+
 class EvalSet(Rows):
     """A named set of rows to evaluate on."""
 
     name: Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
     """By default the file's name up to its first dot."""
+    generate: Generation | None = None
+    """Sample responses in each evaluation, for `rouge_l`; None: none are."""
 
     @model_validator(mode="before")
     @classmethod
@@ -113,6 +142,14 @@ class EvalSet(Rows):
             name = Path(raw["path"]).name
             return {**raw, "name": name.lstrip(".").split(".")[0]}
         return raw
+
+    @model_validator(mode="after")
+    def _has_what_to_compare(self) -> EvalSet:
+        if self.generate is not None and self.prompt is None and self.template is None:
+            raise ValueError("`generate`, and its rows have no prompt and no reference, with which "
+                             "ROUGE-L compares; name the columns `prompt` and `response`, or a "
+                             "`template`, or leave `generate` out")
+        return self
 
 
 class Data(Section):
@@ -174,7 +211,7 @@ class Data(Section):
             others["auxiliary"] = self.auxiliary
         sources = {"": self.train}
         for subfolder, rows in others.items():
-            sources[subfolder] = [Source(**rows.model_dump(exclude={"name", "weight"},
+            sources[subfolder] = [Source(**rows.model_dump(exclude={"name", "weight", "generate"},
                                                            exclude_unset=True))]
         return {subfolder: self.model_copy(update={"train": train, "eval": [], "auxiliary": None})
                 for subfolder, train in sources.items()}

@@ -10,8 +10,15 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from amid_ds.config.recipe import Loss, Recipe, Section, Source
-from amid_ds.config.scheduled_values import VALUE_KINDS
+from amid_ds.config.recipe import (
+    SAMPLED_REVERSE_KL,
+    Loss,
+    OwnLoss,
+    Recipe,
+    Section,
+    Source,
+)
+from amid_ds.config.scheduled_values import VALUE_KINDS, VALUE_SECTIONS
 from amid_ds.config.strict import dump_yaml, load_yaml, read_user_file
 from amid_ds.errors import InputError, suggest
 
@@ -46,7 +53,7 @@ def parse_recipe(text: str, name: str) -> Recipe:
 
 
 def _validated(raw: RawRecipe, name: str) -> Recipe:
-    problems = [*_unknown_loss_keys(raw.get("loss")), *_streamed_epochs(raw)]
+    problems = [*_unknown_loss_keys(raw), *_streamed_epochs(raw)]
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
@@ -154,14 +161,17 @@ def default_of(key: str) -> object:
     *location, name = key.split(".")
     section = _section_at([part for part in location if not part.isdigit()])
     field = section.model_fields.get(name) if section is not None else None
-    if field is None or field.is_required():
+    # What a loss in another's place does not name is as the other has it.
+    if field is None or field.is_required() or section is OwnLoss:
         return None
     return field.get_default(call_default_factory=True)
 
 
 def _known_keys(location: Sequence[int | str]) -> list[str]:
-    """The keys of the section at `location`, a path of keys and list indices; or []."""
-    section = _section_at([part for part in location if isinstance(part, str)])
+    """The keys of the section at `location`, a path of keys and list indices as pydantic has it; or
+    []."""
+    section = (VALUE_SECTIONS.get(str(location[-1])) if location and location[-1] in VALUE_KINDS
+               else _section_at([part for part in location if isinstance(part, str)]))
     return list(section.model_fields) if section is not None else []
 
 
@@ -185,7 +195,7 @@ def _error_lines(error: ValidationError) -> list[str]:
         location = [part for part in problem["loc"] if part not in VALUE_KINDS]
         name = ".".join(str(part) for part in location) or "recipe"
         if problem["type"] == "extra_forbidden":
-            suggestion = suggest(str(location[-1]), _known_keys(location[:-1]))
+            suggestion = suggest(str(location[-1]), _known_keys(problem["loc"][:-1]))
             lines.append(f"`{name}` is unknown; {suggestion}")
         elif problem["type"] == "missing":
             lines.append(f"`{name}` is missing")
@@ -213,13 +223,28 @@ def _streamed_epochs(raw: RawRecipe) -> Iterator[str]:
                 return
 
 
-def _unknown_loss_keys(loss: object) -> Iterator[str]:
-    """A line for each extra key of `loss` without a preset, or extra number that is not finite."""
-    if not isinstance(loss, dict):
-        return
-    known = list(Loss.model_fields)
-    for key in loss.keys() - set(known):
-        if loss.get("preset") is None:
-            yield f"`loss.{key}` is unknown; {suggest(key, known)}"
-        elif isinstance(loss[key], float) and not math.isfinite(loss[key]):
-            yield f"`loss.{key}`: found {loss[key]!r}; a preset's numbers are finite"
+def _unknown_loss_keys(raw: RawRecipe) -> Iterator[str]:
+    """A line for each extra key of a `loss` without a preset, or extra number that is not finite.
+
+    The recipe's own, and those of sources and rollouts, which may have its preset.
+    """
+    whole, data, rollout = raw.get("loss"), raw.get("data"), raw.get("rollout")
+    preset = whole.get("preset") if isinstance(whole, dict) else None
+    # Each with the preset that it has if it names none.
+    places: dict[str, tuple[object, object]] = {"loss": (whole, None)}
+    if isinstance(rollout, dict):
+        sampled = rollout.get("estimator") == "sampled"
+        places["rollout.loss"] = rollout.get("loss"), SAMPLED_REVERSE_KL if sampled else preset
+    sources = data.get("train") if isinstance(data, dict) else None
+    for number, source in enumerate(sources if isinstance(sources, list) else []):
+        if isinstance(source, dict):
+            places[f"data.train.{number}.loss"] = source.get("loss"), preset
+    for place, (loss, preset) in places.items():
+        if not isinstance(loss, dict):
+            continue
+        known = list((Loss if place == "loss" else OwnLoss).model_fields)
+        for key in loss.keys() - set(Loss.model_fields):
+            if loss.get("preset", preset) is None:
+                yield f"`{place}.{key}` is unknown; {suggest(str(key), known)}"
+            elif isinstance(loss[key], float) and not math.isfinite(loss[key]):
+                yield f"`{place}.{key}`: found {loss[key]!r}; a preset's numbers are finite"

@@ -6,43 +6,54 @@ need the recipe alone are here; checks that need ranks, models or data are in tr
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
-from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Rows, Source
+from amid_ds.config.checkpoint_section import Best, CheckpointPolicy
+from amid_ds.config.data_section import Auxiliary, Data, EvalSet, Generation, Rows, Source
+from amid_ds.config.loss_section import (
+    BESIDE_THE_DIVERGENCE,
+    Loss,
+    OwnLoss,
+    Temperatures,
+    TokenWeight,
+    overridden,
+)
 from amid_ds.config.optimizer_section import Muon, OptimizerKeys
 from amid_ds.config.rate_section import RateKeys
+from amid_ds.config.rollout_section import Replay, Rollout
 from amid_ds.config.scheduled_values import (
+    Measure,
+    PerTokenSpec,
     Piecewise,
     Schedule,
-    Scheduled,
     TaidSchedule,
     bounding_values,
-    within,
 )
 from amid_ds.config.section import (
     MAX_INT,
-    Finite,
     NonNegative,
     NonNegativeInt,
     PathText,
     Positive,
     PositiveInt,
     Section,
-    Share,
 )
 
 # Every section under one roof: other folders import them from here.
 __all__ = [
-    "AlphaBetaSpec", "Auxiliary", "CheckpointPolicy", "Data", "DivergenceSpec", "Dtype", "EvalSet",
-    "HubKwargs", "Loss", "Muon", "Piecewise", "PretrainedModel", "ProfileSteps", "Recipe", "Replay",
-    "Rollout", "Rows", "Schedule", "Section", "Slurm", "Source", "Student", "TaidSchedule",
-    "Teacher", "Train", "bounding_values"]
+    "Auxiliary", "Best", "CheckpointPolicy", "Data", "Dtype", "EvalSet", "Generation", "HubKwargs",
+    "Loss", "Muon", "OwnLoss", "PerTokenSpec", "Piecewise", "PretrainedModel", "ProfileSteps",
+    "Recipe", "Replay", "Rollout", "Rows", "Schedule", "Section", "Slurm", "Source", "Student",
+    "TaidSchedule", "Teacher", "Temperatures", "TokenWeight", "Train", "bounding_values",
+    "overridden"]
 
 Dtype = Literal["auto", "bf16", "fp32"]
+# What metrics.jsonl can say of each step beside its losses. agreement: of both models' first
+# choices.
+Statistic = Literal[Measure, "agreement"]
 
 
 class HubKwargs(TypedDict):
@@ -98,77 +109,6 @@ class Teacher(PretrainedModel):
         return self
 
 
-class AlphaBetaSpec(Section):
-    """The two parameters of the alpha-beta divergence."""
-
-    alpha: Finite
-    beta: Finite
-
-
-class DivergenceSpec(Section):
-    """A divergence with parameters."""
-
-    alpha_beta: AlphaBetaSpec
-
-
-class Loss(Section):
-    """The AMiD objective, or a `preset` with its own keys (see `amid_ds.losses.preset`)."""
-
-    # For a preset's own keys. Without a preset, parse.py refuses unknown keys.
-    model_config = ConfigDict(extra="allow")
-    preset: str | None = None
-    """One of the published special cases; None: the AMiD objective from the keys below."""
-    __pydantic_extra__: dict[str, Scheduled] = Field(init=False)
-    alpha: Scheduled = -1.0
-    """α of the assistant's mixture: -1 arithmetic, 1 geometric, 3 harmonic."""
-    lam: Annotated[Scheduled, within(0, 1)] = 0.1
-    """λ, the teacher's share in the assistant."""
-    divergence: str | DivergenceSpec = "kl"
-    """`kl`, `total_variation`, `squared_hellinger`, or {alpha_beta: {alpha, beta}}."""
-    order: str | dict[str, NonNegative] = "pr"
-    """The divergence's arguments of p (teacher), q (student), r (assistant): `pr` is D(p‖r); a
-    mapping from orders to weights is their weighted sum."""
-    temperature: Annotated[Scheduled, within(0, math.inf, open_low=True)] = 1.0
-    """Divides both models' logits."""
-    temperature_scaling: Literal["none", "squared"] = "none"
-    """A factor of the divergence. none: 1; squared: temperature², so that the gradient keeps its
-    size at high temperatures (Hinton et al., 2015)."""
-    detach_assistant: bool = False
-    """Treat the assistant as a fixed target, without a gradient through it."""
-    kd_weight: Annotated[Scheduled, within(0, math.inf)] = 1.0
-    """The coefficient of the divergence."""
-    ce_weight: Annotated[Scheduled, within(0, math.inf)] = 0.0
-    """The coefficient of the cross entropy with the data's labels."""
-
-    @property
-    def scheduled(self) -> dict[str, Schedule | Piecewise | TaidSchedule]:
-        """The values that change with the step, by key; a preset's own keys included."""
-        return {name: value for name, value in self
-                if isinstance(value, (Schedule, Piecewise, TaidSchedule))}
-
-    @property
-    def adaptive(self) -> TaidSchedule | None:
-        """The schedule that follows the divergence; None: no value does."""
-        return next((value for value in self.scheduled.values()
-                     if isinstance(value, TaidSchedule)), None)
-
-    @model_validator(mode="after")
-    def _only_the_interpolation_adapts(self) -> Loss:
-        interpolation = "t" if self.preset == "taid" else "lam"
-        for name, value in self.scheduled.items():
-            if isinstance(value, TaidSchedule) and name != interpolation:
-                raise ValueError(f"`{name}` is adaptive: only `{interpolation}`, the teacher's "
-                                 "share, can be")
-        return self
-
-    @model_validator(mode="after")
-    def _some_weight(self) -> Loss:
-        if not any(bounding_values(self.kd_weight) + bounding_values(self.ce_weight)):
-            raise ValueError("kd_weight and ce_weight are both 0: nothing would be learnt; give "
-                             "one of them a weight")
-        return self
-
-
 class ProfileSteps(Section):
     """The optimizer steps that torch's profiler traces."""
 
@@ -195,6 +135,8 @@ class Train(OptimizerKeys, RateKeys):
     """On a GPU, take kernels that give the same digits each time; they are slower."""
     log_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl."""
+    statistics: list[Statistic] = Field(default=[])
+    """What metrics.jsonl has beside the losses: means over the tokens of the step's batch."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on data.eval; 0: only at the end."""
     max_hours: Positive | None = None
@@ -204,68 +146,17 @@ class Train(OptimizerKeys, RateKeys):
     profile: ProfileSteps | None = None
     """Steps to trace with torch's profiler, on every rank."""
 
+    @field_validator("statistics")
+    @classmethod
+    def _each_once(cls, statistics: list[Statistic]) -> list[Statistic]:
+        if len(set(statistics)) < len(statistics):
+            raise ValueError("each once")
+        return statistics
+
     @property
     def muon_ratio(self) -> float | None:
         """Muon's learning rate over AdamW's, the same at every step; None without Muon."""
         return None if self.muon is None else self.muon.learning_rate / self.learning_rate
-
-
-class Replay(Section):
-    """DistiLLM's adaptive off-policy scheme (arXiv 2402.03898).
-
-    With the threshold's probability a step learns from samples of the student, new or kept ones.
-    The threshold rises by 0.1 whenever the validation loss has risen.
-    """
-
-    init_threshold: Share = 0.0
-    """The threshold at the first step."""
-    loss_eps: NonNegative = 0.1
-    """The least rise of the validation loss, in nats per token, since the threshold rose last."""
-    # A replay draws as many completions as the batch has prompts. If these share rows and
-    # outnumber the capacity, the step learns from all that are kept, which is less than a batch.
-    capacity: PositiveInt = 1000
-    """Completions that are kept, over all ranks."""
-    replay_ratio: Literal["constant", "increasing", "decreasing"] = "decreasing"
-    """The share of the threshold at which the student samples anew once the buffer is full.
-    constant: a half; increasing: from 0 to 1 over the run; decreasing: from 1 to 0."""
-
-
-class Rollout(Section):
-    """Steps with responses that the student samples for the batch's prompts."""
-
-    share: Share | None = None
-    """The share of such steps, as in GKD; or else `adaptive`."""
-    adaptive: Replay | None = None
-    """DistiLLM's scheme; or else `share`."""
-    temperature: NonNegative = 1.0
-    """Of the sampling; 0: the most probable token."""
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Sample from the fewest tokens that have this probability together."""
-    max_new_tokens: PositiveInt = 256
-    """The longest response."""
-    batch_size: PositiveInt = 32
-    """Prompts that a rank completes at once."""
-    end_of_text: str | None = None
-    """The token that ends a response; None: the ends that the student and its tokenizer name."""
-
-    @model_validator(mode="after")
-    def _one_scheme(self) -> Rollout:
-        if (self.share is None) == (self.adaptive is None):
-            raise ValueError("one of `share` and `adaptive` says when the student samples")
-        return self
-
-
-class CheckpointPolicy(Section):
-    """The checkpoints that are written and kept, and the changes that a resumed run may make."""
-
-    every: PositiveInt = 100
-    """Steps between checkpoints."""
-    keep: Annotated[int, Field(ge=2, le=MAX_INT)] = 2
-    """The newest ones that stay; two at least, so that one is left if the newest is damaged."""
-    keep_every: PositiveInt | None = None
-    """Checkpoints of steps that this number divides stay too."""
-    allow_change: list[str] = Field(default=[])
-    """Keys of the recipe in which a resumed run may differ from the attempts before."""
 
 
 class Slurm(Section):
@@ -273,6 +164,26 @@ class Slurm(Section):
 
     max_restarts: NonNegativeInt = 20
     """Restarts of one job after attempts that failed."""
+
+
+# What `rollout.estimator: sampled` puts in the place of the divergence: nothing else may name it,
+# for other words are no samples of the student. Its own key may stand in `rollout.loss`.
+SAMPLED_REVERSE_KL, SAMPLED_DIVERGENCE, BASELINE = "sampled_rkl", "sampled_reverse_kl", "baseline"
+
+
+def _without_divergences(raw: dict[str, object]) -> dict[str, object]:
+    """A recipe before its check, in the losses of its sources no divergence."""
+    data = raw.get("data")
+    if not isinstance(data, dict) or not isinstance(data.get("train"), list):
+        return raw
+
+    def without(source: object) -> object:
+        if not isinstance(source, dict) or not isinstance(source.get("loss"), dict):
+            return source
+        loss: dict[str, object] = source["loss"]
+        cross_entropy = {key: value for key, value in loss.items() if key != "ce_weight" or value}
+        return {**source, "loss": {**cross_entropy, "kd_weight": 0.0}}
+    return {**raw, "data": {**data, "train": [without(source) for source in data["train"]]}}
 
 
 class Recipe(Section):
@@ -305,7 +216,26 @@ class Recipe(Section):
         if not isinstance(loss, dict):
             return raw
         ce_weight = loss.get("ce_weight") or 1.0
-        return {**raw, "loss": {**loss, "kd_weight": 0.0, "ce_weight": ce_weight}}
+        return {**_without_divergences(raw),
+                "loss": {**loss, "kd_weight": 0.0, "ce_weight": ce_weight}}
+
+    @model_validator(mode="after")
+    def _own_losses_fit(self) -> Recipe:
+        """Each `loss` of a source, or of the rollouts, makes a whole with the recipe's."""
+        for place, own in {"loss": OwnLoss(), **self.own_losses}.items():
+            try:
+                whole = overridden(self.loss, own)
+            except ValidationError as error:
+                problems = "; ".join(each["msg"].removeprefix("Value error, ")
+                                     for each in error.errors())
+                raise ValueError(f"`{place}` over `loss`: {problems}") from None
+            if whole.preset == SAMPLED_REVERSE_KL or SAMPLED_DIVERGENCE in whole.divergence:
+                raise ValueError(f"`{place}` names the sampled reverse KL, which is for the "
+                                 "student's own words alone; set `rollout.estimator: sampled`")
+            if self.teacher is None and whole.token_weight is not None:
+                raise ValueError(f"`{place}` has a `token_weight` and there is no `teacher` to "
+                                 "measure the tokens with; name one, or leave it out")
+        return self
 
     @model_validator(mode="after")
     def _something_to_evaluate_on(self) -> Recipe:
@@ -315,10 +245,30 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _best_is_measured(self) -> Recipe:
+        best = self.checkpoint.best
+        problems = [] if best is None else list(best.problems(
+            self.data.eval, self.teacher is not None, self.train.eval_every))
+        if best is not None and problems:
+            raise ValueError(f"`checkpoint.best.metric` {best.metric!r} is not measured: "
+                             + "; ".join(problems))
+        return self
+
+    @model_validator(mode="after")
+    def _generations_fit(self) -> Recipe:
+        for each in self.data.eval:
+            if each.generate and each.generate.max_new_tokens >= self.train.seq_length:
+                raise ValueError(f"`generate.max_new_tokens` {each.generate.max_new_tokens} of the "
+                                 f"set {each.name!r} leaves a prompt no room in `train.seq_length` "
+                                 f"{self.train.seq_length}; lower the one or raise the other")
+        return self
+
+    @model_validator(mode="after")
     def _rollout_fits(self) -> Recipe:
         if self.rollout is not None:
             self._require_prompts()
             self._require_rollout_sizes(self.rollout)
+            self._require_own_words(self.rollout)
         return self
 
     def _require_prompts(self) -> None:
@@ -347,6 +297,31 @@ class Recipe(Section):
                              "batch; raise it to `train.global_batch_size` "
                              f"{train.global_batch_size} or more")
 
+    def _require_own_words(self, rollout: Rollout) -> None:
+        """What is learnt from the student's samples is learnt from them alone."""
+        own, is_sampled = rollout.loss, rollout.estimator == "sampled"
+        if self.loss.adaptive is not None and (own is not None or is_sampled):
+            raise ValueError("`loss` has an adaptive value, which follows one divergence, and "
+                             "rollouts have another: leave `rollout.loss` and "
+                             "`rollout.estimator` out, or take another schedule")
+        if not is_sampled:
+            return
+        if wrong := sorted(own.model_fields_set - {*BESIDE_THE_DIVERGENCE, BASELINE} if own
+                           else ()):
+            raise ValueError(f"`rollout.loss.{wrong[0]}` with `rollout.estimator: sampled`, which "
+                             "is the reverse KL; leave one of them out")
+        temperature = self.sampled_loss.temperature
+        if isinstance(temperature, Temperatures):
+            temperature = temperature.student
+        found = (("`rollout.adaptive`" if rollout.adaptive is not None else "")
+                 or (f"`rollout.top_p` {rollout.top_p:g}" if rollout.top_p < 1 else "")
+                 or (f"`rollout.temperature` {rollout.temperature:g} and another of the loss's "
+                     "student" if rollout.temperature != temperature else ""))
+        if found:
+            raise ValueError(f"`rollout.estimator: sampled` with {found}: it is right for samples "
+                             "of today's student as the loss has it; set `share`, `top_p` 1 and "
+                             "the same temperature, or `estimator: exact`")
+
     @field_validator("output_dir", "deepspeed")
     @classmethod
     def _not_empty(cls, value: str) -> str:
@@ -366,6 +341,39 @@ class Recipe(Section):
         return self.model_copy(update={
             "student": self.student.model_copy(update=untrusted),
             "teacher": self.teacher and self.teacher.model_copy(update=untrusted)})
+
+    @property
+    def own_losses(self) -> dict[str, OwnLoss]:
+        """Every `loss` beside the recipe's own, by its place."""
+        own = {f"data.train.{number}.loss": source.loss
+               for number, source in enumerate(self.data.train)}
+        if self.rollout is not None:
+            own["rollout.loss"] = self.rollout.loss
+        return {place: loss for place, loss in own.items() if loss is not None}
+
+    @property
+    def source_losses(self) -> dict[int, Loss]:
+        """What is learnt from sources with a `loss` of their own, by their index in data.train."""
+        return {number: overridden(self.loss, source.loss)
+                for number, source in enumerate(self.data.train) if source.loss is not None}
+
+    @property
+    def sampled_loss(self) -> Loss:
+        """What is learnt from the student's own words: no cross entropy, unless it is named."""
+        own = self.rollout.loss if self.rollout is not None else None
+        loss = self.loss if own is None else overridden(self.loss, own)
+        if self.rollout is not None and self.rollout.estimator == "sampled":
+            baseline = {BASELINE: getattr(own, BASELINE)} if hasattr(own, BASELINE) else {}
+            loss = overridden(loss, OwnLoss.model_validate(
+                {"preset": SAMPLED_REVERSE_KL, **baseline}))
+        if own is None or "ce_weight" not in own.model_fields_set:
+            loss = loss.model_copy(update={"ce_weight": 0.0})
+        return loss
+
+    @property
+    def losses(self) -> list[Loss]:
+        """Every loss that a step may have: the data's, its sources', the student's own words'."""
+        return [self.loss, *self.source_losses.values(), self.sampled_loss]
 
     @property
     def prepared_dir(self) -> Path:

@@ -6,10 +6,17 @@ The exception is TAID's interpolation, which follows past losses: checkpoints ke
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 from amid_ds.config.recipe import Loss, Train
-from amid_ds.config.scheduled_values import Piecewise, Schedule, ScheduledValue, TaidSchedule
+from amid_ds.config.scheduled_values import (
+    Piecewise,
+    Schedule,
+    ScheduledValue,
+    TaidSchedule,
+    with_schedules,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,8 +93,8 @@ def value_at(scheduled: ScheduledValue, step: int, total: int,
 
 def loss_at(loss: Loss, step: int, total: int, taid_state: TaidState | None = None) -> Loss:
     """The loss of optimizer step `step` (from 0) of `total`, its schedules replaced by values."""
-    return loss.model_copy(update={name: value_at(value, step, total, taid_state)
-                                   for name, value in loss.scheduled.items()})
+    at: Loss = with_schedules(loss, lambda value: value_at(value, step, total, taid_state))
+    return at
 
 
 def taid_update(adaptive: TaidSchedule, taid_state: TaidState | None, divergence: float, step: int,
@@ -114,13 +121,13 @@ def taid_update(adaptive: TaidSchedule, taid_state: TaidState | None, divergence
     return {"value": min(end, max(along, faster)), "momentum": momentum, "divergence": divergence}
 
 
-def turning_points(loss: Loss, total: int) -> list[int]:
-    """Steps at which a schedule of `loss` starts or ends, and the first and last step, in order.
+def turning_points(losses: Iterable[Loss], total: int) -> list[int]:
+    """Steps at which a schedule of `losses` starts or ends, and the first and last step, in order.
 
     Between two of them each value lies between its values there, so checking these checks all.
     """
     points = {0, total - 1}
-    for scheduled in loss.scheduled.values():
+    for scheduled in (each for loss in losses for each in loss.scheduled.values()):
         for part in scheduled.pieces if isinstance(scheduled, Piecewise) else [scheduled]:
             if isinstance(part, Schedule):
                 points |= {min(step, total - 1) for step in part.steps or ()}

@@ -1,14 +1,15 @@
 """Values of the recipe that change with the optimizer step: a number, or one of three schedules.
 
-Their values at a step are computed in `config/schedule.py`.
+Their values at a step are computed in `config/schedule.py`. A value that differs from token to
+token, by what the models make of it, is made of such values in turn.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
-from typing import Annotated
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
@@ -85,11 +86,19 @@ class TaidSchedule(Section):
         return self
 
 
-ScheduledValue = float | Schedule | Piecewise | TaidSchedule
+AnySchedule = Schedule | Piecewise | TaidSchedule
+ScheduledValue = float | AnySchedule
 
-# Tags of the union below. pydantic puts them into the location of an error; parse.py drops them.
-NUMBER, SCHEDULE, PIECEWISE, TAID = VALUE_KINDS = (
-    "a number", "a schedule", "a piecewise schedule", "a TAID schedule")
+# Tags of the unions below. pydantic puts them into the location of an error; parse.py drops them.
+VALUE_KINDS = ("a number", "a schedule", "a piecewise schedule", "a TAID schedule",
+               "a scheduled number", "a number per token", "a number per side", "a name",
+               "a mapping")
+(NUMBER, SCHEDULE, PIECEWISE, TAID, SCHEDULED, PER_TOKEN, PER_SIDE, NAME, MAPPING) = VALUE_KINDS
+
+
+# Their keys, for parse.py.
+VALUE_SECTIONS: dict[str, type[Section]] = {
+    SCHEDULE: Schedule, PIECEWISE: Piecewise, TAID: TaidSchedule}
 
 
 def _value_kind(value: object) -> str:
@@ -98,10 +107,7 @@ def _value_kind(value: object) -> str:
         if "pieces" in value:
             return PIECEWISE
         return TAID if "adaptive" in value else SCHEDULE
-    for kind, tag in ((Piecewise, PIECEWISE), (TaidSchedule, TAID), (Schedule, SCHEDULE)):
-        if isinstance(value, kind):
-            return tag
-    return NUMBER
+    return next((tag for tag, kind in VALUE_SECTIONS.items() if isinstance(value, kind)), NUMBER)
 
 
 Scheduled = Annotated[
@@ -109,9 +115,93 @@ Scheduled = Annotated[
     | Annotated[Piecewise, Tag(PIECEWISE)] | Annotated[TaidSchedule, Tag(TAID)],
     Discriminator(_value_kind)]
 
+# What the loss can measure of each token: the names that `amid_ds.losses.PerToken` takes.
+Measure = Literal["teacher_entropy", "student_entropy", "divergence", "label_probability",
+                  "overlap"]
 
-def bounding_values(scheduled: ScheduledValue) -> list[float]:
+
+class PerTokenSpec(Section):
+    """A value of each token: linear in a measure of the token between two values of it.
+
+    See `amid_ds.losses.PerToken`, which has the defaults too.
+    """
+
+    by: Measure
+    """The measure."""
+    linear: Annotated[tuple[Scheduled, Scheduled], FROM_A_LIST] | None = None
+    """[value where the measure is at the first of `at`, value at the second]; constant outside.
+    None: [0, 1]."""
+    at: Annotated[tuple[Scheduled, Scheduled], FROM_A_LIST] | None = None
+    """Two values of the measure, the lower first. None: [0, 1]."""
+    over: Literal["token", "sequence"] = "token"
+    """sequence: the measure's mean over the token's sequence counts."""
+
+    @model_validator(mode="after")
+    def _at_goes_forward(self) -> PerTokenSpec:
+        if self.at is not None:
+            low, high = map(bounding_values, self.at)
+            if max(low) >= min(high):
+                raise ValueError(f"`at` goes from {max(low):g} to {min(high):g}: the first value "
+                                 "is below the second, in every step")
+        return self
+
+
+VALUE_SECTIONS[PER_TOKEN] = PerTokenSpec
+
+
+def _per_token_kind(value: object) -> str:
+    """As `_value_kind`. A schedule has `linear` too, and none of a token's other keys."""
+    is_per_token = (bool(value.keys() & {"by", "at", "over", "top"}) if isinstance(value, Mapping)
+                    else isinstance(value, PerTokenSpec))
+    return PER_TOKEN if is_per_token else SCHEDULED
+
+
+PerTokenOrScheduled = Annotated[
+    Annotated[PerTokenSpec, Tag(PER_TOKEN)] | Annotated[Scheduled, Tag(SCHEDULED)],
+    Discriminator(_per_token_kind)]
+
+
+def by_name(value: object) -> str:
+    """The tag of a union of a NAME and a MAPPING."""
+    return MAPPING if isinstance(value, Mapping) else NAME
+
+
+def scheduled_parts(value: object, name: str = "") -> Iterator[tuple[str, AnySchedule]]:
+    """(dotted name, schedule) of every schedule in `value`: a section, mapping or sequence of the
+    recipe, or a schedule itself, which is called `name`."""
+    if isinstance(value, AnySchedule):
+        yield name, value
+        return
+    for key, part in _parts(value):
+        yield from scheduled_parts(part, f"{name}.{key}" if name else str(key))
+
+
+def with_schedules(value: object, replaced: Callable[[AnySchedule], float]) -> Any:
+    """`value` with what `replaced` makes of every schedule in it."""
+    if isinstance(value, AnySchedule):
+        return replaced(value)
+    changed = {key: with_schedules(part, replaced) for key, part in _parts(value)
+               if any(scheduled_parts(part))}
+    if not changed:
+        return value
+    if isinstance(value, Section):
+        return value.model_copy(update=changed)
+    parts = {**dict(_parts(value)), **changed}
+    return parts if isinstance(value, Mapping) else tuple(parts.values())
+
+
+def _parts(value: object) -> Iterator[tuple[Any, object]]:
+    """(key or index, part) of a section, mapping or sequence; nothing of anything else."""
+    if isinstance(value, (list, tuple)):
+        yield from enumerate(value)
+    elif isinstance(value, (Section, Mapping)):
+        yield from value if isinstance(value, Section) else value.items()
+
+
+def bounding_values(scheduled: ScheduledValue | PerTokenSpec) -> list[float]:
     """The values between which `scheduled` stays in every step; it reaches the extreme ones."""
+    if isinstance(scheduled, PerTokenSpec):
+        return [bound for end in scheduled.linear or (0.0, 1.0) for bound in bounding_values(end)]
     if isinstance(scheduled, Piecewise):
         return [end for piece in scheduled.pieces for end in piece.ends]
     if isinstance(scheduled, TaidSchedule):
@@ -121,7 +211,7 @@ def bounding_values(scheduled: ScheduledValue) -> list[float]:
 
 def within(low: float, high: float, open_low: bool = False) -> AfterValidator:
     """A validator of all values: in [low, high], or in (low, high] with `open_low`."""
-    def check(scheduled: ScheduledValue) -> ScheduledValue:
+    def check(scheduled: Any) -> Any:
         for value in bounding_values(scheduled):
             if value < low or value > high or (open_low and value == low):
                 raise ValueError(f"values {'above' if open_low else 'from'} {low:g}"

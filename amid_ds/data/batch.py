@@ -53,8 +53,12 @@ class Batch:
     sources: the location of each row's first token, "corpus.jsonl line 17" or
         "corpus.parquet row 16".
     documents: where the rows' documents begin; None: not known, `positions` have to tell.
+    row_sources: of each row, the index of its source in data.train; None: not known.
     valid: [n] int64, which of the B · L positions have a label, in their order. It is made on the
         host, because a GPU would have to be waited for to know n.
+    sequences: [n] int64, the sequence of each of these: of the documents with a label, in order and
+        from 0, the one that it is in. Documents that are not kept apart are one, their row.
+    sequence_count: the number of these sequences.
     """
 
     input_ids: torch.Tensor
@@ -64,11 +68,29 @@ class Batch:
     rows: list[int]
     sources: list[str]
     documents: Documents | None = None
+    row_sources: list[int] | None = None
     valid: torch.Tensor = field(init=False)
+    sequences: torch.Tensor = field(init=False)
+    sequence_count: int = field(init=False)
 
     def __post_init__(self) -> None:
-        found = np.flatnonzero(self.labels.numpy() != IGNORE_INDEX)
-        object.__setattr__(self, "valid", torch.from_numpy(found))
+        valid = np.flatnonzero(self.labels.numpy() != IGNORE_INDEX)
+        document = np.searchsorted(self._boundaries(), valid, "right")
+        # Numbers without gaps: documents without a label have none.
+        begins = np.diff(document, prepend=-1) != 0
+        for name, value in (("valid", torch.from_numpy(valid)),
+                            ("sequences", torch.from_numpy(np.cumsum(begins) - 1)),
+                            ("sequence_count", int(begins.sum()))):
+            object.__setattr__(self, name, value)
+
+    def _boundaries(self) -> NDArray[np.int64]:
+        """Where documents begin in the rows laid end to end, and where a row's padding does."""
+        rows, length = self.labels.shape
+        if self.documents is not None:
+            return np.array(self.documents.boundaries(length), np.int64)
+        if self.positions is not None:
+            return np.flatnonzero(self.positions.numpy() == 0)
+        return np.arange(0, rows * length, length)
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy on `device`, which nothing waits for."""
@@ -82,6 +104,22 @@ class Batch:
     def targets(self) -> torch.Tensor:
         """[n] int64, the labels of the positions `valid`."""
         return self.labels.flatten().index_select(0, self.valid)
+
+    @property
+    def source_numbers(self) -> torch.Tensor:
+        """[n] int64 on the host, the index in data.train of each one's source. Of a batch there."""
+        assert self.row_sources is not None
+        rows = self.valid.numpy() // self.labels.shape[1]
+        return torch.from_numpy(np.array(self.row_sources, np.int64)[rows])
+
+    def sequence_weights(self, sequences: float) -> torch.Tensor:
+        """[n] fp32 on the host: 1 / (sequences · tokens with a label in the token's sequence).
+
+        `sequences` of the global batch: the sum with these weights is then the mean over its
+        sequences of the mean over each one's tokens. Of a batch on the host.
+        """
+        numbers = self.sequences.numpy()
+        return torch.from_numpy(1 / (sequences * np.bincount(numbers)[numbers])).float()
 
 
 class TokenRow(NamedTuple):
@@ -120,8 +158,9 @@ def require_ids_below(vocab_size: int, batches: Iterable[Batch]) -> None:
                              "prepare the data with the tokenizer of the models")
 
 
-def collate_rows(rows: Sequence[TokenRow], numbers: list[int]) -> Batch:
-    """The rows as one micro-batch. numbers: theirs in the prepared data."""
+def collate_rows(rows: Sequence[TokenRow], numbers: list[int],
+                 row_sources: list[int] | None = None) -> Batch:
+    """The rows as one micro-batch. numbers: theirs in the prepared data; row_sources: see Batch."""
     length = max(len(row.tokens) for row in rows) - 1
     # The model reads padding as token 0; nothing depends on it.
     input_ids = torch.zeros(len(rows), length, dtype=torch.int64)
@@ -137,7 +176,8 @@ def collate_rows(rows: Sequence[TokenRow], numbers: list[int]) -> Batch:
     padding = input_ids.numel() - sum(len(row.tokens) - 1 for row in rows)
     isolated = any(len(row.doc_starts) for row in rows)
     return Batch(input_ids, labels, positions if isolated else None, padding, numbers,
-                 [row.source for row in rows], Documents(tuple(map(_document_starts, rows))))
+                 [row.source for row in rows], Documents(tuple(map(_document_starts, rows))),
+                 row_sources)
 
 
 def _document_starts(row: TokenRow) -> tuple[int, ...]:

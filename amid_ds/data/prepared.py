@@ -80,7 +80,8 @@ class PreparedDataset:
 
     def batch(self, numbers: Sequence[int]) -> Batch:
         """The rows of these numbers as one micro-batch."""
-        return collate_rows([self.row(number) for number in numbers], list(numbers))
+        sources = np.searchsorted(np.cumsum(self.counts), numbers, side="right").tolist()
+        return collate_rows([self.row(number) for number in numbers], list(numbers), sources)
 
 
 def read_batches(folder: Path, batch_size: int, dp_rank: int = 0,

@@ -186,9 +186,10 @@ class StreamLoader(StepLoader):
 
     def window(self, step: int) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step."""
-        rows, numbers = [], []
+        rows, numbers, sources = [], [], []
         for source, number in assign_source(self.samples(step), self.weights):
             numbers.append(number)
+            sources.append(source)
             row, shard_number = divmod(number, self.shard_counts[source])
             shard = self._shard(source, shard_number)
             while shard.state["count"] < row:
@@ -199,7 +200,7 @@ class StreamLoader(StepLoader):
             self.positions[step] = {f"{source}.{number}": shard.state.copy()
                                     for (source, number), shard in self.open_shards.items()}
         size = self.micro_batch_size
-        return [collate_rows(rows[i:i + size], numbers[i:i + size])
+        return [collate_rows(rows[i:i + size], numbers[i:i + size], sources[i:i + size])
                 for i in range(0, len(rows), size)]
 
     def state(self, step: int) -> StreamState:

@@ -18,7 +18,7 @@ from amid_ds.data import Batch
 from amid_ds.distributed.world import World
 from amid_ds.engine import gather, memory, optimizer, restore, staging, tensor_files
 from amid_ds.errors import TrainingError
-from amid_ds.models.distiller import Distiller, MicroBatchLoss, StepObjective
+from amid_ds.models.distiller import Distiller, LossPart, MicroBatchLoss
 from amid_ds.models.heads import check_head, check_isolation, ids_to_check
 from amid_ds.models.sizes import default_teacher_tokens, hidden_states_fit, teacher_bytes_per_token
 
@@ -73,7 +73,7 @@ class Engine:
             gather.param_coordinator(self._deepspeed).reset_step()
 
     def forward(self, batch: Batch, token_weights: Tensor, teacher_hidden: Tensor | None,
-                objective: StepObjective, last: bool) -> MicroBatchLoss:
+                parts: Sequence[LossPart], last: bool) -> MicroBatchLoss:
         """The loss of one micro-batch on the device, see `Distiller.forward`.
 
         last: whether it is the last one of the accumulation window.
@@ -81,7 +81,7 @@ class Engine:
         self._deepspeed.set_gradient_accumulation_boundary(last)
         loss: MicroBatchLoss = self._deepspeed(
             batch.input_ids, batch.valid, batch.targets, token_weights, teacher_hidden,
-            batch.positions, objective=objective, documents=batch.documents)
+            batch.positions, batch.sequences, parts=parts, documents=batch.documents)
         return loss
 
     def backward(self, loss: Tensor) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -39,14 +40,8 @@ from amid_ds.data import (
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
-from amid_ds.eval.rows import RowOptions
-from amid_ds.eval.text_metrics import (
-    PUBLISHED_SEEDS,
-    EvalPrompt,
-    Sampling,
-    require_rouge,
-    score_generations,
-)
+from amid_ds.eval.protocol import EvalArgs, EvalProtocol
+from amid_ds.eval.text_metrics import EvalPrompt, score_generations
 from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.fit import require_positions, require_rows
 from amid_ds.models.heads import check_head, head_of, ids_to_check, logits_of, run_body
@@ -78,8 +73,8 @@ class Scores:
     top1_agreement: the share of tokens at which both have the same first choice; all three None
     without a teacher.
     calibration_error: the expected gap between the probability of the first choice and the share of
-    right ones, over 15 bins of equal width. The others are GenerationScores'; None without
-    generations.
+    right ones, over 15 bins of equal width. protocol: the published one that was followed, with
+    its values; None without one. The others are GenerationScores'; None without generations.
     """
 
     loss: float
@@ -89,10 +84,18 @@ class Scores:
     top1_agreement: float | None
     calibration_error: float
     rouge_l: float | None = None
-    rouge_l_standard_error: float | None = None
+    rouge_l_std: float | None = None
+    rouge_l_sem: float | None = None
     distinct_4: float | None = None
     self_bleu: float | None = None
     teacher_nll: float | None = None
+    protocol: str | None = None
+
+    def report(self) -> dict[str, float | str | None]:
+        """The scores by name, as JSON has them; `protocol` only where there is one."""
+        scores = dataclasses.asdict(self)
+        return scores if self.protocol is not None else {
+            name: value for name, value in scores.items() if name != "protocol"}
 
 
 def load_model(model: str, trust_remote_code: bool = False) -> nn.Module:
@@ -209,53 +212,6 @@ def _log_probabilities(model: nn.Module, hidden: torch.Tensor, vocab_size: int) 
     return log_p
 
 
-@dataclass(frozen=True)
-class EvalArgs:
-    """The arguments of `amid-ds eval`.
-
-    data: a file, folder, glob or data set; rows: what is known of its rows. seeds: None: as many as
-    in the papers, if the rows have prompts. new_tokens: of a generated answer; None: half of the
-    tokens that prompt and answer may have together.
-    """
-
-    model: str
-    teacher: str | None
-    data: str
-    seq_length: int = 512
-    rows: RowOptions = field(default_factory=RowOptions)
-    seeds: int | None = None
-    new_tokens: int | None = None
-    batch_size: int = 4
-    trust_remote_code: bool = False
-
-    def sampling(self, source: Source, room: int) -> Sampling | None:
-        """Settings for sampled answers to the source's rows; None: no generations.
-
-        Prompt and answer have `room` tokens together. Raises InputError if the arguments ask for
-        what the rows cannot give.
-        """
-        seeds = self.seeds
-        has_references = source.prompt is not None or source.template is not None
-        if seeds is None:
-            seeds = len(PUBLISHED_SEEDS) if has_references else 0
-        new_tokens = room // 2 if self.new_tokens is None else self.new_tokens
-        if seeds and not has_references:
-            raise InputError(f"--seeds {seeds} with {self.data}, whose rows have no prompt and no "
-                             "reference",
-                             "prompt and response, or instruction, input and output: ROUGE-L "
-                             "compares with these",
-                             "give such a file, or leave --seeds out")
-        if seeds < 0 or not 0 < new_tokens < room:
-            raise InputError(f"--seeds {seeds} --new-tokens {new_tokens}",
-                             f"at least 0 seeds, and from 1 to {room - 1} new tokens, room for a "
-                             "prompt",
-                             "change --seeds, --new-tokens or --seq-length")
-        if not seeds:
-            return None
-        require_rouge()
-        return Sampling(seeds, new_tokens)
-
-
 def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
              tokenizer: PreTrainedTokenizerBase, world: World | None = None) -> Scores:
     """Every score of `model`, on every rank.
@@ -270,22 +226,25 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     vocab_size = vocabulary_size(tokenizer)
     _run_checked(world, lambda: _check_heads(models, vocab_size))
     limits = [getattr(each.config, "max_position_embeddings", None) for _, each in models]
-    room = min([args.seq_length, *filter(None, limits)])
-    sampling = _run_checked(world, lambda: args.sampling(source, room))
+    seq_length = args.protocol.seq_length
+    room = min([seq_length, *filter(None, limits)])
+    protocol = _run_checked(world, lambda: args.protocol.on(source, room, args.data))
+    sampling = _run_checked(world, lambda: protocol.sampling)
     # Each rank prepares all rows in a folder of its own: nodes may share no file system.
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "data"
-        _run_checked(world, lambda: prepare(data, args.seq_length, tokenizer, rows))
+        _run_checked(world, lambda: prepare(data, seq_length, tokenizer, rows))
         batches = list(read_batches(rows, args.batch_size, rank, size))
         _run_checked(world, lambda: _check_positions(models, batches))
         shown = tqdm(batches, desc="evaluate", leave=False, disable=True if rank else None)
         sums = _run_checked(world, lambda: sum_scores(model, teacher, shown, vocab_size))
     scores = score_model(sums if world is None else world.sum(sums), teacher is not None)
+    if protocol.name is not None:
+        scores = dataclasses.replace(scores, protocol=str(protocol))
     if sampling is None:
         return scores
-    longest = room - sampling.new_tokens
     prompts = _run_checked(world, lambda: _prompts(source, args.rows.on_bad_row, tokenizer,
-                                                   longest))
+                                                   protocol))
     teacher_nll = None
     if teacher is not None:
         teacher_nll = partial(answers_nll, teacher, vocab_size=vocab_size)
@@ -311,12 +270,12 @@ def _run_checked(world: World | None, work: Callable[[], _T]) -> _T:
 
 
 def _prompts(source: Source, on_bad_row: str, tokenizer: PreTrainedTokenizerBase,
-             longest: int) -> list[EvalPrompt]:
-    """The source's prompts; one longer than `longest` tokens loses its left."""
-    texts, references = zip(*read_prompts_with_references(source, on_bad_row), strict=True)
-    encoded = encode_prompts(tokenizer, texts)
-    return [EvalPrompt(ids[-longest:], answers)
-            for ids, answers in zip(encoded, references, strict=True)]
+             protocol: EvalProtocol) -> list[EvalPrompt]:
+    """The source's prompts that the protocol has answered, as ids."""
+    rows = itertools.islice(read_prompts_with_references(source, on_bad_row), protocol.prompts)
+    texts, references = zip(*rows, strict=True)
+    return [EvalPrompt(protocol.cut(ids), answers)
+            for ids, answers in zip(encode_prompts(tokenizer, texts), references, strict=True)]
 
 
 def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]],
@@ -336,15 +295,12 @@ def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequenc
 
 def evaluate_command(args: EvalArgs, as_json: bool) -> None:
     """`amid-ds eval`: rank 0 prints the scores, as a table or as JSON alone."""
-    if not 2 <= args.seq_length < 1 << 31:
-        raise InputError(f"--seq-length {args.seq_length}", "from 2 to 2147483647 tokens",
-                         "give the length of the rows")
     with init_distributed(EVAL_TIMEOUT_S) as world:
         world.run_checked(lambda: check_sources(args.rows.data(args.data)))
         model, teacher, tokenizer = world.run_checked(lambda: _load(args, world.device))
         scores = evaluate(args, model, teacher, tokenizer, world)
         if world.is_main and as_json:
-            print(json.dumps(dataclasses.asdict(scores)))
+            print(json.dumps(scores.report()))
         elif world.is_main:
             print_table({args.model: scores})
 
@@ -370,7 +326,8 @@ SCORE_COLUMNS = {
     "perplexity": ("perplexity", "{:.2f}"), "KL to teacher": ("kl_to_teacher", "{:.4f}"),
     "reverse KL": ("reverse_kl", "{:.4f}"), "top-1 agreement": ("top1_agreement", "{:.1%}"),
     "calibration error": ("calibration_error", "{:.3f}"), "ROUGE-L": ("rouge_l", "{:.4f}"),
-    "± standard error": ("rouge_l_standard_error", "{:.4f}"),
+    "± standard deviation": ("rouge_l_std", "{:.4f}"),
+    "± standard error": ("rouge_l_sem", "{:.4f}"),
     "distinct-4": ("distinct_4", "{:.3f}"), "self-BLEU": ("self_bleu", "{:.3f}"),
     "teacher's NLL": ("teacher_nll", "{:.3f}")}
 # A file or a pipe has no width: wide enough for all columns.
@@ -383,7 +340,8 @@ def print_table(scores: dict[str, Scores]) -> None:
 
     from amid_ds.run.console import PlainConsole
 
-    table = Table(title="held-out")
+    protocols = {f"protocol {row.protocol}" for row in scores.values() if row.protocol}
+    table = Table(title="held-out", caption="\n".join(protocols) or None)
     table.add_column("model")
     columns = {heading: (field, form) for heading, (field, form) in SCORE_COLUMNS.items()
                if any(getattr(row, field) is not None for row in scores.values())}

@@ -51,18 +51,14 @@ class EvalPrompt:
 class Sampling:
     """Sampling settings: one sample of at most `new_tokens` tokens per prompt and seed.
 
-    seeds: their number.
+    no_repeat_ngram: no run of as many tokens comes twice in prompt and answer; 0: any may.
     """
 
-    seeds: int
+    seeds: tuple[int, ...]
     new_tokens: int
     temperature: float = 1.0
     top_p: float = 1.0
-
-    @property
-    def seed_values(self) -> list[int]:
-        """The seeds themselves: 10, 20, ..."""
-        return [10 * number for number in range(1, self.seeds + 1)]
+    no_repeat_ngram: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,9 @@ class GenerationScores:
     """The scores of all samples.
 
     rouge_l: mean over the seeds of the mean F1 in [0, 1] against the best reference.
-    rouge_l_standard_error: of that mean over the seeds; None with one seed.
+    rouge_l_std: the standard deviation over the seeds, divisor n, which is the papers' ±.
+    rouge_l_sem: the standard error of the mean over the seeds, from the deviation of divisor n - 1;
+    None with one seed.
     distinct_4: mean over the seeds of the share of different ones among all 4-grams of tokens.
     self_bleu: mean BLEU in [0, 1] of a sample against the other seeds' samples for the same prompt,
     low if they are diverse; None with one seed.
@@ -79,7 +77,8 @@ class GenerationScores:
     """
 
     rouge_l: float
-    rouge_l_standard_error: float | None
+    rouge_l_std: float
+    rouge_l_sem: float | None
     distinct_4: float
     self_bleu: float | None
     teacher_nll: float | None
@@ -95,8 +94,8 @@ def require_rouge() -> Any:
     except ImportError:
         raise InputError("the Python package rouge-score is not installed",
                          "it, to score generations with ROUGE-L",
-                         "pip install 'rouge-score>=0.1.2', or leave generations out with "
-                         "--seeds 0") from None
+                         "pip install 'rouge-score>=0.1.2', or leave generations out: "
+                         "--seeds 0, in a recipe no `generate`") from None
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
 
 
@@ -116,7 +115,7 @@ def score_generations(model: nn.Module, tokenizer: PreTrainedTokenizerBase,
     def sample_own_batches() -> tuple[Samples, float, int]:
         samples: Samples = {}
         nll_sum, tokens = 0.0, 0
-        work = list(itertools.product(sampling.seed_values, enumerate(batches)))[rank::size]
+        work = list(itertools.product(sampling.seeds, enumerate(batches)))[rank::size]
         for seed, (number, batch) in tqdm(work, desc="generate", leave=False,
                                           disable=True if rank else None):
             ids = [prompts[index].ids for index in batch]
@@ -135,7 +134,7 @@ def score_generations(model: nn.Module, tokenizer: PreTrainedTokenizerBase,
     samples = {key: answer for own, _, _ in by_rank for key, answer in own.items()}
     tokens = sum(count for _, _, count in by_rank)
     nll = sum(nll_sum for _, nll_sum, _ in by_rank) / tokens if teacher_nll and tokens else None
-    return _score_samples(samples, tokenizer, prompts, sampling.seed_values, nll)
+    return _score_samples(samples, tokenizer, prompts, sampling.seeds, nll)
 
 
 @torch.inference_mode()
@@ -161,6 +160,7 @@ def sample_responses(model: nn.Module, tokenizer: PreTrainedTokenizerBase,
                    model.get_output_embeddings().weight.shape[0])   # type: ignore[operator]
     config = GenerationConfig(do_sample=True, temperature=sampling.temperature,
                               top_p=sampling.top_p, top_k=0, max_new_tokens=sampling.new_tokens,
+                              no_repeat_ngram_size=sampling.no_repeat_ngram or None,
                               eos_token_id=list(ends), pad_token_id=ends[0],
                               suppress_tokens=list(unused) or None)
     torch.manual_seed(seed)
@@ -192,7 +192,8 @@ def _score_samples(samples: Samples, tokenizer: PreTrainedTokenizerBase,
         diversity = statistics.fmean(map(self_bleu, zip(*by_seed.values(), strict=True)))
     return GenerationScores(
         rouge_l=statistics.fmean(rouge_by_seed),
-        rouge_l_standard_error=standard_error,
+        rouge_l_std=statistics.pstdev(rouge_by_seed),
+        rouge_l_sem=standard_error,
         distinct_4=statistics.fmean(distinct(answers, NGRAM) for answers in by_seed.values()),
         self_bleu=diversity,
         teacher_nll=teacher_nll)

@@ -7,7 +7,6 @@ disk; the teacher, the distilled student and the student trained with cross entr
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import os
@@ -27,6 +26,7 @@ from amid_ds.distributed.launch import launch_command
 from amid_ds.distributed.leash import start_on_leash
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval import evaluate
+from amid_ds.eval.protocol import EvalArgs, EvalProtocol
 from amid_ds.experiments import plots
 from amid_ds.experiments.small_models import LlamaSize, save_new_llama
 from amid_ds.files.ownership import require_new_folder
@@ -109,7 +109,7 @@ def demo(out: str, seed: int) -> None:
     _train(folder, "ce", train_file, "student", None, {**STUDENT_TRAIN, "seed": seed})
     _announce(6, "evaluation on held-out files")
     scores = _evaluate(folder, tokenizer, held_out)
-    summary = {name: dataclasses.asdict(score) for name, score in scores.items()}
+    summary = {name: score.report() for name, score in scores.items()}
     folder.summary.write_text(json.dumps(summary, indent=1) + "\n")
     evaluate.print_table(scores)
     picture = draw_picture(folder, scores)
@@ -207,8 +207,9 @@ def _train(folder: DemoFolder, name: str, corpus: Path, student: str, teacher: s
 def _evaluate(folder: DemoFolder, tokenizer: Any, held_out: Path) -> dict[str, evaluate.Scores]:
     models = {name: evaluate.load_model(str(folder.model(name)))
               for name in ("teacher", "distilled", "ce")}
-    return {name: evaluate.evaluate(evaluate.EvalArgs(name, "teacher", str(held_out), SEQ_LENGTH),
-                                    model, models["teacher"], tokenizer)
+    protocol = EvalProtocol(seq_length=SEQ_LENGTH)
+    return {name: evaluate.evaluate(EvalArgs(name, "teacher", str(held_out), protocol), model,
+                                    models["teacher"], tokenizer)
             for name, model in models.items()}
 
 

@@ -294,9 +294,10 @@ summary { cursor: pointer }
 <h3>{{ row.run.name }}</h3>
 {% set lines = row.run.last_evaluations %}
 {% if lines %}
-<table><tr>{% for key in lines[0] %}<th>{{ key.replace("_", " ") }}</th>{% endfor %}</tr>
+{% set keys = row.run.evaluation_keys %}
+<table><tr>{% for key in keys %}<th>{{ key.replace("_", " ") }}</th>{% endfor %}</tr>
 {% for line in lines %}
-<tr>{% for key in lines[0] %}<td>{{ format_number(line.get(key)) }}</td>{% endfor %}</tr>
+<tr>{% for key in keys %}<td>{{ format_number(line.get(key)) }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% else %}<p>not evaluated</p>{% endif %}
 {% endfor %}

@@ -81,6 +81,11 @@ class ReportedRun:
         """Each set's last line."""
         return list({line["name"]: line for line in self.evaluations}.values())
 
+    @property
+    def evaluation_keys(self) -> list[str]:
+        """The keys of these lines: one that samples has more than another."""
+        return list(dict.fromkeys(key for line in self.last_evaluations for key in line))
+
 
 def read_reported_run(folder: Path, name: str) -> ReportedRun:
     """Read a run's folder. Raises InputError for one without a run that has logged a step."""

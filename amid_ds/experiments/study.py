@@ -27,6 +27,7 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.data import load_tokenizer, train_sentencepiece
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval import evaluate
+from amid_ds.eval.protocol import EvalArgs, EvalProtocol
 from amid_ds.eval.text_metrics import GenerationScores, require_rouge
 from amid_ds.experiments import demo, plots
 from amid_ds.experiments.small_models import LlamaSize, save_new_llama
@@ -191,14 +192,16 @@ def _score_run(root: Path, run: Path, teacher: nn.Module, prompts: Path) -> dict
     model = evaluate.load_model(str(RunFolder(run).model))
     tokenizer = load_tokenizer(str(root / "tokenizer"))
     length = load_recipe(find_recipe("study")).train.seq_length
-    text_args = evaluate.EvalArgs(str(run), None, str(root / "corpus" / "heldout.jsonl"), length)
-    prompt_args = evaluate.EvalArgs(str(run), None, str(prompts), length, new_tokens=NEW_TOKENS)
+    text_args = EvalArgs(str(run), None, str(root / "corpus" / "heldout.jsonl"),
+                         EvalProtocol(seq_length=length))
+    prompt_args = EvalArgs(str(run), None, str(prompts),
+                           EvalProtocol(seq_length=length, new_tokens=NEW_TOKENS))
     on_text = evaluate.evaluate(text_args, model, teacher, tokenizer)
     on_prompts = evaluate.evaluate(prompt_args, model, teacher, tokenizer)
     sample_scores = {field.name: getattr(on_prompts, field.name)
                      for field in dataclasses.fields(GenerationScores)}
     norms = [line["grad_norm"] for line in read_metrics(run)]
-    return {**dataclasses.asdict(on_text), **sample_scores,
+    return {**on_text.report(), **sample_scores,
             "gradient_peak": max(norms) / statistics.median(norms)}
 
 

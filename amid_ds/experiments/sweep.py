@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
+from amid_ds.checkpoint.best import comparable_best, has_finished, newest_state
 from amid_ds.config.grid import Combination, parse_swept_key, path_override, sweep_combinations
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe
@@ -120,11 +120,13 @@ def _require_own_table(folder: Path) -> None:
 
 
 def is_finished(run: Path, recipe: Recipe) -> bool:
-    """True once the run has saved its last step and exported its model."""
+    """True once the run has saved its last step and exported its model, its best one too."""
     folder = RunFolder(run)
-    saved = list_checkpoints(folder.checkpoints)
-    reached_end = bool(saved) and checkpoint_step(saved[-1]) == with_steps(recipe).train.steps
-    return reached_end and folder.model.is_dir()
+    state = newest_state(folder)
+    if state is None or not has_finished(with_steps(recipe), state):
+        return False
+    selects = comparable_best(recipe, state) is not None
+    return folder.model.is_dir() and (folder.best_model.is_dir() or not selects)
 
 
 def run_here(sweep: Sweep, ranks: int) -> None:
@@ -188,12 +190,24 @@ def _wait_for_others(log: BinaryIO) -> bool:
             return waited
 
 
-def _wait(arguments: Sequence[str], log: BinaryIO, run: Path) -> int:
+def run_logged(arguments: Sequence[str], path: Path) -> int:
+    """Run a command that can be begun again at any time, its output in `path`; its exit status.
+
+    Raises Stopped if it was asked to stop.
+    """
+    with open(path, "wb") as log:
+        status = _wait(arguments, log, path.parent, resumes=False)
+    if status:
+        logger.error(f"{path}: ended with status {status}\n{_tail(path)}")
+    return status
+
+
+def _wait(arguments: Sequence[str], log: BinaryIO, run: Path, resumes: bool = True) -> int:
     """Start a run's command and return its exit status.
 
     A signal lets go of the run's leash, because a launcher may die of it before its ranks do.
-    Raises Stopped; or TrainingError if the run was asked to stop and failed, so that no other run
-    begins.
+    resumes: the command saves what it has when it is asked to stop. Raises Stopped; or
+    TrainingError if such a one was asked to and failed, so that no other run begins.
     """
     with start_on_leash(arguments, stdout=log, stderr=subprocess.STDOUT,
                         start_new_session=True) as process:
@@ -201,7 +215,7 @@ def _wait(arguments: Sequence[str], log: BinaryIO, run: Path) -> int:
         with _signals_to(process.stdin.close,
                          lambda: os.killpg(process.pid, signal.SIGKILL)) as received:
             status = process.wait()
-    if received and status not in (ExitStatus.DONE, ExitStatus.RESTART):
+    if received and resumes and status not in (ExitStatus.DONE, ExitStatus.RESTART):
         raise TrainingError(f"the run in {run} was asked to stop and ended with status {status}\n"
                             f"{_tail(run / TRAIN_LOG)}")
     if received or status == ExitStatus.RESTART:
@@ -299,7 +313,9 @@ def final_metrics(run: Path) -> dict[str, float | None]:
         metrics |= {prefix + key: value for key, value in line.items()
                     if key not in ("step", "name", "tokens")}
     if (run / SCORES_FILE).is_file():
-        metrics |= json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))
+        scores = json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))
+        # Not the text that says how they were made.
+        metrics |= {name: value for name, value in scores.items() if not isinstance(value, str)}
     return metrics
 
 

@@ -238,6 +238,11 @@ def forward_backward_block(block: Block, objective: AMiD | None, shard: VocabSha
             block = replace(block, objective=objective.resolved({**values}))
             stats = backend.statistics(block, norms, shard)
             kd = stats.sums[0]
+    elif statistics:
+        # Of the student alone (checks.py): of both sides, it is what it would be.
+        alone = RowNormalisers(norms.log_z, norms.log_z, norms.log_z)
+        measured = measure(replace(block, teacher=block.student), alone, shard, backend,
+                           {*statistics})
     ce = None
     if labels is not None:
         label_logits = labels[0]

@@ -129,8 +129,10 @@ def check_measures(objective: AMiD | None, tokens: int, labels: Tensor | None,
     if unknown:
         raise InputError(f"statistics {unknown}", f"some of {', '.join(STATISTICS)}",
                          "check the spelling")
-    if statistics and objective is None:
-        raise InputError(f"statistics {list(statistics)} without a teacher", "both models",
+    if objective is None and statistics and (labels is None
+                                             or {*statistics} != {"student_entropy"}):
+        raise InputError(f"statistics {list(statistics)} without a teacher",
+                         "both models, or labels and the student's entropy alone",
                          "leave out statistics, or pass the teacher's hidden states and head")
     names = {*statistics, *(objective.measures if objective is not None else ())}
     if "label_probability" in names and labels is None:

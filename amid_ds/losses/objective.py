@@ -175,6 +175,8 @@ def preset(name: str, **parameters: Any) -> AMiD:
     taid(t): KL(r‖q), r = softmax(t·teacher + (1-t)·stopgrad(student)) of the logits, TAID
         (arXiv 2501.16937)
     abkd(alpha, beta): D_AB(p‖q), ABKD (arXiv 2505.04560)
+    veto(beta, order="rq"): KL(r‖q), r = p·stopgrad(q)^β normalised, or `qr`, KL(q‖r), Veto
+        (arXiv 2601.07155)
     csd(first="student", second="student"): residuals of logits under these weights, concrete score
         distillation (arXiv 2509.25837)
     sampled_rkl(baseline="kl"): KL(q‖p) estimated from the labels, which the student has sampled
@@ -227,6 +229,12 @@ def _abkd(alpha: float, beta: float, temperature: float = 1.0) -> AMiD:
                 temperature=temperature)
 
 
+def _veto(beta: float, order: str = "rq", temperature: float = 1.0) -> AMiD:
+    _check_number("beta", beta, 0.0)
+    return AMiD(alpha=1.0, lam=1 / (1 + beta), power=1 + beta, order=order, temperature=temperature,
+                detach_assistant=True)
+
+
 def _csd(first: str = "student", second: str = "student", temperature: float = 1.0) -> AMiD:
     return AMiD(alpha=-1.0, lam=0.0, divergence=ConcreteScore(first, second), order="pr",
                 temperature=temperature)
@@ -239,7 +247,7 @@ def _sampled_rkl(baseline: str = "kl", temperature: float = 1.0) -> AMiD:
 
 PRESETS: dict[str, Callable[..., AMiD]] = {
     "fkl": _fkl, "rkl": _rkl, "skl": _skl, "srkl": _srkl, "gkd": _gkd, "taid": _taid,
-    "abkd": _abkd, "csd": _csd, "sampled_rkl": _sampled_rkl, "amid": AMiD,
+    "abkd": _abkd, "csd": _csd, "sampled_rkl": _sampled_rkl, "veto": _veto, "amid": AMiD,
 }
 
 

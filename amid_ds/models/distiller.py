@@ -8,14 +8,16 @@ micro-batch; then `forward` turns one micro-batch into the loss through the fuse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from amid_ds.data.batch import Batch, Documents
+from amid_ds.distributed.transfer import to_device
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses import AMiD, LMHead, linear_amid_loss, linear_argmax, preset
 from amid_ds.models.heads import run_body, sharded_head_of
@@ -26,25 +28,79 @@ from amid_ds.monitor.step_timer import phase
 class StepObjective:
     """The loss of one optimizer step: kd_weight · divergence + ce_weight · cross entropy.
 
-    scheduled: the recipe's keys whose values change with the step, at this step, for the log.
+    statistics: what to tell of the tokens beside it, as `linear_amid_loss` has them.
     """
 
     amid: AMiD
     kd_weight: float
     ce_weight: float
-    scheduled: Mapping[str, float] = field(default_factory=dict)
+    statistics: tuple[str, ...] = ()
+
+
+class LossPart(NamedTuple):
+    """The tokens of a micro-batch that have one objective.
+
+    tokens: [k] int64, which of its n labelled tokens they are; None: all.
+    """
+
+    objective: StepObjective
+    tokens: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> LossPart:
+        """A copy on `device`, which nothing waits for."""
+        return self if self.tokens is None else self._replace(tokens=to_device(self.tokens, device))
+
+    def take(self, rows: Tensor | None) -> Tensor | None:
+        """The part's rows [k, ...] of [n, ...]; None of None."""
+        return rows if rows is None or self.tokens is None else rows.index_select(0, self.tokens)
+
+
+@dataclass(frozen=True)
+class StepObjectives:
+    """The losses of one optimizer step, by the origin of the tokens.
+
+    base: of the data's; by_source: of each source of data.train, {} where all have the base's;
+    sampled: of the student's own words.
+    """
+
+    base: StepObjective
+    sampled: StepObjective
+    by_source: Mapping[int, StepObjective] = field(default_factory=dict)
+
+    def of_step(self, sampled: bool) -> list[StepObjective]:
+        """Those that the tokens of a step may have, whatever rows it reads: on all ranks alike."""
+        if sampled:
+            return [self.sampled]
+        return list(self.by_source.values()) or [self.base]
+
+    def parts(self, batch: Batch, sampled: bool) -> list[LossPart]:
+        """The batch's tokens by objective, one part at least. On the host, as the batch is."""
+        objectives = self.of_step(sampled)
+        if len(objectives) == 1 or not len(batch.valid):
+            return [LossPart(objectives[0])]
+        sources = batch.source_numbers.numpy()
+        # Sources by the first one that is learnt from alike.
+        alike: dict[int, list[int]] = {}
+        for source in np.unique(sources).tolist():
+            alike.setdefault(objectives.index(self.by_source[source]), []).append(source)
+        if len(alike) == 1:
+            return [LossPart(objectives[next(iter(alike))])]
+        return [LossPart(objectives[first], torch.from_numpy(np.flatnonzero(np.isin(sources, own))))
+                for first, own in alike.items()]
 
 
 class MicroBatchLoss(NamedTuple):
     """Scalars of one micro-batch: weighted loss (with gradient), divergence and cross entropy.
 
     tokens: [n, 2], the divergence and cross entropy of each token, as far as they count.
+    statistics: [m], weighted sums of the objective's; 0 of what needs the teacher, without it.
     """
 
     loss: Tensor
     kd: Tensor
     ce: Tensor
     tokens: Tensor
+    statistics: Tensor
 
 
 class FusedHead(nn.Module):
@@ -62,27 +118,53 @@ class FusedHead(nn.Module):
         self.heads, self.vocab_size, self.shard = heads, vocab_size, shard
 
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor,
-                token_weights: Tensor, *, objective: StepObjective) -> MicroBatchLoss:
-        """The loss of n tokens.
+                token_weights: Tensor, sequences: Tensor | None = None, *,
+                parts: Sequence[LossPart]) -> MicroBatchLoss:
+        """The loss of n tokens, each of which is in one of the `parts`.
 
         student_hidden [n, H_s], teacher_hidden [n, H_t] or None (cross entropy alone), labels [n]
-        below `vocab_size`, token_weights [n] above 0. Neither is looked at: the host does not wait
-        for a GPU. The collectives are those of `linear_amid_loss`.
+        below `vocab_size`, token_weights [n] above 0, sequences [n], where an objective asks for
+        them. None is looked at: the host does not wait for a GPU. The collectives are those of
+        `linear_amid_loss` for each part; the heads are gathered once, whatever the parts.
         """
-        student_head, teacher_head = self.heads()
+        heads = self.heads()
+        with phase("loss"):
+            losses = [self._part_loss(part, heads, student_hidden, teacher_hidden, labels,
+                                      token_weights, sequences) for part in parts]
+        if len(losses) == 1:
+            return losses[0]
+        tokens = losses[0].tokens.new_empty(len(labels), 2)
+        for part, own in zip(parts, losses, strict=True):
+            assert part.tokens is not None
+            tokens.index_copy_(0, part.tokens, own.tokens)
+        loss, kd, ce = (torch.stack([own[i] for own in losses]).sum() for i in range(3))
+        return MicroBatchLoss(loss, kd, ce, tokens,
+                              torch.stack([own.statistics for own in losses]).sum(0))
+
+    def _part_loss(self, part: LossPart, heads: tuple[LMHead, LMHead | None],
+                   *rows: Tensor | None) -> MicroBatchLoss:
+        """The loss of the part's tokens. rows: of all n, in the order of `forward`."""
+        student_hidden, teacher_hidden, labels, token_weights, sequences = map(part.take, rows)
+        assert student_hidden is not None and token_weights is not None
+        objective, (student_head, teacher_head) = part.objective, heads
         if teacher_hidden is None:
             teacher_head = None
         weights = (0.0 if teacher_hidden is None else objective.kd_weight, objective.ce_weight)
-        with phase("loss"):
-            out = linear_amid_loss(
-                student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
-                token_weights=token_weights, labels=labels, kd_weight=weights[0],
-                ce_weight=weights[1], vocab_size=self.vocab_size, shard=self.shard, checked=True)
-        kd, ce = (out.loss.new_zeros(()) if part is None else (token_weights * part).sum()
-                  for part in (out.kd, out.ce))
-        tokens = [torch.zeros_like(token_weights) if part is None or not weight else part
-                  for part, weight in zip((out.kd, out.ce), weights, strict=True)]
-        return MicroBatchLoss(out.loss, kd, ce, torch.stack(tokens, -1))
+        statistics = [name for name in objective.statistics
+                      if teacher_hidden is not None or name == "student_entropy"]
+        out = linear_amid_loss(
+            student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
+            token_weights=token_weights, labels=labels, kd_weight=weights[0], ce_weight=weights[1],
+            vocab_size=self.vocab_size, shard=self.shard, checked=True, sequences=sequences,
+            statistics=statistics)
+        kd, ce = (out.loss.new_zeros(()) if values is None else (token_weights * values).sum()
+                  for values in (out.kd, out.ce))
+        tokens = [torch.zeros_like(token_weights) if values is None or not weight else values
+                  for values, weight in zip((out.kd, out.ce), weights, strict=True)]
+        sums = out.loss.new_zeros(len(objective.statistics))
+        for name in statistics:
+            sums[objective.statistics.index(name)] = (token_weights * out.statistics[name]).sum()
+        return MicroBatchLoss(out.loss, kd, ce, torch.stack(tokens, -1), sums)
 
 
 class Distiller(nn.Module):
@@ -116,9 +198,10 @@ class Distiller(nn.Module):
             self.teacher.eval()
         return self
 
-    def uses_teacher(self, objective: StepObjective) -> bool:
-        """True where a step with this objective needs the teacher's forward pass."""
-        return self.teacher is not None and objective.kd_weight > 0
+    def uses_teacher(self, objectives: Iterable[StepObjective]) -> bool:
+        """True where a step with these objectives needs the teacher's forward pass."""
+        return self.teacher is not None and any(
+            own.kd_weight > 0 or own.amid.token_weight is not None for own in objectives)
 
     @torch.no_grad()
     def teacher_hidden_states(self, batches: Sequence[Batch], micro_batches_per_pass: int,
@@ -146,19 +229,20 @@ class Distiller(nn.Module):
         return hidden
 
     def forward(self, input_ids: Tensor, valid: Tensor, labels: Tensor, token_weights: Tensor,
-                teacher_hidden: Tensor | None, positions: Tensor | None = None, *,
-                objective: StepObjective,
+                teacher_hidden: Tensor | None, positions: Tensor | None = None,
+                sequences: Tensor | None = None, *, parts: Sequence[LossPart],
                 documents: Documents | None = None) -> MicroBatchLoss:
         """One micro-batch's loss.
 
         input_ids [B, L]; valid [n], the places of its labelled tokens in B · L; their labels and
         token_weights [n] (fp32); teacher_hidden: its part of `teacher_hidden_states` (None: cross
-        entropy alone); positions [B, L] and documents as `run_body` has them.
+        entropy alone); positions [B, L] and documents as `run_body` has them; sequences [n] and
+        parts as the head has them.
         """
         hidden = _rows(run_body(self.student, input_ids, positions, documents), valid)
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
-        return self.head(hidden, teacher_hidden, labels, token_weights, objective=objective)
+        return self.head(hidden, teacher_hidden, labels, token_weights, sequences, parts=parts)
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -156,7 +156,8 @@ def _loss_bytes(setting: Setting) -> int:
     gradient_bytes = FP32_BYTES + (BF16_BYTES if in_bf16 else 0)
     in_one_block = logits + tile_bytes <= most
     head_bytes = BF16_BYTES if in_bf16 and in_one_block else gradient_bytes
-    return workspace + student.head * head_bytes + tokens * student.hidden_size * gradient_bytes
+    return (workspace + student.head * head_bytes * setting.losses_at_once
+            + tokens * student.hidden_size * gradient_bytes)
 
 
 def teacher_step_bytes(setting: Setting, teacher: ModelCosts,

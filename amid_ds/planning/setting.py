@@ -132,6 +132,12 @@ class Setting:
         return self.recipe.train.micro_batch_size * self.recipe.train.seq_length
 
     @property
+    def losses_at_once(self) -> int:
+        """Losses that the rows of a micro-batch may have; each holds a gradient of the head."""
+        sources, own = len(self.recipe.data.train), len(self.recipe.source_losses)
+        return min(own + (own < sources), self.recipe.train.micro_batch_size)
+
+    @property
     def teacher_tokens(self) -> int:
         """Tokens per rank and step that the teacher sees."""
         return self.tokens * self.teacher_micro_batches
@@ -231,7 +237,8 @@ def ranks_of_shard(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> i
 def _count_teacher(recipe: Recipe, placement: Placement) -> ModelCosts | None:
     """The teacher's costs; None where there is none, or no step gives its divergence any weight."""
     teacher = recipe.teacher
-    if teacher is None or not any(bounding_values(recipe.loss.kd_weight)):
+    if teacher is None or not any(any(bounding_values(loss.kd_weight)) or loss.token_weight
+                                  for loss in recipe.losses):
         return None
     dtype = loading.DTYPES.get(teacher.dtype)
     if dtype is None:

@@ -63,6 +63,11 @@ class RunFolder:
         return self.path / "model"
 
     @property
+    def best_model(self) -> Path:
+        """The student of the best evaluation, where the recipe has `checkpoint.best`."""
+        return self.path / "best"
+
+    @property
     def start_model(self) -> Path:
         """The student as it began, where `student.model` names another run."""
         return self.path / "start"

@@ -41,7 +41,9 @@ def check_places(recipe: Recipe) -> None:
                 or (entry == run.recipe and _is_resolved(entry)))
 
     require_own_folder(run.path, run.is_own, "output_dir", is_spared)
-    require_own_model(run)
+    require_own_model(run.model)
+    if recipe.checkpoint.best is not None:
+        require_own_model(run.best_model)
     if not recipe.data.streams:
         for subfolder in recipe.data.parts():
             require_own_prepared(recipe.prepared_dir / subfolder)
@@ -81,9 +83,9 @@ def is_exported(model: Path) -> bool:
         return False
 
 
-def require_own_model(run: RunFolder) -> None:
-    """Raise InputError where the run's model is not one that it has exported."""
-    require_own_folder(run.model, is_exported(run.model), "the run's model")
+def require_own_model(model: Path) -> None:
+    """Raise InputError where a run's model lies that is none that `export` wrote."""
+    require_own_folder(model, is_exported(model), "the run's model")
 
 
 def _is_resolved(recipe: Path) -> bool:
@@ -96,9 +98,9 @@ def _is_resolved(recipe: Path) -> bool:
 
 def _written_places(run: RunFolder) -> tuple[Path, ...]:
     """What the run writes beside the prepared data."""
-    return (run.checkpoints, run.model, run.start_model, run.student_files, run.tensorboard,
-            run.profile, run.failures, run.submissions, run.logs, run.recipe, run.provenance,
-            run.metrics, run.evaluations, run.measurements, run.attempts)
+    return (run.checkpoints, run.model, run.best_model, run.start_model, run.student_files,
+            run.tensorboard, run.profile, run.failures, run.submissions, run.logs, run.recipe,
+            run.provenance, run.metrics, run.evaluations, run.measurements, run.attempts)
 
 
 def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:

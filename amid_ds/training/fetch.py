@@ -40,13 +40,15 @@ class AuxiliaryBatch(NamedTuple):
 class StepInfo(NamedTuple):
     """A step's facts that all ranks share at its beginning.
 
-    tokens, auxiliary_tokens: valid ones in the global batch. padding: the share of the global
-    batch's positions that hold nothing. waited: seconds for data, mean over ranks. stop: a rank was
-    asked to stop. writing: a rank still writes a checkpoint.
+    tokens, auxiliary_tokens: valid ones in the global batch. sequences: those that have a valid
+    token. padding: the share of the global batch's positions that hold nothing. waited: seconds for
+    data, mean over ranks. stop: a rank was asked to stop. writing: a rank still writes a
+    checkpoint.
     """
 
     tokens: float
     auxiliary_tokens: float
+    sequences: float
     padding: float
     waited: float
     stop: bool
@@ -106,16 +108,17 @@ def reduce_step_info(fetched: FetchedStep, stop: bool, writing: bool, world: Wor
     """
     valid = [sum(len(batch.valid) for batch in window)
              for window in (fetched.window, fetched.auxiliary)]
+    sequences = sum(batch.sequence_count for batch in fetched.window)
     batches = [*fetched.window, *fetched.auxiliary]
     padding, positions = (sum(batch.padding for batch in batches),
                           sum(batch.input_ids.numel() for batch in batches))
-    (tokens, auxiliary_tokens, padding_sum, positions_sum, waited, stopping, still_writing,
-     broken) = world.sum([*valid, padding, positions, fetched.waited, stop, writing,
-                          fetched.error is not None])
+    (tokens, auxiliary_tokens, all_sequences, padding_sum, positions_sum, waited, stopping,
+     still_writing, broken) = world.sum([*valid, sequences, padding, positions, fetched.waited,
+                                         stop, writing, fetched.error is not None])
     if broken:
         world.run_checked(lambda: _raise(fetched.error))
-    return StepInfo(tokens, auxiliary_tokens, padding_sum / positions_sum, waited / world.dp_size,
-                    stopping > 0, still_writing > 0)
+    return StepInfo(tokens, auxiliary_tokens, all_sequences, padding_sum / positions_sum,
+                    waited / world.dp_size, stopping > 0, still_writing > 0)
 
 
 def _raise(error: Exception | None) -> None:
@@ -123,13 +126,13 @@ def _raise(error: Exception | None) -> None:
         raise error
 
 
-def describe_epochs(job: Job, data: StepLoader, state: TrainState) -> str:
-    """The number of times that each source is read by the last step.
+def describe_epochs(job: Job, data: StepLoader, state: TrainState, step: int) -> str:
+    """The number of times that each source is read by the end of `step`.
 
     Of streamed sources: that it has been read so far, and what was left out.
     """
     if isinstance(data, PreparedLoader):
-        epochs = zip(job.recipe.data.train, data.epochs(job.recipe.train.total_steps), strict=True)
+        epochs = zip(job.recipe.data.train, data.epochs(step), strict=True)
         return ", ".join(f"{source.path} {count:.3g}"
                          + (" (its rows come again)" if count > 1 else "")
                          for source, count in epochs)

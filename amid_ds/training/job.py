@@ -30,6 +30,7 @@ from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
 from amid_ds.engine.optimizer import decayed_parameters, group_counts
 from amid_ds.errors import InputError, TrainingError
+from amid_ds.eval.text_metrics import require_rouge
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.models.fit import require_positions, require_rows
@@ -48,7 +49,7 @@ from amid_ds.training.compatibility import (
     refuse_other_identity,
     refuse_other_run,
 )
-from amid_ds.training.objective import objective_at
+from amid_ds.training.objective import objectives_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,6 +114,8 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     if recipe.teacher is not None and recipe.teacher.shard_over is not None:
         require_divisor(recipe.teacher.shard_over, data_parallel)
     check_places(recipe)
+    if any(each.generate for each in recipe.data.eval):
+        require_rouge()
     if recipe.train.epochs is None:
         _check_objectives(recipe)
     refuse_other_run(recipe)
@@ -137,9 +140,8 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
 
 def _check_objectives(recipe: Recipe) -> None:
     """Raise InputError for a step whose objective cannot be."""
-    steps = recipe.train.total_steps
-    for step in turning_points(recipe.loss, steps):
-        objective_at(recipe.loss, step, steps)
+    for step in turning_points(recipe.losses, recipe.train.total_steps):
+        objectives_at(recipe, step)
 
 
 def count_steps(job: Job, world: World) -> Job:
@@ -295,17 +297,24 @@ def _refuse_steps_behind(job: Job) -> None:
                          "go on, in a copy of the run's folder")
 
 
-def export_final_model(job: Job, world: World, fence: Fence) -> None:
-    """Export the finished run's student into the run's folder. Collective."""
-    last = job.run.checkpoints / checkpoint_name(job.recipe.train.total_steps)
+def export_final_model(job: Job, step: int, world: World, fence: Fence) -> None:
+    """Export the finished run's student, that of `step`, to RUN/model. Collective."""
+    last = job.run.checkpoints / checkpoint_name(step)
+    export_model(job, last, job.run.model, world, fence)
+    logger.info("%s: the model is in %s", job.run.path.name, job.run.model)
 
+
+def export_model(job: Job, checkpoint: Path, out: Path, world: World, fence: Fence) -> None:
+    """Export a checkpoint of the run to a folder of the run. Collective.
+
+    Raises TrainingError where it is not there, InputError where `out` is not the run's own.
+    """
     def write() -> None:
-        if not last.is_dir():
-            raise TrainingError(f"the last checkpoint {last} could not be saved\n"
+        if not checkpoint.is_dir():
+            raise TrainingError(f"the last checkpoint {checkpoint} could not be saved\n"
                                 "  make room, and start again: the run goes on from the one before")
-        require_own_model(job.run)
+        require_own_model(out)
         fence.check()
-        export.write_export(last, job.recipe, job.run.model)
+        export.write_export(checkpoint, job.recipe, out)
 
     world.run_on_main(write)
-    logger.info("%s: the model is in %s", job.run.path.name, job.run.model)

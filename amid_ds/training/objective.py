@@ -1,12 +1,17 @@
-"""From the recipe's loss to what one optimizer step minimises."""
+"""From the recipe's losses to what one optimizer step minimises."""
 
 from __future__ import annotations
 
-from amid_ds.config.recipe import DivergenceSpec, Loss
-from amid_ds.config.schedule import TaidState, loss_at
+from dataclasses import replace
+
+from amid_ds.config.recipe import Loss, PerTokenSpec, Recipe, Temperatures
+from amid_ds.config.schedule import TaidState, loss_at, value_at
 from amid_ds.errors import InputError
-from amid_ds.losses import AlphaBeta, AMiD, preset
-from amid_ds.models.distiller import StepObjective
+from amid_ds.losses import AMiD, PerToken, preset
+from amid_ds.models.distiller import StepObjective, StepObjectives
+
+# Keys of `loss` that are none of a preset's; `token_weight` goes with every objective.
+BESIDE = {"preset", "kd_weight", "ce_weight", "token_weight", "temperature_scaling", "normalise"}
 
 
 def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = None) -> StepObjective:
@@ -16,28 +21,72 @@ def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = Non
     divergence, order or value that does not exist.
     """
     now = loss_at(loss, step, total, taid)
-    scheduled = {name: getattr(now, name) for name in loss.scheduled}
     amid = _amid(now)
-    factor = amid.temperature**2 if loss.temperature_scaling == "squared" else 1.0
+    factor = amid.student_temperature**2 if loss.temperature_scaling == "squared" else 1.0
     # loss_at leaves numbers where the recipe has schedules.
-    return StepObjective(amid, now.kd_weight * factor, now.ce_weight, scheduled)   # type: ignore[arg-type, operator]
+    return StepObjective(amid, now.kd_weight * factor, now.ce_weight)   # type: ignore[arg-type, operator]
+
+
+def objectives_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> StepObjectives:
+    """What optimizer step `step` (from 0) of the recipe learns from tokens of each origin.
+
+    taid, errors: as `objective_at` has them; an error names the loss by its place.
+    """
+    def at(loss: Loss, place: str) -> StepObjective:
+        try:
+            objective = objective_at(loss, step, recipe.train.total_steps, taid)
+        except InputError as error:
+            raise InputError(f"`{place}`: {error.found}", error.expected, error.remedy) from None
+        return replace(objective, statistics=tuple(recipe.train.statistics))
+
+    base, own = at(recipe.loss, "loss"), recipe.source_losses
+    every_source = range(len(recipe.data.train) if own else 0)
+    return StepObjectives(base, at(recipe.sampled_loss, "rollout.loss"), {
+        number: at(own[number], f"data.train.{number}.loss") if number in own else base
+        for number in every_source})
+
+
+def scheduled_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> dict[str, float]:
+    """The numbers of the recipe's losses that change with the step, at `step` (from 0), by key.
+
+    A key of `loss` has its name in there, such as `order.pr`; one of another loss its whole name.
+    """
+    schedules = dict(recipe.loss.scheduled)
+    for place, own in recipe.own_losses.items():
+        schedules |= {f"{place}.{name}": value for name, value in own.scheduled.items()}
+    return {name: value_at(value, step, recipe.train.total_steps, taid)
+            for name, value in schedules.items()}
 
 
 def _amid(loss: Loss) -> AMiD:
     """The AMiD objective of a loss without schedules."""
-    not_amids = {"preset", "kd_weight", "ce_weight", "temperature_scaling"}
-    values = {key: value for key, value in loss if key not in not_amids}
-    if isinstance(loss.divergence, DivergenceSpec):
-        values["divergence"] = AlphaBeta(loss.divergence.alpha_beta.alpha,
-                                         loss.divergence.alpha_beta.beta)
     try:
+        values = {key: _as_losses_have_it(value) for key, value in loss if key not in BESIDE}
         if loss.preset is None:
-            return AMiD(**values)
-        return preset(loss.preset,
-                      **{key: values[key] for key in loss.model_fields_set - not_amids})
+            amid = AMiD(**values)   # type: ignore[arg-type]
+        else:
+            amid = preset(loss.preset,
+                          **{key: values[key] for key in loss.model_fields_set - BESIDE})
+        weight = loss.token_weight
+        return amid if weight is None else replace(amid, token_weight=_per_token(weight))
     except (ValueError, TypeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"the recipe's loss: {error}",
                          "an objective as in amid_ds/losses/README.md",
                          "fix the `loss:` section") from None
+
+
+def _as_losses_have_it(value: object) -> object:
+    """A value of the recipe without schedules, as `amid_ds.losses` has it."""
+    if isinstance(value, PerTokenSpec):
+        return _per_token(value)
+    if isinstance(value, Temperatures):
+        return {"student": value.student, "teacher": value.teacher}
+    if isinstance(value, dict):
+        return {key: _as_losses_have_it(part) for key, part in value.items()}
+    return value
+
+
+def _per_token(spec: PerTokenSpec) -> PerToken:
+    return PerToken(**spec.model_dump(exclude_none=True))

@@ -8,28 +8,26 @@ because under ZeRO-3 they generate together.
 The samples of a step are a function of seed, step and position in the global batch. The buffer is
 the same on every rank and counts completions over all of them (the scripts have one of that
 capacity on each rank); it lies in the checkpoints beside the threshold, so a resumed run equals the
-uninterrupted one. Cross entropy is left out of such a step: student samples are no labels to learn.
+uninterrupted one. What such a step learns is the recipe's `sampled_loss`: without cross entropy,
+unless the recipe asks for it, for student samples are no labels to learn.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
 from amid_ds.checkpoint.manifest import checkpoint_name
 from amid_ds.checkpoint.state import RolloutState, TrainState
 from amid_ds.config.recipe import Recipe, Replay
 from amid_ds.config.schedule import step_seed, value_at
-from amid_ds.data import Batch, vocabulary_size
+from amid_ds.data import Batch
 from amid_ds.data.batch import TokenRow, collate_rows
 from amid_ds.data.pack import PackedRow, pack_best_fit
 from amid_ds.data.prepared import PreparedDataset
@@ -37,9 +35,9 @@ from amid_ds.engine.engine import Engine
 from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.losses import IGNORE_INDEX
-from amid_ds.models.ends import end_ids
-from amid_ds.models.sampler import Sampler, SamplerPrompt
+from amid_ds.models.sampler import SamplerPrompt
 from amid_ds.run.folder import RunFolder
+from amid_ds.training.sampling import StudentSampler
 from amid_ds.training.validation import EvalMetrics, validate
 
 if TYPE_CHECKING:
@@ -65,13 +63,14 @@ class RolloutDocument(NamedTuple):
 class StepBatch(NamedTuple):
     """The batch that a step learns from: this rank's micro-batches.
 
-    tokens, padding: of the global batch, its valid tokens and the share of positions that hold
-    nothing. sampled: the responses are student samples. metrics: what metrics.jsonl says of the
-    choice.
+    tokens, sequences, padding: of the global batch, its valid tokens, the sequences that have one
+    and the share of positions that hold nothing. sampled: the responses are student samples.
+    metrics: what metrics.jsonl says of the choice.
     """
 
     window: list[Batch]
     tokens: float
+    sequences: float
     padding: float
     sampled: bool = False
     metrics: Mapping[str, float] = {}
@@ -87,14 +86,8 @@ class Rollouts:
                  state: TrainState) -> None:
         assert recipe.rollout is not None
         self.recipe, self.rollout, self.engine, self.state = recipe, recipe.rollout, engine, state
-        self.world, self.student = engine.world, engine.distiller.student
-        # Weights are gathered once per generation where they fit, else for each token.
-        self.gather_once = engine.fits_gathered(self.student)
-        own: Any = self.student.generation_config
-        self.sampler = Sampler(self.rollout.temperature, self.rollout.top_p,
-                               end_ids(own, tokenizer, self.rollout.end_of_text),
-                               vocabulary_size(tokenizer), engine.distiller.head.shard,
-                               self._readable_head)
+        self.world = engine.world
+        self.sampler = StudentSampler(engine, tokenizer, self.rollout, self.rollout.end_of_text)
         self.buffer: list[RolloutDocument] = []
         if state.rollout is not None:
             folder = RunFolder(Path(recipe.output_dir)).checkpoints / checkpoint_name(state.step)
@@ -132,7 +125,7 @@ class Rollouts:
         step, total = self.state.step, self.recipe.train.total_steps
         chance = float(torch.rand((), generator=_generator(self.recipe, step, CHOICE_SEED)))
         source, metrics = self._choose(chance)
-        if not value_at(self.recipe.loss.kd_weight, step, total):
+        if not value_at(self.recipe.sampled_loss.kd_weight, step, total):
             # A step without the teacher would learn nothing from student samples.
             source = "data"
         metrics = {"rollout": float(source != "data"), **metrics}
@@ -168,7 +161,7 @@ class Rollouts:
             prompts.append(SamplerPrompt(document.ids[:document.start], room,
                                          step_seed(step, row, number)))
             keys.append((row, number, document.source))
-        responses = self._complete(prompts)
+        responses = self.sampler.complete(prompts)
         documents = [RolloutDocument(prompt.ids + ids, len(prompt.ids), source)
                      for prompt, ids, (*_, source) in zip(prompts, responses, keys, strict=True)]
         if self.rollout.adaptive is not None:
@@ -201,32 +194,6 @@ class Rollouts:
                 for number, document in enumerate(split_documents(batch, row)):
                     yield global_row, number, document
 
-    def _complete(self, prompts: Sequence[SamplerPrompt]) -> list[list[int]]:
-        """The student's responses, `batch_size` at once.
-
-        Every rank makes as many passes, and as many steps in each.
-        """
-        size = self.rollout.batch_size
-        passes = -(-self.world.most(len(prompts)) // size)
-        responses: list[list[int]] = []
-        gathered = (self.engine.gathered(self.student) if self.gather_once
-                    else contextlib.nullcontext())
-        with self.engine.evaluating(), gathered:
-            for number in range(passes):
-                responses += self.world.run_checked(partial(
-                    self.sampler.complete, self.student, prompts[number * size:(number + 1) * size],
-                    self._any_rank_continues, self.world.device))
-        return responses
-
-    def _any_rank_continues(self, own: bool) -> bool:
-        if not self.gather_once:
-            # The gathers of one token are ZeRO-3's trace.
-            self.engine.reset_prefetch()
-        return self.world.sum([own])[0] > 0
-
-    def _readable_head(self, student: nn.Module) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if self.gather_once else self.engine.gathered_head(student)
-
     def _to_batch(self, documents: Sequence[RolloutDocument],
                   metrics: Mapping[str, float]) -> StepBatch:
         """The documents as micro-batches, as many on every rank: some may hold no valid token."""
@@ -239,10 +206,10 @@ class Rollouts:
             empty = collate_rows([TokenRow(np.zeros(3, np.int64), np.empty(0, np.int32),
                                            np.empty(0, np.int32), "")], [])
             window.append(replace(empty, padding=empty.input_ids.numel(), sources=[]))
-        counts = [[len(b.valid), b.padding, b.input_ids.numel()] for b in window]
-        tokens, padding, total = self.world.sum(
+        counts = [[len(b.valid), b.sequence_count, b.padding, b.input_ids.numel()] for b in window]
+        tokens, sequences, padding, total = self.world.sum(
             [sum(column) for column in zip(*counts, strict=True)])
-        return StepBatch(window, tokens, padding / total, True, metrics)
+        return StepBatch(window, tokens, sequences, padding / total, True, metrics)
 
 
 def _generator(recipe: Recipe, step: int, purpose: int) -> torch.Generator:

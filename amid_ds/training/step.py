@@ -1,9 +1,10 @@
 """One optimizer step: objective, teacher, forward and backward of every micro-batch, optimizer.
 
-A step's loss is the sum over its valid tokens divided by the number N of valid tokens in the whole
-global batch, so it does not depend on ranks, micro-batches or masks. DeepSpeed averages gradients
-over the data-parallel ranks R; with token weights 1/N and the loss times R (`Engine.backward`), its
-(1/R) Σ_ranks Σ_micro ∇(R · Σ_i loss_i / N) is ∇ Σ_i loss_i / N.
+A step's loss is Σ_i w_i · loss_i over the valid tokens of the whole global batch, with w_i = 1/N of
+its N tokens; under `normalise: sequence` w_i = 1/(S · n) in a sequence of n of them, of S. So it
+does not depend on ranks, micro-batches or masks. DeepSpeed averages gradients over the
+data-parallel ranks R; with the loss times R (`Engine.backward`), its
+(1/R) Σ_ranks Σ_micro ∇(R · Σ_i w_i loss_i) is ∇ Σ_i w_i loss_i.
 """
 
 from __future__ import annotations
@@ -21,14 +22,16 @@ from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.recipe import Recipe, Train
 from amid_ds.config.schedule import learning_rate, step_seed, taid_update
 from amid_ds.data import Batch
+from amid_ds.distributed.transfer import to_device
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
-from amid_ds.models.distiller import StepObjective
+from amid_ds.losses import AMiD, PerToken
+from amid_ds.models.distiller import LossPart, StepObjectives
 from amid_ds.monitor.hang_watchdog import MAX_RANKS_SHOWN
 from amid_ds.monitor.step_timer import local_stats, phase, set_peer_stats
 from amid_ds.run.log import finite
 from amid_ds.training.fetch import AuxiliaryBatch
-from amid_ds.training.objective import objective_at
+from amid_ds.training.objective import objectives_at, scheduled_at
 from amid_ds.training.rollout import StepBatch
 
 Metrics = dict[str, float | None]
@@ -36,23 +39,24 @@ MAX_IDS_SHOWN = 10
 
 
 class _MicroBatch(NamedTuple):
-    """A micro-batch of a step with its own objective and token divisor."""
+    """A micro-batch of a step on the device, with its tokens' weights [n] fp32 and objectives."""
 
     batch: Batch
-    divisor: float
-    objective: StepObjective
+    weights: Tensor
+    parts: list[LossPart]
 
 
 class _StepSums(NamedTuple):
     """Sums of a step over all ranks: its loss, divergence and cross entropy.
 
-    auxiliary: the mean cross entropy of the auxiliary corpus.
+    auxiliary: the mean cross entropy of the auxiliary corpus. statistics: means over the tokens.
     """
 
     loss: float
     kd: float
     ce: float
     auxiliary: float
+    statistics: list[float]
 
 
 class Stepper:
@@ -69,26 +73,29 @@ class Stepper:
     def train_step(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None = None) -> Metrics:
         """Make one optimizer step and update the state; returns the step's metrics.
 
-        The auxiliary corpus adds its coefficient times its mean cross entropy. Where the batch is
-        sampled by the student, its cross entropy does not count. Two small collectives beside
-        DeepSpeed's. Raises TrainingError, before the optimizer step, for a NaN or Inf.
+        The auxiliary corpus adds its coefficient times its mean cross entropy over tokens. Two
+        small collectives beside DeepSpeed's. Raises TrainingError, before the optimizer step, for a
+        NaN or Inf.
         """
         began = time.monotonic()
         recipe, step = self.recipe, self.state.step
-        objective = objective_at(recipe.loss, step, recipe.train.total_steps, self.state.taid)
+        objectives = objectives_at(recipe, step, self.state.taid)
+        scheduled = scheduled_at(recipe, step, self.state.taid)
+        shown = objectives.sampled if batch.sampled else objectives.base
+        uses_teacher = self.engine.distiller.uses_teacher(objectives.of_step(batch.sampled))
         rate = learning_rate(recipe.train, step)
         torch.manual_seed(step_seed(recipe.train.seed, step, self.world.dp_rank))
         self.engine.start_step(rate)
-        micro_batches = self._micro_batches(batch, auxiliary, objective)
-        losses, tokens = self._forward_backward(micro_batches, len(batch.window), objective)
-        sums = self._reduce(losses, len(batch.window))
+        micro_batches = self._micro_batches(batch, auxiliary, objectives)
+        losses, statistics, tokens = self._forward_backward(micro_batches, len(batch.window),
+                                                            uses_teacher)
+        sums = self._reduce(losses, statistics, len(batch.window))
         self._require_finite(f"the loss of step {step + 1} is {sums.loss}", sums.loss, tokens,
                              micro_batches)
         with phase("optimizer"):
             norm = self.engine.optimizer_step()
         self._require_finite(f"the gradient norm of step {step + 1} is not finite", norm, tokens,
                              micro_batches)
-        uses_teacher = self.engine.distiller.uses_teacher(objective)
         if uses_teacher and recipe.loss.adaptive is not None:
             self.state.taid = taid_update(recipe.loss.adaptive, self.state.taid, sums.kd, step,
                                           recipe.train.total_steps)
@@ -98,59 +105,77 @@ class Stepper:
                 # One that the loss does not count may be infinite.
                 "kd_loss": finite(sums.kd) if uses_teacher else None, "ce_loss": finite(sums.ce),
                 "grad_norm": norm, **_learning_rates(recipe.train, rate),
-                **_objective_metrics(objective, uses_teacher),
+                **scheduled, **_objective_metrics(shown.amid, uses_teacher),
+                **self._statistics(sums.statistics, uses_teacher),
                 "tokens_per_second": batch.tokens / (time.monotonic() - began)}
 
+    def _statistics(self, means: list[float], uses_teacher: bool) -> Metrics:
+        """The recipe's statistics by name; None without the teacher, but for the entropy of a
+        student that has none."""
+        alone = {"student_entropy"} if self.recipe.teacher is None else set()
+        return {name: finite(mean) if uses_teacher or name in alone else None for name, mean
+                in zip(self.recipe.train.statistics, means, strict=True)}
+
     def _micro_batches(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None,
-                       objective: StepObjective) -> list[_MicroBatch]:
+                       objectives: StepObjectives) -> list[_MicroBatch]:
         """The step's micro-batches, those of the auxiliary corpus last.
 
-        Each window is divided once by its own valid tokens.
+        Each window is divided once, by its own valid tokens or sequences.
         """
-        own = replace(objective, ce_weight=0.0) if batch.sampled else objective
-        micro_batches = [_MicroBatch(each.to(self.world.device), max(batch.tokens, 1.0), own)
-                         for each in batch.window]
+        device, by_sequence = self.world.device, self.recipe.loss.normalise == "sequence"
+
+        def equal_weights(each: Batch, divisor: float) -> Tensor:
+            return torch.ones(len(each.valid), device=device) / divisor
+
+        micro_batches = [_MicroBatch(
+            each.to(device),
+            to_device(each.sequence_weights(batch.sequences), device) if by_sequence
+            else equal_weights(each, max(batch.tokens, 1.0)),
+            [part.to(device) for part in objectives.parts(each, batch.sampled)])
+            for each in batch.window]
         if auxiliary is not None:
             assert self.recipe.data.auxiliary is not None
-            cross_entropy = replace(objective, kd_weight=0.0, ce_weight=1.0)
+            cross_entropy = [LossPart(replace(objectives.base, kd_weight=0.0, ce_weight=1.0,
+                                          statistics=()))]
             divisor = max(auxiliary.tokens, 1.0) / self.recipe.data.auxiliary.weight
-            micro_batches += [_MicroBatch(each.to(self.world.device), divisor, cross_entropy)
-                              for each in auxiliary.window]
+            micro_batches += [_MicroBatch(each.to(device), equal_weights(each, divisor),
+                                          cross_entropy) for each in auxiliary.window]
         return micro_batches
 
     def _forward_backward(self, micro_batches: list[_MicroBatch], main_count: int,
-                          objective: StepObjective) -> tuple[Tensor, list[Tensor]]:
-        """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy; and of
-        each micro-batch its tokens' as `MicroBatchLoss` has them.
+                          uses_teacher: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy; sums of
+        the statistics [m] float64; and of each micro-batch its tokens' as `MicroBatchLoss` has
+        them.
 
         Gradients are accumulated. The teacher runs first, over the first `main_count`
         micro-batches at once.
         """
         distiller, train = self.engine.distiller, self.recipe.train
         teacher_hidden: list[Tensor | None] = [None] * len(micro_batches)
-        uses_teacher = distiller.uses_teacher(objective)
         if uses_teacher:
             with phase("teacher"):
                 teacher_hidden[:main_count] = self.engine.teacher_hidden_states(
                     [each.batch for each in micro_batches[:main_count]],
                     train.micro_batch_size * train.seq_length, self.teacher_batch)
-        losses, tokens = [], []
+        losses, tokens, statistics = [], [], []
         with self.engine.gathered_head(distiller.teacher if uses_teacher else None):
-            for index, (batch, divisor, own) in enumerate(micro_batches):
-                token_weights = torch.ones(len(batch.valid), device=self.world.device) / divisor
+            for index, (batch, weights, parts) in enumerate(micro_batches):
                 with phase("forward"):
                     last = index == len(micro_batches) - 1
-                    loss = self.engine.forward(batch, token_weights, teacher_hidden[index], own,
-                                               last)
+                    loss = self.engine.forward(batch, weights, teacher_hidden[index], parts, last)
                 # Its memory is free for the next micro-batch's activations.
                 teacher_hidden[index] = None
                 with phase("backward"):
                     self.engine.backward(loss.loss)
                 losses.append(torch.stack([loss.loss.detach(), loss.kd, loss.ce]))
                 tokens.append(loss.tokens)
-        return torch.stack(losses).double(), tokens
+                statistics.append(loss.statistics)
+        # The auxiliary corpus has none.
+        return (torch.stack(losses).double(),
+                torch.stack(statistics[:main_count]).double().sum(0), tokens)
 
-    def _reduce(self, losses: Tensor, main_count: int) -> _StepSums:
+    def _reduce(self, losses: Tensor, statistics: Tensor, main_count: int) -> _StepSums:
         """The step's sums over all ranks, in the collectives that spread the ranks' statistics too.
         """
         main, added = losses[:main_count], losses[main_count:]
@@ -160,12 +185,13 @@ class Stepper:
         # Summed on the device, so that the host waits for it once.
         own_loss = losses[:, 0].sum()[None]
         (loss, kd, ce, auxiliary, *sums), peaks = self.world.sum_with_peaks(
-            torch.cat([own_loss, main[:, 1:].sum(0), added[:, 2].sum()[None], summands]),
+            torch.cat([own_loss, main[:, 1:].sum(0), added[:, 2].sum()[None], statistics,
+                       summands]),
             torch.cat([own_loss, candidates]))
-        set_peer_stats(loss, sums, peaks)
+        set_peer_stats(loss, sums[len(statistics):], peaks)
         weight = (self.recipe.data.auxiliary.weight if self.recipe.data.auxiliary is not None
                   else 1.0)
-        return _StepSums(loss, kd, ce, auxiliary / weight)
+        return _StepSums(loss, kd, ce, auxiliary / weight, sums[:len(statistics)])
 
     def _require_finite(self, problem: str, value: float | None, tokens: list[Tensor],
                         micro_batches: list[_MicroBatch]) -> None:
@@ -244,9 +270,7 @@ def _bad_places(batch: Batch, tokens: Tensor) -> Iterator[str]:
                    f"{tokens[index][bad[index]][0].item()})")
 
 
-def _objective_metrics(objective: StepObjective, uses_teacher: bool) -> Metrics:
-    """`alpha` and `lam`, None without a teacher, and the other keys that have a schedule."""
-    amid = objective.amid
-    shown: Metrics = {"alpha": amid.alpha if uses_teacher else None,
-                      "lam": amid.lam if uses_teacher else None}
-    return {**objective.scheduled, **shown}
+def _objective_metrics(amid: AMiD, uses_teacher: bool) -> Metrics:
+    """`alpha` and `lam`; None without the teacher, or where each token has its own."""
+    return {name: None if isinstance(number, PerToken) or not uses_teacher else number
+            for name, number in (("alpha", amid.alpha), ("lam", amid.lam))}

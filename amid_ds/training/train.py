@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 
 from amid_ds.checkpoint import reshard
-from amid_ds.checkpoint.manifest import ResumePoint, checkpoint_step, find_latest_valid
+from amid_ds.checkpoint.best import describe_early_end, has_finished
+from amid_ds.checkpoint.manifest import Manifest, ResumePoint, find_latest_valid
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Train
@@ -33,13 +34,13 @@ from amid_ds.training.job import (
     changes_of,
     check_recipe,
     count_steps,
-    export_final_model,
     hold_run,
     identity_of,
     open_run,
 )
 from amid_ds.training.placement import place_teacher
 from amid_ds.training.rollout import check_prompt_lengths
+from amid_ds.training.selection import export_missing_models
 from amid_ds.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -87,19 +88,13 @@ def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
     world.run_checked(lambda: attempt.begin(job.run.path, changed))
     resume = find_latest_valid(job.run.checkpoints, world)
     end_part("checks")
-    if _is_finished(job, resume):
-        logger.info("%s has reached its last step %d: nothing to do", job.run.path,
-                    job.recipe.train.total_steps)
-        # Missing where the attempt before was killed between its last save and its export.
-        if not world.broadcast(job.run.model.is_dir()):
-            export_final_model(job, world, fence)
+    state = TrainState() if resume.checkpoint is None else Manifest.read(resume.checkpoint).state
+    if has_finished(job.recipe, state):
+        logger.info("%s %s: nothing to do", job.run.path, describe_early_end(job.recipe, state)
+                    or f"has reached its last step {state.step}")
+        export_missing_models(job, state, world, fence)
         return
     build_trainer(job, hashes, resume, world, attempt, fence).run()
-
-
-def _is_finished(job: Job, resume: ResumePoint) -> bool:
-    return (resume.checkpoint is not None
-            and checkpoint_step(resume.checkpoint) == job.recipe.train.total_steps)
 
 
 def build_trainer(job: Job, hashes: SourceHashes, resume: ResumePoint, world: World,

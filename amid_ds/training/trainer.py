@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from amid_ds.checkpoint.best import describe_early_end, has_finished
 from amid_ds.checkpoint.saver import Saver
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.schedule import learning_rate
@@ -35,6 +36,8 @@ from amid_ds.training.fetch import (
 )
 from amid_ds.training.job import Job, export_final_model
 from amid_ds.training.rollout import Rollouts, StepBatch
+from amid_ds.training.sample_scores import SampleScores
+from amid_ds.training.selection import Selection, export_best_model
 from amid_ds.training.step import Metrics, Stepper
 from amid_ds.training.validation import validate
 
@@ -56,8 +59,11 @@ class Trainer(Stepper):
         self.data, self.auxiliary = self.world.run_checked(
             lambda: open_step_data(job, state, self.world))
         self.rollouts = self._open_rollouts()
+        self.selection = Selection(self.recipe, state)
+        self.samples = self.world.run_checked(
+            lambda: SampleScores(self.recipe, engine, job.tokenizer))
         self.saver = Saver(engine, job.run.checkpoints, self.recipe.checkpoint, identity, damaged,
-                           fence, attempt.saved)
+                           fence, attempt.saved, self.selection.lost)
         self.saved_step = state.step
 
     def run(self) -> None:
@@ -76,13 +82,16 @@ class Trainer(Stepper):
                 if info.stop:
                     break
                 monitors.step_agreed()
-                batch = self._roll_out(StepBatch(fetched.window, info.tokens, info.padding))
+                batch = self._roll_out(StepBatch(fetched.window, info.tokens, info.sequences,
+                                                 info.padding))
                 with monitors.train_step(self.engine):
                     metrics = self.train_step(batch, self._auxiliary_batch(fetched, info))
                 self._end_start()
                 self._log_step(metrics, batch, info, monitors)
                 self._evaluate(monitors)
                 self._save_if_due()
+                if self.selection.has_ended:
+                    break
                 monitors.restart_clock()
             monitors.rest()
             self._finish()
@@ -140,14 +149,24 @@ class Trainer(Stepper):
         monitors.evaluation_begin()
         with phase("evaluation"):
             metrics = self.world.run_checked(lambda: validate(self.recipe, self.engine))
+            self.world.run_checked(
+                lambda: self.samples.add_to(metrics, monitors.evaluation_begin))
+            # What is decided by them is decided alike: the same digits on every rank.
+            metrics = self.world.broadcast(metrics)
             if self._holds_run():
                 self.log.evaluation(step, metrics)
         if self.rollouts is not None:
             self.rollouts.update_threshold(metrics)
+        if self.selection.improves(metrics):
+            with phase("checkpoint"):
+                # The best so far may be still being written: it is there then, or never was best.
+                self.saver.finish()
+        self.selection.note(step, metrics)
 
     def _save_if_due(self) -> None:
-        if (self.state.step % self.recipe.checkpoint.every == 0
-                or self.state.step == self.recipe.train.total_steps):
+        step = self.state.step
+        if (step % self.recipe.checkpoint.every == 0 or step == self.recipe.train.total_steps
+                or self.selection.is_best(step)):
             self._save()
 
     def _save(self) -> None:
@@ -168,16 +187,20 @@ class Trainer(Stepper):
         if self.state.step != self.saved_step:
             self._save()
         self.saver.close()
-        if self.state.step < self.recipe.train.total_steps:
+        if not has_finished(self.recipe, self.state):
             reason = self.world.first(self.stop.reason())
             self.stop.honoured()
             logger.info("stopped in order after step %d (%s); the same command goes on from there",
                         self.state.step, reason)
             raise Stopped
-        logger.info("epochs read: %s", describe_epochs(self.job, self.data, self.state))
+        logger.info("epochs read: %s", describe_epochs(self.job, self.data, self.state,
+                                                       self.state.step))
         logger.info("done: %d steps, checkpoint in %s", self.state.step, self.job.run.checkpoints)
-        # A request to stop waits for it.
-        export_final_model(self.job, self.world, self.fence)
+        if self.selection.has_ended:
+            logger.info("%s", describe_early_end(self.recipe, self.state))
+        # A request to stop waits for them.
+        export_final_model(self.job, self.state.step, self.world, self.fence)
+        export_best_model(self.job, self.state, self.world, self.fence)
 
     def _log_step(self, metrics: Metrics, batch: StepBatch, info: StepInfo,
                   monitors: Monitors) -> None:
@@ -243,7 +266,8 @@ class Trainer(Stepper):
         teacher = "" if self.recipe.teacher is not None else "no teacher: cross entropy alone, "
         logger.info("%d rank(s), %d rows of %d tokens a step, %s%s", self.world.size,
                     train.global_batch_size, train.seq_length, teacher, begin)
-        logger.info("epochs by the last step: %s", describe_epochs(self.job, self.data, self.state))
+        logger.info("epochs by the last step: %s", describe_epochs(self.job, self.data, self.state,
+                                                                   train.total_steps))
         self.world.run_checked(self._compare_rates)
 
     def _compare_rates(self) -> None:
