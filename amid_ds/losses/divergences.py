@@ -311,7 +311,7 @@ class SampledReverseKL(Divergence):
 
     baseline: b.
         `kl`, the default, is KL(q‖p) of the token itself, the mean of what it is taken from, as in
-            arXiv 2605.07865: the variance is less, though not the least of all constants'. It
+            arXiv 2605.07865: less variance as a rule, though not the least of all constants'. It
             costs what the exact KL(q‖p) costs, one reading of the logits and one collective; 0
             where it is infinite.
         `none` is b = 0, what on-policy distillation began with (Thinking Machines' post of October
