@@ -20,8 +20,10 @@ WEIGHTS = [("student", "student"), ("uniform", "student"), ("teacher", "student"
       for each in (*LIMITS, AlphaBeta(1e-6, 1), AlphaBeta(0.05, -0.04), AlphaBeta(-0.3, -0.2),
                    AlphaBeta(1.5, -0.5)))], ids=str)
 def test_the_kernels_have_the_limits(measure):
-    for alpha, lam, order in ((-5.0, 0.3, "pr"), (3.0, 0.5, {"rq": 0.5, "qr": 0.3})):
-        objective = AMiD(alpha, lam, measure, order)
+    # A power must leave what neither model says as likely in r as in p.
+    for alpha, lam, order, power in ((-5.0, 0.3, "pr", 1), (3.0, 0.5, {"rq": 0.5, "qr": 0.3}, 1),
+                                     (-1.0, 0.0, "qr", 0.7)):
+        objective = AMiD(alpha, lam, measure, order, power=power)
         truth, of_truth = value_and_gradient(*with_zeros(), objective)
         loss, gradient = value_and_gradient(*with_zeros(torch.float32), objective,
                                             backend="triton")
@@ -47,9 +49,11 @@ def test_the_kernels_have_concrete_scores_of_the_models(weights):
 
 
 def test_the_kernels_refuse_a_concrete_score_through_the_assistant():
-    with pytest.raises(InputError, match="backend='triton'"):
-        amid_loss(torch.zeros(2, 5), torch.zeros(2, 5), AMiD(divergence=ConcreteScore()),
-                  backend="triton")
+    # Nor one of p and a detached r = q, which has no gradient.
+    for lam, detach in ((0.1, False), (0.0, True)):
+        with pytest.raises(InputError, match="backend='triton'"):
+            amid_loss(torch.zeros(2, 5), torch.zeros(2, 5),
+                      AMiD(-1.0, lam, ConcreteScore(), detach_assistant=detach), backend="triton")
 
 
 @pytest.mark.parametrize(("name", "parameters", "launched"), [

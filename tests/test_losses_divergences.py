@@ -298,6 +298,8 @@ def test_sampled_tokens_need_labels_and_the_reverse_order():
         amid_loss(logits(1, 2, 5), logits(2, 2, 5), preset("sampled_rkl"))
     with pytest.raises(InputError, match="order='pr'"):
         AMiD(divergence="sampled_reverse_kl")
+    with pytest.raises(InputError, match=r"power=2\.0"):
+        AMiD(-1.0, 1.0, "sampled_reverse_kl", "qr", power=2.0)
     with pytest.raises(InputError, match="baseline='mean'"):
         SampledReverseKL("mean")
 

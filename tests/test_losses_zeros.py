@@ -145,6 +145,23 @@ def test_an_infinite_divergence_is_infinite_at_its_token_alone():
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("measure", [AlphaBeta(-0.5, -0.5), AlphaBeta(-0.6, 0.3)], ids=str)
+def test_a_token_of_factor_0_has_no_share_in_loss_and_gradient_though_it_be_infinite(measure,
+                                                                                     backend):
+    student, teacher = logits("each has its own", torch.float32)
+    # No overlap is above 1.
+    chosen = AMiD(-1.0, 0.3, measure, {"pr": 0.5, "qr": 0.5},
+                  token_weight=PerToken("overlap", (1.0, 0.0), (2.0, 3.0)))
+    left_out = AMiD(-1.0, 0.3, measure, {"pr": 0.5, "qr": 0.5},
+                    token_weight=PerToken("overlap", (0.0, 1.0), (2.0, 3.0)))
+    assert amid_loss(student, teacher, chosen, backend=backend).isinf().tolist() == [
+        False, True, True, True]
+    loss = amid_loss(student, teacher, left_out, backend=backend)
+    assert loss.tolist() == [0.0] * 4
+    assert torch.autograd.grad(loss.sum(), student)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_label_that_the_student_never_says_costs_infinitely_much(backend):
     problem = LossProblem(dtype=torch.float32)
     bias = problem.bias.detach().clone()

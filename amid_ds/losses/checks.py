@@ -125,7 +125,7 @@ def check_measures(objective: AMiD | None, tokens: int, labels: Tensor | None,
 
     objective: None without a teacher.
     """
-    unknown = sorted(set(statistics) - set(STATISTICS))
+    unknown = [name for name in statistics if name not in STATISTICS]
     if unknown:
         raise InputError(f"statistics {unknown}", f"some of {', '.join(STATISTICS)}",
                          "check the spelling")
@@ -143,8 +143,11 @@ def check_measures(objective: AMiD | None, tokens: int, labels: Tensor | None,
     if objective is not None and objective.needs_sequences and sequences is None:
         raise InputError("an objective that reads whole sequences, without sequences",
                          "sequences [N]", "pass the number of each token's sequence")
-    if sequences is not None and (sequences.shape != (tokens,) or not _is_integer(sequences)):
-        raise InputError(f"sequences {list(sequences.shape)} of {sequences.dtype}",
+    if sequences is not None and not (isinstance(sequences, Tensor) and _is_integer(sequences)
+                                      and sequences.shape == (tokens,)):
+        found = (f"{list(sequences.shape)} of {sequences.dtype}" if isinstance(sequences, Tensor)
+                 else f"of type {type(sequences).__name__}")
+        raise InputError(f"sequences {found}",
                          f"[N] = [{tokens}] integers", "one number per row of student_hidden")
 
 

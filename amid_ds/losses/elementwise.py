@@ -27,6 +27,7 @@ from amid_ds.losses.divergences import (
     INFINITE_RATIO,
     KL,
     LOG_ZERO,
+    AlphaBeta,
     ConcreteScore,
     LogProbs,
     Terms,
@@ -292,7 +293,11 @@ def _kd_gradient(tile: Block, norms: RowNormalisers, stats: RowStatistics) -> Te
         gradient += pull
     if w_r is not None:
         gradient -= w_r.mul_(sum_a)
-    return gradient.mul_(tile.kd_scale[:, None] / tile.student.temperature)
+    gradient.mul_(tile.kd_scale[:, None] / tile.student.temperature)
+    if isinstance(tile.objective.resolved_divergence, AlphaBeta):
+        # Powers below 0 may be infinite at a token whose weight is 0.
+        gradient.masked_fill_(tile.kd_scale[:, None] == 0, 0.0)
+    return gradient
 
 
 def _log_models(tile: Block, norms: RowNormalisers) -> tuple[Tensor, Tensor]:

@@ -134,7 +134,8 @@ def log_mixture(log_p, log_q, c, inverse_c, lam, log_lam, log_rest, power, MIXTU
             log_r = tl.where(tl.abs(x) < SERIES_LIMIT, log_q + series * (LOG2_E * inverse_c), log_r)
     if POWERED:
         tl.static_assert(MIXTURE != MIXTURE_ARITHMETIC)
-        log_r *= power
+        # Twice no probability is as much: a divergence of r and p there would be infinite.
+        log_r = tl.where(log_r < ZERO_LOG / UNBOUNDED, ZERO_LOG, log_r * power)
         w *= power
     return log_r, r, w
 
@@ -226,6 +227,15 @@ def weighted(weight, term, DIVERGENCE: tl.constexpr, PER_TOKEN: tl.constexpr):
     if PER_TOKEN and DIVERGENCE != DIVERGENCE_KL:
         return tl.where(weight == 0, 0.0, weight * term)
     return weight * term
+
+
+@triton.jit
+def scaled_slope(scale, slope, DIVERGENCE: tl.constexpr):
+    """scale · slope; 0 where a token's scale is, though an AlphaBeta of a power that is not well
+    above 0 have an infinite slope."""
+    if (DIVERGENCE >= DIVERGENCE_ALPHA_BETA_BY_SUM) & (DIVERGENCE <= DIVERGENCE_LOG_SQUARES):
+        return tl.where(scale == 0, 0.0, scale * slope)
+    return scale * slope
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from amid_ds.losses.kernel_math import (
     assistant,
     log_mixture,
     objective_terms,
+    scaled_slope,
 )
 from amid_ds.losses.kernel_residuals import load_centres, score_slope
 from amid_ds.losses.kernel_rows import (
@@ -335,7 +336,7 @@ def gradient_kernel(
                                               DIVERGENCE, BALANCED, PER_TOKEN, PR, QR, RP, RQ)
                     if MOVES:
                         b += w * (a - sum_a * r)
-                    g += of_kd * (b - sum_g * tl.exp2(log_q))
+                    g += scaled_slope(of_kd, b - sum_g * tl.exp2(log_q), DIVERGENCE)
             if HAS_CE or SAMPLED:
                 onehot = tl.where(columns == label, 1.0, 0.0)
             if SAMPLED:

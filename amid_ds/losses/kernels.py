@@ -58,7 +58,9 @@ def supports(objective: AMiD | None, dtypes: list[torch.dtype]) -> bool:
 def _is_known(objective: AMiD) -> bool:
     divergence = objective.resolved_divergence
     if isinstance(divergence, ConcreteScore):
-        return objective.lam in (0, 1) and objective.power == 1
+        # At λ = 0 a detached r is the student's own, as a constant: no gradient of the two models'.
+        of_models = objective.lam == 1 or (objective.lam == 0 and not objective.detach_assistant)
+        return of_models and objective.power == 1
     return divergence.needs_labels or type(divergence) in DIVERGENCE_CODES
 
 

@@ -100,9 +100,10 @@ class AMiD:
             if backwards:
                 order_weights = tuple((key[::-1], weight) for key, weight in order_weights)
         if isinstance(divergence, SampledReverseKL) and (
-                (self.lam, order_weights) != (1, (("qr", 1.0),))):
-            raise InputError(f"the divergence {divergence.name!r} with lam={self.lam} and "
-                             f"order={self.order!r}", "lam=1 and order='qr', which is KL(q‖p)",
+                (self.lam, self.power, order_weights) != (1, 1, (("qr", 1.0),))):
+            raise InputError(f"the divergence {divergence.name!r} with lam={self.lam}, "
+                             f"order={self.order!r} and power={self.power}",
+                             "lam=1, order='qr' and power=1, which is KL(q‖p)",
                              "use preset('sampled_rkl')")
         object.__setattr__(self, "resolved_divergence", divergence)
         object.__setattr__(self, "order_weights", order_weights)
