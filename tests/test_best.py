@@ -25,10 +25,11 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Best
 from amid_ds.data import load_tokenizer, tokenizer_fingerprint
 from amid_ds.errors import InputError
+from amid_ds.experiments.sweep import final_metrics
 from amid_ds.run.places import check_places
 from amid_ds.training.selection import Selection
 
-NEW, SAMPLED = 6, 7
+NEW, SAMPLED = 5, 5
 GREEDY = {"max_new_tokens": NEW, "temperature": 0, "batch_size": 3, "rows": SAMPLED}
 METRIC = "kl_to_teacher"
 BEST = {"metric": f"eval.held.out.{METRIC}", "mode": "min", "patience": 3}
@@ -49,7 +50,8 @@ def recipe_for(llama_pair, instructions_file, held_out, tmp_path_factory) -> Cal
     def write(run: Path, **changes) -> Path:
         settings = {"data__prepared": str(prepared), "data__eval": [evaluated],
                     "train__eval_every": 1, "train__steps": 12, "train__learning_rate": 0.05,
-                    "train__warmup_steps": 0, "checkpoint": {"every": 5, "best": BEST}, **changes}
+                    "train__warmup_steps": 0, "train__micro_batch_size": 2,
+                    "checkpoint": {"every": 5, "best": BEST}, **changes}
         return write_recipe(run.with_suffix(".yaml"), *llama_pair, instructions_file, run,
                             **settings)
     return write
@@ -100,6 +102,9 @@ def test_a_run_ends_after_its_patience_and_keeps_the_best_beside_the_newest(ende
     assert f"{METRIC} {values[best - 1]:.6g} at step {best}" in said and "time left" not in said
     assert main(["checkpoints", str(ended)]) == 0
     assert capsys.readouterr().out.count("the best") == 1
+    # So a sweep compares what its runs have selected.
+    assert final_metrics(ended) | {"best_step": best, f"best_{METRIC}": values[best - 1]} == (
+        final_metrics(ended))
 
 
 @pytest.mark.slow
