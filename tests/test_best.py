@@ -17,7 +17,7 @@ from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import comparable_results, read_metrics, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_ds.checkpoint.best import updated_best
+from amid_ds.checkpoint.best import describe_early_end, subject_of, updated_best
 from amid_ds.checkpoint.manifest import Manifest, list_checkpoints
 from amid_ds.checkpoint.state import BestState, TrainState
 from amid_ds.cli import main
@@ -339,6 +339,13 @@ def test_a_best_that_was_lost_is_taken_back_with_the_evaluations_since(recipe_fo
         changed = load_recipe(recipe_for(tmp_path / "run"), [change])
         assert Selection(changed, TrainState(best=state.best)).state.best["step"] == step
     assert TrainState.from_json({"step": 3, "tokens": 9}).best is None
+
+
+def test_a_run_whose_patience_ends_with_its_last_step_has_not_ended_early(recipe_for, tmp_path):
+    recipe = load_recipe(recipe_for(tmp_path / "run"))
+    best = BestState(of=subject_of(recipe, recipe.checkpoint.best), value=1.0, step=8, since=3)
+    said = [describe_early_end(recipe, TrainState(step=step, best=best)) for step in (11, 12)]
+    assert said[0].startswith("ended early after step 11: 3 evaluations") and said[1] is None
 
 
 def test_a_folder_of_somebody_elses_in_the_best_ones_place_is_refused(recipe_for, tmp_path):
