@@ -17,7 +17,7 @@ from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import comparable_results, read_metrics, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_ds.checkpoint.best import updated_best
+from amid_ds.checkpoint.best import describe_early_end, subject_of, updated_best
 from amid_ds.checkpoint.manifest import Manifest, list_checkpoints
 from amid_ds.checkpoint.state import BestState, TrainState
 from amid_ds.cli import main
@@ -25,10 +25,11 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Best
 from amid_ds.data import load_tokenizer, tokenizer_fingerprint
 from amid_ds.errors import InputError
+from amid_ds.experiments.sweep import final_metrics
 from amid_ds.run.places import check_places
 from amid_ds.training.selection import Selection
 
-NEW, SAMPLED = 6, 7
+NEW, SAMPLED = 5, 5
 GREEDY = {"max_new_tokens": NEW, "temperature": 0, "batch_size": 3, "rows": SAMPLED}
 METRIC = "kl_to_teacher"
 BEST = {"metric": f"eval.held.out.{METRIC}", "mode": "min", "patience": 3}
@@ -49,7 +50,8 @@ def recipe_for(llama_pair, instructions_file, held_out, tmp_path_factory) -> Cal
     def write(run: Path, **changes) -> Path:
         settings = {"data__prepared": str(prepared), "data__eval": [evaluated],
                     "train__eval_every": 1, "train__steps": 12, "train__learning_rate": 0.05,
-                    "train__warmup_steps": 0, "checkpoint": {"every": 5, "best": BEST}, **changes}
+                    "train__warmup_steps": 0, "train__micro_batch_size": 2,
+                    "checkpoint": {"every": 5, "best": BEST}, **changes}
         return write_recipe(run.with_suffix(".yaml"), *llama_pair, instructions_file, run,
                             **settings)
     return write
@@ -100,6 +102,9 @@ def test_a_run_ends_after_its_patience_and_keeps_the_best_beside_the_newest(ende
     assert f"{METRIC} {values[best - 1]:.6g} at step {best}" in said and "time left" not in said
     assert main(["checkpoints", str(ended)]) == 0
     assert capsys.readouterr().out.count("the best") == 1
+    # So a sweep compares what its runs have selected.
+    assert final_metrics(ended) | {"best_step": best, f"best_{METRIC}": values[best - 1]} == (
+        final_metrics(ended))
 
 
 @pytest.mark.slow
@@ -334,6 +339,13 @@ def test_a_best_that_was_lost_is_taken_back_with_the_evaluations_since(recipe_fo
         changed = load_recipe(recipe_for(tmp_path / "run"), [change])
         assert Selection(changed, TrainState(best=state.best)).state.best["step"] == step
     assert TrainState.from_json({"step": 3, "tokens": 9}).best is None
+
+
+def test_a_run_whose_patience_ends_with_its_last_step_has_not_ended_early(recipe_for, tmp_path):
+    recipe = load_recipe(recipe_for(tmp_path / "run"))
+    best = BestState(of=subject_of(recipe, recipe.checkpoint.best), value=1.0, step=8, since=3)
+    said = [describe_early_end(recipe, TrainState(step=step, best=best)) for step in (11, 12)]
+    assert said[0].startswith("ended early after step 11: 3 evaluations") and said[1] is None
 
 
 def test_a_folder_of_somebody_elses_in_the_best_ones_place_is_refused(recipe_for, tmp_path):

@@ -18,7 +18,12 @@ from amid_ds.config.scheduled_values import Measure
 from amid_ds.errors import InputError
 from amid_ds.losses.measures import MEASURES, STATISTICS
 from amid_ds.training.compatibility import refuse_other_run
-from amid_ds.training.objective import objective_at, objectives_at, scheduled_at
+from amid_ds.training.objective import (
+    check_objectives,
+    objective_at,
+    objectives_at,
+    scheduled_at,
+)
 
 TOTAL = 11
 ENTROPY = {"by": "teacher_entropy", "linear": [0.1, 0.5], "at": [0.0, 4.0]}
@@ -141,8 +146,11 @@ def test_what_no_objective_has_is_refused_by_the_check_of_the_job(loss, message,
     recipe = load(tmp_path, loss=loss)
     own = load(tmp_path, own={1: loss})
     for place, wrong in (("`loss`: ", recipe), ("`data.train.1.loss`: ", own)):
-        with pytest.raises(InputError, match=f"(?s)^{place}.*{message}"):
-            objectives_at(wrong, 0)
+        of_epochs = wrong.model_copy(update={
+            "train": wrong.train.model_copy(update={"steps": None, "epochs": 1.0})})
+        for recipe in (wrong, of_epochs):
+            with pytest.raises(InputError, match=f"(?s)^{place}.*{message}"):
+                check_objectives(recipe)
 
 
 def test_equal_temperatures_of_both_sides_are_squared_as_one():
@@ -239,6 +247,8 @@ def test_objectives_are_checked_where_a_schedule_of_any_loss_turns(tmp_path):
      "with `rollout.temperature` 0.5"),
     ({"rollout": {"share": 1, "estimator": "sampled"}, "loss": {"temperature": 2}},
      "with `rollout.temperature` 1 and another"),
+    ({"rollout": {"share": 1, "loss": {"kd_weight": 0, "ce_weight": 1}}},
+     "`rollout` with a `kd_weight` of 0: nothing is learnt"),
     ({"teacher": None, "loss": {"token_weight": {"by": "overlap"}}}, "no `teacher` to measure"),
     ({"train": {"steps": 1, "global_batch_size": 1, "statistics": ["overlap", "speed"]}},
      "`train.statistics.1`: found 'speed'"),

@@ -31,19 +31,23 @@ def keeping_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     rank_main(argv, variables, log)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [(1, []), (2, []), (2, ["tensor_parallel=2"])],
-                         ids=["one rank", "two ranks", "tp 2"])
-def test_a_step_on_sampled_tokens_follows_their_policy_gradient(layout, shared_model,
-                                                                instructions_file, tmp_path):
-    size, overrides = layout
+LAYOUTS = {"one rank": (1, []), "two ranks": (2, []), "tp 2": (2, ["tensor_parallel=2"])}
+
+
+@pytest.mark.parametrize("layout", ["one rank", *(pytest.param(name, marks=pytest.mark.slow)
+                                                  for name in ("two ranks", "tp 2"))])
+@pytest.mark.parametrize("baseline", ["kl", pytest.param("none", marks=pytest.mark.slow)])
+def test_a_step_on_sampled_tokens_follows_their_policy_gradient(
+        layout, baseline, shared_model, instructions_file, tmp_path):
+    size, overrides = LAYOUTS[layout]
     pair = shared_model("llama-tied", 0), shared_model("gpt2", 1)
     recipe = write_recipe(
-        tmp_path / "r.yaml", *pair, instructions_file, tmp_path / "run", train__steps=2,
+        tmp_path / "r.yaml", *pair, instructions_file, tmp_path / "run", train__steps=1,
         train__seq_length=40, train__gradient_clipping=0.0, train__warmup_steps=0,
         loss={"lam": 0.3, "ce_weight": 0.5, "normalise": "sequence",
               "temperature": {"student": 1.5, "teacher": 1.0}},
-        rollout={"share": 1.0, "max_new_tokens": 12, "temperature": 1.5, "estimator": "sampled"})
+        rollout={"share": 1.0, "max_new_tokens": 12, "temperature": 1.5, "estimator": "sampled",
+                 "loss": {"baseline": baseline}})
     ranks = run_ranks(size, "train", recipe, *overrides, target=keeping_rank)
     # Tensor-parallel peers have the same ones.
     of_ranks = [torch.load(f"{ranks.log(rank)}.batches")[0]
@@ -57,7 +61,8 @@ def test_a_step_on_sampled_tokens_follows_their_policy_gradient(layout, shared_m
         log_q = (student(ids).logits[0, keep, :VOCABULARY] / 1.5).log_softmax(-1)
         log_p = teacher(ids).logits[0, keep, :VOCABULARY].log_softmax(-1).detach()
         said = [log.gather(1, labels[keep][:, None])[:, 0] for log in (log_q, log_p)]
-        advantage = (said[0] - said[1] - (log_q.exp() * (log_q - log_p)).sum(-1)).detach()
+        mean = (log_q.exp() * (log_q - log_p)).sum(-1)
+        advantage = (said[0] - said[1] - mean * (baseline == "kl")).detach()
         surrogates.append((advantage * said[0]).mean())
         means.append((said[0] - said[1]).mean().item())
     torch.stack(surrogates).mean().backward()

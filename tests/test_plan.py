@@ -17,7 +17,7 @@ from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe, resolved
 from amid_ds.distributed.world import World
 from amid_ds.monitor.memory_probe import _Traffic
-from amid_ds.planning.devices import Device, find_device
+from amid_ds.planning.devices import EFFICIENCY, Device, find_device
 from amid_ds.planning.model_costs import run_on_meta
 from amid_ds.planning.plan import make_plan
 
@@ -169,6 +169,26 @@ def test_flops_are_those_of_six_and_two_per_weight_and_token(large):
         3 * tokens * per_token(2048, 16, 8192), rel=0.01)
     assert plan.flops_per_step["teacher"] == pytest.approx(
         tokens * per_token(4096, 32, 14336), rel=0.01)
+
+
+def test_logits_that_are_made_twice_take_time_and_are_no_more_flops_of_the_model(large):
+    plans = [make_plan(load_recipe(large, [f"loss.token_weight={weight}"]), 1, 8, H100)
+             for weight in ("null", "{by: overlap}", "{by: overlap, top: 0.5}",
+                            "{by: overlap, over: sequence}")]
+    assert len({tuple(plan.flops_per_step.values()) for plan in plans}) == 1
+    plain, in_blocks, top, over = (
+        [plan.seconds_by_model[model]["flops"] for model in ("student", "teacher")]
+        for plan in plans)
+    assert plain == in_blocks and top == over
+    tokens = plans[0].tokens_per_step / 8
+    for width, once, twice in zip((2048, 4096), plain, top, strict=True):
+        assert twice - once == pytest.approx(
+            2 * tokens * 128256 * width / (H100.flops * EFFICIENCY), rel=0.01)
+
+
+def test_plan_refuses_what_no_objective_has(large, capsys):
+    assert main(["plan", str(large), "loss.order=pq"]) == 2
+    assert "order='pq'" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_exits_with_1_and_names_changes_that_do(large, capsys):

@@ -28,8 +28,8 @@ from amid_ds.models.distiller import StepObjectives
 from amid_ds.training.objective import objective_at, objectives_at
 
 SMALL_BATCH = ["train.global_batch_size=2", "train.micro_batch_size=2"]
-ADAPTIVE = [*SMALL_BATCH, "rollout.max_new_tokens=8", "rollout.adaptive.init_threshold=1.0"]
-SAMPLED = [*SMALL_BATCH, "rollout.max_new_tokens=8", "rollout.share=1.0"]
+ADAPTIVE = [*SMALL_BATCH, "rollout.max_new_tokens=4", "rollout.adaptive.init_threshold=1.0"]
+SAMPLED = [*SMALL_BATCH, "rollout.max_new_tokens=4", "rollout.share=1.0"]
 # Recipe -> its models' family, ranks, and the overrides that make it small.
 STAND_INS = {
     "amid_gpt2_dolly": ("gpt2", 1, ADAPTIVE),
@@ -99,12 +99,12 @@ def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, chat_models
     overrides = [f"student.model={student}", f"teacher.model={teacher}",
                  *(f"{rows}.path={data}" for rows in sets), f"data.prepared={tmp_path / 'data'}",
                  "data.workers=0", "train.epochs=null", "train.steps=2", "train.seq_length=96",
-                 "train.warmup_steps=0", "train.eval_every=1", "train.log_every=1",
+                 "train.warmup_steps=0", "train.eval_every=2", "train.log_every=1",
                  f"output_dir={tmp_path / 'run'}", *smaller]
     if recipe.data.auxiliary is not None:
         overrides.append(f"data.auxiliary.path={texts}")
     if recipe.data.eval[0].generate is not None:
-        overrides += ["data.eval.0.generate.max_new_tokens=8", "data.eval.0.generate.rows=2"]
+        overrides += ["data.eval.0.generate.max_new_tokens=4", "data.eval.0.generate.rows=2"]
     assert main(["plan", str(find_recipe(name)), "--ranks-per-node", str(ranks), "--json",
                  *overrides]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]

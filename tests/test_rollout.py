@@ -125,33 +125,6 @@ def test_greedy_rollouts_are_what_transformers_generates_and_are_learnt_from(lay
         assert gathered == weights * (max(lengths[step]) if changes else 1)
 
 
-@pytest.mark.parametrize("baseline", ["kl", pytest.param("none", marks=pytest.mark.slow)])
-def test_the_sampled_estimator_is_a_policy_gradient_on_the_students_own_words(baseline, pair,
-                                                                              recipe_for, tmp_path):
-    words = {"temperature": 1.0, "max_new_tokens": NEW, "end_of_text": "tree"}
-    kept, run = tmp_path / "kept", tmp_path / "run"
-    # The same samples, by seed and place, which the buffer of this one shows.
-    run_ranks(1, "train", recipe_for(kept, rollout={**ALWAYS, **words}, train__steps=1))
-    sampled = {"share": 1.0, "estimator": "sampled", "loss": {"baseline": baseline}, **words}
-    run_ranks(1, "train", recipe_for(run, rollout=sampled, train__steps=1, train__eval_every=0))
-    student, teacher = map(AutoModelForCausalLM.from_pretrained, pair)
-    values, likelihoods = [], []
-    for ids, start in documents(kept, 1):
-        log_q, log_p = (model(torch.tensor([ids])).logits[0, start - 1:-1].log_softmax(-1)
-                        for model in (student, teacher))
-        said = torch.tensor(ids[start:])[:, None]
-        of_label = (log_q.gather(1, said) - log_p.gather(1, said))[:, 0].detach()
-        mean = (log_q.exp() * (log_q - log_p)).sum(-1).detach()
-        values.append(of_label)
-        likelihoods.append((of_label - mean * (baseline == "kl")) * log_q.gather(1, said)[:, 0])
-    torch.cat(likelihoods).mean().backward()
-    norm = torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-    line, = read_metrics(run)
-    assert line["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
-    for name in ("loss", "kd_loss"):
-        assert line[name] == pytest.approx(torch.cat(values).mean().item(), rel=1e-4)
-
-
 def gather_counting_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
     """Run as a rank that records each rollout's gathered bytes, the student's size and the seconds.
 

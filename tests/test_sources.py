@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import pickle
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -185,6 +186,16 @@ def test_a_kind_without_a_token_is_left_out_and_one_part_stays(distiller):
     assert head.grad is not None and out.tokens.shape == (0, 2)
 
 
+def test_parts_are_compared_by_their_tokens():
+    """As DeepSpeed does with those of tensor-parallel peers before a run's first forward pass."""
+    batch = collate_rows([row(7, (1, 7)), row(6, (2, 6))], [], [1, 0])
+    parts, other = (StepObjectives(BASE, BASE, {0: BASE, 1: kind}).parts(batch, sampled=False)
+                    for kind in (OTHER, WORDS_ALONE))
+    assert len(parts) == 2 and parts == pickle.loads(pickle.dumps(parts)) != other
+    moved = [part._replace(tokens=part.tokens.roll(1)) for part in parts]
+    assert parts != moved and parts[0] != parts[0]._replace(tokens=None)
+
+
 def test_a_step_runs_the_teacher_where_any_of_its_origins_may_need_it(distiller):
     mixed = StepObjectives(BASE, WORDS_ALONE, {0: WORDS_ALONE, 1: BASE})
     alone = StepObjectives(BASE, BASE, {0: WORDS_ALONE})
@@ -295,7 +306,8 @@ def test_a_run_with_losses_of_sources_goes_on_where_it_was(recipe_for, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [[], ["tensor_parallel=2"]], ids=["plain", "tp 2"])
+@pytest.mark.parametrize("overrides", [
+    [], ["tensor_parallel=2", "train.micro_batch_size=6"]], ids=["plain", "tp 2"])
 def test_losses_of_sources_under_a_mean_over_tokens_are_a_plain_loops(recipe_for, truth_of,
                                                                       overrides, tmp_path):
     run_ranks(2, "train", recipe_for("tokens"), f"output_dir={tmp_path}/run", *overrides)

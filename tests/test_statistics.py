@@ -21,7 +21,7 @@ from amid_ds.models.distiller import Distiller, LossPart, StepObjective
 
 NAMES = list(get_args(Statistic))
 # At the first the teacher does not run.
-STEPS, BATCH = 3, 6
+STEPS, BATCH = 2, 6
 WEIGHT = {"pieces": [{"steps": [0, 1], "value": 0.0}, {"steps": [1, 2], "value": 1.0}]}
 TEMPERATURE = {"student": 2.0, "teacher": 1.5}
 LAYOUTS = {"one rank": (1, ()), "two ranks": (2, ()),

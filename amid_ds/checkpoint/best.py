@@ -82,7 +82,8 @@ def describe_best(recipe: Recipe, state: TrainState) -> str | None:
 def describe_early_end(recipe: Recipe, state: TrainState) -> str | None:
     """Why the run has ended before its last step; None where it has not."""
     best, reached = recipe.checkpoint.best, comparable_best(recipe, state)
-    if best is None or reached is None or not has_ended_early(recipe, state):
+    if (best is None or reached is None or not has_ended_early(recipe, state)
+            or state.step == recipe.train.steps):
         return None
     return (f"ended early after step {state.step}: {reached['since']} evaluation"
             f"{'s' * (reached['since'] != 1)} without a better {best.metric}")

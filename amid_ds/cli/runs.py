@@ -53,6 +53,7 @@ def _plan(args: argparse.Namespace) -> None:
     from amid_ds.planning.plan import make_plan
     from amid_ds.planning.reading import storage_bandwidth
     from amid_ds.planning.report import print_check, print_plan
+    from amid_ds.training.objective import check_objectives
 
     given = [name for name, value in (("a recipe", args.recipe), ("--check", args.check),
                                       ("--paper-scale", args.paper_scale)) if value]
@@ -70,6 +71,7 @@ def _plan(args: argparse.Namespace) -> None:
         raise InputError("--trust-remote-code beside a recipe", "the recipe's own keys",
                          "set trust_remote_code: true in it, beside the model")
     recipe = load_recipe(args.recipe, args.overrides)
+    check_objectives(recipe)
     device = find_device(args.device or DEFAULT_DEVICE, args.ranks_per_node)
     made = make_plan(recipe, args.nodes, args.ranks_per_node, device,
                      storage_bandwidth(args.storage))

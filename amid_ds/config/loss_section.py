@@ -33,6 +33,7 @@ from amid_ds.config.scheduled_values import (
     TaidSchedule,
     bounding_values,
     by_name,
+    per_token_parts,
     scheduled_parts,
     within,
 )
@@ -130,6 +131,12 @@ class LossKeys(Section):
     def scheduled(self) -> dict[str, AnySchedule]:
         """The values that change with the step, by dotted key; a preset's own keys included."""
         return dict(scheduled_parts(self))
+
+    @property
+    def makes_logits_twice(self) -> bool:
+        """True where a token's value needs its whole sequence measured first."""
+        return any(value.over == "sequence" or getattr(value, "top", None) is not None
+                   for value in per_token_parts(self))
 
 
 class Loss(LossKeys):

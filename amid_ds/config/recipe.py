@@ -282,6 +282,10 @@ class Recipe(Section):
         if self.teacher is None:
             raise ValueError("`rollout` without a `teacher`: nothing is learnt from the student's "
                              "own samples; name one")
+        if not any(bounding_values(self.sampled_loss.kd_weight)):
+            raise ValueError("`rollout` with a `kd_weight` of 0: nothing is learnt from the "
+                             "student's own samples; set `rollout.loss.kd_weight`, or leave "
+                             "`rollout` out")
 
     def _require_rollout_sizes(self, rollout: Rollout) -> None:
         train, adaptive = self.train, rollout.adaptive

@@ -190,6 +190,15 @@ def with_schedules(value: object, replaced: Callable[[AnySchedule], float]) -> A
     return parts if isinstance(value, Mapping) else tuple(parts.values())
 
 
+def per_token_parts(value: object) -> Iterator[PerTokenSpec]:
+    """Every value of each token in `value`, a section, mapping or sequence of the recipe."""
+    if isinstance(value, PerTokenSpec):
+        yield value
+        return
+    for _, part in _parts(value):
+        yield from per_token_parts(part)
+
+
 def _parts(value: object) -> Iterator[tuple[Any, object]]:
     """(key or index, part) of a section, mapping or sequence; nothing of anything else."""
     if isinstance(value, (list, tuple)):

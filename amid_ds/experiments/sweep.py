@@ -297,7 +297,8 @@ def _sort_key(value: object) -> tuple[int, float, str]:
 
 
 def final_metrics(run: Path) -> dict[str, float | None]:
-    """A run's last step, its training loss, its last evaluation on each set, and its scores.
+    """A run's last step, its training loss, its last evaluation on each set, its best evaluation by
+    `checkpoint.best`, and its scores.
 
     The training loss is the mean over the last tenth of the logged steps. The scores are those of
     SCORES_FILE, e.g. the output of `amid-ds eval --json`.
@@ -312,6 +313,11 @@ def final_metrics(run: Path) -> dict[str, float | None]:
         prefix = "" if len(latest) == 1 else f"{name}."
         metrics |= {prefix + key: value for key, value in line.items()
                     if key not in ("step", "name", "tokens")}
+    recipe, state = load_recipe(RunFolder(run).recipe), newest_state(RunFolder(run))
+    best = None if state is None else comparable_best(recipe, state)
+    if best is not None and recipe.checkpoint.best is not None:
+        metrics |= {"best_step": best["step"],
+                    f"best_{recipe.checkpoint.best.key}": best["value"]}
     if (run / SCORES_FILE).is_file():
         scores = json.loads((run / SCORES_FILE).read_text(encoding="utf-8"))
         # Not the text that says how they were made.

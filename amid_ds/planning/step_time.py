@@ -76,6 +76,10 @@ def step_time(setting: Setting) -> StepTime:
     flops = flops_per_step(setting)
     if setting.recipe.student.activation_checkpointing:
         flops["student"] += setting.student.body.flops * setting.micro_batches
+    if setting.teacher is not None and any(loss.makes_logits_twice
+                                           for loss in setting.recipe.losses):
+        for model, costs in (("student", setting.student), ("teacher", setting.teacher)):
+            flops[model] += 2 * setting.teacher_tokens * costs.head
     return StepTime({model: _model_seconds(setting, flops[model], sum_traffic(traffic.values()))
                      for model, traffic in step_traffic(setting).items()})
 

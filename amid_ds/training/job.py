@@ -14,7 +14,6 @@ from amid_ds.checkpoint.manifest import checkpoint_name, checkpoint_step, list_c
 from amid_ds.checkpoint.state import Layout
 from amid_ds.config.parse import dump_recipe
 from amid_ds.config.recipe import Recipe, Student, Teacher
-from amid_ds.config.schedule import turning_points
 from amid_ds.data import (
     check_sources,
     end_of_text_id,
@@ -49,7 +48,7 @@ from amid_ds.training.compatibility import (
     refuse_other_identity,
     refuse_other_run,
 )
-from amid_ds.training.objective import objectives_at
+from amid_ds.training.objective import check_objectives
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,8 +115,7 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     check_places(recipe)
     if any(each.generate for each in recipe.data.eval):
         require_rouge()
-    if recipe.train.epochs is None:
-        _check_objectives(recipe)
+    check_objectives(recipe)
     refuse_other_run(recipe)
     check_sources(recipe.data)
     student, teacher = resolve_student(recipe), recipe.teacher
@@ -138,12 +136,6 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     return Job(recipe, config, tokenizer)
 
 
-def _check_objectives(recipe: Recipe) -> None:
-    """Raise InputError for a step whose objective cannot be."""
-    for step in turning_points(recipe.losses, recipe.train.total_steps):
-        objectives_at(recipe, step)
-
-
 def count_steps(job: Job, world: World) -> Job:
     """The job with steps for the recipe's epochs; its data are prepared then. Collective.
 
@@ -159,7 +151,7 @@ def count_steps(job: Job, world: World) -> Job:
         prepare_all(job.recipe.data, job.recipe.train.seq_length, job.tokenizer,
                     job.recipe.prepared_dir)
         counted = with_steps(job.recipe)
-        _check_objectives(counted)
+        check_objectives(counted)
         refuse_other_run(counted)
         return counted
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from amid_ds.config.recipe import Loss, PerTokenSpec, Recipe, Temperatures
-from amid_ds.config.schedule import TaidState, loss_at, value_at
+from amid_ds.config.schedule import TaidState, loss_at, turning_points, value_at
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD, PerToken, preset
 from amid_ds.models.distiller import StepObjective, StepObjectives
@@ -44,6 +44,18 @@ def objectives_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> S
     return StepObjectives(base, at(recipe.sampled_loss, "rollout.loss"), {
         number: at(own[number], f"data.train.{number}.loss") if number in own else base
         for number in every_source})
+
+
+def check_objectives(recipe: Recipe) -> None:
+    """Raise InputError for a step whose objective cannot be.
+
+    The steps of epochs are not counted yet: it is as if there were two.
+    """
+    if recipe.train.steps is None:
+        recipe = recipe.model_copy(
+            update={"train": recipe.train.model_copy(update={"steps": 2, "epochs": None})})
+    for step in turning_points(recipe.losses, recipe.train.total_steps):
+        objectives_at(recipe, step)
 
 
 def scheduled_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> dict[str, float]:

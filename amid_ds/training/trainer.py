@@ -196,8 +196,8 @@ class Trainer(Stepper):
         logger.info("epochs read: %s", describe_epochs(self.job, self.data, self.state,
                                                        self.state.step))
         logger.info("done: %d steps, checkpoint in %s", self.state.step, self.job.run.checkpoints)
-        if self.selection.has_ended:
-            logger.info("%s", describe_early_end(self.recipe, self.state))
+        if early := describe_early_end(self.recipe, self.state):
+            logger.info("%s", early)
         # A request to stop waits for them.
         export_final_model(self.job, self.state.step, self.world, self.fence)
         export_best_model(self.job, self.state, self.world, self.fence)
