@@ -121,7 +121,7 @@ def test_a_row_is_trained_selected_evaluated_and_printed_beside_the_published_on
         assert ours[name]["protocol"] == result["protocol"]
     assert result["protocol"] == (
         "minillm (changed): seq_length=512 seeds=10,20 new_tokens=4 prompt_tokens=256 keep=first "
-        "no_repeat_ngram=6 prompts=10000 temperature=1.0 top_p=1.0")
+        "no_repeat_ngram=6 prompts=10000 temperature=1.0 top_p=1.0 dtype=fp32")
     mean = statistics.fmean(100 * each["rouge_l"] for each in ours.values())
     assert result["rouge_l"]["average"] == pytest.approx(mean)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()
