@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from support.chats import make_byte_level, make_spaced, stored_rows
 from support.data import write_jsonl
 from support.models import WORDS, make_model
@@ -88,9 +89,22 @@ def test_minillms_protocol_asks_as_its_scripts_do_and_says_so(model, rows, asked
     assert asked[0][1] == text_metrics.Sampling((10, 20), 256, 1.0, 1.0, no_repeat_ngram=6)
     assert scores["protocol"] == (
         "minillm (changed): seq_length=512 seeds=10,20 new_tokens=256 prompt_tokens=256 keep=first "
-        "no_repeat_ngram=6 prompts=10000 temperature=1.0 top_p=1.0")
+        "no_repeat_ngram=6 prompts=10000 temperature=1.0 top_p=1.0 dtype=fp32")
     published = protocols.eval_protocol("minillm")
     assert published.seeds == (10, 20, 30, 40, 50) and published.name == "minillm"
+
+
+def test_the_protocol_computes_a_bf16_checkpoint_in_fp32(model, rows, monkeypatch, tmp_path,
+                                                         capsys):
+    """Theirs is evaluated in fp16, never in bf16, in which a run of ours is exported."""
+    AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path)
+    asked = []
+    monkeypatch.setattr(text_metrics, "sample_responses", lambda model, tokenizer, prompts, *rest: (
+        asked.append(model.dtype) or [[5]] * len(prompts)))
+    report(capsys, tmp_path, rows, "--protocol", "minillm", "--seeds", "1")
+    report(capsys, tmp_path, rows, "--seeds", "1")
+    assert asked == [torch.float32, torch.bfloat16]
 
 
 def test_options_beside_the_protocol_take_its_values_place_and_prompts_end_at_its_number(

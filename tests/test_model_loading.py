@@ -15,7 +15,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support.hub import publish, use_cache
-from support.models import make_tokenizer
+from support.models import make_model, make_tokenizer
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import comparable_metrics, write_recipe
 
@@ -146,6 +146,25 @@ def test_every_command_that_reads_a_model_names_its_missing_weights(damaged, sha
         told = capsys.readouterr()
         assert "1 missing: lm_head" in " ".join((told.err + told.out).split()), argv
         assert "Traceback" not in told.err
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+def test_gpt2_with_the_buffers_of_old_versions_is_loaded(tmp_path, pickled):
+    """As the published checkpoints of 2023 may be: a mask, its constant, the tied head, fp16."""
+    folder = make_model(tmp_path / "gpt2", "gpt2")
+    weights = {name: tensor.half()
+               for name, tensor in load_file(folder / "model.safetensors").items()}
+    old = {**weights, "transformer.h.0.attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+           "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+           "lm_head.weight": weights["transformer.wte.weight"].clone()}
+    if pickled:
+        (folder / "model.safetensors").unlink()
+        torch.save(old, folder / "pytorch_model.bin")
+    else:
+        rewrite(folder, lambda _: old)
+    require_supported(str(folder))
+    loaded = load_causal_lm(str(folder), "fp32").state_dict()
+    assert all(torch.equal(loaded[name], tensor.float()) for name, tensor in weights.items())
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 import statistics
 from pathlib import Path
@@ -70,6 +71,9 @@ def inputs(tmp_path_factory) -> list[str]:
     for name, rows in files.items():
         (data / name).parent.mkdir(parents=True, exist_ok=True)
         write_jsonl(data / name, rows)
+    raw = data / "dolly" / "raw.jsonl"
+    # A line separator within a text, as it stands: no end of a row.
+    raw.write_text(raw.read_text().replace("the ", "the\u2028", 1))
     return ["--models", str(root / "models"), "--data", str(data)]
 
 
@@ -117,7 +121,7 @@ def test_a_row_is_trained_selected_evaluated_and_printed_beside_the_published_on
         assert ours[name]["protocol"] == result["protocol"]
     assert result["protocol"] == (
         "minillm (changed): seq_length=512 seeds=10,20 new_tokens=4 prompt_tokens=256 keep=first "
-        "no_repeat_ngram=6 prompts=10000 temperature=1.0 top_p=1.0")
+        "no_repeat_ngram=6 prompts=10000 temperature=1.0 top_p=1.0 dtype=fp32")
     mean = statistics.fmean(100 * each["rouge_l"] for each in ours.values())
     assert result["rouge_l"]["average"] == pytest.approx(mean)
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()
@@ -158,6 +162,32 @@ def test_missing_models_and_data_are_all_named_before_anything_is_made(inputs, t
                 "data/sinst/11_/valid.jsonl", "data/uinst/11_/valid.jsonl", "remedy:"]
     assert [name for name in expected if name not in message] == []
     assert str(tmp_path / "data/vicuna") not in message and not out.exists()
+
+
+@pytest.mark.parametrize(("break_it", "words", "named"), [
+    # Each set's problem, not the first one's alone.
+    (lambda models, data: [(data / name / "valid.jsonl").open("a").write('{"instruction": "x"}\n')
+                           for name in ("vicuna", "sinst/11_")], [],
+     ["vicuna/valid.jsonl line 3", "sinst/11_/valid.jsonl line 4"]),
+    (lambda models, data: write_jsonl(data / "dolly/raw.jsonl", [row(1)] * 2), [],
+     ["raw.jsonl has 2 rows", "more than the 2"]),
+    (lambda models, data: (models / "teacher-gpt2-1.5B/model.safetensors").write_text("oid"), [],
+     ["the weights of", "teacher-gpt2-1.5B cannot be read"]),
+    (lambda models, data: (data / "openwebtext/part.jsonl").unlink(), [], ["openwebtext"]),
+    (lambda models, data: None, ["--ranks-per-node", "3", "train.global_batch_size=8"],
+     ["3 data-parallel rank(s)"])])
+def test_what_training_or_evaluation_would_refuse_is_refused_before_anything_is_made(
+        inputs, tmp_path, capsys, monkeypatch, break_it, words, named):
+    monkeypatch.setattr(reproduce, "HELD_OUT_ROWS", 2)
+    models, data = (shutil.copytree(inputs[place], tmp_path / name)
+                    for place, name in ((1, "models"), (3, "data")))
+    break_it(models, data)
+    out = tmp_path / "out"
+    assert main(["reproduce", "amid", "--models", str(models), "--data", str(data), "--out",
+                 str(out), *SEEDS, *SMALLER, *words]) == 2
+    message = capsys.readouterr().err
+    assert [word for word in named if word not in message] == [], message
+    assert not out.exists()
 
 
 def test_the_rows_are_of_the_protocol_that_is_followed():

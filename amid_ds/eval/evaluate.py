@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from amid_ds.config.recipe import Source
+from amid_ds.config.recipe import Dtype, Source
 from amid_ds.data import (
     Batch,
     check_sources,
@@ -98,9 +98,9 @@ class Scores:
             name: value for name, value in scores.items() if name != "protocol"}
 
 
-def load_model(model: str, trust_remote_code: bool = False) -> nn.Module:
-    """A causal LM for evaluation, in the dtype of its checkpoint. Raises InputError."""
-    return load_causal_lm(model, "auto", trust_remote_code=trust_remote_code).eval()
+def load_model(model: str, trust_remote_code: bool = False, dtype: Dtype = "auto") -> nn.Module:
+    """A causal LM for evaluation; dtype auto: that of its checkpoint. Raises InputError."""
+    return load_causal_lm(model, dtype, trust_remote_code=trust_remote_code).eval()
 
 
 def score_model(sums: Sequence[float], has_teacher: bool) -> Scores:
@@ -307,7 +307,7 @@ def evaluate_command(args: EvalArgs, as_json: bool) -> None:
 
 def _load(args: EvalArgs, device: torch.device
           ) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
-    trust = args.trust_remote_code
+    trust, dtype = args.trust_remote_code, args.protocol.dtype
     tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
     for name in filter(None, (args.model, args.teacher)):
         require_rows(meta_model(name, trust_remote_code=trust), f"the model {name}",
@@ -317,8 +317,8 @@ def _load(args: EvalArgs, device: torch.device
         require_same_tokenizer(
             tokenizer, load_tokenizer(args.teacher, trust_remote_code=trust), args.model,
             args.teacher)
-        teacher = load_model(args.teacher, trust).to(device)
-    return load_model(args.model, trust).to(device), teacher, tokenizer
+        teacher = load_model(args.teacher, trust, dtype).to(device)
+    return load_model(args.model, trust, dtype).to(device), teacher, tokenizer
 
 
 # heading -> (field of Scores, format).

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, TypeVar
 
-from amid_ds.config.recipe import Source
+from amid_ds.config.recipe import Dtype, Source
 from amid_ds.errors import InputError, suggest
 from amid_ds.eval.rows import RowOptions
 from amid_ds.eval.text_metrics import PUBLISHED_SEEDS, Sampling, require_rouge
@@ -28,7 +28,8 @@ class EvalProtocol:
     of an answer at most; None: half of those that both may have. prompt_tokens: of a prompt at
     most; None: what the answer leaves. keep: the end of a longer one that stays. no_repeat_ngram:
     no run of as many tokens comes twice in prompt and answer; 0: any may. prompts: that are
-    answered, from the file's first; None: all.
+    answered, from the file's first; None: all. dtype: the models are computed in; auto: that of
+    each one's checkpoint.
     """
 
     name: str | None = None
@@ -41,6 +42,7 @@ class EvalProtocol:
     prompts: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
+    dtype: Dtype = "auto"
 
     def on(self, source: Source, room: int, path: str) -> EvalProtocol:
         """The protocol with every value that depends on the rows, and on the `room` of tokens that
@@ -98,10 +100,11 @@ class EvalProtocol:
 
 # MiniLLM's evaluation of Dolly, Self-Instruct, Vicuna, S-NI and UnNI, which DistiLLM, ABKD and AMiD
 # took over: scripts/gpt2/eval/*.sh and data_utils/prompt_datasets.py (github.com/microsoft/LMOps,
-# minillm). The limit of 10,000 prompts is UnNI's; the other sets are smaller.
+# minillm). The limit of 10,000 prompts is UnNI's; the other sets are smaller. Theirs computes in
+# fp16, whatever the checkpoint has: bf16 would round logits eight times as coarsely, fp32 does not.
 PROTOCOLS: Mapping[str, EvalProtocol] = {
     "minillm": EvalProtocol("minillm", 512, PUBLISHED_SEEDS, 256, prompt_tokens=256, keep="first",
-                            no_repeat_ngram=6, prompts=10_000)}
+                            no_repeat_ngram=6, prompts=10_000, dtype="fp32")}
 
 
 def eval_protocol(name: str | None, seq_length: int | None = None, seeds: str | None = None,

@@ -31,6 +31,7 @@ from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Lease
 from amid_ds.files.ownership import is_signed, require_own_folder, sign
 from amid_ds.run.folder import RunFolder
+from amid_ds.training.job import check_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +135,17 @@ class Reproduction:
         """Where a part of RAW_FILE is written; None for what is published as it is."""
         return self.root / DATA_ROOT / file if file in (HELD_OUT_FILE, TRAIN_FILE) else None
 
+    @property
+    def asked(self) -> dict[str, object]:
+        """What is trained and evaluated, whatever place the inputs are mounted in."""
+        return {"name": self.args.name, "recipe": self.row.recipe,
+                "overrides": [*self.row.overrides, *self.args.overrides]}
+
+    @property
+    def asked_path(self) -> Path:
+        """Where `asked` is kept."""
+        return self.root / "asked.json"
+
     def scores(self, name: str) -> Path:
         """The scores of a set: what `eval --json` printed."""
         return self.root / "scores" / f"{name}_{'-'.join(map(str, self.seeds))}.json"
@@ -155,12 +167,16 @@ def reproduce(args: ReproduceArgs) -> None:
     logger.info(f"{row.method} by {row.recipe}: {task.run.path}")
     _require_inputs(task)
     require_own_folder(task.root, is_signed(task.root, "reproduce"), "--out")
+    _require_same_task(task)
+    _require_trainable(task)
     sign(task.root, "reproduce")
     with Lease.held(task.root / "lease.json", f"the folder {task.root}") as lease:
         _require_same_task(task)
+        replace_text(task.asked_path, json.dumps(task.asked, indent=1) + "\n")
         _split_raw(task)
         if run_one("training", task.recipe_path, task.overrides, args.ranks):
-            raise TrainingError(f"the training of {args.name} failed; the same command goes on")
+            raise TrainingError(f"the training of {args.name} failed, as the lines above say; the "
+                                "same command goes on")
         scores = {name: _score(task, name, lease) for name in published().sets}
         lease.check()
         _report(task, scores)
@@ -181,8 +197,16 @@ def _require_inputs(task: Reproduction) -> None:
             f"in {task.args.data} the authors' files of instruction, input and output "
             f"({', '.join(files)})",
             "download them, as amid_ds/experiments/README.md says, or name other folders")
+    problems = []
     for each in published().sets.values():
-        _read_set(task.data(each.path))
+        try:
+            _read_set(task.data(each.path))
+        except InputError as error:
+            problems.append(error.found)
+    if problems:
+        raise InputError("\n    ".join(["of the sets to evaluate on:", *problems]),
+                         "rows of instruction, input and output, as the authors publish them",
+                         "compare the files with the authors'")
 
 
 def _read_set(path: Path) -> None:
@@ -212,15 +236,32 @@ def _names(paths: Iterable[Path]) -> str:
 
 
 def _require_same_task(task: Reproduction) -> None:
-    """Write what is trained and evaluated; raise InputError if the folder's is another."""
-    # Not the places of the inputs: they may be mounted elsewhere later.
-    asked = {"name": task.args.name, "recipe": task.row.recipe,
-             "overrides": [*task.row.overrides, *task.args.overrides]}
-    path = task.root / "asked.json"
-    if path.is_file() and (before := json.loads(path.read_text(encoding="utf-8"))) != asked:
-        raise InputError(f"{task.root} reproduces something else: {before}", f"{asked}",
+    """Raise InputError if the folder's training or evaluation is another."""
+    path = task.asked_path
+    if path.is_file() and (before := json.loads(path.read_text(encoding="utf-8"))) != task.asked:
+        raise InputError(f"{task.root} reproduces something else: {before}", f"{task.asked}",
                          "name another --out")
-    replace_text(path, json.dumps(asked, indent=1) + "\n")
+
+
+def _require_trainable(task: Reproduction) -> None:
+    """Raise InputError for what `train` would refuse. RAW_FILE stands for parts not made yet."""
+    unmade = [path_override(key, task.data(RAW_FILE)) for key, file in task.files.items()
+              if (part := task.made(file)) is not None and not part.is_file()]
+    if unmade:
+        _raw_lines(task)
+    check_recipe(load_recipe(task.recipe_path, [*task.overrides, *unmade]), task.args.ranks)
+
+
+def _raw_lines(task: Reproduction) -> list[str]:
+    """The lines of RAW_FILE. Raises InputError where none is left to train on."""
+    raw = task.data(RAW_FILE)
+    # At line feeds alone: a text may hold other characters that end a line for `splitlines`.
+    with raw.open(encoding="utf-8", newline="\n") as file:
+        lines = list(file)
+    if len(lines) <= HELD_OUT_ROWS:
+        raise InputError(f"{raw} has {len(lines)} rows",
+                         f"more than the {HELD_OUT_ROWS} that are held out", "check the file")
+    return lines
 
 
 def _split_raw(task: Reproduction) -> None:
@@ -228,11 +269,7 @@ def _split_raw(task: Reproduction) -> None:
     parts = [task.root / DATA_ROOT / file for file in (HELD_OUT_FILE, TRAIN_FILE)]
     if all(part.is_file() for part in parts):
         return
-    raw = task.data(RAW_FILE)
-    lines = raw.read_text(encoding="utf-8").splitlines(keepends=True)
-    if len(lines) <= HELD_OUT_ROWS:
-        raise InputError(f"{raw} has {len(lines)} rows",
-                         f"more than the {HELD_OUT_ROWS} that are held out", "check the file")
+    lines = _raw_lines(task)
     for part, own in zip(parts, (lines[:HELD_OUT_ROWS], lines[HELD_OUT_ROWS:]), strict=True):
         part.parent.mkdir(parents=True, exist_ok=True)
         replace_text(part, "".join(own))
@@ -283,8 +320,7 @@ def _report(task: Reproduction, scores: Mapping[str, Mapping[str, float]]) -> No
             f"{', '.join(map(str, task.seeds))}. What differs, beside what the recipe's header "
             f"says: {row.differs}.\n")
     result = {
-        "name": task.args.name, "method": row.method, "source": row.source, "differs": row.differs,
-        "recipe": row.recipe, "overrides": [*row.overrides, *task.args.overrides],
+        **task.asked, "method": row.method, "source": row.source, "differs": row.differs,
         "model": str(task.model), "seeds": task.seeds,
         "protocol": next(iter(scores.values()))["protocol"],
         "published": {**row.rouge_l, "average": average},

@@ -18,6 +18,8 @@ from amid_ds.errors import InputError
 from amid_ds.models.weight_files import WeightTable, read_weight_table, weight_paths
 from amid_ds.models.weight_map import WeightMap, map_weights
 
+# A constant that old versions of transformers saved with GPT-2, and new ones do not know.
+OLD_BUFFERS = (".attn.masked_bias",)
 # The most names of each kind, and characters of another library's error, in a message.
 MAX_NAMES = 4
 MAX_REASON = 200
@@ -102,7 +104,8 @@ def refuse_other_keys(model: str, report: Mapping[str, Any]) -> None:
     mismatched = [f"{name} {list(found)}, in the model {list(expected)}"
                   for name, found, expected in report.get("mismatched_keys", ())]
     problems = {"missing": report.get("missing_keys", ()),
-                "unexpected": report.get("unexpected_keys", ()),
+                "unexpected": [name for name in report.get("unexpected_keys", ())
+                               if not name.endswith(OLD_BUFFERS)],
                 "tied by its config, with values of their own in the files":
                     report.get("untied", ()),
                 "of another shape": mismatched,
