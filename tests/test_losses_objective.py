@@ -185,9 +185,9 @@ def test_the_mixture_is_the_alpha_power_mean_for_every_alpha(alpha, lam, seed):
 
 def test_a_new_divergence_is_one_small_class():
     """The class that the docstring of divergences.py writes, read from there."""
-    example = divergences.__doc__.partition("write its class here,\n\n")[2].partition("\nand its")[0]
+    example = divergences.__doc__.partition("write its class here,\n\n")[2]
     try:
-        exec(textwrap.dedent(example), vars(divergences).copy())
+        exec(textwrap.dedent(example.partition("\nand its")[0]), vars(divergences).copy())
         student, teacher = logits(1, 4, 9).requires_grad_(), logits(2, 4, 9)
         objective = AMiD(-5.0, 0.4, "squared_distance", "qr")
         assert torch.autograd.gradcheck(lambda s: amid_loss(s, teacher, objective), student)
