@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from support.losses import value_and_gradient, with_zeros
 from torch import Tensor
 
-from amid_ds import AlphaBeta, AMiD, amid_loss, preset
+from amid_ds import AlphaBeta, AMiD, PerToken, amid_loss, preset
 from amid_ds.errors import InputError
 from amid_ds.losses import divergences
 from amid_ds.losses.divergences import DIVERGENCES, divergence_from
@@ -233,8 +233,11 @@ def test_an_objective_is_frozen_and_can_be_replaced_in_part():
     (lambda: AlphaBeta("0", 1.0), "alpha='0'"),
     (lambda: AlphaBeta(1.0, float("inf")), "inf"),
     (lambda: preset("jsd"), "'jsd'"),
-    (lambda: preset("skl", beta=0.1), "beta"),
+    (lambda: AMiD(divergence={"concrete_score": {"firs": "student"}}), "(?s)'firs'.* first, sec"),
+    (lambda: preset("skl", beta=0.1), "(?s): got an unexpected.*'beta'.* lam, temperature"),
     (lambda: preset("taid"), "'t'"),
+    (lambda: preset("veto", beta=PerToken("overlap")), "beta=PerToken"),
+    (lambda: preset("veto", beta=-1.0), "(?s)beta=-1.0.*a number from 0\n"),
     (lambda: preset("gkd", beta=1.0), "beta=1.0"),
 ])
 def test_a_bad_value_is_refused_with_what_was_found_and_what_to_do(make, message):

@@ -37,6 +37,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -354,8 +355,9 @@ def divergence_from(spec: Divergence | str | Mapping[str, Any]) -> Divergence:
     try:
         return DIVERGENCES[name](**parameters)
     except TypeError as error:
-        raise InputError(f"the divergence {spec!r}: {error}",
-                         "the divergence's own parameters and no others",
+        own = ", ".join(signature(DIVERGENCES[name]).parameters) or "none"
+        raise InputError(f"the divergence {spec!r}: {str(error).split('() ')[-1]}",
+                         f"its own parameters, {own}",
                          "e.g. AlphaBeta(alpha=0.2, beta=0.7), or "
                          "{alpha_beta: {alpha: 0.2, beta: 0.7}} in a recipe") from None
 
