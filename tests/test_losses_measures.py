@@ -43,9 +43,11 @@ def test_the_top_share_of_a_sequence_is_rounded_up_and_the_earlier_of_equals_is_
     # A token that does not count takes nobody's place, and is not chosen.
     assert chosen(0.4, torch.tensor([True, False, True, True, True, False, True, False])) \
         == [2, 3, 6]
-    # 0.1 · 30 is 3.0000000000000004 in floating point.
-    assert in_top_share(torch.rand(30), torch.zeros(30, dtype=torch.long),
-                        torch.ones(30, dtype=torch.bool), 0.1).sum() == 3
+    # 0.07 · 100 is 7.000000000000001 in floating point.
+    assert in_top_share(torch.rand(100), torch.zeros(100, dtype=torch.long),
+                        torch.ones(100, dtype=torch.bool), 0.07).sum() == 7
+    measure[3] = NAN
+    assert in_top_share(measure, sequences, every, 0.4)[3].isnan()
 
 
 def test_means_are_of_the_tokens_that_count_and_of_no_other_sequence():
