@@ -17,7 +17,7 @@ from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import comparable_results, read_metrics, write_recipe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from amid_ds.checkpoint.best import updated_best
+from amid_ds.checkpoint.best import subject_of, updated_best
 from amid_ds.checkpoint.manifest import Manifest, list_checkpoints
 from amid_ds.checkpoint.state import BestState, TrainState
 from amid_ds.cli import main
@@ -334,6 +334,14 @@ def test_a_best_that_was_lost_is_taken_back_with_the_evaluations_since(recipe_fo
         changed = load_recipe(recipe_for(tmp_path / "run"), [change])
         assert Selection(changed, TrainState(best=state.best)).state.best["step"] == step
     assert TrainState.from_json({"step": 3, "tokens": 9}).best is None
+
+
+def test_of_samples_the_seed_is_another_subject_and_the_batch_is_not(recipe_for, tmp_path):
+    path, metric = recipe_for(tmp_path / "run"), "checkpoint.best.metric=eval.held.out.rouge_l"
+    plain, batch, seed = (subject_of(recipe, recipe.checkpoint.best) for recipe in (
+        load_recipe(path, [metric, *more]) for more in (
+            (), ("data.eval.0.generate.batch_size=7",), ("data.eval.0.generate.seed=3",))))
+    assert plain == batch != seed
 
 
 def test_a_folder_of_somebody_elses_in_the_best_ones_place_is_refused(recipe_for, tmp_path):

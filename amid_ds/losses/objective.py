@@ -50,8 +50,8 @@ class AMiD:
     by token, from a measure of both models, and are constants for the gradient.
 
     lam: the teacher's share λ in [0, 1]; 0 gives r = q, 1 gives r = p, both exact.
-    divergence: `kl`, `total_variation`, `squared_hellinger`, an instance such as
-        AlphaBeta(0.2, 0.7), or a mapping `{name: {parameter: value}}`.
+    divergence: the name of a registered one such as `kl`, an instance such as AlphaBeta(0.2, 0.7),
+        or a mapping `{name: {parameter: value}}`.
     order: the two arguments, `pr` = D(p‖r), `qr`, `rp`, `rq`, or weights for several such as
         {"pr": 0.5, "qr": 0.5}.
     temperature: τ divides both models' logits before the softmax; {"student": τ, "teacher": τ} for
