@@ -348,6 +348,14 @@ def test_a_run_whose_patience_ends_with_its_last_step_has_not_ended_early(recipe
     assert said[0].startswith("ended early after step 11: 3 evaluations") and said[1] is None
 
 
+def test_of_samples_the_seed_is_another_subject_and_the_batch_is_not(recipe_for, tmp_path):
+    path, metric = recipe_for(tmp_path / "run"), "checkpoint.best.metric=eval.held.out.rouge_l"
+    plain, batch, seed = (subject_of(recipe, recipe.checkpoint.best) for recipe in (
+        load_recipe(path, [metric, *more]) for more in (
+            (), ("data.eval.0.generate.batch_size=7",), ("data.eval.0.generate.seed=3",))))
+    assert plain == batch != seed
+
+
 def test_a_folder_of_somebody_elses_in_the_best_ones_place_is_refused(recipe_for, tmp_path):
     run = tmp_path / "run"
     (run / "best").mkdir(parents=True)

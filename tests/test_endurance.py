@@ -137,6 +137,11 @@ def test_a_process_ends_with_its_status_and_without_the_interpreters_end(words, 
     assert ("ZeroDivisionError" in done.stderr) == (words == ["bug"])
 
 
+def test_wrong_words_without_a_stderr_are_still_status_2():
+    command = ["sh", "-c", '"$0" -m amid_ds no 2>&-', sys.executable]
+    assert subprocess.run(command, capture_output=True).returncode == 2
+
+
 def test_a_run_needs_no_temporary_folder(recipe_for, tmp_path):
     """A new one, a save, a resume and the export at its end."""
     recipe = recipe_for(tmp_path / "run", checkpoint__every=2)

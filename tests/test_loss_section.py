@@ -250,6 +250,8 @@ def test_objectives_are_checked_where_a_schedule_of_any_loss_turns(tmp_path):
     ({"rollout": {"share": 1, "loss": {"kd_weight": 0, "ce_weight": 1}}},
      "`rollout` with a `kd_weight` of 0: nothing is learnt"),
     ({"teacher": None, "loss": {"token_weight": {"by": "overlap"}}}, "no `teacher` to measure"),
+    ({"loss": {"token_weight": 2.0}}, "found 2.0; a section of the keys by, linear, at, over, top"),
+    ({"loss": {"lam": {"by": "overlap", "linear": 0.1}}}, "found 0.1; Input should be a valid tup"),
     ({"train": {"steps": 1, "global_batch_size": 1, "statistics": ["overlap", "speed"]}},
      "`train.statistics.1`: found 'speed'"),
     ({"train": {"steps": 1, "global_batch_size": 1, "statistics": ["overlap", "overlap"]}},

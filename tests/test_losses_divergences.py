@@ -378,3 +378,14 @@ def test_bf16_is_no_further_from_the_truth_than_autograd_in_bf16(name):
                                                           naive(problem)))
     for own, usual, true in zip(ours, rounded, truth, strict=True):
         assert relative_error(own, true) <= 1.2 * relative_error(usual, true) + 1e-3
+
+
+def test_a_baseline_that_is_infinite_is_none():
+    """A teacher that never says an id which the student may sample, though not this time."""
+    student = torch.tensor([[0.3, -0.2, 0.5]], requires_grad=True)
+    bias = torch.tensor([0.1, 0.4, -torch.inf])
+    of_kl, of_none = (torch.autograd.grad(linear_amid_loss(
+        student, torch.eye(3), torch.zeros(1, 1), LMHead(torch.zeros(3, 1), bias),
+        preset("sampled_rkl", baseline=baseline), token_weights=torch.ones(1),
+        labels=torch.tensor([1])).loss, student)[0] for baseline in ("kl", "none"))
+    assert of_none.isfinite().all() and torch.equal(of_kl, of_none)

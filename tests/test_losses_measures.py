@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from torch import Tensor
 from amid_ds import AlphaBeta, AMiD, LMHead, PerToken, amid_loss, linear_amid_loss
 from amid_ds.errors import InputError
 from amid_ds.losses import elementwise, fused
-from amid_ds.losses.measures import MEASURES, STATISTICS, in_top_share, sequence_means
+from amid_ds.losses.measures import (
+    MEASURES,
+    STATISTICS,
+    first_choices,
+    in_top_share,
+    sequence_means,
+)
 from amid_ds.losses.reference import naive_loss, naive_measures
 
 INF, NAN = math.inf, math.nan
@@ -43,9 +50,26 @@ def test_the_top_share_of_a_sequence_is_rounded_up_and_the_earlier_of_equals_is_
     # A token that does not count takes nobody's place, and is not chosen.
     assert chosen(0.4, torch.tensor([True, False, True, True, True, False, True, False])) \
         == [2, 3, 6]
-    # 0.1 · 30 is 3.0000000000000004 in floating point.
-    assert in_top_share(torch.rand(30), torch.zeros(30, dtype=torch.long),
-                        torch.ones(30, dtype=torch.bool), 0.1).sum() == 3
+    # 0.07 · 100 is 7.000000000000001 in floating point.
+    assert in_top_share(torch.rand(100), torch.zeros(100, dtype=torch.long),
+                        torch.ones(100, dtype=torch.bool), 0.07).sum() == 7
+    measure[3] = NAN
+    assert in_top_share(measure, sequences, every, 0.4)[3].isnan()
+
+
+def test_the_first_choice_is_the_lowest_of_equal_ids_across_shards_too():
+    logits = torch.tensor([[1.0, 3.0, 0.0, 3.0, 3.0], [0.0, 1.0, 2.0, 2.0, 0.0],
+                           [0.0, 1.0, 2.0, NAN, 4.0]])
+    gathered: list[Tensor] = []
+
+    def gather(local: Tensor) -> Tensor:
+        gathered.append(local)
+        return torch.stack(gathered)
+
+    for start, stop in ((0, 1), (1, 3), (3, 3), (3, 5)):
+        shard = SimpleNamespace(start=start, gather=gather)
+        ids, peaks = first_choices([logits[:, start:stop]], shard)
+    assert ids.tolist() == [[1, 2, 3]] and peaks[0, :2].tolist() == [3, 2] and peaks[0, 2].isnan()
 
 
 def test_means_are_of_the_tokens_that_count_and_of_no_other_sequence():

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from support.losses import value_and_gradient, with_zeros
 from torch import Tensor
 
-from amid_ds import AlphaBeta, AMiD, amid_loss, preset
+from amid_ds import AlphaBeta, AMiD, PerToken, amid_loss, preset
 from amid_ds.errors import InputError
-from amid_ds.losses.divergences import DIVERGENCES, Divergence, LogProbs, divergence_from, register
+from amid_ds.losses import divergences
+from amid_ds.losses.divergences import DIVERGENCES, divergence_from
 from amid_ds.losses.objective import ORDERS
 
 MEASURES = ["kl", AlphaBeta(0.2, 0.7), "total_variation", "squared_hellinger"]
@@ -181,20 +184,18 @@ def test_the_mixture_is_the_alpha_power_mean_for_every_alpha(alpha, lam, seed):
 
 
 def test_a_new_divergence_is_one_small_class():
-    @register
-    @dataclasses.dataclass(frozen=True)
-    class PearsonChi2(Divergence):
-        name = "pearson_chi2"
-
-        def terms(self, a: LogProbs, b: LogProbs) -> tuple[Tensor, Tensor, Tensor]:
-            return (a.p - b.p) ** 2 / b.p, 2 * a.p * (a.p - b.p) / b.p, (b.p**2 - a.p**2) / b.p
-
+    """The class that the docstring of divergences.py writes, read from there."""
+    example = divergences.__doc__.partition("write its class here,\n\n")[2]
     try:
+        exec(textwrap.dedent(example.partition("\nand its")[0]), vars(divergences).copy())
         student, teacher = logits(1, 4, 9).requires_grad_(), logits(2, 4, 9)
-        objective = AMiD(-5.0, 0.4, "pearson_chi2", "qr")
+        objective = AMiD(-5.0, 0.4, "squared_distance", "qr")
         assert torch.autograd.gradcheck(lambda s: amid_loss(s, teacher, objective), student)
+        student, teacher = with_zeros()
+        loss, gradient = value_and_gradient(student, teacher, objective)
+        assert loss.isfinite().all() and gradient.isfinite().all()
     finally:
-        del DIVERGENCES["pearson_chi2"]
+        del DIVERGENCES["squared_distance"]
 
 
 def test_a_divergence_may_be_named_as_a_recipe_names_it():
@@ -232,8 +233,11 @@ def test_an_objective_is_frozen_and_can_be_replaced_in_part():
     (lambda: AlphaBeta("0", 1.0), "alpha='0'"),
     (lambda: AlphaBeta(1.0, float("inf")), "inf"),
     (lambda: preset("jsd"), "'jsd'"),
-    (lambda: preset("skl", beta=0.1), "beta"),
+    (lambda: AMiD(divergence={"concrete_score": {"firs": "student"}}), "(?s)'firs'.* first, sec"),
+    (lambda: preset("skl", beta=0.1), "(?s): got an unexpected.*'beta'.* lam, temperature"),
     (lambda: preset("taid"), "'t'"),
+    (lambda: preset("veto", beta=PerToken("overlap")), "beta=PerToken"),
+    (lambda: preset("veto", beta=-1.0), "(?s)beta=-1.0.*a number from 0\n"),
     (lambda: preset("gkd", beta=1.0), "beta=1.0"),
 ])
 def test_a_bad_value_is_refused_with_what_was_found_and_what_to_do(make, message):

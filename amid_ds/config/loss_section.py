@@ -102,7 +102,7 @@ class LossKeys(Section):
         Annotated[str, Tag(NAME)]
         | Annotated[dict[str, dict[str, Parameter]], Tag(MAPPING)],
         Discriminator(by_name)] = "kl"
-    """A name in `amid_ds.losses.DIVERGENCES`, or {name: {parameter: value}}."""
+    """A name registered in `amid_ds.losses.divergences`, or {name: {parameter: value}}."""
     order: Annotated[
         Annotated[str, Tag(NAME)]
         | Annotated[dict[str, Annotated[PerTokenOrScheduled, within(0, math.inf)]], Tag(MAPPING)],

@@ -23,7 +23,8 @@ from amid_ds.config.strict import dump_yaml, load_yaml, read_user_file
 from amid_ds.errors import InputError, suggest
 
 # After pydantic's words for a value of another type.
-HINTS = {"string_type": ", in quotes if it looks like a number", "bool_type": ": true or false"}
+HINTS = {"string_type": ", in quotes if it looks like a number", "bool_type": ": true or false",
+         "list_type": ", as [A, B]", "tuple_type": ", as [0.0, 1.0]"}
 # Shows the beginning and the end of a value that is too long for a message.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
@@ -201,6 +202,8 @@ def _error_lines(error: ValidationError) -> list[str]:
             lines.append(f"`{name}` is missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
+            if problem["type"] == "model_type":
+                message = f"a section of the keys {', '.join(_known_keys(problem['loc']))}"
             value = problem["input"]
             shown = "" if isinstance(value, (Mapping, Section)) else f": found {_SHORT.repr(value)}"
             lines.append(f"`{name}`{shown}; {message}{HINTS.get(problem['type'], '')}")

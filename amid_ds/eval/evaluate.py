@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import math
 import tempfile
@@ -25,23 +24,21 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from amid_ds.config.recipe import Dtype, Source
+from amid_ds.config.recipe import Dtype
 from amid_ds.data import (
     Batch,
     check_sources,
-    encode_prompts,
     load_tokenizer,
     prepare,
     read_batches,
-    read_prompts_with_references,
     require_same_tokenizer,
     vocabulary_size,
 )
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
-from amid_ds.eval.protocol import EvalArgs, EvalProtocol
-from amid_ds.eval.text_metrics import EvalPrompt, score_generations
+from amid_ds.eval.protocol import EvalArgs
+from amid_ds.eval.text_metrics import read_eval_prompts, score_generations
 from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.fit import require_positions, require_rows
 from amid_ds.models.heads import check_head, head_of, ids_to_check, logits_of, run_body
@@ -243,8 +240,8 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
         scores = dataclasses.replace(scores, protocol=str(protocol))
     if sampling is None:
         return scores
-    prompts = _run_checked(world, lambda: _prompts(source, args.rows.on_bad_row, tokenizer,
-                                                   protocol))
+    prompts = _run_checked(world, lambda: read_eval_prompts(
+        source, args.rows.on_bad_row, tokenizer, protocol.prompts, protocol.cut))
     teacher_nll = None
     if teacher is not None:
         teacher_nll = partial(answers_nll, teacher, vocab_size=vocab_size)
@@ -267,15 +264,6 @@ def _check_positions(models: Sequence[tuple[str, nn.Module]], batches: Sequence[
 
 def _run_checked(world: World | None, work: Callable[[], _T]) -> _T:
     return work() if world is None else world.run_checked(work)
-
-
-def _prompts(source: Source, on_bad_row: str, tokenizer: PreTrainedTokenizerBase,
-             protocol: EvalProtocol) -> list[EvalPrompt]:
-    """The source's prompts that the protocol has answered, as ids."""
-    rows = itertools.islice(read_prompts_with_references(source, on_bad_row), protocol.prompts)
-    texts, references = zip(*rows, strict=True)
-    return [EvalPrompt(protocol.cut(ids), answers)
-            for ids, answers in zip(encode_prompts(tokenizer, texts), references, strict=True)]
 
 
 def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequence[list[int]],

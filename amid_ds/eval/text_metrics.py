@@ -18,8 +18,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from amid_ds.config.recipe import Source
 from amid_ds.config.schedule import step_seed
-from amid_ds.data import vocabulary_size
+from amid_ds.data import encode_prompts, read_prompts_with_references, vocabulary_size
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.ends import end_ids
@@ -97,6 +98,25 @@ def require_rouge() -> Any:
                          "pip install 'rouge-score>=0.1.2', or leave generations out: "
                          "--seeds 0, in a recipe no `generate`") from None
     return rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+
+
+def read_eval_prompts(source: Source, on_bad_row: str, tokenizer: PreTrainedTokenizerBase,
+                      rows: int | None, cut: Callable[[list[int]], list[int]]) -> list[EvalPrompt]:
+    """The prompts of the source's first `rows` rows (None: of all), each as `cut` leaves its ids.
+    """
+    first = itertools.islice(read_prompts_with_references(source, on_bad_row), rows)
+    texts, references = zip(*first, strict=True)
+    return [EvalPrompt(cut(ids), answers)
+            for ids, answers in zip(encode_prompts(tokenizer, texts), references, strict=True)]
+
+
+def rouge_l_scores(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[EvalPrompt],
+                   answers: Sequence[Sequence[int]]) -> list[float]:
+    """The F1 in [0, 1] of each answer, ids without an end of text, against its best reference."""
+    scorer = require_rouge()
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [scorer.score_multi(prompt.references, text)["rougeL"].fmeasure
+            for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def score_generations(model: nn.Module, tokenizer: PreTrainedTokenizerBase,
@@ -178,14 +198,9 @@ def sample_responses(model: nn.Module, tokenizer: PreTrainedTokenizerBase,
 def _score_samples(samples: Samples, tokenizer: PreTrainedTokenizerBase,
                    prompts: Sequence[EvalPrompt], seeds: Sequence[int], teacher_nll: float | None
                    ) -> GenerationScores:
-    scorer = require_rouge()
     by_seed = {seed: [samples[seed, index] for index in range(len(prompts))] for seed in seeds}
-    rouge_by_seed = []
-    for answers in by_seed.values():
-        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        rouge_by_seed.append(statistics.fmean(
-            scorer.score_multi(prompt.references, text)["rougeL"].fmeasure
-            for prompt, text in zip(prompts, texts, strict=True)))
+    rouge_by_seed = [statistics.fmean(rouge_l_scores(tokenizer, prompts, answers))
+                     for answers in by_seed.values()]
     standard_error = diversity = None
     if len(seeds) > 1:
         standard_error = statistics.stdev(rouge_by_seed) / math.sqrt(len(seeds))

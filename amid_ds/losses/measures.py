@@ -116,7 +116,8 @@ def in_top_share(measure: Tensor, sequences: Tensor, counts: Tensor, share: floa
     rank = place - torch.where(first, place, 0).cummax(0).values
     wanted = (share * lengths - ROUNDING).ceil()
     chosen = torch.empty_like(measure)
-    chosen[order] = ((rank < wanted) & (kept > 0)).to(measure.dtype)
+    # Those that do not count are behind all that do.
+    chosen[order] = (rank < wanted).to(measure.dtype)
     return torch.where(measure.isnan(), measure, chosen)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any, TypeAlias
 
 import torch
@@ -49,8 +50,8 @@ class AMiD:
     by token, from a measure of both models, and are constants for the gradient.
 
     lam: the teacher's share λ in [0, 1]; 0 gives r = q, 1 gives r = p, both exact.
-    divergence: `kl`, `total_variation`, `squared_hellinger`, an instance such as
-        AlphaBeta(0.2, 0.7), or a mapping `{name: {parameter: value}}`.
+    divergence: the name of a registered one such as `kl`, an instance such as AlphaBeta(0.2, 0.7),
+        or a mapping `{name: {parameter: value}}`.
     order: the two arguments, `pr` = D(p‖r), `qr`, `rp`, `rq`, or weights for several such as
         {"pr": 0.5, "qr": 0.5}.
     temperature: τ divides both models' logits before the softmax; {"student": τ, "teacher": τ} for
@@ -191,9 +192,9 @@ def preset(name: str, **parameters: Any) -> AMiD:
     try:
         return PRESETS[name](**parameters)
     except TypeError as error:
-        raise InputError(f"preset({name!r}) with {parameters}: {error}",
-                         "the preset's own parameters and no others",
-                         "see the docstring of amid_ds.preset") from None
+        raise InputError(f"preset({name!r}) with {parameters}: {str(error).split('() ')[-1]}",
+                         f"its own parameters, {', '.join(signature(PRESETS[name]).parameters)}",
+                         "amid_ds/losses/README.md says what each preset is") from None
 
 
 def _fkl(temperature: float = 1.0) -> AMiD:
@@ -231,7 +232,7 @@ def _abkd(alpha: float, beta: float, temperature: float = 1.0) -> AMiD:
 
 
 def _veto(beta: float, order: str = "rq", temperature: float = 1.0) -> AMiD:
-    _check_number("beta", beta, 0.0)
+    _check_number("beta", finite_number("beta", beta), 0.0)
     return AMiD(alpha=1.0, lam=1 / (1 + beta), power=1 + beta, order=order, temperature=temperature,
                 detach_assistant=True)
 
@@ -266,7 +267,8 @@ def _check_number(name: str, value: object, low: float = -math.inf, high: float 
         ends = (finite_number(name, value),) * 2
     if not all(low <= end <= high for end in ends):
         allowed = f"from {low:g}" + ("" if high == math.inf else f" to {high:g}")
-        raise InputError(f"{name}={value}", f"a number {allowed}, at both ends",
+        both = ", at both ends" if isinstance(value, PerToken) else ""
+        raise InputError(f"{name}={value}", f"a number {allowed}{both}",
                          meaning or f"give {name} such numbers")
 
 

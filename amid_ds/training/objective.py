@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from amid_ds.config.loss_section import BESIDE_THE_DIVERGENCE
 from amid_ds.config.recipe import Loss, PerTokenSpec, Recipe, Temperatures
 from amid_ds.config.schedule import TaidState, loss_at, turning_points, value_at
 from amid_ds.errors import InputError
@@ -11,7 +12,7 @@ from amid_ds.losses import AMiD, PerToken, preset
 from amid_ds.models.distiller import StepObjective, StepObjectives
 
 # Keys of `loss` that are none of a preset's; `token_weight` goes with every objective.
-BESIDE = {"preset", "kd_weight", "ce_weight", "token_weight", "temperature_scaling", "normalise"}
+BESIDE = {"preset", *BESIDE_THE_DIVERGENCE} - {"temperature"}
 
 
 def objective_at(loss: Loss, step: int, total: int, taid: TaidState | None = None) -> StepObjective:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING
 
 from amid_ds.config.recipe import EvalSet, Generation, Recipe
 from amid_ds.config.schedule import step_seed
-from amid_ds.data import encode_prompts, read_prompts_with_references
 from amid_ds.engine.engine import Engine
-from amid_ds.eval.text_metrics import EvalPrompt, require_rouge
+from amid_ds.eval.text_metrics import EvalPrompt, read_eval_prompts, rouge_l_scores
 from amid_ds.models.sampler import SamplerPrompt
 from amid_ds.training.sampling import StudentSampler
 from amid_ds.training.validation import EvalMetrics
@@ -56,12 +55,9 @@ class SampleScores:
             [SamplerPrompt(prompt.ids, generate.max_new_tokens, step_seed(generate.seed, number, 0))
              for number, prompt in own], before_pass)
         ends = sampler.sampler.ends
-        texts = self.tokenizer.batch_decode(
-            [list(itertools.takewhile(lambda token: token not in ends, ids)) for ids in responses],
-            skip_special_tokens=True)
-        scorer = require_rouge()
-        scores = [scorer.score_multi(prompt.references, text)["rougeL"].fmeasure
-                  for (_, prompt), text in zip(own, texts, strict=True)]
+        answers = [list(itertools.takewhile(lambda token: token not in ends, ids))
+                   for ids in responses]
+        scores = rouge_l_scores(self.tokenizer, [prompt for _, prompt in own], answers)
         # Tensor-parallel peers have the same ones.
         by_rank = world.gather(scores if world.tp_rank == 0 else [])
         # A mean that does not depend on the order: that of `fsum`.
@@ -72,10 +68,7 @@ def _prompts(recipe: Recipe, each: EvalSet, tokenizer: PreTrainedTokenizerBase) 
     """The set's prompts with their references; one too long for its row loses a side of it."""
     assert each.generate is not None
     source = recipe.data.parts()[f"eval/{each.name}"].train[0]
-    rows = itertools.islice(read_prompts_with_references(source, recipe.data.on_bad_row),
-                            each.generate.rows)
-    texts, references = zip(*rows, strict=True)
     longest = recipe.train.seq_length - each.generate.max_new_tokens
     kept = slice(longest) if each.truncate == "right" else slice(-longest, None)
-    return [EvalPrompt(ids[kept], answers) for ids, answers
-            in zip(encode_prompts(tokenizer, texts), references, strict=True)]
+    return read_eval_prompts(source, recipe.data.on_bad_row, tokenizer, each.generate.rows,
+                             lambda ids: ids[kept])
