@@ -124,12 +124,15 @@ kept, sys.argv = Kept(), ["amid-ds", *sys.argv[1:]]
 atexit.register(print, "functions of the end")
 if "bug" in sys.argv:
     sys.modules["amid_ds.cli.main"].main = lambda: 1 / 0
+if "library" in sys.argv:
+    sys.modules["amid_ds.cli.main"].main = lambda: sys.exit("it cannot go on")
 run()
 """
 
 
 @pytest.mark.parametrize(("words", "status"), [(["recipes"], 0), (["--help"], 0), (["no"], 2),
-                                               (["plan", "no.yaml"], 2), (["bug"], 1)])
+                                               (["plan", "no.yaml"], 2), (["bug"], 1),
+                                               (["library"], 1)])
 def test_a_process_ends_with_its_status_and_without_the_interpreters_end(words, status):
     done = subprocess.run([sys.executable, "-c", ENDING, *words], capture_output=True, text=True)
     assert done.returncode == status

@@ -37,6 +37,7 @@ from amid_ds.errors import (
     Stopped,
     exit_status,
     expected_error,
+    print_error,
     report_error,
 )
 
@@ -50,8 +51,10 @@ def run() -> NoReturn:
     try:
         status = main()
     except SystemExit as end:
-        # argparse's.
-        status = int(end.code or 0)
+        # argparse's; a library may have one with a message.
+        if isinstance(end.code, str):
+            print_error(end.code)
+        status = ExitStatus.FAILED if isinstance(end.code, str) else int(end.code or 0)
     except BaseException:
         traceback.print_exc()
         status = ExitStatus.FAILED
