@@ -69,7 +69,7 @@ def test_numbers_that_change_from_step_to_step_and_other_sizes_compile_nothing_a
         with torch._dynamo.config.patch(error_on_recompile=number > 1):
             problem = LossProblem(40 + number, 61 + 3 * number, dtype=torch.float32)
             out = problem.fused(AMiD(-5.0 + number / 10, 0.1 + number / 50,
-                                     AlphaBeta(0.2 + number / 30, 0.7),
+                                     AlphaBeta(0.2 + number / 31, 0.7),
                                      temperature=1.5 + number / 10))
             problem.gradients(out.loss)
 
