@@ -188,6 +188,8 @@ class Saver:
         final = self.folder / checkpoint_name(save.state.step)
         try:
             self.fence.check()
+            if not (self.folder / "zero_to_fp32.py").exists():
+                shutil.copy(recovery_script(), self.folder / "zero_to_fp32.py")
             Manifest(save.state, self.layout, self.identity, files).write(save.staging)
             replaced = self.folder / f".{final.name}.replaced"
             if final.exists():
@@ -200,8 +202,6 @@ class Saver:
             self.on_commit(save.state.step)
             self.fence.check()
             self._remove([replaced, *self._hide_old(save.state)])
-            if not (self.folder / "zero_to_fp32.py").exists():
-                shutil.copy(recovery_script(), self.folder / "zero_to_fp32.py")
         except OSError as error:
             return f"rank 0, commit: {error}"
         except LeaseLostError as error:
