@@ -69,6 +69,10 @@ class RankError(TrainingError):
     """A failure of one rank that has no peers to agree with: it reports it by itself."""
 
 
+class RankInputError(InputError):
+    """Wrong input of one rank that has no peers to agree with: it reports it by itself."""
+
+
 class Stopped(Exception):
     """The run stopped in good order when asked to: exit status 75; started again, it goes on."""
 

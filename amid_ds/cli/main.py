@@ -34,6 +34,7 @@ from amid_ds.distributed.streams import guarded_streams
 from amid_ds.errors import (
     ExitStatus,
     RankError,
+    RankInputError,
     Stopped,
     exit_status,
     expected_error,
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if message is None and not isinstance(error, Stopped):
                 raise
             # Ranks agree on errors of ours before they get here, so one of them reports it.
-            is_own = message is not error or isinstance(error, RankError)
+            is_own = message is not error or isinstance(error, (RankError, RankInputError))
             if message is not None and (is_own or launched_rank() == 0):
                 report_error(message)
             return exit_status(error)

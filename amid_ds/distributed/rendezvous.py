@@ -22,7 +22,7 @@ from amid_ds.distributed.failures import FailureMonitor
 from amid_ds.distributed.launch import free_port, slurm_port
 from amid_ds.distributed.rank_logging import set_up_logging
 from amid_ds.distributed.world import World
-from amid_ds.errors import InputError, RankError, Stopped, TrainingError
+from amid_ds.errors import InputError, RankError, RankInputError, Stopped, TrainingError
 
 # slurm/train_mpi.sbatch sets AMID_DS_MPI_RANKS: not every MPI under Slurm has one of the others.
 MPI_SIZE_VARIABLES = ("AMID_DS_MPI_RANKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -299,9 +299,9 @@ def _discover_slurm() -> tuple[int, int, int]:
 
 
 def _discover_mpi() -> tuple[int, int, int]:
-    """`_discover` by MPI itself. Raises InputError if it counts other ranks than its launcher did.
+    """`_discover` by MPI itself. Two collectives of MPI's world.
 
-    Two collectives of MPI's world.
+    Raises RankInputError if it counts other ranks than its launcher did.
     """
     expected = _number(next(name for name in MPI_SIZE_VARIABLES if name in os.environ))
     try:
@@ -311,7 +311,7 @@ def _discover_mpi() -> tuple[int, int, int]:
     world = MPI.COMM_WORLD
     # Under the wrong kind of MPI each process is a world by itself, and would train alone.
     if world.Get_size() != expected:
-        raise InputError(
+        raise RankInputError(
             f"MPI gives this process a world of {world.Get_size()} rank(s)", f"one of {expected}",
             "start it with the MPI that mpi4py was built for; under Slurm with the matching "
             "`srun --mpi=TYPE` (pmi2 for MPICH, pmix for Open MPI; see `srun --mpi=list`)")
