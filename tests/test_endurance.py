@@ -30,7 +30,13 @@ from amid_ds.cli import main
 from amid_ds.data.prepared import PreparedDataset
 from amid_ds.distributed import rendezvous
 from amid_ds.distributed.launch import free_port
-from amid_ds.errors import InputError, exit_status, expected_error
+from amid_ds.errors import (
+    InputError,
+    RankError,
+    RankInputError,
+    exit_status,
+    expected_error,
+)
 from amid_ds.files.atomic import replace_text
 from amid_ds.monitor.memory_probe import PROBED_STEP
 
@@ -399,6 +405,20 @@ def test_errors_of_the_system_and_of_readers_are_messages_and_bugs_are_not(raise
     assert (None if message is None else exit_status(message)) == status
     # A launcher sees the same status on every rank.
     assert status is None or exit_status(caught.value) == status
+
+
+@pytest.mark.parametrize(("error", "status", "reported"), [
+    (RankInputError("a world of 1", "one of 2", "another MPI"), 2, True),
+    (RankError("nobody came"), 1, True), (InputError("a", "b", "c"), 2, False)])
+def test_another_rank_than_0_reports_only_what_it_has_no_peers_for(error, status, reported,
+                                                                   monkeypatch, capsys):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("amid_ds.training.train.train", fail)
+    assert main(["train", "r.yaml"]) == status
+    assert (str(error).splitlines()[0] in capsys.readouterr().err) == reported
 
 
 def test_an_error_says_where_in_the_package_it_arose(tmp_path):

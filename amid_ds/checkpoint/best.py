@@ -10,12 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from amid_ds.checkpoint.manifest import (
-    checkpoint_name,
-    checkpoint_step,
-    list_checkpoints,
-    manifest_of,
-)
+from amid_ds.checkpoint.manifest import checkpoint_name, checkpoint_step, list_checkpoints
 from amid_ds.checkpoint.state import BestState, TrainState
 from amid_ds.config.checkpoint_section import SAMPLE_KEY
 from amid_ds.config.recipe import Best, Recipe
@@ -61,12 +56,6 @@ def has_ended_early(recipe: Recipe, state: TrainState) -> bool:
 def has_finished(recipe: Recipe, state: TrainState) -> bool:
     """True where no step is left to a run in `state`."""
     return state.step == recipe.train.steps or has_ended_early(recipe, state)
-
-
-def newest_state(run: RunFolder) -> TrainState | None:
-    """The state of the run's newest checkpoint whose manifest can be read; None without one."""
-    manifests = map(manifest_of, list_checkpoints(run.checkpoints)[::-1])
-    return next((manifest.state for manifest in manifests if manifest is not None), None)
 
 
 def describe_best(recipe: Recipe, state: TrainState) -> str | None:

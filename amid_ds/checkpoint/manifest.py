@@ -224,6 +224,12 @@ def manifest_of(checkpoint: Path) -> Manifest | None:
         return None
 
 
+def newest_state(run: RunFolder) -> TrainState | None:
+    """The state of the run's newest checkpoint whose manifest can be read; None without one."""
+    manifests = map(manifest_of, list_checkpoints(run.checkpoints)[::-1])
+    return next((manifest.state for manifest in manifests if manifest is not None), None)
+
+
 def print_checkpoints(run: str) -> None:
     """`amid-ds checkpoints RUN`: each with step, size, layout and verdict, the best one marked."""
     from rich.table import Table
@@ -238,10 +244,10 @@ def print_checkpoints(run: str) -> None:
     for column in ("checkpoint", "step", "MB", "layout", "verdict"):
         table.add_column(column, justify="right" if column in ("step", "MB") else "left",
                          overflow="fold")
-    rows = [(path, manifest_of(path)) for path in list_checkpoints(folder.checkpoints)]
-    newest = next((manifest for _, manifest in rows[::-1] if manifest is not None), None)
-    best = newest.state.best if newest is not None else None
-    for path, manifest in rows:
+    newest = newest_state(folder)
+    best = None if newest is None else newest.best
+    for path in list_checkpoints(folder.checkpoints):
+        manifest = manifest_of(path)
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         step, verdict = checkpoint_step(path), verify(path) or "good"
         if best is not None and best["step"] == step:

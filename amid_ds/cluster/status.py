@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from amid_ds.checkpoint.best import describe_best, describe_early_end, newest_state
-from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
+from amid_ds.checkpoint.best import describe_best, describe_early_end
+from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints, newest_state
 from amid_ds.cluster import slurm
 from amid_ds.config.parse import load_recipe
 from amid_ds.errors import ExitStatus, InputError, printable

@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from amid_ds.checkpoint.best import comparable_best, has_finished, newest_state
+from amid_ds.checkpoint.best import comparable_best, has_finished
+from amid_ds.checkpoint.manifest import newest_state
 from amid_ds.config.grid import Combination, parse_swept_key, path_override, sweep_combinations
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe

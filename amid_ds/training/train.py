@@ -88,7 +88,8 @@ def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
     world.run_checked(lambda: attempt.begin(job.run.path, changed))
     resume = find_latest_valid(job.run.checkpoints, world)
     end_part("checks")
-    state = TrainState() if resume.checkpoint is None else Manifest.read(resume.checkpoint).state
+    state = world.run_on_main(lambda: TrainState() if resume.checkpoint is None
+                              else Manifest.read(resume.checkpoint).state)
     if has_finished(job.recipe, state):
         logger.info("%s %s: nothing to do", job.run.path, describe_early_end(job.recipe, state)
                     or f"has reached its last step {state.step}")
