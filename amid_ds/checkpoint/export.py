@@ -23,7 +23,7 @@ from amid_ds.checkpoint.manifest import Manifest, checkpoint_step, list_checkpoi
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.config.parse import dump_recipe, load_recipe
-from amid_ds.config.recipe import Recipe, Student
+from amid_ds.config.recipe import MeanTeacher, Recipe, Student
 from amid_ds.data import load_tokenizer
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import require_disk_space
@@ -136,7 +136,7 @@ def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size
             tensors = {}
             for name in names:
                 tensors[name] = (shards.buffer(name) if name in buffers
-                                 else shards.whole(name).to(dtype))
+                                 else shards.exported(name).to(dtype))
                 bar.update()
             # To the names that the model's family has on disk.
             tensors = revert_weight_conversion(model, tensors)
@@ -177,8 +177,12 @@ def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) 
 def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) -> str:
     """The text of the folder's README.md: what this model is, how it was trained and its scores."""
     run = RunFolder(checkpoint.parent.parent)
-    model = recipe.live_teacher
-    teacher = f", distilled from `{model.model}`" if model is not None else ""
+    teacher = "" if recipe.live_teacher is None else f", distilled from `{recipe.live_teacher.model}`"
+    if isinstance(recipe.teacher, MeanTeacher):
+        teacher = f", distilled from its own running mean (decay {recipe.teacher.ema:g})"
+    mean = ("" if recipe.train.ema is None else
+            f" They are the running mean of the run's, with a decay of {recipe.train.ema:g}; what "
+            "evaluations during the training have measured are the run's own.")
     logged, evaluated = (_lines_of_last_step(lines, state.step)
                          for lines in (read_metrics(run.path), read_evaluations(run.path)))
     # A slash marks times, speeds and memory.
@@ -189,7 +193,7 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) 
              f"# {run.path.resolve().name}, step {state.step}",
              f"`{recipe.student.model}`{teacher}, trained by amid_ds: "
              f"{state.step} of {recipe.train.total_steps} steps, "
-             f"{state.tokens:,} tokens. Weights in {dtype}.",
+             f"{state.tokens:,} tokens. Weights in {dtype}.{mean}",
              "## Metrics of the last logged step\n\n| | |\n|---|---:|\n" + "\n".join(metrics)]
     if evaluated:
         parts.append("## Evaluation\n\n```json\n"

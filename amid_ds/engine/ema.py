@@ -21,8 +21,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from amid_ds.config.recipe import MeanTeacher, Recipe
+from amid_ds.engine.gather import release_whole
 from amid_ds.engine.optimizer import inner_optimizer
-from amid_ds.engine.restore import MEAN_KINDS, TEACHING_MEAN, whole_masters
+from amid_ds.engine.restore import EXPORTED_MEAN, MEAN_KINDS, TEACHING_MEAN, whole_masters
+
+
+def mean_decays(recipe: Recipe) -> dict[str, float]:
+    """The decay of each mean that the recipe keeps, by its kind, of MEAN_KINDS."""
+    decays = {} if recipe.train.ema is None else {EXPORTED_MEAN: recipe.train.ema}
+    if isinstance(recipe.teacher, MeanTeacher):
+        decays[TEACHING_MEAN] = recipe.teacher.ema
+    return decays
 
 
 class _Copy(NamedTuple):
@@ -44,8 +54,9 @@ class RunningMeans:
         self._starts: dict[tuple[str, Tensor], Tensor] = {}
         self._copies: dict[Tensor, list[_Copy]] = {}
         if TEACHING_MEAN in decays:
-            distiller = deepspeed_engine.module
-            self._copies = _copies(deepspeed_engine, distiller.student, distiller.teacher)
+            self._teacher = deepspeed_engine.module.teacher
+            self._copies = _copies(deepspeed_engine, deepspeed_engine.module.student,
+                                   self._teacher)
         if decays:
             self._adam.register_step_pre_hook(self._keep_starts)
             self._adam.register_step_post_hook(self._follow)
@@ -60,6 +71,8 @@ class RunningMeans:
                 state.pop(kind, None)
         for row in self._copies:
             self._teach(row, self._adam.state.get(row, {}).get(TEACHING_MEAN, row))
+        if self._copies:
+            release_whole(self._teacher)
 
     @torch.no_grad()
     def _keep_starts(self, adam: Any, *_: object) -> None:

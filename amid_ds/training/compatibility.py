@@ -12,7 +12,7 @@ from pathlib import Path
 
 from amid_ds.checkpoint.manifest import Manifest
 from amid_ds.config.parse import default_of, load_recipe, resolved
-from amid_ds.config.recipe import Recipe
+from amid_ds.config.recipe import PretrainedModel, Recipe, Teacher
 from amid_ds.errors import InputError
 from amid_ds.models.loading import resolved_commit
 from amid_ds.run.folder import RunFolder
@@ -55,15 +55,18 @@ def pin(recipe: Recipe) -> Recipe:
         pinned["train"] = recipe.train.model_copy(update=of_train)
     for section in ("student", "teacher"):
         model = getattr(recipe, section)
-        if model is None:
+        if not isinstance(model, PretrainedModel):
             continue
         before = getattr(began, section, None)
+        if not isinstance(before, type(model)):
+            # Another kind of teacher, which is refused later.
+            before = None
         if model.revision is None and before is not None and before.model == model.model:
             revision = before.revision
         else:
             revision = resolved_commit(model.model, model.revision) or model.revision
         kept = {"revision": revision}
-        if section == "teacher" and before is not None and not PLACES & model.model_fields_set:
+        if isinstance(before, Teacher) and not PLACES & model.model_fields_set:
             # It was zero3 by default.
             kept["placement"] = before.placement
         pinned[section] = model.model_copy(update=kept)
