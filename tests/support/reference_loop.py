@@ -45,16 +45,21 @@ def reference_factor(train: dict, step: int) -> float:
     return low * (1 - height) + height
 
 
-def reference_loop(student: Path, teacher: Path, recipe: dict, prepared: Path,
+def reference_loop(student: Path, teacher: Path | None, recipe: dict, prepared: Path,
                    make_optimizer: Callable[[nn.Module, dict], torch.optim.Optimizer]
                    = reference_adamw) -> tuple[list[dict], dict[str, Tensor]]:
-    """Each step's metrics and the trained fp32 weights: the truth for any layout.
+    """Each step's metrics and the trained fp32 weights, or with `train.ema` their running mean: the
+    truth for any layout.
 
     One process, full logits in float64, one document at a time; the skewed KL and the schedules
-    written out. make_optimizer: from the model and the recipe's `train`; its groups' `ratio`
+    written out. teacher: None: the student's running mean, of `teacher.ema`. make_optimizer: from the model and the recipe's `train`; its groups' `ratio`
     multiplies the learning rate.
     """
-    model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
+    model, guide, kept = (AutoModelForCausalLM.from_pretrained(path)
+                          for path in (student, teacher or student, student))
+    means = [(kept, recipe["train"].get("ema", 0.0))]
+    if teacher is None:
+        means.append((guide, recipe["teacher"]["ema"]))
     vocabulary = len(AutoTokenizer.from_pretrained(student))
     train, loss = recipe["train"], recipe["loss"]
     optimizer = make_optimizer(model, train)
@@ -80,7 +85,10 @@ def reference_loop(student: Path, teacher: Path, recipe: dict, prepared: Path,
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        for mean, decay in means:
+            for held, now in zip(mean.parameters(), model.parameters(), strict=True):
+                held.data = decay * held.data + (1 - decay) * now.data
         lines.append({"loss": total.item(), "kd_loss": (kd / tokens).item(),
                       "ce_loss": (ce / tokens).item(), "grad_norm": norm.item(),
                       "learning_rate": optimizer.param_groups[0]["lr"]})
-    return lines, {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return lines, {name: parameter.detach() for name, parameter in kept.named_parameters()}
