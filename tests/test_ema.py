@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from support.models import make_model
-from support.patches import patch_train_step
+from support.patches import patch_train_step, rank_without_compiler
 from support.ranks import Ranks, rank_main, run_ranks
 from support.reference_loop import reference_loop
 from support.runs import (
@@ -163,7 +163,7 @@ def test_each_checkpoint_has_the_means_of_the_weights_before_it(name, shared_mod
                                   "zero_optimization": {"stage": stage, **zero}}))
     recipe = recipe_for(student, "run", deepspeed=str(config), train__steps=3,
                         checkpoint={"every": 1, "keep": 3}, **settings)
-    run_ranks(ranks, "train", recipe)
+    run_ranks(ranks, "train", recipe, target=rank_without_compiler)
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = AutoModelForCausalLM.from_pretrained(student, dtype=dtype).float()
     start = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -180,3 +180,65 @@ def test_each_checkpoint_has_the_means_of_the_weights_before_it(name, shared_mod
         assert torch.equal(weight, shards.whole(each, "ema").to(dtype).to(weight.dtype)), each
     # The teacher's body runs over the whole window at once.
     assert abs(read_metrics(tmp_path / "run")[0]["kd_loss"]) < (1e-3 if bf16 else 1e-6)
+
+
+def test_the_plan_counts_both_means_and_the_teacher_that_one_is(shared_model, recipe_for, tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
+             "num_key_value_heads": 2}
+    student = shared_model("llama", 0, **sizes)
+    recipe = recipe_for(student, "run", train__steps=5,
+                        deepspeed=str(write_gathering_config(tmp_path)))
+    run_ranks(2, "train", recipe)
+    plan = estimate_plan(load_recipe(recipe), 1, 2, find_device("cpu", 2))
+    measured = json.loads((tmp_path / "run" / "measured.json").read_text())
+    weights = plan.memory_per_rank["student_weights"]
+    assert plan.memory_per_rank["means"] == 2 * weights
+    assert plan.memory_per_rank["teacher_weights"] == weights
+    for part in ("means", "teacher_weights", "optimizer"):
+        assert measured["memory_per_rank"][part] == pytest.approx(plan.memory_per_rank[part],
+                                                                  rel=0.05), part
+    for part, size in measured["network_per_step"].items():
+        assert plan.network_per_step[part] == pytest.approx(size, rel=0.05), part
+    assert plan.read_at_start.teacher == 0 and not plan.placements
+    assert plan.placement.reason == "it is partitioned as the student is"
+    folder = tmp_path / "run" / "checkpoints" / "step_00000005"
+    saved = sum(path.stat().st_size for path in folder.glob("*optim_states.pt"))
+    assert saved == pytest.approx(plan.checkpoint_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("changes, found", [
+    (["teacher.ema=1.0"], "teacher.ema"),
+    (["teacher.ema=0"], "teacher.ema"),
+    (["train.ema=1"], "train.ema"),
+    (["teacher.model=somewhere"], "teacher.model"),
+    (["student.freeze=[lm_head.*]"], "trains whole"),
+    (["student.lora={}"], "trains whole"),
+    (["deepspeed=STAGE1"], "teacher.ema in the recipe needs stage 3 or 0"),
+    (["deepspeed=STAGE2"], "teacher.ema in the recipe needs stage 3 or 0"),
+])
+def test_means_that_cannot_be_are_refused_by_name(changes, found, shared_model, recipe_for,
+                                                  tmp_path):
+    recipe = recipe_for(shared_model("llama", 0), "run")
+    for stage in (1, 2):
+        changes = [each.replace(f"STAGE{stage}", str(zero_config(tmp_path, stage)))
+                   for each in changes]
+    with pytest.raises(InputError, match=re.escape(found)):
+        check_recipe(load_recipe(recipe, changes), 1)
+
+
+def test_a_mean_begins_late_only_by_leave(shared_model, recipe_for, tmp_path, capsys):
+    recipe = recipe_for(shared_model("llama", 0), "run", checkpoint__every=2)
+    ranks = Ranks(1, "train", recipe, "train.ema=null",
+                  target=functools.partial(stopping_rank, 2))
+    assert ranks.wait() == [75], ranks.output()
+    assert main(["train", str(recipe)]) == 2
+    assert "train.ema: None before, 0.75 now" in capsys.readouterr().err
+    run_ranks(1, "train", recipe, "checkpoint.allow_change=[train.ema]")
+    shapes = {name: weight.shape for name, weight in exported_weights(tmp_path / "run").items()}
+    shards = [ZeroShards(tmp_path / "run" / "checkpoints" / f"step_{step:08d}", shapes)
+              for step in (4, STEPS)]
+    assert all(shards[1].kinds(name) == ["fp32", "exp_avg", "exp_avg_sq", "ema", "teacher_ema"]
+               for name in shapes)
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert "running mean of the run's, with a decay of 0.75" in card
+    assert "distilled from its own running mean (decay 0.5)" in card

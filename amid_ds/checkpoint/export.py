@@ -177,7 +177,8 @@ def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) 
 def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) -> str:
     """The text of the folder's README.md: what this model is, how it was trained and its scores."""
     run = RunFolder(checkpoint.parent.parent)
-    teacher = "" if recipe.live_teacher is None else f", distilled from `{recipe.live_teacher.model}`"
+    model = recipe.live_teacher
+    teacher = f", distilled from `{model.model}`" if model is not None else ""
     if isinstance(recipe.teacher, MeanTeacher):
         teacher = f", distilled from its own running mean (decay {recipe.teacher.ema:g})"
     mean = ("" if recipe.train.ema is None else

@@ -33,7 +33,6 @@ from amid_ds.errors import TrainingError
 from amid_ds.files.atomic import replace_folder, require_disk_space
 from amid_ds.models.loading import meta_model
 
-
 logger = logging.getLogger(__name__)
 
 

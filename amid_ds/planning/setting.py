@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from amid_ds.config.recipe import Recipe, bounding_values
+from amid_ds.config.recipe import MeanTeacher, Recipe, Teacher, bounding_values
 from amid_ds.distributed.nodes import require_divisor
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
@@ -205,7 +205,7 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
         teacher_micro_batches=accumulation_steps(recipe, data_parallel),
         student=count_model(resolve_student(recipe), torch.bfloat16 if zero.bf16 else torch.float32,
                             recipe),
-        teacher=_count_teacher(recipe, placement),
+        teacher=_count_teacher(recipe, placement, zero),
         placement=placement,
         nodes=nodes,
         ranks=ranks,
@@ -214,7 +214,8 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
 
 def with_placement(setting: Setting, placement: Placement) -> Setting:
     """`setting` with its teacher placed otherwise."""
-    return replace(setting, placement=placement, teacher=_count_teacher(setting.recipe, placement))
+    return replace(setting, placement=placement,
+                   teacher=_count_teacher(setting.recipe, placement, setting.zero))
 
 
 def _given_placement(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> Placement:
@@ -234,9 +235,14 @@ def ranks_of_shard(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> i
     return recipe.live_teacher.shard_over or of_node
 
 
-def _count_teacher(recipe: Recipe, placement: Placement) -> ModelCosts | None:
+def _count_teacher(recipe: Recipe, placement: Placement, zero: ZeroSettings) -> ModelCosts | None:
     """The teacher's costs; None where there is none, or no step gives its divergence any weight."""
     teacher = recipe.live_teacher
+    if isinstance(recipe.teacher, MeanTeacher):
+        # As the student, whose shapes and dtype it has.
+        student = resolve_student(recipe)
+        teacher = Teacher(model=student.model, **student.hub_kwargs,
+                          dtype="bf16" if zero.bf16 else "fp32")
     if teacher is None or not any(any(bounding_values(loss.kd_weight)) or loss.token_weight
                                   for loss in recipe.losses):
         return None

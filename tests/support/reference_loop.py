@@ -52,8 +52,8 @@ def reference_loop(student: Path, teacher: Path | None, recipe: dict, prepared: 
     truth for any layout.
 
     One process, full logits in float64, one document at a time; the skewed KL and the schedules
-    written out. teacher: None: the student's running mean, of `teacher.ema`. make_optimizer: from the model and the recipe's `train`; its groups' `ratio`
-    multiplies the learning rate.
+    written out. teacher: None: the student's running mean, of `teacher.ema`. make_optimizer: from
+    the model and the recipe's `train`; its groups' `ratio` multiplies the learning rate.
     """
     model, guide, kept = (AutoModelForCausalLM.from_pretrained(path)
                           for path in (student, teacher or student, student))
