@@ -86,6 +86,8 @@ class Teacher(PretrainedModel):
     """Neighbouring data-parallel ranks over which `node` shards it; None: those of a node."""
     max_tokens_per_pass: PositiveInt | None = None
     """The most tokens of an optimizer step in one forward pass; None: by free memory."""
+    vocabulary: Literal["same", "grown"] = "same"
+    """same: the student's tokenizer is the teacher's; grown: it has further tokens behind it."""
     delta: Delta | None = None
     """Distil from the student's base plus what the teacher learnt since its own base."""
 

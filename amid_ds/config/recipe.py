@@ -207,6 +207,19 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _vocabulary_may_grow(self) -> Recipe:
+        teacher = self.live_teacher
+        if teacher is None or teacher.vocabulary == "same":
+            return self
+        found = ("`rollout`: a sample has new tokens" if self.rollout is not None else
+                 f"`tensor_parallel` {self.tensor_parallel}: heads are cut alike"
+                 if self.tensor_parallel > 1 else
+                 "`teacher.delta`" if teacher.delta is not None else "")
+        if found:
+            raise ValueError(f"`teacher.vocabulary: grown` with {found}; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _something_to_evaluate_on(self) -> Recipe:
         if self.train.eval_every and not self.data.eval:
             raise ValueError(f"`train.eval_every` is {self.train.eval_every}, and `data.eval` "

@@ -54,6 +54,8 @@ class Batch:
         "corpus.parquet row 16".
     documents: where the rows' documents begin; None: not known, `positions` have to tell.
     row_sources: of each row, the index of its source in data.train; None: not known.
+    for_teacher: the same text as a teacher reads it that knows fewer tokens (grown.py); None: it
+        reads these rows. It has as many `valid`, in the same order.
     valid: [n] int64, which of the B · L positions have a label, in their order. It is made on the
         host, because a GPU would have to be waited for to know n.
     sequences: [n] int64, the sequence of each of these: of the documents with a label, in order and
@@ -69,6 +71,7 @@ class Batch:
     sources: list[str]
     documents: Documents | None = None
     row_sources: list[int] | None = None
+    for_teacher: Batch | None = None
     valid: torch.Tensor = field(init=False)
     sequences: torch.Tensor = field(init=False)
     sequence_count: int = field(init=False)
@@ -98,7 +101,14 @@ class Batch:
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 object.__setattr__(moved, name, to_device(value, device))
+        if self.for_teacher is not None:
+            object.__setattr__(moved, "for_teacher", self.for_teacher.to(device))
         return moved
+
+    @property
+    def as_teacher_reads(self) -> Batch:
+        """`for_teacher`, or these rows."""
+        return self if self.for_teacher is None else self.for_teacher
 
     @property
     def targets(self) -> torch.Tensor:

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from amid_ds.config.recipe import Dtype, MeanTeacher, Recipe, Teacher
 from amid_ds.distributed.world import World
@@ -60,9 +61,10 @@ def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World
 
 
 def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World,
-                 resumes: bool = False) -> Engine:
+                 resumes: bool = False, first_pieces: Tensor | None = None) -> Engine:
     """The engine around a Distiller. Collective: every rank calls it with the same recipe.
 
+    first_pieces: see FusedHead.
     resumes: a checkpoint will replace the student's weights, which are therefore not read.
     """
     # Before transformers, which loads sharded models through deepspeed, imports it in its own way.
@@ -70,7 +72,8 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
     if quantizes_weights(config):
         require_quantizer(world)
     with freed_memory_given_back(), secondary_groups_of_neighbours(world.rank):
-        distiller, groups = _build_distiller(recipe, config, vocab_size, world, resumes)
+        distiller, groups = _build_distiller(recipe, config, vocab_size, world, resumes,
+                                             first_pieces)
         end_part("loading")
         optimizer = make_optimizer(distiller.student, groups, recipe.train,
                                    offload_device(config, "offload_optimizer") != "none", world)
@@ -80,7 +83,8 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
 
 
 def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World,
-                     resumes: bool) -> tuple[Distiller, dict[str, GroupName]]:
+                     resumes: bool, first_pieces: Tensor | None
+                     ) -> tuple[Distiller, dict[str, GroupName]]:
     """Both models, split and with their weights; the optimizer's group of each of the student's
     parameters."""
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
@@ -95,7 +99,7 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
         if recipe.data.isolates_any or exceeds_window(module, recipe.train.seq_length):
             choose_attention(module, f"the {name}", world.device, trains=name == "student")
     distiller = Distiller(models["student"], models.get("teacher"), vocab_size=vocab_size,
-                          shard=shard, replicated=replicated)
+                          shard=shard, replicated=replicated, first_pieces=first_pieces)
     # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing.
     distiller.train()
     groups = parameter_groups(models["student"], recipe.train)

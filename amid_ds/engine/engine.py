@@ -191,7 +191,9 @@ class Engine:
                             ("teacher", self.distiller.teacher)):
             if model is not None:
                 title = f"the {name} {model.config.name_or_path}"   # type: ignore[union-attr]
-                ids = ids_to_check(model, vocab_size).to(self.world.device)
+                pieces = self.distiller.head.first_pieces if name == "teacher" else None
+                known = vocab_size if pieces is None else vocab_size - len(pieces)
+                ids = ids_to_check(model, known).to(self.world.device)
                 check_head(model, title, ids, self.gathered_head)
                 if isolated:
                     check_isolation(model, title, ids)

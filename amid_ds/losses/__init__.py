@@ -17,10 +17,11 @@ from amid_ds.losses.divergences import (
     register,
 )
 from amid_ds.losses.fused import LossOutput, amid_loss, linear_amid_loss
+from amid_ds.losses.grown import grown_amid_loss
 from amid_ds.losses.lm_head import LMHead
 from amid_ds.losses.measures import PerToken
 from amid_ds.losses.objective import AMiD, preset
 
 __all__ = ["IGNORE_INDEX", "AMiD", "AlphaBeta", "ConcreteScore", "Divergence", "LMHead", "LogProbs",
            "LossOutput", "PerToken", "SampledReverseKL", "amid_loss", "default_workspace_bytes",
-           "linear_amid_loss", "linear_argmax", "preset", "register"]
+           "grown_amid_loss", "linear_amid_loss", "linear_argmax", "preset", "register"]

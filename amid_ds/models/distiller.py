@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,14 @@ from torch import Tensor, nn
 from amid_ds.data.batch import Batch, Documents
 from amid_ds.distributed.transfer import to_device
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.losses import AMiD, LMHead, linear_amid_loss, linear_argmax, preset
+from amid_ds.losses import (
+    AMiD,
+    LMHead,
+    grown_amid_loss,
+    linear_amid_loss,
+    linear_argmax,
+    preset,
+)
 from amid_ds.models.heads import run_body, sharded_head_of
 from amid_ds.monitor.step_timer import phase
 
@@ -117,13 +124,17 @@ class FusedHead(nn.Module):
     It is a module because ZeRO-3 gathers by module: the student's head is registered with it
     (engine/build.py), so the hooks gather the weight when the loss reads it, in forward, and when
     its gradient arrives, in backward. The heads belong to the two models; held in a plain function
-    they appear in no state dict twice.
+    they appear in no state dict twice. first_pieces: [k] of a student whose last k ids the teacher
+    does not know, their first old ids (losses/grown.py).
     """
 
+    first_pieces: Tensor | None
+
     def __init__(self, heads: Callable[[], tuple[LMHead, LMHead | None]], vocab_size: int,
-                 shard: VocabShard | None) -> None:
+                 shard: VocabShard | None, first_pieces: Tensor | None = None) -> None:
         super().__init__()
         self.heads, self.vocab_size, self.shard = heads, vocab_size, shard
+        self.register_buffer("first_pieces", first_pieces, persistent=False)
 
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor,
                 token_weights: Tensor, sequences: Tensor | None = None, *,
@@ -160,11 +171,19 @@ class FusedHead(nn.Module):
         weights = (0.0 if teacher_hidden is None else objective.kd_weight, objective.ce_weight)
         statistics = [name for name in objective.statistics
                       if teacher_hidden is not None or name == "student_entropy"]
-        out = linear_amid_loss(
-            student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
-            token_weights=token_weights, labels=labels, kd_weight=weights[0], ce_weight=weights[1],
-            vocab_size=self.vocab_size, shard=self.shard, checked=True, sequences=sequences,
-            statistics=statistics)
+        if self.first_pieces is not None and teacher_hidden is not None:
+            assert teacher_head is not None and labels is not None
+            out = grown_amid_loss(
+                student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
+                self.first_pieces, token_weights=token_weights, labels=labels,
+                kd_weight=weights[0], ce_weight=weights[1], vocab_size=self.vocab_size,
+                checked=True, statistics=statistics)
+        else:
+            out = linear_amid_loss(
+                student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
+                token_weights=token_weights, labels=labels, kd_weight=weights[0],
+                ce_weight=weights[1], vocab_size=self.vocab_size, shard=self.shard, checked=True,
+                sequences=sequences, statistics=statistics)
         kd, ce = (out.loss.new_zeros(()) if values is None else (token_weights * values).sum()
                   for values in (out.kd, out.ce))
         tokens = [torch.zeros_like(token_weights) if values is None or not weight else values
@@ -179,13 +198,14 @@ class Distiller(nn.Module):
     """{student, teacher}. Only the student trains; the teacher always stays in eval mode.
 
     replicated: every rank holds the teacher whole. It is then an attribute and no submodule, so
-    that the engine neither shards, casts nor saves it.
+    that the engine neither shards, casts nor saves it. first_pieces: see FusedHead.
     """
 
     teacher: nn.Module | None
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, *, vocab_size: int,
-                 shard: VocabShard | None = None, replicated: bool = False) -> None:
+                 shard: VocabShard | None = None, replicated: bool = False,
+                 first_pieces: Tensor | None = None) -> None:
         super().__init__()
         self.student = student
         if teacher is not None:
@@ -197,7 +217,7 @@ class Distiller(nn.Module):
         self.head = FusedHead(
             lambda: (sharded_head_of(student, shard),
                      sharded_head_of(teacher, shard) if teacher is not None else None),
-            vocab_size, shard)
+            vocab_size, shard, first_pieces)
 
     def train(self, mode: bool = True) -> Distiller:
         """Set the student's mode; the teacher stays in eval mode."""
@@ -223,7 +243,8 @@ class Distiller(nn.Module):
         assert self.teacher is not None
         hidden: list[Tensor] = []
         for start in range(0, len(batches), micro_batches_per_pass):
-            group = batches[start:start + micro_batches_per_pass]
+            group = [batch.as_teacher_reads
+                     for batch in batches[start:start + micro_batches_per_pass]]
             inputs = [batch.input_ids for batch in group]
             longest = max(ids.shape[1] for ids in inputs)
             # Padding on the right: a causal model's earlier positions never see it.
@@ -257,8 +278,8 @@ class Distiller(nn.Module):
         """Both models' hidden states [n, H_s] and [n, H_t] at the n labelled tokens of a batch."""
         teacher, student = (
             None if model is None else
-            _rows(run_body(model, batch.input_ids, batch.positions, batch.documents), batch.valid)
-            for model in (self.teacher, self.student))
+            _rows(run_body(model, rows.input_ids, rows.positions, rows.documents), rows.valid)
+            for model, rows in ((self.teacher, batch.as_teacher_reads), (self.student, batch)))
         assert student is not None
         return student, teacher
 
@@ -271,18 +292,31 @@ class Distiller(nn.Module):
         """
         student_head, teacher_head = self.head.heads()
         vocab_size, shard = self.head.vocab_size, self.head.shard
-        out = linear_amid_loss(
-            student, student_head, teacher, teacher_head, preset("fkl"), labels=labels,
-            token_weights=torch.ones(len(labels), device=student.device), ce_weight=1.0,
-            kd_weight=0.0 if teacher is None else 1.0, vocab_size=vocab_size, shard=shard,
-            checked=True)
+        options: Any = {"labels": labels, "vocab_size": vocab_size, "checked": True,
+                        "token_weights": torch.ones(len(labels), device=student.device)}
+        pieces = self.head.first_pieces
+        teaches = teacher is not None and pieces is None
+        out = linear_amid_loss(student, student_head, *((teacher, teacher_head) if teaches else
+                                                        (None, None)), preset("fkl"), shard=shard,
+                               ce_weight=1.0, kd_weight=1.0 if teaches else 0.0, **options)
         assert out.ce is not None
         sums = torch.zeros(4, dtype=torch.float64, device=student.device)
         sums[0], sums[3] = out.ce.double().sum(), len(labels)
-        if out.kd is not None and teacher is not None and teacher_head is not None:
-            choices = [linear_argmax(hidden, head, vocab_size=vocab_size, shard=shard)
-                       for hidden, head in ((student, student_head), (teacher, teacher_head))]
-            sums[1], sums[2] = out.kd.double().sum(), (choices[0] == choices[1]).sum()
+        if teacher is None or teacher_head is None:
+            return sums
+        kd, known = out.kd, vocab_size
+        if pieces is not None:
+            known = vocab_size - len(pieces)
+            kd = grown_amid_loss(student, student_head, teacher, teacher_head, preset("fkl"),
+                                 pieces, **options).kd
+        first, second = (linear_argmax(hidden, head, vocab_size=size, shard=shard)
+                         for hidden, head, size in ((student, student_head, vocab_size),
+                                                    (teacher, teacher_head, known)))
+        if pieces is not None:
+            # A new token is its first piece.
+            first = torch.where(first < known, first, pieces[(first - known).clamp(min=0)])
+        assert kd is not None
+        sums[1], sums[2] = kd.double().sum(), (first == second).sum()
         return sums
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.data import Batch, PreparedLoader, StepLoader, StreamLoader, stream_summary
 from amid_ds.data.batch import require_ids_below
+from amid_ds.data.grown import GrownVocabulary
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.monitor.step_timer import phase
@@ -78,8 +79,10 @@ def open_step_data(job: Job, state: TrainState,
 
 
 def fetch_steps(data: StepLoader, auxiliary: PreparedLoader | None, vocab_size: int, start: int,
-                stop: int) -> Iterator[FetchedStep]:
+                stop: int, grown: GrownVocabulary | None = None) -> Iterator[FetchedStep]:
     """Yield each step's data, whose labels are ids below `vocab_size`.
+
+    grown: what new tokens are to the teacher, for which the sources' rows are then written too.
 
     On InputError yield one last item that carries it, so that `reduce_step_info` can raise it on
     every rank.
@@ -92,6 +95,8 @@ def fetch_steps(data: StepLoader, auxiliary: PreparedLoader | None, vocab_size: 
             with phase("data"):
                 window = next(windows, None)
                 require_ids_below(vocab_size, itertools.chain(*(window or [])))
+                if grown is not None and window is not None:
+                    window = grown.with_teachers_rows(window[0]), *window[1:]
         except InputError as error:
             yield FetchedStep([], [], 0.0, error)
             return

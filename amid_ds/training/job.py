@@ -23,6 +23,7 @@ from amid_ds.data import (
     vocabulary_size,
     with_steps,
 )
+from amid_ds.data.grown import GrownVocabulary, grown_vocabulary
 from amid_ds.distributed.nodes import require_divisor
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
@@ -32,7 +33,7 @@ from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval.text_metrics import require_rouge
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
-from amid_ds.models.fit import require_positions, require_rows
+from amid_ds.models.fit import require_positions, require_rows, table_of_positions
 from amid_ds.models.loading import meta_model, require_supported, supported_model
 from amid_ds.run.attempts import has_saved
 from amid_ds.run.exclusive import exclusive
@@ -48,7 +49,7 @@ from amid_ds.training.compatibility import (
     refuse_other_identity,
     refuse_other_run,
 )
-from amid_ds.training.objective import check_objectives
+from amid_ds.training.objective import check_objectives, require_all_foldable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,12 +64,14 @@ class Job:
     """All that is known before a weight is read.
 
     placement: the teacher's on these ranks, see training/placement.py; None before it is decided.
+    grown: what the student's new tokens are to its teacher; None: they have one vocabulary.
     """
 
     recipe: Recipe
     deepspeed_config: DeepSpeedConfig
     tokenizer: PreTrainedTokenizerBase
     placement: ChosenPlacement | None = None
+    grown: GrownVocabulary | None = None
 
     @property
     def run(self) -> RunFolder:
@@ -91,7 +94,8 @@ class Job:
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids that both models share; a wider model's further columns are padding."""
+        """The number of the student's ids, which the teacher shares unless they have `grown`; a
+        wider model's further columns are padding."""
         return vocabulary_size(self.tokenizer)
 
     def layout(self, world: World) -> Layout:
@@ -125,15 +129,22 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     look = require_supported if headers else supported_model
     metas = {name: look(model.model, **model.hub_kwargs) for name, model in models.items()}
     tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
+    grown = None
     if teacher is not None:
-        require_same_tokenizer(tokenizer, load_tokenizer(teacher.model, **teacher.hub_kwargs),
-                               student.model, teacher.model)
+        other = load_tokenizer(teacher.model, **teacher.hub_kwargs)
+        if teacher.vocabulary == "grown":
+            grown = grown_vocabulary(tokenizer, other, student.model, teacher.model,
+                                     table_of_positions(metas[f"teacher {teacher.model}"]))
+            require_all_foldable(recipe)
+        else:
+            require_same_tokenizer(tokenizer, other, student.model, teacher.model)
     for name, meta in metas.items():
-        require_rows(meta, f"the {name}", vocabulary_size(tokenizer))
+        known = grown.old if grown is not None and name.startswith("teacher ") else None
+        require_rows(meta, f"the {name}", known or vocabulary_size(tokenizer))
         require_positions(meta, f"the {name}", recipe.train.seq_length)
     if recipe.rollout is not None:
         end_of_text_id(tokenizer, recipe.rollout.end_of_text)
-    return Job(recipe, config, tokenizer)
+    return Job(recipe, config, tokenizer, grown=grown)
 
 
 def count_steps(job: Job, world: World) -> Job:
@@ -174,6 +185,8 @@ def identity_of(job: Job, sources: SourceHashes, checkpoint: Path | None) -> dic
         hashes["auxiliary.sha256"] = prepared_hash(recipe.prepared_dir / "auxiliary")
     if recipe.live_teacher is not None:
         hashes["teacher.sha256"] = sources.teacher
+    if job.grown is not None:
+        hashes["teacher.pieces"] = [list(pieces) for pieces in job.grown.pieces]
     identity = {**flat_recipe(recipe), **hashes, "student.dtype": job.student_dtype}
     if checkpoint is not None:
         refuse_other_identity(checkpoint, identity, recipe.checkpoint.allow_change)

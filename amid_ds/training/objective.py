@@ -9,6 +9,7 @@ from amid_ds.config.recipe import Loss, PerTokenSpec, Recipe, Temperatures
 from amid_ds.config.schedule import TaidState, loss_at, turning_points, value_at
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD, PerToken, preset
+from amid_ds.losses.grown import require_foldable
 from amid_ds.models.distiller import StepObjective, StepObjectives
 
 # Keys of `loss` that are none of a preset's; `token_weight` goes with every objective.
@@ -57,6 +58,12 @@ def check_objectives(recipe: Recipe) -> None:
             update={"train": recipe.train.model_copy(update={"steps": 2, "epochs": None})})
     for step in turning_points(recipe.losses, recipe.train.total_steps):
         objectives_at(recipe, step)
+
+
+def require_all_foldable(recipe: Recipe) -> None:
+    """Raise InputError for a loss that cannot be learnt over a grown vocabulary."""
+    for loss in [recipe.loss, *recipe.source_losses.values()]:
+        require_foldable(objective_at(loss, 0, 2).amid)
 
 
 def scheduled_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> dict[str, float]:

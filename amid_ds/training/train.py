@@ -117,7 +117,8 @@ def build_trainer(job: Job, hashes: SourceHashes, resume: ResumePoint, world: Wo
         end_part("resuming")
     engine = world.run_checked(
         lambda: build_engine(job.placed_recipe, job.deepspeed_config, job.vocab_size, world,
-                             resumes=resume.checkpoint is not None))
+                             resumes=resume.checkpoint is not None,
+                             first_pieces=None if job.grown is None else job.grown.first_pieces))
     end_part("engine")
     state = TrainState()
     if resume.checkpoint is not None:

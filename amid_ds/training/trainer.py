@@ -76,7 +76,8 @@ class Trainer(Stepper):
               self._open_monitors() as monitors):
             self._log_start()
             for fetched in fetch_steps(self.data, self.auxiliary, self.job.vocab_size,
-                                       self.state.step, self.recipe.train.total_steps):
+                                       self.state.step, self.recipe.train.total_steps,
+                                       self.job.grown):
                 monitors.step_begin(self.state.step + 1)
                 info = self._reduce_info(fetched)
                 if info.stop:
@@ -148,7 +149,8 @@ class Trainer(Stepper):
             return
         monitors.evaluation_begin()
         with phase("evaluation"):
-            metrics = self.world.run_checked(lambda: validate(self.recipe, self.engine))
+            metrics = self.world.run_checked(lambda: validate(self.recipe, self.engine,
+                                                                  self.job.grown))
             self.world.run_checked(
                 lambda: self.samples.add_to(metrics, monitors.evaluation_begin))
             # What is decided by them is decided alike: the same digits on every rank.

@@ -18,6 +18,7 @@ import torch
 from amid_ds.config.recipe import Recipe
 from amid_ds.data import Batch, read_batches
 from amid_ds.data.batch import require_ids_below
+from amid_ds.data.grown import GrownVocabulary
 from amid_ds.engine.engine import Engine
 from amid_ds.errors import TrainingError
 from amid_ds.run.log import finite, perplexity
@@ -29,8 +30,12 @@ EvalMetrics = dict[str, float | None]
 BATCHES_READ = 32
 
 
-def validate(recipe: Recipe, engine: Engine) -> dict[str, EvalMetrics]:
+def validate(recipe: Recipe, engine: Engine,
+             grown: GrownVocabulary | None = None) -> dict[str, EvalMetrics]:
     """Metrics of every set in `data.eval`, by name.
+
+    grown: what new tokens are to the teacher: to `kl_to_teacher` and `top1_agreement` each is then
+    its first piece.
 
     tokens; loss: mean negative log-likelihood in nats; perplexity, None beyond a float;
     kl_to_teacher: mean KL(teacher ‖ student) in nats; top1_agreement: the share of tokens where
@@ -39,12 +44,13 @@ def validate(recipe: Recipe, engine: Engine) -> dict[str, EvalMetrics]:
     soundly. Raises TrainingError for NaN. Collective: every rank calls it after the same step.
     """
     with engine.evaluating():
-        return {each.name: _metrics(each.name, _sums(recipe, engine, each.name),
+        return {each.name: _metrics(each.name, _sums(recipe, engine, each.name, grown),
                                     engine.distiller.teacher is not None)
                 for each in recipe.data.eval}
 
 
-def _sums(recipe: Recipe, engine: Engine, name: str) -> list[float]:
+def _sums(recipe: Recipe, engine: Engine, name: str,
+          grown: GrownVocabulary | None) -> list[float]:
     """`Distiller.score` of the whole set, over all ranks."""
     distiller, world = engine.distiller, engine.world
     sums = torch.zeros(4, dtype=torch.float64, device=world.device)
@@ -54,7 +60,7 @@ def _sums(recipe: Recipe, engine: Engine, name: str) -> list[float]:
     def read_some() -> list[Batch]:
         read = list(itertools.islice(batches, BATCHES_READ))
         require_ids_below(distiller.head.vocab_size, read)
-        return read
+        return read if grown is None else grown.with_teachers_rows(read)
 
     # Agreed on, because every batch has collectives: a row that is damaged on one rank is an error
     # of all.

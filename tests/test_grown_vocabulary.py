@@ -1,0 +1,267 @@
+"""A student whose vocabulary has grown by tokens that its teacher does not know."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from support.data import split_documents, write_jsonl
+from support.losses import EVERY_DIVERGENCE, OBJECTIVES, PER_TOKEN, LossProblem
+from support.ranks import run_ranks
+from support.reference_loop import reference_adamw, reference_factor
+from support.runs import read_metrics, write_recipe
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from amid_ds import AMiD, LMHead, PerToken, linear_amid_loss
+from amid_ds.data import PreparedLoader
+from amid_ds.errors import InputError
+from amid_ds.losses import grown_amid_loss
+from amid_ds.losses.reference import naive_loss, naive_values
+
+# Of the ids 36 to 40; three begin with the same piece.
+FIRST_PIECES = torch.tensor([3, 17, 3, 35, 3])
+OLD = 36
+FOLDABLE = [each for each in PER_TOKEN if not each.needs_sequences]
+
+
+def naive_grown(problem: LossProblem, objective: AMiD, kd_weight: float, ce_weight: float,
+                softcap: float | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, kd [N], ce [N]) from all logits."""
+    z = problem.student @ problem.weight[:41].T + problem.bias[:41]
+    z = z * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    tau = objective.student_temperature
+    q = (z / tau).softmax(-1)
+    folded = [q[:, i] + sum(q[:, OLD + j] for j, piece in enumerate(FIRST_PIECES.tolist())
+                            if piece == i) for i in range(OLD)]
+    # naive_loss divides by the temperature again.
+    student = torch.stack(folded, 1).log() * tau
+    teacher = problem.teacher @ problem.teacher_weight[:OLD].T
+    labels = torch.tensor([FIRST_PIECES[i - OLD] if i >= OLD else i
+                           for i in problem.labels.tolist()])
+    kd = naive_loss(student, teacher, objective, labels)
+    ce = F.cross_entropy(z, problem.labels, reduction="none", ignore_index=-100)
+    ce = torch.where(torch.isin(labels, FIRST_PIECES), ce, 0.0)
+    weights = problem.weights
+    if objective.token_weight is not None:
+        values = naive_values(student, teacher, objective, labels)[objective.token_weight]
+        weights = weights * torch.tensor(values, dtype=kd.dtype)
+    counted = problem.weights > 0
+    return ((weights * (kd_weight * kd + ce_weight * ce))[counted].sum(),
+            torch.where(counted, kd, 0.0), torch.where(counted, ce, 0.0))
+
+
+def grown(problem: LossProblem, objective: AMiD, kd_weight: float, ce_weight: float, **options):
+    head = LMHead(problem.weight, problem.bias, options.pop("softcap", None),
+                  options.pop("scale", 1.0))
+    return grown_amid_loss(
+        problem.student, head, problem.teacher, problem.teacher_weight, objective, FIRST_PIECES,
+        token_weights=problem.weights, labels=problem.labels, vocab_size=41, kd_weight=kd_weight,
+        ce_weight=ce_weight, **options)
+
+
+def problem_with_new_labels() -> LossProblem:
+    problem = LossProblem(padding=-5)
+    problem.labels[1:9] = torch.tensor([36, 3, -100, 40, 39, 2, 17, 35])
+    return problem
+
+
+@pytest.mark.parametrize("objective", [*OBJECTIVES, *FOLDABLE, *(
+    AMiD(0.5, 0.3, divergence, "qr", temperature=1.7) for divergence in EVERY_DIVERGENCE)],
+    ids=str)
+@pytest.mark.parametrize("workspace", [None, 3000])
+def test_the_loss_and_its_gradient_are_the_naive_ones(objective, workspace):
+    problem = problem_with_new_labels()
+    options = {"softcap": 5.0, "scale": 0.7} if workspace else {}
+    loss, kd, ce = naive_grown(problem, objective, 0.8, 0.6, **options)
+    truth = torch.autograd.grad(loss, problem.leaves(), allow_unused=True)
+    out = grown(problem, objective, 0.8, 0.6, workspace_bytes=workspace, **options)
+    torch.testing.assert_close(out.loss, loss.detach())
+    torch.testing.assert_close(out.kd, kd)
+    torch.testing.assert_close(out.ce, ce)
+    assert (ce > 0).sum() >= 3
+    for ours, theirs in zip(torch.autograd.grad(out.loss, problem.leaves()), truth, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kd_weight, ce_weight", [(1.0, 0.0), (0.0, 1.0)])
+def test_each_part_alone_has_its_own_gradient(kd_weight, ce_weight):
+    problem = problem_with_new_labels()
+    loss, *_ = naive_grown(problem, OBJECTIVES[0], kd_weight, ce_weight)
+    truth = torch.autograd.grad(loss, problem.leaves())
+    out = grown(problem, OBJECTIVES[0], kd_weight, ce_weight)
+    for ours, theirs in zip(torch.autograd.grad(out.loss, problem.leaves()), truth, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_tokens_without_a_new_piece_anywhere_are_the_ordinary_loss():
+    problem = problem_with_new_labels()
+    with torch.no_grad():
+        problem.bias[OLD:] = -torch.inf
+    problem.labels[:] = -100
+    out = grown(problem, OBJECTIVES[1], 1.0, 0.0)
+    ordinary = linear_amid_loss(
+        problem.student, LMHead(problem.weight, problem.bias), problem.teacher,
+        problem.teacher_weight, OBJECTIVES[1], token_weights=problem.weights, vocab_size=OLD)
+    torch.testing.assert_close(out.kd, ordinary.kd)
+    for ours, theirs in zip(torch.autograd.grad(out.loss, problem.leaves()),
+                            torch.autograd.grad(ordinary.loss, problem.leaves()), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precisions_and_kernels_follow_the_float64_truth(backend, dtype):
+    exact = problem_with_new_labels()
+    problem = exact.to(dtype)
+    exact = problem.to(torch.float64)
+    loss, *_ = naive_grown(exact, OBJECTIVES[0], 1.0, 0.5)
+    truth = torch.autograd.grad(loss, exact.leaves())
+    out = grown(problem, OBJECTIVES[0], 1.0, 0.5, backend=backend)
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(out.loss.double(), loss.detach(), rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(torch.autograd.grad(out.loss, problem.leaves()), truth, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_a_nan_stays_one_and_an_impossible_group_has_no_share():
+    problem = problem_with_new_labels()
+    with torch.no_grad():
+        # No member of the first piece 17 has any probability.
+        problem.bias[[17, 37]] = -torch.inf
+    out = grown(problem, AMiD(lam=0.3, order="qr"), 1.0, 0.0)
+    assert out.loss.isfinite()
+    assert all(each.isfinite().all() for each in torch.autograd.grad(out.loss, problem.leaves()))
+    with torch.no_grad():
+        problem.student[1] = torch.nan
+    assert grown(problem, OBJECTIVES[0], 1.0, 0.5).loss.isnan()
+
+
+@pytest.mark.parametrize("changes, found", [
+    ({"objective": AMiD(token_weight=PerToken("teacher_entropy", top=0.5))}, "whole sequences"),
+    ({"first_pieces": FIRST_PIECES.int()}, "first_pieces"),
+    ({"vocab_size": 45}, "student_head with 42 rows"),
+    ({"vocab_size": 5}, "first_pieces"),
+])
+def test_what_cannot_be_folded_is_refused_by_name(changes, found):
+    problem = problem_with_new_labels()
+    call = {"objective": OBJECTIVES[0], "first_pieces": FIRST_PIECES, "vocab_size": 41, **changes}
+    with pytest.raises(InputError, match=found):
+        grown_amid_loss(problem.student, problem.weight, problem.teacher, problem.teacher_weight,
+                        token_weights=problem.weights, labels=problem.labels, **call)
+
+
+NEW_TOKENS = ["river sings", "under the", "two stone"]
+
+
+@pytest.fixture(scope="module")
+def grown_student(shared_model, tmp_path_factory) -> Path:
+    """The teacher with three tokens of several words more, each with the mean of its pieces' rows.
+    """
+    folder = tmp_path_factory.mktemp("grown")
+    model = AutoModelForCausalLM.from_pretrained(shared_model("llama", 1))
+    tokenizer = AutoTokenizer.from_pretrained(shared_model("llama", 1))
+    pieces = [tokenizer(token)["input_ids"] for token in NEW_TOKENS]
+    assert tokenizer.add_tokens(NEW_TOKENS) == 3
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    with torch.no_grad():
+        for number, ids in enumerate(pieces):
+            for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+                table.weight[len(tokenizer) - 3 + number] = table.weight[ids].mean(0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory) -> Path:
+    texts = [" ".join((["the bird", "river sings", "slowly", "under the", "old tree", "two stone",
+                        "the river runs", "two light"] * 2)[i % 5:i % 5 + 3 + i % 6])
+             for i in range(60)]
+    return write_jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl",
+                       [{"text": text} for text in texts])
+
+
+@pytest.fixture
+def recipe_for(grown_student, shared_model, rows, tmp_path):
+    def write(name: str, **changes) -> Path:
+        settings = {"teacher__vocabulary": "grown", "data__prepared": str(tmp_path / "data"),
+                    "data__eval": [{"name": "all", "path": str(rows), "text": "text"}], **changes}
+        return write_recipe(tmp_path / f"{name}.yaml", grown_student, shared_model("llama", 1),
+                            rows, tmp_path / name, **settings)
+    return write
+
+
+def naive_run(student: Path, teacher: Path, recipe: dict, prepared: Path) -> list[dict]:
+    """Each step's metrics in plain torch: one document at a time, the teacher on the text's old
+    words."""
+    model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
+    words = AutoTokenizer.from_pretrained(teacher)
+    old, train, loss = len(words), recipe["train"], recipe["loss"]
+    pieces = [words(token)["input_ids"] for token in NEW_TOKENS]
+    first = torch.tensor([ids[0] for ids in pieces])
+    optimizer = reference_adamw(model, train)
+    window = PreparedLoader(prepared, seed=0, global_batch_size=train["global_batch_size"],
+                            micro_batch_size=1, dp_rank=0, dp_size=1, workers=0).window
+    lines = []
+    for step in range(train["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = train["learning_rate"] * reference_factor(train, step)
+        kd = ce = tokens = 0
+        for ids, labels in itertools.chain.from_iterable(map(split_documents, window(step))):
+            spelt, last = [], []
+            for token in ids[0].tolist():
+                spelt += pieces[token - old] if token >= old else [token]
+                last.append(len(spelt) - 1)
+            keep = labels != -100
+            log_q = model(ids).logits[0, keep, :old + 3].double().log_softmax(-1)
+            with torch.no_grad():
+                said = guide(torch.tensor([spelt])).logits[0, last][keep, :old]
+                p = said.double().softmax(-1)
+            q = log_q.exp()
+            folded = q[:, :old].clone()
+            for number, piece in enumerate(first.tolist()):
+                folded[:, piece] = folded[:, piece] + q[:, old + number]
+            r = loss["lam"] * p + (1 - loss["lam"]) * folded
+            kd = kd + (p * (p.log() - r.log())).sum()
+            target = labels[keep]
+            blind = (target >= old) | torch.isin(target, first)
+            ce = ce + F.nll_loss(log_q[blind], target[blind], reduction="sum")
+            tokens += int(keep.sum())
+        total = (kd + loss["ce_weight"] * ce) / tokens
+        optimizer.zero_grad()
+        total.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        lines.append({"loss": total.item(), "kd_loss": (kd / tokens).item(),
+                      "ce_loss": (ce / tokens).item(), "grad_norm": norm.item()})
+    return lines
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_a_run_with_new_tokens_is_a_plain_loops_and_learns(isolated, recipe_for, grown_student,
+                                                           shared_model, tmp_path):
+    recipe = recipe_for("run1", data__isolate_documents=isolated, train__eval_every=3)
+    run_ranks(1, "train", recipe)
+    truth = None
+    for ranks in (1, 2) if isolated else (1,):
+        if ranks == 2:
+            run_ranks(2, "train", recipe, f"output_dir={tmp_path / 'run2'}")
+        got = read_metrics(tmp_path / f"run{ranks}")
+        if isolated:
+            truth = truth or naive_run(grown_student, shared_model("llama", 1),
+                                       yaml.safe_load(recipe.read_text()), tmp_path / "data")
+            for expected, line in zip(truth, got, strict=True):
+                for name, value in expected.items():
+                    assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        first, last = [json.loads(line) for line in
+                       (tmp_path / f"run{ranks}" / "eval.jsonl").read_text().splitlines()]
+        assert last["loss"] < first["loss"]
+        assert last["kl_to_teacher"] > 0 and 0 < last["top1_agreement"] <= 1
