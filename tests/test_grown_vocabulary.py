@@ -6,11 +6,13 @@ import itertools
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from support.data import split_documents, write_jsonl
 from support.losses import EVERY_DIVERGENCE, OBJECTIVES, PER_TOKEN, LossProblem
+from support.models import WORDS, make_sentencepiece, make_tokenizer
 from support.ranks import run_ranks
 from support.reference_loop import reference_adamw, reference_factor
 from support.runs import read_metrics, write_recipe
@@ -19,10 +21,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amid_ds import AMiD, LMHead, PerToken, linear_amid_loss
-from amid_ds.data import PreparedLoader
+from amid_ds.checkpoint.manifest import Manifest
+from amid_ds.config.parse import load_recipe
+from amid_ds.data import PreparedLoader, load_tokenizer
+from amid_ds.data.batch import TokenRow, collate_rows
+from amid_ds.data.grown import GrownVocabulary, grown_vocabulary
 from amid_ds.errors import InputError
 from amid_ds.losses import grown_amid_loss
 from amid_ds.losses.reference import naive_loss, naive_values
+from amid_ds.training.job import check_recipe
 
 # Of the ids 36 to 40; three begin with the same piece.
 FIRST_PIECES = torch.tensor([3, 17, 3, 35, 3])
@@ -261,7 +268,84 @@ def test_a_run_with_new_tokens_is_a_plain_loops_and_learns(isolated, recipe_for,
             for expected, line in zip(truth, got, strict=True):
                 for name, value in expected.items():
                     assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
+        else:
+            # A resumed run whose new tokens are spelt otherwise is another one.
+            checkpoint = tmp_path / "run1" / "checkpoints" / "step_00000006"
+            assert Manifest.read(checkpoint).identity["teacher.pieces_sha256"] == GrownVocabulary(
+                31, ((7, 14), (19, 3), (6, 8))).sha256
         first, last = [json.loads(line) for line in
                        (tmp_path / f"run{ranks}" / "eval.jsonl").read_text().splitlines()]
         assert last["loss"] < first["loss"]
         assert last["kl_to_teacher"] > 0 and 0 < last["top1_agreement"] <= 1
+
+
+def test_the_teachers_rows_spell_the_students_and_end_where_they_do():
+    vocabulary = GrownVocabulary(10, ((1, 2), (3,), (4, 5, 6)))
+    rows = [TokenRow(np.array([0, 10, 7, 12, 8, 11]), np.array([1, 6]), np.array([3]), "a"),
+            TokenRow(np.array([9, 12, 1]), np.array([2, 3]), np.array([]), "b")]
+    batch = collate_rows(rows, [0, 1])
+    own = vocabulary.with_teachers_rows([batch])[0].for_teacher
+    assert own.input_ids.tolist() == [[0, 1, 2, 7, 4, 5, 6, 8], [9, 4, 5, 6, 0, 0, 0, 0]]
+    # Behind 0, [1, 2], 7, [4, 5, 6], 8; behind [4, 5, 6] of the second row.
+    assert own.valid.tolist() == [0, 2, 3, 6, 7, 8 + 3]
+    assert own.targets.tolist() == batch.targets.tolist() == [10, 7, 12, 8, 11, 1]
+    assert own.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]]
+    assert own.documents.starts == ((0, 4, 8), (0, 4))
+    assert (batch.padding, own.padding) == (3, 4)
+    whole = GrownVocabulary(10, vocabulary.pieces, limit=8)
+    assert whole.expand(batch).input_ids.shape == (2, 8)
+    with pytest.raises(InputError, match="a: a row of 8 of the teacher's tokens, and the teacher "
+                                         "has 7 positions"):
+        GrownVocabulary(10, vocabulary.pieces, limit=7).expand(batch)
+
+
+def test_pieces_are_the_old_tokenizers_of_any_kind(grown_student, shared_model, tmp_path):
+    vocabulary = grown_vocabulary(load_tokenizer(str(grown_student)),
+                                  load_tokenizer(str(shared_model("llama", 1))), "a", "b")
+    words = ["<unk>", "<eos>", "<pad>", *WORDS]
+    assert vocabulary.old == len(words)
+    assert [" ".join(words[i] for i in pieces) for pieces in vocabulary.pieces] == NEW_TOKENS
+    assert [words[i] for i in vocabulary.first_pieces] == ["river", "under", "two"]
+    folder = make_sentencepiece(tmp_path / "pieces")
+    old, new = (load_tokenizer(str(folder)) for _ in range(2))
+    new.add_tokens(["number 7", "\tindented"])
+    pieces = grown_vocabulary(new, old, "a", "b").pieces
+    assert [old.decode(list(ids)) for ids in pieces] == ["number 7", "\tindented"]
+
+
+def changed(grown_student: Path, shared_model, change: str) -> tuple:
+    student = load_tokenizer(str(grown_student))
+    teacher = load_tokenizer(str(shared_model("llama", 1)))
+    if change == "unspelt":
+        student.add_tokens(["unheardof"])
+    if change == "swapped":
+        swapped = make_tokenizer(grown_student.parent / "swapped", [WORDS[1], WORDS[0], *WORDS[2:]])
+        swapped.add_tokens(["river sings"])
+        student = swapped
+    if change == "same":
+        student = teacher
+    return student, teacher
+
+
+@pytest.mark.parametrize("change, found", [
+    ("unspelt", "the id 34 is 'unheardof', which the teacher's tokenizer cannot spell"),
+    ("swapped", "the id 3 is 'a', of the teacher 'the'\n    the id 4 is 'the', of the teacher 'a'"),
+    ("same", "no token is new")])
+def test_a_tokenizer_that_is_no_extension_is_refused_with_its_ids(change, found, grown_student,
+                                                                  shared_model):
+    student, teacher = changed(grown_student, shared_model, change)
+    with pytest.raises(InputError, match=found):
+        grown_vocabulary(student, teacher, "a", "b")
+
+
+@pytest.mark.parametrize("changes, found", [
+    (["teacher.vocabulary=same"], "differ: "),
+    (["teacher.vocabulary=old"], "teacher.vocabulary"),
+    (["tensor_parallel=2"], "heads are cut alike"),
+    (["rollout={max_new_tokens: 2}"], "`rollout`"),
+    (["teacher.delta={base: {model: x}}"], "`teacher.delta`"),
+    (["loss.token_weight={by: teacher_entropy, top: 0.5}"], "whole sequences"),
+])
+def test_recipes_that_cannot_have_a_grown_vocabulary_are_refused(changes, found, recipe_for):
+    with pytest.raises(InputError, match=found):
+        check_recipe(load_recipe(recipe_for("run"), changes), 2)

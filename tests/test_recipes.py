@@ -15,6 +15,7 @@ from support.data import write_jsonl, write_texts
 from support.ranks import run_ranks
 from support.runs import read_metrics
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amid_ds import AMiD, amid_loss, linear_amid_loss
 from amid_ds.cli import main
@@ -43,6 +44,7 @@ STAND_INS = {
     "opd_sampled": ("llama", 1, SAMPLED),
     "pretrain": ("llama", 2, ["tensor_parallel=2", "train.global_batch_size=2"]),
     "mean_teacher": ("llama", 2, ["train.global_batch_size=2"]),
+    "grown_vocabulary": ("llama", 1, SMALL_BATCH),
     "study": ("llama", 1, SMALL_BATCH),
 }
 ON_DOLLY = ["amid_gpt2_dolly", "amid_adaptive", "distillm_gpt2_dolly", "gkd", "csd"]
@@ -97,6 +99,8 @@ def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, chat_models
     student, teacher = (chat_models if source.messages
                         else [shared_model(family, 0), shared_model(family, 1)])
     sets = [f"data.train.{i}" for i in range(len(recipe.data.train))] + ["data.eval.0"]
+    if recipe.live_teacher is not None and recipe.live_teacher.vocabulary == "grown":
+        student = with_a_new_token(teacher, tmp_path / "grown")
     overrides = [f"student.model={student}",
                  *([] if recipe.live_teacher is None else [f"teacher.model={teacher}"]),
                  *(f"{rows}.path={data}" for rows in sets), f"data.prepared={tmp_path / 'data'}",
@@ -122,6 +126,17 @@ def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, chat_models
     assert all(key in line for key in recipe.train.statistics for line in lines)
     assert (tmp_path / "run" / "model" / "config.json").exists()
     assert recipe.checkpoint.best is None or (tmp_path / "run" / "best" / "config.json").exists()
+
+
+def with_a_new_token(model: Path, out: Path) -> Path:
+    """A copy of the model with the token "the river"."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["the river"])
+    copy = AutoModelForCausalLM.from_pretrained(model)
+    copy.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    for saved in (copy, tokenizer):
+        saved.save_pretrained(out)
+    return out
 
 
 def variants() -> list[list[str]]:

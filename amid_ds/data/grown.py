@@ -10,6 +10,7 @@ the same text.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -45,6 +46,11 @@ class GrownVocabulary:
     def first_pieces(self) -> torch.Tensor:
         """[k] int64, the first old id of each new one."""
         return torch.tensor([pieces[0] for pieces in self.pieces])
+
+    @property
+    def sha256(self) -> str:
+        """By which a resumed run knows that these are still the same."""
+        return hashlib.sha256(repr((self.old, self.pieces)).encode()).hexdigest()
 
     def with_teachers_rows(self, batches: list[Batch]) -> list[Batch]:
         """The batches with `for_teacher`. On the host. Raises InputError, naming the row, for one

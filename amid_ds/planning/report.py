@@ -49,6 +49,9 @@ def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     if plan.placements:
         console.print(_placement_table(plan))
         console.print(f"teacher.placement: {plan.placement}")
+    if recipe.live_teacher is not None and recipe.live_teacher.vocabulary == "grown":
+        console.print("the teacher reads the old pieces of new tokens: its rows are longer than "
+                      "train.seq_length, at which they are counted")
     console.print(_work_line(plan, recipe))
     console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}")
     console.print(_activations_line(plan))

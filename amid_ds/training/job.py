@@ -186,7 +186,7 @@ def identity_of(job: Job, sources: SourceHashes, checkpoint: Path | None) -> dic
     if recipe.live_teacher is not None:
         hashes["teacher.sha256"] = sources.teacher
     if job.grown is not None:
-        hashes["teacher.pieces"] = [list(pieces) for pieces in job.grown.pieces]
+        hashes["teacher.pieces_sha256"] = job.grown.sha256
     identity = {**flat_recipe(recipe), **hashes, "student.dtype": job.student_dtype}
     if checkpoint is not None:
         refuse_other_identity(checkpoint, identity, recipe.checkpoint.allow_change)
