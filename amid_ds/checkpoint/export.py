@@ -136,7 +136,7 @@ def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size
             tensors = {}
             for name in names:
                 tensors[name] = (shards.buffer(name) if name in buffers
-                                 else shards.exported(name).to(dtype))
+                                 else shards.whole(name).to(dtype))
                 bar.update()
             # To the names that the model's family has on disk.
             tensors = revert_weight_conversion(model, tensors)

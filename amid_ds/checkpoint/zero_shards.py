@@ -70,13 +70,14 @@ class ZeroShards:
         with _errors_named(self.files.checkpoint):
             return list(self.parts[name][0].pieces[0])
 
-    def exported(self, name: str) -> torch.Tensor:
-        """What an export has of a parameter, in fp32: the running mean of its weights where the run
-        keeps one (`train.ema`), else its weights."""
-        return self.whole(name, EXPORTED_MEAN if EXPORTED_MEAN in self.kinds(name) else WEIGHT_KIND)
+    def whole(self, name: str, kind: str | None = None) -> torch.Tensor:
+        """A parameter's fp32 weights, or one of its moments or means, whole: a copy in memory.
 
-    def whole(self, name: str, kind: str = WEIGHT_KIND) -> torch.Tensor:
-        """A parameter's fp32 weights, or one of its moments or means, whole: a copy in memory."""
+        kind: None: what an export has of it, the mean that the run keeps for that (`train.ema`),
+        else the weights.
+        """
+        if kind is None:
+            kind = EXPORTED_MEAN if EXPORTED_MEAN in self.kinds(name) else WEIGHT_KIND
         parts, shape = self.parts[name], self.shapes[name]
         with _errors_named(self.files.checkpoint):
             tensors = [part.tensor(kind) for part in parts]
