@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from amid_ds.data.pack import PackedRow
 from amid_ds.distributed.transfer import to_device
 from amid_ds.errors import InputError
-from amid_ds.losses import IGNORE_INDEX
+from amid_ds.losses import IGNORE_INDEX, SparseTargets
 
 
 class Documents(NamedTuple):
@@ -54,6 +54,8 @@ class Batch:
         "corpus.parquet row 16".
     documents: where the rows' documents begin; None: not known, `positions` have to tell.
     row_sources: of each row, the index of its source in data.train; None: not known.
+    teacher_targets: what a cache holds of the teacher at the positions `valid`, in their order;
+        None: no cache.
     valid: [n] int64, which of the B · L positions have a label, in their order. It is made on the
         host, because a GPU would have to be waited for to know n.
     sequences: [n] int64, the sequence of each of these: of the documents with a label, in order and
@@ -69,6 +71,7 @@ class Batch:
     sources: list[str]
     documents: Documents | None = None
     row_sources: list[int] | None = None
+    teacher_targets: SparseTargets | None = None
     valid: torch.Tensor = field(init=False)
     sequences: torch.Tensor = field(init=False)
     sequence_count: int = field(init=False)
@@ -98,6 +101,8 @@ class Batch:
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 object.__setattr__(moved, name, to_device(value, device))
+            elif isinstance(value, SparseTargets):
+                object.__setattr__(moved, name, value.to(device))
         return moved
 
     @property

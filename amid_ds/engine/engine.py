@@ -76,12 +76,13 @@ class Engine:
                 parts: Sequence[LossPart], last: bool) -> MicroBatchLoss:
         """The loss of one micro-batch on the device, see `Distiller.forward`.
 
-        last: whether it is the last one of the accumulation window.
+        Its `teacher_targets` are learnt from where it has them. last: whether it is the last one of the accumulation window.
         """
         self._deepspeed.set_gradient_accumulation_boundary(last)
         loss: MicroBatchLoss = self._deepspeed(
             batch.input_ids, batch.valid, batch.targets, token_weights, teacher_hidden,
-            batch.positions, batch.sequences, parts=parts, documents=batch.documents)
+            batch.positions, batch.sequences, parts=parts, documents=batch.documents,
+            targets=batch.teacher_targets)
         return loss
 
     def backward(self, loss: Tensor) -> None:

@@ -71,7 +71,8 @@ def open_step_data(job: Job, state: TrainState,
         steps = StreamLoader(data, train.seq_length, job.tokenizer, state.streams, **layout)
     else:
         weights = [source.weight for source in data.train]
-        steps = PreparedLoader(prepared, seed=train.seed, weights=weights, **layout)
+        steps = PreparedLoader(prepared, seed=train.seed, weights=weights,
+                               targets=open_cache(job.recipe), **layout)
     if data.auxiliary is None:
         return steps, None
     return steps, PreparedLoader(prepared / "auxiliary", seed=train.seed, **layout)
