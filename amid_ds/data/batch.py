@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,7 +103,7 @@ class Batch:
             if isinstance(value, torch.Tensor):
                 object.__setattr__(moved, name, to_device(value, device))
             elif isinstance(value, SparseTargets):
-                object.__setattr__(moved, name, value.to(device))
+                object.__setattr__(moved, name, value.map(partial(to_device, device=device)))
         return moved
 
     @property

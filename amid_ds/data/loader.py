@@ -23,6 +23,7 @@ from amid_ds.data.prepared import PreparedDataset
 from amid_ds.data.targets import TargetFolder, stack_targets
 from amid_ds.errors import InputError
 from amid_ds.losses import IGNORE_INDEX
+from amid_ds.losses.sparse import Rest
 
 
 class StepLoader(abc.ABC):
@@ -94,11 +95,12 @@ class StepLoader(abc.ABC):
 class PreparedLoader(StepLoader):
     """Steps over a prepared folder, in any order. weights: None for equal ones.
 
-    targets: the teacher's cache of these rows, read with them; None: no cache.
+    targets: the teacher's cache of these rows, read with them, and what it is outside of what that
+    keeps (None: as the cache's method has it); None: no cache.
     """
 
     def __init__(self, folder: Path, *, seed: int, weights: Sequence[float] | None = None,
-                 targets: TargetFolder | None = None, **layout: int) -> None:
+                 targets: tuple[TargetFolder, Rest | None] | None = None, **layout: int) -> None:
         self.prepared, self.seed, self.targets = PreparedDataset(folder), seed, targets
         counts = self.prepared.counts
         super().__init__(weights=[1.0] * len(counts) if weights is None else weights, **layout)
@@ -113,7 +115,7 @@ class PreparedLoader(StepLoader):
 
     def _batch(self, rows: list[int]) -> Batch:
         batch = self.prepared.batch(rows)
-        return batch if self.targets is None else with_targets(batch, self.targets)
+        return batch if self.targets is None else with_targets(batch, *self.targets)
 
     def epochs(self, step: int) -> list[float]:
         """Passes over each source before this step; above 1 its rows come again."""
@@ -121,16 +123,17 @@ class PreparedLoader(StepLoader):
         return [count / rows for count, rows in zip(samples, self.prepared.counts, strict=True)]
 
 
-def with_targets(batch: Batch, cache: TargetFolder) -> Batch:
+def with_targets(batch: Batch, cache: TargetFolder, rest: Rest | None = None) -> Batch:
     """The batch with what `cache` holds of the teacher at its rows. Raises InputError.
 
-    The cache is of the same prepared rows: its row i has a target for each label of row i.
+    The cache is of the same prepared rows: its row i has a target for each label of row i. rest: as
+    SparseTargets has it; None: by the cache's method.
     """
     rows = [cache.row(number) for number in batch.rows]
     labels = (batch.labels != IGNORE_INDEX).sum(1).tolist()
-    for source, row, count in zip(batch.sources, rows, labels, strict=True):
-        if len(row) != count:
-            raise InputError(f"{source}: {count} tokens to learn, and the cache {cache.path} has "
-                             f"{len(row)} of its row", "a cache of these rows",
+    for number, row, count in zip(batch.rows, rows, labels, strict=True):
+        if len(row.ids) != count:
+            raise InputError(f"row {number} has {count} tokens to learn, and {len(row.ids)} in the "
+                             f"cache {cache.path}", "a cache of these rows",
                              "write it again with `amid-ds cache`")
-    return replace(batch, teacher_targets=stack_targets(rows))
+    return replace(batch, teacher_targets=stack_targets(rows, rest))

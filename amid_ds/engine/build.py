@@ -93,7 +93,8 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
         if recipe.data.isolates_any or exceeds_window(module, recipe.train.seq_length):
             choose_attention(module, f"the {name}", world.device, trains=name == "student")
     distiller = Distiller(models["student"], models.get("teacher"), vocab_size=vocab_size,
-                          shard=shard, replicated=replicated)
+                          shard=shard, replicated=replicated,
+                          cached=recipe.cached_teacher is not None)
     # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing.
     distiller.train()
     groups = parameter_groups(models["student"], recipe.train)

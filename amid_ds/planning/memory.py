@@ -27,6 +27,9 @@ def memory_per_rank(setting: Setting) -> dict[str, int]:
     parts = {**state_bytes(setting), **student_step_bytes(setting)}
     if setting.teacher is not None:
         parts |= teacher_step_bytes(setting, setting.teacher, parts)
+    if setting.target_bytes:
+        # Of the whole window: they come to the device with its rows.
+        parts["teacher_targets"] = setting.teacher_tokens * setting.target_bytes
     return {**parts, "total": sum(parts.values())}
 
 

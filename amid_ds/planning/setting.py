@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
 from amid_ds.config.recipe import Recipe, bounding_values
+from amid_ds.data import TargetFolder
 from amid_ds.distributed.nodes import require_divisor
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
@@ -33,6 +35,8 @@ DEFAULT_PREFETCH_BUCKET = 50_000_000
 DEFAULT_PERSISTENCE_THRESHOLD = 100_000
 DEFAULT_MAX_LIVE = 1_000_000_000
 DEFAULT_MAX_REUSE_DISTANCE = 1_000_000_000
+# Of an id, and of a log-probability or weight, in SparseTargets.
+ID_BYTES, LOG_BYTES = 8, 4
 
 PlacementName = Literal["zero3", "node", "replicated"]
 
@@ -111,8 +115,10 @@ class Setting:
     # Those of them that the teacher sees: an auxiliary corpus has as many, and no teacher.
     teacher_micro_batches: int
     student: ModelCosts
-    # None where the run never needs the teacher.
+    # None where the run never needs the teacher, or has a cache of it.
     teacher: ModelCosts | None
+    # Of a token, what a cache keeps of the teacher there, on the device; 0: no cache.
+    target_bytes: int
     placement: Placement
     nodes: int
     ranks: int
@@ -206,6 +212,7 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
         student=count_model(resolve_student(recipe), torch.bfloat16 if zero.bf16 else torch.float32,
                             recipe),
         teacher=_count_teacher(recipe, placement),
+        target_bytes=_target_bytes(recipe),
         placement=placement,
         nodes=nodes,
         ranks=ranks,
@@ -232,6 +239,16 @@ def ranks_of_shard(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> i
     assert recipe.live_teacher is not None
     of_node = min(data_parallel, max(1, ranks_per_node // recipe.tensor_parallel))
     return recipe.live_teacher.shard_over or of_node
+
+
+def _target_bytes(recipe: Recipe) -> int:
+    """Bytes of a token's SparseTargets; of draws at most, as if all were different."""
+    if recipe.cached_teacher is None:
+        return 0
+    manifest = TargetFolder.open(Path(recipe.cached_teacher.cached)).manifest
+    layout = manifest.layout
+    kept = ID_BYTES + LOG_BYTES * (2 if layout.sampled else 1)
+    return layout.entries * kept + LOG_BYTES * (1 if layout.sampled else 2)
 
 
 def _count_teacher(recipe: Recipe, placement: Placement) -> ModelCosts | None:

@@ -108,6 +108,8 @@ def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
     models = {"student.model": recipe.student.model}
     if recipe.live_teacher is not None:
         models["teacher.model"] = recipe.live_teacher.model
+    if recipe.cached_teacher is not None:
+        models["teacher.cached"] = recipe.cached_teacher.cached
     for setting, model in models.items():
         # A run may be the student's start; of its folder only the checkpoints are read.
         if os.path.exists(model) and find_run(model) is None:

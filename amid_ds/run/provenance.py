@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from amid_ds.config.recipe import Recipe, Student, Teacher
-from amid_ds.data import tokenizer_fingerprint
-from amid_ds.data.manifest import read_prepared_manifest
+from amid_ds.data import TargetFolder, tokenizer_fingerprint
+from amid_ds.data.manifest import PREPARED_MANIFEST, read_prepared_manifest
 from amid_ds.distributed.devices import allocator_settings
 from amid_ds.run.warm_start import resolve_student
 
@@ -24,19 +24,25 @@ SAMPLE_BYTES = 1 << 20
 
 class SourceHashes(NamedTuple):
     """SHA-256 of what a run begins with; None for a model of the hub, and where it has no teacher.
+
+    teacher: of the model's files, also where a cache stands for it; cache: of what that holds.
     """
 
     student: str | None
     teacher: str | None
     tokenizer: str
+    cache: str | None = None
 
 
 def hash_sources(recipe: Recipe, tokenizer: Any) -> SourceHashes:
     """The hashes. Rank 0 makes them, once a start, for all: they read a part of every file."""
-    teacher = recipe.live_teacher
-    return SourceHashes(model_hash(resolve_student(recipe).model),
-                        None if teacher is None else model_hash(teacher.model),
-                        tokenizer_fingerprint(tokenizer))
+    teacher, cached, of_cache = recipe.live_teacher, recipe.cached_teacher, None
+    of_teacher = None if teacher is None else model_hash(teacher.model)
+    if cached is not None:
+        of_teacher = TargetFolder.open(cached.cached).manifest.teacher_sha256
+        of_cache = cache_hash(Path(cached.cached))
+    return SourceHashes(model_hash(resolve_student(recipe).model), of_teacher,
+                        tokenizer_fingerprint(tokenizer), of_cache)
 
 
 def provenance(recipe: Recipe, hashes: SourceHashes, ranks: int, optimizer: Mapping[str, object],
@@ -51,12 +57,24 @@ def provenance(recipe: Recipe, hashes: SourceHashes, ranks: int, optimizer: Mapp
         "ranks": ranks,
         "gpu_allocator": allocator_settings(),
         "student": _model_facts(recipe.student, hashes.student),
-        "teacher": (None if recipe.live_teacher is None
-                    else {**_model_facts(recipe.live_teacher, hashes.teacher), **placement}),
+        "teacher": _teacher_facts(recipe, hashes, placement),
         "tokenizer_sha256": hashes.tokenizer,
         "optimizer": optimizer,
     }
     return json.dumps(facts, indent=1) + "\n"
+
+
+def _teacher_facts(recipe: Recipe, hashes: SourceHashes,
+                   placement: Mapping[str, object]) -> dict[str, object] | None:
+    """Which teacher it is, and where it lies: on the ranks, or its distributions in a cache."""
+    if recipe.live_teacher is not None:
+        return {**_model_facts(recipe.live_teacher, hashes.teacher), **placement}
+    if recipe.cached_teacher is None:
+        return None
+    cache = TargetFolder.open(recipe.cached_teacher.cached).manifest
+    return {"model": cache.teacher, "revision": cache.revision, "files_sha256": hashes.teacher,
+            "cached": recipe.cached_teacher.cached, "cache_sha256": hashes.cache,
+            "method": cache.method, "kept": cache.layout.entries}
 
 
 def versions() -> dict[str, str | None]:
@@ -106,6 +124,11 @@ def prepared_hash(folder: Path) -> str:
     manifest = read_prepared_manifest(folder)
     assert manifest is not None, f"{folder} holds prepared data"
     return hashlib.sha256(json.dumps(manifest["shards"], sort_keys=True).encode()).hexdigest()
+
+
+def cache_hash(folder: Path) -> str:
+    """The sha256 of a cache, over its manifest: what it is of, its shards' sizes and checksums."""
+    return hashlib.sha256((folder / PREPARED_MANIFEST).read_bytes()).hexdigest()
 
 
 def model_hash(model: str) -> str | None:

@@ -12,6 +12,7 @@ from amid_ds.data.batch import require_ids_below
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.monitor.step_timer import phase
+from amid_ds.training.cached_teacher import open_targets
 from amid_ds.training.job import Job
 
 
@@ -72,7 +73,7 @@ def open_step_data(job: Job, state: TrainState,
     else:
         weights = [source.weight for source in data.train]
         steps = PreparedLoader(prepared, seed=train.seed, weights=weights,
-                               targets=open_cache(job.recipe), **layout)
+                               targets=open_targets(job.recipe), **layout)
     if data.auxiliary is None:
         return steps, None
     return steps, PreparedLoader(prepared / "auxiliary", seed=train.seed, **layout)
