@@ -177,8 +177,9 @@ def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) 
 def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) -> str:
     """The text of the folder's README.md: what this model is, how it was trained and its scores."""
     run = RunFolder(checkpoint.parent.parent)
-    model = recipe.live_teacher
-    teacher = f", distilled from `{model.model}`" if model is not None else ""
+    origin = ""
+    if run.provenance.is_file():
+        origin = run.provenance.read_text(encoding="utf-8", errors="replace")
     logged, evaluated = (_lines_of_last_step(lines, state.step)
                          for lines in (read_metrics(run.path), read_evaluations(run.path)))
     # A slash marks times, speeds and memory.
@@ -187,19 +188,33 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) 
     parts = ["---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
              "tags: [distillation, amid-ds]\n---",
              f"# {run.path.resolve().name}, step {state.step}",
-             f"`{recipe.student.model}`{teacher}, trained by amid_ds: "
+             f"`{recipe.student.model}`{_taught_by(recipe, origin)}, trained by amid_ds: "
              f"{state.step} of {recipe.train.total_steps} steps, "
              f"{state.tokens:,} tokens. Weights in {dtype}.",
              "## Metrics of the last logged step\n\n| | |\n|---|---:|\n" + "\n".join(metrics)]
     if evaluated:
         parts.append("## Evaluation\n\n```json\n"
                      + "\n".join(json.dumps(line) for line in evaluated) + "\n```")
-    origin = ""
-    if run.provenance.is_file():
-        origin = run.provenance.read_text(encoding="utf-8", errors="replace")
     parts.append("## Provenance\n\n```json\n" + origin.strip() + "\n```")
     parts.append("## Recipe\n\n```yaml\n" + dump_recipe(recipe).strip() + "\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _taught_by(recipe: Recipe, origin: str) -> str:
+    """Of which teacher the model learnt, for a sentence; origin: the text of provenance.json.
+
+    The cache of a teacher may be elsewhere by now: its run has noted whose it was.
+    """
+    if recipe.live_teacher is not None:
+        return f", distilled from `{recipe.live_teacher.model}`"
+    if recipe.cached_teacher is None:
+        return ""
+    try:
+        teacher = json.loads(origin)["teacher"]
+        return (f", distilled from `{teacher['model']}` by its distributions in a cache "
+                f"({teacher['method']} {teacher['kept']})")
+    except (ValueError, KeyError, TypeError):
+        return f", distilled from the cache `{recipe.cached_teacher.cached}`"
 
 
 def exported_step(model: Path) -> int | None:

@@ -33,7 +33,10 @@ def add_eval(commands: Commands) -> None:
     parser = add_command(commands, _eval, "perplexity, divergence from a teacher, ROUGE-L")
     parser.add_argument("model")
     parser.add_argument("--teacher", metavar="MODEL")
-    parser.add_argument("--data", required=True, metavar="FILE")
+    parser.add_argument("--cached", metavar="DIR", help="instead of --teacher: what `amid-ds cache`"
+                        " wrote of it over the rows of --data")
+    parser.add_argument("--data", required=True, metavar="FILE", help="with --cached also the "
+                        "prepared folder that it is of")
     for name in ("text", "prompt", "response", "messages"):
         parser.add_argument(f"--{name}", metavar="COL", help="default: by the columns of the rows")
     _add_row_options(parser, "error")
@@ -65,7 +68,8 @@ def _eval(args: argparse.Namespace) -> None:
     protocol = eval_protocol(args.protocol, args.seq_length, args.seeds, args.new_tokens,
                              args.no_repeat_ngram)
     evaluate_command(EvalArgs(args.model, args.teacher, args.data, protocol, rows,
-                              trust_remote_code=args.trust_remote_code), args.json)
+                              trust_remote_code=args.trust_remote_code, cached=args.cached),
+                     args.json)
 
 
 def add_generate(commands: Commands) -> None:

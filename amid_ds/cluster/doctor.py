@@ -277,6 +277,29 @@ def check_model_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
                       "HF_HUB_OFFLINE=1")
 
 
+def check_cache_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
+    """A cached teacher's folder is complete on every node."""
+    if recipe is None or recipe.cached_teacher is None:
+        return
+    path = recipe.cached_teacher.cached
+    problems = _gather_problems(world, _cache_problem(path))
+    yield Verdict("teacher's cache", not problems,
+                  _by_node(problems) or f"{path} can be read on every node",
+                  "write it with `amid-ds cache`, where all nodes can read it")
+
+
+def _cache_problem(path: str) -> str | None:
+    from amid_ds.data import TargetFolder
+
+    try:
+        TargetFolder.open(path).require_sizes()
+    except InputError as error:
+        return error.found
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def _model_problem(model: Student | Teacher) -> str | None:
     from amid_ds.data import load_tokenizer
     from amid_ds.models.loading import require_supported
@@ -337,5 +360,5 @@ def check_clocks(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 
 
 CHECKS: tuple[Check, ...] = (check_versions, check_gpus, check_compiler, check_output_folder,
-                             check_connections, check_all_reduce, check_model_files, check_cpu_adam,
-                             check_placement, check_clocks)
+                             check_connections, check_all_reduce, check_model_files, check_cache_files,
+                             check_cpu_adam, check_placement, check_clocks)

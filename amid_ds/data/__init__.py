@@ -23,6 +23,7 @@ from amid_ds.data.sources import (
     source_columns,
 )
 from amid_ds.data.stream import StreamLoader, StreamState, merge_stream_states, stream_summary
+from amid_ds.data.targets import TargetFolder
 from amid_ds.data.tokenizer import (
     encode_prompts,
     end_of_text_id,
@@ -34,7 +35,7 @@ from amid_ds.data.tokenizer import (
 )
 
 __all__ = ["Batch", "PreparedDataset", "PreparedInfo", "PreparedLoader", "SourceInfo",
-           "StepLoader", "StreamLoader", "StreamState", "check_sources", "encode_prompts",
+           "StepLoader", "StreamLoader", "StreamState", "TargetFolder", "check_sources", "encode_prompts",
            "end_of_text_id", "load_tokenizer", "merge_stream_states", "planned_epochs", "prepare",
            "prepare_all", "read_batches", "read_prompts", "read_prompts_with_references",
            "require_same_tokenizer", "sample_texts", "source_columns", "stream_summary",

@@ -8,14 +8,17 @@ what it is of that; it is written independently of the fused loss, as evaluate.p
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
 
-from amid_ds.data import TargetFolder, tokenizer_fingerprint
+from amid_ds.config.parse import source_of
+from amid_ds.config.recipe import Data
+from amid_ds.data import Batch, TargetFolder, tokenizer_fingerprint
+from amid_ds.data.loader import with_targets
 from amid_ds.data.manifest import PREPARED_MANIFEST, read_prepared_manifest
 from amid_ds.errors import InputError
 from amid_ds.losses import SparseTargets
@@ -27,9 +30,10 @@ if TYPE_CHECKING:
     from amid_ds.eval.protocol import EvalArgs
 
 
-def open_cache_to_score(args: EvalArgs, tokenizer: PreTrainedTokenizerBase) -> TargetFolder:
-    """The cache of `--cached`. Raises InputError for none, or one of another tokenizer."""
-    assert args.cached is not None
+def cache_to_score(args: EvalArgs, tokenizer: PreTrainedTokenizerBase) -> TargetFolder | None:
+    """The cache of `--cached`, None without. Raises InputError for one of another tokenizer."""
+    if args.cached is None:
+        return None
     if args.teacher is not None:
         raise InputError("both --teacher and --cached", "one teacher",
                          "leave --teacher out, or --cached")
@@ -48,9 +52,16 @@ def prepared_folder(args: EvalArgs) -> Path | None:
     return folder if args.cached is not None and (folder / PREPARED_MANIFEST).is_file() else None
 
 
-def require_same_rows(cache: TargetFolder, rows: Path, data: str) -> None:
+def rows_to_score(args: EvalArgs) -> Data:
+    """What `--data` is, as a source to read; of a prepared folder nothing but its name is used."""
+    if prepared_folder(args) is not None:
+        return Data(train=[source_of({"path": args.data})])
+    return args.rows.data(args.data)
+
+
+def require_same_rows(cache: TargetFolder | None, rows: Path, data: str) -> None:
     """Raise InputError unless the prepared `rows`, of `--data`, are those of the cache."""
-    if cache.manifest.data_sha256 == prepared_hash(rows):
+    if cache is None or cache.manifest.data_sha256 == prepared_hash(rows):
         return
     manifest = read_prepared_manifest(rows)
     assert manifest is not None
@@ -61,6 +72,20 @@ def require_same_rows(cache: TargetFolder, rows: Path, data: str) -> None:
         "the rows that the cache was written for",
         "give the prepared folder of its recipe, or its only file with the same --seq-length and "
         "columns")
+
+
+def with_cached_targets(batches: Iterable[Batch], cache: TargetFolder | None) -> Iterator[Batch]:
+    """The batches with what the cache holds of the teacher at their rows, where they have some."""
+    for batch in batches:
+        yield batch if cache is None or not batch.rows else with_targets(batch, cache)
+
+
+def unknown_scores(cache: TargetFolder | None) -> dict[str, None]:
+    """The scores, None, that a cache does not tell: without the whole distribution none backwards,
+    and of draws no first choice."""
+    if cache is None:
+        return {}
+    return dict.fromkeys(["reverse_kl", *["top1_agreement"] * cache.manifest.layout.sampled])
 
 
 def kl_from(targets: SparseTargets, log_q: torch.Tensor) -> torch.Tensor:

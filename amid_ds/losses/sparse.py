@@ -93,6 +93,19 @@ class SparseTargets:
         """n."""
         return len(self.ids)
 
+    def __eq__(self, other: object) -> bool:
+        """By the values: so DeepSpeed compares what tensor-parallel peers are first called with."""
+        if not isinstance(other, SparseTargets):
+            return False
+        own, its = self._tensors(), other._tensors()
+        return self.rest == other.rest and own.keys() == its.keys() and all(
+            torch.equal(own[name].cpu(), its[name].cpu()) for name in own)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all its tensors."""
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
     @property
     def sampled(self) -> bool:
         """True for `sample`, False for `topk`."""

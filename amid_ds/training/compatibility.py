@@ -53,11 +53,11 @@ def pin(recipe: Recipe) -> Recipe:
         of_train = {key: value for key, value in CHANGED_DEFAULTS.items() if
                     getattr(began.train, key) == value and key not in recipe.train.model_fields_set}
         pinned["train"] = recipe.train.model_copy(update=of_train)
-    for section in ("student", "teacher"):
-        model = getattr(recipe, section)
+    models = {"student": recipe.student, "teacher": recipe.live_teacher}
+    for section, model in models.items():
         if model is None:
             continue
-        before = getattr(began, section, None)
+        before = getattr(began, "live_teacher" if section == "teacher" else section, None)
         if model.revision is None and before is not None and before.model == model.model:
             revision = before.revision
         else:
