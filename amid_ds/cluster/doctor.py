@@ -360,5 +360,5 @@ def check_clocks(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 
 
 CHECKS: tuple[Check, ...] = (check_versions, check_gpus, check_compiler, check_output_folder,
-                             check_connections, check_all_reduce, check_model_files, check_cache_files,
-                             check_cpu_adam, check_placement, check_clocks)
+                             check_connections, check_all_reduce, check_model_files,
+                             check_cache_files, check_cpu_adam, check_placement, check_clocks)

@@ -76,7 +76,8 @@ class Engine:
                 parts: Sequence[LossPart], last: bool) -> MicroBatchLoss:
         """The loss of one micro-batch on the device, see `Distiller.forward`.
 
-        Its `teacher_targets` are learnt from where it has them. last: whether it is the last one of the accumulation window.
+        Its `teacher_targets` are learnt from where it has them. last: whether it is the last one of
+        the accumulation window.
         """
         self._deepspeed.set_gradient_accumulation_boundary(last)
         loss: MicroBatchLoss = self._deepspeed(

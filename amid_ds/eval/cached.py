@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from amid_ds.config.parse import source_of
 from amid_ds.config.recipe import Data
-from amid_ds.data import Batch, TargetFolder, tokenizer_fingerprint
+from amid_ds.data import Batch, TargetFolder, check_sources, tokenizer_fingerprint
 from amid_ds.data.loader import with_targets
 from amid_ds.data.manifest import PREPARED_MANIFEST, read_prepared_manifest
 from amid_ds.errors import InputError
@@ -34,9 +34,6 @@ def cache_to_score(args: EvalArgs, tokenizer: PreTrainedTokenizerBase) -> Target
     """The cache of `--cached`, None without. Raises InputError for one of another tokenizer."""
     if args.cached is None:
         return None
-    if args.teacher is not None:
-        raise InputError("both --teacher and --cached", "one teacher",
-                         "leave --teacher out, or --cached")
     cache = TargetFolder.open(Path(args.cached))
     if cache.manifest.tokenizer_sha256 != tokenizer_fingerprint(tokenizer):
         raise InputError(f"{args.model} has another tokenizer than the teacher of {args.cached}",
@@ -50,6 +47,14 @@ def prepared_folder(args: EvalArgs) -> Path | None:
     """
     folder = Path(args.data)
     return folder if args.cached is not None and (folder / PREPARED_MANIFEST).is_file() else None
+
+
+def check_eval_data(args: EvalArgs) -> None:
+    """Raise InputError for two teachers, or for data that cannot be read."""
+    if args.cached is not None and args.teacher is not None:
+        raise InputError("both --teacher and --cached", "one teacher", "leave one of them out")
+    if prepared_folder(args) is None:
+        check_sources(args.rows.data(args.data))
 
 
 def rows_to_score(args: EvalArgs) -> Data:
@@ -78,14 +83,6 @@ def with_cached_targets(batches: Iterable[Batch], cache: TargetFolder | None) ->
     """The batches with what the cache holds of the teacher at their rows, where they have some."""
     for batch in batches:
         yield batch if cache is None or not batch.rows else with_targets(batch, cache)
-
-
-def unknown_scores(cache: TargetFolder | None) -> dict[str, None]:
-    """The scores, None, that a cache does not tell: without the whole distribution none backwards,
-    and of draws no first choice."""
-    if cache is None:
-        return {}
-    return dict.fromkeys(["reverse_kl", *["top1_agreement"] * cache.manifest.layout.sampled])
 
 
 def kl_from(targets: SparseTargets, log_q: torch.Tensor) -> torch.Tensor:

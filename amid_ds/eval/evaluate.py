@@ -27,7 +27,6 @@ from tqdm import tqdm
 from amid_ds.config.recipe import Dtype
 from amid_ds.data import (
     Batch,
-    check_sources,
     load_tokenizer,
     prepare,
     read_batches,
@@ -40,11 +39,11 @@ from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval.cached import (
     agreed_from,
     cache_to_score,
+    check_eval_data,
     kl_from,
     prepared_folder,
     require_same_rows,
     rows_to_score,
-    unknown_scores,
     with_cached_targets,
 )
 from amid_ds.eval.protocol import EvalArgs
@@ -141,12 +140,12 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
                vocab_size: int) -> list[float]:
     """Sums over the labelled tokens, in nats, at the positions NLL_SUM to CORRECT_COUNTS.
 
-    AGREED_SUM: tokens at which both models have the same first choice. A batch's cached targets stand
-    for a teacher; they tell no REVERSE_KL_SUM. CONFIDENCE_SUMS: by bin of
-    the first choice's probability, the sum of that probability; CORRECT_COUNTS: by the same bin,
-    the number of right first choices. Without a teacher KL_SUM, REVERSE_KL_SUM and AGREED_SUM are
-    0. Raises TrainingError if a model's logits are NaN, or the model gives a token no probability
-    that the data have or the teacher may choose.
+    AGREED_SUM: tokens at which both models have the same first choice. A batch's cached targets
+    stand for a teacher; they tell no REVERSE_KL_SUM. CONFIDENCE_SUMS: by bin of the first choice's
+    probability, the sum of that probability; CORRECT_COUNTS: by the same bin, the number of right
+    first choices. Without a teacher KL_SUM, REVERSE_KL_SUM and AGREED_SUM are 0. Raises
+    TrainingError if a model's logits are NaN, or the model gives a token no probability that the
+    data have or the teacher may choose.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(CORRECT_COUNTS.stop, dtype=torch.float64, device=device)
@@ -257,7 +256,10 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
         sums = _run_checked(world, lambda: sum_scores(model, teacher, shown, vocab_size))
     scores = score_model(sums if world is None else world.sum(sums),
                          teacher is not None or cache is not None)
-    scores = dataclasses.replace(scores, **unknown_scores(cache))
+    if cache is not None:
+        # The whole distribution would tell the one, and draws tell no first choice.
+        agreement = None if cache.manifest.layout.sampled else scores.top1_agreement
+        scores = dataclasses.replace(scores, reverse_kl=None, top1_agreement=agreement)
     if protocol.name is not None:
         scores = dataclasses.replace(scores, protocol=str(protocol))
     if sampling is None:
@@ -306,8 +308,7 @@ def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequenc
 def evaluate_command(args: EvalArgs, as_json: bool) -> None:
     """`amid-ds eval`: rank 0 prints the scores, as a table or as JSON alone."""
     with init_distributed(EVAL_TIMEOUT_S) as world:
-        if prepared_folder(args) is None:
-            world.run_checked(lambda: check_sources(args.rows.data(args.data)))
+        world.run_checked(lambda: check_eval_data(args))
         model, teacher, tokenizer = world.run_checked(lambda: _load(args, world.device))
         scores = evaluate(args, model, teacher, tokenizer, world)
         if world.is_main and as_json:

@@ -9,12 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from amid_ds.config.recipe import Recipe
-from amid_ds.data import TargetFolder, tokenizer_fingerprint, vocabulary_size
+from amid_ds.data import TargetFolder, stack_targets, tokenizer_fingerprint, vocabulary_size
 from amid_ds.data.manifest import read_prepared_manifest
 from amid_ds.errors import InputError
+from amid_ds.losses import SparseTargets
 from amid_ds.losses.sparse import Rest
-from amid_ds.losses.sparse_checks import sparse_problems
+from amid_ds.losses.sparse_checks import check_targets
+from amid_ds.models.distiller import StepObjective
 from amid_ds.run.provenance import prepared_hash
 from amid_ds.training.objective import every_objective
 
@@ -42,6 +46,7 @@ def check_cache(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     cache = open_cache(recipe)
     if cache is None:
         return
+    cache.require_sizes()
     problems = [*_of_another_tokenizer(cache, tokenizer), *_of_other_data(cache, recipe),
                 *_losses_refused(cache, recipe)]
     if problems:
@@ -51,7 +56,6 @@ def check_cache(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
             "a cache of these rows, and losses that what it keeps is enough for",
             "write one with `amid-ds cache`, name another in teacher.cached, change the loss, or "
             "name the teacher itself as teacher.model")
-    cache.require_sizes()
 
 
 def require_cache_of_data(recipe: Recipe) -> None:
@@ -86,16 +90,27 @@ def _losses_refused(cache: TargetFolder, recipe: Recipe) -> list[str]:
     """What a loss of the recipe asks that the cache does not tell, each once, by its place."""
     teacher = recipe.cached_teacher
     assert teacher is not None
+    try:
+        kept = stack_targets([cache.row(0)], teacher.rest)
+    except InputError as error:
+        return [f"`teacher.rest`: {error.found}; {error.remedy}"]
     problems: dict[str, None] = {}
     for objectives in every_objective(recipe):
-        named = {"loss": objectives.base,
-                 **{f"data.train.{number}.loss": own
-                    for number, own in objectives.by_source.items()
-                    if number in recipe.source_losses}}
-        for place, each in named.items():
-            if not each.kd_weight and each.amid.token_weight is None:
-                continue
-            for problem in sparse_problems(each.amid, cache.manifest.layout.sampled, teacher.rest,
-                                           each.statistics):
-                problems[f"`{place}`: {problem}"] = None
+        losses = {"loss": objectives.base,
+                  **{f"data.train.{number}.loss": objectives.by_source[number]
+                     for number in recipe.source_losses}}
+        for place, each in losses.items():
+            if each.kd_weight or each.amid.token_weight is not None:
+                problems |= {f"`{place}`: {problem}": None
+                             for problem in _refused(each, kept, cache.manifest.vocab_size)}
     return list(problems)
+
+
+def _refused(objective: StepObjective, kept: SparseTargets, vocabulary: int) -> list[str]:
+    """Why the loss cannot be had of such targets; [] where it can."""
+    try:
+        check_targets(kept, objective.amid, torch.ones(len(kept)), vocabulary,
+                      objective.statistics, by_value=False)
+    except InputError as error:
+        return [f"{error.found}, and it takes {error.expected}; {error.remedy}"]
+    return []

@@ -23,8 +23,8 @@ MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepare
               "train.log_every", "train.statistics", "train.hang_timeout", "train.max_hours",
               "train.micro_batch_size",
               "train.deterministic", "student.activation_checkpointing", "train.profile",
-              "teacher.max_tokens_per_pass", "teacher.cached", "teacher.placement", "teacher.shard_over",
-              "tensor_parallel", "deepspeed")
+              "teacher.max_tokens_per_pass", "teacher.cached", "teacher.placement",
+              "teacher.shard_over", "tensor_parallel", "deepspeed")
 # No leave to change this one, and the reason.
 KEPT = "train.optimizer"
 WHY_KEPT = ("; no leave changes it, because a checkpoint has no other optimizer's moments: take "
