@@ -1,10 +1,10 @@
-"""The commands about models and their data: tokenizer, eval, generate."""
+"""The commands about models and their data: tokenizer, eval, generate, cache."""
 
 from __future__ import annotations
 
 import argparse
 
-from amid_ds.cli.arguments import Commands, add_command, add_trust
+from amid_ds.cli.arguments import Commands, add_command, add_recipe, add_targets, add_trust
 
 
 def add_tokenizer(commands: Commands) -> None:
@@ -94,3 +94,17 @@ def _generate(args: argparse.Namespace) -> None:
 
     generate(GenerateArgs(**{name: value for name, value in vars(args).items()
                              if name in GenerateArgs.__dataclass_fields__}))
+
+
+def add_cache(commands: Commands) -> None:
+    parser = add_command(commands, _cache, "a teacher's distributions over the rows, written down")
+    add_recipe(parser)
+    parser.add_argument("--out", metavar="DIR", help="default: beside the prepared data")
+    add_targets(parser)
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from amid_ds.training.cache import cache
+    from amid_ds.training.cache_plan import CacheArgs
+
+    cache(CacheArgs(args.recipe, args.overrides, args.out, args.topk, args.sample, args.exponent))

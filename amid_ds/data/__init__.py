@@ -38,8 +38,9 @@ from amid_ds.data.tokenizer import (
 
 __all__ = ["Batch", "PreparedDataset", "PreparedInfo", "PreparedLoader", "RowTargets",
            "SourceInfo", "StepLoader", "StreamLoader", "StreamState", "TargetFolder",
-           "TargetManifest", "check_sources", "encode_prompts", "end_of_text_id", "load_tokenizer",
-           "merge_stream_states", "planned_epochs", "prepare", "prepare_all", "read_batches",
-           "read_prompts", "read_prompts_with_references", "require_same_tokenizer",
-           "sample_texts", "source_columns", "stack_targets", "stream_summary",
-           "tokenizer_fingerprint", "train_sentencepiece", "vocabulary_size", "with_steps"]
+           "TargetManifest", "check_sources", "encode_prompts",
+           "end_of_text_id", "load_tokenizer", "merge_stream_states", "planned_epochs", "prepare",
+           "prepare_all", "read_batches", "read_prompts", "read_prompts_with_references",
+           "require_same_tokenizer", "sample_texts", "source_columns", "stack_targets",
+           "stream_summary", "tokenizer_fingerprint", "train_sentencepiece", "vocabulary_size",
+           "with_steps"]

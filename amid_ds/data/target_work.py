@@ -48,6 +48,8 @@ class TargetWork:
 
     def __init__(self, folder: Path, manifest: TargetManifest) -> None:
         self.folder, self.manifest = folder, manifest
+        # A folder has thousands of shards: those that were seen finished are not looked at again.
+        self._left = list(range(manifest.shards))
         self._digest = hashlib.sha256(json.dumps(plan_json(manifest)).encode()).hexdigest()
         self._held: dict[int, Lease] = {}
 
@@ -81,25 +83,43 @@ class TargetWork:
 
     def missing(self) -> list[int]:
         """The shards that are not finished, by anybody."""
-        return [number for number in range(self.manifest.shards)
-                if not self._counts_path(number).exists()]
+        self._left = [number for number in self._left if not self._is_finished(number)]
+        return list(self._left)
+
+    def finished_positions(self) -> int:
+        """The labelled positions of all finished shards."""
+        left = set(self.missing())
+        return sum(self._counts(number)["positions"] for number in range(self.manifest.shards)
+                   if number not in left)
+
+    def _is_finished(self, number: int) -> bool:
+        return self._counts_path(number).exists()
 
     def claim(self, wait: bool) -> int | None:
         """A shard that is now this job's to make, its lease held; None: others have all.
 
-        Without `wait` shards with a lease are left alone. With it their holders are looked at,
-        which takes up to a minute, and those of the dead are taken over.
+        Without `wait` shards with a lease are left alone. With it the holder of one is looked at,
+        of another one each time, which takes up to a minute; those of the dead are taken over.
         """
-        for number in self.missing():
-            path = self._lease_path(number)
-            if number in self._held or (path.exists() and not wait):
+        for number in list(self._left):
+            if number in self._held:
+                continue
+            if self._is_finished(number):
+                self._left.remove(number)
+                continue
+            if self._lease_path(number).exists() and not wait:
                 continue
             try:
-                lease = Lease.take(path, f"the shard {target_shard_path(self.folder, number)}")
+                self._held[number] = Lease.take(
+                    self._lease_path(number), f"the shard {target_shard_path(self.folder, number)}")
             except LeaseHeldError:
-                continue
-            self._held[number] = lease
-            if not self._counts_path(number).exists():
+                if not wait:
+                    continue
+                # Behind the others, for the next look.
+                self._left.remove(number)
+                self._left.append(number)
+                return None
+            if not self._is_finished(number):
                 return number
             # Its last holder has just finished it.
             self.give_back(number)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from amid_ds.config.recipe import Dtype, Recipe, Teacher
 from amid_ds.distributed.world import World
@@ -46,15 +48,19 @@ from amid_ds.run.warm_start import resolve_student
 logger = logging.getLogger(__name__)
 
 
-def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World) -> Engine:
-    """A teacher by itself, sharded over `world.shards` by ZeRO-3 and never trained. Collective."""
+def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World,
+                         shape: Callable[[nn.Module], nn.Module] = lambda model: model) -> Engine:
+    """A teacher by itself, sharded over `world.shards` by ZeRO-3 and never trained. Collective.
+
+    shape: is given the model before its weights are read, and returns the engine's module.
+    """
     deepspeed = import_deepspeed()
     opened = open_causal_lm(teacher, teacher.dtype, for_teacher(config), world, world.shards)
     opened.module.requires_grad_(False)
-    model = opened.read(world)
-    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    module = shape(opened.module)
+    bf16 = next(opened.read(world).parameters()).dtype == torch.bfloat16
     deepspeed_engine, *_ = deepspeed.initialize(
-        model=model, dist_init_required=False, config={**config, "bf16": {"enabled": bf16}})
+        model=module, dist_init_required=False, config={**config, "bf16": {"enabled": bf16}})
     deepspeed_engine.eval()
     return Engine(deepspeed_engine, world)
 
