@@ -38,7 +38,7 @@ def open_targets(recipe: Recipe) -> tuple[TargetFolder, Rest | None] | None:
     return None if teacher is None or cache is None else (cache, teacher.rest)
 
 
-def check_cache(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_cached_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise InputError, with all that is wrong, unless the recipe can learn from its cache.
 
     Where the data are not prepared yet, `require_cache_of_data` compares them later.

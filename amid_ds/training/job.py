@@ -41,7 +41,7 @@ from amid_ds.run.log import read_metrics
 from amid_ds.run.places import check_places, require_own_model
 from amid_ds.run.provenance import SourceHashes, hash_sources, prepared_hash, provenance
 from amid_ds.run.warm_start import resolve_student
-from amid_ds.training.cached_teacher import check_cache
+from amid_ds.training.cached_teacher import check_cached_teacher
 from amid_ds.training.compatibility import (
     changes_since_last_attempt,
     flat_recipe,
@@ -129,7 +129,7 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     if teacher is not None:
         require_same_tokenizer(tokenizer, load_tokenizer(teacher.model, **teacher.hub_kwargs),
                                student.model, teacher.model)
-    check_cache(recipe, tokenizer)
+    check_cached_teacher(recipe, tokenizer)
     for name, meta in metas.items():
         require_rows(meta, f"the {name}", vocabulary_size(tokenizer))
         require_positions(meta, f"the {name}", recipe.train.seq_length)
