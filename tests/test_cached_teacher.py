@@ -296,3 +296,59 @@ def test_eval_refuses_a_cache_of_other_rows_and_two_teachers(llama_pair, text_fi
     assert main(["eval", str(llama_pair[0]), "--cached", str(eight), "--data", str(text_file),
                  *arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_to_the_last_digit_on_other_ranks_too_and_with_no_other_cache(
+        recipe_of, eight, drawn, tmp_path):
+    """The folder may have moved."""
+    recipe = recipe_of({"cached": str(eight)}, "run", checkpoint__every=3)
+    run, last = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000006"
+    run_ranks(2, "train", recipe)
+    whole = comparable_metrics(run)
+    moved = tmp_path / "moved"
+    shutil.copytree(eight, moved)
+    shutil.rmtree(last)
+    run_ranks(2, "train", recipe, f"teacher.cached={moved}")
+    assert comparable_metrics(run) == whole
+    shutil.rmtree(last)
+    run_ranks(1, "train", recipe)
+    for line, expected in zip(comparable_metrics(run), whole, strict=True):
+        assert line == pytest.approx(expected, rel=1e-5)
+    shutil.rmtree(last)
+    other = Ranks(1, "train", recipe, f"teacher.cached={drawn}", "loss={preset: fkl}",
+                  "data.train.0.loss=null", "train.statistics=[]",
+                  "checkpoint.allow_change=[loss, data.train]")
+    assert other.wait() == [2]
+    assert "teacher.cache_sha256" in other.output()
+    assert "teacher.sha256" not in other.output()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", ["eight", "drawn"])
+def test_a_student_learns_from_a_cache_over_epochs(recipe_of, kept, request, tmp_path):
+    recipe = recipe_of({"cached": str(request.getfixturevalue(kept))}, "epochs")
+    run_ranks(1, "train", recipe, "loss={preset: fkl}", "data.train.0.loss=null",
+              "train.steps=null", "train.epochs=4", "train.learning_rate=0.01",
+              "train.statistics=[]")
+    divergences = [line["kd_loss"] for line in comparable_metrics(tmp_path / "epochs")]
+    quarter = len(divergences) // 4
+    first, last = (sum(part) / quarter for part in (divergences[:quarter], divergences[-quarter:]))
+    assert last < 0.7 * first
+
+
+@pytest.mark.slow
+def test_draws_train_with_an_auxiliary_corpus_and_tell_their_statistics(recipe_of, drawn, text_file,
+                                                                       tmp_path):
+    recipe = recipe_of({"cached": str(drawn)}, "draws")
+    run_ranks(2, "train", recipe, "loss={preset: fkl}", "data.train.0.loss=null",
+              f"data.auxiliary={{path: {text_file}}}",
+              "train.statistics=[label_probability, teacher_entropy]",
+              f"data.eval=[{{path: {text_file}, name: held, text: text}}]",
+              f"data.prepared={tmp_path / 'data'}")
+    for line in comparable_metrics(tmp_path / "draws"):
+        assert line["kd_loss"] > 0 and line["auxiliary_loss"] > 0
+        assert 0 < line["label_probability"] < 1 and line["teacher_entropy"] > 0
+        assert line["loss"] == pytest.approx(line["kd_loss"] + line["auxiliary_loss"], rel=1e-6)
+    evaluation = json.loads((tmp_path / "draws" / "eval.jsonl").read_text().splitlines()[-1])
+    assert evaluation["loss"] > 0 and evaluation["kl_to_teacher"] is None
