@@ -80,22 +80,14 @@ class CacheArgs:
             raise InputError(f"--exponent {self.exponent}", "a finite number above 0",
                              "1 draws from the teacher's own distribution")
 
-    @property
-    def entries(self) -> int:
-        """Ids that are kept of a position, at most."""
-        return self.sample or self.topk or DEFAULT_K
-
-    @property
-    def kept(self) -> str:
-        """What is kept, as a part of a folder's name: `topk64`, `sample50`."""
-        return f"sample{self.sample}" if self.sample is not None else f"topk{self.entries}"
-
     def layout(self, vocab_size: int) -> TargetLayout:
         """The numbers' sizes in the folder. Raises InputError for more ids than there are."""
-        if self.sample is None and self.entries > vocab_size:
-            raise InputError(f"--topk {self.entries} of a vocabulary of {vocab_size} ids",
+        if self.sample is not None:
+            return TargetLayout(vocab_size, self.sample, True)
+        if self.topk is not None and self.topk > vocab_size:
+            raise InputError(f"--topk {self.topk} of a vocabulary of {vocab_size} ids",
                              f"1 to {vocab_size}", f"--topk {vocab_size} keeps all of them")
-        return TargetLayout(vocab_size, self.entries, self.sample is not None)
+        return TargetLayout(vocab_size, self.topk or min(DEFAULT_K, vocab_size), False)
 
 
 @dataclass(frozen=True)
@@ -118,8 +110,9 @@ class CacheTask:
         """The folder that is written."""
         if self.args.out is not None:
             return Path(self.args.out)
-        prepared = self.recipe.prepared_dir
-        return prepared.with_name(f"{prepared.name}-{self.args.kept}")
+        prepared, layout = self.recipe.prepared_dir, self.args.layout(self.vocab_size)
+        kept = f"sample{layout.entries}" if layout.sampled else f"topk{layout.entries}"
+        return prepared.with_name(f"{prepared.name}-{kept}")
 
     @property
     def is_whole(self) -> bool:
@@ -207,7 +200,7 @@ def plan_cache(task: CacheTask) -> TargetManifest:
         dtype_name = {"bf16": "bfloat16", "fp32": "float32"}[dtype]
     return TargetManifest(
         format=TARGET_FORMAT, method="sample" if layout.sampled else "topk",
-        k=None if layout.sampled else args.entries, draws=args.sample,
+        k=None if layout.sampled else layout.entries, draws=args.sample,
         exponent=(args.exponent or 1.0) if layout.sampled else None,
         seed=recipe.train.seed if layout.sampled else None, vocab_size=task.vocab_size, rows=rows,
         positions=positions, shard_rows=rows_of_a_shard(rows, positions, layout, size),
