@@ -20,7 +20,8 @@ from amid_ds.losses.fused import LossOutput, amid_loss, linear_amid_loss
 from amid_ds.losses.lm_head import LMHead
 from amid_ds.losses.measures import PerToken
 from amid_ds.losses.objective import AMiD, preset
+from amid_ds.losses.sparse import SparseTargets
 
 __all__ = ["IGNORE_INDEX", "AMiD", "AlphaBeta", "ConcreteScore", "Divergence", "LMHead", "LogProbs",
-           "LossOutput", "PerToken", "SampledReverseKL", "amid_loss", "default_workspace_bytes",
-           "linear_amid_loss", "linear_argmax", "preset", "register"]
+           "LossOutput", "PerToken", "SampledReverseKL", "SparseTargets", "amid_loss",
+           "default_workspace_bytes", "linear_amid_loss", "linear_argmax", "preset", "register"]

@@ -80,11 +80,20 @@ def check_logits(student: Tensor, teacher: Tensor, objective: AMiD) -> None:
 
 def check_linear(student_hidden: Tensor, student_head: LMHead, teacher_hidden: Tensor | None,
                  teacher_head: LMHead | None, objective: AMiD | None, token_weights: Tensor,
-                 labels: Tensor | None, ce_weight: float, kd_weight: float) -> None:
-    """Raise InputError for shapes, dtypes and numbers that `linear_amid_loss` cannot work with."""
+                 labels: Tensor | None, ce_weight: float, kd_weight: float,
+                 has_targets: bool) -> None:
+    """Raise InputError for shapes, dtypes and numbers that `linear_amid_loss` cannot work with.
+
+    has_targets: something stands in the teacher's place.
+    """
     check_head_and_hidden("student", student_hidden, student_head)
     given = [x is not None for x in (teacher_hidden, teacher_head)]
-    if given[0] != given[1] or (teacher_head is None and kd_weight != 0):
+    if has_targets:
+        if any(given):
+            raise InputError("targets beside teacher_hidden or teacher_head", "one of the two",
+                             "sparse targets stand in the teacher's place: pass None for both")
+        _check_objective(objective)
+    elif given[0] != given[1] or (teacher_head is None and kd_weight != 0):
         hidden, head = ("given" if x else "missing" for x in given)
         raise InputError(
             f"teacher_hidden {hidden}, teacher_head {head}, kd_weight={kd_weight}",
@@ -105,7 +114,7 @@ def check_linear(student_hidden: Tensor, student_head: LMHead, teacher_hidden: T
     if ce_weight and labels is None:
         raise InputError(f"ce_weight={ce_weight} without labels", "labels [N]",
                          "pass labels, or ce_weight=0")
-    if teacher_head is None and labels is None:
+    if teacher_head is None and labels is None and not has_targets:
         raise InputError("neither a teacher nor labels", "one of them",
                          "there is nothing to learn from; pass one")
     for name, tensor in (("token_weights", token_weights), ("labels", labels)):
