@@ -1,5 +1,4 @@
-"""What `amid-ds cache` is asked for, checked; the plan of its folder, and the room that it takes.
-"""
+"""What `amid-ds cache` is asked for, checked; its folder's plan and size; `plan --cache`."""
 
 from __future__ import annotations
 
@@ -223,10 +222,52 @@ def folder_bytes(rows: int, positions: int, layout: TargetLayout) -> int:
     return int(rows * ROW_BYTES + positions * layout.position_bytes)
 
 
-def require_room(work: TargetWork) -> None:
+def require_cache_room(work: TargetWork) -> None:
     """Raise InputError where the disk has no room for the shards that nobody has written yet."""
     manifest = work.manifest
     left = sum(len(manifest.shard_range(shard)) for shard in work.missing())
     needed = folder_bytes(manifest.rows, manifest.positions, manifest.layout) * left
     require_disk_space(work.folder, needed // manifest.rows, f"the cache {work.folder}",
                        "keep less: --topk K or --sample N, or name another --out")
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """The size of a folder before it is written, as `plan --cache --json` has it.
+
+    bytes_per_position, bytes: of samples at most; rows, positions, bytes: None before the data are
+    prepared.
+    """
+
+    kept: str
+    vocab_size: int
+    bytes_per_position: float
+    rows: int | None = None
+    positions: int | None = None
+    bytes: int | None = None
+
+    def __str__(self) -> str:
+        most = "at most " if self.kept.startswith("sample") else ""
+        each = (f"{self.kept} of {self.vocab_size:,} ids: {most}{self.bytes_per_position:,.1f} "
+                "bytes a position")
+        if self.bytes is None:
+            return (f"{each}, {self.bytes_per_position:,.1f} GB for 10^9 of them; `amid-ds prepare`"
+                    " counts them")
+        return (f"{each}, {most}{self.bytes / 1e6:,.1f} MB for {self.positions:,} positions of "
+                f"{self.rows:,} rows")
+
+
+def cache_size(args: CacheArgs) -> CacheSize:
+    """What `cache` with these arguments will write. Raises InputError."""
+    recipe = load_cache_recipe(args)
+    student = resolve_student(recipe)
+    vocab_size = vocabulary_size(load_tokenizer(student.model, **student.hub_kwargs))
+    layout = args.layout(vocab_size)
+    kept = f"{'sample' if layout.sampled else 'topk'} {layout.entries}"
+    prepared = read_prepared_manifest(recipe.prepared_dir)
+    if prepared is None:
+        return CacheSize(kept, vocab_size, layout.position_bytes)
+    rows, positions = (sum(source[name] for source in prepared["sources"])
+                       for name in ("rows", "tokens"))
+    return CacheSize(kept, vocab_size, layout.position_bytes, rows, positions,
+                     folder_bytes(rows, positions, layout))
