@@ -146,7 +146,7 @@ def test_rows_stack_into_the_positions_of_a_batch_in_order(method, tmp_path):
     else:
         assert targets.rest == "drop" and targets.log_rest is None
         assert (targets.weights[targets.ids < 0] == 0).all()
-    assert stack_targets(rows, "spread").rest == "spread"
+    assert stack_targets(rows, "drop").rest == "drop"
 
 
 def test_a_damaged_shard_is_named_with_the_way_to_make_it_anew(tmp_path):

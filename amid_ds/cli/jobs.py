@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from amid_ds.cli.arguments import Commands, add_command, add_recipe
+from amid_ds.cli.arguments import Commands, add_command, add_recipe, add_targets
 from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ def add_submit(commands: Commands) -> None:
     parser = add_command(commands, _submit, "check a recipe and submit it to Slurm")
     add_recipe(parser)
     parser.add_argument("--template", metavar="NAME", help="train (default), train_deepspeed, "
-                        "train_mpi, prepare, sweep, or a file")
+                        "train_mpi, prepare, cache, sweep, or a file")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="of --template cache, "
+                        "which write one folder together; and its options:")
+    parser.add_argument("--out", metavar="DIR", help="default: beside the prepared data")
+    add_targets(parser)
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs in sequence")
     parser.add_argument("--sweep", metavar="KEY=A,B,...", action="append", help="an array job")
     _add_sbatch_options(parser)
@@ -72,12 +76,17 @@ def _refuse_options(args: argparse.Namespace, names: Sequence[str], where: str,
 
 
 def _submit(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from amid_ds.cluster.submit import submit
     from amid_ds.config.grid import sweep_combinations
 
     sweep = sweep_combinations(args.sweep) if args.sweep else ()
     template = args.template or ("sweep" if sweep else "train")
-    submit_args = _submit_args(args, template, args.chain, sweep)
+    cache = {name: value for name in ("out", "topk", "sample", "exponent")
+             if (value := getattr(args, name)) is not None}
+    submit_args = replace(_submit_args(args, template, args.chain, sweep), cache=cache,
+                          jobs=args.jobs)
     submit(args.recipe, args.overrides, submit_args, args.dry_run)
 
 

@@ -132,9 +132,9 @@ class TargetWork:
         try:
             write_target_rows(temporary, rows, self.manifest.layout)
             fsync(temporary)
-        except OSError:
+        except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from None
         size, digest = temporary.stat().st_size, file_sha256(temporary)
         self._held[number].check()
         os.replace(temporary, path)

@@ -33,7 +33,7 @@ from amid_ds.data.manifest import (
 )
 from amid_ds.data.target_shard import SelectedRow, TargetLayout, TargetShard
 from amid_ds.errors import InputError
-from amid_ds.losses.sparse import SparseTargets
+from amid_ds.losses.sparse import Rest, SparseTargets
 
 TARGET_FORMAT = 1
 
@@ -198,12 +198,11 @@ def _weights(row: SelectedRow, manifest: TargetManifest) -> NDArray[np.float32] 
     return (share * np.exp(log_ratio)).astype(np.float32)
 
 
-def stack_targets(rows: Sequence[RowTargets],
-                  rest: Literal["ghost", "spread", "drop"] | None = None) -> SparseTargets:
+def stack_targets(rows: Sequence[RowTargets], rest: Rest | None = None) -> SparseTargets:
     """The targets of all positions of the rows, in order, for `linear_amid_loss`.
 
-    rest: see SparseTargets; None: `ghost` of topk, `drop` of sample. Positions with fewer entries
-    than others get entries of no id. Of topk what rounding has left over of the total of 1 is
+    rest: see SparseTargets, and its default. Positions with fewer entries than others get entries
+    of no id. Of topk what rounding has left over of the total of 1 is
     taken back: every probability of a position is divided by their sum.
     """
     widest = max((row.ids.shape[1] for row in rows), default=0)
@@ -226,7 +225,7 @@ def stack_targets(rows: Sequence[RowTargets],
     return SparseTargets(
         ids, log_p, log_rest, weights=stacked([row.weights for row in rows]),
         label_log_probabilities=stacked([row.label_log_probabilities for row in rows]),
-        rest=rest or ("drop" if log_rest is None else "ghost"))
+        rest=rest)
 
 
 def read_target_manifest(folder: Path) -> TargetFile | None:

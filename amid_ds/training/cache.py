@@ -38,7 +38,7 @@ from amid_ds.training.cache_plan import (
     check_cache,
     load_cache_recipe,
     plan_cache,
-    require_room,
+    require_cache_room,
 )
 from amid_ds.training.determinism import deterministic
 
@@ -66,7 +66,7 @@ def _cache(task: CacheTask, world: World) -> None:
         logger.info(f"{task.out} is complete: nothing to do")
         return
     try:
-        world.run_on_main(lambda: require_room(work))
+        world.run_on_main(lambda: require_cache_room(work))
         with StopRequest(None, None, world.is_main) as request:
             _write_missing(task, work, request, world)
         world.run_on_main(work.publish)

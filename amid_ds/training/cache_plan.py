@@ -1,5 +1,4 @@
-"""What `amid-ds cache` is asked for, checked; the plan of its folder, and the room that it takes.
-"""
+"""What `amid-ds cache` is asked for, checked; its folder's plan and size; `plan --cache`."""
 
 from __future__ import annotations
 
@@ -80,22 +79,14 @@ class CacheArgs:
             raise InputError(f"--exponent {self.exponent}", "a finite number above 0",
                              "1 draws from the teacher's own distribution")
 
-    @property
-    def entries(self) -> int:
-        """Ids that are kept of a position, at most."""
-        return self.sample or self.topk or DEFAULT_K
-
-    @property
-    def kept(self) -> str:
-        """What is kept, as a part of a folder's name: `topk64`, `sample50`."""
-        return f"sample{self.sample}" if self.sample is not None else f"topk{self.entries}"
-
     def layout(self, vocab_size: int) -> TargetLayout:
         """The numbers' sizes in the folder. Raises InputError for more ids than there are."""
-        if self.sample is None and self.entries > vocab_size:
-            raise InputError(f"--topk {self.entries} of a vocabulary of {vocab_size} ids",
+        if self.sample is not None:
+            return TargetLayout(vocab_size, self.sample, True)
+        if self.topk is not None and self.topk > vocab_size:
+            raise InputError(f"--topk {self.topk} of a vocabulary of {vocab_size} ids",
                              f"1 to {vocab_size}", f"--topk {vocab_size} keeps all of them")
-        return TargetLayout(vocab_size, self.entries, self.sample is not None)
+        return TargetLayout(vocab_size, self.topk or min(DEFAULT_K, vocab_size), False)
 
 
 @dataclass(frozen=True)
@@ -118,8 +109,9 @@ class CacheTask:
         """The folder that is written."""
         if self.args.out is not None:
             return Path(self.args.out)
-        prepared = self.recipe.prepared_dir
-        return prepared.with_name(f"{prepared.name}-{self.args.kept}")
+        prepared, layout = self.recipe.prepared_dir, self.args.layout(self.vocab_size)
+        kept = f"sample{layout.entries}" if layout.sampled else f"topk{layout.entries}"
+        return prepared.with_name(f"{prepared.name}-{kept}")
 
     @property
     def is_whole(self) -> bool:
@@ -207,7 +199,7 @@ def plan_cache(task: CacheTask) -> TargetManifest:
         dtype_name = {"bf16": "bfloat16", "fp32": "float32"}[dtype]
     return TargetManifest(
         format=TARGET_FORMAT, method="sample" if layout.sampled else "topk",
-        k=None if layout.sampled else args.entries, draws=args.sample,
+        k=None if layout.sampled else layout.entries, draws=args.sample,
         exponent=(args.exponent or 1.0) if layout.sampled else None,
         seed=recipe.train.seed if layout.sampled else None, vocab_size=task.vocab_size, rows=rows,
         positions=positions, shard_rows=rows_of_a_shard(rows, positions, layout, size),
@@ -230,10 +222,52 @@ def folder_bytes(rows: int, positions: int, layout: TargetLayout) -> int:
     return int(rows * ROW_BYTES + positions * layout.position_bytes)
 
 
-def require_room(work: TargetWork) -> None:
+def require_cache_room(work: TargetWork) -> None:
     """Raise InputError where the disk has no room for the shards that nobody has written yet."""
     manifest = work.manifest
     left = sum(len(manifest.shard_range(shard)) for shard in work.missing())
     needed = folder_bytes(manifest.rows, manifest.positions, manifest.layout) * left
     require_disk_space(work.folder, needed // manifest.rows, f"the cache {work.folder}",
                        "keep less: --topk K or --sample N, or name another --out")
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """The size of a folder before it is written, as `plan --cache --json` has it.
+
+    bytes_per_position, bytes: of samples at most; rows, positions, bytes: None before the data are
+    prepared.
+    """
+
+    kept: str
+    vocab_size: int
+    bytes_per_position: float
+    rows: int | None = None
+    positions: int | None = None
+    bytes: int | None = None
+
+    def __str__(self) -> str:
+        most = "at most " if self.kept.startswith("sample") else ""
+        each = (f"{self.kept} of {self.vocab_size:,} ids: {most}{self.bytes_per_position:,.1f} "
+                "bytes a position")
+        if self.bytes is None:
+            return (f"{each}, {self.bytes_per_position:,.1f} GB for 10^9 of them; `amid-ds prepare`"
+                    " counts them")
+        return (f"{each}, {most}{self.bytes / 1e6:,.1f} MB for {self.positions:,} positions of "
+                f"{self.rows:,} rows")
+
+
+def cache_size(args: CacheArgs) -> CacheSize:
+    """What `cache` with these arguments will write. Raises InputError."""
+    recipe = load_cache_recipe(args)
+    student = resolve_student(recipe)
+    vocab_size = vocabulary_size(load_tokenizer(student.model, **student.hub_kwargs))
+    layout = args.layout(vocab_size)
+    kept = f"{'sample' if layout.sampled else 'topk'} {layout.entries}"
+    prepared = read_prepared_manifest(recipe.prepared_dir)
+    if prepared is None:
+        return CacheSize(kept, vocab_size, layout.position_bytes)
+    rows, positions = (sum(source[name] for source in prepared["sources"])
+                       for name in ("rows", "tokens"))
+    return CacheSize(kept, vocab_size, layout.position_bytes, rows, positions,
+                     folder_bytes(rows, positions, layout))

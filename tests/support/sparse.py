@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from support.losses import LossProblem
 from torch import Tensor
 from torch.nn import functional as F
 
 from amid_ds import AMiD, LMHead, SparseTargets, linear_amid_loss
 from amid_ds.losses.fused import LossOutput
 from amid_ds.losses.sparse_reference import naive_sparse_loss, naive_sparse_values
+from support.losses import LossProblem
 
 
 def topk_targets(logits: Tensor, k: int, rest: str = "ghost", labels: Tensor | None = None,
