@@ -34,6 +34,7 @@ from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.models.fit import require_positions, require_rows
 from amid_ds.models.loading import meta_model, require_supported, supported_model
+from amid_ds.models.trained import choose_trained
 from amid_ds.run.attempts import has_saved
 from amid_ds.run.exclusive import exclusive
 from amid_ds.run.folder import RunFolder
@@ -131,6 +132,7 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     for name, meta in metas.items():
         require_rows(meta, f"the {name}", vocabulary_size(tokenizer))
         require_positions(meta, f"the {name}", recipe.train.seq_length)
+    choose_trained(metas[f"student {student.model}"], recipe.student)
     if recipe.rollout is not None:
         end_of_text_id(tokenizer, recipe.rollout.end_of_text)
     return Job(recipe, config, tokenizer)
@@ -222,10 +224,12 @@ def _placement_facts(job: Job) -> dict[str, object]:
 
 
 def _optimizer_facts(recipe: Recipe) -> dict[str, object]:
-    """The optimizer's name, and the student's parameters in each of its groups."""
+    """The optimizer's name, and the student's parameters in each of its groups; frozen ones too,
+    where there are any."""
     origin = resolve_student(recipe)
-    groups = group_counts(meta_model(origin.model, **origin.hub_kwargs), recipe.train)
-    return {"name": recipe.train.optimizer, "groups": groups}
+    student = meta_model(origin.model, **origin.hub_kwargs)
+    choose_trained(student, recipe.student)
+    return {"name": recipe.train.optimizer, "groups": group_counts(student, recipe.train)}
 
 
 @contextlib.contextmanager
