@@ -54,9 +54,9 @@ def trained_shapes(model: nn.Module) -> dict[str, torch.Size]:
 class ZeroShards:
     """The files of one checkpoint, mapped into memory.
 
-    shapes: those of the whole parameters that train, by name, in the model's own order. A parameter that is
-    smaller in a tensor-parallel rank's shard was split there. Raises TrainingError where the
-    checkpoint does not hold exactly these parameters.
+    shapes: those of the whole parameters that train, by name, in the model's own order. A parameter
+    that is smaller in a tensor-parallel rank's shard was split there. Raises TrainingError where
+    the checkpoint does not hold exactly these parameters.
     """
 
     def __init__(self, checkpoint: Path, shapes: Mapping[str, torch.Size]) -> None:

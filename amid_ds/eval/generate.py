@@ -280,7 +280,8 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
     config = {} if task.recipe is None else ds_config.read_deepspeed_config(task.recipe,
                                                                             data_parallel=1)
     if model.placement == "replicated" or ds_config.zero_stage(config) < 3:
-        yield world.run_checked(lambda: task.source.load(model.dtype).to(world.device)), sampler, bool
+        whole = world.run_checked(lambda: task.source.load(model.dtype).to(world.device))
+        yield whole, sampler, bool
         return
     if model.placement == "node":
         over = world.run_on_main(lambda: _ranks_of_a_copy(model, world))

@@ -88,7 +88,7 @@ def _dtype_of(folder: Path) -> Dtype:
 
     try:
         with safe_open(folder / ADAPTER_FILE, "pt") as file:
-            dtypes = {file.get_slice(key).get_dtype() for key in file.keys()}
+            dtypes = {file.get_slice(key).get_dtype() for key in file.keys()}   # noqa: SIM118
     except (OSError, SafetensorError):
         # peft reads other files too, and says what is wrong.
         return "auto"

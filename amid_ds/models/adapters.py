@@ -17,9 +17,10 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,8 @@ from amid_ds.errors import InputError
 if TYPE_CHECKING:
     from peft import LoraConfig
 
+# By a parameter's name what makes its whole first value, of which no file holds any.
+FirstValues: TypeAlias = Mapping[str, Callable[[], Tensor]]
 # peft's name of a model's first adapter; of the file that describes an adapter's folder.
 ADAPTER_NAME, CONFIG_FILE = "default", "adapter_config.json"
 # What stands before the names of the model's parameters in an adapter's file.
@@ -56,16 +59,15 @@ def inject(model: nn.Module, lora: Lora) -> None:
     peft.inject_adapter_in_model(config, model, ADAPTER_NAME, low_cpu_mem_usage=on_meta)
     for name, module in model.named_modules():
         if is_adapter(f"{name}."):
-            module.to(dtype=model.dtype)   # type: ignore[arg-type]
+            module.to(dtype=model.dtype)
     for name in saved:
         model.get_submodule(name).requires_grad_(True)
 
 
-def initialise(model: nn.Module, seed: int) -> None:
-    """Give the adapters of a model that is not on the meta device their first values, in place."""
-    for name, parameter in model.named_parameters():
-        if is_adapter(name):
-            parameter.data.copy_(initial_value(name, parameter.shape, seed))
+def first_values(model: nn.Module, seed: int) -> FirstValues:
+    """What makes the first values of the adapters of a model, not yet split; by their names."""
+    return {name: partial(initial_value, name, tuple(parameter.shape), seed)
+            for name, parameter in model.named_parameters() if is_adapter(name)}
 
 
 def initial_value(name: str, shape: Iterable[int], seed: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 
 from amid_ds.config.recipe import Student
 from amid_ds.errors import InputError
-from amid_ds.models.adapters import inject
+from amid_ds.models.adapters import FirstValues, first_values, inject
 
 logger = logging.getLogger(__name__)
 
@@ -20,16 +20,19 @@ logger = logging.getLogger(__name__)
 MAX_NAMES = 4
 
 
-def choose_trained(model: nn.Module, student: Student) -> None:
+def choose_trained(model: nn.Module, student: Student, seed: int = 0) -> FirstValues:
     """Let what the recipe names of `model` train, in place; with `lora`, put its adapters there.
 
-    model: whole, on the meta device, or in ZeRO-3's shards. Raises InputError for patterns and
-    targets that name nothing of it.
+    Returns what makes the adapters' first values, by `seed`, which they do not have yet. model:
+    whole, on the meta device, or in ZeRO-3's shards, not yet split. Raises InputError for patterns
+    and targets that name nothing of it.
     """
     if student.lora is not None:
         inject(model, student.lora)
-    elif student.freeze:
+        return first_values(model, seed)
+    if student.freeze:
         freeze(model, student.freeze)
+    return {}
 
 
 def trains_in_part(student: Student) -> bool:

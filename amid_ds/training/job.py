@@ -134,6 +134,7 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     for name, meta in metas.items():
         require_rows(meta, f"the {name}", vocabulary_size(tokenizer))
         require_positions(meta, f"the {name}", recipe.train.seq_length)
+    choose_trained(metas[f"student {student.model}"], recipe.student)
     if recipe.rollout is not None:
         end_of_text_id(tokenizer, recipe.rollout.end_of_text)
     return Job(recipe, config, tokenizer)
@@ -229,9 +230,10 @@ def _placement_facts(job: Job) -> dict[str, object]:
 
 
 def _optimizer_facts(recipe: Recipe) -> dict[str, object]:
-    """The optimizer's name, and the student's parameters in each of its groups."""
-    groups = group_counts(_meta_student(recipe), recipe.train)
-    return {"name": recipe.train.optimizer, "groups": groups}
+    """The optimizer's name, and the student's parameters in each of its groups; frozen ones too,
+    where there are any."""
+    return {"name": recipe.train.optimizer,
+            "groups": group_counts(_meta_student(recipe), recipe.train)}
 
 
 def _meta_student(recipe: Recipe) -> nn.Module:
