@@ -8,18 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
 
 from torch import nn
+from typing_extensions import NotRequired, TypedDict
 
 from amid_ds.config.recipe import Dtype, HubKwargs
 from amid_ds.config.typed_json import parse_as
 from amid_ds.errors import InputError
 from amid_ds.models.adapters import CONFIG_FILE, apply_adapters, is_adapter_folder
 from amid_ds.models.loading import load_causal_lm
-
-if TYPE_CHECKING:
-    from typing_extensions import NotRequired
 
 ADAPTER_FILE = "adapter_model.safetensors"
 

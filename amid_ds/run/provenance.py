@@ -17,7 +17,8 @@ from amid_ds.data.manifest import read_prepared_manifest
 from amid_ds.distributed.devices import allocator_settings
 from amid_ds.run.warm_start import resolve_student
 
-PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "triton")
+PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "sentencepiece",
+            "triton")
 # Bytes at each end of a weight file that go into its hash.
 SAMPLE_BYTES = 1 << 20
 
