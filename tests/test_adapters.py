@@ -39,7 +39,8 @@ def student(shared_model) -> Path:
 @pytest.fixture(scope="module")
 def recipe_for(student, shared_model, instructions_file,
                tmp_path_factory) -> Callable[..., Path]:
-    """recipe_for(run, stage, **changes): 6 steps with a checkpoint after 3, evaluated at the end."""
+    """recipe_for(run, stage, **changes): 6 steps, a checkpoint after 3, an evaluation at the end.
+    """
     root = tmp_path_factory.mktemp("recipes")
 
     def write(run: Path, stage: int = 3, **changes) -> Path:
@@ -101,7 +102,8 @@ def logits_of(model) -> Tensor:
 
 
 def evaluated(model: Path, instructions_file: Path, capfd) -> dict:
-    assert main(["eval", str(model), "--data", str(instructions_file), "--json"]) == 0
+    assert main(["eval", str(model), "--data", str(instructions_file), "--seq-length", "24",
+                 "--seeds", "0", "--json"]) == 0
     return json.loads(capfd.readouterr().out.splitlines()[-1])
 
 
@@ -119,8 +121,8 @@ def test_a_checkpoint_takes_bytes_for_the_adapters_and_none_for_the_base(lora_ru
 
 def test_a_frozen_tied_weight_is_in_the_checkpoint_under_neither_name(frozen_run):
     plan = make_plan(load_recipe(frozen_run / "recipe.yaml"), 1, 2, find_device("cpu", 2))
-    layer, = {count for count in [plan.parameters["trained"] - 64]}
-    assert layer == 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128 + 2 * 64
+    assert plan.parameters["trained"] == layer + 64
     for path in list_checkpoints(frozen_run / "checkpoints"):
         files = [torch.load(file, weights_only=False) for file in path.glob("mp*states.pt")]
         held = {name: tensor.numel() for file in files for name, tensor in file["module"].items()
@@ -171,7 +173,8 @@ def test_peft_opens_the_run_and_gives_the_merged_models_and_the_engines_own_numb
     scores = [evaluated(path, instructions_file, capfd) for path in (lora_run / "model", merged)]
     assert scores[0].keys() == scores[1].keys()
     for name, score in scores[0].items():
-        assert score == pytest.approx(scores[1][name], rel=1e-5), name
+        expected = scores[1][name]
+        assert score == (expected and pytest.approx(expected, rel=1e-5)), name
     engine = json.loads((lora_run / "eval.jsonl").read_text().splitlines()[-1])
     assert engine["step"] == 6
     assert scores[0]["loss"] == pytest.approx(engine["loss"], rel=1e-5)
@@ -243,7 +246,7 @@ def test_another_base_than_the_run_began_with_is_refused_by_both_hashes(lora_run
 
 
 def test_bad_adapter_folders_and_wrong_merges_are_refused_by_name(
-        lora_run, frozen_run, student, recipe_for, instructions_file, shared_model, tmp_path, capfd):
+        lora_run, frozen_run, recipe_for, instructions_file, shared_model, tmp_path, capfd):
     def refusal(*command: object) -> str:
         assert main([str(each) for each in command]) == 2, command
         return capfd.readouterr().err
