@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -123,6 +124,33 @@ def write_adapter_config(folder: Path, model: nn.Module, lora: Lora, base: str,
     config.save_pretrained(str(folder))
 
 
+def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
+    """`model` with the adapters in `folder` added to its weights, in place and by peft.
+
+    Raises InputError where they are damaged, or of another model.
+    """
+    peft = _import_peft(f"{folder} holds adapters")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = peft.PeftModel(model, peft.PeftConfig.from_pretrained(folder))
+            report = adapted.load_adapter(folder, ADAPTER_NAME, autocast_adapter_dtype=False)
+        wrong = [*report.missing_keys, *report.unexpected_keys]
+        if not wrong:
+            merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+            return merged.eval()
+        problem = f"{len(wrong)} missing or unexpected tensors: {', '.join(wrong[:MAX_NAMES])}"
+    # A changed file can make peft raise anything.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        problem = " ".join(lines[:2]) or type(error).__name__
+    raise InputError(f"the adapters in {folder} do not fit the model "
+                     f"{model.config.name_or_path}: {problem}",   # type: ignore[union-attr]
+                     "adapters of this very model that can be added to its weights",
+                     "correct base_model_name_or_path in its adapter_config.json, or export the "
+                     "run again")
+
+
 def _config(model: nn.Module, lora: Lora, targets: list[str]) -> LoraConfig:
     return _import_peft().LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
@@ -210,10 +238,10 @@ def _shape(layer: Any) -> tuple[int, ...]:
     return tuple(getattr(layer.weight, "ds_shape", layer.weight.shape))
 
 
-def _import_peft() -> Any:
+def _import_peft(why: str = "student.lora") -> Any:
     try:
         import peft
     except ImportError:
-        raise InputError("student.lora, and peft is not installed", "peft 0.18 or newer",
+        raise InputError(f"{why}, and peft is not installed", "peft 0.18 or newer",
                          "pip install 'amid-ds[lora]'") from None
     return peft
