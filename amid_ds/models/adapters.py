@@ -52,9 +52,7 @@ def inject(model: nn.Module, lora: Lora) -> None:
     targets = target_modules(model, lora)
     saved = _saved_modules(model, lora, targets)
     peft = _import_peft()
-    config = _config(lora, targets)
-    # Of weights, not of what shards hold now: GPT-2's own kind of linear layer is the other way.
-    config.fan_in_fan_out = not isinstance(model.get_submodule(targets[0]), nn.Linear)
+    config = _config(model, lora, targets)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     peft.inject_adapter_in_model(config, model, ADAPTER_NAME, low_cpu_mem_usage=on_meta)
     for name, module in model.named_modules():
@@ -117,11 +115,10 @@ def write_adapter_config(folder: Path, model: nn.Module, lora: Lora, base: str,
 
     model: the student without adapters, on the meta device. base: where its weights are.
     """
-    config = _config(lora, lora.targets if isinstance(lora.targets, list)
-                     else target_modules(model, lora))
-    config.fan_in_fan_out = not isinstance(
-        model.get_submodule(target_modules(model, lora)[0]), nn.Linear)
-    config.modules_to_save = lora.modules_to_save or None
+    targets = target_modules(model, lora)
+    config = _config(model, lora, targets)
+    # By their whole names: peft takes any end of a name, `norm` for `q_norm` too.
+    config.modules_to_save = _saved_modules(model, lora, targets) or None
     config.base_model_name_or_path, config.revision = base, revision
     config.task_type, config.inference_mode = "CAUSAL_LM", True
     config.save_pretrained(str(folder))
@@ -154,9 +151,11 @@ def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
                      "run again")
 
 
-def _config(lora: Lora, targets: list[str]) -> LoraConfig:
+def _config(model: nn.Module, lora: Lora, targets: list[str]) -> LoraConfig:
     return _import_peft().LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+        # The weights of GPT-2's own kind of linear layer lie the other way.
+        fan_in_fan_out=not isinstance(model.get_submodule(targets[0]), nn.Linear))
 
 
 def target_modules(model: nn.Module, lora: Lora) -> list[str]:
