@@ -14,7 +14,6 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.models.adapters import initial_value
 from amid_ds.models.loading import meta_model
 from amid_ds.models.trained import choose_trained
-from support.ranks import rank_main
 from support.reference_loop import reference_adamw
 from support.runs import ROOT, read_metrics
 
@@ -22,20 +21,12 @@ from support.runs import ROOT, read_metrics
 EPS = 1e-6
 
 
-def without_export(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """A rank whose run leaves no model."""
-    from amid_ds.checkpoint import export
-
-    export.write_export = lambda *_, **__: None
-    rank_main(argv, variables, log)
-
-
-def write_stage_config(folder: Path, stage: int) -> str:
+def write_stage_config(folder: Path, stage: int, **changes) -> str:
     """Write a packaged fp32 config with this ZeRO stage, which at 3 gathers every parameter."""
     config = json.loads((ROOT / "ds_configs" / "zero3_fp32.json").read_text())
     config["zero_optimization"] = {"stage": stage} | (
-        {"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    path = folder / f"zero{stage}.json"
+        {"stage3_param_persistence_threshold": 0} if stage == 3 else {}) | changes
+    path = folder / f"zero{stage}{''.join(changes)}.json"
     path.write_text(json.dumps(config))
     return str(path)
 
