@@ -1,4 +1,4 @@
-"""A run's checkpoint as an ordinary Hugging Face folder.
+"""A run's checkpoint as an ordinary Hugging Face folder, or as the folder of its adapters.
 
 One process puts the student together from DeepSpeed's shards of any layout: no engine, no launcher,
 no accelerator, and no model in memory either. It works output file by output file, each from the
@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
+from amid_ds.checkpoint.adapter_export import write_adapter
 from amid_ds.checkpoint.manifest import Manifest, checkpoint_step, list_checkpoints, verify
 from amid_ds.checkpoint.state import TrainState
-from amid_ds.checkpoint.zero_shards import ZeroShards
+from amid_ds.checkpoint.whole_student import WholeStudent
+from amid_ds.checkpoint.zero_shards import trained_shapes
 from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.config.recipe import Recipe, Student
 from amid_ds.data import load_tokenizer
@@ -30,6 +32,7 @@ from amid_ds.files.atomic import require_disk_space
 from amid_ds.files.ownership import new_folder, replacing_folder, require_new_folder
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.loading import DTYPES, meta_model
+from amid_ds.models.trained import choose_trained
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_evaluations, read_metrics
 from amid_ds.run.warm_start import find_run, kept_student, resolve_student
@@ -41,46 +44,64 @@ logger = logging.getLogger(__name__)
 
 
 def export(source: str | Path, out: str | Path, dtype: str | None = None,
-           step: int | None = None, trust_remote_code: bool = False) -> Path:
-    """Export a run or a checkpoint to the folder `out`.
+           step: int | None = None, trust_remote_code: bool = False,
+           merge: bool = False) -> Path:
+    """Export a run or a checkpoint to the folder `out`; of a run with `student.lora` its adapters.
 
     Of a run: its newest good checkpoint, or that of `step`. dtype: bf16 or fp32; None: the one that
-    the student trained in. trust_remote_code: run the code that came with the student. Raises
-    InputError where there is no good checkpoint, where `out` is in use, or where the disk has no
-    room.
+    the student trained in. trust_remote_code: run the code that came with the student. merge: the
+    whole model, the adapters added to its weights. Raises InputError where there is no good
+    checkpoint, or no adapter to merge, where `out` is in use, or where the disk has no room.
     """
     require_new_folder(out, "the output")
     checkpoint, recipe = find_checkpoint(Path(source), step)
+    if merge and recipe.student.lora is None:
+        raise InputError(f"--merge, and {source} has no adapters: its recipe has no student.lora",
+                         "a run with student.lora", "leave --merge out: its export is whole")
     if checkpoint.parent.resolve() in Path(out).resolve().parents:
         raise InputError(f"the output {out} is inside {checkpoint.parent}",
                          "a folder apart from the run's checkpoints", "choose another folder")
-    write_export(checkpoint, recipe.trusting(trust_remote_code), Path(out), dtype, new_folder)
+    write_export(checkpoint, recipe.trusting(trust_remote_code), Path(out), dtype, new_folder,
+                 whole=merge)
     return Path(out)
 
 
 def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None,
-                 open_folder: Callable[[Path], AbstractContextManager[Path]] = replacing_folder
-                 ) -> None:
+                 open_folder: Callable[[Path], AbstractContextManager[Path]] = replacing_folder,
+                 whole: bool = False) -> None:
     """Export a good checkpoint to `out`, which keeps what it held until the new is complete.
 
     open_folder: new_folder for a folder that anybody may write, replacing_folder for a run's own.
+    whole: adapters merged, where there are any; else they alone are exported.
     """
     manifest = Manifest.read(checkpoint)
     dtype = dtype or manifest.layout.student_dtype
-    student = kept_student(recipe, RunFolder(checkpoint.parent.parent))
+    run = RunFolder(checkpoint.parent.parent)
+    student, own = kept_student(recipe, run), resolve_student(recipe, run.path)
     model: Any = meta_model(student.model, **student.hub_kwargs)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    is_adapter = student.lora is not None and not whole
+    if is_adapter:
+        trained = meta_model(student.model, **student.hub_kwargs)
+        choose_trained(trained, student)
+        exported = trained_shapes(trained)
+    else:
+        weights, exported = WholeStudent.of(checkpoint, student, own, DTYPES[dtype]), shapes
     try:
-        needed = sum(shape.numel() for shape in shapes.values()) * DTYPES[dtype].itemsize
+        needed = sum(shape.numel() for shape in exported.values()) * DTYPES[dtype].itemsize
         existing = next(parent for parent in out.absolute().parents if parent.is_dir())
         require_disk_space(existing, needed, f"exporting {checkpoint} to {out}",
                            "choose a folder elsewhere")
         out.parent.mkdir(parents=True, exist_ok=True)
         with open_folder(out) as staging:
-            with freed_memory_given_back():
-                _write_weights(checkpoint, model, shapes, DTYPES[dtype], staging)
-            _write_configs(student, model, DTYPES[dtype], staging)
-            card = model_card(checkpoint, recipe, manifest.state, dtype)
+            if is_adapter:
+                write_adapter(checkpoint, exported, DTYPES[dtype], model, own, staging)
+                load_tokenizer(student.model, **student.hub_kwargs).save_pretrained(staging)
+            else:
+                with freed_memory_given_back():
+                    _write_weights(weights, model, shapes, staging)
+                _write_configs(student, model, DTYPES[dtype], staging)
+            card = model_card(checkpoint, recipe, manifest.state, dtype, is_adapter)
             (staging / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise InputError(f"the export to {out} could not be written: {error}",
@@ -105,17 +126,18 @@ def keep_student(recipe: Recipe) -> None:
 
 
 def start_from(recipe: Recipe) -> None:
-    """Export the run or checkpoint that `student.model` names into this run, once, in fp32."""
+    """Export the run or checkpoint that `student.model` names into this run, once, whole and in
+    fp32."""
     start = RunFolder(Path(recipe.output_dir)).start_model
     if find_run(recipe.student.model) is not None and not start.is_dir():
         checkpoint, its_recipe = find_checkpoint(Path(recipe.student.model))
         write_export(checkpoint, its_recipe.trusting(recipe.student.trust_remote_code), start,
-                     "fp32")
+                     "fp32", whole=True)
         logger.info("%s begins with the weights of %s", recipe.output_dir, checkpoint)
 
 
-def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size],
-                   dtype: torch.dtype, out: Path) -> None:
+def _write_weights(weights: WholeStudent, model: Any, shapes: Mapping[str, torch.Size],
+                   out: Path) -> None:
     """Write files of at most FILE_BYTES, tied weights once; an index where there are several."""
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
@@ -123,7 +145,7 @@ def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size
     from transformers.core_model_loading import revert_weight_conversion
 
     buffers = model.state_dict().keys() - shapes.keys() - set(model.all_tied_weights_keys)
-    hollow = {name: torch.empty(shape, dtype=dtype, device="meta")
+    hollow = {name: torch.empty(shape, dtype=weights.dtype, device="meta")
               for name, shape in shapes.items()}
     hollow |= {name: model.get_buffer(name) for name in sorted(buffers)}
     split = split_torch_state_dict_into_shards(hollow, filename_pattern="model{suffix}.safetensors",
@@ -132,11 +154,11 @@ def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size
     with tqdm(total=len(hollow), desc="exporting", unit="tensor", disable=None) as bar:
         for file, names in split.filename_to_tensors.items():
             # Opened for each file anew, so that the pages mapped for the last one are released.
-            shards = ZeroShards(checkpoint, shapes)
+            opened = weights.open()
             tensors = {}
             for name in names:
-                tensors[name] = (shards.buffer(name) if name in buffers
-                                 else shards.whole(name).to(dtype))
+                tensors[name] = (opened.buffer(name) if name in buffers
+                                 else opened.whole(name, shapes[name]))
                 bar.update()
             # To the names that the model's family has on disk.
             tensors = revert_weight_conversion(model, tensors)
@@ -174,8 +196,12 @@ def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) 
     load_tokenizer(student.model, **student.hub_kwargs).save_pretrained(out)
 
 
-def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) -> str:
-    """The text of the folder's README.md: what this model is, how it was trained and its scores."""
+def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str,
+               is_adapter: bool = False) -> str:
+    """The text of the folder's README.md: what this model is, how it was trained and its scores.
+
+    is_adapter: the folder holds adapters alone.
+    """
     run = RunFolder(checkpoint.parent.parent)
     origin = ""
     if run.provenance.is_file():
@@ -185,12 +211,13 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) 
     # A slash marks times, speeds and memory.
     metrics = [f"| {key} | {value:g} |" for key, value in (logged[-1] if logged else {}).items()
                if value is not None and "/" not in key]
-    parts = ["---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+    library, what = ("peft", "Adapters") if is_adapter else ("transformers", "Weights")
+    parts = [f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n"
              "tags: [distillation, amid-ds]\n---",
              f"# {run.path.resolve().name}, step {state.step}",
              f"`{recipe.student.model}`{_taught_by(recipe, origin)}, trained by amid_ds: "
              f"{state.step} of {recipe.train.total_steps} steps, "
-             f"{state.tokens:,} tokens. Weights in {dtype}.",
+             f"{state.tokens:,} tokens. {what} in {dtype}.",
              "## Metrics of the last logged step\n\n| | |\n|---|---:|\n" + "\n".join(metrics)]
     if evaluated:
         parts.append("## Evaluation\n\n```json\n"

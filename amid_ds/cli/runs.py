@@ -143,13 +143,16 @@ def add_export(commands: Commands) -> None:
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: as trained")
     parser.add_argument("--step", type=int, metavar="S", help="default: the newest valid one")
+    parser.add_argument("--merge", action="store_true", help="of a run with student.lora: the "
+                        "whole model instead of its adapters")
     add_trust(parser)
 
 
 def _export(args: argparse.Namespace) -> None:
     from amid_ds.checkpoint.export import export
 
-    print(export(args.source, args.out, args.dtype, args.step, args.trust_remote_code))
+    print(export(args.source, args.out, args.dtype, args.step, args.trust_remote_code,
+                 args.merge))
 
 
 def add_status(commands: Commands) -> None:

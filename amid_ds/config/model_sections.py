@@ -49,6 +49,13 @@ class Lora(Section):
     modules_to_save: list[str] = Field(default=[])
     """Modules that are trained whole beside the adapters."""
 
+    @model_validator(mode="after")
+    def _names_something(self) -> Lora:
+        if not self.targets or not all([*self.targets, *self.modules_to_save]):
+            raise ValueError("`targets` and `modules_to_save` are names of modules, and one is "
+                             "empty; name linear layers, or set `targets: all-linear`")
+        return self
+
 
 class Student(PretrainedModel):
     """The model that is trained."""
@@ -61,6 +68,15 @@ class Student(PretrainedModel):
     """Train low-rank adapters alone."""
     freeze: list[str] = Field(default=[])
     """Patterns of the names of parameters that are not trained."""
+
+    @model_validator(mode="after")
+    def _freezes_one_way(self) -> Student:
+        if self.lora is not None and self.freeze:
+            raise ValueError("`lora` with `freeze`: with adapters everything else is frozen "
+                             "already; leave `freeze` out, and name less in `lora.targets`")
+        if not all(self.freeze):
+            raise ValueError("`freeze` has an empty pattern; name parameters, or leave it out")
+        return self
 
 
 class Delta(Section):

@@ -200,6 +200,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _optimizer_fits_the_student(self) -> Recipe:
+        if self.student.lora is not None and self.train.optimizer == "muon":
+            raise ValueError("`student.lora` with `train.optimizer: muon`, which would "
+                             "orthogonalize the two factors of an adapter one by one; set `adamw`")
+        return self
+
+    @model_validator(mode="after")
     def _something_to_evaluate_on(self) -> Recipe:
         if self.train.eval_every and not self.data.eval:
             raise ValueError(f"`train.eval_every` is {self.train.eval_every}, and `data.eval` "

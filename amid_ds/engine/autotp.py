@@ -57,7 +57,7 @@ class BodySplit:
                               partition_config=specs, training_mode=True)
         self._autotp.set_tensor_parallel_config(world.tp_size, world.tp_group)
         self._autotp.update_linear_policies()
-        with _partitioned_layer_by_layer(distiller):
+        with _adapters_opened(), _partitioned_layer_by_layer(distiller):
             self._autotp._replace_module(distiller)
         setattr(distiller, UNIVERSAL_CHECKPOINT_INFO,
                 collect_autotp_universal_checkpoint_info(distiller))
@@ -99,11 +99,36 @@ def _specs(distiller: Distiller, world: World) -> list[LayerSpec]:
             continue
         reason = tp_unsupported_reason(model, world.tp_size)
         if reason is None:
-            specs += layer_specs(model, name, trains=name == "student")
+            specs += layer_specs(model, name)
         else:
             logger.info("tensor_parallel %d: the %s's body stays whole on every rank, "
                         "its head is split: %s", world.tp_size, name, reason)
     return specs
+
+
+@contextlib.contextmanager
+def _adapters_opened() -> Iterator[None]:
+    """A context in which AutoTP looks for layers to split inside an adapted one.
+
+    It stops at what has a weight, and an adapted layer has its base layer's.
+    """
+    from deepspeed.module_inject.auto_tp import AutoTP
+
+    replace_layer = AutoTP._replace_with_config
+
+    def replace(autotp: Any, child: nn.Module, name: str) -> nn.Module:
+        if not hasattr(child, "base_layer"):
+            layer: nn.Module = replace_layer(autotp, child, name)
+            return layer
+        parent, _, own = name.rpartition(".")
+        autotp._replace_module(child, own, parent)
+        return child
+
+    AutoTP._replace_with_config = replace
+    try:
+        yield
+    finally:
+        AutoTP._replace_with_config = replace_layer
 
 
 @contextlib.contextmanager

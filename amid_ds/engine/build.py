@@ -37,11 +37,13 @@ from amid_ds.engine.optimizer import (
 from amid_ds.engine.sharding import OpenModel, open_causal_lm
 from amid_ds.engine.zero_plus_plus import require_quantizer, secondary_groups_of_neighbours
 from amid_ds.losses.host_memory import freed_memory_given_back
+from amid_ds.models.adapters import FirstValues
 from amid_ds.models.attention import choose_attention, exceeds_window
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_of
 from amid_ds.models.loading import load_causal_lm
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
+from amid_ds.models.trained import choose_trained
 from amid_ds.run.start import end_part
 from amid_ds.run.warm_start import resolve_student
 
@@ -121,9 +123,15 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
                   ) -> OpenModel:
     dtype: Dtype = "bf16" if uses_bf16(config) else "fp32"
     origin = resolve_student(recipe)
-    opened = (open_causal_lm(origin, dtype, config, world, read=not resumes)
-              if resumes or zero_stage(config) == 3 else
-              OpenModel(load_causal_lm(origin.model, dtype, **origin.hub_kwargs), config))
+
+    def choose(module: nn.Module) -> FirstValues:
+        return choose_trained(module, recipe.student, recipe.train.seed)
+
+    if resumes or zero_stage(config) == 3:
+        opened = open_causal_lm(origin, dtype, config, world, read=not resumes, choose=choose)
+    else:
+        module = load_causal_lm(origin.model, dtype, **origin.hub_kwargs)
+        opened = OpenModel(module, config, first=choose(module))
     if recipe.student.activation_checkpointing:
         opened.module.gradient_checkpointing_enable(   # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -49,9 +49,10 @@ from amid_ds.eval.cached import (
 from amid_ds.eval.protocol import EvalArgs
 from amid_ds.eval.text_metrics import read_eval_prompts, score_generations
 from amid_ds.losses import IGNORE_INDEX
+from amid_ds.models.adapter_folders import model_source
 from amid_ds.models.fit import require_positions, require_rows
 from amid_ds.models.heads import check_head, head_of, ids_to_check, logits_of, run_body
-from amid_ds.models.loading import load_causal_lm, meta_model
+from amid_ds.models.loading import meta_model
 from amid_ds.run.log import perplexity
 
 if TYPE_CHECKING:
@@ -105,8 +106,9 @@ class Scores:
 
 
 def load_model(model: str, trust_remote_code: bool = False, dtype: Dtype = "auto") -> nn.Module:
-    """A causal LM for evaluation; dtype auto: that of its checkpoint. Raises InputError."""
-    return load_causal_lm(model, dtype, trust_remote_code=trust_remote_code).eval()
+    """A causal LM for evaluation, of a folder of adapters with them; dtype auto: that of its
+    checkpoint. Raises InputError."""
+    return model_source(model, trust_remote_code=trust_remote_code).load(dtype).eval()
 
 
 def score_model(sums: Sequence[float], has_teacher: bool) -> Scores:
@@ -322,7 +324,8 @@ def _load(args: EvalArgs, device: torch.device
     trust, dtype = args.trust_remote_code, args.protocol.dtype
     tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
     for name in filter(None, (args.model, args.teacher)):
-        require_rows(meta_model(name, trust_remote_code=trust), f"the model {name}",
+        source = model_source(name, trust_remote_code=trust)
+        require_rows(meta_model(source.model, **source.hub_kwargs), f"the model {name}",
                      vocabulary_size(tokenizer))
     teacher = None
     if args.teacher is not None:

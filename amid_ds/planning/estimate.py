@@ -50,6 +50,8 @@ class Plan:
     # The teacher's, for which all of the above is; and every one that the layout may have.
     placement: ChosenPlacement
     placements: list[PlacementCosts]
+    # The student's weights that are trained, and those that are not.
+    parameters: dict[str, int]
     checkpoint_bytes: int
     # Bytes of a rank, `without_checkpointing` and `with_checkpointing`.
     activations: dict[str, int]
@@ -85,9 +87,9 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
     setting = placed(counted, chosen)
     train, student = recipe.train, setting.student
     memory, time = memory_per_rank(setting), step_time(setting)
-    # A checkpoint holds fp32 weights and the moments, and the bf16 weights.
+    # A checkpoint holds fp32 weights and the moments, and the bf16 weights, of what is trained.
     weight_bytes = FP32_BYTES + (student.element_size if setting.zero.bf16 else 0)
-    weights = student.weights.total
+    weights = student.trained.total
     return Plan(
         device=device,
         nodes=nodes,
@@ -104,6 +106,7 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
         read_at_start=read_at_start(setting, storage_bandwidth),
         placement=chosen,
         placements=placement_costs(counted),
+        parameters={"trained": weights, "frozen": student.weights.total - weights},
         checkpoint_bytes=weights * weight_bytes + moment_bytes(setting.zero, weights,
                                                                student.muon.total),
         activations={

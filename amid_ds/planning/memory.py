@@ -77,7 +77,7 @@ def _gradient_bytes(setting: Setting) -> int:
         return 0
     # Stage 1 adds the micro-batches' gradients up before it reduces them.
     are_split = zero.stage >= 2 or (zero.stage == 1 and setting.micro_batches == 1)
-    elements = _optimizer_elements(setting) if are_split else setting.student.weights.tp_rank
+    elements = _optimizer_elements(setting) if are_split else setting.student.trained.tp_rank
     return elements * element_size
 
 
@@ -91,7 +91,7 @@ def moment_bytes(zero: ZeroSettings, elements: int, of_muon: int) -> int:
 
 def _optimizer_elements(setting: Setting) -> int:
     """Elements that this rank's optimizer updates."""
-    weights = setting.student.weights
+    weights = setting.student.trained
     if setting.zero.stage == 3:
         return setting.student_partition(weights)
     if setting.zero.stage:
@@ -136,7 +136,7 @@ def _reduce_bucket_bytes(setting: Setting) -> int:
     elements = zero.reduce_bucket
     # With contiguous gradients DeepSpeed allocates the whole bucket for the smallest model too.
     if not zero.contiguous_gradients:
-        elements = min(elements, student.weights.tp_rank)
+        elements = min(elements, student.trained.tp_rank)
     elif zero.stage in (1, 2) and zero.overlaps_communication:
         elements *= 2
     return elements * (FP32_BYTES if zero.stage == 1 else student.element_size)
@@ -159,8 +159,9 @@ def _loss_bytes(setting: Setting) -> int:
     gradient_bytes = FP32_BYTES + (BF16_BYTES if in_bf16 else 0)
     in_one_block = logits + tile_bytes <= most
     head_bytes = BF16_BYTES if in_bf16 and in_one_block else gradient_bytes
-    return (workspace + student.head * head_bytes * setting.losses_at_once
-            + tokens * student.hidden_size * gradient_bytes)
+    of_head = student.head * head_bytes * setting.losses_at_once if student.head_is_trained else 0
+    of_hidden = tokens * student.hidden_size * gradient_bytes if student.body_is_trained else 0
+    return workspace + of_head + of_hidden
 
 
 def teacher_step_bytes(setting: Setting, teacher: ModelCosts,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 from amid_ds.planning.memory import teacher_passes
@@ -65,7 +66,7 @@ def _student_gathers(setting: Setting) -> Traffic:
     if zero.stage == 0:
         return Traffic()
     if zero.stage < 3:
-        return _gather(setting, student, weights, shards)
+        return _gather(setting, student, student.trained.tp_rank, shards)
     # With a second copy each gather but the first of a step is made from that.
     again = shards if zero.secondary_ranks == 1 else setting.secondary_shards
     first = _student_gather(setting, weights, student.head, shards)
@@ -101,8 +102,10 @@ def _student_reductions(setting: Setting) -> Traffic:
     # stages 0 and 1 do so once for the step. On CPUs torch makes a scatter of a sum for all.
     scattered = zero.stage == 3 and not student.muon.total and not setting.on_cpu
     copies = setting.micro_batches * (1 if scattered else 2) if zero.stage >= 2 else 2
-    buckets = student.weights.buckets(zero.reduce_bucket or DEFAULT_REDUCE_BUCKET)
-    reduced = _gather(setting, student, student.weights.tp_rank, shards, buckets) * copies
+    trained = student.trained
+    buckets = trained.buckets(zero.reduce_bucket or DEFAULT_REDUCE_BUCKET)
+    reduced = _gather(setting, replace(student, weights=trained), trained.tp_rank, shards,
+                      buckets) * copies
     # Muon gathers its gradients and moments, and then what each rank made of its share of them.
     of_muon = _gather(setting, student, student.muon.total, shards) * 4
     return (reduced + of_muon).scaled(as_exchanged)

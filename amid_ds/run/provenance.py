@@ -17,7 +17,8 @@ from amid_ds.data.manifest import PREPARED_MANIFEST, read_prepared_manifest
 from amid_ds.distributed.devices import allocator_settings
 from amid_ds.run.warm_start import resolve_student
 
-PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "triton")
+PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "sentencepiece",
+            "triton")
 # Bytes at each end of a weight file that go into its hash.
 SAMPLE_BYTES = 1 << 20
 
@@ -46,17 +47,18 @@ def hash_sources(recipe: Recipe, tokenizer: Any) -> SourceHashes:
 
 
 def provenance(recipe: Recipe, hashes: SourceHashes, ranks: int, optimizer: Mapping[str, object],
-               placement: Mapping[str, object]) -> str:
+               placement: Mapping[str, object], trained: Mapping[str, object]) -> str:
     """The text of a run's provenance.json.
 
-    optimizer: its name and groups of parameters; placement: facts of the teacher's.
+    optimizer: its name and groups of parameters; placement: facts of the teacher's; trained: what
+    of the student trains.
     """
     facts = {
         "versions": versions(),
         "git_revision": code_revision(),
         "ranks": ranks,
         "gpu_allocator": allocator_settings(),
-        "student": _model_facts(recipe.student, hashes.student),
+        "student": {**_model_facts(recipe.student, hashes.student), **trained},
         "teacher": _teacher_facts(recipe, hashes, placement),
         "tokenizer_sha256": hashes.tokenizer,
         "optimizer": optimizer,

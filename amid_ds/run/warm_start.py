@@ -31,14 +31,17 @@ def resolve_student(recipe: Recipe, run: Path | None = None) -> Student:
 
     `run`: the run's folder; None: the recipe's output_dir. A student that names another run is
     that run's start_model, or in turn the student of that run's recipe; whether code that comes
-    with it may run is said by `recipe`. Raises InputError where that leads back to where it began.
+    with it may run is said by `recipe`, and so is what of it trains. Raises InputError where that
+    leads back to where it began.
     """
     student, folder = recipe.student, RunFolder(run or Path(recipe.output_dir))
     chain = [folder.path]
     while not folder.start_model.is_dir():
         other = find_run(student.model)
         if other is None:
-            return student
+            return recipe.student.model_copy(update={
+                "model": student.model, "revision": student.revision,
+                "trust_remote_code": student.trust_remote_code})
         chain.append(other)
         if other.resolve() in [earlier.resolve() for earlier in chain[:-1]]:
             raise InputError(
@@ -47,7 +50,9 @@ def resolve_student(recipe: Recipe, run: Path | None = None) -> Student:
                 "name the model that the student begins with")
         folder = RunFolder(other)
         student = load_recipe(folder.recipe).trusting(recipe.student.trust_remote_code).student
-    return student.model_copy(update={"model": str(folder.start_model), "revision": None})
+    return recipe.student.model_copy(update={
+        "model": str(folder.start_model), "revision": None,
+        "trust_remote_code": student.trust_remote_code})
 
 
 def kept_student(recipe: Recipe, run: RunFolder) -> Student:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from amid_ds.checkpoint import export
 from amid_ds.checkpoint.manifest import checkpoint_name, checkpoint_step, list_checkpoints
 from amid_ds.checkpoint.state import Layout
+from amid_ds.checkpoint.whole_student import FROZEN_HASH
 from amid_ds.config.parse import dump_recipe
 from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.data import (
@@ -34,6 +35,7 @@ from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.models.fit import require_positions, require_rows
 from amid_ds.models.loading import meta_model, require_supported, supported_model
+from amid_ds.models.trained import choose_trained, trains_in_part
 from amid_ds.run.attempts import has_saved
 from amid_ds.run.exclusive import exclusive
 from amid_ds.run.folder import RunFolder
@@ -52,6 +54,7 @@ from amid_ds.training.compatibility import (
 from amid_ds.training.objective import check_objectives
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from amid_ds.planning.placement import ChosenPlacement
@@ -133,6 +136,7 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     for name, meta in metas.items():
         require_rows(meta, f"the {name}", vocabulary_size(tokenizer))
         require_positions(meta, f"the {name}", recipe.train.seq_length)
+    choose_trained(metas[f"student {student.model}"], recipe.student)
     if recipe.rollout is not None:
         end_of_text_id(tokenizer, recipe.rollout.end_of_text)
     return Job(recipe, config, tokenizer)
@@ -178,6 +182,9 @@ def identity_of(job: Job, sources: SourceHashes, checkpoint: Path | None) -> dic
         hashes["teacher.sha256"] = sources.teacher
     if recipe.cached_teacher is not None:
         hashes |= {"teacher.sha256": sources.teacher, "teacher.cache_sha256": sources.cache}
+    if trains_in_part(recipe.student):
+        # What is frozen is in no checkpoint: every attempt reads it anew.
+        hashes[FROZEN_HASH] = sources.student
     identity = {**flat_recipe(recipe), **hashes, "student.dtype": job.student_dtype}
     if checkpoint is not None:
         refuse_other_identity(checkpoint, identity, recipe.checkpoint.allow_change)
@@ -212,7 +219,8 @@ def open_run(job: Job, world: World) -> SourceHashes:
             # First: it is the sign that the folder is ours.
             replace_text(job.run.provenance, provenance(job.recipe, hashes, world.size,
                                                         _optimizer_facts(job.recipe),
-                                                        _placement_facts(job)))
+                                                        _placement_facts(job),
+                                                        _trained_facts(job.recipe)))
             replace_text(job.run.recipe, dump_recipe(job.recipe))
             export.keep_student(job.recipe)
         return hashes
@@ -226,10 +234,28 @@ def _placement_facts(job: Job) -> dict[str, object]:
 
 
 def _optimizer_facts(recipe: Recipe) -> dict[str, object]:
-    """The optimizer's name, and the student's parameters in each of its groups."""
+    """The optimizer's name, and the student's parameters in each of its groups; frozen ones too,
+    where there are any."""
+    return {"name": recipe.train.optimizer,
+            "groups": group_counts(_meta_student(recipe), recipe.train)}
+
+
+def _meta_student(recipe: Recipe) -> nn.Module:
+    """The student as it trains, on the meta device."""
     origin = resolve_student(recipe)
-    groups = group_counts(meta_model(origin.model, **origin.hub_kwargs), recipe.train)
-    return {"name": recipe.train.optimizer, "groups": groups}
+    model = meta_model(origin.model, **origin.hub_kwargs)
+    choose_trained(model, origin)
+    return model
+
+
+def _trained_facts(recipe: Recipe) -> dict[str, object]:
+    """The numbers of the student's parameters that train and that do not, and its adapters."""
+    counts = {True: 0, False: 0}
+    for parameter in _meta_student(recipe).parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    lora = recipe.student.lora
+    return {"trained": counts[True], "frozen": counts[False],
+            "lora": None if lora is None else lora.model_dump()}
 
 
 @contextlib.contextmanager
