@@ -146,9 +146,9 @@ class ImportanceHooks:
         parts = total.split([s.numel() for s in self.sums.values()])
         sums = {name: part.view(s.shape) for (name, s), part in zip(self.sums.items(), parts,
                                                                     strict=True)}
-        by_norm = {name: dict(zip(self.norms, sums.pop(name), strict=True))
-                   for name in ("outputs", "shares")}
-        return Importance(**sums, **by_norm)
+        outputs, shares = (dict(zip(self.norms, sums.pop(name), strict=True))
+                           for name in ("outputs", "shares"))
+        return Importance(**sums, outputs=outputs, shares=shares)
 
 
 def kept_layers(importance: Importance, kept: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""A smaller model cut out of a larger one of the same family: sizes, config and the cut of a tensor.
+"""A smaller model cut out of a larger one of its family: sizes, config and the cut of a tensor.
 
 What an axis of each parameter counts (channels of the hidden states, heads, neurons) is a table per
 family, so a cut is an index for each axis. Nothing here runs a model, and tensors are read one by
@@ -98,7 +98,7 @@ def pruned_family(model: str, config: Any) -> PrunedFamily:
     """The family of a model by its config. Raises InputError for one that is not in the table."""
     family = PRUNED_FAMILIES.get(config.model_type)
     if family is None:
-        raise InputError(f"the model {model} (model_type {config.model_type}) cannot be pruned here",
+        raise InputError(f"the model {model} (model_type {config.model_type}) cannot be pruned",
                          f"one of {', '.join(PRUNED_FAMILIES)}",
                          "choose such a teacher, or cut this one with a tool of its own")
     return family
@@ -292,8 +292,8 @@ def require_known_parameters(model: str, meta: Any, family: PrunedFamily) -> Non
     """Raise InputError if the model has a parameter that its family's table does not know."""
     unknown = [name for name in meta.state_dict() if family.axes_of(name) is None]
     if unknown:
-        raise InputError(f"the model {model} has {unknown[0]}, which no other {type(meta).__name__} "
-                         "here has", "the parameters of its family alone",
+        raise InputError(f"the model {model} has {unknown[0]}, which is not known of a "
+                         f"{type(meta).__name__}", "the parameters of its family alone",
                          "choose a teacher without such parts")
 
 
