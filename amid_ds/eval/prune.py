@@ -148,12 +148,16 @@ def check_prune(args: PruneArgs) -> PruneTask:
     require_known_parameters(args.teacher, meta, family)
     sizes = pruned_sizes(meta.config, layers=args.layers, hidden=args.hidden,
                          intermediate=args.intermediate, heads=args.heads)
-    # Whatever layers are kept, their number is what the config's class judges.
-    pruned_config(meta.config, sizes, range(sizes.layers))
     tokenizer = load_tokenizer(teacher.model, **teacher.hub_kwargs)
     require_rows(meta, f"the teacher {args.teacher}", vocabulary_size(tokenizer))
     data = _calibration_data(args, ModelSizes.of(meta.config), sizes)
-    return PruneTask(args, teacher, meta, family, sizes, data, tokenizer)
+    task = PruneTask(args, teacher, meta, family, sizes, data, tokenizer)
+    # Whichever layers are kept, their number is what config and disk depend on.
+    parameters = student_model(task, range(sizes.layers)).parameters()
+    existing = next(path for path in Path(args.out).absolute().parents if path.is_dir())
+    require_disk_space(existing, sum(p.numel() for p in parameters) * task.dtype.itemsize,
+                       f"pruning {args.teacher} to {args.out}", "choose a folder elsewhere")
+    return task
 
 
 def _calibration_data(args: PruneArgs, own: ModelSizes, sizes: ModelSizes) -> Data | None:
@@ -279,15 +283,11 @@ def write_pruned(task: PruneTask, importance: Importance | None) -> None:
     with reader, freed_memory_given_back():
         refuse_other_keys(task.args.teacher, {"untied": reader.unequal_twins(0, 1)})
         cut = choose_cut(task, importance, reader)
-        student = student_model(task, cut)
+        student = student_model(task, cut.layers)
         hollow = {name: torch.empty(parameter.shape, device="meta",
                                     dtype=reader.sources[cut.of(name).source].dtype)
                   for name, parameter in student.named_parameters()}
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in hollow.values())
         try:
-            existing = next(path for path in out.absolute().parents if path.is_dir())
-            require_disk_space(existing, needed, f"pruning {task.args.teacher} to {out}",
-                               "choose a folder elsewhere")
             out.parent.mkdir(parents=True, exist_ok=True)
             with new_folder(out) as staging:
                 write_weights(student, hollow, lambda names: (read_cut(reader, cut.of(name))
@@ -301,9 +301,9 @@ def write_pruned(task: PruneTask, importance: Importance | None) -> None:
                              "make room there, or choose a folder elsewhere") from None
 
 
-def student_model(task: PruneTask, cut: Cut) -> Any:
-    """The meta model of the student."""
-    config = pruned_config(task.meta.config, task.sizes, cut.layers)
+def student_model(task: PruneTask, layers: Sequence[int]) -> Any:
+    """The meta model of the student, of these layers of the teacher. Raises InputError."""
+    config = pruned_config(task.meta.config, task.sizes, layers)
     with torch.device("meta"):
         return type(task.meta)(config)
 

@@ -37,8 +37,8 @@ def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0,
                words: list[str] = WORDS, dtype: torch.dtype = torch.float32, **changes) -> Path:
     """Save a causal model with random weights and its tokenizer; return the folder.
 
-    `family`: "llama", "llama-tied", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "qwen2-tied" or
-    "gpt2".
+    `family`: "llama", "llama-tied", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "qwen2-tied"
+    or "gpt2".
     `extra_rows` pads its vocabulary beyond the tokenizer's. `changes` are values of its config.
     """
     import transformers as t
