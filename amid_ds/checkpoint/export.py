@@ -12,7 +12,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,10 @@ from amid_ds.files.ownership import new_folder, replacing_folder, require_new_fo
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.loading import DTYPES, meta_model
 from amid_ds.models.trained import choose_trained
+from amid_ds.models.weight_writer import write_weights
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_evaluations, read_metrics
 from amid_ds.run.warm_start import find_run, kept_student, resolve_student
-
-# The most weights in one file, and the memory that an export needs.
-FILE_BYTES = 2 * 10**9
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +98,7 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
             else:
                 with freed_memory_given_back():
                     _write_weights(weights, model, shapes, staging)
-                _write_configs(student, model, DTYPES[dtype], staging)
+                write_model_configs(student, model, DTYPES[dtype], staging)
             card = model_card(checkpoint, recipe, manifest.state, dtype, is_adapter)
             (staging / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
@@ -122,7 +120,7 @@ def keep_student(recipe: Recipe) -> None:
     student = resolve_student(recipe)
     model: Any = meta_model(student.model, **student.hub_kwargs)
     with replacing_folder(kept) as staging:
-        _write_configs(student, model, model.dtype, staging)
+        write_model_configs(student, model, model.dtype, staging)
 
 
 def start_from(recipe: Recipe) -> None:
@@ -138,41 +136,24 @@ def start_from(recipe: Recipe) -> None:
 
 def _write_weights(weights: WholeStudent, model: Any, shapes: Mapping[str, torch.Size],
                    out: Path) -> None:
-    """Write files of at most FILE_BYTES, tied weights once; an index where there are several."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-    from transformers.core_model_loading import revert_weight_conversion
-
+    """Write the weight files, each from the slices of the shards that belong to it."""
     buffers = model.state_dict().keys() - shapes.keys() - set(model.all_tied_weights_keys)
     hollow = {name: torch.empty(shape, dtype=weights.dtype, device="meta")
               for name, shape in shapes.items()}
     hollow |= {name: model.get_buffer(name) for name in sorted(buffers)}
-    split = split_torch_state_dict_into_shards(hollow, filename_pattern="model{suffix}.safetensors",
-                                               max_shard_size=FILE_BYTES)
-    file_of: dict[str, str] = {}
-    with tqdm(total=len(hollow), desc="exporting", unit="tensor", disable=None) as bar:
-        for file, names in split.filename_to_tensors.items():
-            # Opened for each file anew, so that the pages mapped for the last one are released.
-            opened = weights.open()
-            tensors = {}
-            for name in names:
-                tensors[name] = (opened.buffer(name) if name in buffers
-                                 else opened.whole(name, shapes[name]))
-                bar.update()
-            # To the names that the model's family has on disk.
-            tensors = revert_weight_conversion(model, tensors)
-            save_file(tensors, out / file, metadata={"format": "pt"})
-            file_of |= dict.fromkeys(tensors, file)
-    if split.is_sharded:
-        total = sum(shape.numel() for shape in shapes.values())
-        index = {"metadata": {**split.metadata, "total_parameters": total}, "weight_map": file_of}
-        (out / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def read(names: Sequence[str]) -> Iterator[torch.Tensor]:
+        # Opened for each file anew, so that the pages mapped for the last one are released.
+        opened = weights.open()
+        for name in names:
+            yield (opened.buffer(name) if name in buffers
+                   else opened.whole(name, shapes[name]))
+
+    write_weights(model, hollow, read, out)
 
 
-def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) -> None:
-    """Write config.json, the student's generation settings, and the tokenizer with template."""
+def write_model_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) -> None:
+    """Write config.json of `model`, and `student`'s generation settings, code and tokenizer."""
     from transformers import GenerationConfig
     from transformers.utils import cached_file
 
