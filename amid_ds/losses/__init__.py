@@ -20,7 +20,8 @@ from amid_ds.losses.fused import LossOutput, amid_loss, linear_amid_loss
 from amid_ds.losses.lm_head import LMHead
 from amid_ds.losses.measures import PerToken
 from amid_ds.losses.objective import AMiD, preset
+from amid_ds.losses.summed_head import AnyHead, SummedHead
 
-__all__ = ["IGNORE_INDEX", "AMiD", "AlphaBeta", "ConcreteScore", "Divergence", "LMHead", "LogProbs",
-           "LossOutput", "PerToken", "SampledReverseKL", "amid_loss", "default_workspace_bytes",
-           "linear_amid_loss", "linear_argmax", "preset", "register"]
+__all__ = ["IGNORE_INDEX", "AMiD", "AlphaBeta", "AnyHead", "ConcreteScore", "Divergence", "LMHead",
+           "LogProbs", "LossOutput", "PerToken", "SampledReverseKL", "SummedHead", "amid_loss",
+           "default_workspace_bytes", "linear_amid_loss", "linear_argmax", "preset", "register"]

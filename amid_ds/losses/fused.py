@@ -58,6 +58,7 @@ from amid_ds.losses.lm_head import (
 )
 from amid_ds.losses.measures import PerToken
 from amid_ds.losses.objective import AMiD
+from amid_ds.losses.summed_head import AnyHead
 
 
 class LossOutput(NamedTuple):
@@ -121,7 +122,7 @@ def linear_amid_loss(
     student_hidden: Tensor,            # [N, H_s]
     student_head: Tensor | LMHead,     # weight [V_local, H_s], or LMHead
     teacher_hidden: Tensor | None,     # [N, H_t]
-    teacher_head: Tensor | LMHead | None,
+    teacher_head: Tensor | AnyHead | None,
     objective: AMiD | None,
     *,
     token_weights: Tensor,             # [N]; 0 masks a token
@@ -168,7 +169,7 @@ def linear_amid_loss(
                         labels, ce_weight, kd_weight)
     checks.check_measures(objective if teacher is not None else None, len(student_hidden), labels,
                           sequences, statistics)
-    rows = {f"{side}_head": head.weight.shape[0]
+    rows = {f"{side}_head": head.rows
             for side, head in (("student", student), ("teacher", teacher)) if head is not None}
     layout = checks.check_vocabulary(rows, vocab_size, shard, student_hidden.shape[0],
                                      student_hidden.device)
@@ -195,7 +196,7 @@ class LossInputs:
 
     teacher_hidden: Tensor | None
     student_head: LMHead
-    teacher_head: LMHead | None
+    teacher_head: AnyHead | None
     # None exactly if there is no teacher.
     objective: AMiD | None
     token_weights: Tensor
@@ -285,11 +286,11 @@ def _loss_and_gradients(hidden: Tensor,
     index: Tensor | range = range(len(weights))
     if not inputs.every_token:
         index = weights.nonzero()[:, 0]
-    size = _tokens_per_block(len(index), layout, [head.weight for head in heads],
+    size = _tokens_per_block(len(index), layout, [head.logit_like for head in heads],
                              inputs.workspace_bytes, inputs.backend, hidden.shape[1])
     gradients = HeadGradients(hidden, inputs.student_head, layout.valid, dtype, inputs.wants,
                               single_block=len(index) <= size)
-    workspaces = [logits_workspace(min(size, len(index)), layout.valid, head.weight)
+    workspaces = [logits_workspace(min(size, len(index)), layout.valid, head.logit_like)
                   for head in heads]
 
     def blocks() -> Iterator[tuple[Tensor | slice, Block]]:
