@@ -265,10 +265,10 @@ class _UsualStep:
         config = ds_config.read_deepspeed_config(recipe, world.dp_size)
         self.world = world
         self.objective = objective_at(recipe.loss, 0, recipe.train.total_steps).amid
-        assert recipe.teacher is not None
+        assert recipe.live_teacher is not None
         student, teacher = (
             open_causal_lm(model, scale.dtype, config, world).read(world)
-            for model in (recipe.student, recipe.teacher))
+            for model in (recipe.student, recipe.live_teacher))
         teacher.requires_grad_(False).eval()
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-4)
         self.student, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config,

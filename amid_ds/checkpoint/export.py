@@ -177,7 +177,8 @@ def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) 
 def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) -> str:
     """The text of the folder's README.md: what this model is, how it was trained and its scores."""
     run = RunFolder(checkpoint.parent.parent)
-    teacher = f", distilled from `{recipe.teacher.model}`" if recipe.teacher is not None else ""
+    model = recipe.live_teacher
+    teacher = f", distilled from `{model.model}`" if model is not None else ""
     logged, evaluated = (_lines_of_last_step(lines, state.step)
                          for lines in (read_metrics(run.path), read_evaluations(run.path)))
     # A slash marks times, speeds and memory.

@@ -267,7 +267,7 @@ def check_model_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
     """Tokenizers and configs load, and the weights are those of the config, on every node."""
     if recipe is None:
         return
-    for name, model in (("student", resolve_student(recipe)), ("teacher", recipe.teacher)):
+    for name, model in (("student", resolve_student(recipe)), ("teacher", recipe.live_teacher)):
         if model is None:
             continue
         problems = _gather_problems(world, _model_problem(model))
@@ -305,7 +305,7 @@ def check_cpu_adam(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 
 def check_placement(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
     """Where the recipe wants the teacher over a node's ranks, the ranks lie so that it can be."""
-    teacher = None if recipe is None else recipe.teacher
+    teacher = None if recipe is None else recipe.live_teacher
     if (recipe is None or teacher is None or teacher.placement != "node"
             or teacher.shard_over is not None):
         return

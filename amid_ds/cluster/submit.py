@@ -124,7 +124,7 @@ def _checked_recipe(recipe_path: str, overrides: Sequence[str], args: SubmitArgs
     recipe = load_recipe(recipe_path, overrides)
     if args.template == "prepare":
         # The least number of ranks that the recipe can be trained on.
-        over = 1 if recipe.teacher is None else recipe.teacher.shard_over or 1
+        over = 1 if recipe.live_teacher is None else recipe.live_teacher.shard_over or 1
         check_recipe(recipe, recipe.tensor_parallel * over)
     elif not args.sweep:
         check_recipe(recipe, args.ranks)

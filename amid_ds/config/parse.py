@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from amid_ds.config.model_sections import TEACHER_SECTIONS
 from amid_ds.config.recipe import (
     SAMPLED_REVERSE_KL,
     Loss,
@@ -25,6 +26,8 @@ from amid_ds.errors import InputError, suggest
 # After pydantic's words for a value of another type.
 HINTS = {"string_type": ", in quotes if it looks like a number", "bool_type": ": true or false",
          "list_type": ", as [A, B]", "tuple_type": ", as [0.0, 1.0]"}
+# Parts of a problem's place that are no key, and the sections that some of them are.
+KINDS = {**dict.fromkeys(VALUE_KINDS), **VALUE_SECTIONS, **TEACHER_SECTIONS}
 # Shows the beginning and the end of a value that is too long for a message.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
@@ -171,8 +174,9 @@ def default_of(key: str) -> object:
 def _known_keys(location: Sequence[int | str]) -> list[str]:
     """The keys of the section at `location`, a path of keys and list indices as pydantic has it; or
     []."""
-    section = (VALUE_SECTIONS.get(str(location[-1])) if location and location[-1] in VALUE_KINDS
-               else _section_at([part for part in location if isinstance(part, str)]))
+    section = (KINDS[str(location[-1])] if location and location[-1] in KINDS
+               else _section_at([part for part in location
+                                 if isinstance(part, str) and part not in KINDS]))
     return list(section.model_fields) if section is not None else []
 
 
@@ -183,17 +187,23 @@ def _section_at(location: Sequence[str]) -> type[Section] | None:
         field = section.model_fields.get(part) if section is not None else None
         if field is None:
             return None
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((candidate for candidate in candidates
-                        if isinstance(candidate, type) and issubclass(candidate, Section)), None)
+        section = next(_sections_in(field.annotation), None)
     return section
+
+
+def _sections_in(annotation: object) -> Iterator[type[Section]]:
+    """The section classes that a key may hold, in their order."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _sections_in(part)
 
 
 def _error_lines(error: ValidationError) -> list[str]:
     """One line for each problem that pydantic reports."""
     lines = []
     for problem in error.errors():
-        location = [part for part in problem["loc"] if part not in VALUE_KINDS]
+        location = [part for part in problem["loc"] if part not in KINDS]
         name = ".".join(str(part) for part in location) or "recipe"
         if problem["type"] == "extra_forbidden":
             suggestion = suggest(str(location[-1]), _known_keys(problem["loc"][:-1]))

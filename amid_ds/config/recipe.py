@@ -7,7 +7,7 @@ need the recipe alone are here; checks that need ranks, models or data are in tr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, TypedDict
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -20,6 +20,18 @@ from amid_ds.config.loss_section import (
     Temperatures,
     TokenWeight,
     overridden,
+)
+from amid_ds.config.model_sections import (
+    AnyTeacher,
+    CachedTeacher,
+    Delta,
+    Dtype,
+    HubKwargs,
+    Lora,
+    MeanTeacher,
+    PretrainedModel,
+    Student,
+    Teacher,
 )
 from amid_ds.config.optimizer_section import Muon, OptimizerKeys
 from amid_ds.config.rate_section import RateKeys
@@ -40,73 +52,20 @@ from amid_ds.config.section import (
     Positive,
     PositiveInt,
     Section,
+    Share,
 )
 
 # Every section under one roof: other folders import them from here.
 __all__ = [
-    "Auxiliary", "Best", "CheckpointPolicy", "Data", "Dtype", "EvalSet", "Generation", "HubKwargs",
-    "Loss", "Muon", "OwnLoss", "PerTokenSpec", "Piecewise", "PretrainedModel", "ProfileSteps",
-    "Recipe", "Replay", "Rollout", "Rows", "Schedule", "Section", "Slurm", "Source", "Student",
-    "TaidSchedule", "Teacher", "Temperatures", "TokenWeight", "Train", "bounding_values",
-    "overridden"]
+    "Auxiliary", "Best", "CachedTeacher", "CheckpointPolicy", "Data", "Delta", "Dtype", "EvalSet",
+    "Generation", "HubKwargs", "Lora", "Loss", "MeanTeacher", "Muon", "OwnLoss", "PerTokenSpec",
+    "Piecewise", "PretrainedModel", "ProfileSteps", "Recipe", "Replay", "Rollout", "Rows",
+    "Schedule", "Section", "Slurm", "Source", "Student", "TaidSchedule", "Teacher", "Temperatures",
+    "TokenWeight", "Train", "bounding_values", "overridden"]
 
-Dtype = Literal["auto", "bf16", "fp32"]
 # What metrics.jsonl can say of each step beside its losses. agreement: of both models' first
 # choices.
 Statistic = Literal[Measure, "agreement"]
-
-
-class HubKwargs(TypedDict):
-    """The arguments of transformers' `from_pretrained` that say which files of a model to open."""
-
-    revision: str | None
-    trust_remote_code: bool
-
-
-class PretrainedModel(Section):
-    """A causal language model: a folder, or an id on the hub."""
-
-    model: PathText
-    """The folder's path, or the id."""
-    revision: str | None = None
-    """The commit, branch or tag of a model on the hub."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the weights."""
-
-    @property
-    def hub_kwargs(self) -> HubKwargs:
-        """Keyword arguments for transformers, to go with the model's name."""
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-
-
-class Student(PretrainedModel):
-    """The model that is trained."""
-
-    dtype: Dtype = "auto"
-    """Of the weights; auto: the DeepSpeed config's."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass instead of keeping them."""
-
-
-class Teacher(PretrainedModel):
-    """The model that is distilled from."""
-
-    dtype: Dtype = "auto"
-    """Of the weights; auto: the checkpoint's."""
-    placement: Literal["auto", "zero3", "node", "replicated"] = "auto"
-    """zero3: sharded over all ranks; node: over those of each node; replicated: whole on every
-    rank, never gathered; auto: by the plan the fastest of those that fit."""
-    shard_over: PositiveInt | None = None
-    """Neighbouring data-parallel ranks over which `node` shards it; None: those of a node."""
-    max_tokens_per_pass: PositiveInt | None = None
-    """The most tokens of an optimizer step in one forward pass; None: by free memory."""
-
-    @model_validator(mode="after")
-    def _shards_over_neighbours(self) -> Teacher:
-        if self.shard_over is not None and self.placement not in ("auto", "node"):
-            raise ValueError(f"`shard_over` {self.shard_over} with `placement: {self.placement}`, "
-                             "which has no ranks to choose; leave it out, or set `placement: node`")
-        return self
 
 
 class ProfileSteps(Section):
@@ -127,6 +86,8 @@ class Train(OptimizerKeys, RateKeys):
     """Rows in one forward and backward pass of a rank."""
     global_batch_size: PositiveInt
     """Rows in an optimizer step, over all ranks."""
+    ema: Share | None = None
+    """Keep a running mean of the student with this decay, which is then what is exported."""
     gradient_clipping: NonNegative = 1.0
     """The greatest norm of the gradient; 0: no clipping."""
     seed: NonNegativeInt = 0
@@ -190,8 +151,9 @@ class Recipe(Section):
     """Everything that a run is asked to do."""
 
     student: Student
-    teacher: Teacher | None = None
-    """None: plain training with cross entropy."""
+    teacher: AnyTeacher | None = None
+    """A model, what `amid-ds cache` wrote of one, or the student's running mean; None: plain
+    training with cross entropy."""
     data: Data
     loss: Loss = Loss()
     rollout: Rollout | None = None
@@ -342,9 +304,15 @@ class Recipe(Section):
         if allowed:
             return self
         untrusted = {"trust_remote_code": False}
+        teacher = self.live_teacher
         return self.model_copy(update={
             "student": self.student.model_copy(update=untrusted),
-            "teacher": self.teacher and self.teacher.model_copy(update=untrusted)})
+            "teacher": teacher.model_copy(update=untrusted) if teacher else self.teacher})
+
+    @property
+    def live_teacher(self) -> Teacher | None:
+        """The teacher that is a model of its own, loaded and run beside the student."""
+        return self.teacher if isinstance(self.teacher, Teacher) else None
 
     @property
     def own_losses(self) -> dict[str, OwnLoss]:

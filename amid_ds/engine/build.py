@@ -86,8 +86,8 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
     replicated = teacher_is_replicated(recipe, config)
     opened = {"student": _open_student(recipe, config, world, resumes)}
-    if recipe.teacher is not None:
-        opened["teacher"] = _open_teacher(recipe.teacher, config, replicated, world)
+    if recipe.live_teacher is not None:
+        opened["teacher"] = _open_teacher(recipe.live_teacher, config, replicated, world)
     models = {name: model.module for name, model in opened.items()}
     for name, module in models.items():
         if recipe.data.isolates_any or exceeds_window(module, recipe.train.seq_length):

@@ -139,7 +139,7 @@ def _resolve_value(name: str, auto: str, recipe: Recipe) -> Any:
 
 def _hidden_size(recipe: Recipe) -> int:
     """The width of the wider model."""
-    student, teacher = resolve_student(recipe), recipe.teacher
+    student, teacher = resolve_student(recipe), recipe.live_teacher
     models = [student] if teacher is None else [student, teacher]
     return max(int(model_config(model.model, **model.hub_kwargs).get_text_config().hidden_size)
                for model in models)
@@ -232,7 +232,7 @@ def _zero_plus_plus_conflicts(recipe: Recipe, config: DeepSpeedConfig, data_para
 
 
 def _engine_has_fp32_teacher(recipe: Recipe, config: DeepSpeedConfig) -> bool:
-    teacher = recipe.teacher
+    teacher = recipe.live_teacher
     if teacher is None or teacher_is_replicated(recipe, config):
         return False
     if teacher.dtype == "auto":
@@ -298,7 +298,7 @@ def teacher_is_replicated(recipe: Recipe, config: DeepSpeedConfig) -> bool:
 
     That is where the recipe asks for it, or where nothing shards the teacher.
     """
-    teacher = recipe.teacher
+    teacher = recipe.live_teacher
     if teacher is None:
         return False
     nothing_shards_it = recipe.tensor_parallel == 1 and (
@@ -311,7 +311,7 @@ def teacher_shard_ranks(recipe: Recipe, config: DeepSpeedConfig) -> int | None:
 
     recipe: with `shard_over` where the placement is `node`.
     """
-    teacher = recipe.teacher
+    teacher = recipe.live_teacher
     if (teacher is None or teacher.placement != "node" or zero_stage(config) != 3
             or teacher_is_replicated(recipe, config)):
         return None

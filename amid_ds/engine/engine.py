@@ -165,7 +165,7 @@ class Engine:
         states exceed another eighth, all of them wait in pinned host memory, on a GPU.
         """
         teacher = self.distiller.teacher
-        if teacher is None or recipe.teacher is None:
+        if teacher is None or recipe.live_teacher is None:
             return TeacherBatch(0, False)
         config: Any = teacher.config
         element_size = next(teacher.parameters()).element_size()
@@ -174,7 +174,7 @@ class Engine:
         on_host = (self.world.device.type == "cuda"
                    and not hidden_states_fit(config, element_size, window, free))
         per_token = teacher_bytes_per_token(config, element_size, recipe.train.seq_length)
-        tokens = (recipe.teacher.max_tokens_per_pass or previous
+        tokens = (recipe.live_teacher.max_tokens_per_pass or previous
                   or default_teacher_tokens(free, per_token))
         return TeacherBatch(tokens, on_host)
 

@@ -165,11 +165,11 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
     if recipe is not None and args.trust_remote_code:
         raise InputError("--trust-remote-code beside a recipe", "the recipe's own keys",
                          "set teacher.trust_remote_code: true in it")
-    if recipe is not None and recipe.teacher is None:
+    if recipe is not None and recipe.live_teacher is None:
         raise InputError(f"the recipe {args.source} has no `teacher`",
                          "a model to answer the prompts",
                          "name a teacher in it, or give a model instead of the recipe")
-    model = (recipe.teacher if recipe is not None else None) or Teacher(
+    model = (recipe.live_teacher if recipe is not None else None) or Teacher(
         model=args.source, trust_remote_code=args.trust_remote_code)
     # A branch of the hub may move before the answers are complete.
     commit = loading.resolved_commit(model.model, model.revision)

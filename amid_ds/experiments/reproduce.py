@@ -113,8 +113,8 @@ class Reproduction:
     def models(self) -> dict[str, Path]:
         """The folders of the recipe's models, by key: named as the last part of their hub ids."""
         named = {"student.model": self._named.student.model}
-        if self._named.teacher is not None:
-            named["teacher.model"] = self._named.teacher.model
+        if self._named.live_teacher is not None:
+            named["teacher.model"] = self._named.live_teacher.model
         return {key: Path(self.args.models) / Path(model).name for key, model in named.items()}
 
     @property

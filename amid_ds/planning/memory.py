@@ -198,8 +198,8 @@ def _teacher_hidden_bytes(setting: Setting, teacher: ModelCosts) -> int:
 
 def _teacher_pass_tokens(setting: Setting, teacher: ModelCosts) -> int:
     """Tokens that share a forward call of the teacher: whole micro-batches, at least one."""
-    assert setting.recipe.teacher is not None
-    tokens = setting.recipe.teacher.max_tokens_per_pass or default_teacher_tokens(
+    assert setting.recipe.live_teacher is not None
+    tokens = setting.recipe.live_teacher.max_tokens_per_pass or default_teacher_tokens(
         free_bytes(setting), teacher.bytes_per_teacher_token)
     micro_batches = max(1, tokens // setting.tokens)
     return min(micro_batches * setting.tokens, setting.teacher_tokens)

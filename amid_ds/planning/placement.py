@@ -66,7 +66,7 @@ def settled_placement(recipe: Recipe, zero_stage: int, data_parallel: int,
     recipe: with a teacher. copies_per_node: the data-parallel ranks of a node, asked for where they
     matter; what it raises is raised.
     """
-    teacher = recipe.teacher
+    teacher = recipe.live_teacher
     assert teacher is not None
     if teacher.placement in ("zero3", "replicated"):
         return ChosenPlacement(teacher.placement, None, "the recipe says so")

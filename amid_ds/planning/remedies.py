@@ -37,7 +37,7 @@ def find_remedies(recipe: Recipe, nodes: int, plan: Plan) -> list[str]:
 
 
 def _changes(recipe: Recipe) -> Iterator[Change]:
-    train, teacher = recipe.train, recipe.teacher
+    train, teacher = recipe.train, recipe.live_teacher
     if teacher is not None and teacher.placement in ("node", "replicated"):
         zero3 = {"placement": "zero3", "shard_over": None}
         yield Change("teacher.placement=zero3", {"teacher": teacher.model_copy(update=zero3)})

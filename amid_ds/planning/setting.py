@@ -195,8 +195,8 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
     data_parallel = data_parallel_size(recipe, ranks)
     ds_config = read_deepspeed_config(recipe, data_parallel)
     zero = read_zero_settings(ds_config)
-    if recipe.teacher is not None and recipe.teacher.shard_over is not None:
-        require_divisor(recipe.teacher.shard_over, data_parallel)
+    if recipe.live_teacher is not None and recipe.live_teacher.shard_over is not None:
+        require_divisor(recipe.live_teacher.shard_over, data_parallel)
     placement = _given_placement(recipe, data_parallel, -(-ranks // nodes))
     return Setting(
         recipe=recipe,
@@ -219,7 +219,7 @@ def with_placement(setting: Setting, placement: Placement) -> Setting:
 
 def _given_placement(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> Placement:
     """The recipe's own placement; zero3 where it leaves the choice."""
-    name = "zero3" if recipe.teacher is None else recipe.teacher.placement
+    name = "zero3" if recipe.live_teacher is None else recipe.live_teacher.placement
     if name == "replicated":
         return Placement(name, 1)
     if name == "node":
@@ -229,14 +229,14 @@ def _given_placement(recipe: Recipe, data_parallel: int, ranks_per_node: int) ->
 
 def ranks_of_shard(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> int:
     """Data-parallel ranks over which `placement: node` shards: the recipe's, or a node's."""
-    assert recipe.teacher is not None
+    assert recipe.live_teacher is not None
     of_node = min(data_parallel, max(1, ranks_per_node // recipe.tensor_parallel))
-    return recipe.teacher.shard_over or of_node
+    return recipe.live_teacher.shard_over or of_node
 
 
 def _count_teacher(recipe: Recipe, placement: Placement) -> ModelCosts | None:
     """The teacher's costs; None where there is none, or no step gives its divergence any weight."""
-    teacher = recipe.teacher
+    teacher = recipe.live_teacher
     if teacher is None or not any(any(bounding_values(loss.kd_weight)) or loss.token_weight
                                   for loss in recipe.losses):
         return None

@@ -33,8 +33,9 @@ class SourceHashes(NamedTuple):
 
 def hash_sources(recipe: Recipe, tokenizer: Any) -> SourceHashes:
     """The hashes. Rank 0 makes them, once a start, for all: they read a part of every file."""
+    teacher = recipe.live_teacher
     return SourceHashes(model_hash(resolve_student(recipe).model),
-                        None if recipe.teacher is None else model_hash(recipe.teacher.model),
+                        None if teacher is None else model_hash(teacher.model),
                         tokenizer_fingerprint(tokenizer))
 
 
@@ -50,8 +51,8 @@ def provenance(recipe: Recipe, hashes: SourceHashes, ranks: int, optimizer: Mapp
         "ranks": ranks,
         "gpu_allocator": allocator_settings(),
         "student": _model_facts(recipe.student, hashes.student),
-        "teacher": (None if recipe.teacher is None
-                    else {**_model_facts(recipe.teacher, hashes.teacher), **placement}),
+        "teacher": (None if recipe.live_teacher is None
+                    else {**_model_facts(recipe.live_teacher, hashes.teacher), **placement}),
         "tokenizer_sha256": hashes.tokenizer,
         "optimizer": optimizer,
     }

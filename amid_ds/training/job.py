@@ -78,7 +78,7 @@ class Job:
     @property
     def placed_recipe(self) -> Recipe:
         """The recipe with the teacher's placement in place of `auto`: for the engine."""
-        teacher, chosen = self.recipe.teacher, self.placement
+        teacher, chosen = self.recipe.live_teacher, self.placement
         if teacher is None or chosen is None:
             return self.recipe
         placed = {"placement": chosen.placement, "shard_over": chosen.shard_over}
@@ -110,15 +110,15 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     recipe = pin(recipe)
     data_parallel = ds_config.data_parallel_size(recipe, ranks)
     config = ds_config.read_deepspeed_config(recipe, data_parallel)
-    if recipe.teacher is not None and recipe.teacher.shard_over is not None:
-        require_divisor(recipe.teacher.shard_over, data_parallel)
+    if recipe.live_teacher is not None and recipe.live_teacher.shard_over is not None:
+        require_divisor(recipe.live_teacher.shard_over, data_parallel)
     check_places(recipe)
     if any(each.generate for each in recipe.data.eval):
         require_rouge()
     check_objectives(recipe)
     refuse_other_run(recipe)
     check_sources(recipe.data)
-    student, teacher = resolve_student(recipe), recipe.teacher
+    student, teacher = resolve_student(recipe), recipe.live_teacher
     models: dict[str, Student | Teacher] = {f"student {student.model}": student}
     if teacher is not None:
         models[f"teacher {teacher.model}"] = teacher
@@ -172,7 +172,7 @@ def identity_of(job: Job, sources: SourceHashes, checkpoint: Path | None) -> dic
         "data.sha256": None if recipe.data.streams else prepared_hash(recipe.prepared_dir)}
     if recipe.data.auxiliary is not None:
         hashes["auxiliary.sha256"] = prepared_hash(recipe.prepared_dir / "auxiliary")
-    if recipe.teacher is not None:
+    if recipe.live_teacher is not None:
         hashes["teacher.sha256"] = sources.teacher
     identity = {**flat_recipe(recipe), **hashes, "student.dtype": job.student_dtype}
     if checkpoint is not None:

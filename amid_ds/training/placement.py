@@ -27,7 +27,7 @@ def place_teacher(job: Job, world: World) -> Job:
     Rank 0 decides. Raises InputError where the recipe asks for `node` and the nodes' ranks do not
     allow it.
     """
-    if job.recipe.teacher is None:
+    if job.recipe.live_teacher is None:
         return job
 
     def place() -> ChosenPlacement:
@@ -61,7 +61,7 @@ def _with_warning(chosen: ChosenPlacement, recipe: Recipe, nodes: Nodes) -> Chos
 def _placement(job: Job, nodes: Nodes) -> ChosenPlacement:
     """The recipe's own placement, or the one that `auto` stands for here."""
     recipe, ranks = job.recipe, len(nodes.node_of)
-    assert recipe.teacher is not None
+    assert recipe.live_teacher is not None
     try:
         settled = settled_placement(recipe, zero_stage(job.deepspeed_config),
                                     data_parallel_size(recipe, ranks),
@@ -73,7 +73,7 @@ def _placement(job: Job, nodes: Nodes) -> ChosenPlacement:
             return ChosenPlacement("zero3", None, "nothing is known of this GPU to plan by")
         return choose_placement(make_setting(recipe, ranks, device, nodes.count))
     except InputError as error:
-        if recipe.teacher.placement == "node":
+        if recipe.live_teacher.placement == "node":
             raise
         # Irregular nodes, or a model that cannot be planned.
         return ChosenPlacement("zero3", None, error.found)
