@@ -45,6 +45,11 @@ class LMHead:
         return self.weight.shape[0]
 
     @property
+    def biases(self) -> list[Tensor]:
+        """The bias [V_local], if there is one."""
+        return [] if self.bias is None else [self.bias]
+
+    @property
     def logit_like(self) -> Tensor:
         """A tensor of the logits' dtype and device."""
         return self.weight

@@ -45,6 +45,11 @@ class SummedHead:
         return min(head.rows for head in self.heads)
 
     @property
+    def biases(self) -> list[Tensor]:
+        """The heads' biases [V_local]: of those that have one."""
+        return [bias for head in self.heads for bias in head.biases]
+
+    @property
     def logit_like(self) -> Tensor:
         """A tensor without elements, of the logits' dtype and device."""
         weight = self.heads[0].weight

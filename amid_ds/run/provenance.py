@@ -15,7 +15,7 @@ from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.data import tokenizer_fingerprint
 from amid_ds.data.manifest import read_prepared_manifest
 from amid_ds.distributed.devices import allocator_settings
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 
 PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "triton")
 # Bytes at each end of a weight file that go into its hash.
@@ -23,19 +23,21 @@ SAMPLE_BYTES = 1 << 20
 
 
 class SourceHashes(NamedTuple):
-    """SHA-256 of what a run begins with; None for a model of the hub, and where it has no teacher.
+    """SHA-256 of what a run begins with; None for a model of the hub.
+
+    frozen: of each of `frozen_models`, by its key.
     """
 
     student: str | None
-    teacher: str | None
+    frozen: Mapping[str, str | None]
     tokenizer: str
 
 
 def hash_sources(recipe: Recipe, tokenizer: Any) -> SourceHashes:
     """The hashes. Rank 0 makes them, once a start, for all: they read a part of every file."""
-    teacher = recipe.live_teacher
     return SourceHashes(model_hash(resolve_student(recipe).model),
-                        None if teacher is None else model_hash(teacher.model),
+                        {key: model_hash(model.model)
+                         for key, model in frozen_models(recipe).items()},
                         tokenizer_fingerprint(tokenizer))
 
 
@@ -45,14 +47,16 @@ def provenance(recipe: Recipe, hashes: SourceHashes, ranks: int, optimizer: Mapp
 
     optimizer: its name and groups of parameters; placement: facts of the teacher's.
     """
+    frozen = {key: _model_facts(model, hashes.frozen[key])
+              for key, model in frozen_models(recipe).items()}
     facts = {
         "versions": versions(),
         "git_revision": code_revision(),
         "ranks": ranks,
         "gpu_allocator": allocator_settings(),
         "student": _model_facts(recipe.student, hashes.student),
-        "teacher": (None if recipe.live_teacher is None
-                    else {**_model_facts(recipe.live_teacher, hashes.teacher), **placement}),
+        "teacher": {**frozen.pop("teacher"), **placement} if frozen else None,
+        **frozen,
         "tokenizer_sha256": hashes.tokenizer,
         "optimizer": optimizer,
     }

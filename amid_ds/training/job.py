@@ -40,7 +40,7 @@ from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 from amid_ds.run.places import check_places, require_own_model
 from amid_ds.run.provenance import SourceHashes, hash_sources, prepared_hash, provenance
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 from amid_ds.training.compatibility import (
     changes_since_last_attempt,
     flat_recipe,
@@ -118,16 +118,16 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     check_objectives(recipe)
     refuse_other_run(recipe)
     check_sources(recipe.data)
-    student, teacher = resolve_student(recipe), recipe.live_teacher
-    models: dict[str, Student | Teacher] = {f"student {student.model}": student}
-    if teacher is not None:
-        models[f"teacher {teacher.model}"] = teacher
+    student, frozen = resolve_student(recipe), frozen_models(recipe)
+    models: dict[str, Student | Teacher] = {
+        f"student {student.model}": student,
+        **{f"{key} {model.model}": model for key, model in frozen.items()}}
     look = require_supported if headers else supported_model
     metas = {name: look(model.model, **model.hub_kwargs) for name, model in models.items()}
     tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
-    if teacher is not None:
-        require_same_tokenizer(tokenizer, load_tokenizer(teacher.model, **teacher.hub_kwargs),
-                               student.model, teacher.model)
+    for model in frozen.values():
+        require_same_tokenizer(tokenizer, load_tokenizer(model.model, **model.hub_kwargs),
+                               student.model, model.model)
     for name, meta in metas.items():
         require_rows(meta, f"the {name}", vocabulary_size(tokenizer))
         require_positions(meta, f"the {name}", recipe.train.seq_length)
@@ -172,8 +172,7 @@ def identity_of(job: Job, sources: SourceHashes, checkpoint: Path | None) -> dic
         "data.sha256": None if recipe.data.streams else prepared_hash(recipe.prepared_dir)}
     if recipe.data.auxiliary is not None:
         hashes["auxiliary.sha256"] = prepared_hash(recipe.prepared_dir / "auxiliary")
-    if recipe.live_teacher is not None:
-        hashes["teacher.sha256"] = sources.teacher
+    hashes |= {f"{key}.sha256": sha256 for key, sha256 in sources.frozen.items()}
     identity = {**flat_recipe(recipe), **hashes, "student.dtype": job.student_dtype}
     if checkpoint is not None:
         refuse_other_identity(checkpoint, identity, recipe.checkpoint.allow_change)
