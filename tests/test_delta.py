@@ -102,10 +102,8 @@ def test_a_run_that_was_cut_goes_on_with_the_same_digits(models, text_file, trut
     assert comparable_metrics(tmp_path / "run") == comparable_metrics(whole)
 
 
-def test_a_teacher_that_is_its_own_base_leaves_the_students_base(models, text_file, truth,
-                                                                 tmp_path):
+def test_a_teacher_that_is_its_own_base_leaves_the_students_base(models, text_file, tmp_path):
     """Evaluations too are against it."""
-    _, prepared, _ = truth
     held = {"data__eval": [{"path": str(text_file)}]}
     alone = write_recipe(tmp_path / "alone.yaml", models["student"], models["student_base"],
                          text_file, tmp_path / "alone", train__steps=3, **held)
@@ -123,8 +121,7 @@ def test_a_teacher_that_is_its_own_base_leaves_the_students_base(models, text_fi
     assert ours["top1_agreement"] == expected["top1_agreement"]
 
 
-def test_without_a_students_base_it_is_the_student_as_it_begins(models, text_file, truth,
-                                                                tmp_path):
+def test_without_a_students_base_it_is_the_student_as_it_begins(models, text_file, tmp_path):
     """With a scale of 0 the first step has no divergence then, and the next ones have one."""
     recipe = write_delta(tmp_path, {**models, "student_base": models["student"]}, text_file,
                          tmp_path / "run", teacher__delta=delta(
