@@ -22,7 +22,7 @@ from amid_ds.errors import InputError
 # A folder's name that no shell takes for something else.
 LINK_NAME = re.compile(r"\w[\w.=+-]*", re.ASCII)
 # The keys by which a recipe says who teaches.
-TEACHER_KEYS = ("teacher.cached", "teacher.ema", "teacher.model")
+NAMES_OF_A_TEACHER = ("teacher.cached", "teacher.ema", "teacher.model")
 
 
 class ChainLink(Section):
@@ -84,10 +84,11 @@ class ChainFile(Section):
         The base's names the first teacher, and is no link's. None: nobody. Raises InputError.
         """
         said = [each for each in overrides
-                if each.partition("=")[0] in ("teacher", *TEACHER_KEYS)]
+                if each.partition("=")[0] in ("teacher", *NAMES_OF_A_TEACHER)]
         if link.recipe is None and not said:
             return None
-        values = {key: named_value(self.recipe_of(link), overrides, key) for key in TEACHER_KEYS}
+        values = {key: named_value(self.recipe_of(link), overrides, key)
+                  for key in NAMES_OF_A_TEACHER}
         return next(((key, str(value)) for key, value in values.items() if value is not None),
                     None)
 
