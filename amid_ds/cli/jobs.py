@@ -1,4 +1,4 @@
-"""The commands about many runs and Slurm: submit, sweep, reproduce, doctor, requeue."""
+"""The commands about many runs and Slurm: submit, sweep, chain, reproduce, doctor, requeue."""
 
 from __future__ import annotations
 
@@ -59,6 +59,18 @@ def _submit_args(args: argparse.Namespace, template: str, chain: int,
                       at_once=_given(args.at_once, 0), device=args.device)
 
 
+def _ranks(args: argparse.Namespace) -> int:
+    """The ranks of each of many runs. Raises InputError for none."""
+    from amid_ds.cluster.submit import RANKS_PER_NODE
+
+    ranks_per_node = _given(args.ranks_per_node, RANKS_PER_NODE if args.slurm else 1)
+    ranks = ranks_per_node * _given(args.nodes, 1)
+    if ranks < 1:
+        raise InputError(f"runs on {ranks} ranks", "1 rank or more",
+                         "correct --nodes and --ranks-per-node")
+    return ranks
+
+
 def _given(number: int | None, default: int) -> int:
     return default if number is None else number
 
@@ -103,7 +115,7 @@ def add_sweep(commands: Commands) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from amid_ds.cluster.submit import RANKS_PER_NODE, submit
+    from amid_ds.cluster.submit import submit
     from amid_ds.experiments.sweep import plan_sweep, run_here, write_results
 
     if Path(args.recipe).is_dir():
@@ -113,11 +125,7 @@ def _sweep(args: argparse.Namespace) -> None:
         return
     if not args.slurm:
         _refuse_options(args, SLURM_OPTIONS, "without --slurm", "add --slurm, or leave them out")
-    ranks_per_node = _given(args.ranks_per_node, RANKS_PER_NODE if args.slurm else 1)
-    ranks = ranks_per_node * _given(args.nodes, 1)
-    if ranks < 1:
-        raise InputError(f"a sweep on {ranks} ranks", "1 rank or more",
-                         "correct --nodes and --ranks-per-node")
+    ranks = _ranks(args)
     sweep = plan_sweep(args.recipe, args.overrides, ranks)
     unfinished = sweep.unfinished()
     if args.slurm and unfinished:
@@ -127,6 +135,31 @@ def _sweep(args: argparse.Namespace) -> None:
     else:
         run_here(sweep, ranks)
         write_results(sweep.folder)
+
+
+def add_chain(commands: Commands) -> None:
+    parser = add_command(commands, _chain, "runs of which each one's student teaches the next")
+    parser.add_argument("chain", metavar="CHAIN", help="a YAML file: base, output_dir, chain")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--here", action="store_true", help="on this machine, in turn (default)")
+    where.add_argument("--slurm", action="store_true", help="a job for each link, in sequence")
+    _add_sbatch_options(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all links")
+
+
+def _chain(args: argparse.Namespace) -> None:
+    from amid_ds.experiments.chain import plan_chain, run_chain, submit_chain
+
+    if not args.slurm:
+        _refuse_options(args, SLURM_OPTIONS, "without --slurm", "add --slurm, or leave them out")
+    ranks = _ranks(args)
+    chain = plan_chain(args.chain, args.overrides, ranks)
+    if args.slurm and chain.unfinished:
+        submit_chain(chain, _submit_args(args, "train", 1, ()), args.dry_run)
+    elif args.dry_run:
+        print("\n".join(link.name for link in chain.unfinished))
+    else:
+        run_chain(chain, ranks)
 
 
 def add_reproduce(commands: Commands) -> None:

@@ -33,7 +33,7 @@ from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.files.atomic import replace_text
 from amid_ds.run.provenance import versions
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 
 # Seconds that ranks wait for each other.
 MEET_TIMEOUT_S = 60.0
@@ -267,9 +267,9 @@ def check_model_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
     """Tokenizers and configs load, and the weights are those of the config, on every node."""
     if recipe is None:
         return
-    for name, model in (("student", resolve_student(recipe)), ("teacher", recipe.live_teacher)):
-        if model is None:
-            continue
+    models: dict[str, Student | Teacher] = {"student": resolve_student(recipe),
+                                            **frozen_models(recipe)}
+    for name, model in models.items():
         problems = _gather_problems(world, _model_problem(model))
         yield Verdict(name, not problems,
                       _by_node(problems) or f"{model.model} can be read on every node",

@@ -47,7 +47,8 @@ class SubmitArgs:
     cpus_per_rank: None: as many as the nodes have, CPUS_PER_RANK at most. options: sbatch's own, by
     name. sweep: an array of jobs, one per combination, `at_once` of them at a time (0: all).
     device: the one that the run must fit, as in `plan`; None: its default. cache: for the
-    template cache, arguments of CacheArgs by name; jobs: of its array.
+    template cache, arguments of CacheArgs by name; jobs: of its array. after: a job without whose
+    success this one does not begin.
     """
 
     template: str = "train"
@@ -61,6 +62,7 @@ class SubmitArgs:
     device: str | None = None
     cache: Mapping[str, str | int | float] | None = None
     jobs: int = 1
+    after: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("nodes", "ranks_per_node", "cpus_per_rank", "chain", "jobs"):
@@ -94,26 +96,29 @@ class SubmitArgs:
                 for word in (f"--{name}", str(value))]
 
 
-def submit(recipe_path: str, overrides: Sequence[str], args: SubmitArgs, dry_run: bool) -> None:
-    """Check, keep copies and submit; the (last) job's id is printed last.
+def submit(recipe_path: str, overrides: Sequence[str], args: SubmitArgs, dry_run: bool,
+           checked: Recipe | None = None) -> str | None:
+    """Check, keep copies and submit; the (last) job's id is printed last, and returned.
 
-    A dry run prints the script alone on stdout.
+    A dry run prints the script alone on stdout, and returns None. checked: a recipe of the same
+    costs that has been checked in the place of this one, whose teacher is yet to be trained.
     """
     template = read_template(args.template)
-    recipe = _checked_recipe(recipe_path, overrides, args)
+    recipe = (_checked_recipe(recipe_path, overrides, args) if checked is None
+              else load_recipe(recipe_path, overrides))
     run = RunFolder(Path(recipe.output_dir))
     if args.template not in ("prepare", "cache"):
-        print(_fit(recipe, args), file=sys.stderr if dry_run else sys.stdout, flush=True)
+        print(_fit(checked or recipe, args), file=sys.stderr if dry_run else sys.stdout, flush=True)
     script = render(template, _template_values(recipe, template, args))
     refuse_faults(script, new_folder=run.logs.absolute())
     if dry_run:
         print(script, end="")
-        return
+        return None
     kept = merge_overrides(recipe_path, overrides) if args.sweep else dump_recipe(recipe)
     folder = _keep_copies(run, kept, script)
     sbatch_arguments = [str(folder / "job.sbatch"), str(folder / "recipe.yaml")]
     estimate = slurm.sbatch_test_only(sbatch_arguments)
-    jobs = _submit_chain(sbatch_arguments, args.chain)
+    jobs = _submit_chain(sbatch_arguments, args)
     attempts.append_event(run.path, "submitted", jobs=jobs, folder=str(folder))
     # A user's own template may have no line for the logs, where an odd name would be refused.
     print(printable(
@@ -123,13 +128,19 @@ def submit(recipe_path: str, overrides: Sequence[str], args: SubmitArgs, dry_run
     if len(jobs) > 1:
         print(f"a chain of {len(jobs)} jobs, one after the other: {' '.join(jobs)}")
     print(jobs[-1])
+    return jobs[-1]
 
 
-def _submit_chain(sbatch_arguments: Sequence[str], length: int) -> list[str]:
-    """The ids of `length` jobs, each of which begins after the one before has ended."""
+def _submit_chain(sbatch_arguments: Sequence[str], args: SubmitArgs) -> list[str]:
+    """The ids of args.chain jobs, each of which begins after the one before has ended.
+
+    The first after the success of `args.after`; without it Slurm cancels the job.
+    """
     jobs: list[str] = []
-    for _ in range(length):
-        dependency = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+    first = ([] if args.after is None else
+             [f"--dependency=afterok:{args.after}", "--kill-on-invalid-dep=yes"])
+    for _ in range(args.chain):
+        dependency = [f"--dependency=afterany:{jobs[-1]}"] if jobs else first
         jobs.append(slurm.sbatch([*dependency, *sbatch_arguments]))
     return jobs
 

@@ -89,6 +89,18 @@ class Delta(Section):
     scale: NonNegative = 1.0
     """The shift is multiplied by it."""
 
+    def trusting_none(self) -> Delta:
+        """The same without leave to run the code that comes with its models."""
+        bases = {name: base.model_copy(update={"trust_remote_code": False})
+                 for name, base in self.bases.items()}
+        return self.model_copy(update=bases)
+
+    @property
+    def bases(self) -> dict[str, PretrainedModel]:
+        """The models that it names, by key."""
+        named = {"base": self.base, "student_base": self.student_base}
+        return {name: base for name, base in named.items() if base is not None}
+
 
 class Teacher(PretrainedModel):
     """The model that is distilled from."""

@@ -326,7 +326,8 @@ class Recipe(Section):
         teacher = self.live_teacher
         return self.model_copy(update={
             "student": self.student.model_copy(update=untrusted),
-            "teacher": teacher.model_copy(update=untrusted) if teacher else self.teacher})
+            "teacher": self.teacher if teacher is None else teacher.model_copy(update={
+                **untrusted, "delta": teacher.delta and teacher.delta.trusting_none()})})
 
     @property
     def live_teacher(self) -> Teacher | None:

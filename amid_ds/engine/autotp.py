@@ -15,6 +15,7 @@ from torch import nn
 
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
+from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.tensor_parallel import LayerSpec, layer_specs, tp_unsupported_reason
 
@@ -93,10 +94,11 @@ def own_part(parameter: Any) -> tuple[int, int, int] | None:
 def _specs(distiller: Distiller, world: World) -> list[LayerSpec]:
     """The weights of both bodies that AutoTP splits."""
     specs = []
-    for name, model in (("student", distiller.student), ("teacher", distiller.teacher)):
-        # A replicated teacher is no submodule, and stays whole by request.
-        if name not in distiller._modules or model is None:
-            continue
+    # A replicated teacher is no submodule, and stays whole by request.
+    whole = distiller.student, *(parts_of(distiller.teacher) if "teacher" in distiller._modules
+                                 else [])
+    for name, model in ((name, model) for name, model in distiller.named_modules()
+                        if any(model is each for each in whole)):
         reason = tp_unsupported_reason(model, world.tp_size)
         if reason is None:
             specs += layer_specs(model, name)

@@ -39,13 +39,14 @@ from amid_ds.engine.zero_plus_plus import require_quantizer, secondary_groups_of
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.adapters import FirstValues
 from amid_ds.models.attention import choose_attention, exceeds_window
+from amid_ds.models.delta import joined_teacher
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_of
-from amid_ds.models.loading import load_causal_lm
+from amid_ds.models.loading import in_one_dtype, load_causal_lm
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
 from amid_ds.models.trained import choose_trained
 from amid_ds.run.start import end_part
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 
 logger = logging.getLogger(__name__)
 
@@ -89,19 +90,20 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
 
 def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World,
                      resumes: bool) -> tuple[Distiller, dict[str, GroupName]]:
-    """Both models, split and with their weights; the optimizer's group of each of the student's
+    """All models, split and with their weights; the optimizer's group of each of the student's
     parameters."""
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
     replicated = teacher_is_replicated(recipe, config)
-    opened = {"student": _open_student(recipe, config, world, resumes)}
-    if recipe.live_teacher is not None:
-        opened["teacher"] = _open_teacher(recipe.live_teacher, config, replicated, world)
+    frozen = in_one_dtype(frozen_models(recipe))
+    opened = {"student": _open_student(recipe, config, world, resumes),
+              **{key: _open_teacher(model, config, replicated, world)
+                 for key, model in frozen.items()}}
     models = {name: model.module for name, model in opened.items()}
     for name, module in models.items():
         if recipe.data.isolates_any or exceeds_window(module, recipe.train.seq_length):
             choose_attention(module, f"the {name}", world.device, trains=name == "student")
-    distiller = Distiller(models["student"], models.get("teacher"), vocab_size=vocab_size,
-                          shard=shard, replicated=replicated,
+    distiller = Distiller(models["student"], joined_teacher(models, recipe.live_teacher),
+                          vocab_size=vocab_size, shard=shard, replicated=replicated,
                           cached=recipe.cached_teacher is not None)
     # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing.
     distiller.train()

@@ -18,6 +18,7 @@ from amid_ds.data import Batch
 from amid_ds.distributed.world import World
 from amid_ds.engine import gather, memory, optimizer, restore, staging, tensor_files
 from amid_ds.errors import TrainingError
+from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller, LossPart, MicroBatchLoss
 from amid_ds.models.heads import check_head, check_isolation, ids_to_check
 from amid_ds.models.sizes import default_teacher_tokens, hidden_states_fit, teacher_bytes_per_token
@@ -169,13 +170,13 @@ class Engine:
         teacher = self.distiller.teacher
         if teacher is None or recipe.live_teacher is None:
             return TeacherBatch(0, False)
-        config: Any = teacher.config
+        configs: list[Any] = [part.config for part in parts_of(teacher)]
         element_size = next(teacher.parameters()).element_size()
         free = memory.least_free_memory(self.world)
         window = recipe.train.global_batch_size // self.world.dp_size * recipe.train.seq_length
         on_host = (self.world.device.type == "cuda"
-                   and not hidden_states_fit(config, element_size, window, free))
-        per_token = teacher_bytes_per_token(config, element_size, recipe.train.seq_length)
+                   and not hidden_states_fit(configs, element_size, window, free))
+        per_token = teacher_bytes_per_token(configs, element_size, recipe.train.seq_length)
         tokens = (recipe.live_teacher.max_tokens_per_pass or previous
                   or default_teacher_tokens(free, per_token))
         return TeacherBatch(tokens, on_host)
@@ -185,14 +186,14 @@ class Engine:
 
         Where documents are to be isolated (`isolated`), also unless they are. Collective.
         """
-        for name, model in (("student", self.distiller.student),
-                            ("teacher", self.distiller.teacher)):
-            if model is not None:
-                title = f"the {name} {model.config.name_or_path}"   # type: ignore[union-attr]
-                ids = ids_to_check(model, vocab_size).to(self.world.device)
-                check_head(model, title, ids, self.gathered_head)
-                if isolated:
-                    check_isolation(model, title, ids)
+        models = [("student", self.distiller.student),
+                  *(("teacher", part) for part in parts_of(self.distiller.teacher))]
+        for name, model in models:
+            title = f"the {name} {model.config.name_or_path}"   # type: ignore[union-attr]
+            ids = ids_to_check(model, vocab_size).to(self.world.device)
+            check_head(model, title, ids, self.gathered_head)
+            if isolated:
+                check_isolation(model, title, ids)
 
     def stage_checkpoint(self) -> dict[str, object]:
         """This rank's part of a checkpoint, by file name, copied to host memory. Collective.

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_of
 
@@ -99,11 +100,14 @@ def _gather_and_wait(gather: Callable[..., Any], gathered_bytes: GatheredBytes, 
 
 @contextlib.contextmanager
 def gathered_head(model: nn.Module | None) -> Iterator[None]:
-    """A context in which every rank can read the head of `model`, gathered once. Collective."""
+    """A context in which every rank can read the head of `model`, gathered once. Collective.
+
+    model: of a delta all its heads.
+    """
     import deepspeed
 
-    head = head_of(model) if model is not None else None
-    parameters = [p for p in (head.weight, head.bias) if p is not None] if head is not None else []
+    heads = [head_of(part) for part in parts_of(model)]
+    parameters = [p for head in heads for p in (head.weight, head.bias) if p is not None]
     with deepspeed.zero.GatheredParameters(parameters):
         yield
 

@@ -17,6 +17,7 @@ from amid_ds.errors import InputError
 from amid_ds.losses.lm_head import LMHead
 from amid_ds.losses.measures import STATISTICS
 from amid_ds.losses.objective import AMiD
+from amid_ds.losses.summed_head import AnyHead, SummedHead
 
 # The label of a token without cross entropy.
 IGNORE_INDEX = -100
@@ -79,7 +80,7 @@ def check_logits(student: Tensor, teacher: Tensor, objective: AMiD) -> None:
 
 
 def check_linear(student_hidden: Tensor, student_head: LMHead, teacher_hidden: Tensor | None,
-                 teacher_head: LMHead | None, objective: AMiD | None, token_weights: Tensor,
+                 teacher_head: AnyHead | None, objective: AMiD | None, token_weights: Tensor,
                  labels: Tensor | None, ce_weight: float, kd_weight: float,
                  has_targets: bool) -> None:
     """Raise InputError for shapes, dtypes and numbers that `linear_amid_loss` cannot work with.
@@ -160,11 +161,20 @@ def check_measures(objective: AMiD | None, tokens: int, labels: Tensor | None,
                          f"[N] = [{tokens}] integers", "one number per row of student_hidden")
 
 
-def check_head_and_hidden(side: str, hidden: Tensor, head: LMHead) -> None:
+def check_head_and_hidden(side: str, hidden: Tensor, head: AnyHead) -> None:
     """Raise InputError unless hidden [N, H] and the head's weight [V, H] and bias [V] fit.
 
     side: whose they are, "student" or "teacher", for the message.
     """
+    if isinstance(head, SummedHead):
+        widths = [each.weight.shape[-1] for each in head.heads]
+        if hidden.dim() != 2 or hidden.shape[1] != sum(widths):
+            raise InputError(f"{side}_hidden {list(hidden.shape)} and heads of the widths {widths}",
+                             "[N, H], H the sum of the widths",
+                             "give the models' hidden states side by side, in the heads' order")
+        for each, part in zip(head.heads, head.parts(hidden), strict=True):
+            check_head_and_hidden(side, part, each)
+        return
     _check_float(f"{side}_hidden", hidden)
     _check_float(f"{side}_head's weight", head.weight)
     if hidden.dim() != 2 or head.weight.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:

@@ -62,6 +62,7 @@ from amid_ds.losses.objective import AMiD
 from amid_ds.losses.sparse import SparseTargets
 from amid_ds.losses.sparse_block import forward_backward_targets, measure_targets, spread_width
 from amid_ds.losses.sparse_checks import check_targets
+from amid_ds.losses.summed_head import AnyHead
 
 
 class LossOutput(NamedTuple):
@@ -125,7 +126,7 @@ def linear_amid_loss(
     student_hidden: Tensor,            # [N, H_s]
     student_head: Tensor | LMHead,     # weight [V_local, H_s], or LMHead
     teacher_hidden: Tensor | None,     # [N, H_t]
-    teacher_head: Tensor | LMHead | None,
+    teacher_head: Tensor | AnyHead | None,
     objective: AMiD | None,
     *,
     token_weights: Tensor,             # [N]; 0 masks a token
@@ -177,7 +178,7 @@ def linear_amid_loss(
     if teacher is None and targets is None:
         objective = None
     checks.check_measures(objective, len(student_hidden), labels, sequences, statistics)
-    rows = {f"{side}_head": head.weight.shape[0]
+    rows = {f"{side}_head": head.rows
             for side, head in (("student", student), ("teacher", teacher)) if head is not None}
     layout = checks.check_vocabulary(rows, vocab_size, shard, student_hidden.shape[0],
                                      student_hidden.device)

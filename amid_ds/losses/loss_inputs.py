@@ -13,6 +13,7 @@ from amid_ds.losses.lm_head import LMHead
 from amid_ds.losses.objective import AMiD
 from amid_ds.losses.sparse import SparseTargets
 from amid_ds.losses.sparse_block import BlockTargets, spread_logits
+from amid_ds.losses.summed_head import AnyHead
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class LossInputs:
 
     teacher_hidden: Tensor | None
     student_head: LMHead
-    teacher_head: LMHead | None
+    teacher_head: AnyHead | None
     # What stands in the teacher's place, of all N tokens.
     targets: SparseTargets | None
     # None exactly if there is neither.
@@ -47,8 +48,9 @@ class LossInputs:
     def workspaces(self, dtype: torch.dtype) -> list[Tensor]:
         """A tensor of the dtype of the logits of each model that a block has: the student's, and
         the teacher's if it has them."""
-        heads = [head.weight for head in (self.student_head, self.teacher_head) if head is not None]
-        return heads + ([self.token_weights.new_empty(0, dtype=dtype)] if self.spread else [])
+        like = [head.logit_like for head in (self.student_head, self.teacher_head)
+                if head is not None]
+        return like + ([self.token_weights.new_empty(0, dtype=dtype)] if self.spread else [])
 
     def targets_at(self, tokens: Tensor | slice) -> BlockTargets | None:
         """The sparse targets of a block of `tokens`."""

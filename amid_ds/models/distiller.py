@@ -21,13 +21,14 @@ from amid_ds.distributed.transfer import to_device
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses import (
     AMiD,
+    AnyHead,
     LMHead,
     SparseTargets,
     linear_amid_loss,
     linear_argmax,
     preset,
 )
-from amid_ds.models.heads import run_body, sharded_head_of
+from amid_ds.models.heads import run_body, sharded_head_of, teacher_head_of
 from amid_ds.monitor.step_timer import phase
 
 
@@ -127,7 +128,7 @@ class FusedHead(nn.Module):
     they appear in no state dict twice.
     """
 
-    def __init__(self, heads: Callable[[], tuple[LMHead, LMHead | None]], vocab_size: int,
+    def __init__(self, heads: Callable[[], tuple[LMHead, AnyHead | None]], vocab_size: int,
                  shard: VocabShard | None) -> None:
         super().__init__()
         self.heads, self.vocab_size, self.shard = heads, vocab_size, shard
@@ -157,7 +158,7 @@ class FusedHead(nn.Module):
         return MicroBatchLoss(loss, kd, ce, tokens,
                               torch.stack([own.statistics for own in losses]).sum(0))
 
-    def _part_loss(self, part: LossPart, heads: tuple[LMHead, LMHead | None],
+    def _part_loss(self, part: LossPart, heads: tuple[LMHead, AnyHead | None],
                    targets: SparseTargets | None, *rows: Tensor | None) -> MicroBatchLoss:
         """The loss of the part's tokens. targets, rows: of all n, in the order of `forward`."""
         student_hidden, teacher_hidden, labels, token_weights, sequences = map(part.take, rows)
@@ -210,7 +211,7 @@ class Distiller(nn.Module):
             self.teacher = teacher
         self.head = FusedHead(
             lambda: (sharded_head_of(student, shard),
-                     sharded_head_of(teacher, shard) if teacher is not None else None),
+                     teacher_head_of(teacher, shard) if teacher is not None else None),
             vocab_size, shard)
 
     def train(self, mode: bool = True) -> Distiller:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
-from amid_ds.config.recipe import Dtype
+from amid_ds.config.recipe import Dtype, Teacher
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.adapters import is_adapter_folder
@@ -239,3 +239,13 @@ def checkpoint_dtype(model: str, revision: str | None = None, trust_remote_code:
     """The dtype in the checkpoint's config; fp32 if it names none that models run in here."""
     named = model_config(model, revision, trust_remote_code).dtype
     return named if named in DTYPES.values() else torch.float32
+
+
+def in_one_dtype(models: Mapping[str, Teacher]) -> dict[str, Teacher]:
+    """`frozen_models` with the teacher's dtype in place of several `auto`: one head sums them."""
+    if len(models) < 2 or models["teacher"].dtype != "auto":
+        return dict(models)
+    teacher = models["teacher"]
+    stored = checkpoint_dtype(teacher.model, **teacher.hub_kwargs)
+    dtype = "bf16" if stored.itemsize == 2 else "fp32"
+    return {key: model.model_copy(update={"dtype": dtype}) for key, model in models.items()}

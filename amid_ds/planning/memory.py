@@ -62,7 +62,7 @@ def state_bytes(setting: Setting) -> dict[str, int]:
         secondary = student.weights.partition(zero.secondary_ranks, 1)
         parts["student_secondary"] = secondary * student.element_size
     if teacher is not None:
-        parts["teacher_weights"] = _teacher_weight_bytes(setting, teacher)
+        parts["teacher_weights"] = teacher_weight_bytes(setting, teacher)
     return parts
 
 
@@ -99,7 +99,8 @@ def _optimizer_elements(setting: Setting) -> int:
     return weights.tp_rank
 
 
-def _teacher_weight_bytes(setting: Setting, teacher: ModelCosts) -> int:
+def teacher_weight_bytes(setting: Setting, teacher: ModelCosts) -> int:
+    """Bytes of the weights of `teacher`, or of one of its models, on this rank's device."""
     if not setting.teacher_is_sharded:
         return teacher.weights.tp_rank * teacher.element_size
     if setting.zero.offloads_weights:
@@ -145,7 +146,7 @@ def _reduce_bucket_bytes(setting: Setting) -> int:
 def _loss_bytes(setting: Setting) -> int:
     """Bytes of the fused loss: its workspace, the gradients of the head and the hidden states."""
     student, teacher, tokens = setting.student, setting.teacher, setting.tokens
-    logit_bytes = student.element_size + (teacher.element_size if teacher is not None else 0)
+    logit_bytes = student.element_size + (teacher.logit_size if teacher is not None else 0)
     on_cpu = setting.on_cpu
     row = row_stride(student.head // student.hidden_size, "cpu" if on_cpu else "cuda")
     logits = tokens * row * logit_bytes
@@ -179,7 +180,7 @@ def teacher_step_bytes(setting: Setting, teacher: ModelCosts,
     if setting.teacher_is_sharded:
         # Each module that runs prefetches a bucket more, up to what may live: all of the teacher,
         # then the student.
-        body = teacher.weights.tp_rank - (0 if teacher.head_is_tied else teacher.head)
+        body = teacher.weights.tp_rank - teacher.untied_head
         spread = partitioned(teacher, setting.teacher_shards)
         live = min(body, spread, zero.max_live + teacher.largest_gather)
         prefetched = min(partitioned(student, setting.student_shards), max(0, zero.max_live - live))

@@ -9,8 +9,8 @@ No weights are read.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ from amid_ds.models.trained import choose_trained
 
 # The name under which the counting attention is registered with transformers.
 ATTENTION_NAME = "planned"
+# Summed logits are in fp32 (losses/summed_head.py).
+FP32_LOGIT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -97,19 +99,22 @@ class ModelCosts:
     trained: WeightCounts
     # Of a student's, those that Muon steps; it needs ZeRO-3 and no tensor parallelism.
     muon: WeightCounts
-    # Bytes of an element, on a rank and in the files.
+    # Bytes of an element, on a rank and in the files (of several models in the mean), and of a
+    # logit as the loss makes it.
     element_size: int
-    stored_size: int
+    stored_size: float
+    logit_size: int
     hidden_size: int
     intermediate_size: int
     layers: int
     # The most that ZeRO-3 gathers at once: a layer or the head.
     largest_gather: int
+    # And where the head's weight is its own 0.
     embedding: int
-    # This rank's rows of the head.
+    tied_embedding: int
+    # This rank's rows of the head; 0 or the same where its weight is the embedding's or not.
     head: int
-    # The head's weight is the embedding's.
-    head_is_tied: bool
+    untied_head: int
     head_is_trained: bool
     # A weight of the body is trained, so a gradient comes back through the head.
     body_is_trained: bool
@@ -128,6 +133,28 @@ class ModelCosts:
         """Bytes kept for backward when layers are recomputed: their inputs, and all outside."""
         outside = self.body.saved_bytes - self.layers * self.layer_saved_bytes
         return outside + self.layers * tokens * self.hidden_size * self.element_size
+
+
+def summed_costs(models: Mapping[str, ModelCosts]) -> ModelCosts | None:
+    """The costs of models that run one after another and whose logits are summed; None of none."""
+    costs = list(models.values())
+    if len(costs) < 2:
+        return next(iter(costs), None)
+    weights = WeightCounts(sum(each.weights.total for each in costs),
+                           sum((each.weights.sizes for each in costs), ()),
+                           sum((each.weights.is_shared for each in costs), ()))
+    stored = sum(each.weights.total * each.stored_size for each in costs)
+    added = ("hidden_size", "layers", "embedding", "tied_embedding", "head", "untied_head",
+             "tp_forward_width", "tp_backward_width")
+    largest = ("element_size", "intermediate_size", "largest_gather", "layer_saved_bytes",
+               "bytes_per_teacher_token")
+    return replace(
+        costs[0], weights=weights, stored=weights, stored_size=stored / weights.total,
+        logit_size=FP32_LOGIT_BYTES,
+        body=BodyCosts(sum(each.body.saved_bytes for each in costs),
+                       sum(each.body.flops for each in costs), 0.0),
+        **{name: sum(getattr(each, name) for each in costs) for name in added},
+        **{name: max(getattr(each, name) for each in costs) for name in largest})
 
 
 _COUNTED: dict[tuple[object, ...], ModelCosts] = {}
@@ -193,21 +220,23 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     return ModelCosts(
         **counts,
         element_size=element_size,
+        logit_size=element_size,
         stored_size=loading.checkpoint_dtype(model.model, **model.hub_kwargs).itemsize,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size(meta.config, hidden_size),
         layers=len(layers),
         largest_gather=max(largest_layer, head.numel() // tp),
         embedding=embedding.numel(),
+        tied_embedding=embedding.numel() if head is embedding else 0,
         head=head.numel() // tp,
-        head_is_tied=head is embedding,
+        untied_head=0 if head is embedding else head.numel() // tp,
         head_is_trained=head.requires_grad,
         body_is_trained=body_is_trained or (head is embedding and head.requires_grad),
         body=body,
         layer_saved_bytes=layer_saved_bytes,
         tp_forward_width=forward_width,
         tp_backward_width=backward_width,
-        bytes_per_teacher_token=(teacher_bytes_per_token(meta.config, element_size, seq_length)
+        bytes_per_teacher_token=(teacher_bytes_per_token([meta.config], element_size, seq_length)
                                  if isinstance(model, Teacher) else 0))
 
 

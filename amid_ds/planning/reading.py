@@ -53,16 +53,16 @@ def read_at_start(setting: Setting, storage_bandwidth: float = STORAGE_BANDWIDTH
 def _student_bytes(setting: Setting) -> int:
     student = setting.student
     if setting.zero.stage == 3:
-        return setting.student_partition(student.stored) * student.stored_size
+        return int(setting.student_partition(student.stored) * student.stored_size)
     return _once_per_node(setting, student)
 
 
 def _teacher_bytes(setting: Setting, teacher: ModelCosts) -> int:
     if setting.teacher_is_sharded:
         over = setting.placement.shard_over
-        return teacher.weights.partition(over, setting.tensor_parallel) * teacher.stored_size
+        return int(teacher.weights.partition(over, setting.tensor_parallel) * teacher.stored_size)
     return _once_per_node(setting, teacher)
 
 
 def _once_per_node(setting: Setting, model: ModelCosts) -> int:
-    return -(-model.stored.total * model.stored_size // setting.ranks_per_node)
+    return -(-int(model.stored.total * model.stored_size) // setting.ranks_per_node)

@@ -49,6 +49,8 @@ def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     if plan.placements:
         console.print(_placement_table(plan))
         console.print(f"teacher.placement: {plan.placement}")
+    if len(plan.frozen_models) > 1:
+        console.print(_frozen_table(plan))
     console.print(_work_line(plan, recipe))
     console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}")
     console.print(_activations_line(plan))
@@ -88,6 +90,20 @@ def _placement_table(plan: Plan) -> Table:
                       f"{each.from_neighbours / GB:,.2f}", f"{each.from_other_nodes / GB:,.2f}",
                       f"{each.seconds:,.3g}", _words(each.binds),
                       "yes" if each.fits else "no")
+    return table
+
+
+def _frozen_table(plan: Plan) -> Table:
+    """A line for each model of a teacher that has several."""
+    from rich.table import Table
+
+    table = Table(title="models of the teacher, for one rank: GB of weights held, TFLOP and GB "
+                        "gathered in a step")
+    for heading in ("", "parameters", "GB held", "TFLOP", "GB gathered"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for each in plan.frozen_models:
+        table.add_row(each.key, f"{each.parameters:,}", f"{each.weight_bytes / GB:,.2f}",
+                      f"{each.flops / TFLOP:,.2f}", f"{each.gathered_bytes / GB:,.2f}")
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -25,9 +26,14 @@ from amid_ds.engine.ds_config import (
 )
 from amid_ds.models import loading
 from amid_ds.planning.devices import Device
-from amid_ds.planning.model_costs import ModelCosts, WeightCounts, count_model
+from amid_ds.planning.model_costs import (
+    ModelCosts,
+    WeightCounts,
+    count_model,
+    summed_costs,
+)
 from amid_ds.planning.rings import Shards, shards_over
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 
 # DeepSpeed's own defaults, in elements.
 DEFAULT_REDUCE_BUCKET = 500_000_000
@@ -115,8 +121,10 @@ class Setting:
     # Those of them that the teacher sees: an auxiliary corpus has as many, and no teacher.
     teacher_micro_batches: int
     student: ModelCosts
-    # None where the run never needs the teacher, or has a cache of it.
+    # None where the run never needs the teacher, or has a cache of it; of a delta all its models.
     teacher: ModelCosts | None
+    # The models of the teacher by the recipe's keys, {} without.
+    frozen: Mapping[str, ModelCosts]
     # Of a token, what a cache keeps of the teacher there, on the device; 0: no cache.
     target_bytes: int
     placement: Placement
@@ -204,6 +212,7 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
     if recipe.live_teacher is not None and recipe.live_teacher.shard_over is not None:
         require_divisor(recipe.live_teacher.shard_over, data_parallel)
     placement = _given_placement(recipe, data_parallel, -(-ranks // nodes))
+    frozen = _count_frozen(recipe, placement)
     return Setting(
         recipe=recipe,
         zero=zero,
@@ -211,7 +220,8 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
         teacher_micro_batches=accumulation_steps(recipe, data_parallel),
         student=count_model(resolve_student(recipe), torch.bfloat16 if zero.bf16 else torch.float32,
                             recipe),
-        teacher=_count_teacher(recipe, placement),
+        teacher=summed_costs(frozen),
+        frozen=frozen,
         target_bytes=_target_bytes(recipe),
         placement=placement,
         nodes=nodes,
@@ -221,7 +231,8 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
 
 def with_placement(setting: Setting, placement: Placement) -> Setting:
     """`setting` with its teacher placed otherwise."""
-    return replace(setting, placement=placement, teacher=_count_teacher(setting.recipe, placement))
+    frozen = _count_frozen(setting.recipe, placement)
+    return replace(setting, placement=placement, teacher=summed_costs(frozen), frozen=frozen)
 
 
 def _given_placement(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> Placement:
@@ -251,14 +262,14 @@ def _target_bytes(recipe: Recipe) -> int:
     return layout.entries * kept + LOG_BYTES * (1 if layout.sampled else 2)
 
 
-def _count_teacher(recipe: Recipe, placement: Placement) -> ModelCosts | None:
-    """The teacher's costs; None where there is none, or no step gives its divergence any weight."""
-    teacher = recipe.live_teacher
-    if teacher is None or not any(any(bounding_values(loss.kd_weight)) or loss.token_weight
-                                  for loss in recipe.losses):
-        return None
-    dtype = loading.DTYPES.get(teacher.dtype)
-    if dtype is None:
-        dtype = loading.checkpoint_dtype(teacher.model, **teacher.hub_kwargs)
-    # Outside the engine no tensor parallelism splits it.
-    return count_model(teacher, dtype, recipe, whole=placement.name == "replicated")
+def _count_frozen(recipe: Recipe, placement: Placement) -> dict[str, ModelCosts]:
+    """The costs of the teacher's models by the recipe's keys; {} where there is none, or no step
+    gives its divergence any weight."""
+    if not any(any(bounding_values(loss.kd_weight)) or loss.token_weight
+               for loss in recipe.losses):
+        return {}
+    # Outside the engine no tensor parallelism splits them.
+    whole = placement.name == "replicated"
+    return {key: count_model(model, loading.DTYPES.get(model.dtype) or loading.checkpoint_dtype(
+                model.model, **model.hub_kwargs), recipe, whole)
+            for key, model in loading.in_one_dtype(frozen_models(recipe)).items()}

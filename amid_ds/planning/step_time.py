@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from amid_ds.planning.devices import EFFICIENCY
+from amid_ds.planning.model_costs import ModelCosts
 from amid_ds.planning.network import ModelName, step_traffic, sum_traffic
 from amid_ds.planning.rings import Traffic
 from amid_ds.planning.setting import Setting
@@ -60,14 +61,18 @@ class StepTime:
 def flops_per_step(setting: Setting) -> dict[str, float]:
     """FLOPs of one rank in a step, bodies and heads, without recomputed layers (as MFU counts)."""
     student, teacher = setting.student, setting.teacher
-    per_head_weight = 2 * setting.tokens
     # The logits, the gradient of the hidden states and the weight's own.
     products = 1 + student.body_is_trained + student.head_is_trained
     of_student = (student.body.flops + student.body.backward_flops
-                  + products * per_head_weight * student.head)
-    of_teacher = 0.0 if teacher is None else teacher.body.flops + per_head_weight * teacher.head
+                  + products * 2 * setting.tokens * student.head)
     return {"student": setting.micro_batches * of_student,
-            "teacher": setting.teacher_micro_batches * of_teacher}
+            "teacher": 0.0 if teacher is None else teacher_flops(setting, teacher)}
+
+
+def teacher_flops(setting: Setting, teacher: ModelCosts) -> float:
+    """FLOPs of one rank in a step of the teacher, or of one of its models."""
+    per_micro_batch = teacher.body.flops + 2 * setting.tokens * teacher.head
+    return setting.teacher_micro_batches * per_micro_batch
 
 
 def step_time(setting: Setting) -> StepTime:

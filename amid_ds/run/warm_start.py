@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from amid_ds.config.parse import load_recipe
-from amid_ds.config.recipe import Recipe, Student
+from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.errors import InputError
 from amid_ds.run.folder import RunFolder
 
@@ -65,3 +65,21 @@ def kept_student(recipe: Recipe, run: RunFolder) -> Student:
         return recipe.student.model_copy(update={"model": str(run.student_files),
                                                  "revision": None})
     return resolve_student(recipe, run.path)
+
+
+def frozen_models(recipe: Recipe) -> dict[str, Teacher]:
+    """The models that are loaded to distil from, by the recipe's keys; {} where there is none.
+
+    The teacher; with a delta then the teacher's base, and the student's, which is the student as
+    the run begins with it if the recipe names no other. All have the teacher's dtype and placement.
+    Raises InputError as `resolve_student` does.
+    """
+    teacher = recipe.live_teacher
+    if teacher is None or teacher.delta is None:
+        return {} if teacher is None else {"teacher": teacher}
+    bases = {"base": teacher.delta.base,
+             "student_base": teacher.delta.student_base or resolve_student(recipe)}
+    return {"teacher": teacher.model_copy(update={"delta": None}),
+            **{f"teacher.delta.{name}": teacher.model_copy(update={
+                "delta": None, "model": base.model, **base.hub_kwargs})
+               for name, base in bases.items()}}

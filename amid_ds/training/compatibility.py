@@ -12,7 +12,7 @@ from pathlib import Path
 
 from amid_ds.checkpoint.manifest import Manifest
 from amid_ds.config.parse import default_of, load_recipe, resolved
-from amid_ds.config.recipe import Recipe
+from amid_ds.config.recipe import PretrainedModel, Recipe
 from amid_ds.errors import InputError
 from amid_ds.models.loading import resolved_commit
 from amid_ds.run.folder import RunFolder
@@ -61,16 +61,25 @@ def pin(recipe: Recipe) -> Recipe:
         if model is None:
             continue
         before = getattr(began, "live_teacher" if section == "teacher" else section, None)
-        if model.revision is None and before is not None and before.model == model.model:
-            revision = before.revision
-        else:
-            revision = resolved_commit(model.model, model.revision) or model.revision
-        kept = {"revision": revision}
+        kept: dict[str, object] = {"revision": _commit(model, before)}
+        delta = getattr(model, "delta", None)
+        if delta is not None:
+            had = getattr(before, "delta", None)
+            kept["delta"] = delta.model_copy(update={
+                name: base.model_copy(update={"revision": _commit(base, getattr(had, name, None))})
+                for name, base in delta.bases.items()})
         if section == "teacher" and before is not None and not PLACES & model.model_fields_set:
             # It was zero3 by default.
             kept["placement"] = before.placement
         pinned[section] = model.model_copy(update=kept)
     return recipe.model_copy(update=pinned)
+
+
+def _commit(model: PretrainedModel, before: PretrainedModel | None) -> str | None:
+    """The commit of a model on the hub: that of the run's begin, or what its revision is now."""
+    if model.revision is None and before is not None and before.model == model.model:
+        return before.revision
+    return resolved_commit(model.model, model.revision) or model.revision
 
 
 def _recipe_of_run(output_dir: str) -> Recipe | None:

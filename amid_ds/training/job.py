@@ -42,7 +42,7 @@ from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 from amid_ds.run.places import check_places, require_own_model
 from amid_ds.run.provenance import SourceHashes, hash_sources, prepared_hash, provenance
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 from amid_ds.training.cached_teacher import check_cached_teacher
 from amid_ds.training.compatibility import (
     changes_since_last_attempt,
@@ -122,16 +122,16 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     check_objectives(recipe)
     refuse_other_run(recipe)
     check_sources(recipe.data)
-    student, teacher = resolve_student(recipe), recipe.live_teacher
-    models: dict[str, Student | Teacher] = {f"student {student.model}": student}
-    if teacher is not None:
-        models[f"teacher {teacher.model}"] = teacher
+    student, frozen = resolve_student(recipe), frozen_models(recipe)
+    models: dict[str, Student | Teacher] = {
+        f"student {student.model}": student,
+        **{f"{key} {model.model}": model for key, model in frozen.items()}}
     look = require_supported if headers else supported_model
     metas = {name: look(model.model, **model.hub_kwargs) for name, model in models.items()}
     tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
-    if teacher is not None:
-        require_same_tokenizer(tokenizer, load_tokenizer(teacher.model, **teacher.hub_kwargs),
-                               student.model, teacher.model)
+    for model in frozen.values():
+        require_same_tokenizer(tokenizer, load_tokenizer(model.model, **model.hub_kwargs),
+                               student.model, model.model)
     check_cached_teacher(recipe, tokenizer)
     for name, meta in metas.items():
         require_rows(meta, f"the {name}", vocabulary_size(tokenizer))
@@ -178,10 +178,9 @@ def identity_of(job: Job, sources: SourceHashes, checkpoint: Path | None) -> dic
         "data.sha256": None if recipe.data.streams else prepared_hash(recipe.prepared_dir)}
     if recipe.data.auxiliary is not None:
         hashes["auxiliary.sha256"] = prepared_hash(recipe.prepared_dir / "auxiliary")
-    if recipe.live_teacher is not None:
-        hashes["teacher.sha256"] = sources.teacher
-    if recipe.cached_teacher is not None:
-        hashes |= {"teacher.sha256": sources.teacher, "teacher.cache_sha256": sources.cache}
+    hashes |= {f"{key}.sha256": sha256 for key, sha256 in sources.frozen.items()}
+    if sources.cache is not None:
+        hashes["teacher.cache_sha256"] = sources.cache
     if trains_in_part(recipe.student):
         # What is frozen is in no checkpoint: every attempt reads it anew.
         hashes[FROZEN_HASH] = sources.student

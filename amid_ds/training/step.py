@@ -237,8 +237,8 @@ class Stepper:
         with (self.engine.gathered_head(distiller.student),
               self.engine.gathered_head(distiller.teacher)):
             start = 0 if distiller.head.shard is None else distiller.head.shard.start
-            own = [[] if head is None or head.bias is None
-                   else ((head.bias == -math.inf).nonzero()[:, 0] + start).tolist()
+            own = [[] if head is None else [i + start for bias in head.biases
+                                            for i in (bias == -math.inf).nonzero()[:, 0].tolist()]
                    for head in distiller.head.heads()]
         said = ""
         of_heads = zip(*self.world.gather_in_group(own), strict=True)
