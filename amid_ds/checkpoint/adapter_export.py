@@ -28,7 +28,7 @@ def write_adapter(checkpoint: Path, trained: Mapping[str, torch.Size], dtype: to
     assert base.lora is not None
     lora, folder = base.lora, Path(base.model)
     shards = ZeroShards(checkpoint, trained)
-    tensors = {file_key(name): shards.whole(name).to(dtype) for name in trained}
+    tensors = {file_key(name): shards.exported(name).to(dtype) for name in trained}
     twins = _names_of_tied(model, trained)
     for name, first in twins.items():
         tensors[file_key(name)] = tensors[file_key(first)].clone()

@@ -25,7 +25,7 @@ from amid_ds.checkpoint.state import TrainState
 from amid_ds.checkpoint.whole_student import WholeStudent
 from amid_ds.checkpoint.zero_shards import trained_shapes
 from amid_ds.config.parse import dump_recipe, load_recipe
-from amid_ds.config.recipe import Recipe, Student
+from amid_ds.config.recipe import MeanTeacher, Recipe, Student
 from amid_ds.data import load_tokenizer
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import require_disk_space
@@ -187,6 +187,9 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str,
     origin = ""
     if run.provenance.is_file():
         origin = run.provenance.read_text(encoding="utf-8", errors="replace")
+    mean = ("" if recipe.train.ema is None else
+            f" They are the running mean of the run's, with a decay of {recipe.train.ema:g}; what "
+            "evaluations during the training have measured are the run's own.")
     logged, evaluated = (_lines_of_last_step(lines, state.step)
                          for lines in (read_metrics(run.path), read_evaluations(run.path)))
     # A slash marks times, speeds and memory.
@@ -198,7 +201,7 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str,
              f"# {run.path.resolve().name}, step {state.step}",
              f"`{recipe.student.model}`{_taught_by(recipe, origin)}, trained by amid_ds: "
              f"{state.step} of {recipe.train.total_steps} steps, "
-             f"{state.tokens:,} tokens. {what} in {dtype}.",
+             f"{state.tokens:,} tokens. {what} in {dtype}.{mean}",
              "## Metrics of the last logged step\n\n| | |\n|---|---:|\n" + "\n".join(metrics)]
     if evaluated:
         parts.append("## Evaluation\n\n```json\n"
@@ -215,6 +218,8 @@ def _taught_by(recipe: Recipe, origin: str) -> str:
     """
     if recipe.live_teacher is not None:
         return f", distilled from `{recipe.live_teacher.model}`"
+    if isinstance(recipe.teacher, MeanTeacher):
+        return f", distilled from its own running mean (decay {recipe.teacher.ema:g})"
     if recipe.cached_teacher is None:
         return ""
     try:

@@ -5,8 +5,8 @@ precision, and the parameters that are decayed, which lie in a group of their ow
 is, a parameter's moments go by its name. One process puts the parameters and their moments together
 (zero_shards.py) and keeps them inside the checkpoint, a file for each parameter, so that they are
 there for the next start and go when the checkpoint goes. Then every rank maps those files into
-memory and reads the pieces that its own layout asks for. The price is disk: 12 bytes per parameter,
-once.
+memory and reads the pieces that its own layout asks for. The price is disk: 12 bytes per parameter
+with AdamW's moments, 4 more for each running mean, once.
 """
 
 from __future__ import annotations
@@ -33,9 +33,6 @@ from amid_ds.errors import TrainingError
 from amid_ds.files.atomic import replace_folder, require_disk_space
 from amid_ds.models.loading import meta_model
 from amid_ds.models.trained import choose_trained
-
-# Of a parameter with AdamW's moments, per element, all in fp32.
-CONSOLIDATED_BYTES = 12
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +65,11 @@ def consolidate(checkpoint: Path, student: Student) -> None:
     shapes = trained_shapes(model)
     staging = checkpoint / f".{CONSOLIDATED}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
-    needed = sum(shape.numel() for shape in shapes.values()) * CONSOLIDATED_BYTES
+    shards = ZeroShards(checkpoint, shapes)
+    # All in fp32.
+    needed = sum(shape.numel() * len(shards.kinds(name)) * 4 for name, shape in shapes.items())
     require_disk_space(checkpoint, needed, f"converting {checkpoint} to this layout",
                        "start in the layout that it was saved in")
-    shards = ZeroShards(checkpoint, shapes)
     try:
         staging.mkdir()
         files = {}

@@ -114,13 +114,13 @@ class OpenStudent:
         """The weight of this name and shape in the student's own model, in the export's dtype."""
         student, shards = self._student, self._shards
         if name in shards.shapes:
-            return shards.whole(name).to(student.dtype)
+            return shards.exported(name).to(student.dtype)
         assert student.frozen is not None
         weight = student.frozen.read(name, shape, student.dtype)
         if name not in self._adapted:
             return weight
         prefix, layer = self._adapted[name]
-        a, b = (shards.whole(f"{prefix}.lora_{factor}.{ADAPTER_NAME}.weight")
+        a, b = (shards.exported(f"{prefix}.lora_{factor}.{ADAPTER_NAME}.weight")
                 .to(student.dtype).float() for factor in "AB")
         product = b @ a
         if layer.fan_in_fan_out:

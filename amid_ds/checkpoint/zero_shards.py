@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from amid_ds.checkpoint.manifest import Manifest
-from amid_ds.engine.restore import STUDENT_PREFIX, TENSOR_KINDS
+from amid_ds.engine.restore import EXPORTED_MEAN, STUDENT_PREFIX, TENSOR_KINDS, WEIGHT_KIND
 from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import TrainingError
 
@@ -77,8 +77,13 @@ class ZeroShards:
         with _errors_named(self.files.checkpoint):
             return list(self.parts[name][0].pieces[0])
 
-    def whole(self, name: str, kind: str = "fp32") -> torch.Tensor:
-        """A parameter's fp32 weights, or one of its moments, whole: a copy in memory."""
+    def exported(self, name: str) -> torch.Tensor:
+        """What an export has of a parameter, in fp32: the running mean of its weights where the run
+        keeps one (`train.ema`), else its weights."""
+        return self.whole(name, EXPORTED_MEAN if EXPORTED_MEAN in self.kinds(name) else WEIGHT_KIND)
+
+    def whole(self, name: str, kind: str = WEIGHT_KIND) -> torch.Tensor:
+        """A parameter's fp32 weights, or one of its moments or means, whole: a copy in memory."""
         parts, shape = self.parts[name], self.shapes[name]
         with _errors_named(self.files.checkpoint):
             tensors = [part.tensor(kind) for part in parts]

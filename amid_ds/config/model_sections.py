@@ -7,7 +7,7 @@ from typing import Annotated, Literal, TypedDict
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from amid_ds.config.section import NonNegative, PathText, Positive, PositiveInt, Section, Share
+from amid_ds.config.section import Decay, NonNegative, PathText, Positive, PositiveInt, Section
 
 Dtype = Literal["auto", "bf16", "fp32"]
 
@@ -137,8 +137,8 @@ class CachedTeacher(Section):
 class MeanTeacher(Section):
     """The student's own running mean as its teacher."""
 
-    ema: Share
-    """The mean's decay in each optimizer step."""
+    ema: Decay
+    """The mean's decay in each optimizer step, above 0 and below 1."""
 
 
 # By pydantic's name for the kind of teacher, which stands in the place of an error.

@@ -46,13 +46,13 @@ from amid_ds.config.scheduled_values import (
 )
 from amid_ds.config.section import (
     MAX_INT,
+    Decay,
     NonNegative,
     NonNegativeInt,
     PathText,
     Positive,
     PositiveInt,
     Section,
-    Share,
 )
 
 # Every section under one roof: other folders import them from here.
@@ -86,7 +86,7 @@ class Train(OptimizerKeys, RateKeys):
     """Rows in one forward and backward pass of a rank."""
     global_batch_size: PositiveInt
     """Rows in an optimizer step, over all ranks."""
-    ema: Share | None = None
+    ema: Decay | None = None
     """Keep a running mean of the student with this decay, which is then what is exported."""
     gradient_clipping: NonNegative = 1.0
     """The greatest norm of the gradient; 0: no clipping."""
@@ -204,6 +204,13 @@ class Recipe(Section):
         if self.student.lora is not None and self.train.optimizer == "muon":
             raise ValueError("`student.lora` with `train.optimizer: muon`, which would "
                              "orthogonalize the two factors of an adapter one by one; set `adamw`")
+        return self
+
+    @model_validator(mode="after")
+    def _mean_is_of_whole_students(self) -> Recipe:
+        if isinstance(self.teacher, MeanTeacher) and (self.student.lora or self.student.freeze):
+            raise ValueError("`teacher.ema` with `student.lora` or `student.freeze`: the teacher "
+                             "is the mean of a student that trains whole; leave one of them out")
         return self
 
     @model_validator(mode="after")

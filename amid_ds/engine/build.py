@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from amid_ds.config.recipe import Dtype, Recipe, Teacher
+from amid_ds.config.recipe import Dtype, MeanTeacher, Recipe, Teacher
 from amid_ds.distributed.world import World
 from amid_ds.engine.autotp import BodySplit, make_tensor_parallel_groups
 from amid_ds.engine.backend import import_deepspeed
@@ -23,11 +23,11 @@ from amid_ds.engine.ds_config import (
     uses_bf16,
     zero_stage,
 )
+from amid_ds.engine.ema import RunningMeans, mean_decays
 from amid_ds.engine.engine import Engine
 from amid_ds.engine.gather import GatheredBytes, count_and_order_gathers, gathered_head
 from amid_ds.engine.muon import clip_gradients_first
 from amid_ds.engine.optimizer import (
-    DecayedParameters,
     GroupName,
     decayed_parameters,
     make_optimizer,
@@ -85,7 +85,7 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
                                    offload_device(config, "offload_optimizer") != "none", world)
         if world.tp_size > 1:
             config = {**config, "tensor_parallel": {"autotp_size": world.tp_size}}
-        return _initialize(distiller, optimizer, decayed_parameters(recipe), config, world)
+        return _initialize(distiller, optimizer, recipe, config, world)
 
 
 def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World,
@@ -98,6 +98,8 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     opened = {"student": _open_student(recipe, config, world, resumes),
               **{key: _open_teacher(model, config, replicated, world)
                  for key, model in frozen.items()}}
+    if isinstance(recipe.teacher, MeanTeacher):
+        opened["teacher"] = _open_mean(recipe, config, world)
     models = {name: model.module for name, model in opened.items()}
     for name, module in models.items():
         if recipe.data.isolates_any or exceeds_window(module, recipe.train.seq_length):
@@ -148,7 +150,13 @@ def _open_teacher(teacher: Teacher, config: DeepSpeedConfig, replicated: bool, w
     return OpenModel(model.to(world.device) if replicated else model, config)
 
 
-def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, decayed: DecayedParameters,
+def _open_mean(recipe: Recipe, config: DeepSpeedConfig, world: World) -> OpenModel:
+    """A second module of the student's, whose weights will be the mean's: nothing is read."""
+    dtype: Dtype = "bf16" if uses_bf16(config) else "fp32"
+    return open_causal_lm(resolve_student(recipe), dtype, for_teacher(config), world, read=False)
+
+
+def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, recipe: Recipe,
                 config: DeepSpeedConfig, world: World) -> Engine:
     """DeepSpeed's engine around the distiller, its hooks set for our order of modules."""
     deepspeed = import_deepspeed()
@@ -175,4 +183,5 @@ def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, decayed:
         # FusedHead reads the student's head, not the module that owns it: tell ZeRO-3's hooks.
         for parameter in of_head:
             deepspeed.zero.register_external_parameter(distiller.head, parameter)
-    return Engine(deepspeed_engine, world, gathered_bytes, decayed)
+    return Engine(deepspeed_engine, world, gathered_bytes, decayed_parameters(recipe),
+                  RunningMeans(deepspeed_engine, mean_decays(recipe)))

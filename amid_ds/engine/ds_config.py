@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import torch
 
 from amid_ds.config.library import packaged_folder
-from amid_ds.config.recipe import Recipe
+from amid_ds.config.recipe import MeanTeacher, Recipe
 from amid_ds.config.strict import load_json, read_user_file
 from amid_ds.engine.ds_schema import OWNED_BY_RECIPE, find_problems
 from amid_ds.errors import InputError
@@ -159,6 +159,10 @@ def _conflicts(recipe: Recipe, config: DeepSpeedConfig, ours: Mapping[str, float
 def _section_conflicts(recipe: Recipe, config: DeepSpeedConfig, name: str) -> Iterator[str]:
     """A line for each section that is sound in itself and wrong for the recipe."""
     yield from _zero_stage_conflicts(recipe, config, name)
+    if isinstance(recipe.teacher, MeanTeacher) and zero_stage(config) in (1, 2):
+        # There the mean is partitioned and the models are whole.
+        yield (f"zero_optimization.stage: {zero_stage(config)} in {name}, teacher.ema in the "
+               "recipe needs stage 3 or 0")
     if recipe.train.optimizer == "muon":
         yield from _muon_conflicts(recipe, config, name)
     if config.get("fp16", {}).get("enabled"):

@@ -17,6 +17,7 @@ from amid_ds.config.recipe import Recipe
 from amid_ds.data import Batch
 from amid_ds.distributed.world import World
 from amid_ds.engine import gather, memory, optimizer, restore, staging, tensor_files
+from amid_ds.engine.ema import RunningMeans
 from amid_ds.errors import TrainingError
 from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller, LossPart, MicroBatchLoss
@@ -37,13 +38,16 @@ class Engine:
 
     module: the `Distiller`, or for generation a causal LM by itself.
     gathered_bytes: bytes of weights that ZeRO-3 has gathered on this rank so far, counted in
-    training. decayed: the parameters with weight decay, which are in a group of their own.
+    training. decayed: the parameters with weight decay, which are in a group of their own. means:
+    those of the student's weights that the run keeps.
     """
 
     def __init__(self, deepspeed_engine: Any, world: World,
                  gathered_bytes: gather.GatheredBytes | None = None,
-                 decayed: optimizer.DecayedParameters = "all") -> None:
+                 decayed: optimizer.DecayedParameters = "all",
+                 means: RunningMeans | None = None) -> None:
         self._deepspeed, self.world, self.decayed = deepspeed_engine, world, decayed
+        self._means = means
         self.gathered_bytes = gathered_bytes or gather.GatheredBytes()
         self.module: nn.Module = deepspeed_engine.module
         self._step_hooks: OrderedDict[int, Callable[[], None]] = OrderedDict()
@@ -168,7 +172,7 @@ class Engine:
         states exceed another eighth, all of them wait in pinned host memory, on a GPU.
         """
         teacher = self.distiller.teacher
-        if teacher is None or recipe.live_teacher is None:
+        if teacher is None:
             return TeacherBatch(0, False)
         configs: list[Any] = [part.config for part in parts_of(teacher)]
         element_size = next(teacher.parameters()).element_size()
@@ -177,8 +181,8 @@ class Engine:
         on_host = (self.world.device.type == "cuda"
                    and not hidden_states_fit(configs, element_size, window, free))
         per_token = teacher_bytes_per_token(configs, element_size, recipe.train.seq_length)
-        tokens = (recipe.live_teacher.max_tokens_per_pass or previous
-                  or default_teacher_tokens(free, per_token))
+        most = None if recipe.live_teacher is None else recipe.live_teacher.max_tokens_per_pass
+        tokens = most or previous or default_teacher_tokens(free, per_token)
         return TeacherBatch(tokens, on_host)
 
     def check_models(self, vocab_size: int, isolated: bool) -> None:
@@ -224,10 +228,17 @@ class Engine:
                                 f"{error}") from error
         if loaded is None:
             raise TrainingError(f"DeepSpeed could not load {checkpoint}")
+        self._settle_means()
 
     def load_tensors(self, read: Callable[[str], Mapping[str, Tensor]], step: int) -> None:
         """Restore weights and optimizer from whole tensors, see restore.py. Collective."""
-        restore.load_tensors(self._deepspeed, read, step, self.world)
+        restore.load_tensors(self._deepspeed, read, step, self.world,
+                             () if self._means is None else self._means.decays)
+        self._settle_means()
+
+    def _settle_means(self) -> None:
+        if self._means is not None:
+            self._means.settle()
 
     def resident_bytes(self) -> dict[str, int]:
         """Bytes that stay on this rank from step to step: both models' weights, the optimizer."""

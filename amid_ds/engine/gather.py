@@ -152,6 +152,16 @@ def partitioned_parameters(model: nn.Module) -> list[Any]:
             if getattr(p, "ds_status", None) == ZeroParamStatus.NOT_AVAILABLE]
 
 
+def release_whole(model: nn.Module) -> None:
+    """Let go of what ZeRO-3 holds whole of `model`, after its partitions were written anew."""
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    whole: list[Any] = [p for p in model.parameters()
+                        if getattr(p, "ds_status", None) == ZeroParamStatus.AVAILABLE]
+    if whole:
+        whole[0].partition(whole)
+
+
 def full_numel(parameter: Any) -> int:
     """Elements of the whole parameter, however much of it this rank holds now."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

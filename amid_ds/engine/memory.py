@@ -11,10 +11,12 @@ from torch import Tensor
 
 from amid_ds.distributed.world import World
 from amid_ds.engine.optimizer import inner_optimizer
+from amid_ds.engine.restore import MEAN_KINDS
 
 
 def resident_bytes(deepspeed_engine: Any) -> dict[str, int]:
-    """Bytes that stay from step to step: `student_weights`, `teacher_weights`, `optimizer`."""
+    """Bytes that stay from step to step: `student_weights`, `teacher_weights`, `optimizer`, and
+    `means` of the student's weights, where there are some."""
     distiller = deepspeed_engine.module
     models = {"student": distiller.student, "teacher": distiller.teacher}
     parts = {
@@ -27,7 +29,10 @@ def resident_bytes(deepspeed_engine: Any) -> dict[str, int]:
     masters: list[Tensor] = next(
         (getattr(outer, name) for name in names if hasattr(outer, name)), [])
     moments = [value for state in inner.state.values()
-               for name, value in state.items() if name != "step"]
+               for name, value in state.items() if name not in ("step", *MEAN_KINDS)]
+    means = [state[kind] for state in inner.state.values() for kind in MEAN_KINDS if kind in state]
+    if means:
+        parts["means"] = _unique_bytes(means)
     return {**parts, "optimizer": _unique_bytes([*masters, *moments])}
 
 

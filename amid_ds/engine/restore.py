@@ -1,4 +1,5 @@
-"""Whole tensors into the engine's partitions: weights, fp32 masters and the optimizer's moments.
+"""Whole tensors into the engine's partitions: weights, fp32 masters, and the optimizer's moments
+and running means.
 
 This is how a checkpoint of one layout resumes in another. Every rank reads whole tensors and keeps
 the part that its own layout (ZeRO stage, data-parallel and tensor-parallel rank) asks for.
@@ -6,7 +7,7 @@ the part that its own layout (ZeRO stage, data-parallel and tensor-parallel rank
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,15 +21,19 @@ from amid_ds.errors import TrainingError
 STUDENT_PREFIX = "student."
 # DeepSpeed's names for a parameter's fp32 weights, its two moments of Adam's, or one of Muon's.
 WEIGHT_KIND, ADAM_KINDS, MUON_KINDS = "fp32", ("exp_avg", "exp_avg_sq"), ("momentum_buffer",)
-TENSOR_KINDS = (WEIGHT_KIND, *ADAM_KINDS, *MUON_KINDS)
+# Ours, of the running means (ema.py).
+EXPORTED_MEAN, TEACHING_MEAN = "ema", "teacher_ema"
+MEAN_KINDS = (EXPORTED_MEAN, TEACHING_MEAN)
+TENSOR_KINDS = (WEIGHT_KIND, *ADAM_KINDS, *MUON_KINDS, *MEAN_KINDS)
 
 
 def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tensor]], step: int,
-                 world: World) -> None:
+                 world: World, means: Iterable[str] = ()) -> None:
     """Fill weights and optimizer from whole tensors, as of optimizer step `step`. Collective.
 
     read(name): the parameter's whole tensors by TENSOR_KINDS; `name` is that of the student's
-    model. Raises TrainingError where they are another optimizer's.
+    model. means: the MEAN_KINDS that this run keeps; one that there is not yet begins with the
+    weights. Raises TrainingError where the tensors are another optimizer's.
     """
     trained: dict[str, Any] = {name.removeprefix(STUDENT_PREFIX): parameter for name, parameter
                                in deepspeed_engine.module.named_parameters()
@@ -36,14 +41,17 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
     shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape))
               for name, parameter in trained.items()}
     peers = world.gather_in_group(shapes)
-    masters = _fill_optimizer_state(deepspeed_engine, trained, step)
+    means = tuple(means)
+    masters = _fill_optimizer_state(deepspeed_engine, trained, step, means)
     kinds = {name: MUON_KINDS if group["name"] == "muon" else ADAM_KINDS
              for group in deepspeed_engine.optimizer.param_groups for name in group["names"]}
     for name, parameter in trained.items():
         tensors = read(name)
-        if tensors.keys() != {WEIGHT_KIND, *kinds[name]}:
+        if tensors.keys() - set(MEAN_KINDS) != {WEIGHT_KIND, *kinds[name]}:
             raise TrainingError(f"the checkpoint has {', '.join(sorted(tensors))} of {name}, this "
                                 f"optimizer has {', '.join(kinds[name])}")
+        tensors = {kind: tensors.get(kind, tensors[WEIGHT_KIND])
+                   for kind in (WEIGHT_KIND, *kinds[name], *means)}
         part = _tensor_parallel_part([peer[name] for peer in peers], world.tp_rank,
                                      tensors[WEIGHT_KIND].shape)
         own = {kind: tensor[part] for kind, tensor in tensors.items()}
@@ -69,8 +77,8 @@ def _tensor_parallel_part(shapes: list[tuple[int, ...]], rank: int,
                  for start, length in zip(starts, shapes[rank], strict=True))
 
 
-def _fill_optimizer_state(deepspeed_engine: Any, trained: Mapping[str, Any],
-                          step: int) -> dict[Any, Tensor]:
+def _fill_optimizer_state(deepspeed_engine: Any, trained: Mapping[str, Any], step: int,
+                          means: tuple[str, ...]) -> dict[Any, Tensor]:
     """Give the fresh optimizer a state of zeros; returns the parameters' fp32 masters at stage 0.
 
     ZeRO's optimizers step over flat rows of this rank's pieces, which DeepSpeed's setters address.
@@ -84,11 +92,8 @@ def _fill_optimizer_state(deepspeed_engine: Any, trained: Mapping[str, Any],
     elif stage:
         rows = optimizer.single_partition_of_fp32_groups
     else:
-        # Group by group, as the optimizer has them.
-        names = [name for group in optimizer.param_groups for name in group["names"]]
-        own = [trained[name] for name in names]
-        rows = [row for group in getattr(optimizer, "fp32_groups", [own]) for row in group]
-        masters = dict(zip(own, rows, strict=True))
+        masters = whole_masters(deepspeed_engine, trained)
+        rows = masters.values()
     for row in rows:
         if MUON_KINDS[0] in adam.state.get(row, {}):
             # Made with the engine.
@@ -96,10 +101,23 @@ def _fill_optimizer_state(deepspeed_engine: Any, trained: Mapping[str, Any],
         else:
             adam.state[row] = {"step": step_count(adam, row, step),
                                **{kind: torch.zeros_like(row) for kind in ADAM_KINDS}}
+        adam.state[row] |= {kind: torch.zeros_like(row) for kind in means}
     if stage in (1, 2):
         # DeepSpeed's setters know of these moments only after this.
         optimizer._lazy_init_hp_params_optimizer_state()
     return masters
+
+
+def whole_masters(deepspeed_engine: Any, trained: Mapping[str, Any]) -> dict[Any, Tensor]:
+    """The fp32 weights that the optimizer steps, by parameter, at stage 0: nothing is partitioned.
+
+    trained: the parameters by their names in the student.
+    """
+    optimizer = deepspeed_engine.optimizer
+    # Group by group, as the optimizer has them.
+    own = [trained[name] for group in optimizer.param_groups for name in group["names"]]
+    rows = [row for group in getattr(optimizer, "fp32_groups", [own]) for row in group]
+    return dict(zip(own, rows, strict=True))
 
 
 @torch.no_grad()
@@ -128,10 +146,10 @@ def _set_unpartitioned(deepspeed_engine: Any, parameter: Any, master: Tensor | N
     parameter.data.copy_(tensors[WEIGHT_KIND])
     if master is None:
         utils.safe_set_full_fp32_param(parameter, tensors[WEIGHT_KIND])
-        for kind in ADAM_KINDS:
+        for kind in tensors.keys() - {WEIGHT_KIND}:
             utils.safe_set_full_optimizer_state(parameter, tensors[kind], kind)
         return
     master.data.copy_(tensors[WEIGHT_KIND])
     adam = inner_optimizer(deepspeed_engine)
-    for kind in ADAM_KINDS:
+    for kind in tensors.keys() - {WEIGHT_KIND}:
         adam.state[master][kind].copy_(tensors[kind])

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 
 from amid_ds.config.recipe import Recipe
+from amid_ds.engine.ema import mean_decays
 from amid_ds.planning.devices import Device, find_device
 from amid_ds.planning.memory import (
     FP32_BYTES,
@@ -107,8 +108,10 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
     setting = placed(counted, chosen)
     train, student = recipe.train, setting.student
     memory, time = memory_per_rank(setting), step_time(setting)
-    # A checkpoint holds fp32 weights and the moments, and the bf16 weights, of what is trained.
-    weight_bytes = FP32_BYTES + (student.element_size if setting.zero.bf16 else 0)
+    # A checkpoint holds fp32 weights, their means and the moments, and the bf16 weights, of what is
+    # trained.
+    weight_bytes = (FP32_BYTES * (1 + len(mean_decays(recipe)))
+                    + (student.element_size if setting.zero.bf16 else 0))
     weights = student.trained.total
     return Plan(
         device=device,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from amid_ds.engine.ema import mean_decays
 from amid_ds.losses import default_workspace_bytes
 from amid_ds.losses.blocks import row_stride
 from amid_ds.losses.tiles import tiling
@@ -57,6 +58,8 @@ def state_bytes(setting: Setting) -> dict[str, int]:
         "optimizer": 0 if zero.offloads_optimizer else (
             optimizer * master_bytes
             + moment_bytes(zero, optimizer, setting.student_partition(student.muon)))}
+    if means := len(mean_decays(setting.recipe)):
+        parts["means"] = 0 if zero.offloads_optimizer else means * optimizer * FP32_BYTES
     if zero.secondary_ranks > 1:
         # Gathers are made from it, wherever the first copy lies.
         secondary = student.weights.partition(zero.secondary_ranks, 1)
@@ -203,8 +206,8 @@ def _teacher_hidden_bytes(setting: Setting, teacher: ModelCosts) -> int:
 
 def _teacher_pass_tokens(setting: Setting, teacher: ModelCosts) -> int:
     """Tokens that share a forward call of the teacher: whole micro-batches, at least one."""
-    assert setting.recipe.live_teacher is not None
-    tokens = setting.recipe.live_teacher.max_tokens_per_pass or default_teacher_tokens(
+    live = setting.recipe.live_teacher
+    tokens = (live and live.max_tokens_per_pass) or default_teacher_tokens(
         free_bytes(setting), teacher.bytes_per_teacher_token)
     micro_batches = max(1, tokens // setting.tokens)
     return min(micro_batches * setting.tokens, setting.teacher_tokens)

@@ -90,6 +90,8 @@ def choose_placement(setting: Setting) -> ChosenPlacement:
     """
     if setting.teacher is None:
         return ChosenPlacement("zero3", None, "no step needs a teacher")
+    if setting.recipe.live_teacher is None:
+        return ChosenPlacement("zero3", None, "it is partitioned as the student is")
     settled = settled_placement(
         setting.recipe, setting.zero.stage, setting.data_parallel,
         lambda: ranks_of_shard(setting.recipe, setting.data_parallel, setting.ranks_per_node))
@@ -114,8 +116,11 @@ def placed(setting: Setting, chosen: ChosenPlacement) -> Setting:
 
 
 def placement_costs(setting: Setting) -> list[PlacementCosts]:
-    """The costs of each placement that the layout may have, each once; [] without a teacher."""
-    if setting.teacher is None:
+    """The costs of each placement that the layout may have, each once; [] without a teacher.
+
+    [] too for the student's running mean, which lies as the student does.
+    """
+    if setting.teacher is None or setting.recipe.live_teacher is None:
         return []
     return [costs_of(with_placement(setting, placement)) for placement in _placements(setting)]
 

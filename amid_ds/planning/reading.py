@@ -58,6 +58,9 @@ def _student_bytes(setting: Setting) -> int:
 
 
 def _teacher_bytes(setting: Setting, teacher: ModelCosts) -> int:
+    if setting.recipe.live_teacher is None:
+        # The student's running mean, which is in no file.
+        return 0
     if setting.teacher_is_sharded:
         over = setting.placement.shard_over
         return int(teacher.weights.partition(over, setting.tensor_parallel) * teacher.stored_size)

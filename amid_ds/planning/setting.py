@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from amid_ds.config.recipe import Recipe, bounding_values
+from amid_ds.config.recipe import MeanTeacher, Recipe, Teacher, bounding_values
 from amid_ds.data import TargetFolder
 from amid_ds.distributed.nodes import require_divisor
 from amid_ds.engine.ds_config import (
@@ -212,7 +212,7 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
     if recipe.live_teacher is not None and recipe.live_teacher.shard_over is not None:
         require_divisor(recipe.live_teacher.shard_over, data_parallel)
     placement = _given_placement(recipe, data_parallel, -(-ranks // nodes))
-    frozen = _count_frozen(recipe, placement)
+    frozen = _count_frozen(recipe, placement, zero)
     return Setting(
         recipe=recipe,
         zero=zero,
@@ -231,7 +231,7 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
 
 def with_placement(setting: Setting, placement: Placement) -> Setting:
     """`setting` with its teacher placed otherwise."""
-    frozen = _count_frozen(setting.recipe, placement)
+    frozen = _count_frozen(setting.recipe, placement, setting.zero)
     return replace(setting, placement=placement, teacher=summed_costs(frozen), frozen=frozen)
 
 
@@ -262,14 +262,21 @@ def _target_bytes(recipe: Recipe) -> int:
     return layout.entries * kept + LOG_BYTES * (1 if layout.sampled else 2)
 
 
-def _count_frozen(recipe: Recipe, placement: Placement) -> dict[str, ModelCosts]:
+def _count_frozen(recipe: Recipe, placement: Placement, zero: ZeroSettings
+                  ) -> dict[str, ModelCosts]:
     """The costs of the teacher's models by the recipe's keys; {} where there is none, or no step
     gives its divergence any weight."""
     if not any(any(bounding_values(loss.kd_weight)) or loss.token_weight
                for loss in recipe.losses):
         return {}
+    models = loading.in_one_dtype(frozen_models(recipe))
+    if isinstance(recipe.teacher, MeanTeacher):
+        # As the student, whose shapes and dtype it has.
+        student = resolve_student(recipe)
+        models["teacher"] = Teacher(model=student.model, **student.hub_kwargs,
+                                    dtype="bf16" if zero.bf16 else "fp32")
     # Outside the engine no tensor parallelism splits them.
     whole = placement.name == "replicated"
     return {key: count_model(model, loading.DTYPES.get(model.dtype) or loading.checkpoint_dtype(
                 model.model, **model.hub_kwargs), recipe, whole)
-            for key, model in loading.in_one_dtype(frozen_models(recipe)).items()}
+            for key, model in models.items()}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from amid_ds.checkpoint.manifest import Manifest
 from amid_ds.config.parse import default_of, load_recipe, resolved
-from amid_ds.config.recipe import PretrainedModel, Recipe
+from amid_ds.config.recipe import PretrainedModel, Recipe, Teacher
 from amid_ds.errors import InputError
 from amid_ds.models.loading import resolved_commit
 from amid_ds.run.folder import RunFolder
@@ -56,11 +56,14 @@ def pin(recipe: Recipe) -> Recipe:
         of_train = {key: value for key, value in CHANGED_DEFAULTS.items() if
                     getattr(began.train, key) == value and key not in recipe.train.model_fields_set}
         pinned["train"] = recipe.train.model_copy(update=of_train)
-    models = {"student": recipe.student, "teacher": recipe.live_teacher}
-    for section, model in models.items():
-        if model is None:
+    for section in ("student", "teacher"):
+        model = getattr(recipe, section)
+        if not isinstance(model, PretrainedModel):
             continue
-        before = getattr(began, "live_teacher" if section == "teacher" else section, None)
+        before = getattr(began, section, None)
+        if not isinstance(before, type(model)):
+            # Another kind of teacher, which is refused later.
+            before = None
         kept: dict[str, object] = {"revision": _commit(model, before)}
         delta = getattr(model, "delta", None)
         if delta is not None:
@@ -68,7 +71,7 @@ def pin(recipe: Recipe) -> Recipe:
             kept["delta"] = delta.model_copy(update={
                 name: base.model_copy(update={"revision": _commit(base, getattr(had, name, None))})
                 for name, base in delta.bases.items()})
-        if section == "teacher" and before is not None and not PLACES & model.model_fields_set:
+        if isinstance(before, Teacher) and not PLACES & model.model_fields_set:
             # It was zero3 by default.
             kept["placement"] = before.placement
         pinned[section] = model.model_copy(update=kept)

@@ -45,20 +45,25 @@ def reference_factor(train: dict, step: int) -> float:
     return low * (1 - height) + height
 
 
-def reference_loop(student: Path, teacher: Path | Callable[[Tensor], Tensor], recipe: dict,
+def reference_loop(student: Path, teacher: Path | Callable[[Tensor], Tensor] | None, recipe: dict,
                    prepared: Path,
                    make_optimizer: Callable[[nn.Module, dict], torch.optim.Optimizer]
                    = reference_adamw) -> tuple[list[dict], dict[str, Tensor]]:
-    """Each step's metrics and the trained fp32 weights: the truth for any layout.
+    """Each step's metrics and the trained fp32 weights, or with `train.ema` their running mean: the
+    truth for any layout.
 
     One process, full logits in float64, one document at a time; the skewed KL and the schedules
-    written out. make_optimizer: from the model and the recipe's `train`; its groups' `ratio`
-    multiplies the learning rate. teacher: a model, or its logits [1, L, V] of ids [1, L].
+    written out. teacher: a model, or its logits [1, L, V] of ids [1, L]; None: the student's
+    running mean, of `teacher.ema`. make_optimizer: from the model and the recipe's `train`; its
+    groups' `ratio` multiplies the learning rate.
     """
-    model = AutoModelForCausalLM.from_pretrained(student)
+    model, kept = (AutoModelForCausalLM.from_pretrained(student) for _ in range(2))
+    means = [(kept, recipe["train"].get("ema", 0.0))]
     guide = teacher
-    if isinstance(teacher, Path):
-        loaded = AutoModelForCausalLM.from_pretrained(teacher)
+    if teacher is None or isinstance(teacher, Path):
+        loaded = AutoModelForCausalLM.from_pretrained(teacher or student)
+        if teacher is None:
+            means.append((loaded, recipe["teacher"]["ema"]))
 
         def guide(ids: Tensor) -> Tensor:
             return loaded(ids).logits
@@ -87,7 +92,10 @@ def reference_loop(student: Path, teacher: Path | Callable[[Tensor], Tensor], re
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        for mean, decay in means:
+            for held, now in zip(mean.parameters(), model.parameters(), strict=True):
+                held.data = decay * held.data + (1 - decay) * now.data
         lines.append({"loss": total.item(), "kd_loss": (kd / tokens).item(),
                       "ce_loss": (ce / tokens).item(), "grad_norm": norm.item(),
                       "learning_rate": optimizer.param_groups[0]["lr"]})
-    return lines, {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return lines, {name: parameter.detach() for name, parameter in kept.named_parameters()}
