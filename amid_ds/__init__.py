@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         LMHead,
         PerToken,
         SampledReverseKL,
+        SparseTargets,
         amid_loss,
         linear_amid_loss,
         preset,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["AMiD", "AlphaBeta", "ConcreteScore", "LMHead", "PerToken", "SampledReverseKL",
-           "VocabShard", "amid_loss", "linear_amid_loss", "preset"]
+           "SparseTargets", "VocabShard", "amid_loss", "linear_amid_loss", "preset"]
 
 
 def __getattr__(name: str) -> Any:

@@ -193,7 +193,8 @@ def calls(folder: Path) -> str:
 def test_a_signal_to_the_script_goes_on_to_the_step_whose_status_is_the_scripts(
         template, numbers, fake_slurm, tmp_path):
     assert run_script(template, tmp_path, {**fake_slurm, "WAIT": "yes"}, *numbers) == 75
-    assert calls(tmp_path) == ("scontrol requeue 7\n" if template == "prepare" else "requeue 75\n")
+    restarts = template in ("prepare", "cache")
+    assert calls(tmp_path) == ("scontrol requeue 7\n" if restarts else "requeue 75\n")
 
 
 @pytest.mark.parametrize("status", [0, 1, 2, 75, 137])
@@ -203,22 +204,23 @@ def test_a_script_ends_with_its_steps_status(template, status, fake_slurm, tmp_p
     words = (tmp_path / "step").read_text().split("\0")
     assert words[words.index("R.yaml") + 1] == "a b"
     expected = {0: "", 2: ""}.get(status, f"requeue {status}\n")
-    if template == "prepare":
+    if template in ("prepare", "cache"):
         expected = "scontrol requeue 7\n" if status == 75 else ""
     if (template, status) == ("sweep", 0):
         expected = "sweep runs/sweep\n"
     assert calls(tmp_path) == expected
 
 
+@pytest.mark.parametrize("template", ["prepare", "cache"])
 @pytest.mark.parametrize("status", [129, 130, 138, 143])
-def test_a_signal_that_ends_prepare_starts_it_again_unless_slurm_ends_the_job(status, fake_slurm,
-                                                                              tmp_path):
+def test_a_signal_that_ends_its_step_starts_it_again_unless_slurm_ends_the_job(
+        status, template, fake_slurm, tmp_path):
     environment = {**fake_slurm, "STEP_STATUS": str(status)}
     for changed, again in (({}, True), ({"JOB_STATE": "COMPLETING"}, False),
                            ({"JOB_STATE": "COMPLETING", "REASON": "TimeLimit"}, True),
                            ({"REQUEUE": "no"}, False)):
         (tmp_path / "calls").unlink(missing_ok=True)
-        assert run_script("prepare", tmp_path, {**environment, **changed}) == status
+        assert run_script(template, tmp_path, {**environment, **changed}) == status
         assert calls(tmp_path) == ("scontrol requeue 7\n" if again else ""), changed
 
 

@@ -33,7 +33,7 @@ def device(memory: float) -> Device:
     return Device("h100-80g", memory, 989e12, 50e9, 450e9)
 
 
-def test_the_four_ways_are_measured_and_the_teacher_is_gathered_once_a_window(tmp_path):
+def test_every_way_is_measured_and_the_teacher_is_gathered_once_a_window(tmp_path):
     before = set(os.environ)
     save_models(tmp_path, SCALE)
     times = step._on_ranks(2, tmp_path, STEP_VARIANTS, SCALE, 1)
@@ -109,9 +109,11 @@ def test_a_shape_is_measured_as_it_is_given(monkeypatch, capsys):
     assert {name: result["scale"][name] for name in shape} == json.loads(json.dumps(shape))
     assert result["usual_step_s"] is None and result["peak_bytes"]["usual"] is None
     assert result["student_step_s"] == 2 and result["peak_bytes"]["distillation"] == 7
-    assert [each[1] for each in asked] == [["student", "teacher", "distillation"], ["student"],
-                                           ["distillation"], []]
-    assert {each[0] for each in asked} == {1} and [each[3] for each in asked] == [10, 0, 0, 0]
+    assert result["cached_step_s"] == {"topk_64": 2, "sample_50": 2}
+    own = ["student", "distillation", "topk_64", "sample_50"]
+    assert [each[1] for each in asked] == [["student", "teacher", *own[1:]],
+                                           *([name] for name in own), []]
+    assert {each[0] for each in asked} == {1} and [each[3] for each in asked] == [10] + [0] * 5
     step.bench_step(False, **shape)
     assert "no room" in capsys.readouterr().out
 

@@ -27,6 +27,7 @@ from amid_ds.checkpoint.manifest import list_checkpoints
 from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.cli import main
 from amid_ds.engine.backend import import_deepspeed
+from amid_ds.models import weight_writer
 from amid_ds.models.loading import meta_model
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} {% endfor %}"
@@ -143,7 +144,7 @@ def measured_export_process(source: str, out: str, notes: str, argv: list[str],
     # Imported by an export anyway, and not to be measured.
     from transformers import AutoModelForCausalLM  # noqa: F401
 
-    export.FILE_BYTES = 8 * 10**6
+    weight_writer.FILE_BYTES = 8 * 10**6
     export.export(source, f"{out}.first", "bf16")
     gc.collect()
     before, highest, done = used(), used(), threading.Event()

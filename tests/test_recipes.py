@@ -25,13 +25,14 @@ from amid_ds.config.published import published, published_row
 from amid_ds.config.recipe import Recipe
 from amid_ds.config.schedule import learning_rate
 from amid_ds.errors import InputError
+from amid_ds.experiments.chain import plan_chain
 from amid_ds.models.distiller import StepObjectives
 from amid_ds.training.objective import objective_at, objectives_at
 
 SMALL_BATCH = ["train.global_batch_size=2", "train.micro_batch_size=2"]
 ADAPTIVE = [*SMALL_BATCH, "rollout.max_new_tokens=4", "rollout.adaptive.init_threshold=1.0"]
 SAMPLED = [*SMALL_BATCH, "rollout.max_new_tokens=4", "rollout.share=1.0"]
-# Recipe -> its models' family, ranks, and the overrides that make it small.
+# Recipe -> its models' family, ranks, and the overrides that make it small ({student}: its folder).
 STAND_INS = {
     "amid_gpt2_dolly": ("gpt2", 1, ADAPTIVE),
     "amid_adaptive": ("gpt2", 1, ADAPTIVE),
@@ -46,6 +47,7 @@ STAND_INS = {
     "mean_teacher": ("llama", 2, ["train.global_batch_size=2"]),
     "grown_vocabulary": ("llama", 1, SMALL_BATCH),
     "study": ("llama", 1, SMALL_BATCH),
+    "delta_kd": ("llama", 1, [*SMALL_BATCH, "teacher.delta.base.model={student}"]),
 }
 ON_DOLLY = ["amid_gpt2_dolly", "amid_adaptive", "distillm_gpt2_dolly", "gkd", "csd"]
 
@@ -106,7 +108,8 @@ def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, chat_models
                  *(f"{rows}.path={data}" for rows in sets), f"data.prepared={tmp_path / 'data'}",
                  "data.workers=0", "train.epochs=null", "train.steps=2", "train.seq_length=96",
                  "train.warmup_steps=0", "train.eval_every=2", "train.log_every=1",
-                 f"output_dir={tmp_path / 'run'}", *smaller]
+                 f"output_dir={tmp_path / 'run'}",
+                 *(each.format(student=student) for each in smaller)]
     if recipe.data.auxiliary is not None:
         overrides.append(f"data.auxiliary.path={texts}")
     if recipe.data.eval[0].generate is not None:
@@ -137,6 +140,20 @@ def with_a_new_token(model: Path, out: Path) -> Path:
     for saved in (copy, tokenizer):
         saved.save_pretrained(out)
     return out
+
+
+def test_a_packaged_chain_is_checked_as_it_stands_but_for_its_models(shared_model, texts, tmp_path,
+                                                                     monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes", "copy", "teacher_assistants"]) == 0
+    assert main(["recipes", "copy", "pretrain"]) == 0
+    for number, name in enumerate(("teacher", "medium", "small", "tiny")):
+        (tmp_path / "models").mkdir(exist_ok=True)
+        (tmp_path / "models" / name).symlink_to(shared_model("llama", number % 2))
+    rows = [f"{key}.path={texts}" for key in ("data.train.0", "data.eval.0")]
+    chain = plan_chain("teacher_assistants.yaml", [*rows, "train.seq_length=96"], 8)
+    assert [link.recipe.live_teacher.model for link in chain.links] == [
+        "models/teacher", "runs/assistants/medium/model", "runs/assistants/small/model"]
 
 
 def variants() -> list[list[str]]:

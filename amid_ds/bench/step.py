@@ -1,17 +1,19 @@
 """`bench step`: the cost of distilling beside training alone, and beside the usual way to distil.
 
-Four things on the same tokens in the same layout: (a) the student's own step, cross entropy through
-the fused head; (b) the teacher's forward with its head; (c) the distillation step; (d) the usual
-way: a second ZeRO-3 engine for the teacher, full logits of both models and the objective written
-out. (a) and (c) are the trainer's own step. Where one set of ranks can hold all four, it runs them
-in turn, and each peak of memory comes from ranks of its own; else times do too, one variant after
-the other, and (d) is left out where it does not fit even so. The ranks are started here: two on a
-CPU, one for each GPU of this machine.
+On the same tokens in the same layout: (a) the student's own step, cross entropy through the fused
+head; (b) the teacher's forward with its head; (c) the distillation step; (d) the usual way: a
+second ZeRO-3 engine for the teacher, full logits of both models and the objective written out; (e),
+(f) distillation from a cache, of the 64 most probable ids with AMiD and of 50 draws with forward
+KL, with ids and numbers that are made up. (a), (c), (e) and (f) are the trainer's own step. Where
+one set of ranks can hold them all, it runs them in turn, and each peak of memory comes from ranks
+of its own; else times do too, one variant after the other, and (d) is left out where it does not
+fit even so. The ranks are started here: two on a CPU, one for each GPU of this machine.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
@@ -25,6 +27,7 @@ from amid_ds.bench.local_ranks import on_local_ranks
 from amid_ds.bench.measure import process_bytes, reset_peak_rss, slowest_rank_seconds
 from amid_ds.bench.optimizer import optimizer_seconds
 from amid_ds.bench.step_scale import (
+    CACHED_VARIANTS,
     MICRO_BATCHES,
     STEP_SCALES,
     STEP_VARIANTS,
@@ -41,6 +44,7 @@ from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.build import build_engine
 from amid_ds.engine.gather import full_numel
 from amid_ds.engine.sharding import open_causal_lm
+from amid_ds.losses import SparseTargets
 from amid_ds.losses.reference import naive_loss
 from amid_ds.models import loading
 from amid_ds.models.heads import head_of
@@ -55,15 +59,18 @@ WARM_UP_ROUNDS = 2
 # Hidden states that the head gets in one product in (b).
 HEAD_ROWS = 256
 VARIANT_TITLES = {"student": "(a) the student by itself", "teacher": "(b) the teacher's forward",
-                  "distillation": "(c) distillation", "usual": "(d) two engines, full logits"}
+                  "distillation": "(c) distillation", "usual": "(d) two engines, full logits",
+                  "topk_64": "(e) from a cache, 64 most probable",
+                  "sample_50": "(f) from a cache, 50 draws"}
 
 
 @dataclass(frozen=True)
 class StepResult:
     """Seconds are medians over the rounds, of the slowest rank; bytes are the largest rank's.
 
-    What does not fit the device is None. spread_s: least and most seconds by variant. peak_bytes:
-    by variant but the teacher's, resident on a CPU, allocated on a GPU. largest_layer_bytes: of the
+    What does not fit the device is None. cached_step_s: by variant. spread_s: least and most
+    seconds by variant. peak_bytes: by variant but the teacher's, resident on a CPU, allocated on a
+    GPU. largest_layer_bytes: of the
     teacher, gathered at once. teacher_gather_bytes: in a step of 1 and of 8 micro-batches, `ga1`
     and `ga8`. at_once: whether one set of ranks was timed, which held all variants. optimizer_s: of
     a step over a rank's part of the student, by `optimizer_seconds`.
@@ -76,6 +83,7 @@ class StepResult:
     teacher_forward_s: float
     distillation_step_s: float
     usual_step_s: float | None
+    cached_step_s: dict[str, float]
     spread_s: dict[str, tuple[float, float]]
     peak_bytes: dict[str, int | None]
     teacher_shard_bytes: int
@@ -145,6 +153,7 @@ def measure_step(folder: Path, scale: StepScale, ranks: int, variants: Sequence[
         ranks=ranks, scale=scale, at_once=at_once, student_step_s=median["student"],
         teacher_forward_s=median["teacher"], distillation_step_s=median["distillation"],
         usual_step_s=median.get("usual"),
+        cached_step_s={variant: median[variant] for variant in CACHED_VARIANTS},
         spread_s={variant: (min(values), max(values)) for variant, values in seconds.items()},
         peak_bytes={variant: alone[variant].peak_bytes if variant in alone else None
                     for variant in STEP_VARIANTS if variant != "teacher"},
@@ -199,16 +208,19 @@ def _peak_bytes(world: World, step: Callable[[], None]) -> int:
 
 
 class _OurStep:
-    """One engine and the trainer's step: `student`, cross entropy alone; `distillation`; `teacher`,
-    that model's forward alone."""
+    """One engine and the trainer's step: `student`, cross entropy alone; `distillation`; those of
+    CACHED_VARIANTS; `teacher`, that model's forward alone."""
 
     def __init__(self, folder: Path, world: World, scale: StepScale, variant: str) -> None:
         self.world, self.scale = world, scale
-        self.recipe = scale.recipe(folder, world.dp_size, with_teacher=variant != "student")
+        self.recipe = scale.recipe(folder, world.dp_size, variant)
         config = ds_config.read_deepspeed_config(self.recipe, world.dp_size)
         self.engine = build_engine(self.recipe, config, scale.vocabulary, world)
         self.stepper = Stepper(self.recipe, self.engine, TrainState())
         self.window = [_batch(index, world, scale) for index in range(MICRO_BATCHES)]
+        if variant in CACHED_VARIANTS:
+            self.window = [_with_targets(batch, variant, scale.vocabulary)
+                           for batch in self.window]
         self.forward_only = variant == "teacher"
 
     def step(self) -> None:
@@ -261,7 +273,7 @@ class _UsualStep:
 
     def __init__(self, folder: Path, world: World, scale: StepScale) -> None:
         deepspeed = import_deepspeed()
-        recipe = scale.recipe(folder, world.dp_size, with_teacher=True)
+        recipe = scale.recipe(folder, world.dp_size, "usual")
         config = ds_config.read_deepspeed_config(recipe, world.dp_size)
         self.world = world
         self.objective = objective_at(recipe.loss, 0, recipe.train.total_steps).amid
@@ -296,6 +308,24 @@ def _batch(index: int, world: World, scale: StepScale) -> Batch:
     return Batch(ids, ids.roll(-1, 1), None, 0, [], [])
 
 
+def _with_targets(batch: Batch, variant: str, vocabulary: int) -> Batch:
+    """The batch with made-up targets such as the variant's cache has: each id once in a row."""
+    kept, tokens = min(CACHED_VARIANTS[variant], vocabulary), len(batch.valid)
+    generator = torch.Generator().manual_seed(len(batch.valid))
+    first = torch.randint(vocabulary, (tokens, 1), generator=generator)
+    ids = (first + torch.arange(kept) * (vocabulary // kept)) % vocabulary
+    log_p = torch.randn(tokens, kept, generator=generator).log_softmax(-1)
+    of_label = torch.full((tokens,), math.log(0.1))
+    if variant.startswith("sample"):
+        weights = torch.full((tokens, kept), 1 / kept)
+        targets = SparseTargets(ids, log_p, weights=weights, label_log_probabilities=of_label,
+                                rest="drop")
+    else:
+        targets = SparseTargets(ids, log_p + math.log(0.9), of_label,
+                                label_log_probabilities=of_label)
+    return replace(batch, teacher_targets=targets)
+
+
 def _print(result: StepResult, kind: str) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -305,6 +335,7 @@ def _print(result: StepResult, kind: str) -> None:
                "distillation": result.distillation_step_s}
     if result.usual_step_s is not None:
         seconds["usual"] = result.usual_step_s
+    seconds |= result.cached_step_s
     table = Table(title=f"a step of {MICRO_BATCHES} micro-batches of {scale.rows} x {scale.length} "
                         f"tokens on each of {result.ranks} rank(s), {kind}, {scale.dtype}")
     for heading in ("what", "seconds", "least to most", "peak MB"):
@@ -322,6 +353,9 @@ def _print(result: StepResult, kind: str) -> None:
         table.add_row(VARIANT_TITLES["usual"], "no room")
     table.add_row("(c) - (a)", f"{ours - seconds['student']:.2f}", "",
                   _mb((peaks["distillation"] or 0) - (peaks["student"] or 0)))
+    for variant, value in result.cached_step_s.items():
+        table.add_row(f"{VARIANT_TITLES[variant][:3]} ÷ (a)", f"{value / seconds['student']:.2f}",
+                      "", f"{(peaks[variant] or 0) / (peaks['student'] or 1):.2f}")
     table.add_row("the teacher's shards", "", "", _mb(result.teacher_shard_bytes))
     table.add_row("its largest gathered layer", "", "", _mb(result.largest_layer_bytes))
     gathered = result.teacher_gather_bytes

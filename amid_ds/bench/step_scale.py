@@ -14,8 +14,12 @@ from amid_ds.planning.memory import memory_per_rank, state_bytes
 from amid_ds.planning.setting import make_setting
 
 MICRO_BATCHES = 4
+# Steps that learn from a cache -> the ids that it keeps of a token: the most probable, or drawn.
+CACHED_VARIANTS = {"topk_64": 64, "sample_50": 50}
 # In the order in which they are measured; the last one is left out where it does not fit.
-STEP_VARIANTS = ("student", "teacher", "distillation", "usual")
+STEP_VARIANTS = ("student", "teacher", "distillation", *CACHED_VARIANTS, "usual")
+# Of an id kept of a token: the id in int64, its log-probability or weight in fp32, twice of a draw.
+TARGET_BYTES = 16
 # Tensors of tokens x vocabulary in fp32 that the usual way holds at its peak, both logits among
 # them: by the peaks of 1 and 4 rows in engine/README.md, 2,891 MB more for 3 rows than distillation
 # takes, whose tensors are of 65.5 MB a row.
@@ -55,8 +59,8 @@ class StepScale:
                              f"numbers above 0, heads of {HEAD_WIDTH}", "change these options")
         return self
 
-    def recipe(self, folder: Path, data_parallel: int, with_teacher: bool) -> Recipe:
-        """The recipe of the models in `folder`, with the teacher or of cross entropy alone."""
+    def recipe(self, folder: Path, data_parallel: int, variant: str) -> Recipe:
+        """The recipe of a variant, of the models in `folder`; no cache is read."""
         recipe: dict[str, object] = {
             "student": {"model": str(folder / "student")},
             "data": {"train": [{"path": "none"}]},
@@ -65,7 +69,11 @@ class StepScale:
                       "global_batch_size": self.rows * MICRO_BATCHES * data_parallel},
             "deepspeed": "zero3_fp32.json" if self.dtype == "fp32" else "zero3.json",
         }
-        if with_teacher:
+        if variant in CACHED_VARIANTS:
+            recipe["teacher"] = {"cached": "none"}
+            # The estimate from samples is of what is linear in the teacher's distribution.
+            recipe["loss"] = {"preset": "fkl"} if variant.startswith("sample") else {}
+        elif variant != "student":
             recipe["teacher"] = {"model": str(folder / "teacher")}
         return Recipe.model_validate(recipe)
 
@@ -103,15 +111,18 @@ def save_models(folder: Path, scale: StepScale) -> None:
 
 def step_needs(scale: StepScale, folder: Path, ranks: int, device: Device) -> dict[str, StepNeed]:
     """What each variant needs, by the plan of the models whose configs are in `folder`."""
-    setting = make_setting(scale.recipe(folder, ranks, with_teacher=True), ranks, device)
+    setting = make_setting(scale.recipe(folder, ranks, "distillation"), ranks, device)
     memory = memory_per_rank(setting)
     ours = StepNeed(sum(state_bytes(setting).values()), memory["total"])
     alone = replace(setting, teacher=None)
+    student = StepNeed(sum(state_bytes(alone).values()), memory_per_rank(alone)["total"])
+    tokens = MICRO_BATCHES * scale.rows * scale.length
+    cached = {name: replace(student, total=student.total + tokens * kept * TARGET_BYTES)
+              for name, kept in CACHED_VARIANTS.items()}
     elements = scale.rows * scale.length * scale.vocabulary
     # Beside the fp32 tensors, the logits as the models give them.
     logits = elements * (4 * FULL_LOGITS_TENSORS + (2 * 2 if scale.dtype == "bf16" else 0))
-    return {"student": StepNeed(sum(state_bytes(alone).values()), memory_per_rank(alone)["total"]),
-            "teacher": ours, "distillation": ours,
+    return {"student": student, "teacher": ours, "distillation": ours, **cached,
             "usual": StepNeed(ours.states, ours.total - memory["loss_workspace"] + logits)}
 
 

@@ -1,4 +1,4 @@
-"""A run's checkpoint as an ordinary Hugging Face folder.
+"""A run's checkpoint as an ordinary Hugging Face folder, or as the folder of its adapters.
 
 One process puts the student together from DeepSpeed's shards of any layout: no engine, no launcher,
 no accelerator, and no model in memory either. It works output file by output file, each from the
@@ -12,16 +12,18 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from amid_ds.checkpoint.adapter_export import write_adapter
 from amid_ds.checkpoint.manifest import Manifest, checkpoint_step, list_checkpoints, verify
 from amid_ds.checkpoint.state import TrainState
-from amid_ds.checkpoint.zero_shards import ZeroShards
+from amid_ds.checkpoint.whole_student import WholeStudent
+from amid_ds.checkpoint.zero_shards import trained_shapes
 from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.config.recipe import MeanTeacher, Recipe, Student
 from amid_ds.data import load_tokenizer
@@ -30,57 +32,74 @@ from amid_ds.files.atomic import require_disk_space
 from amid_ds.files.ownership import new_folder, replacing_folder, require_new_folder
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.loading import DTYPES, meta_model
+from amid_ds.models.trained import choose_trained
+from amid_ds.models.weight_writer import write_weights
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_evaluations, read_metrics
 from amid_ds.run.warm_start import find_run, kept_student, resolve_student
-
-# The most weights in one file, and the memory that an export needs.
-FILE_BYTES = 2 * 10**9
 
 logger = logging.getLogger(__name__)
 
 
 def export(source: str | Path, out: str | Path, dtype: str | None = None,
-           step: int | None = None, trust_remote_code: bool = False) -> Path:
-    """Export a run or a checkpoint to the folder `out`.
+           step: int | None = None, trust_remote_code: bool = False,
+           merge: bool = False) -> Path:
+    """Export a run or a checkpoint to the folder `out`; of a run with `student.lora` its adapters.
 
     Of a run: its newest good checkpoint, or that of `step`. dtype: bf16 or fp32; None: the one that
-    the student trained in. trust_remote_code: run the code that came with the student. Raises
-    InputError where there is no good checkpoint, where `out` is in use, or where the disk has no
-    room.
+    the student trained in. trust_remote_code: run the code that came with the student. merge: the
+    whole model, the adapters added to its weights. Raises InputError where there is no good
+    checkpoint, or no adapter to merge, where `out` is in use, or where the disk has no room.
     """
     require_new_folder(out, "the output")
     checkpoint, recipe = find_checkpoint(Path(source), step)
+    if merge and recipe.student.lora is None:
+        raise InputError(f"--merge, and {source} has no adapters: its recipe has no student.lora",
+                         "a run with student.lora", "leave --merge out: its export is whole")
     if checkpoint.parent.resolve() in Path(out).resolve().parents:
         raise InputError(f"the output {out} is inside {checkpoint.parent}",
                          "a folder apart from the run's checkpoints", "choose another folder")
-    write_export(checkpoint, recipe.trusting(trust_remote_code), Path(out), dtype, new_folder)
+    write_export(checkpoint, recipe.trusting(trust_remote_code), Path(out), dtype, new_folder,
+                 whole=merge)
     return Path(out)
 
 
 def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None,
-                 open_folder: Callable[[Path], AbstractContextManager[Path]] = replacing_folder
-                 ) -> None:
+                 open_folder: Callable[[Path], AbstractContextManager[Path]] = replacing_folder,
+                 whole: bool = False) -> None:
     """Export a good checkpoint to `out`, which keeps what it held until the new is complete.
 
     open_folder: new_folder for a folder that anybody may write, replacing_folder for a run's own.
+    whole: adapters merged, where there are any; else they alone are exported.
     """
     manifest = Manifest.read(checkpoint)
     dtype = dtype or manifest.layout.student_dtype
-    student = kept_student(recipe, RunFolder(checkpoint.parent.parent))
+    run = RunFolder(checkpoint.parent.parent)
+    student, own = kept_student(recipe, run), resolve_student(recipe, run.path)
     model: Any = meta_model(student.model, **student.hub_kwargs)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    is_adapter = student.lora is not None and not whole
+    if is_adapter:
+        trained = meta_model(student.model, **student.hub_kwargs)
+        choose_trained(trained, student)
+        exported = trained_shapes(trained)
+    else:
+        weights, exported = WholeStudent.of(checkpoint, student, own, DTYPES[dtype]), shapes
     try:
-        needed = sum(shape.numel() for shape in shapes.values()) * DTYPES[dtype].itemsize
+        needed = sum(shape.numel() for shape in exported.values()) * DTYPES[dtype].itemsize
         existing = next(parent for parent in out.absolute().parents if parent.is_dir())
         require_disk_space(existing, needed, f"exporting {checkpoint} to {out}",
                            "choose a folder elsewhere")
         out.parent.mkdir(parents=True, exist_ok=True)
         with open_folder(out) as staging:
-            with freed_memory_given_back():
-                _write_weights(checkpoint, model, shapes, DTYPES[dtype], staging)
-            _write_configs(student, model, DTYPES[dtype], staging)
-            card = model_card(checkpoint, recipe, manifest.state, dtype)
+            if is_adapter:
+                write_adapter(checkpoint, exported, DTYPES[dtype], model, own, staging)
+                load_tokenizer(student.model, **student.hub_kwargs).save_pretrained(staging)
+            else:
+                with freed_memory_given_back():
+                    _write_weights(weights, model, shapes, staging)
+                write_model_configs(student, model, DTYPES[dtype], staging)
+            card = model_card(checkpoint, recipe, manifest.state, dtype, is_adapter)
             (staging / "README.md").write_text(card, encoding="utf-8")
     except OSError as error:
         raise InputError(f"the export to {out} could not be written: {error}",
@@ -101,56 +120,40 @@ def keep_student(recipe: Recipe) -> None:
     student = resolve_student(recipe)
     model: Any = meta_model(student.model, **student.hub_kwargs)
     with replacing_folder(kept) as staging:
-        _write_configs(student, model, model.dtype, staging)
+        write_model_configs(student, model, model.dtype, staging)
 
 
 def start_from(recipe: Recipe) -> None:
-    """Export the run or checkpoint that `student.model` names into this run, once, in fp32."""
+    """Export the run or checkpoint that `student.model` names into this run, once, whole and in
+    fp32."""
     start = RunFolder(Path(recipe.output_dir)).start_model
     if find_run(recipe.student.model) is not None and not start.is_dir():
         checkpoint, its_recipe = find_checkpoint(Path(recipe.student.model))
         write_export(checkpoint, its_recipe.trusting(recipe.student.trust_remote_code), start,
-                     "fp32")
+                     "fp32", whole=True)
         logger.info("%s begins with the weights of %s", recipe.output_dir, checkpoint)
 
 
-def _write_weights(checkpoint: Path, model: Any, shapes: Mapping[str, torch.Size],
-                   dtype: torch.dtype, out: Path) -> None:
-    """Write files of at most FILE_BYTES, tied weights once; an index where there are several."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
-    from tqdm import tqdm
-    from transformers.core_model_loading import revert_weight_conversion
-
+def _write_weights(weights: WholeStudent, model: Any, shapes: Mapping[str, torch.Size],
+                   out: Path) -> None:
+    """Write the weight files, each from the slices of the shards that belong to it."""
     buffers = model.state_dict().keys() - shapes.keys() - set(model.all_tied_weights_keys)
-    hollow = {name: torch.empty(shape, dtype=dtype, device="meta")
+    hollow = {name: torch.empty(shape, dtype=weights.dtype, device="meta")
               for name, shape in shapes.items()}
     hollow |= {name: model.get_buffer(name) for name in sorted(buffers)}
-    split = split_torch_state_dict_into_shards(hollow, filename_pattern="model{suffix}.safetensors",
-                                               max_shard_size=FILE_BYTES)
-    file_of: dict[str, str] = {}
-    with tqdm(total=len(hollow), desc="exporting", unit="tensor", disable=None) as bar:
-        for file, names in split.filename_to_tensors.items():
-            # Opened for each file anew, so that the pages mapped for the last one are released.
-            shards = ZeroShards(checkpoint, shapes)
-            tensors = {}
-            for name in names:
-                tensors[name] = (shards.buffer(name) if name in buffers
-                                 else shards.whole(name).to(dtype))
-                bar.update()
-            # To the names that the model's family has on disk.
-            tensors = revert_weight_conversion(model, tensors)
-            save_file(tensors, out / file, metadata={"format": "pt"})
-            file_of |= dict.fromkeys(tensors, file)
-    if split.is_sharded:
-        total = sum(shape.numel() for shape in shapes.values())
-        index = {"metadata": {**split.metadata, "total_parameters": total}, "weight_map": file_of}
-        (out / "model.safetensors.index.json").write_text(
-            json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+    def read(names: Sequence[str]) -> Iterator[torch.Tensor]:
+        # Opened for each file anew, so that the pages mapped for the last one are released.
+        opened = weights.open()
+        for name in names:
+            yield (opened.buffer(name) if name in buffers
+                   else opened.whole(name, shapes[name]))
+
+    write_weights(model, hollow, read, out)
 
 
-def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) -> None:
-    """Write config.json, the student's generation settings, and the tokenizer with template."""
+def write_model_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) -> None:
+    """Write config.json of `model`, and `student`'s generation settings, code and tokenizer."""
     from transformers import GenerationConfig
     from transformers.utils import cached_file
 
@@ -174,13 +177,16 @@ def _write_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) 
     load_tokenizer(student.model, **student.hub_kwargs).save_pretrained(out)
 
 
-def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) -> str:
-    """The text of the folder's README.md: what this model is, how it was trained and its scores."""
+def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str,
+               is_adapter: bool = False) -> str:
+    """The text of the folder's README.md: what this model is, how it was trained and its scores.
+
+    is_adapter: the folder holds adapters alone.
+    """
     run = RunFolder(checkpoint.parent.parent)
-    model = recipe.live_teacher
-    teacher = f", distilled from `{model.model}`" if model is not None else ""
-    if isinstance(recipe.teacher, MeanTeacher):
-        teacher = f", distilled from its own running mean (decay {recipe.teacher.ema:g})"
+    origin = ""
+    if run.provenance.is_file():
+        origin = run.provenance.read_text(encoding="utf-8", errors="replace")
     mean = ("" if recipe.train.ema is None else
             f" They are the running mean of the run's, with a decay of {recipe.train.ema:g}; what "
             "evaluations during the training have measured are the run's own.")
@@ -189,22 +195,39 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str) 
     # A slash marks times, speeds and memory.
     metrics = [f"| {key} | {value:g} |" for key, value in (logged[-1] if logged else {}).items()
                if value is not None and "/" not in key]
-    parts = ["---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
+    library, what = ("peft", "Adapters") if is_adapter else ("transformers", "Weights")
+    parts = [f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n"
              "tags: [distillation, amid-ds]\n---",
              f"# {run.path.resolve().name}, step {state.step}",
-             f"`{recipe.student.model}`{teacher}, trained by amid_ds: "
+             f"`{recipe.student.model}`{_taught_by(recipe, origin)}, trained by amid_ds: "
              f"{state.step} of {recipe.train.total_steps} steps, "
-             f"{state.tokens:,} tokens. Weights in {dtype}.{mean}",
+             f"{state.tokens:,} tokens. {what} in {dtype}.{mean}",
              "## Metrics of the last logged step\n\n| | |\n|---|---:|\n" + "\n".join(metrics)]
     if evaluated:
         parts.append("## Evaluation\n\n```json\n"
                      + "\n".join(json.dumps(line) for line in evaluated) + "\n```")
-    origin = ""
-    if run.provenance.is_file():
-        origin = run.provenance.read_text(encoding="utf-8", errors="replace")
     parts.append("## Provenance\n\n```json\n" + origin.strip() + "\n```")
     parts.append("## Recipe\n\n```yaml\n" + dump_recipe(recipe).strip() + "\n```")
     return "\n\n".join(parts) + "\n"
+
+
+def _taught_by(recipe: Recipe, origin: str) -> str:
+    """Of which teacher the model learnt, for a sentence; origin: the text of provenance.json.
+
+    The cache of a teacher may be elsewhere by now: its run has noted whose it was.
+    """
+    if recipe.live_teacher is not None:
+        return f", distilled from `{recipe.live_teacher.model}`"
+    if isinstance(recipe.teacher, MeanTeacher):
+        return f", distilled from its own running mean (decay {recipe.teacher.ema:g})"
+    if recipe.cached_teacher is None:
+        return ""
+    try:
+        teacher = json.loads(origin)["teacher"]
+        return (f", distilled from `{teacher['model']}` by its distributions in a cache "
+                f"({teacher['method']} {teacher['kept']})")
+    except (ValueError, KeyError, TypeError):
+        return f", distilled from the cache `{recipe.cached_teacher.cached}`"
 
 
 def exported_step(model: Path) -> int | None:

@@ -24,7 +24,7 @@ from amid_ds.checkpoint.manifest import (
     write_file,
 )
 from amid_ds.checkpoint.state import Layout, TrainState
-from amid_ds.checkpoint.zero_shards import ZeroShards
+from amid_ds.checkpoint.zero_shards import ZeroShards, trained_shapes
 from amid_ds.config.recipe import Student
 from amid_ds.distributed.world import World
 from amid_ds.engine.engine import Engine
@@ -32,6 +32,7 @@ from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import TrainingError
 from amid_ds.files.atomic import replace_folder, require_disk_space
 from amid_ds.models.loading import meta_model
+from amid_ds.models.trained import choose_trained
 
 logger = logging.getLogger(__name__)
 
@@ -55,9 +56,13 @@ def ensure_consolidated(checkpoint: Path, layout: Layout, student: Student,
 
 
 def consolidate(checkpoint: Path, student: Student) -> None:
-    """Write the whole tensors into the checkpoint, in one rename at the end. Needs no engine."""
+    """Write the whole tensors into the checkpoint, in one rename at the end. Needs no engine.
+
+    Those of what is trained: a checkpoint holds nothing else.
+    """
     model = meta_model(student.model, **student.hub_kwargs)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    choose_trained(model, student)
+    shapes = trained_shapes(model)
     staging = checkpoint / f".{CONSOLIDATED}.tmp"
     shutil.rmtree(staging, ignore_errors=True)
     shards = ZeroShards(checkpoint, shapes)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from amid_ds.checkpoint.manifest import Manifest
 from amid_ds.engine.restore import EXPORTED_MEAN, STUDENT_PREFIX, TENSOR_KINDS, WEIGHT_KIND
@@ -44,12 +45,18 @@ class Part:
             [piece[kind] for piece in self.pieces])[:self.shape.numel()].view(self.shape)
 
 
+def trained_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The shapes of the parameters that a checkpoint of `model` holds: those that train."""
+    return {name: parameter.shape for name, parameter in model.named_parameters()
+            if parameter.requires_grad}
+
+
 class ZeroShards:
     """The files of one checkpoint, mapped into memory.
 
-    shapes: those of the whole parameters, by name, in the model's own order. A parameter that is
-    smaller in a tensor-parallel rank's shard was split there. Raises TrainingError where the
-    checkpoint does not hold exactly these parameters.
+    shapes: those of the whole parameters that train, by name, in the model's own order. A parameter
+    that is smaller in a tensor-parallel rank's shard was split there. Raises TrainingError where
+    the checkpoint does not hold exactly these parameters.
     """
 
     def __init__(self, checkpoint: Path, shapes: Mapping[str, torch.Size]) -> None:

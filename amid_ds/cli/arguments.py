@@ -25,3 +25,11 @@ def add_trust(parser: argparse.ArgumentParser) -> None:
 def add_recipe(parser: argparse.ArgumentParser, optional: bool = False) -> None:
     parser.add_argument("recipe", nargs="?" if optional else None)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def add_targets(parser: argparse.ArgumentParser) -> None:
+    """What `amid-ds cache` keeps of each position."""
+    parser.add_argument("--topk", type=int, metavar="K", help="the K most probable ids; default 64")
+    parser.add_argument("--sample", type=int, metavar="N", help="N draws instead")
+    parser.add_argument("--exponent", type=float, metavar="S",
+                        help="draw with a probability ∝ p^S; default 1")

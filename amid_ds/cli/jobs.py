@@ -1,11 +1,11 @@
-"""The commands about many runs and Slurm: submit, sweep, reproduce, doctor, requeue."""
+"""The commands about many runs and Slurm: submit, sweep, chain, reproduce, doctor, requeue."""
 
 from __future__ import annotations
 
 import argparse
 from typing import TYPE_CHECKING
 
-from amid_ds.cli.arguments import Commands, add_command, add_recipe
+from amid_ds.cli.arguments import Commands, add_command, add_recipe, add_targets
 from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,7 +23,11 @@ def add_submit(commands: Commands) -> None:
     parser = add_command(commands, _submit, "check a recipe and submit it to Slurm")
     add_recipe(parser)
     parser.add_argument("--template", metavar="NAME", help="train (default), train_deepspeed, "
-                        "train_mpi, prepare, sweep, or a file")
+                        "train_mpi, prepare, cache, sweep, or a file")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="of --template cache, "
+                        "which write one folder together; and its options:")
+    parser.add_argument("--out", metavar="DIR", help="default: beside the prepared data")
+    add_targets(parser)
     parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs in sequence")
     parser.add_argument("--sweep", metavar="KEY=A,B,...", action="append", help="an array job")
     _add_sbatch_options(parser)
@@ -55,6 +59,18 @@ def _submit_args(args: argparse.Namespace, template: str, chain: int,
                       at_once=_given(args.at_once, 0), device=args.device)
 
 
+def _ranks(args: argparse.Namespace) -> int:
+    """The ranks of each of many runs. Raises InputError for none."""
+    from amid_ds.cluster.submit import RANKS_PER_NODE
+
+    ranks_per_node = _given(args.ranks_per_node, RANKS_PER_NODE if args.slurm else 1)
+    ranks = ranks_per_node * _given(args.nodes, 1)
+    if ranks < 1:
+        raise InputError(f"runs on {ranks} ranks", "1 rank or more",
+                         "correct --nodes and --ranks-per-node")
+    return ranks
+
+
 def _given(number: int | None, default: int) -> int:
     return default if number is None else number
 
@@ -72,12 +88,17 @@ def _refuse_options(args: argparse.Namespace, names: Sequence[str], where: str,
 
 
 def _submit(args: argparse.Namespace) -> None:
+    from dataclasses import replace
+
     from amid_ds.cluster.submit import submit
     from amid_ds.config.grid import sweep_combinations
 
     sweep = sweep_combinations(args.sweep) if args.sweep else ()
     template = args.template or ("sweep" if sweep else "train")
-    submit_args = _submit_args(args, template, args.chain, sweep)
+    cache = {name: value for name in ("out", "topk", "sample", "exponent")
+             if (value := getattr(args, name)) is not None}
+    submit_args = replace(_submit_args(args, template, args.chain, sweep), cache=cache,
+                          jobs=args.jobs)
     submit(args.recipe, args.overrides, submit_args, args.dry_run)
 
 
@@ -94,7 +115,7 @@ def add_sweep(commands: Commands) -> None:
 def _sweep(args: argparse.Namespace) -> None:
     from pathlib import Path
 
-    from amid_ds.cluster.submit import RANKS_PER_NODE, submit
+    from amid_ds.cluster.submit import submit
     from amid_ds.experiments.sweep import plan_sweep, run_here, write_results
 
     if Path(args.recipe).is_dir():
@@ -104,11 +125,7 @@ def _sweep(args: argparse.Namespace) -> None:
         return
     if not args.slurm:
         _refuse_options(args, SLURM_OPTIONS, "without --slurm", "add --slurm, or leave them out")
-    ranks_per_node = _given(args.ranks_per_node, RANKS_PER_NODE if args.slurm else 1)
-    ranks = ranks_per_node * _given(args.nodes, 1)
-    if ranks < 1:
-        raise InputError(f"a sweep on {ranks} ranks", "1 rank or more",
-                         "correct --nodes and --ranks-per-node")
+    ranks = _ranks(args)
     sweep = plan_sweep(args.recipe, args.overrides, ranks)
     unfinished = sweep.unfinished()
     if args.slurm and unfinished:
@@ -118,6 +135,31 @@ def _sweep(args: argparse.Namespace) -> None:
     else:
         run_here(sweep, ranks)
         write_results(sweep.folder)
+
+
+def add_chain(commands: Commands) -> None:
+    parser = add_command(commands, _chain, "runs of which each one's student teaches the next")
+    parser.add_argument("chain", metavar="CHAIN", help="a YAML file: base, output_dir, chain")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--here", action="store_true", help="on this machine, in turn (default)")
+    where.add_argument("--slurm", action="store_true", help="a job for each link, in sequence")
+    _add_sbatch_options(parser)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all links")
+
+
+def _chain(args: argparse.Namespace) -> None:
+    from amid_ds.experiments.chain import plan_chain, run_chain, submit_chain
+
+    if not args.slurm:
+        _refuse_options(args, SLURM_OPTIONS, "without --slurm", "add --slurm, or leave them out")
+    ranks = _ranks(args)
+    chain = plan_chain(args.chain, args.overrides, ranks)
+    if args.slurm and chain.unfinished:
+        submit_chain(chain, _submit_args(args, "train", 1, ()), args.dry_run)
+    elif args.dry_run:
+        print("\n".join(link.name for link in chain.unfinished))
+    else:
+        run_chain(chain, ranks)
 
 
 def add_reproduce(commands: Commands) -> None:

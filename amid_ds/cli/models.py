@@ -1,10 +1,14 @@
-"""The commands about models and their data: tokenizer, eval, generate."""
+"""The commands about models and their data: tokenizer, eval, generate, cache, prune."""
 
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from amid_ds.cli.arguments import Commands, add_command, add_trust
+from amid_ds.cli.arguments import Commands, add_command, add_recipe, add_targets, add_trust
+
+if TYPE_CHECKING:
+    from amid_ds.eval.rows import RowOptions
 
 
 def add_tokenizer(commands: Commands) -> None:
@@ -33,10 +37,11 @@ def add_eval(commands: Commands) -> None:
     parser = add_command(commands, _eval, "perplexity, divergence from a teacher, ROUGE-L")
     parser.add_argument("model")
     parser.add_argument("--teacher", metavar="MODEL")
-    parser.add_argument("--data", required=True, metavar="FILE")
-    for name in ("text", "prompt", "response", "messages"):
-        parser.add_argument(f"--{name}", metavar="COL", help="default: by the columns of the rows")
-    _add_row_options(parser, "error")
+    parser.add_argument("--cached", metavar="DIR", help="instead of --teacher: what `amid-ds cache`"
+                        " wrote of it over the rows of --data")
+    parser.add_argument("--data", required=True, metavar="FILE", help="with --cached also the "
+                        "prepared folder that it is of")
+    _add_columns(parser)
     parser.add_argument("--protocol", metavar="NAME", help="a published one, minillm: sets what "
                         "the options below leave out")
     parser.add_argument("--seq-length", type=int, metavar="L", help="default 512")
@@ -49,6 +54,19 @@ def add_eval(commands: Commands) -> None:
     add_trust(parser)
 
 
+def _add_columns(parser: argparse.ArgumentParser) -> None:
+    for name in ("text", "prompt", "response", "messages"):
+        parser.add_argument(f"--{name}", metavar="COL", help="default: by the columns of the rows")
+    _add_row_options(parser, "error")
+
+
+def _row_options(args: argparse.Namespace) -> RowOptions:
+    from amid_ds.eval.rows import RowOptions
+
+    return RowOptions(args.text, args.prompt, args.response, args.messages, args.template,
+                      args.split, args.on_bad_row)
+
+
 def _add_row_options(parser: argparse.ArgumentParser, on_bad_row: str | None) -> None:
     parser.add_argument("--template", metavar="NAME", help="of the prompts: minillm or alpaca")
     parser.add_argument("--split", metavar="NAME", help="of a data set; default train")
@@ -58,14 +76,12 @@ def _add_row_options(parser: argparse.ArgumentParser, on_bad_row: str | None) ->
 def _eval(args: argparse.Namespace) -> None:
     from amid_ds.eval.evaluate import evaluate_command
     from amid_ds.eval.protocol import EvalArgs, eval_protocol
-    from amid_ds.eval.rows import RowOptions
 
-    rows = RowOptions(args.text, args.prompt, args.response, args.messages, args.template,
-                      args.split, args.on_bad_row)
     protocol = eval_protocol(args.protocol, args.seq_length, args.seeds, args.new_tokens,
                              args.no_repeat_ngram)
-    evaluate_command(EvalArgs(args.model, args.teacher, args.data, protocol, rows,
-                              trust_remote_code=args.trust_remote_code), args.json)
+    evaluate_command(EvalArgs(args.model, args.teacher, args.data, protocol, _row_options(args),
+                              trust_remote_code=args.trust_remote_code, cached=args.cached),
+                     args.json)
 
 
 def add_generate(commands: Commands) -> None:
@@ -90,3 +106,41 @@ def _generate(args: argparse.Namespace) -> None:
 
     generate(GenerateArgs(**{name: value for name, value in vars(args).items()
                              if name in GenerateArgs.__dataclass_fields__}))
+
+
+def add_cache(commands: Commands) -> None:
+    parser = add_command(commands, _cache, "a teacher's distributions over the rows, written down")
+    add_recipe(parser)
+    parser.add_argument("--out", metavar="DIR", help="default: beside the prepared data")
+    add_targets(parser)
+
+
+def _cache(args: argparse.Namespace) -> None:
+    from amid_ds.training.cache import cache
+    from amid_ds.training.cache_plan import CacheArgs
+
+    cache(CacheArgs(args.recipe, args.overrides, args.out, args.topk, args.sample, args.exponent))
+
+
+def add_prune(commands: Commands) -> None:
+    parser = add_command(commands, _prune, "a student cut from its teacher, as a folder")
+    parser.add_argument("teacher")
+    parser.add_argument("out", metavar="OUT")
+    for name, parts in (("layers", "layers"), ("hidden", "channels of the hidden states"),
+                        ("intermediate", "neurons of an MLP"), ("heads", "query heads")):
+        parser.add_argument(f"--{name}", type=int, metavar="N", help=f"{parts} that stay")
+    parser.add_argument("--by", choices=["activations", "depth"], default="activations",
+                        help="what goes: what does least on --data, or layers at even distances")
+    parser.add_argument("--data", metavar="FILE", help="text to judge by")
+    parser.add_argument("--rows", type=int, default=256, metavar="N", help="of it; default 256")
+    parser.add_argument("--seq-length", type=int, default=512, metavar="L", help="default 512")
+    _add_columns(parser)
+    add_trust(parser)
+
+
+def _prune(args: argparse.Namespace) -> None:
+    from amid_ds.eval.prune import PruneArgs, prune
+
+    prune(PruneArgs(args.teacher, args.out, args.data, _row_options(args), args.layers, args.hidden,
+                    args.intermediate, args.heads, args.by, args.rows, args.seq_length,
+                    args.trust_remote_code))

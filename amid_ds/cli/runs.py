@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from amid_ds.cli.arguments import Commands, add_command, add_recipe, add_trust
+from amid_ds.cli.arguments import Commands, add_command, add_recipe, add_targets, add_trust
 from amid_ds.errors import InputError, TrainingError
 
 
@@ -39,6 +39,8 @@ def add_plan(commands: Commands) -> None:
                         "or {memory: BYTES, flops: FLOP/s, bandwidth: BYTES/s}")
     parser.add_argument("--storage", type=float, metavar="BYTES/S",
                         help="what a node reads of the file system; default 5e9")
+    parser.add_argument("--cache", action="store_true", help="the size of what `cache` writes")
+    add_targets(parser)
     parser.add_argument("--json", action="store_true")
     add_trust(parser)
 
@@ -60,6 +62,12 @@ def _plan(args: argparse.Namespace) -> None:
     if len(given) != 1:
         raise InputError(f"amid-ds plan with {' and '.join(given) or 'nothing'}",
                          "one of RECIPE, --check RUN and --paper-scale", "leave the others out")
+    kept = [f"--{name}" for name in ("topk", "sample", "exponent")
+            if getattr(args, name) is not None]
+    if (kept and not args.cache) or (args.cache and not args.recipe):
+        raise InputError(" and ".join([*kept, "--cache"] if args.cache else kept)
+                         + (" without a recipe" if args.cache else " without --cache"),
+                         "RECIPE --cache, with what is kept", "add it, or leave them out")
     if args.paper_scale:
         print_paper_scale(find_device(args.device or DEFAULT_DEVICE, 1), args.json)
         return
@@ -70,6 +78,9 @@ def _plan(args: argparse.Namespace) -> None:
     if args.trust_remote_code:
         raise InputError("--trust-remote-code beside a recipe", "the recipe's own keys",
                          "set trust_remote_code: true in it, beside the model")
+    if args.cache:
+        _print_cache_size(args)
+        return
     recipe = load_recipe(args.recipe, args.overrides)
     check_objectives(recipe)
     device = find_device(args.device or DEFAULT_DEVICE, args.ranks_per_node)
@@ -78,6 +89,17 @@ def _plan(args: argparse.Namespace) -> None:
     print_plan(made, recipe, args.json)
     if not made.fits:
         raise TrainingError("the run does not fit")
+
+
+def _print_cache_size(args: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from amid_ds.training.cache_plan import CacheArgs, cache_size
+
+    size = cache_size(CacheArgs(args.recipe, args.overrides, None, args.topk, args.sample,
+                                args.exponent))
+    print(json.dumps(asdict(size)) if args.json else size)
 
 
 def add_prepare(commands: Commands) -> None:
@@ -121,13 +143,16 @@ def add_export(commands: Commands) -> None:
     parser.add_argument("out", metavar="OUT")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="default: as trained")
     parser.add_argument("--step", type=int, metavar="S", help="default: the newest valid one")
+    parser.add_argument("--merge", action="store_true", help="of a run with student.lora: the "
+                        "whole model instead of its adapters")
     add_trust(parser)
 
 
 def _export(args: argparse.Namespace) -> None:
     from amid_ds.checkpoint.export import export
 
-    print(export(args.source, args.out, args.dtype, args.step, args.trust_remote_code))
+    print(export(args.source, args.out, args.dtype, args.step, args.trust_remote_code,
+                 args.merge))
 
 
 def add_status(commands: Commands) -> None:

@@ -33,7 +33,7 @@ from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.files.atomic import replace_text
 from amid_ds.run.provenance import versions
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 
 # Seconds that ranks wait for each other.
 MEET_TIMEOUT_S = 60.0
@@ -267,9 +267,9 @@ def check_model_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
     """Tokenizers and configs load, and the weights are those of the config, on every node."""
     if recipe is None:
         return
-    for name, model in (("student", resolve_student(recipe)), ("teacher", recipe.live_teacher)):
-        if model is None:
-            continue
+    models: dict[str, Student | Teacher] = {"student": resolve_student(recipe),
+                                            **frozen_models(recipe)}
+    for name, model in models.items():
         problems = _gather_problems(world, _model_problem(model))
         yield Verdict(name, not problems,
                       _by_node(problems) or f"{model.model} can be read on every node",
@@ -277,12 +277,39 @@ def check_model_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
                       "HF_HUB_OFFLINE=1")
 
 
+def check_cache_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
+    """A cached teacher's folder is complete on every node."""
+    if recipe is None or recipe.cached_teacher is None:
+        return
+    path = recipe.cached_teacher.cached
+    problems = _gather_problems(world, _cache_problem(path))
+    yield Verdict("teacher's cache", not problems,
+                  _by_node(problems) or f"{path} can be read on every node",
+                  "write it with `amid-ds cache`, where all nodes can read it")
+
+
+def _cache_problem(path: str) -> str | None:
+    from amid_ds.data import TargetFolder
+
+    try:
+        TargetFolder.open(path).require_sizes()
+    except InputError as error:
+        return error.found
+    except OSError as error:
+        return str(error)
+    return None
+
+
 def _model_problem(model: Student | Teacher) -> str | None:
     from amid_ds.data import load_tokenizer
     from amid_ds.models.loading import require_supported
+    from amid_ds.models.trained import choose_trained
 
     try:
-        require_supported(model.model, **model.hub_kwargs)
+        meta = require_supported(model.model, **model.hub_kwargs)
+        if isinstance(model, Student):
+            # With adapters this needs peft.
+            choose_trained(meta, model)
         load_tokenizer(model.model, **model.hub_kwargs)
     except InputError as error:
         return f"{error.found}; {error.remedy}"
@@ -337,5 +364,5 @@ def check_clocks(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 
 
 CHECKS: tuple[Check, ...] = (check_versions, check_gpus, check_compiler, check_output_folder,
-                             check_connections, check_all_reduce, check_model_files, check_cpu_adam,
-                             check_placement, check_clocks)
+                             check_connections, check_all_reduce, check_model_files,
+                             check_cache_files, check_cpu_adam, check_placement, check_clocks)

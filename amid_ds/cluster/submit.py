@@ -19,6 +19,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from amid_ds.cluster import slurm
 from amid_ds.cluster.batch_script import log_pattern, read_template, refuse_faults, render
@@ -31,6 +32,7 @@ from amid_ds.planning.report import fit_summary
 from amid_ds.run import attempts
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.provenance import code_revision, uncommitted_changes
+from amid_ds.training.cache_plan import CacheArgs, check_cache, load_cache_recipe
 from amid_ds.training.job import check_recipe
 
 # Defaults, as in the templates; fewer CPUs where the partition's nodes have fewer.
@@ -44,7 +46,9 @@ class SubmitArgs:
 
     cpus_per_rank: None: as many as the nodes have, CPUS_PER_RANK at most. options: sbatch's own, by
     name. sweep: an array of jobs, one per combination, `at_once` of them at a time (0: all).
-    device: the one that the run must fit, as in `plan`; None: its default.
+    device: the one that the run must fit, as in `plan`; None: its default. cache: for the
+    template cache, arguments of CacheArgs by name; jobs: of its array. after: a job without whose
+    success this one does not begin.
     """
 
     template: str = "train"
@@ -56,9 +60,12 @@ class SubmitArgs:
     sweep: tuple[Combination, ...] = ()
     at_once: int = 0
     device: str | None = None
+    cache: Mapping[str, str | int | float] | None = None
+    jobs: int = 1
+    after: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("nodes", "ranks_per_node", "cpus_per_rank", "chain"):
+        for name in ("nodes", "ranks_per_node", "cpus_per_rank", "chain", "jobs"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 option = f"--{name.replace('_', '-')}"
@@ -68,6 +75,10 @@ class SubmitArgs:
             raise InputError(f"the template {self.template} {conflict}",
                              "--sweep KEY=VALUE,VALUE,... and the template sweep together",
                              "add or drop --sweep")
+        if (self.cache or self.jobs > 1) and self.template != "cache":
+            given = " ".join(self.cache_words) or f"--jobs {self.jobs}"
+            raise InputError(f"{given} with the template {self.template}",
+                             "--template cache beside its options", "add it, or leave them out")
         if self.at_once < 0 or (self.at_once and not self.sweep):
             conflict = "" if self.sweep else " without --sweep"
             raise InputError(f"--at-once {self.at_once}{conflict}",
@@ -78,27 +89,36 @@ class SubmitArgs:
     def ranks(self) -> int:
         return self.nodes * self.ranks_per_node
 
+    @property
+    def cache_words(self) -> list[str]:
+        """The options of `amid-ds cache`, as on a command line."""
+        return [word for name, value in (self.cache or {}).items()
+                for word in (f"--{name}", str(value))]
 
-def submit(recipe_path: str, overrides: Sequence[str], args: SubmitArgs, dry_run: bool) -> None:
-    """Check, keep copies and submit; the (last) job's id is printed last.
 
-    A dry run prints the script alone on stdout.
+def submit(recipe_path: str, overrides: Sequence[str], args: SubmitArgs, dry_run: bool,
+           checked: Recipe | None = None) -> str | None:
+    """Check, keep copies and submit; the (last) job's id is printed last, and returned.
+
+    A dry run prints the script alone on stdout, and returns None. checked: a recipe of the same
+    costs that has been checked in the place of this one, whose teacher is yet to be trained.
     """
     template = read_template(args.template)
-    recipe = _checked_recipe(recipe_path, overrides, args)
+    recipe = (_checked_recipe(recipe_path, overrides, args) if checked is None
+              else load_recipe(recipe_path, overrides))
     run = RunFolder(Path(recipe.output_dir))
-    if args.template != "prepare":
-        print(_fit(recipe, args), file=sys.stderr if dry_run else sys.stdout, flush=True)
+    if args.template not in ("prepare", "cache"):
+        print(_fit(checked or recipe, args), file=sys.stderr if dry_run else sys.stdout, flush=True)
     script = render(template, _template_values(recipe, template, args))
     refuse_faults(script, new_folder=run.logs.absolute())
     if dry_run:
         print(script, end="")
-        return
+        return None
     kept = merge_overrides(recipe_path, overrides) if args.sweep else dump_recipe(recipe)
     folder = _keep_copies(run, kept, script)
     sbatch_arguments = [str(folder / "job.sbatch"), str(folder / "recipe.yaml")]
     estimate = slurm.sbatch_test_only(sbatch_arguments)
-    jobs = _submit_chain(sbatch_arguments, args.chain)
+    jobs = _submit_chain(sbatch_arguments, args)
     attempts.append_event(run.path, "submitted", jobs=jobs, folder=str(folder))
     # A user's own template may have no line for the logs, where an odd name would be refused.
     print(printable(
@@ -108,13 +128,19 @@ def submit(recipe_path: str, overrides: Sequence[str], args: SubmitArgs, dry_run
     if len(jobs) > 1:
         print(f"a chain of {len(jobs)} jobs, one after the other: {' '.join(jobs)}")
     print(jobs[-1])
+    return jobs[-1]
 
 
-def _submit_chain(sbatch_arguments: Sequence[str], length: int) -> list[str]:
-    """The ids of `length` jobs, each of which begins after the one before has ended."""
+def _submit_chain(sbatch_arguments: Sequence[str], args: SubmitArgs) -> list[str]:
+    """The ids of args.chain jobs, each of which begins after the one before has ended.
+
+    The first after the success of `args.after`; without it Slurm cancels the job.
+    """
     jobs: list[str] = []
-    for _ in range(length):
-        dependency = [f"--dependency=afterany:{jobs[-1]}"] if jobs else []
+    first = ([] if args.after is None else
+             [f"--dependency=afterok:{args.after}", "--kill-on-invalid-dep=yes"])
+    for _ in range(args.chain):
+        dependency = [f"--dependency=afterany:{jobs[-1]}"] if jobs else first
         jobs.append(slurm.sbatch([*dependency, *sbatch_arguments]))
     return jobs
 
@@ -126,6 +152,10 @@ def _checked_recipe(recipe_path: str, overrides: Sequence[str], args: SubmitArgs
         # The least number of ranks that the recipe can be trained on.
         over = 1 if recipe.live_teacher is None else recipe.live_teacher.shard_over or 1
         check_recipe(recipe, recipe.tensor_parallel * over)
+    elif args.template == "cache":
+        own: Mapping[str, Any] = args.cache or {}
+        cache_args = CacheArgs(recipe_path, overrides, **own)
+        check_cache(cache_args, load_cache_recipe(cache_args), args.ranks)
     elif not args.sweep:
         check_recipe(recipe, args.ranks)
     for combination in args.sweep:
@@ -148,7 +178,7 @@ def _template_values(recipe: Recipe, template: str,
                      args: SubmitArgs) -> dict[str, str | Sequence[str]]:
     """Values for the lines marked EDIT: sbatch's options and the script's variables, by name."""
     logs = RunFolder(Path(recipe.output_dir)).logs.absolute()
-    log_name = "%A_%a" if args.sweep else "%j"
+    log_name = "%A_%a" if args.sweep or args.template == "cache" else "%j"
     values: dict[str, str | Sequence[str]] = {
         "nodes": str(args.nodes),
         "ntasks-per-node": str(args.ranks_per_node),
@@ -162,6 +192,8 @@ def _template_values(recipe: Recipe, template: str,
     }
     if args.chain > 1:
         values |= {"REQUEUE": "no", "requeue": ""}
+    if args.template == "cache":
+        values |= {"array": f"0-{args.jobs - 1}", "OPTIONS": args.cache_words}
     if args.sweep:
         limit = f"%{args.at_once}" if args.at_once else ""
         # The script splits each again, as a shell splits a command line.

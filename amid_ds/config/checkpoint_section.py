@@ -66,7 +66,8 @@ class Best(Section):
             yield (f"the set {self.set_name!r} has no `generate`, so nothing is sampled that could "
                    "be compared; add `generate: {}` to it, or name another key")
         if self.key in TEACHER_KEYS and not has_teacher:
-            yield f"there is no `teacher`, so no {self.key}; name one, or name another key"
+            yield (f"there is no `teacher` that could be asked, so no {self.key}; set "
+                   "`teacher.model`, or name another key")
         if not eval_every:
             yield ("`train.eval_every` is 0, so only the last step is evaluated and nothing is "
                    "selected; set it, or leave `checkpoint.best` out")

@@ -20,18 +20,24 @@ def packaged_folder(name: str) -> Path:
     return inside if inside.is_dir() else package.parent / name
 
 
+def _packaged_files() -> list[Path]:
+    """Recipes, then files of `amid-ds chain`."""
+    return [path for folder in (RECIPES_FOLDER, RECIPES_FOLDER / "chains")
+            for path in sorted(folder.glob("*.yaml"))]
+
+
 def find_recipe(name: str) -> Path:
-    """The file of a packaged recipe. Raises InputError if none has that name."""
-    known = sorted(recipe.stem for recipe in RECIPES_FOLDER.glob("*.yaml"))
+    """The file of a packaged recipe or chain. Raises InputError if none has that name."""
+    known = {path.stem: path for path in _packaged_files()}
     if name not in known:
         raise InputError(f"no recipe {name!r} comes with the package",
-                         f"one of {', '.join(known)}", suggest(name, known))
-    return RECIPES_FOLDER / f"{name}.yaml"
+                         f"one of {', '.join(known)}", suggest(name, list(known)))
+    return known[name]
 
 
 def list_recipes() -> None:
-    """Print each packaged recipe's name and the first sentence of the comment at its top."""
-    for path in sorted(RECIPES_FOLDER.glob("*.yaml")):
+    """Print each packaged file's name and the first sentence of the comment at its top."""
+    for path in _packaged_files():
         comment = []
         for line in path.read_text(encoding="utf-8").splitlines():
             if not line.startswith("#"):

@@ -49,6 +49,13 @@ class Lora(Section):
     modules_to_save: list[str] = Field(default=[])
     """Modules that are trained whole beside the adapters."""
 
+    @model_validator(mode="after")
+    def _names_something(self) -> Lora:
+        if not self.targets or not all([*self.targets, *self.modules_to_save]):
+            raise ValueError("`targets` and `modules_to_save` are names of modules, and one is "
+                             "empty; name linear layers, or set `targets: all-linear`")
+        return self
+
 
 class Student(PretrainedModel):
     """The model that is trained."""
@@ -62,6 +69,15 @@ class Student(PretrainedModel):
     freeze: list[str] = Field(default=[])
     """Patterns of the names of parameters that are not trained."""
 
+    @model_validator(mode="after")
+    def _freezes_one_way(self) -> Student:
+        if self.lora is not None and self.freeze:
+            raise ValueError("`lora` with `freeze`: with adapters everything else is frozen "
+                             "already; leave `freeze` out, and name less in `lora.targets`")
+        if not all(self.freeze):
+            raise ValueError("`freeze` has an empty pattern; name parameters, or leave it out")
+        return self
+
 
 class Delta(Section):
     """What the teacher learnt since its base, carried over to the student's base (2509.14526)."""
@@ -72,6 +88,18 @@ class Delta(Section):
     """The model that the shift is added to; None: the student as it begins."""
     scale: NonNegative = 1.0
     """The shift is multiplied by it."""
+
+    def trusting_none(self) -> Delta:
+        """The same without leave to run the code that comes with its models."""
+        bases = {name: base.model_copy(update={"trust_remote_code": False})
+                 for name, base in self.bases.items()}
+        return self.model_copy(update=bases)
+
+    @property
+    def bases(self) -> dict[str, PretrainedModel]:
+        """The models that it names, by key."""
+        named = {"base": self.base, "student_base": self.student_base}
+        return {name: base for name, base in named.items() if base is not None}
 
 
 class Teacher(PretrainedModel):

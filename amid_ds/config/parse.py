@@ -103,6 +103,17 @@ def merge_overrides(path: str | Path, overrides: Sequence[str]) -> str:
     return dump_yaml(_read_with_overrides(path, overrides))
 
 
+def named_value(path: str | Path, overrides: Sequence[str], key: str) -> object:
+    """What the YAML file at `path` with the overrides says of a dotted key; None: nothing.
+
+    Raises InputError where it cannot be read.
+    """
+    node: object = _read_with_overrides(path, overrides)
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
 def _read_with_overrides(path: str | Path, overrides: Sequence[str]) -> RawRecipe:
     raw = _read_yaml(Path(path))
     for override in overrides:

@@ -200,6 +200,13 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _optimizer_fits_the_student(self) -> Recipe:
+        if self.student.lora is not None and self.train.optimizer == "muon":
+            raise ValueError("`student.lora` with `train.optimizer: muon`, which would "
+                             "orthogonalize the two factors of an adapter one by one; set `adamw`")
+        return self
+
+    @model_validator(mode="after")
     def _mean_is_of_whole_students(self) -> Recipe:
         if isinstance(self.teacher, MeanTeacher) and (self.student.lora or self.student.freeze):
             raise ValueError("`teacher.ema` with `student.lora` or `student.freeze`: the teacher "
@@ -230,7 +237,7 @@ class Recipe(Section):
     def _best_is_measured(self) -> Recipe:
         best = self.checkpoint.best
         problems = [] if best is None else list(best.problems(
-            self.data.eval, self.teacher is not None, self.train.eval_every))
+            self.data.eval, self.live_teacher is not None, self.train.eval_every))
         if best is not None and problems:
             raise ValueError(f"`checkpoint.best.metric` {best.metric!r} is not measured: "
                              + "; ".join(problems))
@@ -243,6 +250,18 @@ class Recipe(Section):
                 raise ValueError(f"`generate.max_new_tokens` {each.generate.max_new_tokens} of the "
                                  f"set {each.name!r} leaves a prompt no room in `train.seq_length` "
                                  f"{self.train.seq_length}; lower the one or raise the other")
+        return self
+
+    @model_validator(mode="after")
+    def _cache_has_every_row(self) -> Recipe:
+        if self.cached_teacher is None:
+            return self
+        if self.rollout is not None:
+            raise ValueError("`rollout` with `teacher.cached`: no cache has the student's own "
+                             "words; name a `teacher.model`, or leave `rollout` out")
+        if self.data.streams:
+            raise ValueError("`stream: true` with `teacher.cached`, which has the prepared rows by "
+                             "their numbers; prepare the data")
         return self
 
     @model_validator(mode="after")
@@ -327,12 +346,18 @@ class Recipe(Section):
         teacher = self.live_teacher
         return self.model_copy(update={
             "student": self.student.model_copy(update=untrusted),
-            "teacher": teacher.model_copy(update=untrusted) if teacher else self.teacher})
+            "teacher": self.teacher if teacher is None else teacher.model_copy(update={
+                **untrusted, "delta": teacher.delta and teacher.delta.trusting_none()})})
 
     @property
     def live_teacher(self) -> Teacher | None:
         """The teacher that is a model of its own, loaded and run beside the student."""
         return self.teacher if isinstance(self.teacher, Teacher) else None
+
+    @property
+    def cached_teacher(self) -> CachedTeacher | None:
+        """The teacher of which there is what `amid-ds cache` wrote, and no model."""
+        return self.teacher if isinstance(self.teacher, CachedTeacher) else None
 
     @property
     def own_losses(self) -> dict[str, OwnLoss]:

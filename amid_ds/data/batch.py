@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from amid_ds.data.pack import PackedRow
 from amid_ds.distributed.transfer import to_device
 from amid_ds.errors import InputError
-from amid_ds.losses import IGNORE_INDEX
+from amid_ds.losses import IGNORE_INDEX, SparseTargets
 
 
 class Documents(NamedTuple):
@@ -56,6 +57,8 @@ class Batch:
     row_sources: of each row, the index of its source in data.train; None: not known.
     for_teacher: the same text as a teacher reads it that knows fewer tokens (grown.py); None: it
         reads these rows. It has as many `valid`, in the same order.
+    teacher_targets: what a cache holds of the teacher at the positions `valid`, in their order;
+        None: no cache.
     valid: [n] int64, which of the B · L positions have a label, in their order. It is made on the
         host, because a GPU would have to be waited for to know n.
     sequences: [n] int64, the sequence of each of these: of the documents with a label, in order and
@@ -72,6 +75,7 @@ class Batch:
     documents: Documents | None = None
     row_sources: list[int] | None = None
     for_teacher: Batch | None = None
+    teacher_targets: SparseTargets | None = None
     valid: torch.Tensor = field(init=False)
     sequences: torch.Tensor = field(init=False)
     sequence_count: int = field(init=False)
@@ -101,6 +105,8 @@ class Batch:
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 object.__setattr__(moved, name, to_device(value, device))
+            elif isinstance(value, SparseTargets):
+                object.__setattr__(moved, name, value.map(partial(to_device, device=device)))
         if self.for_teacher is not None:
             object.__setattr__(moved, "for_teacher", self.for_teacher.to(device))
         return moved

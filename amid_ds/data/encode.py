@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from amid_ds.config.recipe import Rows
+from amid_ds.config.recipe import Data, Rows
+from amid_ds.data.batch import TokenRow
 from amid_ds.data.chat import RenderedChat, Stretch, chat_columns, render_chat
 from amid_ds.data.joints import (
     CONTEXT,
@@ -21,6 +22,7 @@ from amid_ds.data.joints import (
     encode_continuations,
     encode_up_to_a_cut,
 )
+from amid_ds.data.locate import source_files
 from amid_ds.data.pack import (
     PackedRow,
     PackingCounts,
@@ -30,9 +32,15 @@ from amid_ds.data.pack import (
     pack_best_fit,
     pack_text,
 )
-from amid_ds.data.readers import PIECE_BYTES, RawRow, batched_by_size
-from amid_ds.data.sources import bad_row_error
+from amid_ds.data.readers import PIECE_BYTES, RawRow, batched_by_size, split_file
+from amid_ds.data.sources import (
+    WHOLE_FILE,
+    bad_row_error,
+    read_checked_rows,
+    span_row_location,
+)
 from amid_ds.data.tokenizer import document_prefix_ids, encode_texts, end_of_text_id
+from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
@@ -221,6 +229,30 @@ class SourcePacker:
         return frozenset({*special, *tokenizer.all_special_ids}
                          - {tokenizer.bos_token_id, tokenizer.unk_token_id}
                          | {tokenizer.eos_token_id})
+
+
+def first_rows(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
+               count: int) -> list[TokenRow]:
+    """The first `count` rows of the first source, or as many as it has; no more of it is read.
+
+    Raises InputError where there is none, or a row before the last of them cannot be used.
+    """
+    source = data.train[0]
+    packer = SourcePacker(source, data.isolates(source), seq_length, data.on_bad_row, tokenizer)
+    counts = PackingCounts()
+
+    def documents() -> Iterator[SourceDocument]:
+        for number, file in enumerate(source_files(source)):
+            for span in split_file(number, file, WHOLE_FILE):
+                yield from packer.documents(read_checked_rows(span, source, packer.columns), number,
+                                            functools.partial(span_row_location, span), counts)
+
+    rows = [TokenRow.from_packed(row, source.path)
+            for row in itertools.islice(packer.pack(documents(), counts), count)]
+    if not rows:
+        raise InputError(f"{source.path} has no usable row", "at least one of two tokens or more",
+                         "look at the file, and at --seq-length")
+    return rows
 
 
 def _begins_with(ids: list[int], prefix: list[int]) -> bool:

@@ -14,12 +14,16 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from amid_ds.data.batch import Batch
 from amid_ds.data.order import rows_for_samples, samples_per_source
 from amid_ds.data.prepared import PreparedDataset
+from amid_ds.data.targets import TargetFolder, stack_targets
 from amid_ds.errors import InputError
+from amid_ds.losses import IGNORE_INDEX
+from amid_ds.losses.sparse import Rest
 
 
 class StepLoader(abc.ABC):
@@ -89,11 +93,15 @@ class StepLoader(abc.ABC):
 
 
 class PreparedLoader(StepLoader):
-    """Steps over a prepared folder, in any order. weights: None for equal ones."""
+    """Steps over a prepared folder, in any order. weights: None for equal ones.
+
+    targets: the teacher's cache of these rows, read with them, and what it is outside of what that
+    keeps (None: as the cache's method has it); None: no cache.
+    """
 
     def __init__(self, folder: Path, *, seed: int, weights: Sequence[float] | None = None,
-                 **layout: int) -> None:
-        self.prepared, self.seed = PreparedDataset(folder), seed
+                 targets: tuple[TargetFolder, Rest | None] | None = None, **layout: int) -> None:
+        self.prepared, self.seed, self.targets = PreparedDataset(folder), seed, targets
         counts = self.prepared.counts
         super().__init__(weights=[1.0] * len(counts) if weights is None else weights, **layout)
         assert len(self.weights) == len(counts)
@@ -103,9 +111,29 @@ class PreparedLoader(StepLoader):
         rows = rows_for_samples(self.samples(step), self.prepared.counts, self.weights,
                                 self.seed).tolist()
         size = self.micro_batch_size
-        return [self.prepared.batch(rows[i:i + size]) for i in range(0, len(rows), size)]
+        return [self._batch(rows[i:i + size]) for i in range(0, len(rows), size)]
+
+    def _batch(self, rows: list[int]) -> Batch:
+        batch = self.prepared.batch(rows)
+        return batch if self.targets is None else with_targets(batch, *self.targets)
 
     def epochs(self, step: int) -> list[float]:
         """Passes over each source before this step; above 1 its rows come again."""
         samples = samples_per_source(step * self.global_batch_size, self.weights)
         return [count / rows for count, rows in zip(samples, self.prepared.counts, strict=True)]
+
+
+def with_targets(batch: Batch, cache: TargetFolder, rest: Rest | None = None) -> Batch:
+    """The batch with what `cache` holds of the teacher at its rows. Raises InputError.
+
+    The cache is of the same prepared rows: its row i has a target for each label of row i. rest: as
+    SparseTargets has it; None: by the cache's method.
+    """
+    rows = [cache.row(number) for number in batch.rows]
+    labels = (batch.labels != IGNORE_INDEX).sum(1).tolist()
+    for number, row, count in zip(batch.rows, rows, labels, strict=True):
+        if len(row.ids) != count:
+            raise InputError(f"row {number} has {count} tokens to learn, and {len(row.ids)} in the "
+                             f"cache {cache.path}", "a cache of these rows",
+                             "write it again with `amid-ds cache`")
+    return replace(batch, teacher_targets=stack_targets(rows, rest))

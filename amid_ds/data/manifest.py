@@ -106,14 +106,14 @@ def read_prepared_manifest(folder: Path) -> PreparedManifest | None:
     Of one in another format its plan alone is of use: it differs from any plan of today.
     """
     path = folder / PREPARED_MANIFEST
-    manifest = _read_typed(path, PreparedManifest)
+    manifest = read_typed(path, PreparedManifest)
     if manifest is not None and manifest["plan"]["format"] == PREPARED_FORMAT:
         rows = Counter({number: 0 for number in range(len(manifest["sources"]))})
         for shard in manifest["shards"]:
             rows[shard["source"]] += shard["rows"]
         if (list(rows.values()) != [source["rows"] for source in manifest["sources"]]
                 or len(manifest["plan"]["sources"]) != len(manifest["sources"])):
-            raise _damaged_json(path, "its shards do not add up to its sources")
+            raise damaged_json(path, "its shards do not add up to its sources")
     return manifest
 
 
@@ -122,14 +122,14 @@ def read_prepared_plan(folder: Path) -> PreparedPlan | None:
     manifest = read_prepared_manifest(folder)
     if manifest is not None:
         return manifest["plan"]
-    return _read_typed(folder / PREPARED_PLAN, PreparedPlan)
+    return read_typed(folder / PREPARED_PLAN, PreparedPlan)
 
 
 def read_shard_counts(path: Path) -> ShardCounts:
     """The counts of a finished shard. Raises InputError."""
-    counts = _read_typed(path, ShardCounts)
+    counts = read_typed(path, ShardCounts)
     if counts is None:
-        raise _damaged_json(path, "it is not there")
+        raise damaged_json(path, "it is not there")
     return counts
 
 
@@ -148,27 +148,31 @@ def write_json(path: Path, value: Mapping[str, object]) -> None:
     replace_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def _read_typed(path: Path, kind: type[_T]) -> _T | None:
-    """The value in a JSON file, or None without the file. Raises InputError for other content."""
+def read_typed(path: Path, kind: type[_T], version: int = PREPARED_FORMAT) -> _T | None:
+    """The value in a JSON file, or None without the file. Raises InputError for other content.
+
+    Of a plan in another format than `version`, or a manifest with one, its keys are not checked.
+    """
     try:
         text = path.read_text(encoding="utf-8")
-        return cast(_T, json.loads(text)) if _is_other_format(text) else parse_as(kind, text)
+        return cast(_T, json.loads(text)) if _is_other(version, text) else parse_as(kind, text)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, RecursionError) as error:
-        raise _damaged_json(path, str(error)) from None
+        raise damaged_json(path, str(error)) from None
 
 
-def _is_other_format(text: str) -> bool:
+def _is_other(version: int, text: str) -> bool:
     """True for a plan, or a manifest with one, of an earlier or later version."""
     value = json.loads(text)
     plan = value.get("plan", value) if isinstance(value, dict) else None
-    version = plan.get("format", PREPARED_FORMAT) if isinstance(plan, dict) else PREPARED_FORMAT
-    return isinstance(version, int) and version != PREPARED_FORMAT
+    found = plan.get("format", version) if isinstance(plan, dict) else version
+    return isinstance(found, int) and found != version
 
 
-def _damaged_json(path: Path, problem: str) -> InputError:
+def damaged_json(path: Path, problem: str) -> InputError:
+    """The error for a JSON file of a folder of shards that is not as it was written."""
     return InputError(f"the file {path} is damaged, or another program's: {problem}",
-                      "the JSON that `amid-ds prepare` wrote",
-                      "if it is ours, remove it and prepare again; if not, name another folder in "
-                      "data.prepared")
+                      "the JSON that `amid-ds prepare` or `amid-ds cache` wrote",
+                      "if it is ours, remove it and run that command again; if not, name another "
+                      "folder, in data.prepared or --out")

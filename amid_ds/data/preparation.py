@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from amid_ds.config.prompt_templates import TEMPLATES
 from amid_ds.config.recipe import Data
+from amid_ds.data.arrow_shard import require_shard_checksum, require_shard_size
 from amid_ds.data.chat import require_chat_template
 from amid_ds.data.encode import MAX_SHOWN_ROWS
 from amid_ds.data.locate import file_identities, source_files
@@ -53,13 +54,7 @@ from amid_ds.data.prepared_folder import (
     shared_folder,
 )
 from amid_ds.data.readers import DataFile
-from amid_ds.data.shard import (
-    ShardWriter,
-    SourceChunk,
-    plan_chunks,
-    require_shard_checksum,
-    require_shard_size,
-)
+from amid_ds.data.shard import ShardWriter, SourceChunk, plan_chunks
 from amid_ds.data.sources import open_streaming_dataset
 from amid_ds.data.tokenizer import end_of_text_id, tokenizer_fingerprint
 from amid_ds.errors import ExitStatus, InputError, TrainingError

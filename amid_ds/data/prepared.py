@@ -12,13 +12,11 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
-from numpy.typing import NDArray
 
+from amid_ds.data.arrow_shard import OPEN_SHARDS, MappedShard, damaged_shard, row_checksum
 from amid_ds.data.batch import Batch, TokenRow, collate_rows
 from amid_ds.data.manifest import (
     PREPARED_MANIFEST,
@@ -27,12 +25,8 @@ from amid_ds.data.manifest import (
     shard_path,
 )
 from amid_ds.data.readers import row_location
-from amid_ds.data.shard import damaged_shard, require_shard_size, row_checksum
 from amid_ds.errors import InputError
 from amid_ds.losses import IGNORE_INDEX
-
-# Memory-mapped at once.
-OPEN_SHARDS = 4096
 
 
 class PreparedDataset:
@@ -53,7 +47,7 @@ class PreparedDataset:
         self._files = [[(str(file[0]), first_row(file)) for file in source["files"]]
                        for source in manifest["plan"]["sources"]]
         self._ends = np.cumsum([shard["rows"] for shard in self._shards])
-        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_MappedShard)
+        self._open = functools.lru_cache(maxsize=OPEN_SHARDS)(_open_shard)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -65,7 +59,7 @@ class PreparedDataset:
         row_in_shard = number - int(self._ends[index]) + shard["rows"]
         path = shard_path(self.folder, shard["name"])
         try:
-            tokens, loss_spans, doc_starts, file, line, crc = \
+            (tokens, loss_spans, doc_starts), (file, line, crc) = \
                 self._open(path, shard["bytes"]).row(row_in_shard)
             if row_checksum(tokens, loss_spans, doc_starts) != crc:
                 raise ValueError(f"the checksum of its row {row_in_shard} is wrong")
@@ -103,37 +97,5 @@ def read_batches(folder: Path, batch_size: int, dp_rank: int = 0,
                           sources=[])
 
 
-class _MappedShard:
-    """One memory-mapped shard: numpy views of its columns, by record batch."""
-
-    def __init__(self, path: Path, size: int) -> None:
-        require_shard_size(path, size)
-        with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
-            batches = list(reader)
-        # A wrong size or offset would lead outside the file's memory. Reads no token.
-        for batch in batches:
-            batch.validate(full=True)
-        self._ends = np.cumsum([batch.num_rows for batch in batches])
-        self._batches = [([_list_views(batch[name]) for name in ("tokens", "learn", "begins")],
-                          [_view(batch[name]) for name in ("file", "line", "crc")])
-                         for batch in batches]
-
-    def row(self, number: int) -> tuple[NDArray[Any], NDArray[np.int32], NDArray[np.int32],
-                                        int, int, int]:
-        """(tokens, loss spans, document starts, file, line, checksum) of one row."""
-        index = int(np.searchsorted(self._ends, number, side="right"))
-        lists, columns = self._batches[index]
-        number -= int(self._ends[index]) - len(columns[0])
-        tokens, loss_spans, doc_starts = (values[offsets[number]:offsets[number + 1]]
-                                          for values, offsets in lists)
-        file, line, crc = (int(column[number]) for column in columns)
-        return tokens, loss_spans, doc_starts, file, line, crc
-
-
-def _list_views(column: pa.ListArray) -> tuple[NDArray[Any], NDArray[np.int32]]:
-    return _view(column.values), _view(column.offsets)
-
-
-def _view(column: pa.Array) -> NDArray[Any]:
-    """The same memory as a numpy array. `to_numpy` would import pandas first."""
-    return np.from_dlpack(column)
+def _open_shard(path: Path, size: int) -> MappedShard:
+    return MappedShard(path, size, ("tokens", "learn", "begins"), ("file", "line", "crc"))

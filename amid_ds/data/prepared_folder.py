@@ -112,18 +112,18 @@ def _other_plan(folder: Path, present: PreparedPlan | None, plan: PreparedPlan,
         return InputError(f"{folder} was prepared by another version of amid-ds: its format is "
                           f"{present['format']}, this version's {plan['format']}",
                           "a folder that this version prepared", remedy)
-    return InputError(f"{folder} was prepared differently: {_first_difference(present, plan)}",
+    return InputError(f"{folder} was prepared differently: {first_difference(present, plan)}",
                       "a folder prepared from this recipe's data, tokenizer and seq_length", remedy)
 
 
-def _first_difference(present: object, wanted: object, name: str = "") -> str:
+def first_difference(present: object, wanted: object, name: str = "") -> str:
     """The first value that differs between two JSON values, by its path."""
     if isinstance(present, dict) and isinstance(wanted, dict) and present.keys() == wanted.keys():
         key = next(key for key in wanted if present[key] != wanted[key])
-        return _first_difference(present[key], wanted[key], f"{name}.{key}".lstrip("."))
+        return first_difference(present[key], wanted[key], f"{name}.{key}".lstrip("."))
     if isinstance(present, list) and isinstance(wanted, list) and len(present) == len(wanted):
         index = next(index for index in range(len(wanted)) if present[index] != wanted[index])
-        return _first_difference(present[index], wanted[index], f"{name}[{index}]")
+        return first_difference(present[index], wanted[index], f"{name}[{index}]")
     return f"`{name}` is {present!r} there and {wanted!r} in this recipe"
 
 

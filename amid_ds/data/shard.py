@@ -11,10 +11,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import functools
-import hashlib
 import itertools
 import os
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +20,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from amid_ds.config.recipe import Source
+from amid_ds.data.arrow_shard import file_sha256, flat_array, list_array, row_checksum
 from amid_ds.data.encode import SourcePacker
 from amid_ds.data.joints import CONTEXT
 from amid_ds.data.manifest import ShardCounts, read_shard_counts, write_json
@@ -39,7 +37,6 @@ from amid_ds.data.readers import (
     text_before_span,
 )
 from amid_ds.data.sources import read_checked_rows, shard_spans, span_row_location
-from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
     from multiprocessing.synchronize import Event
@@ -106,7 +103,7 @@ class ShardWriter:
         rows = self._rows(chunk, counts)
         temporary = path.with_suffix(f".{os.uname().nodename}.{os.getpid()}")
         write_shard_rows(temporary, rows, np.dtype(self.token_dtype), counts)
-        size, digest = temporary.stat().st_size, _sha256(temporary)
+        size, digest = temporary.stat().st_size, file_sha256(temporary)
         os.replace(temporary, path)
         return {"source": chunk.source, "rows": counts.rows, "places": counts.inputs,
                 "tokens": counts.tokens, "documents": counts.documents,
@@ -170,46 +167,10 @@ def write_shard_rows(path: Path, rows: Iterable[PackedRow], dtype: np.dtype[Any]
             counts.tokens += sum(int(np.sum(spans[1::2] - spans[::2])) for spans in loss_spans)
             crcs = map(row_checksum, tokens, loss_spans, doc_starts)
             writer.write_batch(pa.record_batch([
-                _list_array(tokens), _list_array(loss_spans), _list_array(doc_starts),
-                _array(np.array([row.file for row in batch], np.int32)),
-                _array(np.array([row.line for row in batch], np.int64)),
-                _array(np.fromiter(crcs, np.uint32))], schema=schema))
-
-
-def require_shard_size(path: Path, size: int) -> None:
-    """Raise InputError unless the shard has `size` bytes. The rows' checksums cover the inside."""
-    actual = f"{path.stat().st_size} bytes" if path.exists() else "no file"
-    if actual != f"{size} bytes":
-        raise damaged_shard(path, f"it has {actual} of {size} bytes")
-
-
-def require_shard_checksum(path: Path, sha256: str) -> None:
-    """Raise InputError unless the shard has this SHA-256. Reads the whole file."""
-    if _sha256(path) != sha256:
-        raise damaged_shard(path, "it does not have the checksum that it was written with")
-
-
-def damaged_shard(path: Path, problem: str) -> InputError:
-    """The error for a shard that is not as it was written."""
-    return InputError(f"the shard {path} is damaged: {problem}", "the file as it was written",
-                      f"remove {path.with_suffix('.json')} and the manifest beside {path.parent}, "
-                      "and prepare again")
-
-
-def row_checksum(*columns: NDArray[Any]) -> int:
-    """The CRC-32 of a row's arrays, one after another."""
-    return functools.reduce(lambda crc, column: zlib.crc32(column.tobytes(), crc), columns, 0)
-
-
-def _list_array(rows: Sequence[NDArray[Any]]) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return pa.ListArray.from_arrays(_array(offsets), _array(np.concatenate(rows)))
-
-
-def _array(values: NDArray[Any]) -> pa.Array:
-    """The same memory as an Arrow array. `pa.array` would import pandas first."""
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values),
-                                 [None, pa.py_buffer(values)])
+                list_array(tokens), list_array(loss_spans), list_array(doc_starts),
+                flat_array(np.array([row.file for row in batch], np.int32)),
+                flat_array(np.array([row.line for row in batch], np.int64)),
+                flat_array(np.fromiter(crcs, np.uint32))], schema=schema))
 
 
 @contextlib.contextmanager
@@ -225,11 +186,3 @@ def _locked(path: Path, wait: bool) -> Iterator[bool]:
             yield False
             return
         yield True
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -15,6 +15,7 @@ from torch import nn
 
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
+from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.tensor_parallel import LayerSpec, layer_specs, tp_unsupported_reason
 
@@ -57,7 +58,7 @@ class BodySplit:
                               partition_config=specs, training_mode=True)
         self._autotp.set_tensor_parallel_config(world.tp_size, world.tp_group)
         self._autotp.update_linear_policies()
-        with _partitioned_layer_by_layer(distiller):
+        with _adapters_opened(), _partitioned_layer_by_layer(distiller):
             self._autotp._replace_module(distiller)
         setattr(distiller, UNIVERSAL_CHECKPOINT_INFO,
                 collect_autotp_universal_checkpoint_info(distiller))
@@ -93,17 +94,43 @@ def own_part(parameter: Any) -> tuple[int, int, int] | None:
 def _specs(distiller: Distiller, world: World) -> list[LayerSpec]:
     """The weights of both bodies that AutoTP splits."""
     specs = []
-    for name, model in (("student", distiller.student), ("teacher", distiller.teacher)):
-        # A replicated teacher is no submodule, and stays whole by request.
-        if name not in distiller._modules or model is None:
-            continue
+    # A replicated teacher is no submodule, and stays whole by request.
+    whole = distiller.student, *(parts_of(distiller.teacher) if "teacher" in distiller._modules
+                                 else [])
+    for name, model in ((name, model) for name, model in distiller.named_modules()
+                        if any(model is each for each in whole)):
         reason = tp_unsupported_reason(model, world.tp_size)
         if reason is None:
-            specs += layer_specs(model, name, trains=name == "student")
+            specs += layer_specs(model, name)
         else:
             logger.info("tensor_parallel %d: the %s's body stays whole on every rank, "
                         "its head is split: %s", world.tp_size, name, reason)
     return specs
+
+
+@contextlib.contextmanager
+def _adapters_opened() -> Iterator[None]:
+    """A context in which AutoTP looks for layers to split inside an adapted one.
+
+    It stops at what has a weight, and an adapted layer has its base layer's.
+    """
+    from deepspeed.module_inject.auto_tp import AutoTP
+
+    replace_layer = AutoTP._replace_with_config
+
+    def replace(autotp: Any, child: nn.Module, name: str) -> nn.Module:
+        if not hasattr(child, "base_layer"):
+            layer: nn.Module = replace_layer(autotp, child, name)
+            return layer
+        parent, _, own = name.rpartition(".")
+        autotp._replace_module(child, own, parent)
+        return child
+
+    AutoTP._replace_with_config = replace
+    try:
+        yield
+    finally:
+        AutoTP._replace_with_config = replace_layer
 
 
 @contextlib.contextmanager

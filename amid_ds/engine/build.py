@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from amid_ds.config.recipe import Dtype, MeanTeacher, Recipe, Teacher
 from amid_ds.distributed.world import World
@@ -36,26 +37,33 @@ from amid_ds.engine.optimizer import (
 from amid_ds.engine.sharding import OpenModel, open_causal_lm
 from amid_ds.engine.zero_plus_plus import require_quantizer, secondary_groups_of_neighbours
 from amid_ds.losses.host_memory import freed_memory_given_back
+from amid_ds.models.adapters import FirstValues
 from amid_ds.models.attention import choose_attention, exceeds_window
+from amid_ds.models.delta import joined_teacher
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_of
-from amid_ds.models.loading import load_causal_lm
+from amid_ds.models.loading import in_one_dtype, load_causal_lm
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
+from amid_ds.models.trained import choose_trained
 from amid_ds.run.start import end_part
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 
 logger = logging.getLogger(__name__)
 
 
-def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World) -> Engine:
-    """A teacher by itself, sharded over `world.shards` by ZeRO-3 and never trained. Collective."""
+def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World,
+                         shape: Callable[[nn.Module], nn.Module] = lambda model: model) -> Engine:
+    """A teacher by itself, sharded over `world.shards` by ZeRO-3 and never trained. Collective.
+
+    shape: is given the model before its weights are read, and returns the engine's module.
+    """
     deepspeed = import_deepspeed()
     opened = open_causal_lm(teacher, teacher.dtype, for_teacher(config), world, world.shards)
     opened.module.requires_grad_(False)
-    model = opened.read(world)
-    bf16 = next(model.parameters()).dtype == torch.bfloat16
+    module = shape(opened.module)
+    bf16 = next(opened.read(world).parameters()).dtype == torch.bfloat16
     deepspeed_engine, *_ = deepspeed.initialize(
-        model=model, dist_init_required=False, config={**config, "bf16": {"enabled": bf16}})
+        model=module, dist_init_required=False, config={**config, "bf16": {"enabled": bf16}})
     deepspeed_engine.eval()
     return Engine(deepspeed_engine, world)
 
@@ -85,21 +93,23 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
 def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World,
                      resumes: bool, first_pieces: Tensor | None
                      ) -> tuple[Distiller, dict[str, GroupName]]:
-    """Both models, split and with their weights; the optimizer's group of each of the student's
+    """All models, split and with their weights; the optimizer's group of each of the student's
     parameters."""
     shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
     replicated = teacher_is_replicated(recipe, config)
-    opened = {"student": _open_student(recipe, config, world, resumes)}
-    if recipe.live_teacher is not None:
-        opened["teacher"] = _open_teacher(recipe.live_teacher, config, replicated, world)
-    elif isinstance(recipe.teacher, MeanTeacher):
+    frozen = in_one_dtype(frozen_models(recipe))
+    opened = {"student": _open_student(recipe, config, world, resumes),
+              **{key: _open_teacher(model, config, replicated, world)
+                 for key, model in frozen.items()}}
+    if isinstance(recipe.teacher, MeanTeacher):
         opened["teacher"] = _open_mean(recipe, config, world)
     models = {name: model.module for name, model in opened.items()}
     for name, module in models.items():
         if recipe.data.isolates_any or exceeds_window(module, recipe.train.seq_length):
             choose_attention(module, f"the {name}", world.device, trains=name == "student")
-    distiller = Distiller(models["student"], models.get("teacher"), vocab_size=vocab_size,
-                          shard=shard, replicated=replicated, first_pieces=first_pieces)
+    distiller = Distiller(models["student"], joined_teacher(models, recipe.live_teacher),
+                          vocab_size=vocab_size, shard=shard, replicated=replicated,
+                          cached=recipe.cached_teacher is not None, first_pieces=first_pieces)
     # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing.
     distiller.train()
     groups = parameter_groups(models["student"], recipe.train)
@@ -120,9 +130,15 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
                   ) -> OpenModel:
     dtype: Dtype = "bf16" if uses_bf16(config) else "fp32"
     origin = resolve_student(recipe)
-    opened = (open_causal_lm(origin, dtype, config, world, read=not resumes)
-              if resumes or zero_stage(config) == 3 else
-              OpenModel(load_causal_lm(origin.model, dtype, **origin.hub_kwargs), config))
+
+    def choose(module: nn.Module) -> FirstValues:
+        return choose_trained(module, recipe.student, recipe.train.seed)
+
+    if resumes or zero_stage(config) == 3:
+        opened = open_causal_lm(origin, dtype, config, world, read=not resumes, choose=choose)
+    else:
+        module = load_causal_lm(origin.model, dtype, **origin.hub_kwargs)
+        opened = OpenModel(module, config, first=choose(module))
     if recipe.student.activation_checkpointing:
         opened.module.gradient_checkpointing_enable(   # type: ignore[operator]
             gradient_checkpointing_kwargs={"use_reentrant": False})

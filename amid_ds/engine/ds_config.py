@@ -20,7 +20,7 @@ from amid_ds.config.strict import load_json, read_user_file
 from amid_ds.engine.ds_schema import OWNED_BY_RECIPE, find_problems
 from amid_ds.errors import InputError
 from amid_ds.models.loading import checkpoint_dtype, model_config
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 
 # DeepSpeed's own JSON, whose keys and values are its documentation's.
 DeepSpeedConfig: TypeAlias = Mapping[str, Any]
@@ -138,9 +138,8 @@ def _resolve_value(name: str, auto: str, recipe: Recipe) -> Any:
 
 
 def _hidden_size(recipe: Recipe) -> int:
-    """The width of the wider model."""
-    student, teacher = resolve_student(recipe), recipe.live_teacher
-    models = [student] if teacher is None else [student, teacher]
+    """The width of the widest model."""
+    models = [resolve_student(recipe), *frozen_models(recipe).values()]
     return max(int(model_config(model.model, **model.hub_kwargs).get_text_config().hidden_size)
                for model in models)
 

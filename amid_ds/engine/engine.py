@@ -19,6 +19,7 @@ from amid_ds.distributed.world import World
 from amid_ds.engine import gather, memory, optimizer, restore, staging, tensor_files
 from amid_ds.engine.ema import RunningMeans
 from amid_ds.errors import TrainingError
+from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller, LossPart, MicroBatchLoss
 from amid_ds.models.heads import check_head, check_isolation, ids_to_check
 from amid_ds.models.sizes import default_teacher_tokens, hidden_states_fit, teacher_bytes_per_token
@@ -80,12 +81,14 @@ class Engine:
                 parts: Sequence[LossPart], last: bool) -> MicroBatchLoss:
         """The loss of one micro-batch on the device, see `Distiller.forward`.
 
-        last: whether it is the last one of the accumulation window.
+        Its `teacher_targets` are learnt from where it has them. last: whether it is the last one of
+        the accumulation window.
         """
         self._deepspeed.set_gradient_accumulation_boundary(last)
         loss: MicroBatchLoss = self._deepspeed(
             batch.input_ids, batch.valid, batch.targets, token_weights, teacher_hidden,
-            batch.positions, batch.sequences, parts=parts, documents=batch.documents)
+            batch.positions, batch.sequences, parts=parts, documents=batch.documents,
+            targets=batch.teacher_targets)
         return loss
 
     def backward(self, loss: Tensor) -> None:
@@ -171,13 +174,13 @@ class Engine:
         teacher = self.distiller.teacher
         if teacher is None:
             return TeacherBatch(0, False)
-        config: Any = teacher.config
+        configs: list[Any] = [part.config for part in parts_of(teacher)]
         element_size = next(teacher.parameters()).element_size()
         free = memory.least_free_memory(self.world)
         window = recipe.train.global_batch_size // self.world.dp_size * recipe.train.seq_length
         on_host = (self.world.device.type == "cuda"
-                   and not hidden_states_fit(config, element_size, window, free))
-        per_token = teacher_bytes_per_token(config, element_size, recipe.train.seq_length)
+                   and not hidden_states_fit(configs, element_size, window, free))
+        per_token = teacher_bytes_per_token(configs, element_size, recipe.train.seq_length)
         most = None if recipe.live_teacher is None else recipe.live_teacher.max_tokens_per_pass
         tokens = most or previous or default_teacher_tokens(free, per_token)
         return TeacherBatch(tokens, on_host)
@@ -187,16 +190,17 @@ class Engine:
 
         Where documents are to be isolated (`isolated`), also unless they are. Collective.
         """
-        for name, model in (("student", self.distiller.student),
-                            ("teacher", self.distiller.teacher)):
-            if model is not None:
-                title = f"the {name} {model.config.name_or_path}"   # type: ignore[union-attr]
-                pieces = self.distiller.head.first_pieces if name == "teacher" else None
-                known = vocab_size if pieces is None else vocab_size - len(pieces)
-                ids = ids_to_check(model, known).to(self.world.device)
-                check_head(model, title, ids, self.gathered_head)
-                if isolated:
-                    check_isolation(model, title, ids)
+        models = [("student", self.distiller.student),
+                  *(("teacher", part) for part in parts_of(self.distiller.teacher))]
+        pieces = self.distiller.head.first_pieces
+        for name, model in models:
+            title = f"the {name} {model.config.name_or_path}"   # type: ignore[union-attr]
+            is_older = name == "teacher" and pieces is not None
+            known = vocab_size - len(pieces) if is_older else vocab_size   # type: ignore[arg-type]
+            ids = ids_to_check(model, known).to(self.world.device)
+            check_head(model, title, ids, self.gathered_head)
+            if isolated:
+                check_isolation(model, title, ids)
 
     def stage_checkpoint(self) -> dict[str, object]:
         """This rank's part of a checkpoint, by file name, copied to host memory. Collective.

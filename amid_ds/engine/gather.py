@@ -3,40 +3,48 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from amid_ds.models.delta import parts_of
+from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_of
 
 
 @dataclass
 class GatheredBytes:
-    """Bytes of weights that ZeRO-3 has put together on this rank since the engine was built."""
+    """Bytes of weights that ZeRO-3 has put together on this rank since the engine was built.
+
+    of_student: the `ds_id` of its parameters, frozen ones too; all others are the teacher's.
+    """
 
     student: int = 0
     teacher: int = 0
+    of_student: Collection[int] = ()
 
     def add(self, parameters: Iterable[Any]) -> None:
-        """Count one gather of `parameters`; the teacher's are those without a gradient."""
+        """Count one gather of `parameters`."""
         for parameter in parameters:
             size = parameter.ds_numel * parameter.element_size()
-            if parameter.requires_grad:
+            if parameter.ds_id in self.of_student:
                 self.student += size
             else:
                 self.teacher += size
 
 
-def count_and_order_gathers(model: nn.Module, exact: Iterable[nn.Parameter]) -> GatheredBytes:
-    """Wrap the gathers of all ZeRO-3 parameters of `model`; returns the bytes they will count.
+def count_and_order_gathers(distiller: Distiller, exact: Iterable[nn.Parameter]) -> GatheredBytes:
+    """Wrap the gathers of all ZeRO-3 parameters; returns the bytes they will count.
 
     exact: parameters of the student that never travel in 8 bits.
     """
-    gathered_bytes, gathers = GatheredBytes(), _Gathers({}, {id(each) for each in exact})
-    for parameter in model.parameters():
+    students: dict[int, Any] = {id(each): each for each in distiller.student.parameters()}
+    gathered_bytes = GatheredBytes(of_student={each.ds_id for each in students.values()})
+    gathers = _Gathers({}, students.keys() - {id(each) for each in exact})
+    for parameter in distiller.parameters():
         zero_parameter: Any = parameter
         gathers.own[zero_parameter.ds_id] = zero_parameter.all_gather_coalesced
         zero_parameter.all_gather_coalesced = partial(_gather_in_order, gathers, gathered_bytes)
@@ -46,11 +54,11 @@ def count_and_order_gathers(model: nn.Module, exact: Iterable[nn.Parameter]) -> 
 
 
 class _Gathers(NamedTuple):
-    """DeepSpeed's own method of each parameter, by its number; those that never travel in 8 bits,
-    by id()."""
+    """DeepSpeed's own method of each parameter, by its number; those that may travel in 8 bits, by
+    id()."""
 
     own: dict[int, Callable[..., Any]]
-    exact: set[int]
+    rounded: set[int]
 
 
 def _gather_in_order(gathers: _Gathers, gathered_bytes: GatheredBytes, parameters: Iterable[Any],
@@ -65,21 +73,21 @@ def _gather_in_order(gathers: _Gathers, gathered_bytes: GatheredBytes, parameter
 
     ordered = sorted(parameters, key=lambda parameter: parameter.ds_id)
     gathered_bytes.add(ordered)
-    rounded = [p for p in ordered if quantize and _may_be_quantized(p, gathers.exact)]
-    whole = [p for p in ordered if not quantize or not _may_be_quantized(p, gathers.exact)]
+    rounded = [p for p in ordered if quantize and _may_be_quantized(p, gathers.rounded)]
+    whole = [p for p in ordered if not quantize or not _may_be_quantized(p, gathers.rounded)]
     handles = [gathers.own[part[0].ds_id](part, quantize=part is rounded, **options)
                for part in (whole, rounded) if part]
     return handles[0] if len(handles) == 1 else MultipleAllGatherHandles(handles)
 
 
-def _may_be_quantized(parameter: Any, exact: set[int]) -> bool:
+def _may_be_quantized(parameter: Any, students: set[int]) -> bool:
     """True where DeepSpeed's kernels take a rank's piece, and 8 bits of it do little harm.
 
     The teacher's weights are its own, a head's set the loss, norms and biases are small. The
     kernels take eight elements at once, and a padded piece would be scaled by its neighbour.
     """
-    return (parameter.requires_grad and id(parameter) not in exact
-            and len(parameter.ds_shape) > 1 and parameter.ds_numel == parameter.ds_numel_aligned
+    return (id(parameter) in students and len(parameter.ds_shape) > 1
+            and parameter.ds_numel == parameter.ds_numel_aligned
             and parameter.ds_tensor.numel() % 8 == 0)
 
 
@@ -92,11 +100,14 @@ def _gather_and_wait(gather: Callable[..., Any], gathered_bytes: GatheredBytes, 
 
 @contextlib.contextmanager
 def gathered_head(model: nn.Module | None) -> Iterator[None]:
-    """A context in which every rank can read the head of `model`, gathered once. Collective."""
+    """A context in which every rank can read the head of `model`, gathered once. Collective.
+
+    model: of a delta all its heads.
+    """
     import deepspeed
 
-    head = head_of(model) if model is not None else None
-    parameters = [p for p in (head.weight, head.bias) if p is not None] if head is not None else []
+    heads = [head_of(part) for part in parts_of(model)]
+    parameters = [p for head in heads for p in (head.weight, head.bias) if p is not None]
     with deepspeed.zero.GatheredParameters(parameters):
         yield
 

@@ -58,10 +58,15 @@ def _embedding_parameters(model: nn.Module) -> set[nn.Parameter]:
 
 
 def group_counts(student: nn.Module, train: Train) -> dict[str, dict[str, int]]:
-    """By group, the number of its `tensors` and of their `elements`; student: a whole model."""
+    """By group, the number of its `tensors` and of their `elements`; student: a whole model.
+
+    What does not train is in no group, and counted as `frozen`.
+    """
     counts: dict[str, dict[str, int]] = {}
     parameters = dict(student.named_parameters())
-    for name, group in parameter_groups(student, train).items():
+    groups: dict[str, str] = {**parameter_groups(student, train)}
+    groups |= {name: "frozen" for name in parameters if name not in groups}
+    for name, group in groups.items():
         of_group = counts.setdefault(group, {"tensors": 0, "elements": 0})
         of_group["tensors"] += 1
         of_group["elements"] += parameters[name].numel()

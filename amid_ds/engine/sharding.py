@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from amid_ds.engine.partition import (
     partition_parameters,
     replace_parameters,
 )
+from amid_ds.models.adapters import FirstValues, stored_name
 from amid_ds.models.hollow import hollow_causal_lm
 from amid_ds.models.loading import DTYPES, checkpoint_dtype, load_causal_lm, open_weights
 from amid_ds.models.weight_reader import ParameterSource, WeightReader
@@ -41,8 +42,9 @@ class OpenModel:
     """A causal LM of which nothing has been read yet, or one that transformers has loaded.
 
     config: DeepSpeed's, with bf16 as the weights are to have it. shards: the ranks that ZeRO-3
-    shards it over; None: all. weights: of its files; None: they are not to be read. zeros: its
-    parameters are to be zeros, and of its files the buffers alone count.
+    shards it over; None: all. weights: of its files; None: they are not to be read. zeros: what
+    trains is to be zeros, and of its files buffers and frozen parameters alone count. first: of
+    parameters that no file holds, what makes their first values.
     """
 
     module: nn.Module
@@ -50,6 +52,7 @@ class OpenModel:
     shards: ShardGroups | None = None
     weights: WeightReader | None = None
     zeros: bool = False
+    first: FirstValues = field(default_factory=dict)
 
     def read(self, world: World) -> nn.Module:
         """The model with its weights, at ZeRO stage 3 this rank's partitions of them.
@@ -58,6 +61,9 @@ class OpenModel:
         holds, except where transformers has loaded it. Raises InputError.
         """
         if not any(parameter.is_meta for parameter in self.module.parameters()):
+            for name, value in self.first.items():
+                parameter = self.module.get_parameter(name)
+                parameter.data.copy_(_own_part_of(value(), parameter))
             if self.shards is not None:
                 move_partitions(self.module, self.config, self.shards)
             return self.module
@@ -69,15 +75,21 @@ class OpenModel:
         return self.module
 
     def _fill(self, ranges: list[OwnRange], buffers: Mapping[str, Tensor], world: World) -> None:
-        if self.zeros:
-            for own in ranges:
+        names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        stored = []
+        for own in ranges:
+            name = names[id(own.parameter)]
+            if name in self.first:
+                _set_range(own, _own_part_of(self.first[name](), own.parameter))
+            elif self.zeros and own.parameter.requires_grad:
                 own.values.zero_()
-            ranges = []
+            else:
+                stored.append(own)
         if self.weights is None:
             return
-        reads = list(_reads(self.module, self.weights, ranges, buffers))
+        reads = list(_reads(names, self.weights, stored, buffers))
         with self.weights as reader, contextlib.ExitStack() as stack:
-            if not self.zeros:
+            if stored:
                 untied = reader.unequal_twins(world.rank, world.size)
                 refuse_other_keys(_name(self.module), {"untied": untied})
                 progress = stack.enter_context(_progress(self.module, reader, reads))
@@ -86,28 +98,39 @@ class OpenModel:
 
 
 def open_causal_lm(source: Student | Teacher, dtype: Dtype, config: DeepSpeedConfig, world: World,
-                   shards: ShardGroups | None = None, read: bool = True) -> OpenModel:
+                   shards: ShardGroups | None = None, read: bool = True,
+                   choose: Callable[[nn.Module], FirstValues] = lambda module: {}) -> OpenModel:
     """The model of `source`, ready to be shaped and then read. Its module is in eval mode.
 
-    read: False: its parameters will be zeros, for a checkpoint to replace, at any ZeRO stage; True:
-    at stage 3. Collective: ranks agree on the files, and transformers sends what it must load.
-    Raises InputError where the weights are not exactly those of the model's config.
+    read: False: what trains will be zeros, for a checkpoint to replace, at any ZeRO stage; True: at
+    stage 3. choose: freezes what does not train, and puts adapters there (models/trained.py).
+    Collective: ranks agree on the files, and transformers sends what it must load. Raises
+    InputError where the weights are not exactly those of the model's config.
     """
     torch_dtype = world.run_checked(
         lambda: DTYPES.get(dtype) or checkpoint_dtype(source.model, **source.hub_kwargs))
     config = {**config, "bf16": {"enabled": torch_dtype == torch.bfloat16}}
+    def shaped() -> tuple[nn.Module, FirstValues]:
+        module = hollow_causal_lm(source.model, torch_dtype, **source.hub_kwargs)
+        return module, choose(module)
+
     weights = open_weights(source.model, **source.hub_kwargs, world=world) if read else None
     if not isinstance(weights, str):
-        module = world.run_checked(
-            lambda: hollow_causal_lm(source.model, torch_dtype, **source.hub_kwargs))
-        if weights is None and any(buffer.is_meta for buffer in module.buffers()):
+        module, first = world.run_checked(shaped)
+        if weights is None and _needs_files(module):
             weights = open_weights(source.model, **source.hub_kwargs, world=world)
     if not isinstance(weights, str):
-        return OpenModel(module, config, shards, weights, zeros=not read)
+        return OpenModel(module, config, shards, weights, zeros=not read, first=first)
     logger.info("transformers loads %s, %s: %s", source.model,
                 "whole on every rank" if zero_stage(config) < 3 else "on rank 0 for all", weights)
-    return OpenModel(load_causal_lm(source.model, dtype, sharded_loading(config),
-                                    **source.hub_kwargs), config, shards)
+    loaded = load_causal_lm(source.model, dtype, sharded_loading(config), **source.hub_kwargs)
+    return OpenModel(loaded, config, shards, first=choose(loaded))
+
+
+def _needs_files(module: nn.Module) -> bool:
+    """True where a checkpoint does not have all of a hollow model that it resumes."""
+    return (any(buffer.is_meta for buffer in module.buffers())
+            or not all(parameter.requires_grad for parameter in module.parameters()))
 
 
 def _progress(model: Any, reader: WeightReader,
@@ -156,12 +179,28 @@ def _place_buffers(model: nn.Module, device: torch.device) -> dict[str, Tensor]:
     return stored
 
 
-def _reads(model: nn.Module, reader: WeightReader, ranges: list[OwnRange],
+def _reads(names: Mapping[int, str], reader: WeightReader, ranges: Iterable[OwnRange],
            buffers: Mapping[str, Tensor]) -> Iterator[tuple[ParameterSource, int, Tensor]]:
-    """(source, start, out) of each range and buffer: what `WeightReader.fill` takes."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    """(source, start, out) of each range and buffer: what `WeightReader.fill` takes.
+
+    names: of the parameters, by their id().
+    """
     for own in ranges:
-        source, part = reader.sources[names[id(own.parameter)]], own_part(own.parameter)
+        source = reader.sources[stored_name(names[id(own.parameter)])]
+        part = own_part(own.parameter)
         yield source if part is None else source.part(*part), own.start, own.values
     for name, buffer in buffers.items():
-        yield reader.sources[name], 0, buffer.view(-1)
+        yield reader.sources[stored_name(name)], 0, buffer.view(-1)
+
+
+def _own_part_of(whole: Tensor, parameter: nn.Parameter) -> Tensor:
+    """What this tensor-parallel rank holds of a parameter's whole value."""
+    part = own_part(parameter)
+    return whole if part is None else whole.narrow(part[0], part[1], part[2] - part[1])
+
+
+def _set_range(own: OwnRange, value: Tensor) -> None:
+    """Fill a range from the value of its parameter on this tensor-parallel rank."""
+    piece = value.flatten()[own.start:own.start + own.values.numel()]
+    own.values.zero_()
+    own.values[:piece.numel()].copy_(piece)

@@ -97,15 +97,33 @@ def stage_checkpoint(deepspeed_engine: Any, pinned: PinnedBuffers | None) -> dic
     # no room but where it ends. Nor need ranks agree on a tag that is always the same.
     deepspeed_engine._copy_recovery_script = lambda folder: None
     deepspeed_engine._checkpoint_tag_validation = lambda tag: None
+    deepspeed_engine.module_state_dict = _trained_state(deepspeed_engine)
     try:
         deepspeed_engine.save_checkpoint("nowhere", tag="staged", save_latest=False,
                                          exclude_frozen_parameters=True)
     finally:
         deepspeed_engine.checkpoint_engine = staging.real
         del deepspeed_engine._copy_recovery_script, deepspeed_engine._checkpoint_tag_validation
+        del deepspeed_engine.module_state_dict
     if pinned is not None:
         torch.cuda.synchronize()
     return staging.files
+
+
+def _trained_state(deepspeed_engine: Any) -> Callable[..., dict[str, Tensor]]:
+    """DeepSpeed's own state dict, without what is frozen under any name: it leaves out the first
+    name of a frozen weight that is tied to another."""
+    own = deepspeed_engine.module_state_dict
+    frozen = {name for name, parameter
+              in deepspeed_engine.module.named_parameters(remove_duplicate=False)
+              if not parameter.requires_grad}
+
+    def state_dict(*args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = own(*args, **kwargs)
+        for name in frozen.intersection(state):
+            del state[name]
+        return state
+    return state_dict
 
 
 class _HostCheckpointEngine:

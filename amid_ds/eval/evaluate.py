@@ -27,7 +27,6 @@ from tqdm import tqdm
 from amid_ds.config.recipe import Dtype
 from amid_ds.data import (
     Batch,
-    check_sources,
     load_tokenizer,
     prepare,
     read_batches,
@@ -37,12 +36,23 @@ from amid_ds.data import (
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
+from amid_ds.eval.cached import (
+    agreed_from,
+    cache_to_score,
+    check_eval_data,
+    kl_from,
+    prepared_folder,
+    require_same_rows,
+    rows_to_score,
+    with_cached_targets,
+)
 from amid_ds.eval.protocol import EvalArgs
 from amid_ds.eval.text_metrics import read_eval_prompts, score_generations
 from amid_ds.losses import IGNORE_INDEX
+from amid_ds.models.adapter_folders import model_source
 from amid_ds.models.fit import require_positions, require_rows
 from amid_ds.models.heads import check_head, head_of, ids_to_check, logits_of, run_body
-from amid_ds.models.loading import load_causal_lm, meta_model
+from amid_ds.models.loading import meta_model
 from amid_ds.run.log import perplexity
 
 if TYPE_CHECKING:
@@ -96,8 +106,9 @@ class Scores:
 
 
 def load_model(model: str, trust_remote_code: bool = False, dtype: Dtype = "auto") -> nn.Module:
-    """A causal LM for evaluation; dtype auto: that of its checkpoint. Raises InputError."""
-    return load_causal_lm(model, dtype, trust_remote_code=trust_remote_code).eval()
+    """A causal LM for evaluation, of a folder of adapters with them; dtype auto: that of its
+    checkpoint. Raises InputError."""
+    return model_source(model, trust_remote_code=trust_remote_code).load(dtype).eval()
 
 
 def score_model(sums: Sequence[float], has_teacher: bool) -> Scores:
@@ -131,11 +142,12 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
                vocab_size: int) -> list[float]:
     """Sums over the labelled tokens, in nats, at the positions NLL_SUM to CORRECT_COUNTS.
 
-    AGREED_SUM: tokens at which both models have the same first choice. CONFIDENCE_SUMS: by bin of
-    the first choice's probability, the sum of that probability; CORRECT_COUNTS: by the same bin,
-    the number of right first choices. Without a teacher KL_SUM, REVERSE_KL_SUM and AGREED_SUM are
-    0. Raises TrainingError if a model's logits are NaN, or the model gives a token no probability
-    that the data have or the teacher may choose.
+    AGREED_SUM: tokens at which both models have the same first choice. A batch's cached targets
+    stand for a teacher; they tell no REVERSE_KL_SUM. CONFIDENCE_SUMS: by bin of the first choice's
+    probability, the sum of that probability; CORRECT_COUNTS: by the same bin, the number of right
+    first choices. Without a teacher KL_SUM, REVERSE_KL_SUM and AGREED_SUM are 0. Raises
+    TrainingError if a model's logits are NaN, or the model gives a token no probability that the
+    data have or the teacher may choose.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(CORRECT_COUNTS.stop, dtype=torch.float64, device=device)
@@ -157,6 +169,10 @@ def sum_scores(model: nn.Module, teacher: nn.Module | None, batches: Iterable[Ba
                 sums[KL_SUM] += _kl_sum(log_p, log_q)
                 sums[REVERSE_KL_SUM] += _kl_sum(log_q, log_p)
                 sums[AGREED_SUM] += (choice == log_p.argmax(-1)).sum()
+            elif batch.teacher_targets is not None:
+                targets = batch.teacher_targets.take(part)
+                sums[KL_SUM] += kl_from(targets, log_q)
+                sums[AGREED_SUM] += agreed_from(targets, choice)
             if not sums[[NLL_SUM, KL_SUM]].isfinite().all():
                 _name_impossible(batch, places[part], labels[part], log_q, log_p)
             confidence = confidence.exp().double()
@@ -214,10 +230,12 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     """Every score of `model`, on every rank.
 
     Over the ids below the tokenizer's size, both models renormalised over them. args.model and
-    args.teacher are the models' names. Collective; world None: this process alone.
+    args.teacher are the models' names. args.cached: a cache stands for the teacher. Collective;
+    world None: this process alone.
     """
     rank, size = (0, 1) if world is None else (world.rank, world.size)
-    data = _run_checked(world, lambda: args.rows.data(args.data))
+    data = _run_checked(world, lambda: rows_to_score(args))
+    cache = _run_checked(world, lambda: cache_to_score(args, tokenizer))
     source = data.train[0]
     models = [(args.model, model), *([] if teacher is None else [(str(args.teacher), teacher)])]
     vocab_size = vocabulary_size(tokenizer)
@@ -229,13 +247,21 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     sampling = _run_checked(world, lambda: protocol.sampling)
     # Each rank prepares all rows in a folder of its own: nodes may share no file system.
     with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "data"
-        _run_checked(world, lambda: prepare(data, seq_length, tokenizer, rows))
+        rows = prepared_folder(args) or Path(folder) / "data"
+        if prepared_folder(args) is None:
+            _run_checked(world, lambda: prepare(data, seq_length, tokenizer, rows))
+        _run_checked(world, lambda: require_same_rows(cache, rows, args.data))
         batches = list(read_batches(rows, args.batch_size, rank, size))
         _run_checked(world, lambda: _check_positions(models, batches))
-        shown = tqdm(batches, desc="evaluate", leave=False, disable=True if rank else None)
+        shown = with_cached_targets(
+            tqdm(batches, desc="evaluate", leave=False, disable=True if rank else None), cache)
         sums = _run_checked(world, lambda: sum_scores(model, teacher, shown, vocab_size))
-    scores = score_model(sums if world is None else world.sum(sums), teacher is not None)
+    scores = score_model(sums if world is None else world.sum(sums),
+                         teacher is not None or cache is not None)
+    if cache is not None:
+        # The whole distribution would tell the one, and draws tell no first choice.
+        agreement = None if cache.manifest.layout.sampled else scores.top1_agreement
+        scores = dataclasses.replace(scores, reverse_kl=None, top1_agreement=agreement)
     if protocol.name is not None:
         scores = dataclasses.replace(scores, protocol=str(protocol))
     if sampling is None:
@@ -284,7 +310,7 @@ def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequenc
 def evaluate_command(args: EvalArgs, as_json: bool) -> None:
     """`amid-ds eval`: rank 0 prints the scores, as a table or as JSON alone."""
     with init_distributed(EVAL_TIMEOUT_S) as world:
-        world.run_checked(lambda: check_sources(args.rows.data(args.data)))
+        world.run_checked(lambda: check_eval_data(args))
         model, teacher, tokenizer = world.run_checked(lambda: _load(args, world.device))
         scores = evaluate(args, model, teacher, tokenizer, world)
         if world.is_main and as_json:
@@ -298,7 +324,8 @@ def _load(args: EvalArgs, device: torch.device
     trust, dtype = args.trust_remote_code, args.protocol.dtype
     tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
     for name in filter(None, (args.model, args.teacher)):
-        require_rows(meta_model(name, trust_remote_code=trust), f"the model {name}",
+        source = model_source(name, trust_remote_code=trust)
+        require_rows(meta_model(source.model, **source.hub_kwargs), f"the model {name}",
                      vocabulary_size(tokenizer))
     teacher = None
     if args.teacher is not None:

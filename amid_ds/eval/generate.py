@@ -44,6 +44,7 @@ from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.files.ownership import require_own_file
 from amid_ds.models import loading
+from amid_ds.models.adapter_folders import ModelSource, model_source
 from amid_ds.models.ends import end_ids, generation_config
 from amid_ds.models.fit import require_rows
 from amid_ds.models.heads import check_head, ids_to_check
@@ -88,12 +89,14 @@ class GenerateArgs:
 class GenerateTask:
     """Validated arguments, and what they resolve to.
 
-    recipe: the one whose teacher `model` is; None: `model` was named by itself.
+    recipe: the one whose teacher `model` is; None: `model` was named by itself. source: where its
+    parts are, a folder of adapters is two.
     """
 
     args: GenerateArgs
     recipe: Recipe | None
     model: Teacher
+    source: ModelSource
     tokenizer: PreTrainedTokenizerBase
     sampler: Sampler
     prompts: list[str]
@@ -174,19 +177,22 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
     # A branch of the hub may move before the answers are complete.
     commit = loading.resolved_commit(model.model, model.revision)
     model = model.model_copy(update={"revision": commit or model.revision})
-    config = loading.model_config(model.model, **model.hub_kwargs)
+    source = model_source(model.model, **model.hub_kwargs)
+    if recipe is not None and source.adapters is not None:
+        loading.refuse_adapters(source.adapters)
+    config = loading.model_config(source.model, **source.hub_kwargs)
     tokenizer = load_tokenizer(model.model, **model.hub_kwargs)
-    require_rows(loading.meta_model(model.model, **model.hub_kwargs), f"the model {model.model}",
+    require_rows(loading.meta_model(source.model, **source.hub_kwargs), f"the model {model.model}",
                  vocabulary_size(tokenizer))
-    ends = end_ids(generation_config(model.model, **model.hub_kwargs), tokenizer,
+    ends = end_ids(generation_config(source.model, **source.hub_kwargs), tokenizer,
                    args.end_of_text)
     on_bad_row = args.on_bad_row or (recipe.data.on_bad_row if recipe is not None else "error")
-    prompts = [prompt for source in prompt_sources(args, recipe)
-               for prompt in read_prompts(source, on_bad_row)]
+    prompts = [prompt for rows in prompt_sources(args, recipe)
+               for prompt in read_prompts(rows, on_bad_row)]
     check_prompts_fit(tokenizer, prompts, args.max_new_tokens,
                       getattr(config, "max_position_embeddings", None))
     sampler = Sampler(args.temperature, args.top_p, ends, vocabulary_size(tokenizer))
-    task = GenerateTask(args, recipe, model, tokenizer, sampler, prompts)
+    task = GenerateTask(args, recipe, model, source, tokenizer, sampler, prompts)
     # `prepare_output` refuses answers without the file that names their origin.
     require_own_file(task.out, lambda text: True, "--out")
     if not task.out.parent.is_dir():
@@ -274,7 +280,8 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
     config = {} if task.recipe is None else ds_config.read_deepspeed_config(task.recipe,
                                                                             data_parallel=1)
     if model.placement == "replicated" or ds_config.zero_stage(config) < 3:
-        yield world.run_checked(lambda: _load_whole(model, world)), sampler, bool
+        whole = world.run_checked(lambda: task.source.load(model.dtype).to(world.device))
+        yield whole, sampler, bool
         return
     if model.placement == "node":
         over = world.run_on_main(lambda: _ranks_of_a_copy(model, world))
@@ -300,10 +307,6 @@ def _ranks_of_a_copy(model: Teacher, world: World) -> int:
     over = model.shard_over or find_nodes(world).copies_per_node(1)
     require_divisor(over, world.size)
     return over
-
-
-def _load_whole(model: Teacher, world: World) -> nn.Module:
-    return loading.load_causal_lm(model.model, model.dtype, **model.hub_kwargs).to(world.device)
 
 
 def sampler_prompts(task: GenerateTask, numbers: range) -> list[SamplerPrompt]:
@@ -348,8 +351,10 @@ def task_identity(task: GenerateTask) -> dict[str, str | float | list[int] | Non
     """Everything that the answers depend on."""
     args, model = task.args, task.model
     digest = hashlib.sha256("\0".join(task.prompts).encode()).hexdigest()
+    base = {} if task.source.adapters is None else {
+        "base": task.source.model, "base.sha256": model_hash(task.source.model)}
     return {"model": model.model, "revision": model.revision,
-            "model.sha256": model_hash(model.model),
+            "model.sha256": model_hash(model.model), **base,
             "tokenizer.sha256": tokenizer_fingerprint(task.tokenizer),
             "prompts": len(task.prompts), "prompts.sha256": digest,
             "max_new_tokens": args.max_new_tokens, "temperature": args.temperature,

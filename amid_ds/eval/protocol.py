@@ -156,7 +156,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 class EvalArgs:
     """The arguments of `amid-ds eval`.
 
-    data: a file, folder, glob or data set; rows: what is known of its rows.
+    data: a file, folder, glob or data set; rows: what is known of its rows. cached: instead of
+    `teacher`, the folder of its distributions over these rows; data may then be their prepared
+    folder too.
     """
 
     model: str
@@ -166,3 +168,4 @@ class EvalArgs:
     rows: RowOptions = field(default_factory=RowOptions)
     batch_size: int = 4
     trust_remote_code: bool = False
+    cached: str | None = None

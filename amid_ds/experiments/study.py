@@ -121,7 +121,7 @@ def _make_inputs(root: Path) -> Path:
     for name in ("corpus", "tokenizer", "init"):
         shutil.rmtree(root / name, ignore_errors=True)
     train, held_out = demo.make_corpus(root)
-    train_sentencepiece(_read_texts(train), root / "tokenizer", STUDY_VOCABULARY)
+    train_sentencepiece(read_texts(train), root / "tokenizer", STUDY_VOCABULARY)
     tokenizer = load_tokenizer(str(root / "tokenizer"))
     for name, size in (("teacher", STUDY_TEACHER), ("start", STUDY_STUDENT)):
         save_new_llama(root / "init" / name, size, tokenizer, seed=0)
@@ -129,14 +129,14 @@ def _make_inputs(root: Path) -> Path:
     return prompts
 
 
-def _read_texts(path: Path) -> list[str]:
+def read_texts(path: Path) -> list[str]:
     return [row["text"] for row in read_jsonl(path, "text")]
 
 
 def _prompt_pieces(held_out: Path) -> list[str]:
     """PROMPTS pieces of the held-out texts, evenly spread, each of prompt and response."""
     size = 2 * PROMPT_CHARACTERS
-    pieces = [text[start:start + size] for text in _read_texts(held_out)
+    pieces = [text[start:start + size] for text in read_texts(held_out)
               for start in range(0, len(text) - size, size)]
     return pieces[::max(1, len(pieces) // PROMPTS)][:PROMPTS]
 
@@ -207,12 +207,12 @@ def _score_run(root: Path, run: Path, teacher: nn.Module, prompts: Path) -> dict
 
 def study_table(scores: StudyScores) -> str:
     """A line for each objective: means over the seeds, with standard errors of several."""
-    lines = [[name, *(_mean_cell([seed[key] for seed in seeds]) for key in STUDY_COLUMNS.values())]
+    lines = [[name, *(mean_cell([seed[key] for seed in seeds]) for key in STUDY_COLUMNS.values())]
              for name, seeds in scores.items()]
     return markdown_table(["", *STUDY_COLUMNS], lines)
 
 
-def _mean_cell(values: Sequence[float]) -> str:
+def mean_cell(values: Sequence[float]) -> str:
     """The mean, and the standard error of several values, to the error's first digit."""
     mean, error = plots.mean_and_error(values)
     digits = max(0, -math.floor(math.log10(error))) if error else 3

@@ -213,7 +213,7 @@ def _wait(arguments: Sequence[str], log: BinaryIO, run: Path, resumes: bool = Tr
     with start_on_leash(arguments, stdout=log, stderr=subprocess.STDOUT,
                         start_new_session=True) as process:
         assert process.stdin is not None
-        with _signals_to(process.stdin.close,
+        with signals_to(process.stdin.close,
                          lambda: os.killpg(process.pid, signal.SIGKILL)) as received:
             status = process.wait()
     if received and resumes and status not in (ExitStatus.DONE, ExitStatus.RESTART):
@@ -227,7 +227,7 @@ def _wait(arguments: Sequence[str], log: BinaryIO, run: Path, resumes: bool = Tr
 
 
 @contextlib.contextmanager
-def _signals_to(first: Callable[[], object], then: Callable[[], object]) -> Iterator[list[int]]:
+def signals_to(first: Callable[[], object], then: Callable[[], object]) -> Iterator[list[int]]:
     """Call `first` on the first signal to stop and `then` on later ones; yields those received.
 
     A signal that is ignored stays ignored, as under `nohup`.

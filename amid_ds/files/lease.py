@@ -43,6 +43,10 @@ class LeaseLostError(TrainingError):
     """Another process has taken over: this one must write nothing more."""
 
 
+class LeaseHeldError(InputError):
+    """Another process has the lease, and lives."""
+
+
 @dataclass(frozen=True)
 class Fence:
     """A holder's right to write, on any rank: `check` raises LeaseLostError when it is lost.
@@ -280,9 +284,9 @@ def _refuse_if_alive(path: Path, found: tuple[bytes, Holder | None], work: str) 
     if not is_dead and lives is None:
         is_dead = _stands_still(path, content, work)
     if not is_dead:
-        raise InputError(f"{work} is in use by {holder or 'an unknown process'}",
-                         "one process or job at a time",
-                         f"wait for it, or stop it; {path} goes when it ends")
+        raise LeaseHeldError(f"{work} is in use by {holder or 'an unknown process'}",
+                             "one process or job at a time",
+                             f"wait for it, or stop it; {path} goes when it ends")
 
 
 def _stands_still(path: Path, content: bytes, work: str) -> bool:

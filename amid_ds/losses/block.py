@@ -245,15 +245,19 @@ def forward_backward_block(block: Block, objective: AMiD | None, shard: VocabSha
                            {*statistics})
     ce = None
     if labels is not None:
-        label_logits = labels[0]
         assert norms.log_z is not None
-        loss = norms.log_z[0] - label_logits + norms.log_z[1]
-        # No shard has the logit of a token without a label.
-        ce = torch.where(label_logits == -torch.inf, 0.0, loss)
-        ce.masked_fill_(ce > INFINITE_RATIO, torch.inf)
+        ce = cross_entropy(labels[0], norms.log_z)
     if block.gradient is not None:
         backend.write_gradient(block, norms, stats)
     return BlockLoss(kd, ce, factor, {name: measured[name] for name in statistics})
+
+
+def cross_entropy(label_logits: Tensor, log_z: Tensor) -> Tensor:
+    """[n] from the labels' logits [n], -inf for a token without one, and log Σ exp z [2, n]."""
+    loss = log_z[0] - label_logits + log_z[1]
+    # No shard has the logit of a token without a label.
+    ce = torch.where(label_logits == -torch.inf, 0.0, loss)
+    return ce.masked_fill_(ce > INFINITE_RATIO, torch.inf)
 
 
 def _sampled_tokens(block: Block, norms: RowNormalisers, labels: Tensor, shard: VocabShard,

@@ -17,6 +17,7 @@ from amid_ds.errors import InputError
 from amid_ds.losses.lm_head import LMHead
 from amid_ds.losses.measures import STATISTICS
 from amid_ds.losses.objective import AMiD
+from amid_ds.losses.summed_head import AnyHead, SummedHead
 
 # The label of a token without cross entropy.
 IGNORE_INDEX = -100
@@ -79,12 +80,21 @@ def check_logits(student: Tensor, teacher: Tensor, objective: AMiD) -> None:
 
 
 def check_linear(student_hidden: Tensor, student_head: LMHead, teacher_hidden: Tensor | None,
-                 teacher_head: LMHead | None, objective: AMiD | None, token_weights: Tensor,
-                 labels: Tensor | None, ce_weight: float, kd_weight: float) -> None:
-    """Raise InputError for shapes, dtypes and numbers that `linear_amid_loss` cannot work with."""
+                 teacher_head: AnyHead | None, objective: AMiD | None, token_weights: Tensor,
+                 labels: Tensor | None, ce_weight: float, kd_weight: float,
+                 has_targets: bool) -> None:
+    """Raise InputError for shapes, dtypes and numbers that `linear_amid_loss` cannot work with.
+
+    has_targets: something stands in the teacher's place.
+    """
     check_head_and_hidden("student", student_hidden, student_head)
     given = [x is not None for x in (teacher_hidden, teacher_head)]
-    if given[0] != given[1] or (teacher_head is None and kd_weight != 0):
+    if has_targets:
+        if any(given):
+            raise InputError("targets beside teacher_hidden or teacher_head", "one of the two",
+                             "sparse targets stand in the teacher's place: pass None for both")
+        _check_objective(objective)
+    elif given[0] != given[1] or (teacher_head is None and kd_weight != 0):
         hidden, head = ("given" if x else "missing" for x in given)
         raise InputError(
             f"teacher_hidden {hidden}, teacher_head {head}, kd_weight={kd_weight}",
@@ -105,7 +115,7 @@ def check_linear(student_hidden: Tensor, student_head: LMHead, teacher_hidden: T
     if ce_weight and labels is None:
         raise InputError(f"ce_weight={ce_weight} without labels", "labels [N]",
                          "pass labels, or ce_weight=0")
-    if teacher_head is None and labels is None:
+    if teacher_head is None and labels is None and not has_targets:
         raise InputError("neither a teacher nor labels", "one of them",
                          "there is nothing to learn from; pass one")
     for name, tensor in (("token_weights", token_weights), ("labels", labels)):
@@ -151,11 +161,20 @@ def check_measures(objective: AMiD | None, tokens: int, labels: Tensor | None,
                          f"[N] = [{tokens}] integers", "one number per row of student_hidden")
 
 
-def check_head_and_hidden(side: str, hidden: Tensor, head: LMHead) -> None:
+def check_head_and_hidden(side: str, hidden: Tensor, head: AnyHead) -> None:
     """Raise InputError unless hidden [N, H] and the head's weight [V, H] and bias [V] fit.
 
     side: whose they are, "student" or "teacher", for the message.
     """
+    if isinstance(head, SummedHead):
+        widths = [each.weight.shape[-1] for each in head.heads]
+        if hidden.dim() != 2 or hidden.shape[1] != sum(widths):
+            raise InputError(f"{side}_hidden {list(hidden.shape)} and heads of the widths {widths}",
+                             "[N, H], H the sum of the widths",
+                             "give the models' hidden states side by side, in the heads' order")
+        for each, part in zip(head.heads, head.parts(hidden), strict=True):
+            check_head_and_hidden(side, part, each)
+        return
     _check_float(f"{side}_hidden", hidden)
     _check_float(f"{side}_head's weight", head.weight)
     if hidden.dim() != 2 or head.weight.dim() != 2 or hidden.shape[1] != head.weight.shape[1]:

@@ -28,8 +28,7 @@ The objective travels by argument: `linear_amid_loss` -> `LossInputs` -> `_Linea
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,6 +40,7 @@ from amid_ds.losses.backends import choose_backend
 from amid_ds.losses.block import (
     Backend,
     Block,
+    BlockLoss,
     Logits,
     arithmetic_dtype,
     forward_backward_block,
@@ -48,7 +48,7 @@ from amid_ds.losses.block import (
     row_normalisers,
 )
 from amid_ds.losses.blocks import slices, tokens_per_block
-from amid_ds.losses.checks import IGNORE_INDEX, VocabLayout
+from amid_ds.losses.checks import VocabLayout
 from amid_ds.losses.lm_head import (
     HeadGradients,
     LMHead,
@@ -56,8 +56,13 @@ from amid_ds.losses.lm_head import (
     scaled,
     take_gradients,
 )
+from amid_ds.losses.loss_inputs import LossInputs, make_block
 from amid_ds.losses.measures import PerToken
 from amid_ds.losses.objective import AMiD
+from amid_ds.losses.sparse import SparseTargets
+from amid_ds.losses.sparse_block import forward_backward_targets, measure_targets, spread_width
+from amid_ds.losses.sparse_checks import check_targets
+from amid_ds.losses.summed_head import AnyHead
 
 
 class LossOutput(NamedTuple):
@@ -121,7 +126,7 @@ def linear_amid_loss(
     student_hidden: Tensor,            # [N, H_s]
     student_head: Tensor | LMHead,     # weight [V_local, H_s], or LMHead
     teacher_hidden: Tensor | None,     # [N, H_t]
-    teacher_head: Tensor | LMHead | None,
+    teacher_head: Tensor | AnyHead | None,
     objective: AMiD | None,
     *,
     token_weights: Tensor,             # [N]; 0 masks a token
@@ -135,6 +140,7 @@ def linear_amid_loss(
     checked: bool = False,
     sequences: Tensor | None = None,   # [N] int: which sequence a token is of
     statistics: Sequence[str] = (),
+    targets: SparseTargets | None = None,  # of N tokens, in the teacher's place
 ) -> LossOutput:
     """Σ_i token_weights_i · (kd_weight · kd_i + ce_weight · ce_i), fused with both heads. Replaces
 
@@ -157,18 +163,22 @@ def linear_amid_loss(
     sequences: read, and required, where the objective's numbers follow from a whole sequence. A
     token's weight is then also multiplied by the objective's `token_weight`.
     statistics: names of measures.STATISTICS, reported per token.
+    targets: the teacher's distributions, written down sparsely (sparse.SparseTargets), in the place
+    of its hidden states and head; for about the price of the cross entropy.
     Collectives under a shard: at most three per block in forward, one more with a measure that the
     objective or the statistics name, one more with `agreement`, one more if the objective needs
-    sequences; one in backward.
+    sequences; with targets one per block, one more with `agreement`, and both again if the
+    objective needs sequences (under `spread` as with a teacher); one in backward.
     Raises InputError (a ValueError) for shapes, dtypes and numbers that do not fit.
     """
     student = student_head if isinstance(student_head, LMHead) else LMHead(student_head)
     teacher = LMHead(teacher_head) if isinstance(teacher_head, Tensor) else teacher_head
     checks.check_linear(student_hidden, student, teacher_hidden, teacher, objective, token_weights,
-                        labels, ce_weight, kd_weight)
-    checks.check_measures(objective if teacher is not None else None, len(student_hidden), labels,
-                          sequences, statistics)
-    rows = {f"{side}_head": head.weight.shape[0]
+                        labels, ce_weight, kd_weight, has_targets=targets is not None)
+    if teacher is None and targets is None:
+        objective = None
+    checks.check_measures(objective, len(student_hidden), labels, sequences, statistics)
+    rows = {f"{side}_head": head.rows
             for side, head in (("student", student), ("teacher", teacher)) if head is not None}
     layout = checks.check_vocabulary(rows, vocab_size, shard, student_hidden.shape[0],
                                      student_hidden.device)
@@ -176,40 +186,21 @@ def linear_amid_loss(
     labels = None if labels is None else labels.long()
     if not checked:
         checks.check_values(token_weights, labels, layout.vocabulary)
+    if targets is not None:
+        assert objective is not None
+        check_targets(targets, objective, token_weights, layout.vocabulary, statistics,
+                      by_value=not checked)
     hidden = [x for x in (student_hidden, teacher_hidden) if x is not None]
     leaves = (student_hidden, student.weight, student.bias)
     inputs = LossInputs(
         teacher_hidden=teacher_hidden, student_head=student, teacher_head=teacher,
-        objective=objective if teacher is not None else None, token_weights=token_weights,
+        targets=targets, objective=objective, token_weights=token_weights,
         labels=labels, every_token=checked, ce_weight=float(ce_weight), kd_weight=float(kd_weight),
         layout=layout, backend=choose_backend(backend, objective, hidden, layout.shard),
         workspace_bytes=workspace_bytes, wants=tuple(map(_wants_gradient, leaves)),
         sequences=sequences, statistics=tuple(dict.fromkeys(statistics)))
     loss, kd, ce, *measured = _LinearLoss.apply(*leaves, inputs)
     return LossOutput(loss, kd, ce, dict(zip(inputs.statistics, measured, strict=True)))
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """A call of the linear loss, but for the three tensors that may get a gradient."""
-
-    teacher_hidden: Tensor | None
-    student_head: LMHead
-    teacher_head: LMHead | None
-    # None exactly if there is no teacher.
-    objective: AMiD | None
-    token_weights: Tensor
-    labels: Tensor | None
-    every_token: bool
-    ce_weight: float
-    kd_weight: float
-    layout: VocabLayout
-    backend: Backend
-    workspace_bytes: int | None
-    # True for each of hidden, weight and bias that gets a gradient.
-    wants: tuple[bool, ...]
-    sequences: Tensor | None
-    statistics: tuple[str, ...]
 
 
 class _LogitLoss(torch.autograd.Function):
@@ -281,21 +272,21 @@ def _loss_and_gradients(hidden: Tensor,
     kd = None if inputs.objective is None else torch.zeros_like(weights)
     ce = None if inputs.labels is None else torch.zeros_like(weights)
     statistics = {name: torch.zeros_like(weights) for name in inputs.statistics}
-    heads = [head for head in (inputs.student_head, inputs.teacher_head) if head is not None]
+    models = inputs.workspaces(dtype)
     index: Tensor | range = range(len(weights))
     if not inputs.every_token:
         index = weights.nonzero()[:, 0]
-    size = _tokens_per_block(len(index), layout, [head.weight for head in heads],
-                             inputs.workspace_bytes, inputs.backend, hidden.shape[1])
+    size = _tokens_per_block(len(index), layout, models, inputs.workspace_bytes,
+                             inputs.backend, hidden.shape[1])
     gradients = HeadGradients(hidden, inputs.student_head, layout.valid, dtype, inputs.wants,
                               single_block=len(index) <= size)
-    workspaces = [logits_workspace(min(size, len(index)), layout.valid, head.weight)
-                  for head in heads]
+    width = spread_width(layout) if inputs.spread else layout.valid
+    workspaces = [logits_workspace(min(size, len(index)), width, model) for model in models]
 
     def blocks() -> Iterator[tuple[Tensor | slice, Block]]:
         for rows in slices(len(index), size):
             tokens = rows if isinstance(index, range) else index[rows]
-            yield tokens, _make_block(hidden, inputs, tokens, weights[tokens], workspaces, dtype)
+            yield tokens, make_block(hidden, inputs, tokens, weights[tokens], workspaces, dtype)
 
     values, in_blocks = None, inputs.statistics
     if inputs.objective is not None and inputs.objective.needs_sequences:
@@ -305,8 +296,8 @@ def _loss_and_gradients(hidden: Tensor,
     if inputs.objective is not None and inputs.objective.token_weight is not None:
         total_weights = torch.zeros_like(weights)
     for tokens, block in blocks():
-        out = forward_backward_block(
-            block, inputs.objective, layout.shard, inputs.backend, in_blocks,
+        out = _block_loss(
+            block, tokens, inputs, in_blocks,
             None if values is None else {each: of[tokens] for each, of in values.items()})
         parts = [(kd, out.kd), (ce, out.ce),
                  *((statistics[name], out.statistics[name]) for name in in_blocks)]
@@ -325,6 +316,18 @@ def _loss_and_gradients(hidden: Tensor,
     return LossOutput(loss, kd, ce, statistics), gradients.totals()
 
 
+def _block_loss(block: Block, tokens: Tensor | slice, inputs: LossInputs,
+                statistics: tuple[str, ...],
+                values: Mapping[PerToken, Tensor] | None) -> BlockLoss:
+    rows = inputs.targets_at(tokens)
+    if rows is None:
+        return forward_backward_block(block, inputs.objective, inputs.layout.shard, inputs.backend,
+                                      statistics, values)
+    assert inputs.objective is not None
+    return forward_backward_targets(block, rows, inputs.objective, inputs.backend, statistics,
+                                    values)
+
+
 def _measured_first(blocks: Iterator[tuple[Tensor | slice, Block]], inputs: LossInputs,
                     weights: Tensor) -> tuple[dict[str, Tensor], dict[PerToken, Tensor]]:
     """The statistics, and the values of all the objective's `per_token`, [N] each; from the
@@ -334,8 +337,13 @@ def _measured_first(blocks: Iterator[tuple[Tensor | slice, Block]], inputs: Loss
     measured = {name: torch.zeros_like(weights) for name in
                 (*inputs.statistics, *objective.measures)}
     for tokens, block in blocks:
-        norms, _ = row_normalisers(block, shard, inputs.backend)
-        for name, part in measure(block, norms, shard, inputs.backend, set(measured)).items():
+        rows = inputs.targets_at(tokens)
+        if rows is None:
+            norms, _ = row_normalisers(block, shard, inputs.backend)
+            parts = measure(block, norms, shard, inputs.backend, set(measured))
+        else:
+            parts = measure_targets(block, rows, objective, inputs.backend, set(measured))
+        for name, part in parts.items():
             measured[name][tokens] = part
     values = {each: each.values_in_sequences(measured[each.by], inputs.sequences, weights > 0)
               if each.needs_sequences else each.values(measured[each.by])
@@ -346,31 +354,6 @@ def _measured_first(blocks: Iterator[tuple[Tensor | slice, Block]], inputs: Loss
 def _weighted(weights: Tensor, part: Tensor) -> Tensor:
     """weights · part [n]; 0 where the weight is, though the part be infinite."""
     return torch.where((weights == 0) & part.isinf(), 0.0, weights * part)
-
-
-def _make_block(hidden: Tensor, inputs: LossInputs, tokens: Tensor | slice, weights: Tensor,
-                workspaces: list[Tensor], dtype: torch.dtype) -> Block:
-    """The block of n `tokens` of hidden [N, H_s], of these weights [n], its logits in
-    `workspaces`."""
-    layout, wants_gradient = inputs.layout, any(inputs.wants)
-    student = inputs.student_head.logits(hidden[tokens], layout.valid, workspaces[0])
-    teacher = labels = kd_scale = ce_scale = None
-    if inputs.objective is not None:
-        assert inputs.teacher_head is not None and inputs.teacher_hidden is not None
-        teacher = inputs.teacher_head.logits(inputs.teacher_hidden[tokens], layout.valid,
-                                             workspaces[1])
-        teacher = replace(teacher, temperature=inputs.objective.teacher_temperature)
-        student = replace(student, temperature=inputs.objective.student_temperature)
-        if wants_gradient and inputs.kd_weight:
-            kd_scale = weights * inputs.kd_weight
-    if inputs.labels is not None:
-        ids = inputs.labels[tokens]
-        labelled = ids != IGNORE_INDEX
-        labels = torch.where(labelled, ids - layout.shard.start, -1)
-        if wants_gradient and inputs.ce_weight:
-            ce_scale = weights * inputs.ce_weight * labelled
-    return Block(student, teacher, None, dtype, labels, kd_scale, ce_scale,
-                 student.raw if wants_gradient else None)
 
 
 def _wants_gradient(tensor: Tensor | None) -> bool:

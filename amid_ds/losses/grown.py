@@ -81,7 +81,7 @@ def grown_amid_loss(
     student, teacher = (head if isinstance(head, LMHead) else LMHead(head)
                         for head in (student_head, teacher_head))
     checks.check_linear(student_hidden, student, teacher_hidden, teacher, objective, token_weights,
-                        labels, ce_weight, kd_weight)
+                        labels, ce_weight, kd_weight, has_targets=False)
     require_foldable(objective)
     checks.check_measures(objective, len(student_hidden), labels, None, statistics)
     call = _Call(student, teacher, teacher_hidden, objective,

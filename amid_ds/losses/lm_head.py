@@ -39,20 +39,40 @@ class LMHead:
             raise InputError(f"softcap={self.softcap}", "a cap above 0, or None",
                              "None means no cap")
 
+    @property
+    def rows(self) -> int:
+        """Rows of the vocabulary here."""
+        return self.weight.shape[0]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """The bias [V_local], if there is one."""
+        return [] if self.bias is None else [self.bias]
+
+    @property
+    def logit_like(self) -> Tensor:
+        """A tensor of the logits' dtype and device."""
+        return self.weight
+
     def logits(self, hidden: Tensor, columns: int, workspace: Tensor) -> Logits:
         """The first `columns` logits of hidden [n, H], made in `workspace`.
 
         workspace: a flat buffer of at least n · row_stride(columns) elements. Detached: neither the
         head nor the hidden states get a gradient through them.
         """
-        tokens, stride = hidden.shape[0], row_stride(columns, hidden.device.type)
-        raw = workspace[:tokens * stride].view(tokens, stride)[:, :columns]
+        raw = raw_logits(len(hidden), columns, workspace)
         weight = self.weight.detach()[:columns].t()
         if self.bias is None:
             torch.mm(hidden, weight, out=raw)
         else:
             torch.addmm(self.bias.detach()[:columns], hidden, weight, out=raw)
         return Logits(raw, self.scale, self.softcap)
+
+
+def raw_logits(tokens: int, columns: int, workspace: Tensor) -> Tensor:
+    """[tokens, columns] at the beginning of a flat workspace, in rows that are aligned."""
+    stride = row_stride(columns, workspace.device.type)
+    return workspace[:tokens * stride].view(tokens, stride)[:, :columns]
 
 
 def logits_workspace(tokens: int, columns: int, weight: Tensor) -> Tensor:

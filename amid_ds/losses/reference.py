@@ -32,15 +32,16 @@ def naive_loss(student_logits: Tensor, teacher_logits: Tensor, objective: AMiD,
     log_p = (teacher_logits.detach() / objective.teacher_temperature).log_softmax(-1)
     log_q = (student_logits / objective.student_temperature).log_softmax(-1)
     if not objective.per_token:
-        return _loss_of_numbers(log_p, log_q, objective.resolved({}))
+        return loss_of_numbers(log_p, log_q, objective.resolved({}))
     values = naive_values(student_logits, teacher_logits, objective, labels, sequences, counts)
     return torch.stack([
-        _loss_of_numbers(of_p, of_q, objective.resolved({each: float(of[token])
+        loss_of_numbers(of_p, of_q, objective.resolved({each: float(of[token])
                                                          for each, of in values.items()}))
         for token, (of_p, of_q) in enumerate(zip(log_p, log_q, strict=True))])
 
 
-def _loss_of_numbers(log_p: Tensor, log_q: Tensor, objective: ResolvedObjective) -> Tensor:
+def loss_of_numbers(log_p: Tensor, log_q: Tensor, objective: ResolvedObjective) -> Tensor:
+    """The loss [...] of log-probabilities [..., V], whose α and λ are numbers."""
     assert not isinstance(objective.alpha, Tensor) and not isinstance(objective.lam, Tensor)
     log_r = naive_assistant(log_p, log_q, objective.alpha, objective.lam, objective.power)
     if objective.detach_assistant:
@@ -99,6 +100,12 @@ def naive_values(student_logits: Tensor, teacher_logits: Tensor, objective: AMiD
     """The values of all the objective's `per_token`, one for each of N tokens."""
     measured = naive_measures(student_logits / objective.student_temperature,
                               teacher_logits / objective.teacher_temperature, labels)
+    return values_from(measured, objective, sequences, counts)
+
+
+def values_from(measured: dict[str, Tensor], objective: AMiD, sequences: Tensor | None = None,
+                counts: Tensor | None = None) -> dict[PerToken, list[float]]:
+    """The same, from the measures [N] of N tokens."""
     return {each: _values(each, measured[each.by].tolist(), sequences, counts)
             for each in objective.per_token}
 

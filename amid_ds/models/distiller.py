@@ -21,13 +21,15 @@ from amid_ds.distributed.transfer import to_device
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses import (
     AMiD,
+    AnyHead,
     LMHead,
+    SparseTargets,
     grown_amid_loss,
     linear_amid_loss,
     linear_argmax,
     preset,
 )
-from amid_ds.models.heads import run_body, sharded_head_of
+from amid_ds.models.heads import run_body, sharded_head_of, teacher_head_of
 from amid_ds.monitor.step_timer import phase
 
 
@@ -130,7 +132,7 @@ class FusedHead(nn.Module):
 
     first_pieces: Tensor | None
 
-    def __init__(self, heads: Callable[[], tuple[LMHead, LMHead | None]], vocab_size: int,
+    def __init__(self, heads: Callable[[], tuple[LMHead, AnyHead | None]], vocab_size: int,
                  shard: VocabShard | None, first_pieces: Tensor | None = None) -> None:
         super().__init__()
         self.heads, self.vocab_size, self.shard = heads, vocab_size, shard
@@ -138,18 +140,19 @@ class FusedHead(nn.Module):
 
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor,
                 token_weights: Tensor, sequences: Tensor | None = None, *,
-                parts: Sequence[LossPart]) -> MicroBatchLoss:
+                parts: Sequence[LossPart], targets: SparseTargets | None = None) -> MicroBatchLoss:
         """The loss of n tokens, each of which is in one of the `parts`.
 
-        student_hidden [n, H_s], teacher_hidden [n, H_t] or None (cross entropy alone), labels [n]
-        below `vocab_size`, token_weights [n] above 0, sequences [n], where an objective asks for
-        them. None is looked at: the host does not wait for a GPU. The collectives are those of
-        `linear_amid_loss` for each part; the heads are gathered once, whatever the parts.
+        student_hidden [n, H_s], teacher_hidden [n, H_t] or, from a cache, `targets` of n tokens
+        (neither: cross entropy alone), labels [n] below `vocab_size`, token_weights [n] above 0,
+        sequences [n], where an objective asks for them. None is looked at: the host does not wait
+        for a GPU. The collectives are those of `linear_amid_loss` for each part; the heads are
+        gathered once, whatever the parts.
         """
         heads = self.heads()
         with phase("loss"):
-            losses = [self._part_loss(part, heads, student_hidden, teacher_hidden, labels,
-                                      token_weights, sequences) for part in parts]
+            losses = [self._part_loss(part, heads, targets, student_hidden, teacher_hidden,
+                                      labels, token_weights, sequences) for part in parts]
         if len(losses) == 1:
             return losses[0]
         tokens = losses[0].tokens.new_empty(len(labels), 2)
@@ -160,19 +163,22 @@ class FusedHead(nn.Module):
         return MicroBatchLoss(loss, kd, ce, tokens,
                               torch.stack([own.statistics for own in losses]).sum(0))
 
-    def _part_loss(self, part: LossPart, heads: tuple[LMHead, LMHead | None],
-                   *rows: Tensor | None) -> MicroBatchLoss:
-        """The loss of the part's tokens. rows: of all n, in the order of `forward`."""
+    def _part_loss(self, part: LossPart, heads: tuple[LMHead, AnyHead | None],
+                   targets: SparseTargets | None, *rows: Tensor | None) -> MicroBatchLoss:
+        """The loss of the part's tokens. targets, rows: of all n, in the order of `forward`."""
         student_hidden, teacher_hidden, labels, token_weights, sequences = map(part.take, rows)
         assert student_hidden is not None and token_weights is not None
         objective, (student_head, teacher_head) = part.objective, heads
         if teacher_hidden is None:
             teacher_head = None
-        weights = (0.0 if teacher_hidden is None else objective.kd_weight, objective.ce_weight)
+        if targets is not None and part.tokens is not None:
+            targets = targets.take(part.tokens)
+        has_teacher = teacher_hidden is not None or targets is not None
+        weights = (objective.kd_weight if has_teacher else 0.0, objective.ce_weight)
         statistics = [name for name in objective.statistics
-                      if teacher_hidden is not None or name == "student_entropy"]
+                      if has_teacher or name == "student_entropy"]
         if self.first_pieces is not None and teacher_hidden is not None:
-            assert teacher_head is not None and labels is not None
+            assert isinstance(teacher_head, LMHead) and labels is not None
             out = grown_amid_loss(
                 student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
                 self.first_pieces, token_weights=token_weights, labels=labels,
@@ -183,7 +189,7 @@ class FusedHead(nn.Module):
                 student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
                 token_weights=token_weights, labels=labels, kd_weight=weights[0],
                 ce_weight=weights[1], vocab_size=self.vocab_size, shard=self.shard, checked=True,
-                sequences=sequences, statistics=statistics)
+                sequences=sequences, statistics=statistics, targets=targets)
         kd, ce = (out.loss.new_zeros(()) if values is None else (token_weights * values).sum()
                   for values in (out.kd, out.ce))
         tokens = [torch.zeros_like(token_weights) if values is None or not weight else values
@@ -198,16 +204,18 @@ class Distiller(nn.Module):
     """{student, teacher}. Only the student trains; the teacher always stays in eval mode.
 
     replicated: every rank holds the teacher whole. It is then an attribute and no submodule, so
-    that the engine neither shards, casts nor saves it. first_pieces: see FusedHead.
+    that the engine neither shards, casts nor saves it. cached: there is no teacher here, and each
+    micro-batch brings what a cache holds of one. first_pieces: see FusedHead.
     """
 
     teacher: nn.Module | None
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, *, vocab_size: int,
                  shard: VocabShard | None = None, replicated: bool = False,
-                 first_pieces: Tensor | None = None) -> None:
+                 cached: bool = False, first_pieces: Tensor | None = None) -> None:
         super().__init__()
-        self.student = student
+        assert teacher is None or not cached
+        self.student, self.cached = student, cached
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         if replicated:
@@ -216,7 +224,7 @@ class Distiller(nn.Module):
             self.teacher = teacher
         self.head = FusedHead(
             lambda: (sharded_head_of(student, shard),
-                     sharded_head_of(teacher, shard) if teacher is not None else None),
+                     teacher_head_of(teacher, shard) if teacher is not None else None),
             vocab_size, shard, first_pieces)
 
     def train(self, mode: bool = True) -> Distiller:
@@ -227,8 +235,8 @@ class Distiller(nn.Module):
         return self
 
     def uses_teacher(self, objectives: Iterable[StepObjective]) -> bool:
-        """True where a step with these objectives needs the teacher's forward pass."""
-        return self.teacher is not None and any(
+        """True where a step with these objectives learns from the teacher, here or cached."""
+        return (self.teacher is not None or self.cached) and any(
             own.kd_weight > 0 or own.amid.token_weight is not None for own in objectives)
 
     @torch.no_grad()
@@ -260,18 +268,20 @@ class Distiller(nn.Module):
     def forward(self, input_ids: Tensor, valid: Tensor, labels: Tensor, token_weights: Tensor,
                 teacher_hidden: Tensor | None, positions: Tensor | None = None,
                 sequences: Tensor | None = None, *, parts: Sequence[LossPart],
-                documents: Documents | None = None) -> MicroBatchLoss:
+                documents: Documents | None = None,
+                targets: SparseTargets | None = None) -> MicroBatchLoss:
         """One micro-batch's loss.
 
         input_ids [B, L]; valid [n], the places of its labelled tokens in B · L; their labels and
-        token_weights [n] (fp32); teacher_hidden: its part of `teacher_hidden_states` (None: cross
-        entropy alone); positions [B, L] and documents as `run_body` has them; sequences [n] and
-        parts as the head has them.
+        token_weights [n] (fp32); teacher_hidden: its part of `teacher_hidden_states`; positions
+        [B, L] and documents as `run_body` has them; sequences [n], parts and targets as the head
+        has them. Without teacher_hidden and targets: cross entropy alone.
         """
         hidden = _rows(run_body(self.student, input_ids, positions, documents), valid)
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
-        return self.head(hidden, teacher_hidden, labels, token_weights, sequences, parts=parts)
+        return self.head(hidden, teacher_hidden, labels, token_weights, sequences, parts=parts,
+                         targets=targets)
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -306,6 +316,7 @@ class Distiller(nn.Module):
             return sums
         kd, known = out.kd, vocab_size
         if pieces is not None:
+            assert isinstance(teacher_head, LMHead), "a delta has one vocabulary"
             known = vocab_size - len(pieces)
             kd = grown_amid_loss(student, student_head, teacher, teacher_head, preset("fkl"),
                                  pieces, **options).kd

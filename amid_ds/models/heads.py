@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from amid_ds.data.batch import Documents
 from amid_ds.distributed.vocab_parallel import VocabShard, slice_replicated
 from amid_ds.errors import InputError
-from amid_ds.losses import LMHead
+from amid_ds.losses import AnyHead, LMHead, SummedHead
 from amid_ds.models.attention import (
     attends_by_boundaries,
     boundary_arguments,
     exceeds_window,
 )
+from amid_ds.models.delta import DeltaTeacher
 from amid_ds.models.head_form import HeadForm, head_form
 
 
@@ -36,8 +37,11 @@ def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
 
     Where `positions` [B, L] start again, another document begins; None: each row is one. A model
     that attends by boundaries keeps them apart by `documents`, any other, or without them, by the
-    mask that transformers builds from the positions.
+    mask that transformers builds from the positions. Of a delta: the models' side by side.
     """
+    if isinstance(model, DeltaTeacher):
+        return torch.cat([run_body(part, input_ids, positions, documents)
+                          for part in model.parts], -1)
     # Not every architecture takes positions, so they are passed only where there are any.
     optional: dict[str, Any] = {} if positions is None else {"position_ids": positions}
     if (documents is not None and attends_by_boundaries(model)
@@ -55,6 +59,13 @@ def head_of(model: nn.Module) -> LMHead:
     """
     projection, form = model.get_output_embeddings(), head_form(model)   # type: ignore[operator]
     return LMHead(projection.weight, bias=projection.bias, softcap=form.softcap, scale=form.scale)
+
+
+def teacher_head_of(model: nn.Module, shard: VocabShard | None) -> AnyHead:
+    """A teacher's head, its rows [start, stop): of a delta the sum of its models'."""
+    if not isinstance(model, DeltaTeacher):
+        return sharded_head_of(model, shard)
+    return SummedHead(tuple(sharded_head_of(part, shard) for part in model.parts), model.factors)
 
 
 def sharded_head_of(model: nn.Module, shard: VocabShard | None) -> LMHead:

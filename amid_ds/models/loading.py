@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
-from amid_ds.config.recipe import Dtype
+from amid_ds.config.recipe import Dtype, Teacher
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
+from amid_ds.models.adapters import is_adapter_folder
 from amid_ds.models.head_form import head_form
 from amid_ds.models.heads import body_of
 from amid_ds.models.weight_reader import WeightReader
@@ -91,6 +92,8 @@ def model_config(model: str, revision: str | None = None, trust_remote_code: boo
     """The model's transformers config, without its weights. Raises InputError if it has none."""
     from transformers import AutoConfig
 
+    if is_adapter_folder(model):
+        refuse_adapters(model)
     try:
         config = AutoConfig.from_pretrained(model, revision=revision,
                                             trust_remote_code=trust_remote_code)
@@ -109,6 +112,13 @@ def model_config(model: str, revision: str | None = None, trust_remote_code: boo
         raise InputError(f"no model can be read from {model!r}: {reason}",
                          "a folder with config.json and weights, or the id of a model on the hub",
                          "check the path; relative paths start where the command is run") from None
+
+
+def refuse_adapters(folder: str) -> NoReturn:
+    """Raise the InputError of a folder of adapters where a model must be."""
+    raise InputError(f"{folder} holds adapters, and is no model by itself", "a whole model",
+                     "merge them into one: amid-ds export RUN OUT --merge, of the run that trained "
+                     "them; as student.model that run itself will do")
 
 
 def _require_possible_sizes(config: Any) -> None:
@@ -229,3 +239,13 @@ def checkpoint_dtype(model: str, revision: str | None = None, trust_remote_code:
     """The dtype in the checkpoint's config; fp32 if it names none that models run in here."""
     named = model_config(model, revision, trust_remote_code).dtype
     return named if named in DTYPES.values() else torch.float32
+
+
+def in_one_dtype(models: Mapping[str, Teacher]) -> dict[str, Teacher]:
+    """`frozen_models` with the teacher's dtype in place of several `auto`: one head sums them."""
+    if len(models) < 2 or models["teacher"].dtype != "auto":
+        return dict(models)
+    teacher = models["teacher"]
+    stored = checkpoint_dtype(teacher.model, **teacher.hub_kwargs)
+    dtype = "bf16" if stored.itemsize == 2 else "fp32"
+    return {key: model.model_copy(update={"dtype": dtype}) for key, model in models.items()}

@@ -8,6 +8,7 @@ that a pass is expected to hold at its peak.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, cast
 
 # Of a rank's free memory, for one teacher pass, and as much again for the hidden states that wait
@@ -38,12 +39,19 @@ def intermediate_size(config: object, hidden_size: int) -> int:
     return named or DEFAULT_MLP_RATIO * hidden_size
 
 
-def teacher_bytes_per_token(config: TransformerConfig, element_size: int, seq_length: int) -> int:
+def teacher_bytes_per_token(configs: Sequence[TransformerConfig], element_size: int,
+                            seq_length: int) -> int:
     """Bytes of one token's activations, of one layer, in a forward pass without gradients.
 
-    `element_size`: bytes of an element; `seq_length`: tokens of a row, which eager attention
-    compares with each other.
+    `configs`: of the models of the teacher, which run one after another: the largest counts, and
+    the hidden states of those before. `element_size`: bytes of an element; `seq_length`: tokens of
+    a row, which eager attention compares with each other.
     """
+    return (max(_layer_bytes(config, element_size, seq_length) for config in configs)
+            + sum(config.hidden_size for config in configs[:-1]) * element_size)
+
+
+def _layer_bytes(config: TransformerConfig, element_size: int, seq_length: int) -> int:
     width = config.hidden_size
     elements = HIDDEN_TENSORS * width + INTERMEDIATE_TENSORS * intermediate_size(config, width)
     if config._attn_implementation == "eager":
@@ -66,7 +74,11 @@ def default_teacher_tokens(free_bytes: float, bytes_per_token: int) -> int:
     return 1 << max(0, fitting.bit_length() - 1)
 
 
-def hidden_states_fit(config: TransformerConfig, element_size: int, tokens: int,
+def hidden_states_fit(configs: Sequence[TransformerConfig], element_size: int, tokens: int,
                       free_bytes: float) -> bool:
-    """True if the hidden states of `tokens` tokens, waiting for the loss, fit their budget."""
-    return tokens * config.hidden_size * element_size <= teacher_memory_budget(free_bytes)
+    """True if the hidden states of `tokens` tokens, waiting for the loss, fit their budget.
+
+    configs: of the models of the teacher.
+    """
+    width = sum(config.hidden_size for config in configs)
+    return tokens * width * element_size <= teacher_memory_budget(free_bytes)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import nn
 
 from amid_ds.distributed.vocab_parallel import VocabShard
+from amid_ds.models.adapters import ADAPTER_NAME, adapted_layers
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 STYLES = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "skip"}
 # The parameters, of a layer in each split style, of which a rank has a part.
 SPLIT_PARAMETERS = {"colwise": r"\.(weight|bias)", "rowwise": r"\.weight"}
+# In an adapted layer, what is split as the layer is: W and B by rows, or W and A by columns.
+ADAPTED = {"colwise": rf"(\.base_layer|\.lora_B\.{ADAPTER_NAME})?",
+           "rowwise": rf"(\.base_layer|\.lora_A\.{ADAPTER_NAME})?"}
 # Heads are cut at multiples of so many rows, so that every shard but the last has aligned rows of
 # logits. Once they were cut as evenly as possible; a checkpoint says how (checkpoint/state.py).
 HEAD_ROW_MULTIPLE = 64
@@ -72,34 +76,42 @@ def tp_unsupported_reason(model: nn.Module, tp_size: int) -> str | None:
         if heads is not None and heads % tp_size:
             return f"tensor_parallel {tp_size} does not divide its {name} {heads}"
     modules = dict(model.base_model.named_modules())   # type: ignore[union-attr]
+    adapted = tuple(f"{name}." for name, _ in adapted_layers(model.base_model))   # type: ignore[arg-type]
     planned = {name: style for pattern, style in plan.items()
                for name in modules if re.fullmatch(_regex(pattern), name)}
     split = [name for name, style in planned.items() if style in SPLIT_PARAMETERS]
     for name in split:
-        if not isinstance(modules[name], nn.Linear):
+        if not isinstance(getattr(modules[name], "base_layer", modules[name]), nn.Linear):
             return f"{name} of its plan is not a linear layer"
     # Any other module with parameters next to a split layer works on split heads, so the plan must
     # name it.
     blocks = tuple({f"{name.rpartition('.')[0]}." for name in split})
     for name, module in modules.items():
         has_parameters = next(module.parameters(recurse=False), None) is not None
-        if f"{name}.".startswith(blocks) and name not in planned and has_parameters:
+        if (f"{name}.".startswith(blocks) and name not in planned and has_parameters
+                and not name.startswith(adapted)):
             return f"{name} is not in its plan"
     return None
 
 
-def layer_specs(model: nn.Module, name: str, trains: bool) -> list[LayerSpec]:
+def layer_specs(model: nn.Module, name: str) -> list[LayerSpec]:
     """AutoTP's layer specs for `model`, the submodule `name` of the engine's module, by its plan.
 
-    trains: the model has gradients to sum.
+    A replicated weight on split heads is in them where it trains: it has a gradient to sum.
     """
-    prefix = re.escape(f"{name}.{model.base_model_prefix}.")
+    prefix = f"{name}.{model.base_model_prefix}."
     specs: list[LayerSpec] = []
     for pattern, style in _plan(model).items():
-        summed = style == "replicated_with_grad_allreduce"
-        if not summed or trains:
-            specs.append({"patterns": [rf"{prefix}{_regex(pattern)}\.weight$"],
-                          "partition_type": STYLES[style], "grad_allreduce": summed})
+        if style in SPLIT_PARAMETERS:
+            patterns = [rf"{re.escape(prefix)}{_regex(pattern)}{ADAPTED[style]}\.weight$"]
+        else:
+            patterns = [rf"{re.escape(prefix + each)}$"
+                        for each, parameter in model.base_model.named_parameters()   # type: ignore[union-attr]
+                        if parameter.requires_grad
+                        and re.fullmatch(rf"{_regex(pattern)}\.weight", each)]
+        if patterns:
+            specs.append({"patterns": patterns, "partition_type": STYLES[style],
+                          "grad_allreduce": style not in SPLIT_PARAMETERS})
     return specs
 
 
@@ -118,7 +130,8 @@ def split_parameters(model: nn.Module, tp_size: int) -> set[str]:
     if tp_unsupported_reason(model, tp_size) is None:
         for pattern, style in _plan(model).items():
             if style in SPLIT_PARAMETERS:
-                regex = rf"{model.base_model_prefix}\.{_regex(pattern)}{SPLIT_PARAMETERS[style]}"
+                regex = (rf"{model.base_model_prefix}\.{_regex(pattern)}{ADAPTED[style]}"
+                         rf"{SPLIT_PARAMETERS[style]}")
                 split |= {name for name, _ in model.named_parameters() if re.fullmatch(regex, name)}
     return split
 
@@ -137,15 +150,26 @@ def shrink_to_tp_rank(model: nn.Module, tp_size: int) -> tuple[int, int]:
         for name, module in model.base_model.named_modules():   # type: ignore[union-attr]
             if STYLES[style] == "skip" or not re.fullmatch(_regex(pattern), name):
                 continue
-            rows, columns = module.weight.shape
-            if STYLES[style] == "column":
-                backward, rows = backward + columns, rows // tp_size
-                if module.bias is not None:
-                    module.bias = nn.Parameter(module.bias[:rows])
-            else:
-                forward, columns = forward + rows, columns // tp_size
-            module.weight = nn.Parameter(module.weight[:rows, :columns].clone())
+            for layer in _split_layers(module, style):
+                rows, columns = layer.weight.shape
+                if STYLES[style] == "column":
+                    backward, rows = backward + columns, rows // tp_size
+                    if layer.bias is not None:
+                        layer.bias = nn.Parameter(layer.bias[:rows])
+                else:
+                    forward, columns = forward + rows, columns // tp_size
+                layer.weight = nn.Parameter(layer.weight[:rows, :columns].clone(),
+                                            requires_grad=layer.weight.requires_grad)
     return forward, backward
+
+
+def _split_layers(module: Any, style: str) -> list[Any]:
+    """The linear layers that are split where the plan splits `module`: itself, or what its adapter
+    has made of it."""
+    if not hasattr(module, "base_layer"):
+        return [module]
+    factors = module.lora_B if style == "colwise" else module.lora_A
+    return [module.base_layer, factors[ADAPTER_NAME]]
 
 
 def cut_head(model: nn.Module, shard: VocabShard, vocab_size: int,

@@ -143,7 +143,8 @@ class _MemoryProbe:
         checkpointed = [module for module in self.student.modules()
                         if isinstance(module, GradientCheckpointingLayer)
                         and module.gradient_checkpointing]
-        self.hooks = [distiller.register_forward_pre_hook(self._begin_micro_batch),
+        self.hooks = [distiller.register_forward_pre_hook(self._begin_micro_batch,
+                                                          with_kwargs=True),
                       distiller.head.register_forward_pre_hook(self._end_body),
                       *(layer.register_forward_pre_hook(self._begin_checkpointed_layer)
                         for layer in checkpointed),
@@ -154,9 +155,12 @@ class _MemoryProbe:
         for hook in self.hooks:
             hook.remove()
 
-    def _begin_micro_batch(self, _: nn.Module, inputs: tuple[Any, ...]) -> None:
-        teacher_hidden = inputs[4]
+    def _begin_micro_batch(self, _: nn.Module, inputs: tuple[Any, ...],
+                           named: dict[str, Any]) -> None:
+        teacher_hidden, targets = inputs[4], named["targets"]
         self.bytes["teacher_hidden"] += teacher_hidden.nbytes if teacher_hidden is not None else 0
+        if targets is not None:
+            self.bytes["teacher_targets"] += targets.nbytes
         self._see_gradients()
         self.kept, self.in_body = {}, True
         self.keeping.__enter__()

@@ -12,8 +12,14 @@ from dataclasses import asdict, dataclass, field
 from amid_ds.config.recipe import Recipe
 from amid_ds.engine.ema import mean_decays
 from amid_ds.planning.devices import Device, find_device
-from amid_ds.planning.memory import FP32_BYTES, fits, memory_per_rank, moment_bytes
-from amid_ds.planning.network import network_per_step
+from amid_ds.planning.memory import (
+    FP32_BYTES,
+    fits,
+    memory_per_rank,
+    moment_bytes,
+    teacher_weight_bytes,
+)
+from amid_ds.planning.network import network_per_step, teacher_gathers
 from amid_ds.planning.placement import (
     ChosenPlacement,
     PlacementCosts,
@@ -23,7 +29,19 @@ from amid_ds.planning.placement import (
 )
 from amid_ds.planning.reading import STORAGE_BANDWIDTH, ReadAtStart, read_at_start
 from amid_ds.planning.setting import make_setting
-from amid_ds.planning.step_time import flops_per_step, step_time
+from amid_ds.planning.step_time import flops_per_step, step_time, teacher_flops
+
+
+@dataclass(frozen=True)
+class FrozenModel:
+    """One of the teacher's models on one rank: its key in the recipe and its parameters; bytes of
+    its weights; FLOPs, and bytes that its gathers receive, in a step."""
+
+    key: str
+    parameters: int
+    weight_bytes: int
+    flops: float
+    gathered_bytes: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,10 @@ class Plan:
     # The teacher's, for which all of the above is; and every one that the layout may have.
     placement: ChosenPlacement
     placements: list[PlacementCosts]
+    # The student's weights that are trained, and those that are not.
+    parameters: dict[str, int]
+    # The models that the teacher is made of; its parts above are their sums.
+    frozen_models: list[FrozenModel]
     checkpoint_bytes: int
     # Bytes of a rank, `without_checkpointing` and `with_checkpointing`.
     activations: dict[str, int]
@@ -86,10 +108,11 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
     setting = placed(counted, chosen)
     train, student = recipe.train, setting.student
     memory, time = memory_per_rank(setting), step_time(setting)
-    # A checkpoint holds fp32 weights, their means and the moments, and the bf16 weights.
+    # A checkpoint holds fp32 weights, their means and the moments, and the bf16 weights, of what is
+    # trained.
     weight_bytes = (FP32_BYTES * (1 + len(mean_decays(recipe)))
                     + (student.element_size if setting.zero.bf16 else 0))
-    weights = student.weights.total
+    weights = student.trained.total
     return Plan(
         device=device,
         nodes=nodes,
@@ -106,6 +129,11 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
         read_at_start=read_at_start(setting, storage_bandwidth),
         placement=chosen,
         placements=placement_costs(counted),
+        parameters={"trained": weights, "frozen": student.weights.total - weights},
+        frozen_models=[FrozenModel(key, costs.weights.total, teacher_weight_bytes(setting, costs),
+                                   teacher_flops(setting, costs),
+                                   int(teacher_gathers(setting, costs).received))
+                       for key, costs in setting.frozen.items()],
         checkpoint_bytes=weights * weight_bytes + moment_bytes(setting.zero, weights,
                                                                student.muon.total),
         activations={

@@ -28,6 +28,9 @@ def memory_per_rank(setting: Setting) -> dict[str, int]:
     parts = {**state_bytes(setting), **student_step_bytes(setting)}
     if setting.teacher is not None:
         parts |= teacher_step_bytes(setting, setting.teacher, parts)
+    if setting.target_bytes:
+        # Of the whole window: they come to the device with its rows.
+        parts["teacher_targets"] = setting.teacher_tokens * setting.target_bytes
     return {**parts, "total": sum(parts.values())}
 
 
@@ -62,7 +65,7 @@ def state_bytes(setting: Setting) -> dict[str, int]:
         secondary = student.weights.partition(zero.secondary_ranks, 1)
         parts["student_secondary"] = secondary * student.element_size
     if teacher is not None:
-        parts["teacher_weights"] = _teacher_weight_bytes(setting, teacher)
+        parts["teacher_weights"] = teacher_weight_bytes(setting, teacher)
     return parts
 
 
@@ -77,7 +80,7 @@ def _gradient_bytes(setting: Setting) -> int:
         return 0
     # Stage 1 adds the micro-batches' gradients up before it reduces them.
     are_split = zero.stage >= 2 or (zero.stage == 1 and setting.micro_batches == 1)
-    elements = _optimizer_elements(setting) if are_split else setting.student.weights.tp_rank
+    elements = _optimizer_elements(setting) if are_split else setting.student.trained.tp_rank
     return elements * element_size
 
 
@@ -91,7 +94,7 @@ def moment_bytes(zero: ZeroSettings, elements: int, of_muon: int) -> int:
 
 def _optimizer_elements(setting: Setting) -> int:
     """Elements that this rank's optimizer updates."""
-    weights = setting.student.weights
+    weights = setting.student.trained
     if setting.zero.stage == 3:
         return setting.student_partition(weights)
     if setting.zero.stage:
@@ -99,7 +102,8 @@ def _optimizer_elements(setting: Setting) -> int:
     return weights.tp_rank
 
 
-def _teacher_weight_bytes(setting: Setting, teacher: ModelCosts) -> int:
+def teacher_weight_bytes(setting: Setting, teacher: ModelCosts) -> int:
+    """Bytes of the weights of `teacher`, or of one of its models, on this rank's device."""
     if not setting.teacher_is_sharded:
         return teacher.weights.tp_rank * teacher.element_size
     if setting.zero.offloads_weights:
@@ -136,7 +140,7 @@ def _reduce_bucket_bytes(setting: Setting) -> int:
     elements = zero.reduce_bucket
     # With contiguous gradients DeepSpeed allocates the whole bucket for the smallest model too.
     if not zero.contiguous_gradients:
-        elements = min(elements, student.weights.tp_rank)
+        elements = min(elements, student.trained.tp_rank)
     elif zero.stage in (1, 2) and zero.overlaps_communication:
         elements *= 2
     return elements * (FP32_BYTES if zero.stage == 1 else student.element_size)
@@ -145,7 +149,7 @@ def _reduce_bucket_bytes(setting: Setting) -> int:
 def _loss_bytes(setting: Setting) -> int:
     """Bytes of the fused loss: its workspace, the gradients of the head and the hidden states."""
     student, teacher, tokens = setting.student, setting.teacher, setting.tokens
-    logit_bytes = student.element_size + (teacher.element_size if teacher is not None else 0)
+    logit_bytes = student.element_size + (teacher.logit_size if teacher is not None else 0)
     on_cpu = setting.on_cpu
     row = row_stride(student.head // student.hidden_size, "cpu" if on_cpu else "cuda")
     logits = tokens * row * logit_bytes
@@ -159,8 +163,9 @@ def _loss_bytes(setting: Setting) -> int:
     gradient_bytes = FP32_BYTES + (BF16_BYTES if in_bf16 else 0)
     in_one_block = logits + tile_bytes <= most
     head_bytes = BF16_BYTES if in_bf16 and in_one_block else gradient_bytes
-    return (workspace + student.head * head_bytes * setting.losses_at_once
-            + tokens * student.hidden_size * gradient_bytes)
+    of_head = student.head * head_bytes * setting.losses_at_once if student.head_is_trained else 0
+    of_hidden = tokens * student.hidden_size * gradient_bytes if student.body_is_trained else 0
+    return workspace + of_head + of_hidden
 
 
 def teacher_step_bytes(setting: Setting, teacher: ModelCosts,
@@ -178,7 +183,7 @@ def teacher_step_bytes(setting: Setting, teacher: ModelCosts,
     if setting.teacher_is_sharded:
         # Each module that runs prefetches a bucket more, up to what may live: all of the teacher,
         # then the student.
-        body = teacher.weights.tp_rank - (0 if teacher.head_is_tied else teacher.head)
+        body = teacher.weights.tp_rank - teacher.untied_head
         spread = partitioned(teacher, setting.teacher_shards)
         live = min(body, spread, zero.max_live + teacher.largest_gather)
         prefetched = min(partitioned(student, setting.student_shards), max(0, zero.max_live - live))

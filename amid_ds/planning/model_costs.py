@@ -1,15 +1,16 @@
 """Sizes and FLOPs of one model on one rank, counted on torch's meta device (shapes, no numbers).
 
-The body runs once, forward only: autograd's saved tensors give the activation memory, torch's
-counter the FLOPs. Attention is replaced by one that keeps the tensors a fused kernel would.
+The body runs once: autograd's saved tensors give the activation memory, torch's counter the FLOPs;
+backward runs only where a part of a student is frozen, and otherwise has two products for each of
+forward's. Attention is replaced by one that keeps the tensors a fused kernel would.
 No weights are read.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -21,13 +22,17 @@ from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.engine.optimizer import parameter_groups
 from amid_ds.errors import InputError
 from amid_ds.models import loading
+from amid_ds.models.adapters import is_adapter
 from amid_ds.models.fit import require_positions
 from amid_ds.models.heads import body_of, head_of
 from amid_ds.models.sizes import intermediate_size, teacher_bytes_per_token
 from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
+from amid_ds.models.trained import choose_trained
 
 # The name under which the counting attention is registered with transformers.
 ATTENTION_NAME = "planned"
+# Summed logits are in fp32 (losses/summed_head.py).
+FP32_LOGIT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -70,10 +75,18 @@ class WeightCounts:
 
 
 class BodyCosts(NamedTuple):
-    """Of one micro-batch through a body: bytes kept for backward, FLOPs of the forward pass."""
+    """Of one micro-batch through a body: bytes kept for backward, FLOPs of the forward pass, and
+    those of the backward pass."""
 
     saved_bytes: int
     flops: float
+    backward_flops: float
+
+    def plus(self, other: BodyCosts, count: int) -> BodyCosts:
+        """These costs and `count` times the other ones."""
+        return BodyCosts(self.saved_bytes + count * other.saved_bytes,
+                         self.flops + count * other.flops,
+                         self.backward_flops + count * other.backward_flops)
 
 
 @dataclass(frozen=True)
@@ -81,21 +94,32 @@ class ModelCosts:
     """One model on one rank, for one micro-batch. Counts are of elements unless named otherwise."""
 
     weights: WeightCounts
+    # Those of a student's that are trained: they alone have gradients and moments, are reduced and
+    # saved. None of a teacher's are.
+    trained: WeightCounts
     # Of a student's, those that Muon steps; it needs ZeRO-3 and no tensor parallelism.
     muon: WeightCounts
-    # Bytes of an element, on a rank and in the files.
+    # Bytes of an element, on a rank and in the files (of several models in the mean), and of a
+    # logit as the loss makes it.
     element_size: int
-    stored_size: int
+    stored_size: float
+    logit_size: int
     hidden_size: int
     intermediate_size: int
     layers: int
     # The most that ZeRO-3 gathers at once: a layer or the head.
     largest_gather: int
+    # And where the head's weight is its own 0.
     embedding: int
-    # This rank's rows of the head.
+    tied_embedding: int
+    # This rank's rows of the head; 0 or the same where its weight is the embedding's or not.
     head: int
-    # The head's weight is the embedding's.
-    head_is_tied: bool
+    untied_head: int
+    head_is_trained: bool
+    # A weight of the body is trained, so a gradient comes back through the head.
+    body_is_trained: bool
+    # The weights that the files hold, but for adapters, which are new.
+    stored: WeightCounts
     # This rank's part of the body; of its saved bytes, one layer's.
     body: BodyCosts
     layer_saved_bytes: int
@@ -111,6 +135,28 @@ class ModelCosts:
         return outside + self.layers * tokens * self.hidden_size * self.element_size
 
 
+def summed_costs(models: Mapping[str, ModelCosts]) -> ModelCosts | None:
+    """The costs of models that run one after another and whose logits are summed; None of none."""
+    costs = list(models.values())
+    if len(costs) < 2:
+        return next(iter(costs), None)
+    weights = WeightCounts(sum(each.weights.total for each in costs),
+                           sum((each.weights.sizes for each in costs), ()),
+                           sum((each.weights.is_shared for each in costs), ()))
+    stored = sum(each.weights.total * each.stored_size for each in costs)
+    added = ("hidden_size", "layers", "embedding", "tied_embedding", "head", "untied_head",
+             "tp_forward_width", "tp_backward_width")
+    largest = ("element_size", "intermediate_size", "largest_gather", "layer_saved_bytes",
+               "bytes_per_teacher_token")
+    return replace(
+        costs[0], weights=weights, stored=weights, stored_size=stored / weights.total,
+        logit_size=FP32_LOGIT_BYTES,
+        body=BodyCosts(sum(each.body.saved_bytes for each in costs),
+                       sum(each.body.flops for each in costs), 0.0),
+        **{name: sum(getattr(each, name) for each in costs) for name in added},
+        **{name: max(getattr(each, name) for each in costs) for name in largest})
+
+
 _COUNTED: dict[tuple[object, ...], ModelCosts] = {}
 
 
@@ -124,22 +170,38 @@ def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     train = recipe.train
     config = loading.model_config(model.model, **model.hub_kwargs).to_json_string(use_diff=False)
     key = (model.model, model.revision, type(model), config, dtype, whole, recipe.tensor_parallel,
-           train.micro_batch_size, train.seq_length, train.optimizer)
+           train.micro_batch_size, train.seq_length, train.optimizer, _trained_part(model))
     if key not in _COUNTED:
         _COUNTED[key] = _count_model(model, dtype, recipe, whole)
     return _COUNTED[key]
 
 
+def _trained_part(model: Student | Teacher) -> str:
+    """What of a student trains, in words that differ where that does."""
+    return f"{model.lora} {model.freeze}" if isinstance(model, Student) else ""
+
+
 def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
                  whole: bool) -> ModelCosts:
-    meta: Any = loading.supported_model(model.model, **model.hub_kwargs).to(dtype)
+    meta: Any = loading.supported_model(model.model, **model.hub_kwargs)
+    if isinstance(model, Student):
+        choose_trained(meta, model)
+    meta.to(dtype)
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
     split = set() if whole else split_parameters(meta, tp)
     muons = ({name for name, group in parameter_groups(meta, recipe.train).items()
               if group == "muon"} if isinstance(model, Student) else set())
-    weights, muon = count_weights(meta, tp, split), count_weights(meta, tp, split, muons)
+    trained = ({name for name, parameter in meta.named_parameters() if parameter.requires_grad}
+               if isinstance(model, Student) else set())
+    stored = {name for name, _ in meta.named_parameters() if not is_adapter(name)}
+    counts = {what: count_weights(meta, tp, split, names) for what, names in (
+        ("weights", None), ("muon", muons), ("trained", trained),
+        ("stored", stored))}
     head, embedding = head_of(meta).weight, meta.get_input_embeddings().weight
+    of_head = {id(parameter) for parameter in meta.get_output_embeddings().parameters()}
+    body_is_trained = any(parameter.requires_grad and id(parameter) not in of_head
+                          for parameter in meta.parameters())
     # From here on `meta` has the shapes of one tensor-parallel rank.
     forward_width, backward_width = (0, 0) if whole else shrink_to_tp_rank(meta, tp)
     layers = _layers_of(meta)
@@ -156,22 +218,25 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
             "a model whose shapes do not depend on numbers", "train it without a plan") from None
     element_size = dtype.itemsize
     return ModelCosts(
-        weights=weights,
-        muon=muon,
+        **counts,
         element_size=element_size,
+        logit_size=element_size,
         stored_size=loading.checkpoint_dtype(model.model, **model.hub_kwargs).itemsize,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size(meta.config, hidden_size),
         layers=len(layers),
         largest_gather=max(largest_layer, head.numel() // tp),
         embedding=embedding.numel(),
+        tied_embedding=embedding.numel() if head is embedding else 0,
         head=head.numel() // tp,
-        head_is_tied=head is embedding,
+        untied_head=0 if head is embedding else head.numel() // tp,
+        head_is_trained=head.requires_grad,
+        body_is_trained=body_is_trained or (head is embedding and head.requires_grad),
         body=body,
         layer_saved_bytes=layer_saved_bytes,
         tp_forward_width=forward_width,
         tp_backward_width=backward_width,
-        bytes_per_teacher_token=(teacher_bytes_per_token(meta.config, element_size, seq_length)
+        bytes_per_teacher_token=(teacher_bytes_per_token([meta.config], element_size, seq_length)
                                  if isinstance(model, Teacher) else 0))
 
 
@@ -214,14 +279,15 @@ def count_body(meta: Any, rows: int, length: int, layers: nn.ModuleList) -> tupl
         fewer, count = count - 1, 1
         more = run_on_meta(meta, rows, length)
     less = run_on_meta(meta, rows, length, layers=fewer)
-    saved, flops = more.saved_bytes - less.saved_bytes, more.flops - less.flops
-    return BodyCosts(less.saved_bytes + count * saved, less.flops + count * flops), max(0, saved)
+    layer = more.plus(less, -1)
+    return less.plus(layer, count), max(0, layer.saved_bytes)
 
 
 def _are_alike(layers: nn.ModuleList) -> bool:
     """True where the layers differ in nothing that counts here: classes and shapes."""
     kinds = {(tuple((name, type(module)) for name, module in layer.named_modules()),
-              tuple((name, parameter.shape) for name, parameter in layer.named_parameters()))
+              tuple((name, parameter.shape, parameter.requires_grad)
+                   for name, parameter in layer.named_parameters()))
              for layer in layers}
     return len(kinds) == 1
 
@@ -251,12 +317,28 @@ def run_on_meta(meta: Any, rows: int, length: int, layers: int | None = None) ->
         with FlopCounterMode(display=False) as counter, \
                 torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
             states = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        del states
-        return BodyCosts(saved.total(), float(counter.get_total_flops()) + attention.flops)
+        forward = float(counter.get_total_flops()) + attention.flops
+        if all(parameter.requires_grad for parameter in body.parameters()):
+            # Two products for each one of forward.
+            return BodyCosts(saved.total(), forward, 2 * forward)
+        return BodyCosts(saved.total(), forward,
+                         _backward_flops(body, states.last_hidden_state, attention))
     finally:
         meta.config._attn_implementation = before
         if stack:
             setattr(body, stack, all_layers)
+
+
+def _backward_flops(body: nn.Module, states: Tensor, attention: _CountingAttention) -> float:
+    """FLOPs of the backward pass of a body of which a part is frozen, from its hidden states."""
+    if not states.requires_grad:
+        return 0.0
+    attention.flops = 0.0
+    with FlopCounterMode(display=False) as counter:
+        states.sum().backward()
+    for parameter in body.parameters():
+        parameter.grad = None
+    return float(counter.get_total_flops()) + attention.flops
 
 
 class _SavedBytes:
@@ -286,19 +368,30 @@ class _CountingAttention:
                  **___: Any) -> tuple[Tensor, None]:
         # Two products of 2 FLOPs an element pair, half of each masked. query, key: [rows, heads,
         # length, head width].
-        self.flops += 2 * query.numel() * key.shape[2]
-        return _FusedAttention.apply(query, key, value), None
+        flops = 2 * query.numel() * key.shape[2]
+        self.flops += flops
+
+        def count_backward() -> None:
+            self.flops += 2 * flops
+
+        return _FusedAttention.apply(query, key, value, count_backward), None
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps for backward the tensors of a fused attention: its three inputs and its output."""
+    """Keeps for backward the tensors of a fused attention: its three inputs and its output.
+
+    count_backward: called once backward has come so far.
+    """
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor,
+                count_backward: Callable[[], None]) -> Tensor:
         out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
         ctx.save_for_backward(query, key, value, out)
+        ctx.count_backward = count_backward
         return out
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        raise NotImplementedError
+        ctx.count_backward()
+        return (*map(torch.empty_like, ctx.saved_tensors[:3]), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Literal
 
 from amid_ds.planning.memory import teacher_passes
@@ -41,7 +42,7 @@ def step_traffic(setting: Setting) -> Traffics:
                                      "student_reductions": _student_reductions(setting)}}
     teacher = setting.teacher
     if teacher is not None:
-        traffic["teacher"] = {"teacher_gathers": _teacher_gathers(setting, teacher)}
+        traffic["teacher"] = {"teacher_gathers": teacher_gathers(setting, teacher)}
     if setting.tensor_parallel > 1:
         forwards = 2 if setting.recipe.student.activation_checkpointing else 1
         width = forwards * student.tp_forward_width + student.tp_backward_width
@@ -65,7 +66,7 @@ def _student_gathers(setting: Setting) -> Traffic:
     if zero.stage == 0:
         return Traffic()
     if zero.stage < 3:
-        return _gather(setting, student, weights, shards)
+        return _gather(setting, student, student.trained.tp_rank, shards)
     # With a second copy each gather but the first of a step is made from that.
     again = shards if zero.secondary_ranks == 1 else setting.secondary_shards
     first = _student_gather(setting, weights, student.head, shards)
@@ -76,7 +77,7 @@ def _student_gathers(setting: Setting) -> Traffic:
         return first + _student_gather(setting, weights, student.head, again) * (uses - 1)
     # The embedding is released at the end of each backward and needed first by the next forward, so
     # it is gathered again for each micro-batch.
-    exact = student.embedding if student.head_is_tied else 0
+    exact = student.tied_embedding
     return (first + _student_gather(setting, student.embedding, exact, again)
             * (setting.micro_batches - 1))
 
@@ -101,15 +102,18 @@ def _student_reductions(setting: Setting) -> Traffic:
     # stages 0 and 1 do so once for the step. On CPUs torch makes a scatter of a sum for all.
     scattered = zero.stage == 3 and not student.muon.total and not setting.on_cpu
     copies = setting.micro_batches * (1 if scattered else 2) if zero.stage >= 2 else 2
-    buckets = student.weights.buckets(zero.reduce_bucket or DEFAULT_REDUCE_BUCKET)
-    reduced = _gather(setting, student, student.weights.tp_rank, shards, buckets) * copies
+    trained = student.trained
+    buckets = trained.buckets(zero.reduce_bucket or DEFAULT_REDUCE_BUCKET)
+    reduced = _gather(setting, replace(student, weights=trained), trained.tp_rank, shards,
+                      buckets) * copies
     # Muon gathers its gradients and moments, and then what each rank made of its share of them.
     of_muon = _gather(setting, student, student.muon.total, shards) * 4
     return (reduced + of_muon).scaled(as_exchanged)
 
 
-def _teacher_gathers(setting: Setting, teacher: ModelCosts) -> Traffic:
-    """The teacher's weights, gathered for each of its passes, and its head for the loss."""
+def teacher_gathers(setting: Setting, teacher: ModelCosts) -> Traffic:
+    """The teacher's weights, or one of its models', gathered for each of its passes, and its head
+    for the loss."""
     if not setting.teacher_is_sharded:
         return Traffic()
     shards, weights = setting.teacher_shards, teacher.weights.tp_rank
@@ -117,12 +121,12 @@ def _teacher_gathers(setting: Setting, teacher: ModelCosts) -> Traffic:
     # Those within the distance of their next use stay from pass to pass; the head is gathered for
     # the loss alone.
     if weights > setting.zero.max_reuse_distance:
-        body = weights - (0 if teacher.head_is_tied else teacher.head)
+        body = weights - teacher.untied_head
         again = teacher_passes(setting, teacher) - 1
         gathers += _gather(setting, teacher, body, shards) * again
-    if teacher.head_is_tied:
+    if teacher.tied_embedding:
         # It is gathered twice: as the embedding for the body, then for the loss.
-        gathers += _gather(setting, teacher, teacher.embedding, shards)
+        gathers += _gather(setting, teacher, teacher.tied_embedding, shards)
     return gathers
 
 

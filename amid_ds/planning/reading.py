@@ -18,7 +18,8 @@ class ReadAtStart:
     """Bytes that one rank reads from the file system, and seconds until a node has read its own.
 
     A weight that every rank of a node needs is read once, and the page cache serves the others: a
-    rank's bytes are then its part of that. A resumed run reads the teacher alone.
+    rank's bytes are then its part of that. A resumed run reads the teacher, and a student of which
+    a part is frozen: no checkpoint holds that.
     """
 
     student: int
@@ -43,14 +44,16 @@ def read_at_start(setting: Setting, storage_bandwidth: float = STORAGE_BANDWIDTH
     student = _student_bytes(setting)
     teacher = 0 if setting.teacher is None else _teacher_bytes(setting, setting.teacher)
     per_byte = setting.ranks_per_node / storage_bandwidth
+    is_whole = setting.student.trained.total == setting.student.weights.total
+    resumed = teacher if is_whole else student + teacher
     return ReadAtStart(student, teacher, storage_bandwidth, seconds=(student + teacher) * per_byte,
-                       seconds_resumed=teacher * per_byte)
+                       seconds_resumed=resumed * per_byte)
 
 
 def _student_bytes(setting: Setting) -> int:
     student = setting.student
     if setting.zero.stage == 3:
-        return setting.student_partition(student.weights) * student.stored_size
+        return int(setting.student_partition(student.stored) * student.stored_size)
     return _once_per_node(setting, student)
 
 
@@ -60,9 +63,9 @@ def _teacher_bytes(setting: Setting, teacher: ModelCosts) -> int:
         return 0
     if setting.teacher_is_sharded:
         over = setting.placement.shard_over
-        return teacher.weights.partition(over, setting.tensor_parallel) * teacher.stored_size
+        return int(teacher.weights.partition(over, setting.tensor_parallel) * teacher.stored_size)
     return _once_per_node(setting, teacher)
 
 
 def _once_per_node(setting: Setting, model: ModelCosts) -> int:
-    return -(-model.weights.total * model.stored_size // setting.ranks_per_node)
+    return -(-int(model.stored.total * model.stored_size) // setting.ranks_per_node)

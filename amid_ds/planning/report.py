@@ -52,6 +52,8 @@ def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     if recipe.live_teacher is not None and recipe.live_teacher.vocabulary == "grown":
         console.print("the teacher reads the old pieces of new tokens: its rows are longer than "
                       "train.seq_length, at which they are counted")
+    if len(plan.frozen_models) > 1:
+        console.print(_frozen_table(plan))
     console.print(_work_line(plan, recipe))
     console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}")
     console.print(_activations_line(plan))
@@ -94,6 +96,20 @@ def _placement_table(plan: Plan) -> Table:
     return table
 
 
+def _frozen_table(plan: Plan) -> Table:
+    """A line for each model of a teacher that has several."""
+    from rich.table import Table
+
+    table = Table(title="models of the teacher, for one rank: GB of weights held, TFLOP and GB "
+                        "gathered in a step")
+    for heading in ("", "parameters", "GB held", "TFLOP", "GB gathered"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for each in plan.frozen_models:
+        table.add_row(each.key, f"{each.parameters:,}", f"{each.weight_bytes / GB:,.2f}",
+                      f"{each.flops / TFLOP:,.2f}", f"{each.gathered_bytes / GB:,.2f}")
+    return table
+
+
 def placement_title(costs: PlacementCosts) -> str:
     """Its name, for `node` with the data-parallel ranks that share a copy."""
     return f"node ({costs.shard_over})" if costs.placement == "node" else costs.placement
@@ -101,10 +117,11 @@ def placement_title(costs: PlacementCosts) -> str:
 
 def _reading_line(plan: Plan) -> str:
     read = plan.read_at_start
+    again = "both again" if plan.parameters["frozen"] else "the teacher alone"
     return (f"read at the start: {read.student / GB:,.2f} GB of the student and "
             f"{read.teacher / GB:,.2f} of the teacher by each rank, about {read.seconds:,.1f} s "
-            f"at {read.storage_bandwidth / GB:,.3g} GB/s a node (--storage); resumed, the teacher "
-            f"alone, {read.seconds_resumed:,.1f} s")
+            f"at {read.storage_bandwidth / GB:,.3g} GB/s a node (--storage); resumed, {again}, "
+            f"{read.seconds_resumed:,.1f} s")
 
 
 def _work_line(plan: Plan, recipe: Recipe) -> str:
@@ -115,7 +132,14 @@ def _work_line(plan: Plan, recipe: Recipe) -> str:
     return (f"{plan.tokens_per_step:,} tokens a step in {plan.micro_batches} micro-batch(es) "
             f"per rank, {steps}; per rank and step "
             f"{flops['student']:,.1f} TFLOP of the student and "
-            f"{flops['teacher']:,.1f} of the teacher")
+            f"{flops['teacher']:,.1f} of the teacher{_trained_part(plan)}")
+
+
+def _trained_part(plan: Plan) -> str:
+    """What of a student trains that trains in part; else nothing."""
+    trained, frozen = plan.parameters["trained"], plan.parameters["frozen"]
+    return (f"; of the student {trained:,} weights are trained, {trained / (trained + frozen):.2%}"
+            if frozen else "")
 
 
 def _epochs_line(plan: Plan, recipe: Recipe) -> str:

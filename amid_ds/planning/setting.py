@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 
 from amid_ds.config.recipe import MeanTeacher, Recipe, Teacher, bounding_values
+from amid_ds.data import TargetFolder
 from amid_ds.distributed.nodes import require_divisor
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
@@ -23,9 +26,14 @@ from amid_ds.engine.ds_config import (
 )
 from amid_ds.models import loading
 from amid_ds.planning.devices import Device
-from amid_ds.planning.model_costs import ModelCosts, WeightCounts, count_model
+from amid_ds.planning.model_costs import (
+    ModelCosts,
+    WeightCounts,
+    count_model,
+    summed_costs,
+)
 from amid_ds.planning.rings import Shards, shards_over
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 
 # DeepSpeed's own defaults, in elements.
 DEFAULT_REDUCE_BUCKET = 500_000_000
@@ -33,6 +41,8 @@ DEFAULT_PREFETCH_BUCKET = 50_000_000
 DEFAULT_PERSISTENCE_THRESHOLD = 100_000
 DEFAULT_MAX_LIVE = 1_000_000_000
 DEFAULT_MAX_REUSE_DISTANCE = 1_000_000_000
+# Of an id, and of a log-probability or weight, in SparseTargets.
+ID_BYTES, LOG_BYTES = 8, 4
 
 PlacementName = Literal["zero3", "node", "replicated"]
 
@@ -111,8 +121,12 @@ class Setting:
     # Those of them that the teacher sees: an auxiliary corpus has as many, and no teacher.
     teacher_micro_batches: int
     student: ModelCosts
-    # None where the run never needs the teacher.
+    # None where the run never needs the teacher, or has a cache of it; of a delta all its models.
     teacher: ModelCosts | None
+    # The models of the teacher by the recipe's keys, {} without.
+    frozen: Mapping[str, ModelCosts]
+    # Of a token, what a cache keeps of the teacher there, on the device; 0: no cache.
+    target_bytes: int
     placement: Placement
     nodes: int
     ranks: int
@@ -198,6 +212,7 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
     if recipe.live_teacher is not None and recipe.live_teacher.shard_over is not None:
         require_divisor(recipe.live_teacher.shard_over, data_parallel)
     placement = _given_placement(recipe, data_parallel, -(-ranks // nodes))
+    frozen = _count_frozen(recipe, placement, zero)
     return Setting(
         recipe=recipe,
         zero=zero,
@@ -205,7 +220,9 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
         teacher_micro_batches=accumulation_steps(recipe, data_parallel),
         student=count_model(resolve_student(recipe), torch.bfloat16 if zero.bf16 else torch.float32,
                             recipe),
-        teacher=_count_teacher(recipe, placement, zero),
+        teacher=summed_costs(frozen),
+        frozen=frozen,
+        target_bytes=_target_bytes(recipe),
         placement=placement,
         nodes=nodes,
         ranks=ranks,
@@ -214,8 +231,8 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
 
 def with_placement(setting: Setting, placement: Placement) -> Setting:
     """`setting` with its teacher placed otherwise."""
-    return replace(setting, placement=placement,
-                   teacher=_count_teacher(setting.recipe, placement, setting.zero))
+    frozen = _count_frozen(setting.recipe, placement, setting.zero)
+    return replace(setting, placement=placement, teacher=summed_costs(frozen), frozen=frozen)
 
 
 def _given_placement(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> Placement:
@@ -235,19 +252,31 @@ def ranks_of_shard(recipe: Recipe, data_parallel: int, ranks_per_node: int) -> i
     return recipe.live_teacher.shard_over or of_node
 
 
-def _count_teacher(recipe: Recipe, placement: Placement, zero: ZeroSettings) -> ModelCosts | None:
-    """The teacher's costs; None where there is none, or no step gives its divergence any weight."""
-    teacher = recipe.live_teacher
+def _target_bytes(recipe: Recipe) -> int:
+    """Bytes of a token's SparseTargets; of draws at most, as if all were different."""
+    if recipe.cached_teacher is None:
+        return 0
+    manifest = TargetFolder.open(Path(recipe.cached_teacher.cached)).manifest
+    layout = manifest.layout
+    kept = ID_BYTES + LOG_BYTES * (2 if layout.sampled else 1)
+    return layout.entries * kept + LOG_BYTES * (1 if layout.sampled else 2)
+
+
+def _count_frozen(recipe: Recipe, placement: Placement, zero: ZeroSettings
+                  ) -> dict[str, ModelCosts]:
+    """The costs of the teacher's models by the recipe's keys; {} where there is none, or no step
+    gives its divergence any weight."""
+    if not any(any(bounding_values(loss.kd_weight)) or loss.token_weight
+               for loss in recipe.losses):
+        return {}
+    models = loading.in_one_dtype(frozen_models(recipe))
     if isinstance(recipe.teacher, MeanTeacher):
         # As the student, whose shapes and dtype it has.
         student = resolve_student(recipe)
-        teacher = Teacher(model=student.model, **student.hub_kwargs,
-                          dtype="bf16" if zero.bf16 else "fp32")
-    if teacher is None or not any(any(bounding_values(loss.kd_weight)) or loss.token_weight
-                                  for loss in recipe.losses):
-        return None
-    dtype = loading.DTYPES.get(teacher.dtype)
-    if dtype is None:
-        dtype = loading.checkpoint_dtype(teacher.model, **teacher.hub_kwargs)
-    # Outside the engine no tensor parallelism splits it.
-    return count_model(teacher, dtype, recipe, whole=placement.name == "replicated")
+        models["teacher"] = Teacher(model=student.model, **student.hub_kwargs,
+                                    dtype="bf16" if zero.bf16 else "fp32")
+    # Outside the engine no tensor parallelism splits them.
+    whole = placement.name == "replicated"
+    return {key: count_model(model, loading.DTYPES.get(model.dtype) or loading.checkpoint_dtype(
+                model.model, **model.hub_kwargs), recipe, whole)
+            for key, model in models.items()}

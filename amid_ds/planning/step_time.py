@@ -11,13 +11,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from amid_ds.planning.devices import EFFICIENCY
+from amid_ds.planning.model_costs import ModelCosts
 from amid_ds.planning.network import ModelName, step_traffic, sum_traffic
 from amid_ds.planning.rings import Traffic
 from amid_ds.planning.setting import Setting
-
-# FLOPs of forward and backward over those of forward alone: backward has two products for each one
-# of forward.
-TRAINING_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -64,11 +61,18 @@ class StepTime:
 def flops_per_step(setting: Setting) -> dict[str, float]:
     """FLOPs of one rank in a step, bodies and heads, without recomputed layers (as MFU counts)."""
     student, teacher = setting.student, setting.teacher
-    per_head_weight = 2 * setting.tokens
-    of_student = student.body.flops + per_head_weight * student.head
-    of_teacher = 0.0 if teacher is None else teacher.body.flops + per_head_weight * teacher.head
-    return {"student": TRAINING_PASSES * setting.micro_batches * of_student,
-            "teacher": setting.teacher_micro_batches * of_teacher}
+    # The logits, the gradient of the hidden states and the weight's own.
+    products = 1 + student.body_is_trained + student.head_is_trained
+    of_student = (student.body.flops + student.body.backward_flops
+                  + products * 2 * setting.tokens * student.head)
+    return {"student": setting.micro_batches * of_student,
+            "teacher": 0.0 if teacher is None else teacher_flops(setting, teacher)}
+
+
+def teacher_flops(setting: Setting, teacher: ModelCosts) -> float:
+    """FLOPs of one rank in a step of the teacher, or of one of its models."""
+    per_micro_batch = teacher.body.flops + 2 * setting.tokens * teacher.head
+    return setting.teacher_micro_batches * per_micro_batch
 
 
 def step_time(setting: Setting) -> StepTime:

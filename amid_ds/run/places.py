@@ -106,8 +106,13 @@ def _written_places(run: RunFolder) -> tuple[Path, ...]:
 def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """(what names it, real path) of all that the run reads on this machine."""
     models = {"student.model": recipe.student.model}
-    if recipe.live_teacher is not None:
-        models["teacher.model"] = recipe.live_teacher.model
+    teacher = recipe.live_teacher
+    if teacher is not None:
+        bases = {} if teacher.delta is None else teacher.delta.bases
+        models |= {"teacher.model": teacher.model,
+                   **{f"teacher.delta.{name}.model": base.model for name, base in bases.items()}}
+    if recipe.cached_teacher is not None:
+        models["teacher.cached"] = recipe.cached_teacher.cached
     for setting, model in models.items():
         # A run may be the student's start; of its folder only the checkpoints are read.
         if os.path.exists(model) and find_run(model) is None:

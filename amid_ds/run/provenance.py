@@ -12,51 +12,73 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from amid_ds.config.recipe import Recipe, Student, Teacher
-from amid_ds.data import tokenizer_fingerprint
-from amid_ds.data.manifest import read_prepared_manifest
+from amid_ds.data import TargetFolder, tokenizer_fingerprint
+from amid_ds.data.manifest import PREPARED_MANIFEST, read_prepared_manifest
 from amid_ds.distributed.devices import allocator_settings
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
 
-PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "datasets", "sentencepiece", "triton")
+PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "sentencepiece",
+            "triton")
 # Bytes at each end of a weight file that go into its hash.
 SAMPLE_BYTES = 1 << 20
 
 
 class SourceHashes(NamedTuple):
-    """SHA-256 of what a run begins with; None for a model of the hub, and where it has no teacher.
+    """SHA-256 of what a run begins with; None for a model of the hub.
+
+    frozen: of each of `frozen_models`, by its key; under `teacher` also where a cache stands for
+    it. cache: of what that holds; None without one.
     """
 
     student: str | None
-    teacher: str | None
+    frozen: Mapping[str, str | None]
     tokenizer: str
+    cache: str | None = None
 
 
 def hash_sources(recipe: Recipe, tokenizer: Any) -> SourceHashes:
     """The hashes. Rank 0 makes them, once a start, for all: they read a part of every file."""
-    teacher = recipe.live_teacher
-    return SourceHashes(model_hash(resolve_student(recipe).model),
-                        None if teacher is None else model_hash(teacher.model),
-                        tokenizer_fingerprint(tokenizer))
+    cached, of_cache = recipe.cached_teacher, None
+    frozen = {key: model_hash(model.model) for key, model in frozen_models(recipe).items()}
+    if cached is not None:
+        frozen["teacher"] = TargetFolder.open(cached.cached).manifest.teacher_sha256
+        of_cache = cache_hash(Path(cached.cached))
+    return SourceHashes(model_hash(resolve_student(recipe).model), frozen,
+                        tokenizer_fingerprint(tokenizer), of_cache)
 
 
 def provenance(recipe: Recipe, hashes: SourceHashes, ranks: int, optimizer: Mapping[str, object],
-               placement: Mapping[str, object]) -> str:
+               placement: Mapping[str, object], trained: Mapping[str, object]) -> str:
     """The text of a run's provenance.json.
 
-    optimizer: its name and groups of parameters; placement: facts of the teacher's.
+    optimizer: its name and groups of parameters; placement: facts of the teacher's; trained: what
+    of the student trains.
     """
+    frozen = {key: _model_facts(model, hashes.frozen[key])
+              for key, model in frozen_models(recipe).items()}
     facts = {
         "versions": versions(),
         "git_revision": code_revision(),
         "ranks": ranks,
         "gpu_allocator": allocator_settings(),
-        "student": _model_facts(recipe.student, hashes.student),
-        "teacher": (None if recipe.live_teacher is None
-                    else {**_model_facts(recipe.live_teacher, hashes.teacher), **placement}),
+        "student": {**_model_facts(recipe.student, hashes.student), **trained},
+        "teacher": ({**frozen.pop("teacher"), **placement} if frozen
+                    else _cache_facts(recipe, hashes)),
+        **frozen,
         "tokenizer_sha256": hashes.tokenizer,
         "optimizer": optimizer,
     }
     return json.dumps(facts, indent=1) + "\n"
+
+
+def _cache_facts(recipe: Recipe, hashes: SourceHashes) -> dict[str, object] | None:
+    """Which teacher a cache is of, and which cache; None without one."""
+    if recipe.cached_teacher is None:
+        return None
+    cache = TargetFolder.open(recipe.cached_teacher.cached).manifest
+    return {"model": cache.teacher, "revision": cache.revision,
+            "files_sha256": hashes.frozen["teacher"], "cached": recipe.cached_teacher.cached,
+            "cache_sha256": hashes.cache, "method": cache.method, "kept": cache.layout.entries}
 
 
 def versions() -> dict[str, str | None]:
@@ -106,6 +128,11 @@ def prepared_hash(folder: Path) -> str:
     manifest = read_prepared_manifest(folder)
     assert manifest is not None, f"{folder} holds prepared data"
     return hashlib.sha256(json.dumps(manifest["shards"], sort_keys=True).encode()).hexdigest()
+
+
+def cache_hash(folder: Path) -> str:
+    """The sha256 of a cache, over its manifest: what it is of, its shards' sizes and checksums."""
+    return hashlib.sha256((folder / PREPARED_MANIFEST).read_bytes()).hexdigest()
 
 
 def model_hash(model: str) -> str | None:

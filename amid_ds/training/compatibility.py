@@ -23,12 +23,15 @@ MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepare
               "train.log_every", "train.statistics", "train.hang_timeout", "train.max_hours",
               "train.micro_batch_size",
               "train.deterministic", "student.activation_checkpointing", "train.profile",
-              "teacher.max_tokens_per_pass", "teacher.placement", "teacher.shard_over",
-              "tensor_parallel", "deepspeed")
-# No leave to change this one, and the reason.
-KEPT = "train.optimizer"
-WHY_KEPT = ("; no leave changes it, because a checkpoint has no other optimizer's moments: take "
-            "another output_dir, and this run as student.model")
+              "teacher.max_tokens_per_pass", "teacher.cached", "teacher.placement",
+              "teacher.shard_over", "tensor_parallel", "deepspeed")
+# No leave to change these, and the reason: a checkpoint holds the tensors that were trained, and
+# the moments of the optimizer that trained them.
+KEPT = ("train.optimizer", "student.freeze", "student.lora.rank",
+        "student.lora.targets", "student.lora.modules_to_save")
+WHY_KEPT = ("; no leave changes it, because a checkpoint has no other optimizer's moments, and no "
+            "other tensors than were trained: take another output_dir, and this run as "
+            "student.model")
 # Keys of `train` whose defaults have changed since version 0.1, and what that version did: it had
 # none of the first two, and wrote the third into every recipe.yaml.
 CHANGED_DEFAULTS: dict[str, object] = {"betas": [0.9, 0.999], "decay_all": True,
@@ -61,16 +64,25 @@ def pin(recipe: Recipe) -> Recipe:
         if not isinstance(before, type(model)):
             # Another kind of teacher, which is refused later.
             before = None
-        if model.revision is None and before is not None and before.model == model.model:
-            revision = before.revision
-        else:
-            revision = resolved_commit(model.model, model.revision) or model.revision
-        kept = {"revision": revision}
+        kept: dict[str, object] = {"revision": _commit(model, before)}
+        delta = getattr(model, "delta", None)
+        if delta is not None:
+            had = getattr(before, "delta", None)
+            kept["delta"] = delta.model_copy(update={
+                name: base.model_copy(update={"revision": _commit(base, getattr(had, name, None))})
+                for name, base in delta.bases.items()})
         if isinstance(before, Teacher) and not PLACES & model.model_fields_set:
             # It was zero3 by default.
             kept["placement"] = before.placement
         pinned[section] = model.model_copy(update=kept)
     return recipe.model_copy(update=pinned)
+
+
+def _commit(model: PretrainedModel, before: PretrainedModel | None) -> str | None:
+    """The commit of a model on the hub: that of the run's begin, or what its revision is now."""
+    if model.revision is None and before is not None and before.model == model.model:
+        return before.revision
+    return resolved_commit(model.model, model.revision) or model.revision
 
 
 def _recipe_of_run(output_dir: str) -> Recipe | None:
@@ -135,13 +147,25 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object],
     """
     uses_evaluation = any(key.startswith("rollout.adaptive.") for key in (*before, *now))
     free = (*MAY_CHANGE, *(() if uses_evaluation else EVALUATION_KEYS), *allowed)
-    before = {**{key: default_of(key) for key in now.keys() - before.keys()},
+    before = {**{key: _default_in(before, key) for key in now.keys() - before.keys()},
               **_flatten(CHANGED_DEFAULTS, "train"), **before}
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
-               and (key == KEPT or not any(key == name or key.startswith(f"{name}.")
-                                           for name in free))]
+               and (_is_any(key, KEPT) or not _is_any(key, free))]
     return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now"
-                     f"{WHY_KEPT * (key == KEPT)}" for key in changed)
+                     f"{WHY_KEPT * _is_any(key, KEPT)}" for key in changed)
+
+
+def _default_in(before: Mapping[str, object], key: str) -> object:
+    """The value of a key that `before` lacks: its default, or None where its section was not there.
+    """
+    section = key.rpartition(".")[0]
+    was_there = any(other.startswith(f"{section}.") for other in before)
+    return default_of(key) if was_there or default_of(section) is not None else None
+
+
+def _is_any(key: str, names: Sequence[str]) -> bool:
+    """True for a key that is one of `names`, or in the section that one of them is."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def flat_recipe(recipe: Recipe) -> dict[str, object]:

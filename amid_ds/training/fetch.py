@@ -13,6 +13,7 @@ from amid_ds.data.grown import GrownVocabulary
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.monitor.step_timer import phase
+from amid_ds.training.cached_teacher import open_targets
 from amid_ds.training.job import Job
 
 
@@ -72,7 +73,8 @@ def open_step_data(job: Job, state: TrainState,
         steps = StreamLoader(data, train.seq_length, job.tokenizer, state.streams, **layout)
     else:
         weights = [source.weight for source in data.train]
-        steps = PreparedLoader(prepared, seed=train.seed, weights=weights, **layout)
+        steps = PreparedLoader(prepared, seed=train.seed, weights=weights,
+                               targets=open_targets(job.recipe), **layout)
     if data.auxiliary is None:
         return steps, None
     return steps, PreparedLoader(prepared / "auxiliary", seed=train.seed, **layout)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from amid_ds.checkpoint import export
 from amid_ds.checkpoint.manifest import checkpoint_name, checkpoint_step, list_checkpoints
 from amid_ds.checkpoint.state import Layout
+from amid_ds.checkpoint.whole_student import FROZEN_HASH
 from amid_ds.config.parse import dump_recipe
 from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.data import (
@@ -35,13 +36,15 @@ from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.models.fit import require_positions, require_rows, table_of_positions
 from amid_ds.models.loading import meta_model, require_supported, supported_model
+from amid_ds.models.trained import choose_trained, trains_in_part
 from amid_ds.run.attempts import has_saved
 from amid_ds.run.exclusive import exclusive
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 from amid_ds.run.places import check_places, require_own_model
 from amid_ds.run.provenance import SourceHashes, hash_sources, prepared_hash, provenance
-from amid_ds.run.warm_start import resolve_student
+from amid_ds.run.warm_start import frozen_models, resolve_student
+from amid_ds.training.cached_teacher import check_cached_teacher
 from amid_ds.training.compatibility import (
     changes_since_last_attempt,
     flat_recipe,
@@ -52,6 +55,7 @@ from amid_ds.training.compatibility import (
 from amid_ds.training.objective import check_objectives, require_all_foldable
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from amid_ds.planning.placement import ChosenPlacement
@@ -122,26 +126,28 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     check_objectives(recipe)
     refuse_other_run(recipe)
     check_sources(recipe.data)
-    student, teacher = resolve_student(recipe), recipe.live_teacher
-    models: dict[str, Student | Teacher] = {f"student {student.model}": student}
-    if teacher is not None:
-        models[f"teacher {teacher.model}"] = teacher
+    student, frozen = resolve_student(recipe), frozen_models(recipe)
+    models: dict[str, Student | Teacher] = {
+        f"student {student.model}": student,
+        **{f"{key} {model.model}": model for key, model in frozen.items()}}
     look = require_supported if headers else supported_model
     metas = {name: look(model.model, **model.hub_kwargs) for name, model in models.items()}
     tokenizer = load_tokenizer(student.model, **student.hub_kwargs)
-    grown = None
-    if teacher is not None:
-        other = load_tokenizer(teacher.model, **teacher.hub_kwargs)
-        if teacher.vocabulary == "grown":
-            grown = grown_vocabulary(tokenizer, other, student.model, teacher.model,
-                                     table_of_positions(metas[f"teacher {teacher.model}"]))
-            require_all_foldable(recipe)
-        else:
-            require_same_tokenizer(tokenizer, other, student.model, teacher.model)
+    grown, teacher = None, recipe.live_teacher
+    if teacher is not None and teacher.vocabulary == "grown":
+        grown = grown_vocabulary(
+            tokenizer, load_tokenizer(teacher.model, **teacher.hub_kwargs), student.model,
+            teacher.model, table_of_positions(metas[f"teacher {teacher.model}"]))
+        require_all_foldable(recipe)
+    for model in () if grown is not None else frozen.values():
+        require_same_tokenizer(tokenizer, load_tokenizer(model.model, **model.hub_kwargs),
+                               student.model, model.model)
+    check_cached_teacher(recipe, tokenizer)
     for name, meta in metas.items():
         known = grown.old if grown is not None and name.startswith("teacher ") else None
         require_rows(meta, f"the {name}", known or vocabulary_size(tokenizer))
         require_positions(meta, f"the {name}", recipe.train.seq_length)
+    choose_trained(metas[f"student {student.model}"], recipe.student)
     if recipe.rollout is not None:
         end_of_text_id(tokenizer, recipe.rollout.end_of_text)
     return Job(recipe, config, tokenizer, grown=grown)
@@ -183,10 +189,14 @@ def identity_of(job: Job, sources: SourceHashes, checkpoint: Path | None) -> dic
         "data.sha256": None if recipe.data.streams else prepared_hash(recipe.prepared_dir)}
     if recipe.data.auxiliary is not None:
         hashes["auxiliary.sha256"] = prepared_hash(recipe.prepared_dir / "auxiliary")
-    if recipe.live_teacher is not None:
-        hashes["teacher.sha256"] = sources.teacher
+    hashes |= {f"{key}.sha256": sha256 for key, sha256 in sources.frozen.items()}
+    if sources.cache is not None:
+        hashes["teacher.cache_sha256"] = sources.cache
     if job.grown is not None:
         hashes["teacher.pieces_sha256"] = job.grown.sha256
+    if trains_in_part(recipe.student):
+        # What is frozen is in no checkpoint: every attempt reads it anew.
+        hashes[FROZEN_HASH] = sources.student
     identity = {**flat_recipe(recipe), **hashes, "student.dtype": job.student_dtype}
     if checkpoint is not None:
         refuse_other_identity(checkpoint, identity, recipe.checkpoint.allow_change)
@@ -221,7 +231,8 @@ def open_run(job: Job, world: World) -> SourceHashes:
             # First: it is the sign that the folder is ours.
             replace_text(job.run.provenance, provenance(job.recipe, hashes, world.size,
                                                         _optimizer_facts(job.recipe),
-                                                        _placement_facts(job)))
+                                                        _placement_facts(job),
+                                                        _trained_facts(job.recipe)))
             replace_text(job.run.recipe, dump_recipe(job.recipe))
             export.keep_student(job.recipe)
         return hashes
@@ -235,10 +246,28 @@ def _placement_facts(job: Job) -> dict[str, object]:
 
 
 def _optimizer_facts(recipe: Recipe) -> dict[str, object]:
-    """The optimizer's name, and the student's parameters in each of its groups."""
+    """The optimizer's name, and the student's parameters in each of its groups; frozen ones too,
+    where there are any."""
+    return {"name": recipe.train.optimizer,
+            "groups": group_counts(_meta_student(recipe), recipe.train)}
+
+
+def _meta_student(recipe: Recipe) -> nn.Module:
+    """The student as it trains, on the meta device."""
     origin = resolve_student(recipe)
-    groups = group_counts(meta_model(origin.model, **origin.hub_kwargs), recipe.train)
-    return {"name": recipe.train.optimizer, "groups": groups}
+    model = meta_model(origin.model, **origin.hub_kwargs)
+    choose_trained(model, origin)
+    return model
+
+
+def _trained_facts(recipe: Recipe) -> dict[str, object]:
+    """The numbers of the student's parameters that train and that do not, and its adapters."""
+    counts = {True: 0, False: 0}
+    for parameter in _meta_student(recipe).parameters():
+        counts[parameter.requires_grad] += parameter.numel()
+    lora = recipe.student.lora
+    return {"trained": counts[True], "frozen": counts[False],
+            "lora": None if lora is None else lora.model_dump()}
 
 
 @contextlib.contextmanager

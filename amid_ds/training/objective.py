@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from amid_ds.config.loss_section import BESIDE_THE_DIVERGENCE
@@ -49,7 +50,13 @@ def objectives_at(recipe: Recipe, step: int, taid: TaidState | None = None) -> S
 
 
 def check_objectives(recipe: Recipe) -> None:
-    """Raise InputError for a step whose objective cannot be.
+    """Raise InputError for a step whose objective cannot be."""
+    for _ in every_objective(recipe):
+        pass
+
+
+def every_objective(recipe: Recipe) -> Iterator[StepObjectives]:
+    """The objectives of those steps between which all others' lie. Errors: as `objectives_at`.
 
     The steps of epochs are not counted yet: it is as if there were two.
     """
@@ -57,7 +64,7 @@ def check_objectives(recipe: Recipe) -> None:
         recipe = recipe.model_copy(
             update={"train": recipe.train.model_copy(update={"steps": 2, "epochs": None})})
     for step in turning_points(recipe.losses, recipe.train.total_steps):
-        objectives_at(recipe, step)
+        yield objectives_at(recipe, step)
 
 
 def require_all_foldable(recipe: Recipe) -> None:

@@ -86,6 +86,8 @@ class Stepper:
         rate = learning_rate(recipe.train, step)
         torch.manual_seed(step_seed(recipe.train.seed, step, self.world.dp_rank))
         self.engine.start_step(rate)
+        if not uses_teacher:
+            batch = _without_targets(batch)
         micro_batches = self._micro_batches(batch, auxiliary, objectives)
         losses, statistics, tokens = self._forward_backward(micro_batches, len(batch.window),
                                                             uses_teacher)
@@ -153,7 +155,7 @@ class Stepper:
         """
         distiller, train = self.engine.distiller, self.recipe.train
         teacher_hidden: list[Tensor | None] = [None] * len(micro_batches)
-        if uses_teacher:
+        if uses_teacher and distiller.teacher is not None:
             with phase("teacher"):
                 teacher_hidden[:main_count] = self.engine.teacher_hidden_states(
                     [each.batch for each in micro_batches[:main_count]],
@@ -235,8 +237,8 @@ class Stepper:
         with (self.engine.gathered_head(distiller.student),
               self.engine.gathered_head(distiller.teacher)):
             start = 0 if distiller.head.shard is None else distiller.head.shard.start
-            own = [[] if head is None or head.bias is None
-                   else ((head.bias == -math.inf).nonzero()[:, 0] + start).tolist()
+            own = [[] if head is None else [i + start for bias in head.biases
+                                            for i in (bias == -math.inf).nonzero()[:, 0].tolist()]
                    for head in distiller.head.heads()]
         said = ""
         of_heads = zip(*self.world.gather_in_group(own), strict=True)
@@ -245,6 +247,13 @@ class Stepper:
                 more = f" and {len(some) - MAX_IDS_SHOWN} more" * (len(some) > MAX_IDS_SHOWN)
                 said += (f", the {name}'s for id {', '.join(map(str, some[:MAX_IDS_SHOWN]))}{more}")
         return said
+
+
+def _without_targets(batch: StepBatch) -> StepBatch:
+    """The batch of a step that does not learn from the teacher: no cached targets are moved."""
+    return batch._replace(window=[each if each.teacher_targets is None
+                                  else replace(each, teacher_targets=None)
+                                  for each in batch.window])
 
 
 def _learning_rates(train: Train, rate: float) -> Metrics:

@@ -26,6 +26,7 @@ from amid_ds.run.attempts import Attempt
 from amid_ds.run.provenance import SourceHashes
 from amid_ds.run.start import StartClock, end_part, imports_kept
 from amid_ds.run.warm_start import resolve_student
+from amid_ds.training.cached_teacher import require_cache_of_data
 from amid_ds.training.compatibility import pin
 from amid_ds.training.determinism import deterministic
 from amid_ds.training.job import (
@@ -106,6 +107,7 @@ def build_trainer(job: Job, hashes: SourceHashes, resume: ResumePoint, world: Wo
     def prepare() -> dict[str, object]:
         prepare_all(recipe.data, recipe.train.seq_length, job.tokenizer, recipe.prepared_dir)
         check_prompt_lengths(recipe)
+        require_cache_of_data(recipe)
         return identity_of(job, hashes, resume.checkpoint)
 
     identity = world.run_on_main(prepare)

@@ -37,7 +37,8 @@ def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0,
                words: list[str] = WORDS, dtype: torch.dtype = torch.float32, **changes) -> Path:
     """Save a causal model with random weights and its tokenizer; return the folder.
 
-    `family`: "llama", "llama-tied", "qwen3", "mistral", "gemma3", "gemma2", "qwen2-tied" or "gpt2".
+    `family`: "llama", "llama-tied", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "qwen2-tied"
+    or "gpt2".
     `extra_rows` pads its vocabulary beyond the tokenizer's. `changes` are values of its config.
     """
     import transformers as t
@@ -63,6 +64,7 @@ def make_model(folder: Path, family: str, seed: int = 0, extra_rows: int = 0,
         "gemma3": (t.Gemma3ForCausalLM, t.Gemma3TextConfig, {
             **rope, **window, "query_pre_attn_scalar": 32,
             "layer_types": ["sliding_attention", "full_attention"]}),
+        "gemma": (t.GemmaForCausalLM, t.GemmaConfig, {**rope, "head_dim": 8}),
         "gemma2": (t.Gemma2ForCausalLM, t.Gemma2Config, {**rope, **gemma2}),
         "qwen2-tied": (t.Qwen2ForCausalLM, t.Qwen2Config, {**rope, "tie_word_embeddings": True}),
         "gpt2": (t.GPT2LMHeadModel, t.GPT2Config, gpt2),

@@ -45,21 +45,28 @@ def reference_factor(train: dict, step: int) -> float:
     return low * (1 - height) + height
 
 
-def reference_loop(student: Path, teacher: Path | None, recipe: dict, prepared: Path,
+def reference_loop(student: Path, teacher: Path | Callable[[Tensor], Tensor] | None, recipe: dict,
+                   prepared: Path,
                    make_optimizer: Callable[[nn.Module, dict], torch.optim.Optimizer]
                    = reference_adamw) -> tuple[list[dict], dict[str, Tensor]]:
     """Each step's metrics and the trained fp32 weights, or with `train.ema` their running mean: the
     truth for any layout.
 
     One process, full logits in float64, one document at a time; the skewed KL and the schedules
-    written out. teacher: None: the student's running mean, of `teacher.ema`. make_optimizer: from
-    the model and the recipe's `train`; its groups' `ratio` multiplies the learning rate.
+    written out. teacher: a model, or its logits [1, L, V] of ids [1, L]; None: the student's
+    running mean, of `teacher.ema`. make_optimizer: from the model and the recipe's `train`; its
+    groups' `ratio` multiplies the learning rate.
     """
-    model, guide, kept = (AutoModelForCausalLM.from_pretrained(path)
-                          for path in (student, teacher or student, student))
+    model, kept = (AutoModelForCausalLM.from_pretrained(student) for _ in range(2))
     means = [(kept, recipe["train"].get("ema", 0.0))]
-    if teacher is None:
-        means.append((guide, recipe["teacher"]["ema"]))
+    guide = teacher
+    if teacher is None or isinstance(teacher, Path):
+        loaded = AutoModelForCausalLM.from_pretrained(teacher or student)
+        if teacher is None:
+            means.append((loaded, recipe["teacher"]["ema"]))
+
+        def guide(ids: Tensor) -> Tensor:
+            return loaded(ids).logits
     vocabulary = len(AutoTokenizer.from_pretrained(student))
     train, loss = recipe["train"], recipe["loss"]
     optimizer = make_optimizer(model, train)
@@ -75,7 +82,7 @@ def reference_loop(student: Path, teacher: Path | None, recipe: dict, prepared: 
             keep = labels != -100
             log_q = model(ids).logits[0, keep, :vocabulary].double().log_softmax(-1)
             with torch.no_grad():
-                log_p = guide(ids).logits[0, keep, :vocabulary].double().log_softmax(-1)
+                log_p = guide(ids)[0, keep, :vocabulary].double().log_softmax(-1)
             log_r = torch.log(loss["lam"] * log_p.exp() + (1 - loss["lam"]) * log_q.exp())
             kd = kd + (log_p.exp() * (log_p - log_r)).sum()
             ce = ce + F.nll_loss(log_q, labels[keep], reduction="sum")

@@ -1,0 +1,247 @@
+"""LoRA adapters on a causal LM, by peft: this module alone imports it.
+
+peft replaces a linear layer by one that adds scaling · B A x to the frozen product W x, scaling =
+alpha / rank. The model keeps its class and its other names:
+
+    model.layers.0.mlp.up_proj.weight  ->  model.layers.0.mlp.up_proj.base_layer.weight
+                                           model.layers.0.mlp.up_proj.lora_A.default.weight
+                                           model.layers.0.mlp.up_proj.lora_B.default.weight
+
+Two things are not peft's. The first values are a function of a seed and the parameter's name, so
+that they are the same however a model is sharded. And a module of `modules_to_save` trains in
+place, where peft makes a second copy and keeps the first: as a shared weight it stays shared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from amid_ds.config.recipe import Lora
+from amid_ds.errors import InputError
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+# By a parameter's name what makes its whole first value, of which no file holds any.
+FirstValues: TypeAlias = Mapping[str, Callable[[], Tensor]]
+# peft's name of a model's first adapter; of the file that describes an adapter's folder.
+ADAPTER_NAME, CONFIG_FILE = "default", "adapter_config.json"
+# What stands before the names of the model's parameters in an adapter's file.
+FILE_PREFIX = "base_model.model."
+ALL_LINEAR = "all-linear"
+# The most names of each kind in a message.
+MAX_NAMES = 12
+
+
+def inject(model: nn.Module, lora: Lora) -> None:
+    """Put adapters on the targets of a causal LM, in place; they and `modules_to_save` train alone.
+
+    model: whole, on the meta device, or in ZeRO-3's shards. The adapters are on its device and in
+    its dtype, and have no values yet (`initial_value`). Raises InputError, before anything is
+    changed, for targets that the model does not have, or a rank that they do not.
+    """
+    targets = target_modules(model, lora)
+    saved = _saved_modules(model, lora, targets)
+    peft = _import_peft()
+    config = _config(model, lora, targets)
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    peft.inject_adapter_in_model(config, model, ADAPTER_NAME, low_cpu_mem_usage=on_meta)
+    for name, module in model.named_modules():
+        if is_adapter(f"{name}."):
+            module.to(dtype=model.dtype)
+    for name in saved:
+        model.get_submodule(name).requires_grad_(True)
+
+
+def first_values(model: nn.Module, seed: int) -> FirstValues:
+    """What makes the first values of the adapters of a model, not yet split; by their names."""
+    return {name: partial(initial_value, name, tuple(parameter.shape), seed)
+            for name, parameter in model.named_parameters() if is_adapter(name)}
+
+
+def initial_value(name: str, shape: Iterable[int], seed: int) -> Tensor:
+    """An adapter's whole first value [shape] in fp32, by its name and `seed` alone.
+
+    As peft has them: A uniform within 1 / √(its columns), B zero.
+    """
+    value = torch.zeros(*shape)
+    if ".lora_A." in name:
+        digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        bound = 1 / math.sqrt(value.shape[1])
+        value.uniform_(-bound, bound, generator=generator)
+    return value
+
+
+def is_adapter(name: str) -> bool:
+    """True for the name of an adapter's parameter, in a model with adapters."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def stored_name(name: str) -> str:
+    """The name that the files of the model without adapters have for the parameter `name`."""
+    return name.replace(".base_layer.", ".")
+
+
+def file_key(name: str) -> str:
+    """The key in adapter_model.safetensors of the trained parameter `name`."""
+    return FILE_PREFIX + name.replace(f".{ADAPTER_NAME}.", ".")
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """(name, layer) of each layer with an adapter; the layer has `base_layer` and `scaling`."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+            yield name, module
+
+
+def is_adapter_folder(path: str | Path) -> bool:
+    """True for a folder that holds an adapter, as peft saves it, instead of a model."""
+    return (Path(path) / CONFIG_FILE).is_file()
+
+
+def write_adapter_config(folder: Path, model: nn.Module, lora: Lora, base: str,
+                         revision: str | None = None) -> None:
+    """Write adapter_config.json of a LoRA run: what PeftModel.from_pretrained opens it by.
+
+    model: the student without adapters, on the meta device. base: where its weights are.
+    """
+    targets = target_modules(model, lora)
+    config = _config(model, lora, targets)
+    # By their whole names: peft takes any end of a name, `norm` for `q_norm` too.
+    config.modules_to_save = _saved_modules(model, lora, targets) or None
+    config.base_model_name_or_path, config.revision = base, revision
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    config.save_pretrained(str(folder))
+
+
+def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
+    """`model` with the adapters in `folder` added to its weights, in place and by peft.
+
+    Raises InputError where they are damaged, or of another model.
+    """
+    peft = _import_peft(f"{folder} holds adapters")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            adapted = peft.PeftModel(model, peft.PeftConfig.from_pretrained(folder))
+            report = adapted.load_adapter(folder, ADAPTER_NAME, autocast_adapter_dtype=False)
+        wrong = [*report.missing_keys, *report.unexpected_keys]
+        if not wrong:
+            merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
+            return merged.eval()
+        problem = f"{len(wrong)} missing or unexpected tensors: {', '.join(wrong[:MAX_NAMES])}"
+    # A changed file can make peft raise anything.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        problem = " ".join(lines[:2]) or type(error).__name__
+    raise InputError(f"the adapters in {folder} do not fit the model "
+                     f"{model.config.name_or_path}: {problem}",   # type: ignore[union-attr]
+                     "adapters of this very model that can be added to its weights",
+                     "correct base_model_name_or_path in its adapter_config.json, or export the "
+                     "run again")
+
+
+def _config(model: nn.Module, lora: Lora, targets: list[str]) -> LoraConfig:
+    return _import_peft().LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+        # The weights of GPT-2's own kind of linear layer lie the other way.
+        fan_in_fan_out=not isinstance(model.get_submodule(targets[0]), nn.Linear))
+
+
+def target_modules(model: nn.Module, lora: Lora) -> list[str]:
+    """The names of the linear layers that get an adapter, in the model's order.
+
+    all-linear: every one but the head. Else those that a target names, by their whole name or its
+    last parts. Raises InputError for a target that is no linear layer, and for a rank above the
+    rank of a layer.
+    """
+    head: Any = model.get_output_embeddings()   # type: ignore[operator]
+    linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    if lora.targets == ALL_LINEAR:
+        chosen = {name for name, module in linear.items() if module is not head}
+    else:
+        chosen = _named(model, "targets", lora.targets, linear)
+    targets = [name for name in linear if name in chosen]
+    if not targets:
+        raise InputError(f"student.lora.targets {lora.targets}, and the model "
+                         f"{type(model).__name__} has no linear layer in its body",
+                         "linear layers", "train this model without student.lora")
+    for name in targets:
+        shape = _shape(linear[name])
+        if lora.rank > min(shape):
+            raise InputError(f"student.lora.rank {lora.rank}, and {name} is {shape[0]} × "
+                             f"{shape[1]}", "a rank of at most the smaller side of each target",
+                             "lower the rank, or name other targets")
+    if any(linear[name] is head for name in targets):
+        raise InputError("student.lora.targets names the head "
+                         f"{next(n for n in targets if linear[n] is head)}, whose weight the fused "
+                         "loss reads past its module", "linear layers of the body",
+                         "leave it out; student.lora.modules_to_save trains it whole")
+    if len({isinstance(linear[name], nn.Linear) for name in targets}) > 1:
+        raise InputError("student.lora.targets are linear layers of two kinds, torch's and "
+                         "GPT-2's, whose weights lie the other way", "targets of one kind",
+                         "name those of one kind")
+    return targets
+
+
+def _saved_modules(model: nn.Module, lora: Lora, targets: list[str]) -> list[str]:
+    """The names of the modules that train whole beside the adapters."""
+    owners = {name: module for name, module in model.named_modules()
+              if name and next(module.parameters(recurse=False), None) is not None}
+    saved = _named(model, "modules_to_save", lora.modules_to_save, owners)
+    if both := sorted(saved.intersection(targets)):
+        raise InputError(f"student.lora.modules_to_save and student.lora.targets both name "
+                         f"{both[0]}", "a module that trains whole, or gets an adapter",
+                         "leave it out of one of them")
+    return sorted(saved)
+
+
+def _named(model: nn.Module, key: str, wanted: Iterable[str], modules: dict[str, Any]) -> set[str]:
+    """The names in `modules` that one of `wanted` is, or ends. Raises InputError for one of
+    `wanted` that has none."""
+    found = set()
+    for each in wanted:
+        matches = {name for name in modules if f".{name}".endswith(f".{each}")}
+        if not matches:
+            other = next((module for name, module in model.named_modules()
+                          if f".{name}".endswith(f".{each}")), None)
+            kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
+            shown = ", ".join([*kinds[:MAX_NAMES], *(["…"] if len(kinds) > MAX_NAMES else [])])
+            raise InputError(
+                f"student.lora.{key} names {each!r}, which is "
+                + (f"a {type(other).__name__}" if other is not None else "nothing")
+                + f" in the model {type(model).__name__}",
+                f"names, or ends of names, of its modules: {shown}",
+                f"correct student.lora.{key}")
+        found |= matches
+    return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _shape(layer: Any) -> tuple[int, ...]:
+    """Of the layer's weight, also where ZeRO-3 holds its pieces."""
+    return tuple(getattr(layer.weight, "ds_shape", layer.weight.shape))
+
+
+def _import_peft(why: str = "student.lora") -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise InputError(f"{why}, and peft is not installed", "peft 0.18 or newer",
+                         "pip install 'amid-ds[lora]'") from None
+    return peft

@@ -1,0 +1,46 @@
+"""A model's weights into safetensors files as save_pretrained names them, one file in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+# The most weights in one file, and the memory that writing needs.
+FILE_BYTES = 2 * 10**9
+
+
+def write_weights(model: Any, hollow: Mapping[str, Tensor],
+                  read: Callable[[Sequence[str]], Iterable[Tensor]], out: Path) -> None:
+    """Write files of at most FILE_BYTES, tied weights once; an index where there are several.
+
+    model: the meta model, whose family's names on disk are taken. hollow: by name, a tensor without
+    values for each parameter and buffer that is stored. read: the tensors of these names, those
+    of one file, in their order.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+    from transformers.core_model_loading import revert_weight_conversion
+
+    split = split_torch_state_dict_into_shards(dict(hollow), max_shard_size=FILE_BYTES,
+                                               filename_pattern="model{suffix}.safetensors")
+    file_of: dict[str, str] = {}
+    with tqdm(total=len(hollow), desc="writing", unit="tensor", disable=None) as bar:
+        for file, names in split.filename_to_tensors.items():
+            tensors = {}
+            for name, tensor in zip(names, read(names), strict=True):
+                tensors[name] = tensor
+                bar.update()
+            # To the names that the model's family has on disk.
+            tensors = revert_weight_conversion(model, tensors)
+            save_file(tensors, out / file, metadata={"format": "pt"})
+            file_of |= dict.fromkeys(tensors, file)
+    if split.is_sharded:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        index = {"metadata": {**split.metadata, "total_parameters": total}, "weight_map": file_of}
+        (out / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2, sort_keys=True) + "\n")
