@@ -226,6 +226,7 @@ def test_means_that_cannot_be_are_refused_by_name(changes, found, shared_model, 
         check_recipe(load_recipe(recipe, changes), 1)
 
 
+@pytest.mark.slow
 def test_a_mean_begins_late_only_by_leave(shared_model, recipe_for, tmp_path, capsys):
     recipe = recipe_for(shared_model("llama", 0), "run", checkpoint__every=2)
     ranks = Ranks(1, "train", recipe, "train.ema=null",
