@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import types
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from amid_ds import AMiD, LMHead, VocabShard
-from amid_ds.losses import blocks, fused, linear_argmax, lm_head
+from amid_ds.losses import SummedHead, blocks, fused, linear_argmax, lm_head, summed_head, tiles
 from amid_ds.losses.checks import VocabLayout
 from amid_ds.planning.devices import DEVICES
 from amid_ds.planning.memory import _loss_bytes
@@ -259,6 +260,28 @@ def test_gradients_are_added_up_in_fp32_by_one_product_each(cuda_products, monke
     for actual, expected in zip(gradients, exact.gradients(truth), strict=True):
         assert actual.dtype == torch.bfloat16
         assert relative_error(actual, expected) < 2e-2
+
+
+def test_summed_logits_are_added_up_in_fp32_by_one_product_a_head(cuda_products, monkeypatch):
+    """A capped head's are made by themselves, in as many parts as it takes."""
+    monkeypatch.setattr(summed_head, "adds_in_fp32", lambda device, dtype: dtype == torch.float32)
+    monkeypatch.setattr(tiles, "product_elements", lambda device: 5 * 30)
+    draw = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 32, generator=draw).bfloat16() for rows in (5, 61))
+    bias = torch.randn(61, generator=draw).bfloat16()
+    first, second = (x.double() @ y.double().t() for x, y in
+                     zip(hidden.split(16, 1), weight.split(16, 1), strict=True))
+    heads = SummedHead((LMHead(weight[:, :16], bias, scale=0.5), LMHead(weight[:, 16:])),
+                       (0.7, -0.7))
+    logits = heads.logits(hidden, 60, torch.full((5 * 61,), torch.nan))
+    assert cuda_products == ["addmm"] * 2 and logits.raw.dtype == torch.float32
+    truth = 0.7 * (0.5 * (first + bias.double()) - second)
+    torch.testing.assert_close(logits.raw.double(), truth[:, :60], rtol=1e-5, atol=1e-5)
+    capped = SummedHead((replace(heads.heads[0], softcap=2.0), heads.heads[1]), (0.7, -0.7))
+    raw = capped.logits(hidden, 60, torch.full((5 * 61,), torch.nan)).raw
+    assert cuda_products[2:] == ["mm", "mm", "addmm"]
+    truth = 0.7 * (2 * (0.5 * (first + bias.double()) / 2).tanh() - second)
+    torch.testing.assert_close(raw.double(), truth[:, :60], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "tokens", "held"), [
