@@ -89,10 +89,16 @@ def test_what_ranks_exchange_in_fp32_takes_twice_bf16s_bytes_and_so_does_muons_m
 
 @pytest.mark.parametrize("layout", [["train.micro_batch_size=2"], ["tensor_parallel=2"],
                                     ["deepspeed=BF16", "student.activation_checkpointing=true"],
+                                    ["student.lora={rank: 16}"],
+                                    pytest.param(["student.freeze=[layers.0.*, lm_head]"],
+                                                 marks=pytest.mark.slow),
+                                    pytest.param(["student.lora={rank: 16}", "tensor_parallel=2"],
+                                                 marks=pytest.mark.slow),
                                     pytest.param(["train.optimizer=muon"], marks=pytest.mark.slow),
                                     pytest.param(["train.optimizer=muon", "deepspeed=BF16"],
                                                  marks=pytest.mark.slow)],
-                         ids=["dp 2", "tp 2", "bf16", "muon", "muon, bf16"])
+                         ids=["dp 2", "tp 2", "bf16", "lora", "frozen", "lora, tp 2", "muon",
+                              "muon, bf16"])
 def test_a_plan_holds_what_the_engine_of_that_layout_holds(layout, shared_model, text_file,
                                                            tmp_path, capfd):
     # Wide enough that ZeRO-3 partitions more than it pads.

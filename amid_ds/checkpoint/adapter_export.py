@@ -10,9 +10,8 @@ from torch import nn
 
 from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.config.recipe import Student
+from amid_ds.models.adapter_folders import ADAPTER_FILE
 from amid_ds.models.adapters import file_key, write_adapter_config
-
-ADAPTER_FILE = "adapter_model.safetensors"
 
 
 def write_adapter(checkpoint: Path, trained: Mapping[str, torch.Size], dtype: torch.dtype,

@@ -280,9 +280,13 @@ def check_model_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 def _model_problem(model: Student | Teacher) -> str | None:
     from amid_ds.data import load_tokenizer
     from amid_ds.models.loading import require_supported
+    from amid_ds.models.trained import choose_trained
 
     try:
-        require_supported(model.model, **model.hub_kwargs)
+        meta = require_supported(model.model, **model.hub_kwargs)
+        if isinstance(model, Student):
+            # With adapters this needs peft.
+            choose_trained(meta, model)
         load_tokenizer(model.model, **model.hub_kwargs)
     except InputError as error:
         return f"{error.found}; {error.remedy}"

@@ -127,9 +127,10 @@ def write_adapter_config(folder: Path, model: nn.Module, lora: Lora, base: str,
 def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
     """`model` with the adapters in `folder` added to its weights, in place and by peft.
 
-    Raises InputError where they are damaged, or of another model.
+    The sum is made in fp32, a layer at a time, and rounded once. Raises InputError where they are
+    damaged, or of another model.
     """
-    peft = _import_peft(f"{folder} holds adapters")
+    peft, dtype = _import_peft(f"{folder} holds adapters"), next(model.parameters()).dtype
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -137,6 +138,9 @@ def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
             report = adapted.load_adapter(folder, ADAPTER_NAME, autocast_adapter_dtype=False)
         wrong = [*report.missing_keys, *report.unexpected_keys]
         if not wrong:
+            for _, layer in adapted_layers(adapted):
+                layer.float().merge(safe_merge=True)
+                layer.to(dtype)
             merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
             return merged.eval()
         problem = f"{len(wrong)} missing or unexpected tensors: {', '.join(wrong[:MAX_KINDS])}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from amid_ds.config.recipe import Recipe
+from amid_ds.config.recipe import Lora, Recipe
 from amid_ds.errors import InputError
 from amid_ds.planning.estimate import Plan, estimate_plan
 
@@ -52,6 +52,10 @@ def _changes(recipe: Recipe) -> Iterator[Change]:
         if size > recipe.tensor_parallel:
             yield Change(f"tensor_parallel={size}", {"tensor_parallel": size})
     yield Change(f"deepspeed={OFFLOAD_CONFIG}", {"deepspeed": OFFLOAD_CONFIG})
+    if recipe.student.lora is None and not recipe.student.freeze and train.optimizer != "muon":
+        # Last: it is another run that is learnt.
+        yield Change(f"student.lora.rank={Lora().rank}",
+                     {"student": recipe.student.model_copy(update={"lora": Lora()})})
 
 
 def _pairs(changes: Sequence[Change]) -> list[Change]:

@@ -98,10 +98,11 @@ def placement_title(costs: PlacementCosts) -> str:
 
 def _reading_line(plan: Plan) -> str:
     read = plan.read_at_start
+    again = "both again" if plan.parameters["frozen"] else "the teacher alone"
     return (f"read at the start: {read.student / GB:,.2f} GB of the student and "
             f"{read.teacher / GB:,.2f} of the teacher by each rank, about {read.seconds:,.1f} s "
-            f"at {read.storage_bandwidth / GB:,.3g} GB/s a node (--storage); resumed, the teacher "
-            f"alone, {read.seconds_resumed:,.1f} s")
+            f"at {read.storage_bandwidth / GB:,.3g} GB/s a node (--storage); resumed, {again}, "
+            f"{read.seconds_resumed:,.1f} s")
 
 
 def _work_line(plan: Plan, recipe: Recipe) -> str:
@@ -112,7 +113,14 @@ def _work_line(plan: Plan, recipe: Recipe) -> str:
     return (f"{plan.tokens_per_step:,} tokens a step in {plan.micro_batches} micro-batch(es) "
             f"per rank, {steps}; per rank and step "
             f"{flops['student']:,.1f} TFLOP of the student and "
-            f"{flops['teacher']:,.1f} of the teacher")
+            f"{flops['teacher']:,.1f} of the teacher{_trained_part(plan)}")
+
+
+def _trained_part(plan: Plan) -> str:
+    """What of a student trains that trains in part; else nothing."""
+    trained, frozen = plan.parameters["trained"], plan.parameters["frozen"]
+    return (f"; of the student {trained:,} weights are trained, {trained / (trained + frozen):.2%}"
+            if frozen else "")
 
 
 def _epochs_line(plan: Plan, recipe: Recipe) -> str:
