@@ -248,6 +248,6 @@ def _import_peft(why: str = "student.lora") -> Any:
     try:
         import peft
     except ImportError:
-        raise InputError(f"{why}, and peft is not installed", "peft 0.19 or newer",
+        raise InputError(f"{why}, and peft is not installed", "peft 0.21.2 or newer",
                          "pip install 'amid-ds[lora]'") from None
     return peft
