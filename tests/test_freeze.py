@@ -42,6 +42,8 @@ def slow(*values: object) -> object:
     ("llama", ["embed_tokens", "layers.0.*"], ["embed_tokens", "layers.0."], 2, 1, 3),
     slow("llama", ["embed_tokens", "layers.0.*"], ["embed_tokens", "layers.0."], 1, 1, 0),
     slow("llama", ["lm_head", "model.norm*"], ["lm_head", "model.norm"], 2, 2, 3),
+    # No gradient comes back through the body.
+    slow("llama", ["model"], ["model."], 2, 1, 3),
     # The head is the embedding.
     slow("qwen2-tied", ["lm_head", "*bias"], ["embed_tokens", "bias"], 2, 1, 2),
     slow("qwen2-tied", ["lm_head", "*bias"], ["embed_tokens", "bias"], 2, 2, 3),
