@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,19 +15,19 @@ from safetensors.torch import load_file, save_file
 from support.ranks import Ranks, run_ranks
 from support.runs import comparable_metrics, read_metrics, write_recipe
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from amid_ds.checkpoint import adapter_export, whole_student
 from amid_ds.checkpoint.manifest import list_checkpoints
 from amid_ds.checkpoint.whole_student import FrozenWeights, WholeStudent
 from amid_ds.checkpoint.zero_shards import trained_shapes
 from amid_ds.cli import main
-from amid_ds.config.parse import load_recipe
+from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.config.recipe import Lora, Student
 from amid_ds.models.adapter_folders import model_source
 from amid_ds.models.loading import meta_model
 from amid_ds.models.trained import choose_trained
-from amid_ds.planning.devices import find_device
+from amid_ds.planning.devices import Device, find_device
 from amid_ds.planning.plan import make_plan
 
 LORA = {"rank": 2, "alpha": 6.0}
@@ -319,3 +320,52 @@ def test_no_leave_changes_what_trains(lora_run, recipe_for, tmp_path):
                                                checkpoint__allow_change=["student"]))
         assert refused.wait() == [2]
         assert "student.lora.rank: 2 before" in refused.output()
+    # Nor do adapters of default values come to a run without any.
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "recipe.yaml").write_text(dump_recipe(load_recipe(recipe_for(plain))))
+    refused = Ranks(1, "train", recipe_for(plain, student__lora={}))
+    assert refused.wait() == [2]
+    assert "student.lora.rank: None before, 16 now" in refused.output()
+
+
+def test_a_plan_has_no_weight_gradients_of_the_base_and_lora_is_a_remedy(
+        shared_folder, instructions_file, tmp_path):
+    def save(folder: Path) -> None:
+        LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
+                    num_attention_heads=8, num_key_value_heads=8, vocab_size=32000,
+                    tie_word_embeddings=False, dtype="bfloat16",
+                    architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+
+    config = shared_folder("config", save)
+    recipe = write_recipe(tmp_path / "r.yaml", config, config, instructions_file, tmp_path / "run",
+                          train__seq_length=2048, train__global_batch_size=1,
+                          deepspeed="ds_configs/zero3.json")
+    lora = ["student.lora.rank=16"]
+    whole, part = (make_plan(load_recipe(recipe, keys), 1, 1, Device("one", 80e9, 1e15, 5e10, 5e10))
+                   for keys in ([], lora))
+    body, head = 8 * (4 * 1024 * 1024 + 3 * 1024 * 4096), 32000 * 1024
+    adapters = 8 * 16 * (4 * 2 * 1024 + 3 * (1024 + 4096))
+    attention = 8 * 2 * 1024 * 2048
+    assert whole.flops_per_step["student"] == pytest.approx(
+        3 * 2048 * (2 * body + 2 * head + attention), rel=1e-3)
+    # Forward, and backward to the inputs: not to those of the first q, k and v, nor of their A.
+    first = 3 * (1024 * 1024 + 16 * 1024)
+    assert part.flops_per_step["student"] == pytest.approx(2048 * (
+        2 * (2 * body + 2 * head) + 3 * 2 * adapters + 3 * attention - 2 * first), rel=1e-3)
+    assert part.parameters == {"trained": adapters, "frozen": whole.parameters["trained"]}
+    assert part.checkpoint_bytes == adapters * 14
+    # bf16 weights, fp32 masters and moments; gradients as before.
+    assert part.memory_per_rank["optimizer"] == 12 * adapters
+    little = Device("little", part.memory_per_rank["total"] / 0.9, 1e15, 5e10, 5e10)
+    remedies = make_plan(load_recipe(recipe), 1, 1, little).remedies
+    assert any(remedy.startswith(f"{lora[0]}:") for remedy in remedies)
+
+
+def test_the_doctor_and_the_start_name_a_missing_peft(recipe_for, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    recipe = recipe_for(tmp_path / "run", student__lora=LORA)
+    assert main(["doctor", str(recipe)]) == 1
+    assert "student.lora, and peft is not installed; pip install" in capfd.readouterr().out
+    assert main(["train", str(recipe)]) == 2
+    assert "pip install 'amid-ds[lora]'" in capfd.readouterr().err
