@@ -136,13 +136,14 @@ def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
             warnings.simplefilter("ignore")
             adapted = peft.PeftModel(model, peft.PeftConfig.from_pretrained(folder))
             report = adapted.load_adapter(folder, ADAPTER_NAME, autocast_adapter_dtype=False)
-        wrong = [*report.missing_keys, *report.unexpected_keys]
-        if not wrong:
-            for _, layer in adapted_layers(adapted):
-                layer.float().merge(safe_merge=True)
-                layer.to(dtype)
-            merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-            return merged.eval()
+            wrong = [*report.missing_keys, *report.unexpected_keys]
+            if not wrong:
+                for _, layer in adapted_layers(adapted):
+                    layer.float().merge(safe_merge=True)
+                    layer.to(dtype)
+                # What is merged already it leaves out, with a warning.
+                merged: nn.Module = adapted.merge_and_unload()
+                return merged.eval()
         problem = f"{len(wrong)} missing or unexpected tensors: {', '.join(wrong[:MAX_KINDS])}"
     # A changed file can make peft raise anything.
     except Exception as error:
