@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,12 +15,19 @@ from safetensors.torch import load_file, save_file
 from support.ranks import Ranks, run_ranks
 from support.runs import comparable_metrics, read_metrics, write_recipe
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from amid_ds.checkpoint import adapter_export, whole_student
 from amid_ds.checkpoint.manifest import list_checkpoints
+from amid_ds.checkpoint.whole_student import FrozenWeights, WholeStudent
+from amid_ds.checkpoint.zero_shards import trained_shapes
 from amid_ds.cli import main
-from amid_ds.config.parse import load_recipe
-from amid_ds.planning.devices import find_device
+from amid_ds.config.parse import dump_recipe, load_recipe
+from amid_ds.config.recipe import Lora, Student
+from amid_ds.models.adapter_folders import model_source
+from amid_ds.models.loading import meta_model
+from amid_ds.models.trained import choose_trained
+from amid_ds.planning.devices import Device, find_device
 from amid_ds.planning.plan import make_plan
 
 LORA = {"rank": 2, "alpha": 6.0}
@@ -147,8 +155,8 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_digit(which, request
 
 
 @pytest.mark.parametrize(("ranks", "tp", "stage"), [
-    (1, 1, 2), (2, 2, 3), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in (
-        (1, 1, 3), (4, 2, 2), (2, 1, 1), (2, 1, 0), (4, 2, 0)))])
+    (2, 2, 2), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in (
+        (1, 1, 3), (1, 1, 2), (4, 2, 3), (2, 1, 1), (2, 1, 0), (4, 2, 0)))])
 def test_adapters_resume_in_another_layout(lora_run, recipe_for, tmp_path, ranks, tp, stage):
     again = copy_at_step_3(lora_run, tmp_path / "run")
     recipe = recipe_for(again, stage, student__lora=LORA, tensor_parallel=tp)
@@ -178,6 +186,42 @@ def test_peft_opens_the_run_and_gives_the_merged_models_and_the_engines_own_numb
     engine = json.loads((lora_run / "eval.jsonl").read_text().splitlines()[-1])
     assert engine["step"] == 6
     assert scores[0]["loss"] == pytest.approx(engine["loss"], rel=1e-5)
+
+
+class DrawnShards:
+    """In the place of a checkpoint: numbers that follow from a parameter's name."""
+
+    def __init__(self, checkpoint: Path, shapes: dict[str, torch.Size]) -> None:
+        self.shapes = shapes
+
+    def whole(self, name: str, kind: str = "fp32") -> Tensor:
+        draw = torch.Generator().manual_seed(sum(map(ord, name)))
+        return torch.randn(self.shapes[name], generator=draw) * 0.1
+
+
+@pytest.mark.parametrize(("family", "lora"), [
+    ("gpt2", {}), ("llama-tied", {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ("qwen3", {"targets": ["down_proj"], "modules_to_save": ["lm_head", "norm"]})])
+def test_merged_weights_are_pefts_of_weights_either_way_round_and_of_modules_that_train_whole(
+        family, lora, shared_model, tmp_path, monkeypatch):
+    folder = shared_model(family, 0)
+    student = Student(model=str(folder), lora=Lora(rank=4, alpha=6.0, **lora))
+    trained, plain = meta_model(str(folder)), meta_model(str(folder))
+    choose_trained(trained, student)
+    for module in (adapter_export, whole_student):
+        monkeypatch.setattr(module, "ZeroShards", DrawnShards)
+    adapter_export.write_adapter(tmp_path, trained_shapes(trained), torch.float32, plain, student,
+                                 tmp_path)
+    weights = WholeStudent(tmp_path, trained, FrozenWeights(student), torch.float32).open()
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = logits_of(model)
+    model.load_state_dict({name: weights.whole(name, parameter.shape)
+                           for name, parameter in plain.named_parameters()}, strict=False)
+    merged = logits_of(model)
+    assert (merged - before).abs().max() > 0.1
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
+    for other in (theirs, model_source(str(tmp_path)).load("auto")):
+        torch.testing.assert_close(logits_of(other), merged, rtol=1e-5, atol=1e-5)
 
 
 def test_a_merged_model_has_the_bases_bytes_but_for_what_adapters_change(merged, student):
@@ -276,3 +320,52 @@ def test_no_leave_changes_what_trains(lora_run, recipe_for, tmp_path):
                                                checkpoint__allow_change=["student"]))
         assert refused.wait() == [2]
         assert "student.lora.rank: 2 before" in refused.output()
+    # Nor do adapters of default values come to a run without any.
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "recipe.yaml").write_text(dump_recipe(load_recipe(recipe_for(plain))))
+    refused = Ranks(1, "train", recipe_for(plain, student__lora={}))
+    assert refused.wait() == [2]
+    assert "student.lora.rank: None before, 16 now" in refused.output()
+
+
+def test_a_plan_has_no_weight_gradients_of_the_base_and_lora_is_a_remedy(
+        shared_folder, instructions_file, tmp_path):
+    def save(folder: Path) -> None:
+        LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8,
+                    num_attention_heads=8, num_key_value_heads=8, vocab_size=32000,
+                    tie_word_embeddings=False, dtype="bfloat16",
+                    architectures=["LlamaForCausalLM"]).save_pretrained(folder)
+
+    config = shared_folder("config", save)
+    recipe = write_recipe(tmp_path / "r.yaml", config, config, instructions_file, tmp_path / "run",
+                          train__seq_length=2048, train__global_batch_size=1,
+                          deepspeed="ds_configs/zero3.json")
+    lora = ["student.lora.rank=16"]
+    whole, part = (make_plan(load_recipe(recipe, keys), 1, 1, Device("one", 80e9, 1e15, 5e10, 5e10))
+                   for keys in ([], lora))
+    body, head = 8 * (4 * 1024 * 1024 + 3 * 1024 * 4096), 32000 * 1024
+    adapters = 8 * 16 * (4 * 2 * 1024 + 3 * (1024 + 4096))
+    attention = 8 * 2 * 1024 * 2048
+    assert whole.flops_per_step["student"] == pytest.approx(
+        3 * 2048 * (2 * body + 2 * head + attention), rel=1e-3)
+    # Forward, and backward to the inputs: not to those of the first q, k and v, nor of their A.
+    first = 3 * (1024 * 1024 + 16 * 1024)
+    assert part.flops_per_step["student"] == pytest.approx(2048 * (
+        2 * (2 * body + 2 * head) + 3 * 2 * adapters + 3 * attention - 2 * first), rel=1e-3)
+    assert part.parameters == {"trained": adapters, "frozen": whole.parameters["trained"]}
+    assert part.checkpoint_bytes == adapters * 14
+    # bf16 weights, fp32 masters and moments; gradients as before.
+    assert part.memory_per_rank["optimizer"] == 12 * adapters
+    little = Device("little", part.memory_per_rank["total"] / 0.9, 1e15, 5e10, 5e10)
+    remedies = make_plan(load_recipe(recipe), 1, 1, little).remedies
+    assert any(remedy.startswith(f"{lora[0]}:") for remedy in remedies)
+
+
+def test_the_doctor_and_the_start_name_a_missing_peft(recipe_for, tmp_path, monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    recipe = recipe_for(tmp_path / "run", student__lora=LORA)
+    assert main(["doctor", str(recipe)]) == 1
+    assert "student.lora, and peft is not installed; pip install" in capfd.readouterr().out
+    assert main(["train", str(recipe)]) == 2
+    assert "pip install 'amid-ds[lora]'" in capfd.readouterr().err

@@ -8,8 +8,10 @@ import pytest
 import torch
 import yaml
 from support.lora import EPS, assert_trains_as, write_stage_config
+from support.patches import rank_without_compiler
 from support.ranks import run_ranks
 from support.reference_loop import reference_adamw, reference_loop
+from support.reference_muon import ReferenceMuon
 from support.runs import write_recipe
 from torch import nn
 
@@ -42,6 +44,8 @@ def slow(*values: object) -> object:
     ("llama", ["embed_tokens", "layers.0.*"], ["embed_tokens", "layers.0."], 2, 1, 3),
     slow("llama", ["embed_tokens", "layers.0.*"], ["embed_tokens", "layers.0."], 1, 1, 0),
     slow("llama", ["lm_head", "model.norm*"], ["lm_head", "model.norm"], 2, 2, 3),
+    # No gradient comes back through the body.
+    slow("llama", ["model"], ["model."], 2, 1, 3),
     # The head is the embedding.
     slow("qwen2-tied", ["lm_head", "*bias"], ["embed_tokens", "bias"], 2, 1, 2),
     slow("qwen2-tied", ["lm_head", "*bias"], ["embed_tokens", "bias"], 2, 2, 3),
@@ -67,6 +71,28 @@ def test_all_but_the_frozen_trains_as_plain_torch_does(shared_model, llama_pair,
     assert groups["frozen"] == {"tensors": len(frozen),
                                 "elements": sum(weight.numel() for weight in frozen.values())}
     assert sum(group["tensors"] for group in groups.values()) == len(truth[1])
+
+
+class FrozenMuon(ReferenceMuon):
+    """That of a model whose embedding and first layer are frozen."""
+
+    def __init__(self, model: nn.Module, train: dict) -> None:
+        freezing("embed_tokens", "layers.0.")(model, train)
+        super().__init__(model, train)
+        self.of_muon["params"] = [each for each in self.of_muon["params"] if each.requires_grad]
+
+
+@pytest.mark.slow
+def test_muon_steps_what_is_not_frozen(llama_pair, instructions_file, tmp_path):
+    recipe = write_recipe(
+        tmp_path / "r.yaml", *llama_pair, instructions_file, tmp_path / "run",
+        student__freeze=["embed_tokens", "layers.0.*"], train__eps=EPS, train__optimizer="muon",
+        train__muon={"learning_rate": 0.01, "momentum": 0.95}, train__weight_decay=0.1,
+        data__prepared=str(tmp_path / "data"), data__isolate_documents=False,
+        deepspeed=write_stage_config(tmp_path, 3))
+    run_ranks(2, "train", recipe, target=rank_without_compiler)
+    assert_trains_as(reference_loop(*llama_pair, yaml.safe_load(recipe.read_text()),
+                                    tmp_path / "data", FrozenMuon), tmp_path / "run")
 
 
 def test_a_frozen_heads_gradient_is_never_made(monkeypatch):

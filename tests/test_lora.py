@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 
 import pytest
 import torch
 import yaml
+from support.counting_rank import counting_rank
+from support.eight_bits import quantizing_rank
 from support.lora import EPS, assert_trains_as, with_peft, write_stage_config
 from support.ranks import run_ranks
 from support.reference_loop import reference_loop
-from support.runs import comparable_metrics, write_recipe
+from support.runs import comparable_metrics, read_metrics, write_recipe
 
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Lora, Student
@@ -69,6 +72,29 @@ def test_secondary_partitions_change_no_number(llama_pair, instructions_file, tm
             deepspeed=write_stage_config(tmp_path, 3, **hpz))
         run_ranks(2, "train", recipe)
     assert comparable_metrics(tmp_path / "hpz") == comparable_metrics(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_the_frozen_base_is_gathered_as_the_students_and_may_travel_in_8_bits(
+        llama_pair, instructions_file, tmp_path):
+    def steps_of(name: str, target, lora: dict | None, **zero) -> tuple[list[dict], list[float]]:
+        recipe = write_recipe(
+            tmp_path / f"{name}.yaml", *llama_pair, instructions_file, tmp_path / name,
+            student__lora=lora, data__prepared=str(tmp_path / "data"),
+            deepspeed=write_stage_config(tmp_path, 3, **zero))
+        run_ranks(2, "train", recipe, target=target)
+        lines = (tmp_path / name / "0.jsonl").read_text().splitlines()
+        return ([json.loads(line) for line in lines],
+                [line["loss"] for line in read_metrics(tmp_path / name)])
+
+    whole, _ = steps_of("whole", counting_rank, None)
+    adapted, losses = steps_of("adapted", counting_rank, LORA)
+    _, rounded = steps_of("rounded", quantizing_rank, LORA, zero_quantized_weights=True)
+    assert [line["teacher_bytes"] for line in adapted] == [line["teacher_bytes"] for line in whole]
+    # The adapters are gathered beside all that is there without them.
+    assert all(of_adapted["student_bytes"] > of_whole["student_bytes"] > 0
+               for of_adapted, of_whole in zip(adapted[1:], whole[1:], strict=True))
+    assert rounded == pytest.approx(losses, rel=0.02) and rounded != losses
 
 
 @pytest.mark.slow

@@ -39,10 +39,11 @@ STAND_INS = {
     "distillm_gpt2_dolly": ("gpt2", 1, ADAPTIVE),
     "gkd": ("gpt2", 1, SAMPLED),
     "csd": ("gpt2", 1, SMALL_BATCH),
-    "distillm2": ("llama", 1, SMALL_BATCH),
+    "distillm2": ("llama", 1, [*SMALL_BATCH, "student.lora.rank=4"]),
+    "llm_neo": ("llama", 1, [*SMALL_BATCH, "student.lora.rank=4"]),
     "eopd": ("llama", 1, SAMPLED),
     "veto": ("llama", 1, SAMPLED),
-    "opd_sampled": ("llama", 1, SAMPLED),
+    "opd_sampled": ("llama", 1, [*SAMPLED, "student.lora.rank=4"]),
     "pretrain": ("llama", 2, ["tensor_parallel=2", "train.global_batch_size=2"]),
     "mean_teacher": ("llama", 2, ["train.global_batch_size=2"]),
     "grown_vocabulary": ("llama", 1, SMALL_BATCH),
@@ -127,7 +128,8 @@ def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, chat_models
     assert sampled or all(line["kd_loss"] > 0 for line in learnt)
     assert recipe.rollout is None or all(line["rollout"] for line in lines)
     assert all(key in line for key in recipe.train.statistics for line in lines)
-    assert (tmp_path / "run" / "model" / "config.json").exists()
+    file = "config.json" if recipe.student.lora is None else "adapter_config.json"
+    assert (tmp_path / "run" / "model" / file).exists()
     assert recipe.checkpoint.best is None or (tmp_path / "run" / "best" / "config.json").exists()
 
 
@@ -299,7 +301,8 @@ def test_a_run_on_dolly_is_evaluated_each_epoch_and_its_rate_ends_at_1e_7():
     for recipe in on_dolly():
         # Dolly's rows that are not held out, as their code reads them.
         an_epoch = 11_435 // recipe.train.global_batch_size
-        assert recipe.train.epochs == (10 if "760M" in recipe.student.model else 20)
+        is_large = "760M" in recipe.student.model or "openllama" in recipe.student.model
+        assert recipe.train.epochs == (10 if is_large else 20)
         assert recipe.train.eval_every == recipe.checkpoint.every == an_epoch
         steps = recipe.train.epochs * an_epoch
         train = recipe.train.model_copy(update={"steps": steps, "epochs": None})

@@ -8,8 +8,11 @@ import pytest
 import torch
 import transformers as t
 
+from amid_ds.config.recipe import Lora
+from amid_ds.models.adapters import inject
 from amid_ds.models.tensor_parallel import (
     layer_specs,
+    shrink_to_tp_rank,
     split_parameters,
     tp_unsupported_reason,
     vocab_shard,
@@ -30,7 +33,7 @@ def test_every_linear_layer_of_a_planned_body_is_split_and_nothing_else(family):
     model = shell(family)
     assert tp_unsupported_reason(model, 2) is None
     kinds = {}
-    for spec in layer_specs(model, "student", trains=True):
+    for spec in layer_specs(model, "student"):
         for name, _ in torch.nn.ModuleDict({"student": model}).named_parameters():
             if any(re.match(pattern, name) for pattern in spec["patterns"]):
                 kinds[name] = spec["partition_type"]
@@ -41,7 +44,29 @@ def test_every_linear_layer_of_a_planned_body_is_split_and_nothing_else(family):
         else:
             assert kind == ("skip" if name.endswith(("q_norm", "k_norm")) else None), name
     assert kinds == {}
-    assert all(not spec["grad_allreduce"] for spec in layer_specs(model, "teacher", trains=False))
+    model.requires_grad_(False)
+    assert all(not spec["grad_allreduce"] for spec in layer_specs(model, "teacher"))
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_an_adapters_factor_is_split_with_its_layer(family):
+    model = shell(family)
+    inject(model, Lora(rank=2, targets=["q_proj", "down_proj"]))
+    assert tp_unsupported_reason(model, 2) is None
+    whole = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    split = split_parameters(model, 2)
+    assert all(any(re.match(pattern, f"student.{name}") for spec in layer_specs(model, "student")
+                   for pattern in spec["patterns"])
+               for name in split if not name.startswith("lm_head"))
+    shrink_to_tp_rank(model, 2)
+    halves = {name: [dim for dim in range(len(shape)) if 2 * parameter.shape[dim] == shape[dim]]
+              for (name, parameter), shape in zip(model.named_parameters(), whole.values(),
+                                                  strict=True)}
+    assert {name for name, dims in halves.items() if dims} | {"lm_head.weight"} == split
+    layer = "model.layers.0."
+    for target, dims in (("self_attn.q_proj", ([0], [], [0])), ("mlp.down_proj", ([1], [1], []))):
+        parts = ("base_layer", "lora_A.default", "lora_B.default")
+        assert tuple(halves[f"{layer}{target}.{part}.weight"] for part in parts) == dims
 
 
 def test_a_tied_embedding_in_the_plan_stays_whole_and_its_body_is_split():
@@ -51,7 +76,7 @@ def test_a_tied_embedding_in_the_plan_stays_whole_and_its_body_is_split():
                                       "embed_tokens": "embedding_rowwise"}
     assert tp_unsupported_reason(tied, 2) is None
     assert not any("embed" in name for name in split_parameters(tied, 2))
-    assert not any("embed" in pattern for spec in layer_specs(tied, "student", trains=True)
+    assert not any("embed" in pattern for spec in layer_specs(tied, "student")
                    for pattern in spec["patterns"])
 
 

@@ -38,8 +38,8 @@ ADAPTER_NAME, CONFIG_FILE = "default", "adapter_config.json"
 # What stands before the names of the model's parameters in an adapter's file.
 FILE_PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
-# The most names of each kind in a message.
-MAX_NAMES = 12
+# The most kinds of modules, and of other names, in a message.
+MAX_KINDS = 12
 
 
 def inject(model: nn.Module, lora: Lora) -> None:
@@ -127,19 +127,24 @@ def write_adapter_config(folder: Path, model: nn.Module, lora: Lora, base: str,
 def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
     """`model` with the adapters in `folder` added to its weights, in place and by peft.
 
-    Raises InputError where they are damaged, or of another model.
+    The sum is made in fp32, a layer at a time, and rounded once. Raises InputError where they are
+    damaged, or of another model.
     """
-    peft = _import_peft(f"{folder} holds adapters")
+    peft, dtype = _import_peft(f"{folder} holds adapters"), next(model.parameters()).dtype
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             adapted = peft.PeftModel(model, peft.PeftConfig.from_pretrained(folder))
             report = adapted.load_adapter(folder, ADAPTER_NAME, autocast_adapter_dtype=False)
-        wrong = [*report.missing_keys, *report.unexpected_keys]
-        if not wrong:
-            merged: nn.Module = adapted.merge_and_unload(safe_merge=True)
-            return merged.eval()
-        problem = f"{len(wrong)} missing or unexpected tensors: {', '.join(wrong[:MAX_NAMES])}"
+            wrong = [*report.missing_keys, *report.unexpected_keys]
+            if not wrong:
+                for _, layer in adapted_layers(adapted):
+                    layer.float().merge(safe_merge=True)
+                    layer.to(dtype)
+                # What is merged already it leaves out, with a warning.
+                merged: nn.Module = adapted.merge_and_unload()
+                return merged.eval()
+        problem = f"{len(wrong)} missing or unexpected tensors: {', '.join(wrong[:MAX_KINDS])}"
     # A changed file can make peft raise anything.
     except Exception as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -216,7 +221,7 @@ def _named(model: nn.Module, key: str, wanted: Iterable[str], modules: dict[str,
             other = next((module for name, module in model.named_modules()
                           if f".{name}".endswith(f".{each}")), None)
             kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in modules))
-            shown = ", ".join([*kinds[:MAX_NAMES], *(["…"] if len(kinds) > MAX_NAMES else [])])
+            shown = ", ".join([*kinds[:MAX_KINDS], *(["…"] if len(kinds) > MAX_KINDS else [])])
             raise InputError(
                 f"student.lora.{key} names {each!r}, which is "
                 + (f"a {type(other).__name__}" if other is not None else "nothing")
@@ -233,15 +238,17 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def _shape(layer: Any) -> tuple[int, ...]:
-    """Of the layer's weight, also where ZeRO-3 holds its pieces."""
-    return tuple(getattr(layer.weight, "ds_shape", layer.weight.shape))
+def _shape(layer: Any) -> tuple[int, int]:
+    """The layer's outputs and inputs, also where ZeRO-3 holds pieces of its weight."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return layer.nf, layer.nx
 
 
 def _import_peft(why: str = "student.lora") -> Any:
     try:
         import peft
     except ImportError:
-        raise InputError(f"{why}, and peft is not installed", "peft 0.18 or newer",
+        raise InputError(f"{why}, and peft is not installed", "peft 0.21.2 or newer",
                          "pip install 'amid-ds[lora]'") from None
     return peft

@@ -141,7 +141,7 @@ def shrink_to_tp_rank(model: nn.Module, tp_size: int) -> tuple[int, int]:
 
     Returns the elements per token that AutoTP sums over the group: in forward the outputs of the
     row-wise layers, in backward the gradients of the column-wise layers' inputs, each layer by
-    itself. (0, 0) if the body stays whole.
+    itself, and marked with `sums_input_gradient`. (0, 0) if the body stays whole.
     """
     forward = backward = 0
     if tp_size == 1 or tp_unsupported_reason(model, tp_size) is not None:
@@ -154,6 +154,7 @@ def shrink_to_tp_rank(model: nn.Module, tp_size: int) -> tuple[int, int]:
                 rows, columns = layer.weight.shape
                 if STYLES[style] == "column":
                     backward, rows = backward + columns, rows // tp_size
+                    layer.sums_input_gradient = True
                     if layer.bias is not None:
                         layer.bias = nn.Parameter(layer.bias[:rows])
                 else:

@@ -13,11 +13,9 @@ from torch import nn
 from amid_ds.config.recipe import Student
 from amid_ds.errors import InputError
 from amid_ds.models.adapters import FirstValues, first_values, inject
+from amid_ds.models.weights import MAX_NAMES
 
 logger = logging.getLogger(__name__)
-
-# The most names in a message.
-MAX_NAMES = 4
 
 
 def choose_trained(model: nn.Module, student: Student, seed: int = 0) -> FirstValues:

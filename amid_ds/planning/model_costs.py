@@ -204,6 +204,8 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
                           for parameter in meta.parameters())
     # From here on `meta` has the shapes of one tensor-parallel rank.
     forward_width, backward_width = (0, 0) if whole else shrink_to_tp_rank(meta, tp)
+    if backward_width and counts["trained"].total < counts["weights"].total:
+        backward_width -= _width_without_gradient(meta)
     layers = _layers_of(meta)
     largest_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
     hidden_size, seq_length = head.shape[1], recipe.train.seq_length
@@ -327,6 +329,24 @@ def run_on_meta(meta: Any, rows: int, length: int, layers: int | None = None) ->
         meta.config._attn_implementation = before
         if stack:
             setattr(body, stack, all_layers)
+
+
+def _width_without_gradient(meta: Any) -> int:
+    """Elements per token of the inputs of column-wise layers below which nothing is trained: a
+    tensor-parallel group has no gradient of them to sum."""
+    body, width = body_of(meta), 0
+
+    def count(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        nonlocal width
+        if not inputs[0].requires_grad:
+            width += inputs[0].shape[-1]
+
+    hooks = [module.register_forward_pre_hook(count) for module in body.modules()
+             if getattr(module, "sums_input_gradient", False)]
+    run_on_meta(meta, 1, 2)
+    for hook in hooks:
+        hook.remove()
+    return width
 
 
 def _backward_flops(body: nn.Module, states: Tensor, attention: _CountingAttention) -> float:

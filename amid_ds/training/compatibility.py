@@ -159,7 +159,7 @@ def _default_in(before: Mapping[str, object], key: str) -> object:
     """The value of a key that `before` lacks: its default, or None where its section was not there.
     """
     section = key.rpartition(".")[0]
-    was_there = any(other.startswith(f"{section}.") for other in before)
+    was_there = not section or any(other.startswith(f"{section}.") for other in before)
     return default_of(key) if was_there or default_of(section) is not None else None
 
 
