@@ -293,7 +293,7 @@ def write_pruned(task: PruneTask, importance: Importance | None) -> None:
                 write_weights(student, hollow, lambda names: (read_cut(reader, cut.of(name))
                                                               for name in names), staging)
                 write_model_configs(Student(**task.teacher.hub_kwargs, model=task.teacher.model),
-                                    student, task.dtype, staging)
+                                    student, task.meta.config.dtype or task.dtype, staging)
                 (staging / "README.md").write_text(pruned_card(task, cut), encoding="utf-8")
         except OSError as error:
             raise InputError(f"the student {out} could not be written: {error}",
