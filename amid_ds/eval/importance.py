@@ -76,9 +76,9 @@ class ImportanceHooks:
             module = self.model.get_submodule(f"{self.family.layers}.{layer}")
             self._before(module, lambda _, x: self.states.append(x))
             self._before(module.get_submodule(self.family.neurons_out),
-                         lambda layer, x: self._add("neurons", layer, x.abs()), layer)
+                         lambda layer, x: self._add("neurons", layer, x.float().abs()), layer)
             self._before(module.get_submodule(self.family.heads_out),
-                         lambda layer, x: self._add("heads", layer, x.unflatten(
+                         lambda layer, x: self._add("heads", layer, x.float().unflatten(
                              1, (self.sizes.heads, -1)).norm(dim=2)), layer)
         self.handles.append(module.register_forward_hook(
             lambda _, __, output: self.states.append(self._rows(output))))
@@ -93,9 +93,9 @@ class ImportanceHooks:
             handle.remove()
 
     def _before(self, module: nn.Module, add: Any, number: int = 0) -> None:
-        """Call add(number, x) with the input of `module` at the kept tokens [n, ...], in fp32."""
+        """Call add(number, x) with the input of `module` at the kept tokens, [n, width]."""
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            add(number, self._rows(args[0] if args else kwargs["hidden_states"]).float())
+            add(number, self._rows(args[0] if args else kwargs["hidden_states"]))
 
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
