@@ -47,3 +47,30 @@ def test_the_study_leaves_its_table_and_figure_and_goes_on_where_it_was_cut(tmp_
     assert scores["top1_agreement"] == 1
     assert main(["study", "--out", str(out), "--seeds", "2"]) == 0 and len(started) == 8
     assert capsys.readouterr().out.count("finished already") == 8
+
+
+@pytest.mark.slow
+def test_the_study_of_pruned_students_leaves_its_table_and_does_nothing_twice(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "CORPUS_BYTES", 300_000)
+    monkeypatch.setattr(demo, "HELD_OUT_BYTES", 8_000)
+    for name in ("TEACHER_TRAIN", "STUDENT_TRAIN"):
+        monkeypatch.setattr(demo, name, {**getattr(demo, name), "steps": 3, "warmup_steps": 1})
+    started = []
+
+    def wait(arguments, log, run, resumes=True) -> int:
+        started.append(arguments[3])
+        ranks = Ranks(1, *arguments[3:])
+        return ranks.wait()[0] or log.write(ranks.output().encode()) * 0
+
+    monkeypatch.setattr(sweep, "_wait", wait)
+    out = tmp_path / "study"
+    asked = ["study", "pruning", "--out", str(out), "--seeds", "1"]
+    assert main(asked) == 0 and started == ["train", "prune", "train", "train"]
+    table = (out / "pruning.md").read_text()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    assert [line[0] for line in lines] == ["student", "---", "pruned", "random"]
+    assert lines[0][1:] == ["KL to the teacher before", "loss before", "KL to the teacher after",
+                            "loss after"]
+    assert all(float(cell) > 0 for line in lines[2:] for cell in line[1:])
+    assert main(asked) == 0 and (out / "pruning.md").read_text() == table and len(started) == 4

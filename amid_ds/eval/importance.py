@@ -8,7 +8,6 @@ the sums are in fp64 and added up once, so what is chosen by them is too.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,8 +33,7 @@ class Importance:
     cosines: [L+1, L+1], of the hidden states before each of the L layers, and after the last.
     changes: [L], the square of what each layer adds to them. neurons: [L, I], |output|. heads:
     [L, heads], the output's Euclidean norm. outputs: by the name of a norm over the hidden states,
-    |output| of each channel. shares: by the same, each channel's share of its input's variance, or
-    of its mean square where the norm takes no mean away.
+    [H], |output|.
     """
 
     cosines: Tensor
@@ -43,7 +41,6 @@ class Importance:
     neurons: Tensor
     heads: Tensor
     outputs: Mapping[str, Tensor]
-    shares: Mapping[str, Tensor]
 
 
 def hidden_norms(model: nn.Module, family: PrunedFamily) -> list[str]:
@@ -68,7 +65,7 @@ class ImportanceHooks:
             name: torch.zeros(shape, dtype=torch.float64, device=device) for name, shape in (
                 ("cosines", (layers + 1, layers + 1)), ("changes", (layers,)),
                 ("neurons", (layers, intermediate)), ("heads", (layers, heads)),
-                ("outputs", (len(self.norms), hidden)), ("shares", (len(self.norms), hidden)))}
+                ("outputs", (len(self.norms), hidden)))}
         # Of the batch that runs: its labelled tokens, and their hidden states layer by layer.
         self.kept = torch.empty(0)
         self.states: list[Tensor] = []
@@ -79,16 +76,14 @@ class ImportanceHooks:
             module = self.model.get_submodule(f"{self.family.layers}.{layer}")
             self._before(module, lambda _, x: self.states.append(x))
             self._before(module.get_submodule(self.family.neurons_out),
-                         lambda layer, x: self._add("neurons", layer, x.abs()), layer)
+                         lambda layer, x: self._add("neurons", layer, x.float().abs()), layer)
             self._before(module.get_submodule(self.family.heads_out),
-                         lambda layer, x: self._add("heads", layer, x.unflatten(
+                         lambda layer, x: self._add("heads", layer, x.float().unflatten(
                              1, (self.sizes.heads, -1)).norm(dim=2)), layer)
         self.handles.append(module.register_forward_hook(
             lambda _, __, output: self.states.append(self._rows(output))))
         for number, name in enumerate(self.norms):
-            norm = self.model.get_submodule(name)
-            self._before(norm, self._add_shares, number)
-            self.handles.append(norm.register_forward_hook(
+            self.handles.append(self.model.get_submodule(name).register_forward_hook(
                 lambda _, __, output, number=number: self._add(
                     "outputs", number, self._rows(output).float().abs())))
         return self
@@ -98,9 +93,9 @@ class ImportanceHooks:
             handle.remove()
 
     def _before(self, module: nn.Module, add: Any, number: int = 0) -> None:
-        """Call add(number, x) with the input of `module` at the kept tokens [n, ...], in fp32."""
+        """Call add(number, x) with the input of `module` at the kept tokens, [n, width]."""
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            add(number, self._rows(args[0] if args else kwargs["hidden_states"]).float())
+            add(number, self._rows(args[0] if args else kwargs["hidden_states"]))
 
         self.handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
@@ -111,14 +106,6 @@ class ImportanceHooks:
 
     def _add(self, name: str, number: int, values: Tensor) -> None:
         self.sums[name][number] += values.sum(0, dtype=torch.float64)
-
-    def _add_shares(self, number: int, x: Tensor) -> None:
-        if self.family.centres:
-            x = x - x.mean(1, keepdim=True)
-        squares = x.square()
-        # A token of zeros has no shares.
-        self._add("shares", number,
-                  squares / squares.sum(1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny))
 
     @torch.no_grad()
     def measure(self, batch: Batch) -> None:
@@ -146,9 +133,8 @@ class ImportanceHooks:
         parts = total.split([s.numel() for s in self.sums.values()])
         sums = {name: part.view(s.shape) for (name, s), part in zip(self.sums.items(), parts,
                                                                     strict=True)}
-        outputs, shares = (dict(zip(self.norms, sums.pop(name), strict=True))
-                           for name in ("outputs", "shares"))
-        return Importance(**sums, outputs=outputs, shares=shares)
+        by_norm = dict(zip(self.norms, sums.pop("outputs"), strict=True))
+        return Importance(**sums, outputs=by_norm)
 
 
 def kept_layers(importance: Importance, kept: int) -> list[int]:
@@ -177,16 +163,3 @@ def best(scores: Tensor, count: int) -> Tensor:
 def channel_scores(importance: Importance, norms: Iterable[str]) -> Tensor:
     """[H] the importance of each channel: its |output| summed over these norms."""
     return torch.stack([importance.outputs[name] for name in norms]).sum(0)
-
-
-def norm_scale(importance: Importance, norm: str, channels: Tensor) -> float:
-    """The factor of a norm's weight in a model of these channels alone.
-
-    The norm then gives these channels on average the size that they have in the teacher: the root
-    of the old width over the new, times that of their share of the squares. Of channels that are 0
-    wherever they are dropped the share is 1, and the norm's output exactly the teacher's.
-    """
-    shares = importance.shares[norm]
-    total, kept = shares.sum().item(), shares[channels].sum().item()
-    share = kept / total if total > 0 else 1.0
-    return math.sqrt(share * len(shares) / len(channels))

@@ -35,7 +35,6 @@ from amid_ds.eval.importance import (
     channel_scores,
     hidden_norms,
     kept_layers,
-    norm_scale,
 )
 from amid_ds.eval.rows import RowOptions
 from amid_ds.files.atomic import require_disk_space
@@ -133,6 +132,8 @@ def prune(args: PruneArgs) -> None:
     """`amid-ds prune`, on every rank of any launcher. Raises InputError."""
     with init_distributed(PRUNE_TIMEOUT_S) as world:
         task = world.run_checked(lambda: check_prune(args))
+        # Before any row is run; it may download, for as long as it takes.
+        world.run_on_main(lambda: _open_reader(task) and None)
         importance = None if task.data is None else measure_importance(task, world)
         world.run_on_main(lambda: write_pruned(task, importance))
         logger.info(f"{args.out}: {_described(task.sizes)}, cut from {args.teacher}")
@@ -232,18 +233,12 @@ def choose_cut(task: PruneTask, importance: Importance | None, reader: WeightRea
     if importance is None:
         return Cut(config, even_layers(own.layers, sizes.layers))
     layers = kept_layers(importance, sizes.layers)
-    channels = None
-    scales: dict[str, float] = {}
-    embedding = 1.0
+    channels, embedding = None, 1.0
     if sizes.hidden < own.hidden:
         norms = [name for name in hidden_norms(task.meta, task.family)
                  if task.family.layer_of(name) in (None, *layers)]
         channels = best(channel_scores(importance, norms), sizes.hidden)
-        scales = {name: norm_scale(importance, name, channels) for name in norms}
         embedding = scaled_embedding_ratio(config, sizes.hidden, task.dtype)
-        if config.tie_word_embeddings:
-            # The head has the embeddings' factor too.
-            scales[task.family.final_norm] /= embedding
     neurons, groups = {}, {}
     for layer in layers:
         prefix = f"{task.family.layers}.{layer}."
@@ -255,7 +250,7 @@ def choose_cut(task: PruneTask, importance: Importance | None, reader: WeightRea
             weights = weights.view(own.heads, head_width(config)).norm(dim=1)
             of_groups = (importance.heads[layer] * weights).view(group_count(config), -1).sum(1)
             groups[layer] = best(of_groups, len(of_groups) * sizes.heads // own.heads)
-    return Cut(config, layers, channels, neurons, groups, scales, embedding)
+    return Cut(config, layers, channels, neurons, groups, embedding)
 
 
 def _input_norms(reader: WeightReader, name: str, family: PrunedFamily) -> Tensor:
@@ -272,15 +267,20 @@ def _input_norms(reader: WeightReader, name: str, family: PrunedFamily) -> Tenso
     return squares.sqrt()
 
 
-def write_pruned(task: PruneTask, importance: Importance | None) -> None:
-    """Choose what stays and write the student's folder, complete or not at all. On rank 0."""
-    out = Path(task.args.out)
+def _open_reader(task: PruneTask) -> WeightReader:
+    """A reader of the teacher's weights. Raises InputError where they can only be read whole."""
     reader = open_weights(task.teacher.model, **task.teacher.hub_kwargs)
     if isinstance(reader, str):
         raise InputError(f"the weights of {task.args.teacher} cannot be read one by one: {reader}",
                          "safetensors files of unquantized weights",
                          "load it with from_pretrained and save it anew with save_pretrained")
-    with reader, freed_memory_given_back():
+    return reader
+
+
+def write_pruned(task: PruneTask, importance: Importance | None) -> None:
+    """Choose what stays and write the student's folder, complete or not at all. On rank 0."""
+    out = Path(task.args.out)
+    with _open_reader(task) as reader, freed_memory_given_back():
         refuse_other_keys(task.args.teacher, {"untied": reader.unequal_twins(0, 1)})
         cut = choose_cut(task, importance, reader)
         student = student_model(task, cut.layers)
@@ -293,7 +293,7 @@ def write_pruned(task: PruneTask, importance: Importance | None) -> None:
                 write_weights(student, hollow, lambda names: (read_cut(reader, cut.of(name))
                                                               for name in names), staging)
                 write_model_configs(Student(**task.teacher.hub_kwargs, model=task.teacher.model),
-                                    student, task.dtype, staging)
+                                    student, task.meta.config.dtype or task.dtype, staging)
                 (staging / "README.md").write_text(pruned_card(task, cut), encoding="utf-8")
         except OSError as error:
             raise InputError(f"the student {out} could not be written: {error}",
@@ -317,8 +317,9 @@ def pruned_card(task: PruneTask, cut: Cut) -> str:
         changed.append("Layers of the teacher that are left: "
                        + ", ".join(map(str, cut.layers)) + ".")
     if task.data is not None:
-        changed.append(f"Chosen by the teacher's activations on the first {args.calibration_rows} "
-                       f"rows of up to {args.seq_length} tokens of `{args.data}`.")
+        changed.append("Chosen by the teacher's activations on no more than the first "
+                       f"{args.calibration_rows} rows of {args.seq_length} tokens of "
+                       f"`{args.data}`.")
     elif task.sizes != task.own:
         changed.append("Layers are left at even distances.")
     revision = f" at {task.teacher.revision}" if task.teacher.revision else ""

@@ -33,8 +33,9 @@ from amid_ds.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# The options of `prune`: half of the demo's teacher in width.
-CUT = {"hidden": 192, "intermediate": 344, "heads": 2, "layers": 3}
+# The options of `prune`, with which the student is about the demo's: half of the teacher's layers,
+# channels and neurons.
+CUT = {"layers": 2, "hidden": 128, "intermediate": 344}
 STARTS = ("pruned", "random")
 
 

@@ -178,7 +178,7 @@ def pruned_config(config: Any, sizes: ModelSizes, layers: Sequence[int]) -> Any:
     values: dict[str, object] = {
         "num_hidden_layers": sizes.layers, "hidden_size": sizes.hidden,
         "num_attention_heads": sizes.heads,
-        family.epsilon: getattr(config, family.epsilon) * own.hidden / sizes.hidden}
+        family.epsilon: getattr(config, family.epsilon) * (own.hidden / sizes.hidden)}
     if family.has_head_width:
         values |= {"num_key_value_heads": sizes.heads // per_group,
                    "head_dim": head_width(config), "intermediate_size": sizes.intermediate}
@@ -224,8 +224,8 @@ class Cut:
     """Which parts of a model are kept, each in the teacher's order.
 
     config: the teacher's. layers: numbers. channels: [H'], None: all. neurons, groups: by a kept
-    layer's number in the teacher; {}: all. scales: by the name of a norm in the teacher, the factor
-    of its weight; embedding_scale: that of the embeddings, which a tied head shares.
+    layer's number in the teacher; {}: all. embedding_scale: the factor of the embeddings, which a
+    tied head shares.
     """
 
     config: Any
@@ -233,7 +233,6 @@ class Cut:
     channels: Tensor | None = None
     neurons: Mapping[int, Tensor] = field(default_factory=dict)
     groups: Mapping[int, Tensor] = field(default_factory=dict)
-    scales: Mapping[str, float] = field(default_factory=dict)
     embedding_scale: float = 1.0
 
     def of(self, name: str) -> TensorCut:
@@ -246,12 +245,21 @@ class Cut:
         axes = family.axes_of(name)
         assert axes is not None
         indices = tuple(self._kept(axis, layer) for axis in axes)
+        tied = self.config.tie_word_embeddings
         if axes == ("norm",):
-            scale = self.scales.get(name.removesuffix(".weight"), 1.0)
+            is_last = name == f"{family.final_norm}.weight"
+            scale = self._norm_scale / (self.embedding_scale if is_last and tied else 1.0)
             return TensorCut(name, indices, scale, family.norm_offset)
         is_embedding = axes == ("whole", "hidden") and (
-            not name.startswith("lm_head") or self.config.tie_word_embeddings)
+            tied or not name.startswith("lm_head"))
         return TensorCut(name, indices, self.embedding_scale if is_embedding else 1.0)
+
+    @property
+    def _norm_scale(self) -> float:
+        """The factor of the norms' weights, with which their outputs are those of the teacher, up
+        to what the dropped channels were of its mean square."""
+        width = self.config.hidden_size
+        return math.sqrt(width / (width if self.channels is None else len(self.channels)))
 
     def _kept(self, axis: str, layer: int | None) -> Tensor | None:
         if axis in ("hidden", "norm"):
