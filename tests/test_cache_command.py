@@ -261,7 +261,7 @@ def test_a_cache_of_something_else_is_refused_with_what_differs(alone, models, s
     out, recipe = str(folder / "cache"), str(folder / "recipe.yaml")
     other = shared_model("llama", 5)
     for change, name in (([f"teacher.model={other}"], "teacher"),
-                         (["train.micro_batch_size=2"], "shard_rows"),
+                         (["train.micro_batch_size=2"], "micro_batch_size"),
                          (["train.seq_length=20", f"data.prepared={tmp_path / 'other'}"], "rows")):
         assert main(["cache", recipe, "--out", out, "--topk", "8", *change]) == 2
         error = capsys.readouterr().err
