@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import signal
 import time
@@ -11,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.data import write_instructions, write_texts
 from support.disks import SmallDisk
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
 
 from amid_ds.cli import main
+from amid_ds.config.parse import load_recipe
 from amid_ds.data import PreparedDataset, TargetFolder
+from amid_ds.run.places import check_places
 
 SHARD = "[0-9]" * 6
 
@@ -60,15 +64,18 @@ def true_log_p(teacher: Path, prepared: Path) -> list[tuple[np.ndarray, np.ndarr
     return found
 
 
-@pytest.mark.parametrize("rows", ["text", "instructions"])
+@pytest.mark.parametrize("write_rows", [write_texts, write_instructions])
 @pytest.mark.parametrize("options", [["--topk", "8"], ["--sample", "12", "--exponent", "0.8"]],
                          ids=["topk", "sample"])
 def test_what_is_kept_is_the_teachers_own_log_softmax_within_the_stated_error(
-        options, rows, models, request, tmp_path):
-    recipe = make_recipe(tmp_path, models, request.getfixturevalue(f"{rows}_file"))
+        options, write_rows, models, tmp_path):
+    # Enough for shards of two micro-batches of a row each.
+    rows = write_rows(tmp_path / "rows.jsonl", rows=100)
+    recipe = make_recipe(tmp_path, models, rows, train__micro_batch_size=1)
     out = tmp_path / "cache"
     assert main(["cache", str(recipe), "--out", str(out), *options]) == 0
     folder = TargetFolder.open(out)
+    assert folder.manifest.shard_rows == 2
     truth = true_log_p(models[1], tmp_path / "prepared")
     assert len(folder) == len(truth)
     assert folder.manifest.positions == sum(len(labels) for _, labels in truth)
@@ -90,11 +97,14 @@ def test_what_is_kept_is_the_teachers_own_log_softmax_within_the_stated_error(
 
 
 @pytest.fixture(scope="module")
-def alone(models, text_file, tmp_path_factory):
-    """(folder with a recipe whose teacher is sharded and gathered at each use, its contents)."""
+def alone(models, tmp_path_factory):
+    """(folder with a recipe whose teacher is sharded and gathered at each use, its contents).
+
+    Shards of two micro-batches of a row each.
+    """
     folder = tmp_path_factory.mktemp("alone")
-    config = write_gathering_config(folder)
-    make_recipe(folder, models, text_file, deepspeed=str(config), train__micro_batch_size=2)
+    config, rows = write_gathering_config(folder), write_texts(folder / "rows.jsonl", rows=70)
+    make_recipe(folder, models, rows, deepspeed=str(config), train__micro_batch_size=1)
     assert main(["cache", str(folder / "recipe.yaml"), "--out", str(folder / "cache"),
                  "--topk", "8"]) == 0
     return folder, contents(folder / "cache")
@@ -134,7 +144,7 @@ def slowly(argv, variables, log):
     finish, made = TargetWork.finish, []
 
     def slow(self, number, rows):
-        time.sleep(0.2)
+        time.sleep(0.05)
         made.append(number)
         print("shards made:", len(made), flush=True)
         finish(self, number, rows)
@@ -168,7 +178,8 @@ def test_killed_it_goes_on_with_the_same_bytes_and_keeps_what_was_finished(alone
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["TERM", "USR1"])
+@pytest.mark.parametrize("number", [
+    signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)], ids=["USR1", "TERM"])
 def test_a_signal_stops_it_in_good_order_with_75(number, alone, tmp_path):
     folder, expected = alone
     out = tmp_path / "cache"
@@ -185,12 +196,13 @@ def test_a_signal_stops_it_in_good_order_with_75(number, alone, tmp_path):
 def test_two_tensor_parallel_ranks_write_what_one_writes_but_for_the_last_digits(
         alone, tmp_path):
     folder, _ = alone
+    larger = "train.micro_batch_size=8"
     for kind in (["--topk", 8], ["--sample", 16]):
         one, two = tmp_path / f"one{kind[0]}", tmp_path / f"two{kind[0]}"
         assert main(["cache", str(folder / "recipe.yaml"), "--out", str(one),
-                     *map(str, kind)]) == 0
+                     *map(str, kind), larger]) == 0
         run_ranks(2, "cache", folder / "recipe.yaml", "--out", two, *kind, "tensor_parallel=2",
-                  target=never_gathered_once)
+                  larger, target=never_gathered_once)
         folders = [TargetFolder.open(path) for path in (one, two)]
         assert folders[0].manifest == folders[1].manifest
         same = total = 0
@@ -213,8 +225,8 @@ def test_a_full_disk_is_said_before_anything_is_computed_or_when_it_happens(
     arguments = ["cache", str(folder / "recipe.yaml"), "--out", str(out), "--topk", "8"]
     filler = disk.folder / "filler"
     try:
-        # 1,381 positions of 28 bytes.
-        filler.write_bytes(b"x" * (shutil.disk_usage(disk.folder).free - 30_000))
+        # About 1,600 positions of 28 bytes.
+        filler.write_bytes(b"x" * (shutil.disk_usage(disk.folder).free - 32_000))
         assert main(arguments) == 2
         assert "MB free" in capsys.readouterr().err and not list(out.glob("shards/*"))
         filler.unlink()
@@ -237,10 +249,10 @@ def filling(argv, variables, log):
     def fill_first(self, number, rows):
         made.append(number)
         if len(made) == 3:
-            with open(self.folder.parent / "filler", "wb", buffering=0) as file:
-                with pytest.raises(OSError):
-                    while True:
-                        file.write(b"x" * 4096)
+            filler = self.folder.parent / "filler"
+            with open(filler, "wb", buffering=0) as file, pytest.raises(OSError):
+                while True:
+                    file.write(b"x" * 4096)
         finish(self, number, rows)
     TargetWork.finish = fill_first
     rank_main(argv, variables, log)
@@ -252,7 +264,7 @@ def test_a_cache_of_something_else_is_refused_with_what_differs(alone, models, s
     out, recipe = str(folder / "cache"), str(folder / "recipe.yaml")
     other = shared_model("llama", 5)
     for change, name in (([f"teacher.model={other}"], "teacher"),
-                         (["train.micro_batch_size=1"], "shard_rows"),
+                         (["train.micro_batch_size=2"], "micro_batch_size"),
                          (["train.seq_length=20", f"data.prepared={tmp_path / 'other'}"], "rows")):
         assert main(["cache", recipe, "--out", out, "--topk", "8", *change]) == 2
         error = capsys.readouterr().err
@@ -288,3 +300,37 @@ def test_a_teacher_of_nan_stops_the_command_and_names_the_row(models, text_file,
     recipe = make_recipe(tmp_path, (models[0], tmp_path / "teacher"), text_file)
     assert main(["cache", str(recipe), "--out", str(tmp_path / "cache"), "--topk", "8"]) != 0
     assert "NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "layout"), [
+    # 31 ids: a byte each; log p of 2 bytes; rest and label.
+    (["--topk", "8"], 8 * 3 + 4),
+    # One byte more of a count; a count of ids, the label, 4 bytes of a scale.
+    (["--sample", "8"], 8 * 4 + 1 + 2 + 4)])
+def test_the_plan_says_the_size_that_the_folder_has(kind, layout, models, text_file, tmp_path,
+                                                    capsys):
+    recipe = make_recipe(tmp_path, models, text_file)
+    assert main(["plan", str(recipe), "--cache", *kind, "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert before["bytes_per_position"] == layout and before["bytes"] is None
+    assert main(["cache", str(recipe), "--out", str(tmp_path / "cache"), *kind]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(recipe), "--cache", *kind, "--json"]) == 0
+    after = json.loads(capsys.readouterr().out)
+    folder = TargetFolder.open(tmp_path / "cache")
+    assert after["positions"] == folder.manifest.positions and after["rows"] == len(folder)
+    # Arrow's own words between the columns are about a kilobyte and a half a shard.
+    own = folder.bytes - 2000 * folder.manifest.shards
+    assert own <= after["bytes"] and (kind[0] == "--sample" or after["bytes"] <= folder.bytes)
+    assert main(["plan", str(recipe), "--cache", *kind]) == 0
+    assert f"{layout:.1f} bytes a position" in capsys.readouterr().out
+    assert main(["plan", str(recipe), *kind]) == 2
+    assert "without --cache" in capsys.readouterr().err
+
+
+def test_without_a_folder_it_lies_beside_the_prepared_data_and_the_run_may_begin_there(
+        models, text_file, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", *models, text_file, tmp_path / "run")
+    assert main(["cache", str(recipe), "--sample", "5"]) == 0
+    assert TargetFolder.open(tmp_path / "run" / "data-sample5").manifest.draws == 5
+    check_places(load_recipe(recipe))
