@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from support.losses import LossProblem
 from torch import Tensor
 from torch.nn import functional as F
 
 from amid_ds import AMiD, LMHead, SparseTargets, linear_amid_loss
 from amid_ds.losses.fused import LossOutput
 from amid_ds.losses.sparse_reference import naive_sparse_loss, naive_sparse_values
+from support.losses import LossProblem
 
 
 def topk_targets(logits: Tensor, k: int, rest: str = "ghost", labels: Tensor | None = None,
@@ -56,6 +56,12 @@ class SparseProblem(LossProblem):
         super().__init__(**options)
         logits = (self.teacher @ self.teacher_weight.t())[:, :self.vocab_size]
         self.targets = topk_targets(logits, k, rest, self.labels, padding)
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> SparseProblem:
+        """The same numbers in another dtype, on another device."""
+        other = super().to(dtype, device)
+        other.__class__ = SparseProblem
+        return other
 
     def sparse(self, objective: AMiD, softcap: float | None = None, scale: float = 1.0,
                targets: SparseTargets | None = None, **options) -> LossOutput:
