@@ -248,7 +248,7 @@ def test_over_many_draws_the_mean_is_the_whole_teachers_loss_and_gradient(expone
 def test_a_samples_loss_and_gradients_are_the_naive_twins():
     problem = SparseProblem(5)
     logits = (problem.teacher @ problem.teacher_weight.t())[:, :problem.vocab_size]
-    problem.targets = replace(sampled_targets(logits, 9, torch.Generator().manual_seed(3)),
+    problem.targets = replace(sampled_targets(logits, 9, torch.Generator().manual_seed(3), 0.7),
                               label_log_probabilities=problem.targets.label_log_probabilities)
     weighted = AMiD(-1.0, 0.0, order="pr", temperature={"student": 1.7, "teacher": 1},
                     token_weight=PerToken("label_probability", (0.5, 2.0), (0.0, 0.3)))
