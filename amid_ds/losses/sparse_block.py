@@ -151,8 +151,8 @@ def spread_logits(rows: BlockTargets, workspace: Tensor) -> Tensor:
     stride = row_stride(spread_width(layout), workspace.device.type)
     raw = workspace[:len(ids) * stride].view(len(ids), stride)
     others = (layout.vocabulary - (ids >= 0).sum(1)).to(raw.dtype)
-    each = (targets.log_rest.to(raw.dtype) - others.log()).where(others > 0, -torch.inf)
-    raw[:] = each[:, None]
+    # No number where every id is kept, and all of them are written over.
+    raw[:] = (targets.log_rest.to(raw.dtype) - others.log())[:, None]
     columns, held = rows.on_shard(ids)
     raw.scatter_(1, columns.where(held, layout.valid), targets.log_probabilities.to(raw.dtype))
     return raw[:, :layout.valid]
