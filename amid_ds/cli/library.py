@@ -41,12 +41,15 @@ def add_study(commands: Commands) -> None:
     parser = add_command(commands, _study, "the paper's claims about α, tested on a CPU")
     parser.add_argument("--out", default="runs/study", metavar="DIR", help="resumes there")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument("--cached", action="store_true", help="caches of the teacher by what they "
+                        "keep, beside the teacher itself, instead")
 
 
 def _study(args: argparse.Namespace) -> None:
+    from amid_ds.experiments.cached_study import cached_study
     from amid_ds.experiments.study import study
 
-    study(args.out, args.seeds)
+    (cached_study if args.cached else study)(args.out, args.seeds)
 
 
 # The options of each benchmark beside --json, as its function names them.

@@ -88,11 +88,8 @@ def study(out: str, seeds: int) -> None:
     root = Path(out)
     require_own_folder(root, is_signed(root, "study"), "--out")
     sign(root, "study")
-    prompts = _make_inputs(root)
-    recipe = str(find_recipe("study"))
-    _train(root, recipe, "teacher", TEACHER_STEPS)
-    _train(root, recipe, "start", START_STEPS)
-    students = plan_sweep(recipe, [*_input_overrides(root),
+    prompts, recipe = make_study_models(root)
+    students = plan_sweep(recipe, [*study_overrides(root),
                                    f"loss={','.join(OBJECTIVES.values())}",
                                    f"train.seed={','.join(map(str, range(seeds)))}",
                                    f"train.steps={STEPS}",
@@ -109,6 +106,14 @@ def study(out: str, seeds: int) -> None:
           flush=True)
 
 
+def make_study_models(root: Path) -> tuple[Path, str]:
+    """Make all that the students begin with, once: the path of the prompts, and of the recipe."""
+    prompts, recipe = _make_inputs(root), str(find_recipe("study"))
+    _train(root, recipe, "teacher", TEACHER_STEPS)
+    _train(root, recipe, "start", START_STEPS)
+    return prompts, recipe
+
+
 def _make_inputs(root: Path) -> Path:
     """Make corpus, tokenizer and untrained models once; the path of the prompts.
 
@@ -121,7 +126,7 @@ def _make_inputs(root: Path) -> Path:
     for name in ("corpus", "tokenizer", "init"):
         shutil.rmtree(root / name, ignore_errors=True)
     train, held_out = demo.make_corpus(root)
-    train_sentencepiece(_read_texts(train), root / "tokenizer", STUDY_VOCABULARY)
+    train_sentencepiece(read_texts(train), root / "tokenizer", STUDY_VOCABULARY)
     tokenizer = load_tokenizer(str(root / "tokenizer"))
     for name, size in (("teacher", STUDY_TEACHER), ("start", STUDY_STUDENT)):
         save_new_llama(root / "init" / name, size, tokenizer, seed=0)
@@ -129,14 +134,14 @@ def _make_inputs(root: Path) -> Path:
     return prompts
 
 
-def _read_texts(path: Path) -> list[str]:
+def read_texts(path: Path) -> list[str]:
     return [row["text"] for row in read_jsonl(path, "text")]
 
 
 def _prompt_pieces(held_out: Path) -> list[str]:
     """PROMPTS pieces of the held-out texts, evenly spread, each of prompt and response."""
     size = 2 * PROMPT_CHARACTERS
-    pieces = [text[start:start + size] for text in _read_texts(held_out)
+    pieces = [text[start:start + size] for text in read_texts(held_out)
               for start in range(0, len(text) - size, size)]
     return pieces[::max(1, len(pieces) // PROMPTS)][:PROMPTS]
 
@@ -146,15 +151,15 @@ def _prompt_line(piece: str) -> str:
     return json.dumps(row) + "\n"
 
 
-def _training_run(root: Path, name: str) -> RunFolder:
+def study_model_run(root: Path, name: str) -> RunFolder:
     """The run of the teacher or of the start."""
     return RunFolder(root / "runs" / name)
 
 
-def _input_overrides(root: Path) -> list[str]:
+def study_overrides(root: Path) -> list[str]:
     """The recipe's paths, under `root`. Nothing is evaluated during training, all at the end."""
-    return [path_override("student.model", _training_run(root, "start").model),
-            path_override("teacher.model", _training_run(root, "teacher").model),
+    return [path_override("student.model", study_model_run(root, "start").model),
+            path_override("teacher.model", study_model_run(root, "teacher").model),
             path_override("data.train.0.path", root / "corpus" / "train.jsonl"),
             path_override("data.prepared", root / "data"),
             "data.eval=[]"]
@@ -162,9 +167,9 @@ def _input_overrides(root: Path) -> list[str]:
 
 def _train(root: Path, recipe: str, name: str, steps: int) -> None:
     """Train the teacher or the start: cross entropy alone, from random weights."""
-    overrides = [*_input_overrides(root), path_override("student.model", root / "init" / name),
+    overrides = [*study_overrides(root), path_override("student.model", root / "init" / name),
                  "teacher=null", f"train.steps={steps}", f"train.learning_rate={LEARNING_RATE}",
-                 path_override("output_dir", _training_run(root, name).path)]
+                 path_override("output_dir", study_model_run(root, name).path)]
     if run_one(name, recipe, overrides, 1):
         raise TrainingError(f"the training of the {name} failed")
 
@@ -172,8 +177,8 @@ def _train(root: Path, recipe: str, name: str, steps: int) -> None:
 def _score_all(root: Path, students: Sweep, prompts: Path) -> StudyScores:
     """Every run's scores, made once and kept in its folder; the teacher's and start's first."""
     names = {loss: name for name, loss in OBJECTIVES.items()}
-    teacher = evaluate.load_model(str(_training_run(root, "teacher").model))
-    runs = [(name, _training_run(root, name).path) for name in ("teacher", "start")]
+    teacher = evaluate.load_model(str(study_model_run(root, "teacher").model))
+    runs = [(name, study_model_run(root, name).path) for name in ("teacher", "start")]
     for student in students.runs:
         loss = student.settings[0].partition("=")[2]
         runs.append((names[loss], students.folder / student.name))
@@ -207,12 +212,12 @@ def _score_run(root: Path, run: Path, teacher: nn.Module, prompts: Path) -> dict
 
 def study_table(scores: StudyScores) -> str:
     """A line for each objective: means over the seeds, with standard errors of several."""
-    lines = [[name, *(_mean_cell([seed[key] for seed in seeds]) for key in STUDY_COLUMNS.values())]
+    lines = [[name, *(mean_cell([seed[key] for seed in seeds]) for key in STUDY_COLUMNS.values())]
              for name, seeds in scores.items()]
     return markdown_table(["", *STUDY_COLUMNS], lines)
 
 
-def _mean_cell(values: Sequence[float]) -> str:
+def mean_cell(values: Sequence[float]) -> str:
     """The mean, and the standard error of several values, to the error's first digit."""
     mean, error = plots.mean_and_error(values)
     digits = max(0, -math.floor(math.log10(error))) if error else 3
