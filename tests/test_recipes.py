@@ -42,6 +42,7 @@ STAND_INS = {
     "veto": ("llama", 1, SAMPLED),
     "opd_sampled": ("llama", 1, SAMPLED),
     "pretrain": ("llama", 2, ["tensor_parallel=2", "train.global_batch_size=2"]),
+    "cached": ("llama", 1, SMALL_BATCH),
     "study": ("llama", 1, SMALL_BATCH),
 }
 ON_DOLLY = ["amid_gpt2_dolly", "amid_adaptive", "distillm_gpt2_dolly", "gkd", "csd"]
@@ -96,11 +97,18 @@ def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, chat_models
     student, teacher = (chat_models if source.messages
                         else [shared_model(family, 0), shared_model(family, 1)])
     sets = [f"data.train.{i}" for i in range(len(recipe.data.train))] + ["data.eval.0"]
-    overrides = [f"student.model={student}", f"teacher.model={teacher}",
+    overrides = [f"student.model={student}",
                  *(f"{rows}.path={data}" for rows in sets), f"data.prepared={tmp_path / 'data'}",
                  "data.workers=0", "train.epochs=null", "train.steps=2", "train.seq_length=96",
                  "train.warmup_steps=0", "train.eval_every=2", "train.log_every=1",
                  f"output_dir={tmp_path / 'run'}", *smaller]
+    live = f"teacher={{model: {teacher}}}"
+    if recipe.cached_teacher is not None:
+        run_ranks(ranks, "cache", find_recipe(name), *overrides, live, "--topk", 8, "--out",
+                  tmp_path / "cache")
+        overrides.append(f"teacher.cached={tmp_path / 'cache'}")
+    else:
+        overrides.append(f"teacher.model={teacher}")
     if recipe.data.auxiliary is not None:
         overrides.append(f"data.auxiliary.path={texts}")
     if recipe.data.eval[0].generate is not None:
