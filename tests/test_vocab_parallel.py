@@ -7,17 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from support.losses import LossProblem
+from support.losses import PER_TOKEN, LossProblem
 from support.ranks import RankPool
+from support.sparse import SparseProblem, sampled_targets, with_teacher_untempered
 
-from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss
+from amid_ds import AlphaBeta, AMiD, LMHead, VocabShard, amid_loss, linear_amid_loss, preset
 from amid_ds.errors import InputError
 from amid_ds.losses import fused, tiles
+from amid_ds.losses.measures import STATISTICS
 
 OBJECTIVES = [AMiD(-5.0, 0.1), AMiD(0.5, 0.3, AlphaBeta(0.2, 0.7), {"pr": 0.5, "qr": 0.5}, 2.0),
               AMiD(3.0, 0.7, "total_variation", "rq"),
@@ -214,3 +217,55 @@ def test_a_shard_that_is_no_range_is_refused(start, stop):
 def test_a_shard_that_does_not_begin_at_row_0_is_refused_where_it_is_alone():
     with pytest.raises(InputError, match="shards"):
         amid_loss(torch.zeros(2, 5), torch.zeros(2, 5), AMiD(), shard=VocabShard(5, 10))
+
+
+# --- sparse targets -------------------------------------------------------------------------------
+
+OF_TARGETS = [("ghost", with_teacher_untempered(OBJECTIVES[1])), ("drop", OBJECTIVES[0]),
+              ("ghost", PER_TOKEN[4]), ("spread", PER_TOKEN[2]), ("sample", preset("fkl"))]
+
+
+def on_targets(rank: int, group: Any, cuts: list[int], rest: str, objective: AMiD) -> Any:
+    """(loss, per-token values, statistics and gradients; the collectives of a second call and its
+    backward) of this rank's shard, in three blocks."""
+    problem = SparseProblem(5, "drop" if rest == "sample" else rest, tokens=12, padding=2,
+                            vocabulary=VOCABULARY)
+    problem.weights[:] = 0.5
+    statistics: tuple[str, ...] = STATISTICS
+    if rest == "sample":
+        logits = (problem.teacher @ problem.teacher_weight.t())[:, :VOCABULARY]
+        problem.targets = sampled_targets(logits, 9, torch.Generator().manual_seed(3))
+        statistics = ("divergence",)
+    problem.weight, problem.bias = (x.detach()[cuts[rank]:cuts[rank + 1]].clone().requires_grad_()
+                                    for x in (problem.weight, problem.bias))
+    run = partial(problem.sparse, objective, 3.0, 0.7,
+                  shard=VocabShard(cuts[rank], cuts[rank + 1], group), checked=True)
+    with pytest.MonkeyPatch.context() as patch, counted() as calls:
+        patch.setattr(fused, "_tokens_per_block", lambda *_: 4)
+        patch.setitem(tiles.TILE_ELEMENTS, "cpu", 50)
+        out = run(statistics=statistics)
+        calls.clear()
+        gradients = problem.gradients(run().loss)
+    parts = (out.loss, out.kd, out.ce, *out.statistics.values(), *gradients)
+    return [x.detach().clone() for x in parts if x is not None], list(calls)
+
+
+@pytest.mark.parametrize(("rest", "objective"), OF_TARGETS, ids=str)
+@pytest.mark.parametrize("split", SPLITS)
+def test_on_sparse_targets_every_split_gives_what_one_process_gives(ranks, rest, objective, split):
+    cuts = SPLITS[split]
+    whole, _ = on_targets(0, None, [0, 42], rest, objective)
+    results = [parts for parts, _ in ranks.run(len(cuts) - 1, on_targets, cuts, rest, objective)]
+    for actual, start, stop in zip(results, cuts, cuts[1:], strict=False):
+        for a, b in zip(actual, [*whole[:-2], *(x[start:stop] for x in whole[-2:])], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    # Not only close: the same bits on every rank.
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result[:-2], results[0][:-2], strict=True))
+
+
+@pytest.mark.parametrize(("case", "per_block"), [(0, 1), (1, 1), (2, 2), (4, 1)])
+def test_sparse_targets_take_one_collective_a_block_whatever_the_objective(ranks, case, per_block):
+    """Two where whole sequences are measured first."""
+    for _, calls in ranks.run(2, on_targets, [0, 5, 42], *OF_TARGETS[case]):
+        assert calls == ["all_gather"] * 3 * per_block + ["all_reduce"]

@@ -1,9 +1,10 @@
 """`bench loss`: the fused objective beside the naive twin and the bare matrix products.
 
 The four products are those that any exact method has to make: teacher logits, student logits,
-gradient of the hidden states, gradient of the head. Rounds are interleaved, times are medians.
-Memory is the peak above the inputs: on a CPU the resident set of a fresh process, on a GPU the
-allocator's peak. A row is printed when it has been measured; a method that does not fit the
+gradient of the hidden states, gradient of the head. Sparse targets need no product of the teacher:
+their lines are ratios to the cross entropy alone, which makes the other three. Rounds are
+interleaved, times are medians. Memory is the peak above the inputs: on a CPU the resident set of a
+fresh process, on a GPU the allocator's peak. A row is printed when it has been measured; a method that does not fit the
 device's memory has none.
 """
 
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from amid_ds import AMiD, PerToken, linear_amid_loss, preset
+from amid_ds import AMiD, PerToken, SparseTargets, linear_amid_loss, preset
 from amid_ds.bench.measure import device_name, process_bytes, reset_peak_rss
 from amid_ds.losses.measures import STATISTICS
 from amid_ds.losses.reference import naive_loss
@@ -47,6 +48,9 @@ FURTHER_KINDS = {
     "powered": AMiD(-5.0, 0.1, power=1.5),
     "per token": AMiD(-5.0, PerToken("teacher_entropy", (0.1, 0.5), (0.0, 4.0)))}
 WITH_STATISTICS = "statistics"
+CROSS_ENTROPY = "cross entropy alone"
+# Ids of a token's sparse targets: of the teacher's topk, and drawn ones.
+KEPT_IDS, DRAWN_IDS = 64, 50
 # (vocabulary, student's width, teacher's width) on a GPU.
 GPU_WIDTHS = ((128256, 4096, 4096), (128256, 2048, 4096), (151936, 2048, 4096))
 LOSS_SHAPES = {
@@ -61,8 +65,9 @@ ROUNDS_BY_DEVICE = {"cpu": 5, "cuda": 30}
 class LossRow:
     """One method: seconds of forward and backward (median), bytes of peak memory above the inputs.
 
-    The other three are ratios to the naive twin's time, the products' time, the twin's memory; None
-    where those did not fit the device.
+    The others are ratios to the naive twin's time, the products' time, the twin's memory, None
+    where those did not fit the device; and to the cross entropy alone in time and memory, None but
+    for sparse targets.
     """
 
     method: str
@@ -71,6 +76,8 @@ class LossRow:
     of_naive_time: float | None
     of_products_time: float | None
     of_naive_memory: float | None
+    of_cross_entropy_time: float | None = None
+    of_cross_entropy_memory: float | None = None
 
 
 def bench_loss(as_json: bool) -> None:
@@ -101,7 +108,7 @@ def measure_losses(shape: LossShape, rounds: int | None = None) -> Iterator[Loss
     """
     device = _device()
     seconds = _median_seconds(shape, device, rounds or ROUNDS_BY_DEVICE[device])
-    naive_peak = None
+    naive_peak = cross_entropy_peak = None
     for name in seconds:
         try:
             peak = _peak_bytes(name, shape, device)
@@ -109,8 +116,19 @@ def measure_losses(shape: LossShape, rounds: int | None = None) -> Iterator[Loss
             continue
         if name == "naive":
             naive_peak = peak
+        alone = _ends_of(seconds, CROSS_ENTROPY)
+        if name == alone:
+            cross_entropy_peak = peak
+        sparse = cross_entropy_peak is not None and "sparse" in name
         yield LossRow(name, seconds[name], peak, _ratio(seconds[name], seconds.get("naive")),
-                      _ratio(seconds[name], seconds.get("products")), _ratio(peak, naive_peak))
+                      _ratio(seconds[name], seconds.get("products")), _ratio(peak, naive_peak),
+                      _ratio(seconds[name], seconds[alone]) if sparse and alone else None,
+                      _ratio(peak, cross_entropy_peak) if sparse else None)
+
+
+def _ends_of(seconds: dict[str, float], kind: str) -> str | None:
+    """The name of the method of this kind, whatever the backend."""
+    return next((name for name in seconds if name.endswith(kind)), None)
 
 
 def _ratio(value: float, to: float | None) -> float | None:
@@ -154,6 +172,15 @@ class _Inputs:
         # Liger's chunked loss wants labels.
         self.labels = torch.randint(v, (n,), generator=generator, device=device)
         self.objective = BENCH_OBJECTIVES[shape.objective]
+        # What is kept of a teacher that is as sure of the first ids as Zipf's law.
+        first = torch.randint(v, (n, 1), generator=generator, device=device)
+        ranks = torch.arange(min(KEPT_IDS, v - 1), device=device)
+        p = 0.9 / (ranks + 1) / (1 / (ranks + 1)).sum()
+        log_p, ids = p.log().expand(n, -1).contiguous(), (first + 7 * ranks) % v
+        self.topk = SparseTargets(ids, log_p, torch.full((n,), math.log(0.1), device=device))
+        drawn = slice(0, DRAWN_IDS)
+        self.sample = SparseTargets(ids[:, drawn].contiguous(), log_p[:, drawn].contiguous(),
+                                    weights=log_p[:, drawn].exp())
 
 
 def _loss_methods(device: str, objective: str) -> dict[str, Callable[[_Inputs], None]]:
@@ -175,6 +202,9 @@ def _further_methods(device: str) -> dict[str, Callable[[_Inputs], None]]:
     backend = "triton" if device == "cuda" else "torch"
     methods = {kind: _fused(backend, objective) for kind, objective in FURTHER_KINDS.items()}
     methods[WITH_STATISTICS] = _fused(backend, statistics=STATISTICS)
+    methods[CROSS_ENTROPY] = _on_labels_alone(backend)
+    methods[f"sparse, ghost K={KEPT_IDS}"] = _on_targets(backend, "topk", BENCH_OBJECTIVES["amid"])
+    methods[f"sparse, sample N={DRAWN_IDS}"] = _on_targets(backend, "sample", preset("fkl"))
     return {f"amid_ds {backend}, {kind}": method for kind, method in methods.items()}
 
 
@@ -213,6 +243,25 @@ def _fused(backend: str, objective: AMiD | None = None,
                                statistics=statistics, backend=backend)
         out.loss.backward()
     return fused
+
+
+def _on_labels_alone(backend: str) -> Callable[[_Inputs], None]:
+    def alone(x: _Inputs) -> None:
+        out = linear_amid_loss(x.student, x.student_head, None, None, None, backend=backend,
+                               token_weights=x.weights, labels=x.labels, ce_weight=1.0,
+                               kd_weight=0.0, checked=True)
+        out.loss.backward()
+    return alone
+
+
+def _on_targets(backend: str, kind: str, objective: AMiD) -> Callable[[_Inputs], None]:
+    """The fused loss on sparse targets, `topk` or `sample`, with the cross entropy beside it."""
+    def on_targets(x: _Inputs) -> None:
+        out = linear_amid_loss(x.student, x.student_head, None, None, objective, backend=backend,
+                               token_weights=x.weights, labels=x.labels, ce_weight=1.0,
+                               targets=getattr(x, kind), checked=True)
+        out.loss.backward()
+    return on_targets
 
 
 def _naive(x: _Inputs, loss: Callable[..., Tensor] = naive_loss) -> None:
@@ -286,7 +335,9 @@ _COLUMNS: tuple[tuple[str, int, Callable[[LossRow], str]], ...] = (
     ("× naive", 10, lambda row: _two_digits(row.of_naive_time)),
     ("× products", 11, lambda row: _two_digits(row.of_products_time)),
     ("peak MB", 10, lambda row: f"{row.peak_bytes / 1e6:.0f}"),
-    ("× naive's", 10, lambda row: _two_digits(row.of_naive_memory)))
+    ("× naive's", 10, lambda row: _two_digits(row.of_naive_memory)),
+    ("× CE", 8, lambda row: _two_digits(row.of_cross_entropy_time)),
+    ("× CE's MB", 11, lambda row: _two_digits(row.of_cross_entropy_memory)))
 
 
 def _two_digits(ratio: float | None) -> str:

@@ -330,7 +330,8 @@ def _write_gradient(block: Block, rows: BlockTargets, classes: _Classes,
     # Of the columns taken out, by their untempered logits: a label that is no id is of the rest.
     of_rest = (classes.logits[:, count:] / tau - rest[0][:, None] - rest[1][:, None]).exp()
     own = torch.cat([of_class[:, :-1], of_class[:, -1:] * of_rest], 1) / tau
-    factor = of_class[:, -1]
+    # The kernels take rows of numbers to lie side by side.
+    of_rest_class = factor = of_class[:, -1].contiguous()
     if ce_scale is not None:
         assert log_z is not None and rows.labels is not None
         onehot = (classes.ids == rows.labels[:, None]) & (classes.ids >= 0)
@@ -344,7 +345,7 @@ def _write_gradient(block: Block, rows: BlockTargets, classes: _Classes,
         others = replace(others, student=_tempered(student), ce_scale=factor)
         backend.write_gradient(others, RowNormalisers(None, None, rest), None)
     else:
-        others = replace(others, label_scale=-of_class[:, -1])
+        others = replace(others, label_scale=-of_rest_class)
         backend.write_gradient(others, RowNormalisers(rest, None, log_z), None)
     # Its zeros at the columns that were taken out receive their own.
     assert block.gradient is not None

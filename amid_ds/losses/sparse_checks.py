@@ -32,13 +32,13 @@ def check_targets(targets: SparseTargets, objective: AMiD, token_weights: Tensor
         raise InputError(f"the divergence {objective.resolved_divergence.name!r} with sparse "
                          "targets", "one that is not of tokens that the student samples",
                          "preset('rkl') is its mean")
+    _check_temperature(targets, objective, vocabulary)
+    if targets.sampled:
+        _check_linear(objective, statistics)
     if ("label_probability" in {*objective.measures, *statistics}
             and targets.label_log_probabilities is None):
         raise InputError("label_probability with targets that have no label_log_probabilities",
                          "label_log_probabilities [n]", "pass them")
-    _check_temperature(targets, objective, vocabulary)
-    if targets.sampled:
-        _check_linear(objective, statistics)
     if by_value:
         _check_entries(targets, token_weights > 0, vocabulary)
 

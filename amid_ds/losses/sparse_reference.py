@@ -52,7 +52,8 @@ def naive_sparse_measures(student_logits: Tensor, targets: SparseTargets, object
         of_row = targets.take(slice(row, row + 1))
         log_p, log_q = naive_classes(logits.log_softmax(-1), of_row, objective.teacher_temperature)
         measured = naive_measures(log_q[None], log_p[None])
-        best = of_row.ids[0, of_row.log_probabilities[0].argmax()]
+        kept = of_row.log_probabilities[0].masked_fill(of_row.ids[0] < 0, -math.inf)
+        best = of_row.ids[0, kept.argmax()]
         measured["agreement"] = (logits.argmax() == best)[None].to(logits.dtype)
         if labels is not None and of_row.label_log_probabilities is not None:
             p = of_row.label_log_probabilities.to(logits.dtype).exp()

@@ -57,6 +57,12 @@ class SparseProblem(LossProblem):
         logits = (self.teacher @ self.teacher_weight.t())[:, :self.vocab_size]
         self.targets = topk_targets(logits, k, rest, self.labels, padding)
 
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> SparseProblem:
+        """The same numbers in another dtype, on another device."""
+        other = super().to(dtype, device)
+        other.__class__ = SparseProblem
+        return other
+
     def sparse(self, objective: AMiD, softcap: float | None = None, scale: float = 1.0,
                targets: SparseTargets | None = None, **options) -> LossOutput:
         """The fused loss on the targets: 0.9 of the divergence and 0.4 of the cross entropy."""
