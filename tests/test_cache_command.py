@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 import signal
 import time
@@ -17,7 +18,9 @@ from support.runs import write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
 
 from amid_ds.cli import main
+from amid_ds.config.parse import load_recipe
 from amid_ds.data import PreparedDataset, TargetFolder
+from amid_ds.run.places import check_places
 
 SHARD = "[0-9]" * 6
 
@@ -237,10 +240,10 @@ def filling(argv, variables, log):
     def fill_first(self, number, rows):
         made.append(number)
         if len(made) == 3:
-            with open(self.folder.parent / "filler", "wb", buffering=0) as file:
-                with pytest.raises(OSError):
-                    while True:
-                        file.write(b"x" * 4096)
+            filler = self.folder.parent / "filler"
+            with open(filler, "wb", buffering=0) as file, pytest.raises(OSError):
+                while True:
+                    file.write(b"x" * 4096)
         finish(self, number, rows)
     TargetWork.finish = fill_first
     rank_main(argv, variables, log)
@@ -288,3 +291,37 @@ def test_a_teacher_of_nan_stops_the_command_and_names_the_row(models, text_file,
     recipe = make_recipe(tmp_path, (models[0], tmp_path / "teacher"), text_file)
     assert main(["cache", str(recipe), "--out", str(tmp_path / "cache"), "--topk", "8"]) != 0
     assert "NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("kind", "layout"), [
+    # 31 ids: a byte each; log p of 2 bytes; rest and label.
+    (["--topk", "8"], 8 * 3 + 4),
+    # One byte more of a count; a count of ids, the label, 4 bytes of a scale.
+    (["--sample", "8"], 8 * 4 + 1 + 2 + 4)])
+def test_the_plan_says_the_size_that_the_folder_has(kind, layout, models, text_file, tmp_path,
+                                                    capsys):
+    recipe = make_recipe(tmp_path, models, text_file)
+    assert main(["plan", str(recipe), "--cache", *kind, "--json"]) == 0
+    before = json.loads(capsys.readouterr().out)
+    assert before["bytes_per_position"] == layout and before["bytes"] is None
+    assert main(["cache", str(recipe), "--out", str(tmp_path / "cache"), *kind]) == 0
+    capsys.readouterr()
+    assert main(["plan", str(recipe), "--cache", *kind, "--json"]) == 0
+    after = json.loads(capsys.readouterr().out)
+    folder = TargetFolder.open(tmp_path / "cache")
+    assert after["positions"] == folder.manifest.positions and after["rows"] == len(folder)
+    # Arrow's own words between the columns are about a kilobyte and a half a shard.
+    own = folder.bytes - 2000 * folder.manifest.shards
+    assert own <= after["bytes"] and (kind[0] == "--sample" or after["bytes"] <= folder.bytes)
+    assert main(["plan", str(recipe), "--cache", *kind]) == 0
+    assert f"{layout:.1f} bytes a position" in capsys.readouterr().out
+    assert main(["plan", str(recipe), *kind]) == 2
+    assert "without --cache" in capsys.readouterr().err
+
+
+def test_without_a_folder_it_lies_beside_the_prepared_data_and_the_run_may_begin_there(
+        models, text_file, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe.yaml", *models, text_file, tmp_path / "run")
+    assert main(["cache", str(recipe), "--sample", "5"]) == 0
+    assert TargetFolder.open(tmp_path / "run" / "data-sample5").manifest.draws == 5
+    check_places(load_recipe(recipe))

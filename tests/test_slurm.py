@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from support import slurm_cluster
+from support.data import write_texts
 from support.models import make_tokenizer
 from support.ranks import Ranks, run_ranks
 from support.runs import count_steps, read_metrics, write_recipe
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from amid_ds.cli import main
 from amid_ds.cluster import requeue
 from amid_ds.config.parse import load_recipe
+from amid_ds.data import TargetFolder
 from amid_ds.run import attempts
 
 ROOT = Path(__file__).parent.parent
@@ -220,6 +222,28 @@ def test_data_are_prepared_once_and_an_array_of_jobs_sweeps_a_key(cluster, recip
     assert [name for name in logs if "-n" not in name] == ["N_0.log", "N_1.log"], logs
     assert [name.partition("-n")[0] for name in logs if "-n" in name] == ["N_0", "N_1"], logs
     assert not list(tmp_path.rglob("pwned*"))
+
+
+def test_an_array_of_jobs_writes_one_cache_and_a_signal_starts_its_job_again(
+        cluster, recipe_in, tmp_path):
+    text = write_texts(tmp_path / "long.jsonl", rows=600)
+    recipe = recipe_in(tmp_path, data__train=[{"path": str(text)}],
+                       data__prepared=str(tmp_path / "data"))
+    out = tmp_path / "cache"
+    job = submit(cluster, tmp_path, recipe, "--template", "cache", "--jobs", 2, "--topk", 8,
+                 "--out", out, "--ranks-per-node", 1, "--cpus-per-rank", 1, "--time", "10")
+    cluster.until(lambda: list(out.glob("shards/*.arrow")), what="its first shard")
+    cluster.run("scancel", "--full", "--signal=USR1", f"{job}_0")
+    cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "", what="its end")
+    kept = TargetFolder.open(out)
+    assert kept.manifest.k == 8 and kept.manifest.rows > 500, output(tmp_path)
+    kept.require_sizes()
+    logs = output(tmp_path)
+    assert "stopped in order (SIGUSR1)" in logs and "attempt 2 of job" in logs, logs
+    # Alone the same comes out.
+    assert main(["cache", str(recipe), "--out", str(tmp_path / "alone"), "--topk", "8"]) == 0
+    assert all((tmp_path / "alone" / path.relative_to(out)).read_bytes() == path.read_bytes()
+               for path in out.rglob("*") if path.is_file())
 
 
 def test_ranks_share_the_cpus_of_a_small_node(recipe_in, tmp_path):
@@ -453,7 +477,7 @@ def test_submit_refuses_what_sbatch_would_let_pass(recipe_in, tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("template", ["train", "train_deepspeed", "train_mpi", "prepare"])
+@pytest.mark.parametrize("template", ["train", "train_deepspeed", "train_mpi", "prepare", "cache"])
 def test_a_dry_run_prints_the_script_and_leaves_nothing(template, recipe_in, tmp_path, monkeypatch,
                                                         capsys):
     monkeypatch.chdir(tmp_path)
@@ -462,7 +486,8 @@ def test_a_dry_run_prints_the_script_and_leaves_nothing(template, recipe_in, tmp
                    "--ranks-per-node", "2", "--dry-run", "--partition", "fast", "--chain", "2",
                    "train.steps=9"])
     script, messages = capsys.readouterr()
-    assert ("fits on 4 x h100-80g (--device): " in messages) == (template != "prepare"), messages
+    trains = template not in ("prepare", "cache")
+    assert ("fits on 4 x h100-80g (--device): " in messages) == trains, messages
     assert status == 0 and script.startswith("#!/bin/bash\n") and not (tmp_path / "run").exists()
     assert "#SBATCH --partition=fast\n" in script and "#SBATCH --no-requeue\n" in script
     assert "REQUEUE=no\n" in script

@@ -14,14 +14,15 @@ from amid_ds.config.parse import dump_recipe, load_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.data.locate import is_hub_id, source_files
 from amid_ds.data.prepared_folder import require_own_prepared
+from amid_ds.data.targets import read_target_plan
 from amid_ds.errors import InputError
 from amid_ds.files.ownership import require_own_folder
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.warm_start import find_run
 
 # In a run's folder before its first attempt: what prepare, submit, requeue, sweep, Slurm and the
-# user put there. Beside these only settings do not count, YAML files and the DeepSpeed config; and
-# the weights that a warm start has exported.
+# user put there. Beside these only settings do not count, YAML files and the DeepSpeed config; the
+# weights that a warm start has exported; and a teacher's distributions.
 BEFORE_TRAINING = ("data", "submissions", "logs", "attempts.jsonl", "lives.jsonl", "sweep.log",
                    "STOP", "lease.json")
 # The sign of a model that `export` wrote is its card.
@@ -38,6 +39,7 @@ def check_places(recipe: Recipe) -> None:
         return (entry.name in BEFORE_TRAINING or entry.name.startswith("lease.json.") or is_setting
                 or os.path.realpath(entry) == deepspeed
                 or (entry == run.start_model and is_exported(entry))
+                or read_target_plan(entry) is not None
                 or (entry == run.recipe and _is_resolved(entry)))
 
     require_own_folder(run.path, run.is_own, "output_dir", is_spared)

@@ -82,10 +82,9 @@ def _write_missing(task: CacheTask, work: TargetWork, request: StopRequest, worl
         return
     prepared = PreparedDataset(task.recipe.prepared_dir)
     with _teacher(task, world) as (teacher, world):
-        show_bar = world.is_main or None
         total, done = work.manifest.positions, world.run_on_main(work.finished_positions)
         with tqdm(total=total, initial=done, desc="cache", unit="tok", unit_scale=True,
-                  disable=not show_bar) as bar:
+                  disable=not world.is_main or None) as bar:
             while (units := world.run_on_main(partial(rounds.take, world.dp_size))) is not None:
                 bar.update(_one_round(rounds, units, prepared, teacher, world))
                 reason = world.first(request.reason())
