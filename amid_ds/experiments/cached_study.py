@@ -41,7 +41,7 @@ FORWARD_KL, AMID = "{preset: fkl}", "{alpha: -3, lam: 0.1, order: pr}"
 TOPK, SAMPLED = (8, 32, 128), (12, 50)
 
 
-class Student(NamedTuple):
+class CachedStudent(NamedTuple):
     """A line of the table: the objective, and the cache's options and `rest`; None: the teacher."""
 
     loss: str
@@ -67,13 +67,13 @@ class Student(NamedTuple):
 
 
 STUDENTS = (
-    Student(FORWARD_KL),
-    *(Student(FORWARD_KL, ("topk", k), rest) for rest in ("drop", "ghost") for k in TOPK),
-    *(Student(FORWARD_KL, ("sample", draws)) for draws in SAMPLED),
-    Student(AMID),
-    *(Student(AMID, ("topk", k), "ghost") for k in TOPK))
+    CachedStudent(FORWARD_KL),
+    *(CachedStudent(FORWARD_KL, ("topk", k), rest) for rest in ("drop", "ghost") for k in TOPK),
+    *(CachedStudent(FORWARD_KL, ("sample", draws)) for draws in SAMPLED),
+    CachedStudent(AMID),
+    *(CachedStudent(AMID, ("topk", k), "ghost") for k in TOPK))
 # By student, the scores of each seed.
-CachedScores = Mapping[Student, list[dict[str, float]]]
+CachedScores = Mapping[CachedStudent, list[dict[str, float]]]
 
 
 def cached_study(out: str, seeds: int) -> None:
@@ -91,7 +91,7 @@ def cached_study(out: str, seeds: int) -> None:
     for kept in dict.fromkeys(each.kept for each in STUDENTS if each.kept is not None):
         _write_cache(root, recipe, overrides, kept)
     teacher = evaluate.load_model(str(study.study_model_run(root, "teacher").model))
-    scores: dict[Student, list[dict[str, float]]] = {}
+    scores: dict[CachedStudent, list[dict[str, float]]] = {}
     for number, student in enumerate(STUDENTS, 1):
         for seed in range(seeds):
             run = _train(root, recipe, overrides, student, seed,
@@ -130,7 +130,7 @@ def _write_cache(root: Path, recipe: str, overrides: list[str], kept: tuple[str,
         raise TrainingError(f"the cache {folder} could not be written")
 
 
-def _train(root: Path, recipe: str, overrides: list[str], student: Student, seed: int,
+def _train(root: Path, recipe: str, overrides: list[str], student: CachedStudent, seed: int,
            title: str) -> RunFolder:
     """Train a student by a run of its own, unless it is there."""
     run = RunFolder(root / "cached" / "students" / f"{student.name}-{seed}")
