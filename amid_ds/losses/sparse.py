@@ -45,7 +45,8 @@ class SparseTargets:
                  Dearer: a second block of logits, and no product.
         drop     `topk`: p(x) / Σ_S p for x in S, and 0 outside, over the classes of `ghost`: the
                  same as over V ids for KL, total variation, Hellinger and α-β with α + β = 1, at
-                 power 1. Its p is larger on S than the teacher's (2503.16870: biased).
+                 power 1. Its p is larger on S than the teacher's (2503.16870: biased). What is
+                 infinite where p is 0 and q is not, KL(q‖p), is refused.
                  `sample`: the weights as they are, 0 outside. The default, and the only one.
 
     At K = V all three are the whole distribution, and the loss is that of the teacher's logits.

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.errors import InputError
+from amid_ds.losses import elementwise
+from amid_ds.losses.block import Block, Logits, forward_backward_block
 from amid_ds.losses.divergences import KL, SampledReverseKL
 from amid_ds.losses.objective import AMiD
 from amid_ds.losses.sparse import SparseTargets
@@ -35,6 +38,8 @@ def check_targets(targets: SparseTargets, objective: AMiD, token_weights: Tensor
     _check_temperature(targets, objective, vocabulary)
     if targets.sampled:
         _check_linear(objective, statistics)
+    elif targets.rest == "drop" and targets.ids.shape[1] < vocabulary:
+        _check_finite(objective)
     if ("label_probability" in {*objective.measures, *statistics}
             and targets.label_log_probabilities is None):
         raise InputError("label_probability with targets that have no label_log_probabilities",
@@ -55,6 +60,19 @@ def _check_temperature(targets: SparseTargets, objective: AMiD, vocabulary: int)
                          "give the student's alone, temperature={'student': τ, 'teacher': 1}, or "
                          "take topk with rest='drop' or 'spread': a tempered sum of p is not the "
                          "sum of p tempered")
+
+
+def _check_finite(objective: AMiD) -> None:
+    """Under `drop` p is 0 where every student says something: one id of two that only q says."""
+    if objective.per_token:
+        return
+    student, teacher = torch.zeros(1, 2), torch.tensor([[0.0, -torch.inf]])
+    block = Block(Logits(student), Logits(teacher), None, torch.float32)
+    kd = forward_backward_block(block, objective, VocabShard(0, 2), elementwise).kd
+    if kd is not None and kd.isinf().any():
+        raise InputError(f"rest='drop' with {objective}",
+                         "an objective that is finite where p is 0, as p is outside the ids",
+                         "take rest='ghost': under 'drop' every token's loss would be infinite")
 
 
 def _check_linear(objective: AMiD, statistics: Sequence[str]) -> None:
