@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.losses import EVERY_DIVERGENCE, OBJECTIVES, LossProblem, relative_error
+from support.sparse import SparseProblem
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -452,6 +453,23 @@ def test_memory_is_the_gradients_and_the_workspace_whatever_the_number_of_tokens
     assert seen.peak > gradients, "the meter does not see what it should"
     assert seen.peak <= gradients + workspace + vectors
     assert seen.largest < 1500 * vocabulary * problem.student.element_size() / 2
+
+
+def test_sparse_targets_take_the_cross_entropys_products_and_hardly_more_memory(seen):
+    problem = SparseProblem(8, tokens=120, vocabulary=9000, dtype=torch.float32)
+    alone = type(seen)()
+    with alone:
+        linear_amid_loss(problem.student, LMHead(problem.weight, problem.bias), None, None, None,
+                         token_weights=problem.weights, labels=problem.labels, ce_weight=0.4,
+                         kd_weight=0.0, vocab_size=problem.vocab_size).loss.backward()
+    problem.student.grad = problem.weight.grad = problem.bias.grad = None
+    with seen:
+        problem.sparse(AMiD(-5.0, 0.1)).loss.backward()
+    assert seen.largest == alone.largest and seen.peak <= 1.05 * alone.peak
+    products, expected = ([shapes for name, shapes in each.calls if name in ("mm", "addmm",
+                                                                             "addmm_")]
+                          for each in (seen, alone))
+    assert products == expected and len(products) >= 3
 
 
 def test_without_gradients_only_the_workspace_is_taken(seen):

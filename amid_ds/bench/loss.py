@@ -4,8 +4,8 @@ The four products are those that any exact method has to make: teacher logits, s
 gradient of the hidden states, gradient of the head. Sparse targets need no product of the teacher:
 their lines are ratios to the cross entropy alone, which makes the other three. Rounds are
 interleaved, times are medians. Memory is the peak above the inputs: on a CPU the resident set of a
-fresh process, on a GPU the allocator's peak. A row is printed when it has been measured; a method that does not fit the
-device's memory has none.
+fresh process, on a GPU the allocator's peak. A row is printed when it has been measured; a method
+that does not fit the device's memory has none.
 """
 
 from __future__ import annotations
