@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.data import write_texts
+from support.data import write_instructions, write_texts
 from support.disks import SmallDisk
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import write_gathering_config, write_recipe
@@ -64,15 +64,18 @@ def true_log_p(teacher: Path, prepared: Path) -> list[tuple[np.ndarray, np.ndarr
     return found
 
 
-@pytest.mark.parametrize("rows", ["text", "instructions"])
+@pytest.mark.parametrize("write_rows", [write_texts, write_instructions])
 @pytest.mark.parametrize("options", [["--topk", "8"], ["--sample", "12", "--exponent", "0.8"]],
                          ids=["topk", "sample"])
 def test_what_is_kept_is_the_teachers_own_log_softmax_within_the_stated_error(
-        options, rows, models, request, tmp_path):
-    recipe = make_recipe(tmp_path, models, request.getfixturevalue(f"{rows}_file"))
+        options, write_rows, models, tmp_path):
+    # Enough for shards of two micro-batches of a row each.
+    rows = write_rows(tmp_path / "rows.jsonl", rows=100)
+    recipe = make_recipe(tmp_path, models, rows, train__micro_batch_size=1)
     out = tmp_path / "cache"
     assert main(["cache", str(recipe), "--out", str(out), *options]) == 0
     folder = TargetFolder.open(out)
+    assert folder.manifest.shard_rows == 2
     truth = true_log_p(models[1], tmp_path / "prepared")
     assert len(folder) == len(truth)
     assert folder.manifest.positions == sum(len(labels) for _, labels in truth)
@@ -261,7 +264,7 @@ def test_a_cache_of_something_else_is_refused_with_what_differs(alone, models, s
     out, recipe = str(folder / "cache"), str(folder / "recipe.yaml")
     other = shared_model("llama", 5)
     for change, name in (([f"teacher.model={other}"], "teacher"),
-                         (["train.micro_batch_size=2"], "shard_rows"),
+                         (["train.micro_batch_size=2"], "micro_batch_size"),
                          (["train.seq_length=20", f"data.prepared={tmp_path / 'other'}"], "rows")):
         assert main(["cache", recipe, "--out", out, "--topk", "8", *change]) == 2
         error = capsys.readouterr().err

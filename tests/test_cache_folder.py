@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from amid_ds.data.target_shard import SelectedRow, encode_targets
+from amid_ds.data.target_shard import SelectedRow, encode_targets, write_target_rows
 from amid_ds.data.target_work import TargetWork
 from amid_ds.data.targets import TargetFolder, TargetManifest, stack_targets, target_shard_path
 from amid_ds.errors import InputError
+from amid_ds.training.cache_plan import ROW_BYTES
 
 LENGTHS = [3, 0, 5, 1, 4, 2, 7]
 
@@ -123,6 +124,18 @@ def test_a_position_takes_the_bytes_that_are_said(method, vocab, expected):
                       *((None, np.ones((n, 8), int), np.zeros(n)) if method == "sample"
                         else (np.zeros(n),)))
     assert sum(column.nbytes for column in encode_targets(row, plan.layout)) == n * expected
+
+
+def test_a_row_takes_the_bytes_that_are_said_beside_its_positions(tmp_path):
+    layout = manifest(size=8).layout
+    row = encode_targets(SelectedRow(np.tile(np.arange(8), (8, 1)), np.zeros((8, 8)), np.zeros(8),
+                                     np.zeros(8)), layout)
+    sizes = []
+    for count in (640, 1280):
+        write_target_rows(tmp_path / str(count), [row] * count, layout)
+        sizes.append((tmp_path / str(count)).stat().st_size)
+    assert (sizes[1] - sizes[0]) / 640 == pytest.approx(8 * layout.position_bytes + ROW_BYTES,
+                                                        abs=0.5)
 
 
 @pytest.mark.parametrize("method", ["topk", "sample"])

@@ -154,7 +154,10 @@ def load_cache_recipe(args: CacheArgs) -> Recipe:
         raise InputError(f"the recipe {args.recipe} has `stream: true`",
                          "rows that are prepared: each has its number",
                          "set stream: false for every source of data.train")
-    return pin(recipe)
+    recipe = pin(recipe)
+    # No optimizer step is made: any micro-batch will do.
+    batch = {"global_batch_size": recipe.train.micro_batch_size}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=batch)})
 
 
 def check_cache(args: CacheArgs, recipe: Recipe, ranks: int, headers: bool = True) -> CacheTask:
