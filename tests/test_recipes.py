@@ -47,6 +47,7 @@ STAND_INS = {
     "pretrain": ("llama", 2, ["tensor_parallel=2", "train.global_batch_size=2"]),
     "mean_teacher": ("llama", 2, ["train.global_batch_size=2"]),
     "grown_vocabulary": ("llama", 1, SMALL_BATCH),
+    "cached": ("llama", 1, SMALL_BATCH),
     "study": ("llama", 1, SMALL_BATCH),
     "delta_kd": ("llama", 1, [*SMALL_BATCH, "teacher.delta.base.model={student}"]),
 }
@@ -105,12 +106,18 @@ def test_a_recipe_is_parsed_planned_and_runs_two_steps(shared_model, chat_models
     if recipe.live_teacher is not None and recipe.live_teacher.vocabulary == "grown":
         student = with_a_new_token(teacher, tmp_path / "grown")
     overrides = [f"student.model={student}",
-                 *([] if recipe.live_teacher is None else [f"teacher.model={teacher}"]),
                  *(f"{rows}.path={data}" for rows in sets), f"data.prepared={tmp_path / 'data'}",
                  "data.workers=0", "train.epochs=null", "train.steps=2", "train.seq_length=96",
                  "train.warmup_steps=0", "train.eval_every=2", "train.log_every=1",
                  f"output_dir={tmp_path / 'run'}",
                  *(each.format(student=student) for each in smaller)]
+    live = f"teacher={{model: {teacher}}}"
+    if recipe.cached_teacher is not None:
+        run_ranks(ranks, "cache", find_recipe(name), *overrides, live, "--topk", 8, "--out",
+                  tmp_path / "cache")
+        overrides.append(f"teacher.cached={tmp_path / 'cache'}")
+    elif recipe.live_teacher is not None:
+        overrides.append(f"teacher.model={teacher}")
     if recipe.data.auxiliary is not None:
         overrides.append(f"data.auxiliary.path={texts}")
     if recipe.data.eval[0].generate is not None:

@@ -38,19 +38,22 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def add_study(commands: Commands) -> None:
-    parser = add_command(commands, _study, "claims tested on a CPU: the paper's about α, or that a "
-                         "pruned student is the better start")
-    parser.add_argument("what", nargs="?", choices=["alpha", "pruning"], default="alpha")
-    parser.add_argument("--out", metavar="DIR", help="resumes there; default runs/study, or "
-                        "runs/study-pruning")
+    parser = add_command(commands, _study, "claims tested on a CPU: the paper's about α, that a "
+                         "pruned student is the better start, what a cache has to keep")
+    parser.add_argument("what", nargs="?", choices=["alpha", "pruning", "cached"], default="alpha")
+    parser.add_argument("--out", metavar="DIR", help="resumes there; default runs/study, "
+                        "runs/study-pruning, runs/study-cached")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
 
 
 def _study(args: argparse.Namespace) -> None:
+    from amid_ds.experiments.cached_study import cached_study
     from amid_ds.experiments.pruning_study import pruning_study
     from amid_ds.experiments.study import study
 
-    if args.what == "pruning":
+    if args.what == "cached":
+        cached_study(args.out or "runs/study-cached", args.seeds)
+    elif args.what == "pruning":
         pruning_study(args.out or "runs/study-pruning", args.seeds)
     else:
         study(args.out or "runs/study", args.seeds)

@@ -88,11 +88,8 @@ def study(out: str, seeds: int) -> None:
     root = Path(out)
     require_own_folder(root, is_signed(root, "study"), "--out")
     sign(root, "study")
-    prompts = _make_inputs(root)
-    recipe = str(find_recipe("study"))
-    _train(root, recipe, "teacher", TEACHER_STEPS)
-    _train(root, recipe, "start", START_STEPS)
-    students = plan_sweep(recipe, [*_input_overrides(root),
+    prompts, recipe = make_study_models(root)
+    students = plan_sweep(recipe, [*study_overrides(root),
                                    f"loss={','.join(OBJECTIVES.values())}",
                                    f"train.seed={','.join(map(str, range(seeds)))}",
                                    f"train.steps={STEPS}",
@@ -107,6 +104,14 @@ def study(out: str, seeds: int) -> None:
     plots.plot_losses(rows, root / "losses.png")
     print(f"\n{table}\nthe study's table and figure are {root / 'study.md'} and study.png",
           flush=True)
+
+
+def make_study_models(root: Path) -> tuple[Path, str]:
+    """Make all that the students begin with, once: the path of the prompts, and of the recipe."""
+    prompts, recipe = _make_inputs(root), str(find_recipe("study"))
+    _train(root, recipe, "teacher", TEACHER_STEPS)
+    _train(root, recipe, "start", START_STEPS)
+    return prompts, recipe
 
 
 def _make_inputs(root: Path) -> Path:
@@ -146,15 +151,15 @@ def _prompt_line(piece: str) -> str:
     return json.dumps(row) + "\n"
 
 
-def _training_run(root: Path, name: str) -> RunFolder:
+def study_model_run(root: Path, name: str) -> RunFolder:
     """The run of the teacher or of the start."""
     return RunFolder(root / "runs" / name)
 
 
-def _input_overrides(root: Path) -> list[str]:
+def study_overrides(root: Path) -> list[str]:
     """The recipe's paths, under `root`. Nothing is evaluated during training, all at the end."""
-    return [path_override("student.model", _training_run(root, "start").model),
-            path_override("teacher.model", _training_run(root, "teacher").model),
+    return [path_override("student.model", study_model_run(root, "start").model),
+            path_override("teacher.model", study_model_run(root, "teacher").model),
             path_override("data.train.0.path", root / "corpus" / "train.jsonl"),
             path_override("data.prepared", root / "data"),
             "data.eval=[]"]
@@ -162,9 +167,9 @@ def _input_overrides(root: Path) -> list[str]:
 
 def _train(root: Path, recipe: str, name: str, steps: int) -> None:
     """Train the teacher or the start: cross entropy alone, from random weights."""
-    overrides = [*_input_overrides(root), path_override("student.model", root / "init" / name),
+    overrides = [*study_overrides(root), path_override("student.model", root / "init" / name),
                  "teacher=null", f"train.steps={steps}", f"train.learning_rate={LEARNING_RATE}",
-                 path_override("output_dir", _training_run(root, name).path)]
+                 path_override("output_dir", study_model_run(root, name).path)]
     if run_one(name, recipe, overrides, 1):
         raise TrainingError(f"the training of the {name} failed")
 
@@ -172,8 +177,8 @@ def _train(root: Path, recipe: str, name: str, steps: int) -> None:
 def _score_all(root: Path, students: Sweep, prompts: Path) -> StudyScores:
     """Every run's scores, made once and kept in its folder; the teacher's and start's first."""
     names = {loss: name for name, loss in OBJECTIVES.items()}
-    teacher = evaluate.load_model(str(_training_run(root, "teacher").model))
-    runs = [(name, _training_run(root, name).path) for name in ("teacher", "start")]
+    teacher = evaluate.load_model(str(study_model_run(root, "teacher").model))
+    runs = [(name, study_model_run(root, name).path) for name in ("teacher", "start")]
     for student in students.runs:
         loss = student.settings[0].partition("=")[2]
         runs.append((names[loss], students.folder / student.name))
