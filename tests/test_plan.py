@@ -17,8 +17,8 @@ from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe, resolved
 from amid_ds.distributed.world import World
 from amid_ds.monitor.memory_probe import _Traffic
+from amid_ds.planning.body_costs import run_on_meta
 from amid_ds.planning.devices import EFFICIENCY, Device, find_device
-from amid_ds.planning.model_costs import run_on_meta
 from amid_ds.planning.plan import make_plan
 
 H100 = Device("h100-80g", 80e9, 989e12, 50e9, 450e9)

@@ -18,9 +18,9 @@ from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
 from amid_ds.models import loading
 from amid_ds.planning import paper_scale
+from amid_ds.planning.body_costs import count_body, layers_of, run_on_meta
 from amid_ds.planning.devices import Device, find_device
 from amid_ds.planning.memory import memory_per_rank
-from amid_ds.planning.model_costs import _layers_of, count_body, run_on_meta
 from amid_ds.planning.network import network_per_step
 from amid_ds.planning.placement import choose_placement
 from amid_ds.planning.plan import make_plan
@@ -245,7 +245,7 @@ def test_a_second_copy_of_the_student_takes_memory_and_keeps_its_gathers_within_
 def test_layers_that_are_alike_cost_what_they_cost_one_by_one(family, shared_model):
     sizes = {} if family == "gpt2" else {"num_hidden_layers": 5}
     meta = AutoModelForCausalLM.from_pretrained(shared_model(family, 0, **sizes)).to("meta")
-    layers = _layers_of(meta)
+    layers = layers_of(meta)
     counted, of_layer = count_body(meta, 2, 32, layers)
     assert counted == run_on_meta(meta, 2, 32)
     less = run_on_meta(meta, 2, 32, layers=len(layers) - 1)
