@@ -42,7 +42,7 @@ def add_study(commands: Commands) -> None:
                          "pruned student is the better start, what a cache has to keep")
     parser.add_argument("what", nargs="?", choices=["alpha", "pruning", "cached"], default="alpha")
     parser.add_argument("--out", metavar="DIR", help="resumes there; default runs/study, "
-                        "runs/study-pruning, runs/study-cached")
+                        "of pruning runs/study-pruning")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
 
 
@@ -52,7 +52,7 @@ def _study(args: argparse.Namespace) -> None:
     from amid_ds.experiments.study import study
 
     if args.what == "cached":
-        cached_study(args.out or "runs/study-cached", args.seeds)
+        cached_study(args.out or "runs/study", args.seeds)
     elif args.what == "pruning":
         pruning_study(args.out or "runs/study-pruning", args.seeds)
     else:
