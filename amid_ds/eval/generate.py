@@ -34,7 +34,7 @@ from amid_ds.data import (
     vocabulary_size,
 )
 from amid_ds.data.readers import TEXT_FORMATS, file_format
-from amid_ds.distributed.nodes import find_nodes, require_divisor
+from amid_ds.distributed.nodes import ranks_of_copy
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
@@ -169,7 +169,7 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
         raise InputError("--trust-remote-code beside a recipe", "the recipe's own keys",
                          "set teacher.trust_remote_code: true in it")
     if recipe is not None and recipe.live_teacher is None:
-        raise InputError(f"the recipe {args.source} has no `teacher`",
+        raise InputError(f"the recipe {args.source} has no `teacher` that is a model",
                          "a model to answer the prompts",
                          "name a teacher in it, or give a model instead of the recipe")
     model = (recipe.live_teacher if recipe is not None else None) or Teacher(
@@ -284,7 +284,7 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
         yield whole, sampler, bool
         return
     if model.placement == "node":
-        over = world.run_on_main(lambda: _ranks_of_a_copy(model, world))
+        over = world.run_on_main(lambda: ranks_of_copy(model.shard_over, 1, world))
         world = world.split(1, over) if over < world.size else world
     engine = world.run_checked(lambda: build_teacher_engine(model, config, world))
     if engine.fits_gathered(engine.module):
@@ -297,16 +297,6 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
         return world.sum([own])[0] > 0
 
     yield engine.module, replace(sampler, head=engine.gathered_head), any_rank
-
-
-def _ranks_of_a_copy(model: Teacher, world: World) -> int:
-    """The neighbouring ranks over which the placement `node` shards the model. On rank 0.
-
-    Raises InputError where the ranks or their nodes do not allow it.
-    """
-    over = model.shard_over or find_nodes(world).copies_per_node(1)
-    require_divisor(over, world.size)
-    return over
 
 
 def sampler_prompts(task: GenerateTask, numbers: range) -> list[SamplerPrompt]:

@@ -21,7 +21,7 @@ from amid_ds.data.manifest import read_prepared_manifest
 from amid_ds.data.target_shard import TargetLayout
 from amid_ds.data.target_work import TargetWork
 from amid_ds.data.targets import TARGET_FORMAT, TargetManifest
-from amid_ds.distributed.nodes import find_nodes, require_divisor
+from amid_ds.distributed.nodes import ranks_of_copy
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
@@ -131,14 +131,8 @@ class CacheTask:
         """
         if self.is_whole or self.teacher.placement != "node":
             return None
-
-        def over() -> int:
-            ranks = self.teacher.shard_over or find_nodes(world).copies_per_node(
-                self.tensor_parallel)
-            require_divisor(ranks, world.size // self.tensor_parallel)
-            return ranks
-
-        return world.run_on_main(over)
+        return world.run_on_main(
+            lambda: ranks_of_copy(self.teacher.shard_over, self.tensor_parallel, world))
 
 
 def load_cache_recipe(args: CacheArgs) -> Recipe:
@@ -261,7 +255,7 @@ class CacheSize:
 
 
 def cache_size(args: CacheArgs) -> CacheSize:
-    """What `cache` with these arguments will write. Raises InputError."""
+    """The size of the folder that `cache` with these arguments writes. Raises InputError."""
     recipe = load_cache_recipe(args)
     student = resolve_student(recipe)
     vocab_size = vocabulary_size(load_tokenizer(student.model, **student.hub_kwargs))
