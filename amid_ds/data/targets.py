@@ -153,16 +153,6 @@ class TargetFolder:
         for number, shard in enumerate(self._shards):
             require_shard_size(target_shard_path(self.path, number), shard["bytes"])
 
-    def require_of(self, **facts: object) -> None:
-        """Raise InputError unless the manifest has these values, by its fields' names."""
-        for name, wanted in facts.items():
-            if (found := getattr(self.manifest, name)) != wanted:
-                raise InputError(f"the targets in {self.path} are of something else: `{name}` is "
-                                 f"{found!r} there and {wanted!r} here",
-                                 "targets made with `amid-ds cache` from the same prepared data, "
-                                 "tokenizer and teacher",
-                                 "name another folder, or make one with `amid-ds cache`")
-
     def row(self, number: int) -> RowTargets:
         """The targets of row `number` of the prepared data, in O(1).
 
@@ -202,8 +192,8 @@ def stack_targets(rows: Sequence[RowTargets], rest: Rest | None = None) -> Spars
     """The targets of all positions of the rows, in order, for `linear_amid_loss`.
 
     rest: see SparseTargets, and its default. Positions with fewer entries than others get entries
-    of no id. Of topk what rounding has left over of the total of 1 is
-    taken back: every probability of a position is divided by their sum.
+    of no id. Of topk what rounding has left over of the total of 1 is taken back: every probability
+    of a position is divided by their sum.
     """
     widest = max((row.ids.shape[1] for row in rows), default=0)
 
