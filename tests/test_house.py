@@ -42,6 +42,7 @@ OWNERS = {
     "matplotlib": {"experiments"},
     "yaml": {"config"},
     "pydantic": {"config"},
+    "peft": {"models"},
     "torch.distributed": {"distributed", "monitor"},
 }
 # DeepSpeed's private names; the keys of its files are known to checkpoint/zero_shards.py.

@@ -49,7 +49,7 @@ class GrownVocabulary:
 
     @property
     def sha256(self) -> str:
-        """By which a resumed run knows that these are still the same."""
+        """The hash by which a resumed run knows that these are still the same."""
         return hashlib.sha256(repr((self.old, self.pieces)).encode()).hexdigest()
 
     def with_teachers_rows(self, batches: list[Batch]) -> list[Batch]:
@@ -110,10 +110,11 @@ class _Row:
 def grown_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase,
                      student_name: str, teacher_name: str, limit: int | None = None
                      ) -> GrownVocabulary:
-    """What the student's new tokens are to the teacher.
+    """The student's new tokens as the teacher's tokenizer spells them.
 
-    Raises InputError, showing the ids, unless the student's tokenizer is the teacher's with new
-    tokens behind its own, and the teacher's spells each of them.
+    limit: the teacher's positions, see GrownVocabulary. Raises InputError, showing the ids, unless
+    the student's tokenizer is the teacher's with new tokens behind its own, and the teacher's
+    spells each of them.
     """
     old, end = vocabulary_size(teacher), vocabulary_size(student)
     problems = _differences_below(old, student, teacher)

@@ -58,7 +58,7 @@ def check_eval_data(args: EvalArgs) -> None:
 
 
 def rows_to_score(args: EvalArgs) -> Data:
-    """What `--data` is, as a source to read; of a prepared folder nothing but its name is used."""
+    """The source that `--data` is; of a prepared folder nothing but its name is used."""
     if prepared_folder(args) is not None:
         return Data(train=[source_of({"path": args.data})])
     return args.rows.data(args.data)

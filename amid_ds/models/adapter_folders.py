@@ -59,7 +59,7 @@ class ModelSource:
 
 def model_source(model: str, revision: str | None = None,
                  trust_remote_code: bool = False) -> ModelSource:
-    """Where the parts of `model` are: a model's folder or id, or a folder of adapters.
+    """The places of the parts of `model`: a model's folder or id, or a folder of adapters.
 
     Raises InputError for adapters whose base is not there, or not named.
     """

@@ -63,7 +63,7 @@ def inject(model: nn.Module, lora: Lora) -> None:
 
 
 def first_values(model: nn.Module, seed: int) -> FirstValues:
-    """What makes the first values of the adapters of a model, not yet split; by their names."""
+    """By their names, makers of the first values of the adapters of a model, not yet split."""
     return {name: partial(initial_value, name, tuple(parameter.shape), seed)
             for name, parameter in model.named_parameters() if is_adapter(name)}
 
