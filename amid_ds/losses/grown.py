@@ -31,6 +31,7 @@ from amid_ds.losses.block import (
     Logits,
     arithmetic_dtype,
     forward_backward_block,
+    weighted_part,
 )
 from amid_ds.losses.blocks import slices, tokens_per_block
 from amid_ds.losses.checks import IGNORE_INDEX, VocabLayout
@@ -219,9 +220,7 @@ def _loss_and_gradients(hidden: Tensor, call: _Call) -> tuple[LossOutput, list[T
     loss = weights.new_zeros(())
     for weight, part in ((call.kd_weight, kd), (call.ce_weight, ce)):
         if weight:
-            # A token that counts nothing may have an infinite divergence.
-            infinite = (total_weights == 0) & part.isinf()
-            loss = loss + weight * torch.where(infinite, 0.0, total_weights * part).sum()
+            loss = loss + weight * weighted_part(total_weights, part).sum()
     return LossOutput(loss, kd, ce, statistics), gradients.totals()
 
 

@@ -166,15 +166,7 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     meta.to(dtype)
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
-    split = set() if whole else split_parameters(meta, tp)
-    muons = ({name for name, group in parameter_groups(meta, recipe.train).items()
-              if group == "muon"} if isinstance(model, Student) else set())
-    trained = ({name for name, parameter in meta.named_parameters() if parameter.requires_grad}
-               if isinstance(model, Student) else set())
-    stored = {name for name, _ in meta.named_parameters() if not is_adapter(name)}
-    counts = {what: count_weights(meta, tp, split, names) for what, names in (
-        ("weights", None), ("muon", muons), ("trained", trained),
-        ("stored", stored))}
+    counts = _counts_by_use(meta, isinstance(model, Student), recipe, whole)
     head, embedding = head_of(meta).weight, meta.get_input_embeddings().weight
     of_head = {id(parameter) for parameter in meta.get_output_embeddings().parameters()}
     body_is_trained = any(parameter.requires_grad and id(parameter) not in of_head
@@ -219,15 +211,25 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
                                  if isinstance(model, Teacher) else 0))
 
 
-def count_weights(meta: nn.Module, tensor_parallel: int, split: Collection[str],
-                  names: Collection[str] | None = None) -> WeightCounts:
-    """The weights of `meta`, not yet shrunk, of which tensor parallelism splits those in `split`.
+def _counts_by_use(meta: nn.Module, trains: bool, recipe: Recipe,
+                   whole: bool) -> dict[str, WeightCounts]:
+    """The weights of `meta`, not yet shrunk, by the fields of ModelCosts that count them."""
+    split = set() if whole else split_parameters(meta, recipe.tensor_parallel)
+    named = dict(meta.named_parameters())
+    groups = parameter_groups(meta, recipe.train) if trains else {}
+    uses = {"weights": named.keys(), "stored": {name for name in named if not is_adapter(name)},
+            "trained": {name for name, each in named.items() if trains and each.requires_grad},
+            "muon": {name for name, group in groups.items() if group == "muon"}}
+    return {use: _count_weights(meta, recipe.tensor_parallel, split, names)
+            for use, names in uses.items()}
 
-    names: of the parameters that count; None: all.
-    """
+
+def _count_weights(meta: nn.Module, tensor_parallel: int, split: Collection[str],
+                   names: Collection[str]) -> WeightCounts:
+    """The weights of these names, of which tensor parallelism splits those in `split`."""
     total, sizes, is_shared = 0, [], []
     for name, parameter in meta.named_parameters():
-        if names is not None and name not in names:
+        if name not in names:
             continue
         size = parameter.numel()
         total += size
