@@ -39,7 +39,7 @@ from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.build import build_teacher_engine
-from amid_ds.errors import InputError, Stopped
+from amid_ds.errors import InputError
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.files.ownership import require_own_file
@@ -154,10 +154,8 @@ def _generate(task: GenerateTask, world: World, fence: Fence) -> None:
             world.run_on_main(partial(append_answers, task, first, in_order, fence))
             count = min(size * world.size, total - first)
             bar.update(count)
-            reason = world.first(request.reason())
-            if reason is not None and first + count < total:
-                logger.info(f"stopped in order ({reason}); the same command goes on from there")
-                raise Stopped
+            if first + count < total:
+                request.obey(world)
     logger.info(world.run_on_main(lambda: publish_answers(task, fence)))
 
 

@@ -29,7 +29,7 @@ from amid_ds.data.targets import TargetManifest
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine.teacher import OpenTeacher, open_teacher
-from amid_ds.errors import Stopped, TrainingError
+from amid_ds.errors import TrainingError
 from amid_ds.losses.selection import linear_draws, linear_topk, row_uniforms
 from amid_ds.monitor.stop_request import StopRequest
 from amid_ds.training.cache_plan import (
@@ -87,10 +87,7 @@ def _write_missing(task: CacheTask, work: TargetWork, request: StopRequest, worl
                   disable=not world.is_main or None) as bar:
             while (units := world.run_on_main(partial(rounds.take, world.dp_size))) is not None:
                 bar.update(_one_round(rounds, units, prepared, teacher, world))
-                reason = world.first(request.reason())
-                if reason is not None:
-                    logger.info(f"stopped in order ({reason}); the same command goes on from there")
-                    raise Stopped
+                request.obey(world)
 
 
 @contextlib.contextmanager
