@@ -23,7 +23,12 @@ from tqdm import tqdm
 
 from amid_ds.data import Batch, PreparedDataset
 from amid_ds.data.batch import require_ids_below
-from amid_ds.data.target_shard import EncodedRow, SelectedRow, encode_targets
+from amid_ds.data.target_shard import (
+    EncodedRow,
+    SelectedRow,
+    encode_targets,
+    position_count,
+)
 from amid_ds.data.target_work import TargetWork
 from amid_ds.data.targets import TargetManifest
 from amid_ds.distributed.rendezvous import init_distributed
@@ -206,7 +211,7 @@ class Rounds:
             shard = unit[0] // self.manifest.shard_rows
             part = self.parts[shard]
             part[unit[0]] = selected
-            positions += sum(len(row[4]) for row in selected)
+            positions += sum(position_count(row) for row in selected)
             whole = self.manifest.shard_range(shard)
             if sum(map(len, part.values())) == len(whole):
                 self.work.finish(shard, [row for first in sorted(part) for row in part[first]])

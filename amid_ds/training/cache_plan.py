@@ -18,7 +18,7 @@ from amid_ds.data import (
     vocabulary_size,
 )
 from amid_ds.data.manifest import read_prepared_manifest
-from amid_ds.data.target_shard import TargetLayout
+from amid_ds.data.target_shard import ROW_BYTES, TargetLayout
 from amid_ds.data.target_work import TargetWork
 from amid_ds.data.targets import TARGET_FORMAT, TargetManifest
 from amid_ds.distributed.nodes import ranks_of_copy
@@ -43,8 +43,6 @@ MAX_DRAWS = (1 << 16) - 1
 # The rows are cut into about so many shards, or more if they would be larger than MAX_SHARD_BYTES.
 SHARDS = 64
 MAX_SHARD_BYTES = 256 << 20
-# Of a row beside its positions: the places of its lists, and its checksum.
-ROW_BYTES = 36
 
 
 @dataclass(frozen=True)
