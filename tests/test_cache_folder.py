@@ -6,11 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from amid_ds.data.target_shard import SelectedRow, encode_targets, write_target_rows
+from amid_ds.data.target_shard import (
+    ROW_BYTES,
+    SelectedRow,
+    encode_targets,
+    write_target_rows,
+)
 from amid_ds.data.target_work import TargetWork
 from amid_ds.data.targets import TargetFolder, TargetManifest, stack_targets, target_shard_path
 from amid_ds.errors import InputError
-from amid_ds.training.cache_plan import ROW_BYTES
 
 LENGTHS = [3, 0, 5, 1, 4, 2, 7]
 
