@@ -290,9 +290,12 @@ def test_the_divergence_from_draws_is_right_on_average():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--seq-length", "20"], "is of others"), (["--teacher", "x"], "one teacher")])
-def test_eval_refuses_a_cache_of_other_rows_and_two_teachers(llama_pair, text_file, eight, capsys,
-                                                            arguments, words):
+    (["--seq-length", "20"], "is of others"), (["--teacher", "x"], "one teacher"),
+    (["--data", "PREPARED", "--seq-length", "20"], "whose rows are prepared"),
+    (["--data", "PREPARED", "--text", "words"], "whose rows are prepared")])
+def test_eval_refuses_a_cache_of_other_rows_and_what_cannot_go_together(
+        llama_pair, text_file, prepared, eight, capsys, arguments, words):
+    arguments = [str(prepared) if each == "PREPARED" else each for each in arguments]
     assert main(["eval", str(llama_pair[0]), "--cached", str(eight), "--data", str(text_file),
                  *arguments]) == 2
     assert words in capsys.readouterr().err

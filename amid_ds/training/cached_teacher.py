@@ -38,15 +38,19 @@ def open_targets(recipe: Recipe) -> tuple[TargetFolder, Rest | None] | None:
     return None if teacher is None or cache is None else (cache, teacher.rest)
 
 
-def check_cached_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_cached_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase,
+                         shards: bool = True) -> None:
     """Raise InputError, with all that is wrong, unless the recipe can learn from its cache.
 
-    Where the data are not prepared yet, `require_cache_of_data` compares them later.
+    shards: look at the size of every shard too; of many ranks one does it for all. None is read to
+    its end: each row has a checksum. Where the data are not prepared yet, `require_cache_of_data`
+    compares them later.
     """
     cache = open_cache(recipe)
     if cache is None:
         return
-    cache.require_sizes()
+    if shards:
+        cache.require_sizes()
     problems = [*_of_another_tokenizer(cache, tokenizer), *_of_other_data(cache, recipe),
                 *_losses_refused(cache, recipe)]
     if problems:
