@@ -100,13 +100,12 @@ def _losses_refused(cache: TargetFolder, recipe: Recipe) -> list[str]:
         return [f"`teacher.rest`: {error.found}; {error.remedy}"]
     problems: dict[str, None] = {}
     for objectives in every_objective(recipe):
-        losses = {"loss": objectives.base,
-                  **{f"data.train.{number}.loss": objectives.by_source[number]
-                     for number in recipe.source_losses}}
-        for place, each in losses.items():
-            if each.kd_weight or each.amid.token_weight is not None:
-                problems |= {f"`{place}`: {problem}": None
-                             for problem in _refused(each, kept, cache.manifest.vocab_size)}
+        losses = {f"data.train.{number}.loss" if number in recipe.source_losses else "loss": each
+                  for number, each in objectives.by_source.items()} or {"loss": objectives.base}
+        # In a step that looks at the teacher at all, every loss is computed from what is kept.
+        if any(each.kd_weight or each.amid.token_weight is not None for each in losses.values()):
+            problems |= {f"`{place}`: {problem}": None for place, each in losses.items()
+                         for problem in _refused(each, kept, cache.manifest.vocab_size)}
     return list(problems)
 
 
