@@ -194,8 +194,14 @@ def test_a_folder_that_is_no_whole_cache_is_refused(recipe_of, eight, tmp_path):
     cut = tmp_path / "cut"
     shutil.copytree(eight, cut)
     next((cut / "shards").glob("*.arrow")).write_bytes(b"cut")
+    flipped = tmp_path / "flipped"
+    shutil.copytree(eight, flipped)
+    shard = flipped / "shards" / "000000.arrow"
+    first = TargetFolder.open(eight).row(0).label_log_probabilities.astype("float16").tobytes()
+    shard.write_bytes(shard.read_bytes().replace(first, bytes(len(first))))
     for folder, words in ((tmp_path / "none", "holds no teacher's distributions"),
-                          (begun, "has not finished there"), (cut, r"\.arrow")):
+                          (begun, "has not finished there"), (cut, r"\.arrow"),
+                          (flipped, r"^the shard \S*000000.arrow is damaged: the checksum of its")):
         recipe = load_recipe(recipe_of({"cached": str(folder)}, "refused"))
         with pytest.raises(InputError, match=words):
             check_recipe(recipe, 1)

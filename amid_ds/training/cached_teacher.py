@@ -94,8 +94,9 @@ def _losses_refused(cache: TargetFolder, recipe: Recipe) -> list[str]:
     """What a loss of the recipe asks that the cache does not tell, each once, by its place."""
     teacher = recipe.cached_teacher
     assert teacher is not None
+    row = cache.row(0)
     try:
-        kept = stack_targets([cache.row(0)], teacher.rest)
+        kept = stack_targets([row], teacher.rest)
     except InputError as error:
         return [f"`teacher.rest`: {error.found}; {error.remedy}"]
     problems: dict[str, None] = {}
