@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from amid_ds.config.parse import source_of
+from amid_ds.config.recipe import Data
+from amid_ds.data import load_tokenizer, prepare_all
 from amid_ds.data.target_shard import (
     ROW_BYTES,
     SelectedRow,
@@ -210,6 +213,15 @@ def test_a_folder_that_is_not_ours_is_neither_written_nor_read(tmp_path):
         TargetWork(tmp_path, manifest()).start()
     with pytest.raises(InputError, match="holds no teacher's distributions"):
         TargetFolder.open(tmp_path)
+
+
+def test_a_folder_of_prepared_data_is_called_that(text_file, tokenizer_folder, tmp_path):
+    data = Data(train=[source_of({"path": str(text_file)})])
+    prepare_all(data, 16, load_tokenizer(str(tokenizer_folder)), tmp_path / "data")
+    for use in (TargetWork(tmp_path / "data", manifest()).start,
+                lambda: TargetFolder.open(tmp_path / "data")):
+        with pytest.raises(InputError, match="holds prepared data, and no teacher's"):
+            use()
 
 
 def test_an_unfinished_folder_is_not_opened(tmp_path):

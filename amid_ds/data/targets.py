@@ -23,7 +23,12 @@ from numpy.typing import NDArray
 # Checking needs it before Python 3.12.
 from typing_extensions import TypedDict
 
-from amid_ds.data.arrow_shard import OPEN_SHARDS, damaged_shard, require_shard_size
+from amid_ds.data.arrow_shard import (
+    OPEN_SHARDS,
+    damaged_shard,
+    require_shard_checksum,
+    require_shard_size,
+)
 from amid_ds.data.manifest import (
     PREPARED_MANIFEST,
     PREPARED_PLAN,
@@ -153,6 +158,13 @@ class TargetFolder:
         for number, shard in enumerate(self._shards):
             require_shard_size(target_shard_path(self.path, number), shard["bytes"])
 
+    def require_checksums(self, shards: range) -> None:
+        """Raise InputError unless these shards have their SHA-256. Reads the files whole."""
+        for number in shards:
+            path, counts = target_shard_path(self.path, number), self._shards[number]
+            require_shard_size(path, counts["bytes"])
+            require_shard_checksum(path, counts["sha256"])
+
     def row(self, number: int) -> RowTargets:
         """The targets of row `number` of the prepared data, in O(1).
 
@@ -239,8 +251,11 @@ def read_target_plan(folder: Path) -> TargetManifest | None:
 
 
 def _as_manifest(path: Path, plan: object) -> TargetManifest:
-    """The plan that was read as JSON. Raises InputError for another version's."""
+    """The plan that was read as JSON. Raises InputError for prepared data's, another version's."""
     assert isinstance(plan, dict)
+    if "method" not in plan:
+        raise InputError(f"{path.parent} holds prepared data, and no teacher's distributions",
+                         "a folder that `amid-ds cache` wrote", "name another folder")
     if plan["format"] != TARGET_FORMAT:
         raise InputError(f"{path.parent} was written by another version of amid-ds: its format is "
                          f"{plan['format']}, this version's {TARGET_FORMAT}",

@@ -30,7 +30,7 @@ from amid_ds.data.target_shard import (
     position_count,
 )
 from amid_ds.data.target_work import TargetWork
-from amid_ds.data.targets import TargetManifest
+from amid_ds.data.targets import TargetFolder, TargetManifest
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine.teacher import OpenTeacher, open_teacher
@@ -68,7 +68,7 @@ def _cache(task: CacheTask, world: World) -> None:
     manifest = world.run_on_main(lambda: plan_cache(task))
     work = TargetWork(task.out, manifest)
     if not world.run_on_main(work.start):
-        logger.info(f"{task.out} is complete: nothing to do")
+        _verify(task, world)
         return
     try:
         world.run_on_main(lambda: require_cache_room(work))
@@ -79,6 +79,17 @@ def _cache(task: CacheTask, world: World) -> None:
         work.give_back_all()
     logger.info(f"{task.out}: the teacher's distributions at {manifest.positions:,} positions of "
                 f"{manifest.rows:,} rows")
+
+
+def _verify(task: CacheTask, world: World) -> None:
+    """Compare every shard of the complete folder with its checksum, one a rank at a time."""
+    folder = world.run_checked(partial(TargetFolder.open, task.out))
+    shards = range(folder.manifest.shards)
+    for first in tqdm(shards[::world.size], desc="verify", unit="shard", unit_scale=world.size,
+                      disable=not world.is_main or None):
+        own = first + world.rank
+        world.run_checked(partial(folder.require_checksums, shards[own:own + 1]))
+    logger.info(f"{task.out} is complete, and its shards are as they were written")
 
 
 def _write_missing(task: CacheTask, work: TargetWork, request: StopRequest, world: World) -> None:

@@ -30,7 +30,7 @@ from amid_ds.files.atomic import require_disk_space
 from amid_ds.models.fit import require_positions, require_rows
 from amid_ds.models.loading import checkpoint_dtype, require_supported, supported_model
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.places import check_places
+from amid_ds.run.places import check_cache_place, check_places
 from amid_ds.run.provenance import model_hash, prepared_hash
 from amid_ds.run.warm_start import resolve_student
 from amid_ds.training.compatibility import pin
@@ -173,7 +173,9 @@ def check_cache(args: CacheArgs, recipe: Recipe, ranks: int, headers: bool = Tru
     meta = look(teacher.model, **teacher.hub_kwargs)
     require_rows(meta, "the teacher", vocabulary_size(tokenizer))
     require_positions(meta, "the teacher", recipe.train.seq_length)
-    return CacheTask(args, recipe, teacher, tokenizer, config)
+    task = CacheTask(args, recipe, teacher, tokenizer, config)
+    check_cache_place(recipe, task.out)
+    return task
 
 
 def plan_cache(task: CacheTask) -> TargetManifest:
