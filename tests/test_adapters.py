@@ -200,7 +200,8 @@ class DrawnShards:
 
 
 @pytest.mark.parametrize(("family", "lora"), [
-    ("gpt2", {}), ("llama-tied", {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ("gpt2", {}), ("llama", {"targets": ["o_proj", "lm_head"]}),
+    ("llama-tied", {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     ("qwen3", {"targets": ["down_proj"], "modules_to_save": ["lm_head", "norm"]})])
 def test_merged_weights_are_pefts_of_weights_either_way_round_and_of_modules_that_train_whole(
         family, lora, shared_model, tmp_path, monkeypatch):
