@@ -51,7 +51,7 @@ def inject(model: nn.Module, lora: Lora) -> None:
     """
     targets = target_modules(model, lora)
     saved = _saved_modules(model, lora, targets)
-    peft = _import_peft()
+    peft = import_peft()
     config = _config(model, lora, targets)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     peft.inject_adapter_in_model(config, model, ADAPTER_NAME, low_cpu_mem_usage=on_meta)
@@ -135,7 +135,7 @@ def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
     The sum is made in fp32, a layer at a time, and rounded once. Raises InputError where they are
     damaged, or of another model.
     """
-    peft, dtype = _import_peft(f"{folder} holds adapters"), next(model.parameters()).dtype
+    peft, dtype = import_peft(), next(model.parameters()).dtype
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -162,7 +162,7 @@ def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
 
 
 def _config(model: nn.Module, lora: Lora, targets: list[str]) -> LoraConfig:
-    return _import_peft().LoraConfig(
+    return import_peft().LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
         # The weights of GPT-2's own kind of linear layer lie the other way.
         fan_in_fan_out=not isinstance(model.get_submodule(targets[0]), nn.Linear))
@@ -251,7 +251,8 @@ def _shape(layer: Any) -> tuple[int, int]:
     return layer.nf, layer.nx
 
 
-def _import_peft(why: str = "student.lora") -> Any:
+def import_peft(why: str = "student.lora") -> Any:
+    """The module peft. Raises InputError where it is not installed; why: what needs it."""
     try:
         import peft
     except ImportError:
