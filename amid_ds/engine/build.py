@@ -90,7 +90,7 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
 
 
 def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World,
-                     resumes: bool, first_pieces: Tensor | None
+                     resumes: bool, first_pieces: Tensor | None = None
                      ) -> tuple[Distiller, dict[str, GroupName]]:
     """All models, split and with their weights; the optimizer's group of each of the student's
     parameters."""
