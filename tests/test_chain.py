@@ -90,6 +90,20 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@torch.no_grad()
+def measured(run: Path, model, *guides) -> list[float]:
+    """Means over the run's evaluation tokens: the model's loss, and each KL(guide ‖ model)."""
+    size = len(AutoTokenizer.from_pretrained(run / "model"))
+    sums = torch.zeros(2 + len(guides), dtype=torch.float64)
+    for batch in read_batches(run / "data" / "eval" / "held", 1, 0, 1):
+        keep = batch.labels != -100
+        q, *others = (each(batch.input_ids, position_ids=batch.positions).logits[keep]
+                      [:, :size].double().log_softmax(-1) for each in (model, *guides))
+        nll = -q.gather(1, batch.labels[keep][:, None]).sum()
+        sums += torch.stack([nll, *((p.exp() * (p - q)).sum() for p in others), keep.sum()])
+    return (sums[:-1] / sums[-1]).tolist()
+
+
 def test_each_link_learns_from_the_model_that_the_one_before_has_left(models, whole):
     out = whole / "out"
     recipe = yaml.safe_load((out / "small" / "recipe.yaml").read_text())
@@ -110,18 +124,7 @@ def test_the_report_has_a_line_for_each_link_and_its_distance_to_both_teachers(m
         run = whole / "out" / row["link"]
         model = AutoModelForCausalLM.from_pretrained(run / "model")
         assert int(row["parameters"]) == sum(p.numel() for p in model.parameters())
-        size = len(AutoTokenizer.from_pretrained(run / "model"))
-        sums = torch.zeros(4, dtype=torch.float64)
-        for batch in read_batches(run / "data" / "eval" / "held", 1, 0, 1):
-            keep = batch.labels != -100
-            with torch.no_grad():
-                q, p, own = (each(batch.input_ids, position_ids=batch.positions).logits[keep]
-                             [:, :size].double().log_softmax(-1)
-                             for each in (model, first, guides[-1]))
-            nll = -q.gather(1, batch.labels[keep][:, None]).sum()
-            sums += torch.stack([nll, (p.exp() * (p - q)).sum(), (own.exp() * (own - q)).sum(),
-                                 keep.sum()])
-        nll, to_first, to_own = (sums[:3] / sums[3]).tolist()
+        nll, to_first, to_own = measured(run, model, first, guides[-1])
         assert float(row["KL to the first teacher"]) == pytest.approx(to_first, rel=1e-4)
         assert float(row["KL to its teacher"]) == pytest.approx(to_own, rel=1e-4)
         assert float(row["perplexity"]) == pytest.approx(torch.tensor(nll).exp().item(), rel=1e-4)
@@ -175,6 +178,29 @@ def test_a_finished_link_whose_teacher_was_trained_otherwise_is_refused(whole, t
     assert "small has learnt from another model" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_the_last_link_may_train_adapters_and_is_measured_with_them(models, whole, tmp_path,
+                                                                    started):
+    shutil.copytree(whole, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*.yaml"):
+        path.write_text(path.read_text().replace(str(whole), str(tmp_path / "copy")))
+    chain = tmp_path / "copy" / "chain.yaml"
+    changed = yaml.safe_load(chain.read_text())
+    changed["chain"][1] = {"name": "adapted", "overrides": [f"student.model={models['small']}",
+                                                            "student.lora.rank=2"]}
+    shutil.rmtree(tmp_path / "copy" / "out" / "small")
+    chain.write_text(yaml.safe_dump(changed))
+    started.clear()
+    assert main(["chain", str(chain)]) == 0
+    assert started == [("adapted", 0)]
+    row, run = table(tmp_path / "copy")[1], tmp_path / "copy" / "out" / "adapted"
+    assert (run / "model" / "adapter_config.json").is_file()
+    assert row["parameters"] == table(whole)[1]["parameters"]
+    _, to_first = measured(run, AutoModelForCausalLM.from_pretrained(run / "model"),
+                              AutoModelForCausalLM.from_pretrained(models["teacher"]))
+    assert float(row["KL to the first teacher"]) == pytest.approx(to_first, rel=1e-4)
+
+
 def links_of(*links: dict) -> dict:
     return {"chain": list(links)}
 
@@ -201,6 +227,8 @@ def links_of(*links: dict) -> dict:
     (links_of({"name": "a", "overrides": ["teacher.delta={base: {model: MEDIUM}}"]},
               {"name": "b", "overrides": ["teacher.delta={base: {model: MEDIUM}}"]}),
      "link b: it has a teacher.delta"),
+    (links_of({"name": "a", "overrides": ["student.lora={}"]}, {"name": "b"}),
+     "link a: it has a student.lora"),
     ({"base": None}, "no `base`"), ({"output_dir": 3}, "output_dir")])
 def test_what_is_wrong_is_refused_for_all_links_before_anything_loads(
         models, text_file, tmp_path, changes, found):

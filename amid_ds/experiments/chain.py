@@ -27,10 +27,11 @@ from amid_ds.config.recipe import Recipe, Student
 from amid_ds.data import load_tokenizer, read_batches, vocabulary_size
 from amid_ds.distributed.devices import choose_device
 from amid_ds.errors import InputError, Stopped, TrainingError
-from amid_ds.eval.evaluate import score_model, sum_scores
+from amid_ds.eval.evaluate import load_model, score_model, sum_scores
 from amid_ds.experiments.sweep import is_finished, markdown_table, run_one, signals_to
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.ownership import require_own_file, require_own_folder
+from amid_ds.models.adapter_folders import model_source
 from amid_ds.models.loading import load_causal_lm, meta_model
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_evaluations
@@ -98,6 +99,10 @@ def plan_chain(path: str, overrides: Sequence[str], ranks: int) -> Chain:
         known = resolve_student(links[-1].known) if links else None
         try:
             links.append(_make_link(file, own, overrides, before, known))
+            if links[-1].recipe.student.lora is not None and own is not file.chain[-1]:
+                raise InputError("it has a student.lora, and a run's adapters teach nobody",
+                                 "adapters in the last link alone",
+                                 "add student.lora=null to the overrides of the others")
             check_recipe(links[-1].known, ranks)
         except InputError as error:
             problems.append(f"link {own.name}: {error.found}")
@@ -223,8 +228,9 @@ def report_chain(chain: Chain) -> None:
 def _rows(chain: Chain, link: Link) -> Iterator[list[object]]:
     """The lines of a finished link: one for each of its sets, one without numbers if it has none.
     """
-    model = meta_model(str(link.run.model),
-                       trust_remote_code=link.recipe.student.trust_remote_code)
+    source = model_source(str(link.run.model),
+                          trust_remote_code=link.recipe.student.trust_remote_code)
+    model = meta_model(source.model, **source.hub_kwargs)
     state = newest_state(link.run)
     facts = [link.name, sum(p.numel() for p in model.parameters()), state.step if state else None]
     latest = {line["name"]: line for line in read_evaluations(link.run.path)}
@@ -265,7 +271,7 @@ def _measure_distances(link: Link, first: Link) -> dict[str, float | None]:
     device = choose_device(0)
     recipe, path = link.recipe, str(link.run.model)
     trusted = recipe.student.trust_remote_code
-    model = load_causal_lm(path, "auto", trust_remote_code=trusted).eval().to(device)
+    model = load_model(path, trusted).to(device)
     guide = load_causal_lm(teacher.model, teacher.dtype, **teacher.hub_kwargs).eval().to(device)
     size = vocabulary_size(load_tokenizer(path, trust_remote_code=trusted))
     distances = {}

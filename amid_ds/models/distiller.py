@@ -29,7 +29,7 @@ from amid_ds.losses import (
     linear_argmax,
     preset,
 )
-from amid_ds.models.heads import run_body, sharded_head_of, teacher_head_of
+from amid_ds.models.heads import head_input, run_body, sharded_head_of, teacher_head_of
 from amid_ds.monitor.step_timer import phase
 
 
@@ -277,7 +277,8 @@ class Distiller(nn.Module):
         [B, L] and documents as `run_body` has them; sequences [n], parts and targets as the head
         has them. Without teacher_hidden and targets: cross entropy alone.
         """
-        hidden = _rows(run_body(self.student, input_ids, positions, documents), valid)
+        hidden = head_input(self.student, _rows(
+            run_body(self.student, input_ids, positions, documents), valid))
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
         return self.head(hidden, teacher_hidden, labels, token_weights, sequences, parts=parts,
@@ -285,13 +286,14 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Both models' hidden states [n, H_s] and [n, H_t] at the n labelled tokens of a batch."""
+        """Both models' hidden states [n, H_s] and [n, H_t] at the n labelled tokens of a batch, as
+        their heads take them."""
         teacher, student = (
             None if model is None else
             _rows(run_body(model, rows.input_ids, rows.positions, rows.documents), rows.valid)
             for model, rows in ((self.teacher, batch.as_teacher_reads), (self.student, batch)))
         assert student is not None
-        return student, teacher
+        return head_input(self.student, student), teacher
 
     @torch.no_grad()
     def score(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:

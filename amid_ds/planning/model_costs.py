@@ -15,9 +15,9 @@ from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.engine.optimizer import parameter_groups
 from amid_ds.errors import InputError
 from amid_ds.models import loading
-from amid_ds.models.adapters import is_adapter
+from amid_ds.models.adapters import is_adapted, is_adapter
 from amid_ds.models.fit import require_positions
-from amid_ds.models.heads import body_of, head_of
+from amid_ds.models.heads import body_of
 from amid_ds.models.sizes import intermediate_size, teacher_bytes_per_token
 from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
 from amid_ds.models.trained import choose_trained
@@ -92,7 +92,10 @@ class ModelCosts:
     # This rank's rows of the head; 0 or the same where its weight is the embedding's or not.
     head: int
     untied_head: int
+    # A gradient of the head's size is made, whatever of it is trained.
     head_is_trained: bool
+    # Its weight and its adapter's are put side by side.
+    head_is_copied: bool
     # A weight of the body is trained, so a gradient comes back through the head.
     body_is_trained: bool
     # The weights that the files hold, but for adapters, which are new.
@@ -167,8 +170,9 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
     counts = _counts_by_use(meta, isinstance(model, Student), recipe, whole)
-    head, embedding = head_of(meta).weight, meta.get_input_embeddings().weight
-    of_head = {id(parameter) for parameter in meta.get_output_embeddings().parameters()}
+    output = meta.get_output_embeddings()
+    head, embedding = output.weight, meta.get_input_embeddings().weight
+    of_head = {id(parameter) for parameter in output.parameters()}
     body_is_trained = any(parameter.requires_grad and id(parameter) not in of_head
                           for parameter in meta.parameters())
     # From here on `meta` has the shapes of one tensor-parallel rank.
@@ -201,8 +205,10 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         tied_embedding=embedding.numel() if head is embedding else 0,
         head=head.numel() // tp,
         untied_head=0 if head is embedding else head.numel() // tp,
-        head_is_trained=head.requires_grad,
-        body_is_trained=body_is_trained or (head is embedding and head.requires_grad),
+        head_is_trained=head.requires_grad or is_adapted(output),
+        head_is_copied=is_adapted(output),
+        body_is_trained=(body_is_trained or is_adapted(output)
+                         or (head is embedding and head.requires_grad)),
         body=body,
         layer_saved_bytes=layer_saved_bytes,
         tp_forward_width=forward_width,
