@@ -337,7 +337,9 @@ def _write_gradient(block: Block, rows: BlockTargets, classes: _Classes,
         onehot = (classes.ids == rows.labels[:, None]) & (classes.ids >= 0)
         z = (classes.logits - log_z[0][:, None] - log_z[1][:, None]).exp()
         own += ce_scale[:, None] * (z - onehot.to(z.dtype))
-        factor = factor + ce_scale * ((rest[0] - log_z[0]) + (rest[1] - log_z[1])).exp()
+        # Not above 0 but where nothing is left, of which `rest` is no sum.
+        of_rest_z = ((rest[0] - log_z[0]) + (rest[1] - log_z[1])).clamp(max=0)
+        factor = factor + ce_scale * of_rest_z.exp()
     student.chain(own, classes.logits)
     no_labels = torch.full((block.tokens,), -1, dtype=torch.int64, device=block.device)
     others = replace(block, labels=no_labels, kd_scale=None)
