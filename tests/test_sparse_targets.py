@@ -348,9 +348,9 @@ def test_wrong_shapes_and_combinations_are_refused():
     ids, log_p, log_rest = (problem.targets.ids, problem.targets.log_probabilities,
                             problem.targets.log_rest)
     for arguments, message in (
-            ((ids.int(), log_p, log_rest), "ids"), ((ids[:, :0], log_p[:, :0], log_rest), "above 0"),
-            ((ids, log_p[:, 1:], log_rest), "log_prob"),
-            ((ids, log_p, log_rest[1:]), "log_rest"), ((ids, log_p), "without log_rest"),
+            ((ids.int(), log_p, log_rest), "ids"), ((ids[:, :0], log_p[:, :0], log_rest), "K abov"),
+            ((ids, log_p[:, 1:], log_rest), "log_prob"), ((ids, log_p, log_rest[1:]), "log_rest"),
+            ((ids, log_p), "without log_rest"),
             ((ids, log_p, None, log_p.exp(), None, "ghost"), "sampled weights"),
             ((ids, log_p, log_rest, None, None, "other"), "rest='other'")):
         with pytest.raises(InputError, match=message):

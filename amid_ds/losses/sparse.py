@@ -53,8 +53,9 @@ class SparseTargets:
 
     Of `sample`, with w the weights, forward KL alone:
         kd = Σ w (log p - log q),    ∂kd/∂s = ((Σ w) q - w) / τ
-    Their means over the draws are KL(p‖q) and its gradient (random sampling KD, arXiv 2503.16870),
-    because both are linear in w. Nothing else of the objective is linear in p: `topk` is for that.
+    Their means over the draws are KL(p‖q) and its gradient, because both are linear in w. (Random
+    sampling KD, arXiv 2503.16870, learns w by KL(w‖q): the same gradient, another value.) Nothing
+    else of the objective is linear in p: `topk` is for that.
 
     .take, .to, .map and SparseTargets.concatenate make others of it.
     Raises InputError for shapes, dtypes and parts that do not fit.
