@@ -97,7 +97,8 @@ def forward_backward_targets(block: Block, rows: BlockTargets, objective: AMiD, 
     """`block.forward_backward_block` against sparse targets. The block's teacher is that of
     `spread_logits` under `spread`, None otherwise; then the student's logits are written over.
 
-    Collectives under a shard: one, and one more for `agreement`; under `spread` those of a teacher.
+    Collectives under a shard: one, and one more for `agreement`; under `spread` those of a teacher,
+    and one more where `label_probability` is asked for among others.
     """
     shard = rows.layout.shard
     asked = {*statistics, *(objective.measures if values is None else ())}
