@@ -27,7 +27,7 @@ from amid_ds.data import PreparedLoader, load_tokenizer
 from amid_ds.data.batch import TokenRow, collate_rows
 from amid_ds.data.grown import GrownVocabulary, grown_vocabulary
 from amid_ds.errors import InputError
-from amid_ds.losses import grown_amid_loss
+from amid_ds.losses import FirstPieces, grown_amid_loss
 from amid_ds.losses.reference import naive_loss, naive_values
 from amid_ds.training.job import check_recipe
 
@@ -69,9 +69,9 @@ def grown(problem: LossProblem, objective: AMiD, kd_weight: float, ce_weight: fl
     head = LMHead(problem.weight, problem.bias, options.pop("softcap", None),
                   options.pop("scale", 1.0))
     return grown_amid_loss(
-        problem.student, head, problem.teacher, problem.teacher_weight, objective, FIRST_PIECES,
-        token_weights=problem.weights, labels=problem.labels, vocab_size=41, kd_weight=kd_weight,
-        ce_weight=ce_weight, **options)
+        problem.student, head, problem.teacher, problem.teacher_weight, objective,
+        FirstPieces.of(FIRST_PIECES), token_weights=problem.weights, labels=problem.labels,
+        vocab_size=41, kd_weight=kd_weight, ce_weight=ce_weight, **options)
 
 
 def problem_with_new_labels() -> LossProblem:
@@ -153,14 +153,19 @@ def test_a_nan_stays_one_and_an_impossible_group_has_no_share():
 
 @pytest.mark.parametrize("changes, found", [
     ({"objective": AMiD(token_weight=PerToken("teacher_entropy", top=0.5))}, "whole sequences"),
-    ({"first_pieces": FIRST_PIECES.int()}, "first_pieces"),
+    ({"first_pieces": FIRST_PIECES.int()}, "first pieces .5. of torch.int32"),
+    ({"first_pieces": FIRST_PIECES[:0]}, "first pieces .0."),
+    ({"first_pieces": FIRST_PIECES + 1}, "first pieces from 4 to 36"),
+    ({"first_pieces": FIRST_PIECES - 4}, "first pieces from -1 to 31"),
     ({"vocab_size": 45}, "student_head with 42 rows"),
-    ({"vocab_size": 5}, "first_pieces"),
+    ({"vocab_size": 5}, "5 first pieces"),
 ])
 def test_what_cannot_be_folded_is_refused_by_name(changes, found):
     problem = problem_with_new_labels()
     call = {"objective": OBJECTIVES[0], "first_pieces": FIRST_PIECES, "vocab_size": 41, **changes}
+    problem.labels[:] = -100
     with pytest.raises(InputError, match=found):
+        call["first_pieces"] = FirstPieces.of(call["first_pieces"])
         grown_amid_loss(problem.student, problem.weight, problem.teacher, problem.teacher_weight,
                         token_weights=problem.weights, labels=problem.labels, **call)
 

@@ -187,7 +187,8 @@ class TargetFolder:
 
 
 def _weights(row: SelectedRow, manifest: TargetManifest) -> NDArray[np.float32] | None:
-    """counts / draws · p / proposal, with proposal = p^s / Σ p^s (2503.16870); None of topk."""
+    """counts / draws · p / proposal, with proposal = p^s / Σ p^s; None of topk. At s = 1 they are
+    those of arXiv 2503.16870."""
     if row.counts is None or row.log_proposal_sum is None:
         return None
     assert manifest.draws is not None and manifest.exponent is not None

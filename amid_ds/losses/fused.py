@@ -169,7 +169,8 @@ def linear_amid_loss(
     Collectives under a shard: at most three per block in forward, one more with a measure that the
     objective or the statistics name, one more with `agreement`, one more if the objective needs
     sequences; with targets one per block, one more with `agreement`, and both again if the
-    objective needs sequences (under `spread` as with a teacher); one in backward.
+    objective needs sequences (under `spread` as with a teacher, and one more where
+    `label_probability` is asked for among others); one in backward.
     Raises InputError (a ValueError) for shapes, dtypes and numbers that do not fit.
     """
     student = student_head if isinstance(student_head, LMHead) else LMHead(student_head)
