@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from amid_ds.data.batch import Batch, Documents
+from amid_ds.data.joints import encode_continuations
 from amid_ds.data.tokenizer import PROBE_TEXTS, encode_texts, vocabulary_size
 from amid_ds.errors import InputError
 from amid_ds.losses import IGNORE_INDEX
@@ -159,7 +160,8 @@ def _pieces(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase,
             number: int) -> tuple[int, ...] | None:
     """The teacher's ids of the student's token `number`, None where they do not spell it.
 
-    Its text is what it adds behind another: a first token may lose its space.
+    Its text is what it adds behind another: a first token may lose its space. Its pieces are those
+    of the text by itself, or of the text behind another: a tokenizer may put a space before it.
     """
     before = encode_texts(teacher, ["a"])[0]
 
@@ -171,7 +173,9 @@ def _pieces(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase,
         return None
     whole = decoded(student, [*before, number])
     text = whole[len(decoded(student, before)):]
-    pieces = encode_texts(teacher, [text])[0]
-    spelt = pieces and decoded(teacher, [*before, *pieces]) == whole
-    unknown = teacher.unk_token_id
-    return tuple(pieces) if spelt and unknown not in pieces else None
+    [(_, behind)] = encode_continuations(teacher, ["a"], [text])
+    for pieces in (encode_texts(teacher, [text])[0], behind):
+        if (pieces and teacher.unk_token_id not in pieces
+                and decoded(teacher, [*before, *pieces]) == whole):
+            return tuple(pieces)
+    return None
