@@ -187,6 +187,12 @@ def test_a_finished_chain_is_reported_again_and_nothing_is_trained(whole, starte
     assert main(["chain", str(whole / "chain.yaml")]) == 0
     assert len(started) == before and report.read_text() == text
     assert text in capsys.readouterr().out
+    # Nor is a set that the recipe has got since.
+    held = whole / "held.jsonl"
+    more = f"data.eval=[{{path: {held}}}, {{path: {held}, name: again}}]"
+    assert main(["chain", str(whole / "chain.yaml"), more]) == 0
+    assert len(started) == before and report.read_text() == text
+    assert text in capsys.readouterr().out
     assert main(["chain", str(whole / "chain.yaml"), "--dry-run"]) == 0
     assert capsys.readouterr().out.strip() == ""
 

@@ -228,23 +228,25 @@ def report_chain(chain: Chain) -> None:
 
 
 def _rows(chain: Chain, link: Link) -> Iterator[list[object]]:
-    """The lines of a finished link: one for each of its sets, one without numbers if it has none.
+    """The lines of a finished link: one for each set that it has evaluated, one without numbers if
+    it has none. A set that the recipe has got since is in none.
     """
     source = model_source(str(link.run.model), None, link.recipe.student.trust_remote_code)
     model = meta_model(source.model, **source.hub_kwargs)
     state = newest_state(link.run)
     facts = [link.name, sum(p.numel() for p in model.parameters()), state.step if state else None]
     latest = {line["name"]: line for line in read_evaluations(link.run.path)}
-    evaluated = {each.name: latest[each.name] for each in link.recipe.data.eval}
-    distances = _distances(chain.links[0], link) if evaluated else {}
+    evaluated = {each.name: latest[each.name] for each in link.recipe.data.eval
+                 if each.name in latest}
+    distances = _distances(chain.links[0], link, sorted(evaluated)) if evaluated else {}
     for name, line in evaluated.items():
         yield [*facts, name, line["kl_to_teacher"], distances[name], line["perplexity"]]
     if not evaluated:
         yield [*facts, None, None, None, None]
 
 
-def _distances(first: Link, link: Link) -> Mapping[str, float | None]:
-    """KL(first teacher ‖ the link's model) over each of the link's sets, in nats.
+def _distances(first: Link, link: Link, sets: list[str]) -> Mapping[str, float | None]:
+    """KL(first teacher ‖ the link's model) over each of the link's `sets`, in nats.
 
     Measured once for the model: by both models whole in this process, as `eval` does. Of the first
     link as it was evaluated, unless another model, the mean, is what it leaves. None where `eval`
@@ -255,21 +257,22 @@ def _distances(first: Link, link: Link) -> Mapping[str, float | None]:
     if link is first and link.recipe.train.ema is None:
         return {line["name"]: line["kl_to_teacher"] for line in read_evaluations(link.run.path)}
     if teacher.delta is not None or teacher.vocabulary == "grown":
-        return {each.name: None for each in link.recipe.data.eval}
+        return dict.fromkeys(sets)
     made_of = {"model": model_hash(str(link.run.model)), "teacher": teacher.model,
-               "teacher_sha256": model_hash(teacher.model), "revision": teacher.revision}
+               "teacher_sha256": model_hash(teacher.model), "revision": teacher.revision,
+               "sets": sets}
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         if known["of"] == made_of:
             kept: Mapping[str, float | None] = known["kl"]
             return kept
     logger.info(f"{link.name}: its distance to the first teacher, {teacher.model}")
-    distances = _measure_distances(link, first)
+    distances = _measure_distances(link, first, sets)
     replace_text(path, json.dumps({"of": made_of, "kl": distances}, indent=1) + "\n")
     return distances
 
 
-def _measure_distances(link: Link, first: Link) -> dict[str, float | None]:
+def _measure_distances(link: Link, first: Link, sets: list[str]) -> dict[str, float | None]:
     teacher = first.recipe.live_teacher
     assert teacher is not None
     device = choose_device(0)
@@ -279,9 +282,9 @@ def _measure_distances(link: Link, first: Link) -> dict[str, float | None]:
     guide = load_causal_lm(teacher.model, teacher.dtype, **teacher.hub_kwargs).eval().to(device)
     size = vocabulary_size(load_tokenizer(path, trust_remote_code=trusted))
     distances = {}
-    for each in recipe.data.eval:
-        batches = read_batches(recipe.prepared_dir / "eval" / each.name,
+    for name in sets:
+        batches = read_batches(recipe.prepared_dir / "eval" / name,
                                recipe.train.micro_batch_size, 0, 1)
         scores = score_model(sum_scores(model, guide, batches, size), has_teacher=True)
-        distances[each.name] = scores.kl_to_teacher
+        distances[name] = scores.kl_to_teacher
     return distances
