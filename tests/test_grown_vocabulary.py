@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -293,11 +294,15 @@ def test_the_teachers_rows_spell_the_students_and_end_where_they_do():
     assert own.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert own.documents.starts == ((0, 4, 8), (0, 4))
     assert (batch.padding, own.padding) == (3, 4)
-    whole = GrownVocabulary(10, vocabulary.pieces, limit=8)
-    assert whole.expand(batch).input_ids.shape == (2, 8)
-    with pytest.raises(InputError, match="a: a row of 8 of the teacher's tokens, and the teacher "
-                                         "has 7 positions"):
-        GrownVocabulary(10, vocabulary.pieces, limit=7).expand(batch)
+    # Of these rows each text has 4 tokens; without positions of its own a row is one.
+    limited = [GrownVocabulary(10, vocabulary.pieces, limit=limit) for limit in (3, 4, 7, 8)]
+    one_text = replace(batch, positions=None, documents=None)
+    for each, own_batch in ((limited[1], batch), (limited[3], one_text)):
+        assert each.expand(own_batch).input_ids.tolist() == own.input_ids.tolist()
+    for each, own_batch, count in ((limited[0], batch, 4), (limited[2], one_text, 8)):
+        with pytest.raises(InputError, match=f"a: {count} of the teacher's tokens in one text, and "
+                                             f"the teacher has {each.limit} positions"):
+            each.expand(own_batch)
 
 
 def test_pieces_are_the_old_tokenizers_of_any_kind(grown_student, shared_model, tmp_path):

@@ -55,7 +55,7 @@ class GrownVocabulary:
 
     def with_teachers_rows(self, batches: list[Batch]) -> list[Batch]:
         """The batches with `for_teacher`. On the host. Raises InputError, naming the row, for one
-        that is longer than the teacher's positions."""
+        with a text that is longer than the teacher's positions."""
         return [replace(batch, for_teacher=self.expand(batch)) for batch in batches]
 
     def expand(self, batch: Batch) -> Batch:
@@ -89,13 +89,17 @@ class GrownVocabulary:
                  for token in tokens.tolist()]
         ends = np.cumsum([len(part) for part in parts]) - 1
         ids = np.fromiter((piece for part in parts for piece in part), np.int64)
-        if self.limit is not None and len(ids) > self.limit:
-            raise InputError(f"{batch.sources[number]}: a row of {len(ids)} of the teacher's "
-                             f"tokens, and the teacher has {self.limit} positions",
-                             f"rows of at most {self.limit} of its tokens",
+        firsts = [0 if start == 0 else int(ends[start - 1]) + 1 for start in starts]
+        # Where positions begin anew.
+        bounds = [0, len(ids)] if batch.positions is None else [*firsts, len(ids)]
+        longest = int(np.diff(bounds).max())
+        if self.limit is not None and longest > self.limit:
+            raise InputError(f"{batch.sources[number]}: {longest} of the teacher's tokens in one "
+                             f"text, and the teacher has {self.limit} positions",
+                             f"at most {self.limit} of its tokens",
                              "lower train.seq_length; or choose a teacher whose positions are "
                              "computed")
-        return _Row(ids, ends, [0 if start == 0 else int(ends[start - 1]) + 1 for start in starts])
+        return _Row(ids, ends, firsts)
 
 
 @dataclass(frozen=True)
