@@ -363,6 +363,10 @@ def test_a_plan_has_no_weight_gradients_of_the_base_and_lora_is_a_remedy(
     little = Device("little", part.memory_per_rank["total"] / 0.9, 1e15, 5e10, 5e10)
     remedies = make_plan(load_recipe(recipe), 1, 1, little).remedies
     assert any(remedy.startswith(f"{lora[0]}:") for remedy in remedies)
+    # Not where the recipe would be refused.
+    remedies = make_plan(load_recipe(recipe, ["teacher=null", "teacher={ema: 0.9}"]), 1, 1,
+                         little).remedies
+    assert remedies and not any(lora[0] in remedy for remedy in remedies)
 
 
 def test_a_missing_peft_is_named_before_anything_loads(lora_run, instructions_file, recipe_for,

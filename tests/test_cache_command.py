@@ -280,6 +280,9 @@ def test_a_cache_of_something_else_is_refused_with_what_differs(alone, models, s
     (["--sample", "4", "--exponent", "0"], "--exponent 0"),
     (["--sample", "70000"], "--sample 70000"),
     (["--exponent", "2"], "without --sample"), (["teacher=null"], "no `teacher` that is a model"),
+    (["teacher={ema: 0.9}"], "no `teacher` that is a model"),
+    (["teacher.delta={base: {model: x}}"], "follows the student's own start"),
+    (["teacher.vocabulary=grown"], "the teacher knows other ids"),
     (["data.train.0.stream=true"], "`stream: true`")])
 def test_what_cannot_be_is_refused_before_anything_is_made(options, said, models, text_file,
                                                            tmp_path, capsys):

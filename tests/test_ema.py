@@ -230,6 +230,15 @@ def test_means_that_cannot_be_are_refused_by_name(changes, found, shared_model, 
         check_recipe(load_recipe(recipe, changes), 1)
 
 
+def test_the_divergence_from_the_mean_may_select_the_best_and_the_mean_answers_no_prompts(
+        shared_model, recipe_for, tmp_path, capsys):
+    best = {"every": 2, "best": {"metric": "eval.all.kl_to_teacher", "mode": "min"}}
+    recipe = recipe_for(shared_model("llama", 0), "run", train__eval_every=2, checkpoint=best)
+    assert load_recipe(recipe).checkpoint.best is not None
+    assert main(["generate", str(recipe), "--out", str(tmp_path / "answers.jsonl")]) == 2
+    assert "no `teacher` that is a model" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_mean_begins_late_only_by_leave(shared_model, recipe_for, tmp_path, capsys):
     recipe = recipe_for(shared_model("llama", 0), "run", checkpoint__every=2)

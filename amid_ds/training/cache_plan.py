@@ -137,11 +137,14 @@ def load_cache_recipe(args: CacheArgs) -> Recipe:
     """The recipe, its models pinned. Raises InputError where nothing of it can be written down."""
     recipe = load_recipe(args.recipe, args.overrides)
     teacher = recipe.live_teacher
-    if teacher is None or teacher.delta is not None:
+    if teacher is None or teacher.delta is not None or teacher.vocabulary == "grown":
         problem = ("has no `teacher` that is a model" if teacher is None
-                   else "has a `teacher.delta`, which follows the student's own start")
-        raise InputError(f"the recipe {args.recipe} {problem}", "a model whose distributions can "
-                         "be written down", "name one: teacher.model=…")
+                   else "has a `teacher.delta`, which follows the student's own start"
+                   if teacher.delta is not None
+                   else "has `teacher.vocabulary: grown`, and the teacher knows other ids")
+        raise InputError(f"the recipe {args.recipe} {problem}",
+                         "a model that says by itself what is written down",
+                         "name such a one in the place of it: 'teacher={model: …}'")
     if recipe.data.streams:
         raise InputError(f"the recipe {args.recipe} has `stream: true`",
                          "rows that are prepared: each has its number",
