@@ -169,7 +169,7 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
         raise InputError("--trust-remote-code beside a recipe", "the recipe's own keys",
                          "set teacher.trust_remote_code: true in it")
     if recipe is not None and recipe.live_teacher is None:
-        raise InputError(f"the recipe {args.source} has no `teacher`",
+        raise InputError(f"the recipe {args.source} has no `teacher` that is a model",
                          "a model to answer the prompts",
                          "name a teacher in it, or give a model instead of the recipe")
     model = (recipe.live_teacher if recipe is not None else None) or Teacher(
