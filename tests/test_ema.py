@@ -22,6 +22,7 @@ from support.runs import (
 )
 from transformers import AutoModelForCausalLM
 
+from amid_ds.checkpoint.export import exported_step
 from amid_ds.checkpoint.zero_shards import ZeroShards, trained_shapes
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
@@ -31,6 +32,7 @@ from amid_ds.models.loading import meta_model
 from amid_ds.models.trained import choose_trained
 from amid_ds.planning.devices import find_device
 from amid_ds.planning.estimate import estimate_plan
+from amid_ds.run.log import read_evaluations
 from amid_ds.training.job import check_recipe
 
 TEACHING, EXPORTED, STEPS = 0.5, 0.75, 6
@@ -71,8 +73,8 @@ def zero_config(folder: Path, stage: int, bf16: bool = False) -> Path:
     return path
 
 
-def exported_weights(run: Path) -> dict[str, torch.Tensor]:
-    model = AutoModelForCausalLM.from_pretrained(run / "model")
+def exported_weights(run: Path, folder: str = "model") -> dict[str, torch.Tensor]:
+    model = AutoModelForCausalLM.from_pretrained(run / folder)
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
@@ -104,14 +106,26 @@ def test_mean_teacher_and_exported_mean_are_a_plain_loops(family, shared_model, 
 
 
 def test_a_run_that_stopped_goes_on_to_the_last_digit(shared_model, recipe_for, tmp_path):
-    whole, stopped = (recipe_for(shared_model("llama", 0), name) for name in ("whole", "stopped"))
+    best = {"every": 100, "best": {"metric": "eval.all.kl_to_teacher", "mode": "min"}}
+    whole, stopped = (recipe_for(shared_model("llama", 0), name, checkpoint=best,
+                                 train__eval_every=2) for name in ("whole", "stopped"))
     run_ranks(2, "train", whole)
     ranks = Ranks(2, "train", stopped, target=functools.partial(stopping_rank, 3))
     assert ranks.wait() == [75, 75], ranks.output()
     run_ranks(2, "train", stopped)
     assert comparable_results(tmp_path / "stopped") == comparable_results(tmp_path / "whole")
-    first, second = (exported_weights(tmp_path / name) for name in ("whole", "stopped"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    for model in ("model", "best"):
+        first, second = (exported_weights(tmp_path / name, model) for name in ("whole", "stopped"))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+    # The step is chosen by the student's distance to the mean that teaches; the weights are the
+    # mean that is exported.
+    distances = {line["step"]: line["kl_to_teacher"]
+                 for line in read_evaluations(tmp_path / "whole")}
+    step = exported_step(tmp_path / "whole" / "best")
+    assert len(distances) == 3 and step == min(distances, key=lambda each: distances[each])
+    shards = ZeroShards(tmp_path / "whole" / "checkpoints" / f"step_{step:08d}",
+                        {name: weight.shape for name, weight in first.items()})
+    assert all(torch.equal(first[name], shards.whole(name, "ema")) for name in first)
 
 
 # (ranks, tensor_parallel, ZeRO stage, last step) of each attempt.
@@ -230,13 +244,18 @@ def test_means_that_cannot_be_are_refused_by_name(changes, found, shared_model, 
         check_recipe(load_recipe(recipe, changes), 1)
 
 
-def test_the_divergence_from_the_mean_may_select_the_best_and_the_mean_answers_no_prompts(
-        shared_model, recipe_for, tmp_path, capsys):
+def test_the_divergence_from_the_mean_may_select_the_best(shared_model, recipe_for):
     best = {"every": 2, "best": {"metric": "eval.all.kl_to_teacher", "mode": "min"}}
     recipe = recipe_for(shared_model("llama", 0), "run", train__eval_every=2, checkpoint=best)
     assert load_recipe(recipe).checkpoint.best is not None
-    assert main(["generate", str(recipe), "--out", str(tmp_path / "answers.jsonl")]) == 2
-    assert "no `teacher` that is a model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["generate", "--out", "answers.jsonl"],
+                                     ["cache", "--topk", "4"], ["plan", "--cache", "--topk", "4"]])
+def test_what_asks_a_model_of_its_own_refuses_a_mean(command, shared_model, recipe_for, capsys):
+    name, *options = command
+    assert main([name, str(recipe_for(shared_model("llama", 0), "run")), *options]) == 2
+    assert "has no `teacher` that is a model" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -285,6 +285,8 @@ def test_a_pruned_student_trains(texts, tmp_path):
     model = teacher(tmp_path / "teacher", "llama-tied")
     student = prune(model, tmp_path / "student", "--layers", 2, "--hidden", 16,
                     "--intermediate", 24, "--heads", 4, "--data", texts)
+    # It has positions for no more.
+    assert "256 rows of 128 tokens" in (student / "README.md").read_text()
     recipe = write_recipe(tmp_path / "r.yaml", student, model, texts, tmp_path / "run",
                           train__steps=20, loss__ce_weight=0.0)
     run_ranks(1, "train", recipe)

@@ -28,6 +28,7 @@ BAD = {
     "a file that is not there": (["--hidden", 16, "--data", "absent.jsonl"], ["absent.jsonl"]),
     "too little disk": (["--by", "depth", "--layers", 2], ["MB free", "make room there"]),
     "an output in use": (["--by", "depth", "--layers", 2], ["there already"]),
+    "an output below a file": (["--by", "depth", "--layers", 2], ["no folder to write in"]),
 }
 
 
@@ -41,6 +42,8 @@ def test_bad_input_is_one_message_before_a_weight_is_read(case, text_file, tmp_p
     if case == "an output in use":
         out.mkdir()
         (out / "notes.txt").write_text("mine")
+    if case == "an output below a file":
+        out = text_file / "student"
     if case == "too little disk":
         monkeypatch.setattr(shutil, "disk_usage", lambda _: Namespace(free=1000))
     before = sorted(tmp_path.rglob("*"))

@@ -236,9 +236,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _best_is_measured(self) -> Recipe:
         best = self.checkpoint.best
-        asked = self.teacher is not None and self.cached_teacher is None
+        has_teacher = self.teacher is not None and self.cached_teacher is None
         problems = [] if best is None else list(best.problems(
-            self.data.eval, asked, self.train.eval_every))
+            self.data.eval, has_teacher, self.train.eval_every))
         if best is not None and problems:
             raise ValueError(f"`checkpoint.best.metric` {best.metric!r} is not measured: "
                              + "; ".join(problems))

@@ -127,6 +127,12 @@ class PruneTask:
         """The teacher's, in which it runs."""
         return checkpoint_dtype(self.teacher.model, **self.teacher.hub_kwargs)
 
+    @property
+    def seq_length(self) -> int:
+        """Tokens in a row to judge by: no more than the teacher has positions for."""
+        asked = self.args.seq_length
+        return min(asked, getattr(self.meta.config, "max_position_embeddings", None) or asked)
+
 
 def prune(args: PruneArgs) -> None:
     """`amid-ds prune`, on every rank of any launcher. Raises InputError."""
@@ -187,12 +193,10 @@ def _calibration_data(args: PruneArgs, own: ModelSizes, sizes: ModelSizes) -> Da
 
 def measure_importance(task: PruneTask, world: World) -> Importance:
     """The sums over the calibration rows. Collective."""
-    limit = getattr(task.meta.config, "max_position_embeddings", None) or task.args.seq_length
-    length = min(task.args.seq_length, limit)
     assert task.data is not None
     data = task.data
     rows = world.run_checked(
-        lambda: first_rows(data, length, task.tokenizer, task.args.calibration_rows))
+        lambda: first_rows(data, task.seq_length, task.tokenizer, task.args.calibration_rows))
     with _opened(task.teacher, world) as (model, reset):
         with ImportanceHooks(model, task.family, world.device) as hooks:
             batches = list(calibration_batches(rows, world.rank, world.size))
@@ -318,7 +322,7 @@ def pruned_card(task: PruneTask, cut: Cut) -> str:
                        + ", ".join(map(str, cut.layers)) + ".")
     if task.data is not None:
         changed.append("Chosen by the teacher's activations on no more than the first "
-                       f"{args.calibration_rows} rows of {args.seq_length} tokens of "
+                       f"{args.calibration_rows} rows of {task.seq_length} tokens of "
                        f"`{args.data}`.")
     elif task.sizes != task.own:
         changed.append("Layers are left at even distances.")

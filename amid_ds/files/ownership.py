@@ -70,7 +70,10 @@ def _holds_a_file(path: Path) -> bool:
 
 
 def require_new_folder(out: str | Path, setting: str) -> Path:
-    """The absolute path of an output folder. Raises InputError unless it is new or empty."""
+    """The absolute path of an output folder.
+
+    Raises InputError unless it is new or empty, and where a new one cannot be made.
+    """
     path = Path(os.path.abspath(out))
     if not str(out).strip() or path in (Path.cwd(), *Path.cwd().parents):
         raise InputError(f"{setting} {str(out)!r}", "a new folder, not the one that you are in",
@@ -78,6 +81,10 @@ def require_new_folder(out: str | Path, setting: str) -> Path:
     if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{setting} {out} is there already and not empty",
                          "a new or empty folder", "choose another name")
+    above = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise InputError(f"{setting} {out} cannot be made: {above} is no folder to write in",
+                         "a place where a folder can be made", "choose another place")
     return path
 
 
