@@ -201,7 +201,7 @@ def test_a_folder_that_is_no_whole_cache_is_refused(recipe_of, eight, tmp_path):
     shard.write_bytes(shard.read_bytes().replace(first, bytes(len(first))))
     for folder, words in ((tmp_path / "none", "holds no teacher's distributions"),
                           (begun, "has not finished there"), (cut, r"\.arrow"),
-                          (flipped, r"^the shard \S*000000.arrow is damaged: the checksum of its")):
+                          (flipped, r"^the shard \S*000000\.arrow is damaged: the checksum of")):
         recipe = load_recipe(recipe_of({"cached": str(folder)}, "refused"))
         with pytest.raises(InputError, match=words):
             check_recipe(recipe, 1)
@@ -224,7 +224,7 @@ def test_all_that_is_wrong_with_a_cache_is_in_one_message(recipe_of, shared_mode
 
 def test_a_loss_of_no_weight_is_refused_beside_one_that_reads_the_draws_and_nowhere_else(
         recipe_of, drawn):
-    """A source's cross entropy is computed together with a divergence, if that has no weight."""
+    """In a step with a divergence every source has one, be it of weight 0."""
     recipe = recipe_of({"cached": str(drawn)}, "weights")
     own = "data.train.0.loss={lam: 0.5, kd_weight: 0, ce_weight: 1}"
     check = ["train.statistics=[]"]
