@@ -200,7 +200,8 @@ class DrawnShards:
 
 
 @pytest.mark.parametrize(("family", "lora"), [
-    ("gpt2", {}), ("llama-tied", {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
+    ("gpt2", {}), ("llama", {"targets": ["o_proj", "lm_head"]}),
+    ("llama-tied", {"targets": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     ("qwen3", {"targets": ["down_proj"], "modules_to_save": ["lm_head", "norm"]})])
 def test_merged_weights_are_pefts_of_weights_either_way_round_and_of_modules_that_train_whole(
         family, lora, shared_model, tmp_path, monkeypatch):
@@ -315,11 +316,13 @@ def test_bad_adapter_folders_and_wrong_merges_are_refused_by_name(
 
 def test_no_leave_changes_what_trains(lora_run, recipe_for, tmp_path):
     again = copy_at_step_3(lora_run, tmp_path / "run")
-    for lora in (None, {**LORA, "rank": 4}):
+    for lora in (None, {**LORA, "rank": 4, "alpha": 7.0}):
         refused = Ranks(1, "train", recipe_for(again, student__lora=lora,
                                                checkpoint__allow_change=["student"]))
         assert refused.wait() == [2]
         assert "student.lora.rank: 2 before" in refused.output()
+        # An earlier checkpoint would be exported at the scale of the new one.
+        assert "student.lora.alpha: 6.0 before" in refused.output()
     # Nor do adapters of default values come to a run without any.
     plain = tmp_path / "plain"
     plain.mkdir()
@@ -360,12 +363,24 @@ def test_a_plan_has_no_weight_gradients_of_the_base_and_lora_is_a_remedy(
     little = Device("little", part.memory_per_rank["total"] / 0.9, 1e15, 5e10, 5e10)
     remedies = make_plan(load_recipe(recipe), 1, 1, little).remedies
     assert any(remedy.startswith(f"{lora[0]}:") for remedy in remedies)
+    # Not where the recipe would be refused.
+    remedies = make_plan(load_recipe(recipe, ["teacher=null", "teacher={ema: 0.9}"]), 1, 1,
+                         little).remedies
+    assert remedies and not any(lora[0] in remedy for remedy in remedies)
 
 
-def test_the_doctor_and_the_start_name_a_missing_peft(recipe_for, tmp_path, monkeypatch, capfd):
+def test_a_missing_peft_is_named_before_anything_loads(lora_run, instructions_file, recipe_for,
+                                                       tmp_path, monkeypatch, capfd):
     monkeypatch.setitem(sys.modules, "peft", None)
     recipe = recipe_for(tmp_path / "run", student__lora=LORA)
     assert main(["doctor", str(recipe)]) == 1
     assert "student.lora, and peft is not installed; pip install" in capfd.readouterr().out
-    assert main(["train", str(recipe)]) == 2
-    assert "pip install 'amid-ds[lora]'" in capfd.readouterr().err
+    monkeypatch.setattr("amid_ds.models.adapter_folders.load_causal_lm", None)
+    monkeypatch.setattr("amid_ds.models.weight_reader.WeightReader.fill", None)
+    model, out = str(lora_run / "model"), str(tmp_path / "out")
+    for command in (["train", str(recipe)], ["eval", model, "--data", str(instructions_file)],
+                    ["generate", model, "--prompts", str(instructions_file), "--out", out],
+                    ["export", str(lora_run), out], ["export", str(lora_run), out, "--merge"]):
+        assert main(command) == 2
+        assert "pip install 'amid-ds[lora]'" in capfd.readouterr().err
+        assert not Path(out).exists()

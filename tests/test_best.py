@@ -374,7 +374,7 @@ ERRORS = {
     "checkpoint.best.mode=least": "checkpoint.best.mode.*'min' or 'max'",
     "checkpoint.best.patience=0": "checkpoint.best.patience",
     "checkpoint.best={\"metric\":\"eval.held.out.loss\"}": "`checkpoint.best.mode` is missing",
-    "teacher=null": "no `teacher`, so no kl_to_teacher",
+    "teacher=null": "no `teacher` that could be asked, so no kl_to_teacher",
     "data.eval.0.generate=null checkpoint.best.metric=eval.held.out.rouge_l":
         "has no `generate`",
     "train.eval_every=0": "only the last step is evaluated",

@@ -280,6 +280,9 @@ def test_a_cache_of_something_else_is_refused_with_what_differs(alone, models, s
     (["--sample", "4", "--exponent", "0"], "--exponent 0"),
     (["--sample", "70000"], "--sample 70000"),
     (["--exponent", "2"], "without --sample"), (["teacher=null"], "no `teacher` that is a model"),
+    (["teacher={ema: 0.9}"], "no `teacher` that is a model"),
+    (["teacher.delta={base: {model: x}}"], "follows the student's own start"),
+    (["teacher.vocabulary=grown"], "the teacher knows other ids"),
     (["data.train.0.stream=true"], "`stream: true`")])
 def test_what_cannot_be_is_refused_before_anything_is_made(options, said, models, text_file,
                                                            tmp_path, capsys):
@@ -287,6 +290,38 @@ def test_what_cannot_be_is_refused_before_anything_is_made(options, said, models
     assert main(["cache", str(recipe), "--out", str(tmp_path / "cache"), *options]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "cache").exists() and not (tmp_path / "prepared").exists()
+
+
+@pytest.mark.parametrize(("out", "said"), [
+    ("run", "is around checkpoints of output_dir"),
+    ("run/model/x", "is inside model of output_dir"),
+    ("prepared", "is data.prepared"), ("corpus/cache", "is around the data source")])
+def test_a_folder_that_the_run_reads_or_writes_is_refused(out, said, models, tmp_path, capsys):
+    (tmp_path / "corpus" / "cache").mkdir(parents=True)
+    rows = write_texts(tmp_path / "corpus" / "cache" / "rows.jsonl")
+    recipe = make_recipe(tmp_path, models, rows)
+    before = contents(tmp_path)
+    assert main(["cache", str(recipe), "--out", str(tmp_path / out)]) == 2
+    assert said in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+def test_a_complete_folder_is_compared_with_its_checksums_and_made_anew_where_it_is_damaged(
+        alone, tmp_path, capsys):
+    folder, expected = alone
+    out = tmp_path / "cache"
+    shutil.copytree(folder / "cache", out)
+    shard = out / "shards" / "000003.arrow"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    arguments = ["cache", str(folder / "recipe.yaml"), "--out", str(out), "--topk", "8"]
+    assert main(arguments) == 2
+    assert f"the shard {shard} is damaged" in capsys.readouterr().err
+    shard.with_suffix(".json").unlink()
+    (out / "manifest.json").unlink()
+    assert main(arguments) == 0
+    assert contents(out) == expected
 
 
 def test_a_teacher_of_nan_stops_the_command_and_names_the_row(models, text_file, tmp_path,

@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from amid_ds.data.target_shard import SelectedRow, encode_targets, write_target_rows
+from amid_ds.config.parse import source_of
+from amid_ds.config.recipe import Data
+from amid_ds.data import load_tokenizer, prepare_all
+from amid_ds.data.target_shard import (
+    ROW_BYTES,
+    SelectedRow,
+    encode_targets,
+    write_target_rows,
+)
 from amid_ds.data.target_work import TargetWork
 from amid_ds.data.targets import TargetFolder, TargetManifest, stack_targets, target_shard_path
 from amid_ds.errors import InputError
-from amid_ds.training.cache_plan import ROW_BYTES
 
 LENGTHS = [3, 0, 5, 1, 4, 2, 7]
 
@@ -193,13 +200,10 @@ def folder_bytes(plan, row):
     ("k", 5), ("micro_batch_size", 2)])
 def test_a_folder_of_something_else_is_refused_with_what_differs(name, value, tmp_path):
     plan = manifest()
-    folder = write(tmp_path, plan, truth(plan))
+    write(tmp_path, plan, truth(plan))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InputError, match=f"`{name}` is .* there and {value!r}"):
         TargetWork(tmp_path, replace(plan, **{name: value})).start()
-    with pytest.raises(InputError, match=f"`{name}` is .* there and {value!r} here"):
-        folder.require_of(**{name: value})
-    folder.require_of(**{name: getattr(plan, name)})
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -209,6 +213,15 @@ def test_a_folder_that_is_not_ours_is_neither_written_nor_read(tmp_path):
         TargetWork(tmp_path, manifest()).start()
     with pytest.raises(InputError, match="holds no teacher's distributions"):
         TargetFolder.open(tmp_path)
+
+
+def test_a_folder_of_prepared_data_is_called_that(text_file, tokenizer_folder, tmp_path):
+    data = Data(train=[source_of({"path": str(text_file)})])
+    prepare_all(data, 16, load_tokenizer(str(tokenizer_folder)), tmp_path / "data")
+    for use in (TargetWork(tmp_path / "data", manifest()).start,
+                lambda: TargetFolder.open(tmp_path / "data")):
+        with pytest.raises(InputError, match="holds prepared data, and no teacher's"):
+            use()
 
 
 def test_an_unfinished_folder_is_not_opened(tmp_path):

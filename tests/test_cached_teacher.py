@@ -194,8 +194,14 @@ def test_a_folder_that_is_no_whole_cache_is_refused(recipe_of, eight, tmp_path):
     cut = tmp_path / "cut"
     shutil.copytree(eight, cut)
     next((cut / "shards").glob("*.arrow")).write_bytes(b"cut")
+    flipped = tmp_path / "flipped"
+    shutil.copytree(eight, flipped)
+    shard = flipped / "shards" / "000000.arrow"
+    first = TargetFolder.open(eight).row(0).label_log_probabilities.astype("float16").tobytes()
+    shard.write_bytes(shard.read_bytes().replace(first, bytes(len(first))))
     for folder, words in ((tmp_path / "none", "holds no teacher's distributions"),
-                          (begun, "has not finished there"), (cut, r"\.arrow")):
+                          (begun, "has not finished there"), (cut, r"\.arrow"),
+                          (flipped, r"^the shard \S*000000.arrow is damaged: the checksum of its")):
         recipe = load_recipe(recipe_of({"cached": str(folder)}, "refused"))
         with pytest.raises(InputError, match=words):
             check_recipe(recipe, 1)
@@ -214,6 +220,20 @@ def test_all_that_is_wrong_with_a_cache_is_in_one_message(recipe_of, shared_mode
     assert "it is of other data: of" in message
     assert "`loss`:" in message and "`data.train.0.loss`:" in message
     assert "teacher.model" in message
+
+
+def test_a_loss_of_no_weight_is_refused_beside_one_that_reads_the_draws_and_nowhere_else(
+        recipe_of, drawn):
+    """A source's cross entropy is computed together with a divergence, if that has no weight."""
+    recipe = recipe_of({"cached": str(drawn)}, "weights")
+    own = "data.train.0.loss={lam: 0.5, kd_weight: 0, ce_weight: 1}"
+    check = ["train.statistics=[]"]
+    with pytest.raises(InputError, match=r"`data\.train\.0\.loss`: sampled weights for AMiD"):
+        check_recipe(load_recipe(recipe, ["loss={order: rq, lam: 1}", own, *check]), 1)
+    check_recipe(load_recipe(recipe, ["loss.kd_weight=0", own, *check]), 1)
+    # No source is left that has it.
+    all_own = "data.train.1.loss={preset: fkl}"
+    check_recipe(load_recipe(recipe, [all_own.replace(".1.", ".0."), all_own, *check]), 1)
 
 
 def test_rows_that_are_prepared_later_are_compared_before_the_engine_is_built(recipe_of, eight,
@@ -290,9 +310,12 @@ def test_the_divergence_from_draws_is_right_on_average():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--seq-length", "20"], "is of others"), (["--teacher", "x"], "one teacher")])
-def test_eval_refuses_a_cache_of_other_rows_and_two_teachers(llama_pair, text_file, eight, capsys,
-                                                            arguments, words):
+    (["--seq-length", "20"], "is of others"), (["--teacher", "x"], "one teacher"),
+    (["--data", "PREPARED", "--seq-length", "20"], "whose rows are prepared"),
+    (["--data", "PREPARED", "--text", "words"], "whose rows are prepared")])
+def test_eval_refuses_a_cache_of_other_rows_and_what_cannot_go_together(
+        llama_pair, text_file, prepared, eight, capsys, arguments, words):
+    arguments = [str(prepared) if each == "PREPARED" else each for each in arguments]
     assert main(["eval", str(llama_pair[0]), "--cached", str(eight), "--data", str(text_file),
                  *arguments]) == 2
     assert words in capsys.readouterr().err

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from support.data import write_texts
 from support.models import WORDS, make_model
 from support.ranks import Ranks
@@ -100,33 +101,65 @@ def test_each_link_learns_from_the_model_that_the_one_before_has_left(models, wh
         assert {key: ours[key] for key in expected} == pytest.approx(expected, rel=1e-5)
 
 
+def distance(first, model, run: Path) -> tuple[float, ...]:
+    """Mean over the held-out tokens, in plain torch: of KL(first ‖ model), and the perplexity."""
+    size = len(AutoTokenizer.from_pretrained(run / "model"))
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch in read_batches(run / "data" / "eval" / "held", 1, 0, 1):
+        keep = batch.labels != -100
+        with torch.no_grad():
+            q, p = (each(batch.input_ids, position_ids=batch.positions).logits[keep]
+                    [:, :size].double().log_softmax(-1) for each in (model, first))
+        nll = -q.gather(1, batch.labels[keep][:, None]).sum()
+        sums += torch.stack([(p.exp() * (p - q)).sum(), nll, keep.sum()])
+    kl, nll = sums[:2] / sums[2]
+    return kl.item(), nll.exp().item()
+
+
 def test_the_report_has_a_line_for_each_link_and_its_distance_to_both_teachers(models, whole):
     rows = table(whole)
     assert [(row["link"], row["steps"], row["set"]) for row in rows] == [
         ("medium", "6", "held"), ("small", "5", "held")]
-    first = AutoModelForCausalLM.from_pretrained(models["teacher"])
-    guides = [first]
+    first = own = AutoModelForCausalLM.from_pretrained(models["teacher"])
     for row in rows:
         run = whole / "out" / row["link"]
         model = AutoModelForCausalLM.from_pretrained(run / "model")
         assert int(row["parameters"]) == sum(p.numel() for p in model.parameters())
-        size = len(AutoTokenizer.from_pretrained(run / "model"))
-        sums = torch.zeros(4, dtype=torch.float64)
-        for batch in read_batches(run / "data" / "eval" / "held", 1, 0, 1):
-            keep = batch.labels != -100
-            with torch.no_grad():
-                q, p, own = (each(batch.input_ids, position_ids=batch.positions).logits[keep]
-                             [:, :size].double().log_softmax(-1)
-                             for each in (model, first, guides[-1]))
-            nll = -q.gather(1, batch.labels[keep][:, None]).sum()
-            sums += torch.stack([nll, (p.exp() * (p - q)).sum(), (own.exp() * (own - q)).sum(),
-                                 keep.sum()])
-        nll, to_first, to_own = (sums[:3] / sums[3]).tolist()
+        to_first, perplexity = distance(first, model, run)
         assert float(row["KL to the first teacher"]) == pytest.approx(to_first, rel=1e-4)
-        assert float(row["KL to its teacher"]) == pytest.approx(to_own, rel=1e-4)
-        assert float(row["perplexity"]) == pytest.approx(torch.tensor(nll).exp().item(), rel=1e-4)
-        guides.append(model)
+        assert float(row["KL to its teacher"]) == pytest.approx(distance(own, model, run)[0],
+                                                                rel=1e-4)
+        assert float(row["perplexity"]) == pytest.approx(perplexity, rel=1e-4)
+        own = model
     assert (whole / "out" / "chain.md").read_text().count("\n") == 4
+
+
+def test_a_link_may_leave_a_mean_and_the_last_one_adapters(models, text_file, tmp_path, started):
+    path = write_chain(tmp_path, models, text_file, **links_of(
+        {"name": "mean", "overrides": ["train.ema=0.5"]},
+        {"name": "lora", "overrides": ["student.lora={rank: 2}"]}))
+    assert main(["chain", str(path), "train.steps=2"]) == 0
+    first = AutoModelForCausalLM.from_pretrained(models["teacher"])
+    for row, base in zip(table(tmp_path), (None, models["medium"]), strict=True):
+        run = tmp_path / "out" / row["link"]
+        model = AutoModelForCausalLM.from_pretrained(base or run / "model")
+        assert int(row["parameters"]) == sum(p.numel() for p in model.parameters())
+        if base is not None:
+            model = PeftModel.from_pretrained(model, run / "model")
+        to_first, _ = distance(first, model, run)
+        assert float(row["KL to the first teacher"]) == pytest.approx(to_first, rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_distance_to_a_first_teacher_that_is_a_shift_is_not_told(models, text_file, tmp_path,
+                                                                     started):
+    path = write_chain(tmp_path, models, text_file, **links_of(
+        {"name": "a", "overrides": ["teacher.delta={base: {model: MEDIUM}}"]}, {"name": "b"}))
+    path.write_text(path.read_text().replace("MEDIUM", str(models["medium"])))
+    assert main(["chain", str(path), "train.steps=2"]) == 0
+    first, second = table(tmp_path)
+    assert first["KL to the first teacher"] == first["KL to its teacher"] != ""
+    assert second["KL to the first teacher"] == "" != second["KL to its teacher"]
 
 
 def test_a_chain_that_was_killed_in_its_second_link_goes_on_to_the_same_digits(
@@ -152,6 +185,12 @@ def test_a_finished_chain_is_reported_again_and_nothing_is_trained(whole, starte
     report.unlink()
     (whole / "out" / "chain.csv").unlink()
     assert main(["chain", str(whole / "chain.yaml")]) == 0
+    assert len(started) == before and report.read_text() == text
+    assert text in capsys.readouterr().out
+    # Nor is a set that the recipe has got since.
+    held = whole / "held.jsonl"
+    more = f"data.eval=[{{path: {held}}}, {{path: {held}, name: again}}]"
+    assert main(["chain", str(whole / "chain.yaml"), more]) == 0
     assert len(started) == before and report.read_text() == text
     assert text in capsys.readouterr().out
     assert main(["chain", str(whole / "chain.yaml"), "--dry-run"]) == 0
@@ -201,6 +240,8 @@ def links_of(*links: dict) -> dict:
     (links_of({"name": "a", "overrides": ["teacher.delta={base: {model: MEDIUM}}"]},
               {"name": "b", "overrides": ["teacher.delta={base: {model: MEDIUM}}"]}),
      "link b: it has a teacher.delta"),
+    (links_of({"name": "a", "overrides": ["student.lora={rank: 2}"]}, {"name": "b"}),
+     r"link a: its student\.lora leaves adapters"),
     ({"base": None}, "no `base`"), ({"output_dir": 3}, "output_dir")])
 def test_what_is_wrong_is_refused_for_all_links_before_anything_loads(
         models, text_file, tmp_path, changes, found):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from support.patches import patch_train_step, rank_without_compiler
 from support.ranks import Ranks, rank_main, run_ranks
 from support.reference_loop import reference_loop
@@ -22,10 +23,13 @@ from support.runs import (
 from transformers import AutoModelForCausalLM
 
 from amid_ds.checkpoint.export import exported_step
-from amid_ds.checkpoint.zero_shards import ZeroShards
+from amid_ds.checkpoint.zero_shards import ZeroShards, trained_shapes
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
 from amid_ds.errors import InputError
+from amid_ds.models.adapters import file_key
+from amid_ds.models.loading import meta_model
+from amid_ds.models.trained import choose_trained
 from amid_ds.planning.devices import find_device
 from amid_ds.planning.estimate import estimate_plan
 from amid_ds.run.log import read_evaluations
@@ -240,6 +244,12 @@ def test_means_that_cannot_be_are_refused_by_name(changes, found, shared_model, 
         check_recipe(load_recipe(recipe, changes), 1)
 
 
+def test_the_divergence_from_the_mean_may_select_the_best(shared_model, recipe_for):
+    best = {"every": 2, "best": {"metric": "eval.all.kl_to_teacher", "mode": "min"}}
+    recipe = recipe_for(shared_model("llama", 0), "run", train__eval_every=2, checkpoint=best)
+    assert load_recipe(recipe).checkpoint.best is not None
+
+
 @pytest.mark.parametrize("command", [["generate", "--out", "answers.jsonl"],
                                      ["cache", "--topk", "4"], ["plan", "--cache", "--topk", "4"]])
 def test_what_asks_a_model_of_its_own_refuses_a_mean(command, shared_model, recipe_for, capsys):
@@ -265,3 +275,29 @@ def test_a_mean_begins_late_only_by_leave(shared_model, recipe_for, tmp_path, ca
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert "running mean of the run's, with a decay of 0.75" in card
     assert "distilled from its own running mean (decay 0.5)" in card
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [{"lora": {"rank": 2, "alpha": 6.0}},
+                                  {"freeze": ["embed_tokens", "layers.0.*"]}],
+                         ids=["lora", "freeze"])
+def test_the_exported_mean_is_of_what_trains(part, shared_model, instructions_file, tmp_path):
+    student, run = shared_model("llama-tied", 0), tmp_path / "run"
+    recipe = write_recipe(tmp_path / "r.yaml", student, shared_model("llama", 1),
+                          instructions_file, run, student={"model": str(student), **part},
+                          train__ema=EXPORTED, checkpoint={"every": 1, "keep": STEPS},
+                          deepspeed=str(zero_config(tmp_path, 2)))
+    run_ranks(2, "train", recipe)
+    model, base = meta_model(str(student)), load_file(student / "model.safetensors")
+    first = choose_trained(model, load_recipe(recipe).student)
+    shapes = trained_shapes(model)
+    means = {name: first[name]() if name in first else base[name] for name in shapes}
+    for step in range(1, STEPS + 1):
+        shards = ZeroShards(run / "checkpoints" / f"step_{step:08}", shapes)
+        means = {name: EXPORTED * mean + (1 - EXPORTED) * shards.whole(name, "fp32")
+                 for name, mean in means.items()}
+    exported = load_file(next((run / "model").glob("*model.safetensors")))
+    for name, mean in means.items():
+        own = exported[file_key(name) if name in first else name]
+        torch.testing.assert_close(own, mean, rtol=1e-5, atol=1e-6)
+        assert not torch.equal(own, shards.whole(name, "fp32"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +17,10 @@ from support.models import WORDS, make_sentencepiece, make_tokenizer
 from support.ranks import run_ranks
 from support.reference_loop import reference_adamw, reference_factor
 from support.runs import read_metrics, write_recipe
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from amid_ds import AMiD, LMHead, PerToken, linear_amid_loss
 from amid_ds.checkpoint.manifest import Manifest
@@ -27,7 +29,7 @@ from amid_ds.data import PreparedLoader, load_tokenizer
 from amid_ds.data.batch import TokenRow, collate_rows
 from amid_ds.data.grown import GrownVocabulary, grown_vocabulary
 from amid_ds.errors import InputError
-from amid_ds.losses import grown_amid_loss
+from amid_ds.losses import FirstPieces, grown_amid_loss
 from amid_ds.losses.reference import naive_loss, naive_values
 from amid_ds.training.job import check_recipe
 
@@ -69,9 +71,9 @@ def grown(problem: LossProblem, objective: AMiD, kd_weight: float, ce_weight: fl
     head = LMHead(problem.weight, problem.bias, options.pop("softcap", None),
                   options.pop("scale", 1.0))
     return grown_amid_loss(
-        problem.student, head, problem.teacher, problem.teacher_weight, objective, FIRST_PIECES,
-        token_weights=problem.weights, labels=problem.labels, vocab_size=41, kd_weight=kd_weight,
-        ce_weight=ce_weight, **options)
+        problem.student, head, problem.teacher, problem.teacher_weight, objective,
+        FirstPieces.of(FIRST_PIECES), token_weights=problem.weights, labels=problem.labels,
+        vocab_size=41, kd_weight=kd_weight, ce_weight=ce_weight, **options)
 
 
 def problem_with_new_labels() -> LossProblem:
@@ -153,14 +155,19 @@ def test_a_nan_stays_one_and_an_impossible_group_has_no_share():
 
 @pytest.mark.parametrize("changes, found", [
     ({"objective": AMiD(token_weight=PerToken("teacher_entropy", top=0.5))}, "whole sequences"),
-    ({"first_pieces": FIRST_PIECES.int()}, "first_pieces"),
+    ({"first_pieces": FIRST_PIECES.int()}, "first pieces .5. of torch.int32"),
+    ({"first_pieces": FIRST_PIECES[:0]}, "first pieces .0."),
+    ({"first_pieces": FIRST_PIECES + 1}, "first pieces from 4 to 36"),
+    ({"first_pieces": FIRST_PIECES - 4}, "first pieces from -1 to 31"),
     ({"vocab_size": 45}, "student_head with 42 rows"),
-    ({"vocab_size": 5}, "first_pieces"),
+    ({"vocab_size": 5}, "5 first pieces"),
 ])
 def test_what_cannot_be_folded_is_refused_by_name(changes, found):
     problem = problem_with_new_labels()
     call = {"objective": OBJECTIVES[0], "first_pieces": FIRST_PIECES, "vocab_size": 41, **changes}
+    problem.labels[:] = -100
     with pytest.raises(InputError, match=found):
+        call["first_pieces"] = FirstPieces.of(call["first_pieces"])
         grown_amid_loss(problem.student, problem.weight, problem.teacher, problem.teacher_weight,
                         token_weights=problem.weights, labels=problem.labels, **call)
 
@@ -292,11 +299,15 @@ def test_the_teachers_rows_spell_the_students_and_end_where_they_do():
     assert own.positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert own.documents.starts == ((0, 4, 8), (0, 4))
     assert (batch.padding, own.padding) == (3, 4)
-    whole = GrownVocabulary(10, vocabulary.pieces, limit=8)
-    assert whole.expand(batch).input_ids.shape == (2, 8)
-    with pytest.raises(InputError, match="a: a row of 8 of the teacher's tokens, and the teacher "
-                                         "has 7 positions"):
-        GrownVocabulary(10, vocabulary.pieces, limit=7).expand(batch)
+    # Of these rows each text has 4 tokens; without positions of its own a row is one.
+    limited = [GrownVocabulary(10, vocabulary.pieces, limit=limit) for limit in (3, 4, 7, 8)]
+    one_text = replace(batch, positions=None, documents=None)
+    for each, own_batch in ((limited[1], batch), (limited[3], one_text)):
+        assert each.expand(own_batch).input_ids.tolist() == own.input_ids.tolist()
+    for each, own_batch, count in ((limited[0], batch, 4), (limited[2], one_text, 8)):
+        with pytest.raises(InputError, match=f"a: {count} of the teacher's tokens in one text, and "
+                                             f"the teacher has {each.limit} positions"):
+            each.expand(own_batch)
 
 
 def test_pieces_are_the_old_tokenizers_of_any_kind(grown_student, shared_model, tmp_path):
@@ -311,6 +322,23 @@ def test_pieces_are_the_old_tokenizers_of_any_kind(grown_student, shared_model, 
     new.add_tokens(["number 7", "\tindented"])
     pieces = grown_vocabulary(new, old, "a", "b").pieces
     assert [old.decode(list(ids)) for ids in pieces] == ["number 7", "\tindented"]
+
+
+def test_pieces_have_no_space_that_the_tokenizer_puts_before_a_text(tmp_path):
+    """As Llama 2's does: a new token that is found within a word begins without one."""
+    raw = Tokenizer(models.Unigram([("<unk>", 0.0), ("▁", -2.0), *(
+        (letter, -3.0) for letter in "abcdefgh")], unk_id=0))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    raw.decoder = decoders.Metaspace(prepend_scheme="always")
+    PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="<unk>").save_pretrained(tmp_path)
+    old, new = (load_tokenizer(str(tmp_path)) for _ in range(2))
+    new.add_tokens(["bad", " cab"])
+    vocabulary = grown_vocabulary(new, old, "a", "b")
+    assert [old.convert_ids_to_tokens(list(ids)) for ids in vocabulary.pieces] == [
+        list("bad"), list("▁cab")]
+    new.add_tokens(["x"])
+    with pytest.raises(InputError, match="the id 12 is 'x', which the teacher's"):
+        grown_vocabulary(new, old, "a", "b")
 
 
 def changed(grown_student: Path, shared_model, change: str) -> tuple:

@@ -15,12 +15,13 @@ from support.host_waits import HostWaits, Watched, mark_host_tensor
 from support.losses import PER_TOKEN, LossProblem
 from support.ranks import Ranks
 from support.runs import write_gathering_config, write_recipe
+from support.sparse import SparseProblem
 from transformers import AutoModelForCausalLM
 
-from amid_ds import AMiD
+from amid_ds import AMiD, SparseTargets, preset
 from amid_ds.data.batch import Batch, TokenRow, collate_rows, require_ids_below
 from amid_ds.errors import InputError
-from amid_ds.losses import fused
+from amid_ds.losses import FirstPieces, fused, grown_amid_loss
 from amid_ds.losses.measures import STATISTICS
 from amid_ds.models.distiller import Distiller
 from amid_ds.training.fetch import fetch_steps
@@ -131,6 +132,37 @@ def test_a_loss_whose_values_are_known_to_be_sound_is_the_same_and_waits_for_not
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     assert places == [set(), {"amid_ds/losses/checks.py:check_values tolist",
                               "amid_ds/losses/fused.py:_loss_and_gradients nonzero"}]
+
+
+# `drop` is `ghost` but for what is looked at on the host: one token of two ids.
+@pytest.mark.parametrize("rest", ["ghost", "spread", "sample"])
+def test_a_loss_on_sparse_targets_waits_for_nothing(rest, monkeypatch):
+    monkeypatch.setattr(fused, "_tokens_per_block", lambda *_: 4)
+    problem = SparseProblem(5, "drop" if rest == "sample" else rest)
+    problem.weights += 0.1
+    objective, names = AMiD(-5.0, 0.1), STATISTICS
+    if rest == "sample":
+        kept = problem.targets
+        problem.targets = SparseTargets(kept.ids, kept.log_probabilities, None,
+                                        kept.log_probabilities.exp())
+        objective, names = preset("fkl"), ("divergence", "teacher_entropy")
+    with Watched() as watched:
+        out = problem.sparse(objective, 3.0, 0.7, checked=True, statistics=names)
+        problem.gradients(out.loss)
+    assert not watched.waits.places
+
+
+def test_a_loss_over_a_grown_vocabulary_waits_for_nothing():
+    problem = LossProblem(padding=-5)
+    problem.labels.clamp_(max=40)
+    pieces = FirstPieces.of(torch.tensor([3, 17, 3, 35, 3]))
+    with Watched() as watched:
+        out = grown_amid_loss(
+            problem.student, problem.weight, problem.teacher, problem.teacher_weight,
+            AMiD(-5.0, 0.1), pieces, token_weights=problem.weights + 0.1, labels=problem.labels,
+            vocab_size=41, ce_weight=0.5, checked=True, statistics=STATISTICS)
+        torch.autograd.grad(out.loss, problem.leaves()[:2])
+    assert not watched.waits.places
 
 
 def test_a_batch_of_an_evaluation_is_scored_without_a_wait(llama_pair):

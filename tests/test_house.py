@@ -17,6 +17,7 @@ from support.ranks import Ranks
 from support.runs import BIN
 
 from amid_ds.config.recipe import CheckpointPolicy, Loss, Rollout, Slurm, Student, Train
+from amid_ds.training.compatibility import KEPT, MAY_CHANGE
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "amid_ds"
@@ -42,6 +43,7 @@ OWNERS = {
     "matplotlib": {"experiments"},
     "yaml": {"config"},
     "pydantic": {"config"},
+    "peft": {"models"},
     "torch.distributed": {"distributed", "monitor"},
 }
 # DeepSpeed's private names; the keys of its files are known to checkpoint/zero_shards.py.
@@ -228,6 +230,14 @@ def test_the_recipes_document_has_every_key_with_its_default(section):
         with contextlib.suppress(json.JSONDecodeError):
             text = json.loads(text)
         assert text == ("–" if field.is_required() else field.default), name
+
+
+def test_the_checkpoints_document_has_every_key_that_a_resumed_run_may_or_may_not_change():
+    text = (PACKAGE / "checkpoint" / "README.md").read_text()
+    lines = [re.search(rf"^\| `{first}`.*?\|", text, re.M)[0]
+             for first in ("checkpoint", "teacher.cached", "train.optimizer")]
+    may, at_another_place, may_not = (set(re.findall(r"`([a-z_.]+)`", line)) for line in lines)
+    assert may | at_another_place == set(MAY_CHANGE) and may_not == set(KEPT)
 
 
 def test_the_front_page_is_short():

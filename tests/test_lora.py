@@ -46,6 +46,10 @@ def slow(*values: object) -> object:
                    "modules_to_save": ["lm_head", "embed_tokens"]}, 2, 2, 3, {}),
     # The head is the embedding, and trains as one weight.
     slow("qwen2-tied", {"modules_to_save": ["embed_tokens"]}, 2, 2, 2, {}),
+    # The head itself has an adapter.
+    slow("llama", {"targets": ["q_proj", "lm_head"]}, 2, 1, 3, {}),
+    slow("llama", {"targets": ["q_proj", "lm_head"]}, 2, 1, 2, {}),
+    slow("llama", {"targets": ["q_proj", "lm_head"]}, 2, 2, 3, {}),
     # Linear layers of its own kind, and no plan to split them by.
     slow("gpt2", {}, 2, 1, 3, {}),
     slow("gpt2", {}, 2, 2, 3, {})])
@@ -152,7 +156,6 @@ def test_adapters_have_the_models_dtype_and_are_where_it_is(shared_model):
     ({"targets": ["embed_tokens"]}, ["'embed_tokens'", "is a Embedding", "gate_proj"]),
     ({"targets": ["mlp"]}, ["'mlp'", "is a LlamaMLP"]),
     ({"targets": ["proj"]}, ["'proj'", "nothing in the model"]),
-    ({"targets": ["lm_head"]}, ["the head lm_head", "modules_to_save"]),
     ({"rank": 33}, ["student.lora.rank 33", "model.layers.0.self_attn.q_proj is 32 × 32"]),
     ({"modules_to_save": ["norms"]}, ["'norms'", "embed_tokens"]),
     ({"modules_to_save": ["up_proj"]}, ["both name model.layers.0.mlp.up_proj"])])
@@ -164,6 +167,12 @@ def test_what_names_nothing_to_adapt_is_refused_before_a_weight_is_read(
     with pytest.raises(InputError) as error:
         check_recipe(load_recipe(recipe), 1)
     assert all(word in str(error.value) for word in words), error.value
+
+
+def test_an_adapter_of_a_head_that_is_the_embedding_is_refused_by_name(shared_model):
+    folder = str(shared_model("llama-tied", 0))
+    with pytest.raises(InputError, match="names the head lm_head, whose weight is the embedding's"):
+        choose_trained(meta_model(folder), Student(model=folder, lora=Lora(targets=["lm_head"])))
 
 
 def test_without_peft_the_remedy_is_its_extra(llama_pair, instructions_file, tmp_path, monkeypatch):

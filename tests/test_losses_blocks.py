@@ -139,7 +139,9 @@ def test_the_tiles_of_plain_torch_take_their_part_of_the_workspace_and_kernels_t
 
 @pytest.mark.parametrize("tokens", [3538, 3539, 3540])
 def test_a_plan_counts_the_bytes_of_the_blocks_that_the_loss_makes(h100, tokens):
-    student = types.SimpleNamespace(head=151669 * 8, hidden_size=8, element_size=2)
+    student = types.SimpleNamespace(head=151669 * 8, hidden_size=8, element_size=2, logit_size=2,
+                                    head_is_trained=True, head_is_copied=False,
+                                    body_is_trained=True)
     setting = types.SimpleNamespace(student=student, teacher=student, tokens=tokens,
                                     device=DEVICES["h100-80g"], on_cpu=False, losses_at_once=1)
     size = length(tokens, tiled=False)

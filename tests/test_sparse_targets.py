@@ -81,6 +81,19 @@ def test_a_row_that_keeps_every_id_has_no_rest_whatever_is_written_of_it():
         torch.testing.assert_close(problem.sparse(objective, targets=leaking).kd, expected)
 
 
+def test_with_every_id_logits_far_below_0_have_the_gradient_that_their_shift_has():
+    """exp(-log Σ exp) of them is beyond fp32; there is no rest that it would be a factor of."""
+    problem = SparseProblem(41, dtype=torch.float32)
+    out = problem.sparse(AMiD())
+    expected = problem.gradients(out.loss)
+    with torch.no_grad():
+        problem.bias -= 128
+    shifted = problem.sparse(AMiD())
+    torch.testing.assert_close(shifted.loss, out.loss, rtol=1e-4, atol=0)
+    for pair in zip(problem.gradients(shifted.loss), expected, strict=True):
+        assert relative_error(*pair) < 1e-4
+
+
 # --- the rest, and what is cut off ----------------------------------------------------------------
 
 @pytest.mark.parametrize("cap", [None, 50.0])
@@ -294,7 +307,11 @@ def test_a_teachers_temperature_is_refused_where_the_kept_values_do_not_have_it(
     problem.sparse(AMiD(temperature={"student": 2.0, "teacher": 1.0}))
     for rest in ("spread", "drop"):
         problem.sparse(AMiD(temperature=2.0), targets=replace(problem.targets, rest=rest))
-    SparseProblem(41).sparse(AMiD(temperature=2.0))
+    whole = SparseProblem(41)
+    whole.sparse(AMiD(temperature=2.0))
+    whole.targets.ids[1, 40] = -1
+    with pytest.raises(InputError, match="row 1 has not every id, and the teacher a temperature"):
+        whole.sparse(AMiD(temperature=2.0))
 
 
 def test_drop_is_refused_where_it_would_be_infinite_at_every_token():
@@ -331,8 +348,9 @@ def test_wrong_shapes_and_combinations_are_refused():
     ids, log_p, log_rest = (problem.targets.ids, problem.targets.log_probabilities,
                             problem.targets.log_rest)
     for arguments, message in (
-            ((ids.int(), log_p, log_rest), "ids"), ((ids, log_p[:, 1:], log_rest), "log_prob"),
-            ((ids, log_p, log_rest[1:]), "log_rest"), ((ids, log_p), "without log_rest"),
+            ((ids.int(), log_p, log_rest), "ids"), ((ids[:, :0], log_p[:, :0], log_rest), "K abov"),
+            ((ids, log_p[:, 1:], log_rest), "log_prob"), ((ids, log_p, log_rest[1:]), "log_rest"),
+            ((ids, log_p), "without log_rest"),
             ((ids, log_p, None, log_p.exp(), None, "ghost"), "sampled weights"),
             ((ids, log_p, log_rest, None, None, "other"), "rest='other'")):
         with pytest.raises(InputError, match=message):

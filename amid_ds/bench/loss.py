@@ -109,6 +109,7 @@ def measure_losses(shape: LossShape, rounds: int | None = None) -> Iterator[Loss
     device = _device()
     seconds = _median_seconds(shape, device, rounds or ROUNDS_BY_DEVICE[device])
     naive_peak = cross_entropy_peak = None
+    alone = next((name for name in seconds if name.endswith(CROSS_ENTROPY)), None)
     for name in seconds:
         try:
             peak = _peak_bytes(name, shape, device)
@@ -116,7 +117,6 @@ def measure_losses(shape: LossShape, rounds: int | None = None) -> Iterator[Loss
             continue
         if name == "naive":
             naive_peak = peak
-        alone = _ends_of(seconds, CROSS_ENTROPY)
         if name == alone:
             cross_entropy_peak = peak
         sparse = cross_entropy_peak is not None and "sparse" in name
@@ -124,11 +124,6 @@ def measure_losses(shape: LossShape, rounds: int | None = None) -> Iterator[Loss
                       _ratio(seconds[name], seconds.get("products")), _ratio(peak, naive_peak),
                       _ratio(seconds[name], seconds[alone]) if sparse and alone else None,
                       _ratio(peak, cross_entropy_peak) if sparse else None)
-
-
-def _ends_of(seconds: dict[str, float], kind: str) -> str | None:
-    """The name of the method of this kind, whatever the backend."""
-    return next((name for name in seconds if name.endswith(kind)), None)
 
 
 def _ratio(value: float, to: float | None) -> float | None:

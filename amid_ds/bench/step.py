@@ -70,10 +70,9 @@ class StepResult:
 
     What does not fit the device is None. cached_step_s: by variant. spread_s: least and most
     seconds by variant. peak_bytes: by variant but the teacher's, resident on a CPU, allocated on a
-    GPU. largest_layer_bytes: of the
-    teacher, gathered at once. teacher_gather_bytes: in a step of 1 and of 8 micro-batches, `ga1`
-    and `ga8`. at_once: whether one set of ranks was timed, which held all variants. optimizer_s: of
-    a step over a rank's part of the student, by `optimizer_seconds`.
+    GPU. largest_layer_bytes: of the teacher, gathered at once. teacher_gather_bytes: in a step of 1
+    and of 8 micro-batches, `ga1` and `ga8`. at_once: whether one set of ranks was timed, which held
+    all variants. optimizer_s: of a step over a rank's part of the student, by `optimizer_seconds`.
     """
 
     ranks: int

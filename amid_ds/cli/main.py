@@ -117,7 +117,6 @@ def _parser() -> argparse.ArgumentParser:
     for add in (add_train, add_plan, add_prepare, add_tokenizer, add_demo, add_study,
                 add_recipes, add_eval, add_generate, add_cache, add_prune, add_checkpoints,
                 add_submit, add_sweep, add_chain, add_reproduce, add_status, add_report, add_doctor,
-                add_requeue,
-                add_bench, add_export):
+                add_requeue, add_bench, add_export):
         add(commands)
     return parser

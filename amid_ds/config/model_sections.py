@@ -7,7 +7,15 @@ from typing import Annotated, Literal, TypedDict
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from amid_ds.config.section import Decay, NonNegative, PathText, Positive, PositiveInt, Section
+from amid_ds.config.section import (
+    BelowOne,
+    Decay,
+    NonNegative,
+    PathText,
+    Positive,
+    PositiveInt,
+    Section,
+)
 
 Dtype = Literal["auto", "bf16", "fp32"]
 
@@ -42,7 +50,7 @@ class Lora(Section):
     """Of the two matrices of an adapter."""
     alpha: Positive = 32.0
     """An adapter's output is scaled by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False)] = 0.0
+    dropout: BelowOne = 0.0
     """Of an adapter's input."""
     targets: Literal["all-linear"] | list[str] = "all-linear"
     """Names of the linear layers that get one; all-linear: all but the output head."""

@@ -104,9 +104,9 @@ def merge_overrides(path: str | Path, overrides: Sequence[str]) -> str:
 
 
 def named_value(path: str | Path, overrides: Sequence[str], key: str) -> object:
-    """What the YAML file at `path` with the overrides says of a dotted key; None: nothing.
+    """The value of a dotted key in the YAML file at `path` with the overrides; None: it has none.
 
-    Raises InputError where it cannot be read.
+    Raises InputError where the file cannot be read.
     """
     node: object = _read_with_overrides(path, overrides)
     for part in key.split("."):

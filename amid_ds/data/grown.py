@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from amid_ds.data.batch import Batch, Documents
+from amid_ds.data.joints import encode_continuations
 from amid_ds.data.tokenizer import PROBE_TEXTS, encode_texts, vocabulary_size
 from amid_ds.errors import InputError
 from amid_ds.losses import IGNORE_INDEX
@@ -49,12 +50,12 @@ class GrownVocabulary:
 
     @property
     def sha256(self) -> str:
-        """By which a resumed run knows that these are still the same."""
+        """The hash by which a resumed run knows that these are still the same."""
         return hashlib.sha256(repr((self.old, self.pieces)).encode()).hexdigest()
 
     def with_teachers_rows(self, batches: list[Batch]) -> list[Batch]:
         """The batches with `for_teacher`. On the host. Raises InputError, naming the row, for one
-        that is longer than the teacher's positions."""
+        with a text that is longer than the teacher's positions."""
         return [replace(batch, for_teacher=self.expand(batch)) for batch in batches]
 
     def expand(self, batch: Batch) -> Batch:
@@ -88,13 +89,17 @@ class GrownVocabulary:
                  for token in tokens.tolist()]
         ends = np.cumsum([len(part) for part in parts]) - 1
         ids = np.fromiter((piece for part in parts for piece in part), np.int64)
-        if self.limit is not None and len(ids) > self.limit:
-            raise InputError(f"{batch.sources[number]}: a row of {len(ids)} of the teacher's "
-                             f"tokens, and the teacher has {self.limit} positions",
-                             f"rows of at most {self.limit} of its tokens",
+        firsts = [0 if start == 0 else int(ends[start - 1]) + 1 for start in starts]
+        # Where positions begin anew.
+        bounds = [0, len(ids)] if batch.positions is None else [*firsts, len(ids)]
+        longest = int(np.diff(bounds).max())
+        if self.limit is not None and longest > self.limit:
+            raise InputError(f"{batch.sources[number]}: {longest} of the teacher's tokens in one "
+                             f"text, and the teacher has {self.limit} positions",
+                             f"at most {self.limit} of its tokens",
                              "lower train.seq_length; or choose a teacher whose positions are "
                              "computed")
-        return _Row(ids, ends, [0 if start == 0 else int(ends[start - 1]) + 1 for start in starts])
+        return _Row(ids, ends, firsts)
 
 
 @dataclass(frozen=True)
@@ -110,10 +115,11 @@ class _Row:
 def grown_vocabulary(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase,
                      student_name: str, teacher_name: str, limit: int | None = None
                      ) -> GrownVocabulary:
-    """What the student's new tokens are to the teacher.
+    """The student's new tokens as the teacher's tokenizer spells them.
 
-    Raises InputError, showing the ids, unless the student's tokenizer is the teacher's with new
-    tokens behind its own, and the teacher's spells each of them.
+    limit: the teacher's positions, see GrownVocabulary. Raises InputError, showing the ids, unless
+    the student's tokenizer is the teacher's with new tokens behind its own, and the teacher's
+    spells each of them.
     """
     old, end = vocabulary_size(teacher), vocabulary_size(student)
     problems = _differences_below(old, student, teacher)
@@ -159,7 +165,8 @@ def _pieces(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase,
             number: int) -> tuple[int, ...] | None:
     """The teacher's ids of the student's token `number`, None where they do not spell it.
 
-    Its text is what it adds behind another: a first token may lose its space.
+    Its text is what it adds behind another: a first token may lose its space. Its pieces are those
+    of the text by itself, or of the text behind another: a tokenizer may put a space before it.
     """
     before = encode_texts(teacher, ["a"])[0]
 
@@ -171,7 +178,9 @@ def _pieces(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase,
         return None
     whole = decoded(student, [*before, number])
     text = whole[len(decoded(student, before)):]
-    pieces = encode_texts(teacher, [text])[0]
-    spelt = pieces and decoded(teacher, [*before, *pieces]) == whole
-    unknown = teacher.unk_token_id
-    return tuple(pieces) if spelt and unknown not in pieces else None
+    [(_, behind)] = encode_continuations(teacher, ["a"], [text])
+    for pieces in (encode_texts(teacher, [text])[0], behind):
+        if (pieces and teacher.unk_token_id not in pieces
+                and decoded(teacher, [*before, *pieces]) == whole):
+            return tuple(pieces)
+    return None

@@ -36,6 +36,8 @@ CHECKSUM = "crc"
 # Entries per record batch of an Arrow file.
 ARROW_BATCH_ENTRIES = 1 << 22
 LARGEST_FP16 = 65504.0
+# Of a row beside its positions: the places of its lists, and its checksum.
+ROW_BYTES = 36
 
 # A row's arrays, in the order of LISTS.
 EncodedRow = tuple[NDArray[Any], ...]
@@ -93,7 +95,7 @@ class TargetLayout(NamedTuple):
     def position_bytes(self) -> float:
         """Bytes of a position: of topk exactly, of sample at most (all draws distinct).
 
-        A row has 36 more: the places of its lists and its checksum.
+        A row has ROW_BYTES more.
         """
         log = self.log_type.itemsize
         entry = self.id_type.itemsize + self.high_bits / 8 + log
@@ -127,6 +129,11 @@ def encode_targets(row: SelectedRow, layout: TargetLayout) -> EncodedRow:
             np.zeros(0, np.float32) if scale is None else scale.astype(np.float32))
 
 
+def position_count(row: EncodedRow) -> int:
+    """The labelled positions of a row."""
+    return len(row[LISTS.index("label")])
+
+
 def _rounded(values: NDArray[Any], layout: TargetLayout) -> NDArray[Any]:
     """To nearest. A log-probability that is none of zero stays none of zero."""
     if layout.log_type == np.float16:
@@ -148,13 +155,13 @@ def decode_targets(columns: Sequence[NDArray[Any]], layout: TargetLayout) -> Sel
                            rest.astype(np.float32))
     widest = int(sizes.max(initial=0))
     kept = np.arange(widest) < sizes[:, None]
-    spread: list[NDArray[Any]] = []
+    padded: list[NDArray[Any]] = []
     for values, dtype, empty in ((ids, np.int64, -1), (log_p, np.float32, -np.inf),
                                  (counts, np.int64, 0)):
         whole = np.full(kept.shape, empty, dtype)
         whole[kept] = values
-        spread.append(whole)
-    return SelectedRow(spread[0], spread[1], label, counts=spread[2],
+        padded.append(whole)
+    return SelectedRow(padded[0], padded[1], label, counts=padded[2],
                        log_proposal_sum=scale.astype(np.float32))
 
 

@@ -25,7 +25,7 @@ from amid_ds.data.manifest import (
     write_json,
 )
 from amid_ds.data.prepared_folder import LEFTOVER_SHARD_FILE, first_difference, remove_own_files
-from amid_ds.data.target_shard import EncodedRow, write_target_rows
+from amid_ds.data.target_shard import EncodedRow, position_count, write_target_rows
 from amid_ds.data.targets import (
     TARGET_FORMAT,
     TargetManifest,
@@ -138,9 +138,8 @@ class TargetWork:
         size, digest = temporary.stat().st_size, file_sha256(temporary)
         self._held[number].check()
         os.replace(temporary, path)
-        # By the order of LISTS the fifth has one number a position.
         counts: TargetShardCounts = {
-            "plan": self._digest, "rows": len(rows), "positions": sum(len(row[4]) for row in rows),
+            "plan": self._digest, "rows": len(rows), "positions": sum(map(position_count, rows)),
             "bytes": size, "sha256": digest}
         write_json(self._counts_path(number), counts)
         self.give_back(number)

@@ -23,7 +23,12 @@ from numpy.typing import NDArray
 # Checking needs it before Python 3.12.
 from typing_extensions import TypedDict
 
-from amid_ds.data.arrow_shard import OPEN_SHARDS, damaged_shard, require_shard_size
+from amid_ds.data.arrow_shard import (
+    OPEN_SHARDS,
+    damaged_shard,
+    require_shard_checksum,
+    require_shard_size,
+)
 from amid_ds.data.manifest import (
     PREPARED_MANIFEST,
     PREPARED_PLAN,
@@ -153,15 +158,12 @@ class TargetFolder:
         for number, shard in enumerate(self._shards):
             require_shard_size(target_shard_path(self.path, number), shard["bytes"])
 
-    def require_of(self, **facts: object) -> None:
-        """Raise InputError unless the manifest has these values, by its fields' names."""
-        for name, wanted in facts.items():
-            if (found := getattr(self.manifest, name)) != wanted:
-                raise InputError(f"the targets in {self.path} are of something else: `{name}` is "
-                                 f"{found!r} there and {wanted!r} here",
-                                 "targets made with `amid-ds cache` from the same prepared data, "
-                                 "tokenizer and teacher",
-                                 "name another folder, or make one with `amid-ds cache`")
+    def require_checksums(self, shards: range) -> None:
+        """Raise InputError unless these shards have their SHA-256. Reads the files whole."""
+        for number in shards:
+            path, counts = target_shard_path(self.path, number), self._shards[number]
+            require_shard_size(path, counts["bytes"])
+            require_shard_checksum(path, counts["sha256"])
 
     def row(self, number: int) -> RowTargets:
         """The targets of row `number` of the prepared data, in O(1).
@@ -185,7 +187,8 @@ class TargetFolder:
 
 
 def _weights(row: SelectedRow, manifest: TargetManifest) -> NDArray[np.float32] | None:
-    """counts / draws · p / proposal, with proposal = p^s / Σ p^s (2503.16870); None of topk."""
+    """counts / draws · p / proposal, with proposal = p^s / Σ p^s; None of topk. At s = 1 they are
+    those of arXiv 2503.16870."""
     if row.counts is None or row.log_proposal_sum is None:
         return None
     assert manifest.draws is not None and manifest.exponent is not None
@@ -202,8 +205,8 @@ def stack_targets(rows: Sequence[RowTargets], rest: Rest | None = None) -> Spars
     """The targets of all positions of the rows, in order, for `linear_amid_loss`.
 
     rest: see SparseTargets, and its default. Positions with fewer entries than others get entries
-    of no id. Of topk what rounding has left over of the total of 1 is
-    taken back: every probability of a position is divided by their sum.
+    of no id. Of topk what rounding has left over of the total of 1 is taken back: every probability
+    of a position is divided by their sum.
     """
     widest = max((row.ids.shape[1] for row in rows), default=0)
 
@@ -249,8 +252,11 @@ def read_target_plan(folder: Path) -> TargetManifest | None:
 
 
 def _as_manifest(path: Path, plan: object) -> TargetManifest:
-    """The plan that was read as JSON. Raises InputError for another version's."""
+    """The plan that was read as JSON. Raises InputError for prepared data's, another version's."""
     assert isinstance(plan, dict)
+    if "method" not in plan:
+        raise InputError(f"{path.parent} holds prepared data, and no teacher's distributions",
+                         "a folder that `amid-ds cache` wrote", "name another folder")
     if plan["format"] != TARGET_FORMAT:
         raise InputError(f"{path.parent} was written by another version of amid-ds: its format is "
                          f"{plan['format']}, this version's {TARGET_FORMAT}",

@@ -84,6 +84,17 @@ def find_nodes(world: World) -> Nodes:
     return Nodes(tuple(numbers.setdefault(host, len(numbers)) for host in hosts))
 
 
+def ranks_of_copy(shard_over: int | None, tp_size: int, world: World) -> int:
+    """The neighbouring data-parallel ranks over which `placement: node` lays a copy. On rank 0.
+
+    shard_over: the recipe's own number of them; None: a node's. Raises InputError where the ranks
+    or their nodes do not allow it.
+    """
+    ranks = shard_over or find_nodes(world).copies_per_node(tp_size)
+    require_divisor(ranks, world.size // tp_size)
+    return ranks
+
+
 def require_divisor(shard_over: int, data_parallel: int) -> None:
     """Raise InputError unless `shard_over` divides the number of data-parallel ranks."""
     if data_parallel % shard_over:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,7 @@ from amid_ds.models.adapters import FirstValues
 from amid_ds.models.attention import choose_attention, exceeds_window
 from amid_ds.models.delta import joined_teacher
 from amid_ds.models.distiller import Distiller
-from amid_ds.models.heads import head_of
+from amid_ds.models.heads import head_parameters
 from amid_ds.models.loading import in_one_dtype, load_causal_lm
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
 from amid_ds.models.trained import choose_trained
@@ -91,7 +90,7 @@ def build_engine(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world
 
 
 def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, world: World,
-                     resumes: bool, first_pieces: Tensor | None
+                     resumes: bool, first_pieces: Tensor | None = None
                      ) -> tuple[Distiller, dict[str, GroupName]]:
     """All models, split and with their weights; the optimizer's group of each of the student's
     parameters."""
@@ -177,8 +176,7 @@ def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, recipe: 
     if zero3:
         if any(group["name"] == "muon" for group in optimizer.param_groups):
             clip_gradients_first(deepspeed_engine.optimizer)
-        head = head_of(distiller.student)
-        of_head: list[Any] = [p for p in (head.weight, head.bias) if p is not None]
+        of_head = head_parameters(distiller.student)
         gathered_bytes = count_and_order_gathers(distiller, exact=of_head)
         # ZeRO-3 restarts its prefetch trace at each forward and drops it when the module order
         # changes. Ours repeats per optimizer step only: Engine.start_step restarts it instead.

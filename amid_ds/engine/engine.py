@@ -192,11 +192,11 @@ class Engine:
         """
         models = [("student", self.distiller.student),
                   *(("teacher", part) for part in parts_of(self.distiller.teacher))]
-        pieces = self.distiller.head.first_pieces
+        grown = self.distiller.head.first_pieces
         for name, model in models:
             title = f"the {name} {model.config.name_or_path}"   # type: ignore[union-attr]
-            is_older = name == "teacher" and pieces is not None
-            known = vocab_size - len(pieces) if is_older else vocab_size   # type: ignore[arg-type]
+            is_older = name == "teacher" and grown is not None
+            known = vocab_size - len(grown.pieces) if is_older else vocab_size  # type: ignore
             ids = ids_to_check(model, known).to(self.world.device)
             check_head(model, title, ids, self.gathered_head)
             if isolated:

@@ -12,7 +12,7 @@ from torch import nn
 
 from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller
-from amid_ds.models.heads import head_of
+from amid_ds.models.heads import head_parameters
 
 
 @dataclass
@@ -106,8 +106,7 @@ def gathered_head(model: nn.Module | None) -> Iterator[None]:
     """
     import deepspeed
 
-    heads = [head_of(part) for part in parts_of(model)]
-    parameters = [p for head in heads for p in (head.weight, head.bias) if p is not None]
+    parameters = [each for part in parts_of(model) for each in head_parameters(part)]
     with deepspeed.zero.GatheredParameters(parameters):
         yield
 

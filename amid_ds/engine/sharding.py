@@ -110,6 +110,7 @@ def open_causal_lm(source: Student | Teacher, dtype: Dtype, config: DeepSpeedCon
     torch_dtype = world.run_checked(
         lambda: DTYPES.get(dtype) or checkpoint_dtype(source.model, **source.hub_kwargs))
     config = {**config, "bf16": {"enabled": torch_dtype == torch.bfloat16}}
+
     def shaped() -> tuple[nn.Module, FirstValues]:
         module = hollow_causal_lm(source.model, torch_dtype, **source.hub_kwargs)
         return module, choose(module)

@@ -21,6 +21,8 @@ from amid_ds.data import Batch, TargetFolder, check_sources, tokenizer_fingerpri
 from amid_ds.data.loader import with_targets
 from amid_ds.data.manifest import PREPARED_MANIFEST, read_prepared_manifest
 from amid_ds.errors import InputError
+from amid_ds.eval.protocol import EvalProtocol
+from amid_ds.eval.rows import RowOptions
 from amid_ds.losses import SparseTargets
 from amid_ds.run.provenance import prepared_hash
 
@@ -53,12 +55,22 @@ def check_eval_data(args: EvalArgs) -> None:
     """Raise InputError for two teachers, or for data that cannot be read."""
     if args.cached is not None and args.teacher is not None:
         raise InputError("both --teacher and --cached", "one teacher", "leave one of them out")
-    if prepared_folder(args) is None:
+    folder = prepared_folder(args)
+    if folder is None:
         check_sources(args.rows.data(args.data))
+        return
+    manifest = read_prepared_manifest(folder)
+    assert manifest is not None
+    asked, length = args.protocol.seq_length, manifest["plan"]["seq_length"]
+    if args.rows != RowOptions() or asked not in (length, EvalProtocol.seq_length):
+        raise InputError(f"--data {args.data}, whose rows are prepared, with options that say how "
+                         f"to make some: of which columns, or --seq-length {asked}",
+                         f"its rows as they are, of at most {length} tokens",
+                         "leave these options out, or name the file")
 
 
 def rows_to_score(args: EvalArgs) -> Data:
-    """What `--data` is, as a source to read; of a prepared folder nothing but its name is used."""
+    """The source that `--data` is; of a prepared folder nothing but its name is used."""
     if prepared_folder(args) is not None:
         return Data(train=[source_of({"path": args.data})])
     return args.rows.data(args.data)

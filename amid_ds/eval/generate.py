@@ -34,12 +34,12 @@ from amid_ds.data import (
     vocabulary_size,
 )
 from amid_ds.data.readers import TEXT_FORMATS, file_format
-from amid_ds.distributed.nodes import find_nodes, require_divisor
+from amid_ds.distributed.nodes import ranks_of_copy
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.build import build_teacher_engine
-from amid_ds.errors import InputError, Stopped
+from amid_ds.errors import InputError
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.files.ownership import require_own_file
@@ -154,10 +154,8 @@ def _generate(task: GenerateTask, world: World, fence: Fence) -> None:
             world.run_on_main(partial(append_answers, task, first, in_order, fence))
             count = min(size * world.size, total - first)
             bar.update(count)
-            reason = world.first(request.reason())
-            if reason is not None and first + count < total:
-                logger.info(f"stopped in order ({reason}); the same command goes on from there")
-                raise Stopped
+            if first + count < total:
+                request.obey(world)
     logger.info(world.run_on_main(lambda: publish_answers(task, fence)))
 
 
@@ -284,7 +282,7 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
         yield whole, sampler, bool
         return
     if model.placement == "node":
-        over = world.run_on_main(lambda: _ranks_of_a_copy(model, world))
+        over = world.run_on_main(lambda: ranks_of_copy(model.shard_over, 1, world))
         world = world.split(1, over) if over < world.size else world
     engine = world.run_checked(lambda: build_teacher_engine(model, config, world))
     if engine.fits_gathered(engine.module):
@@ -297,16 +295,6 @@ def open_model(task: GenerateTask, world: World) -> Iterator[tuple[nn.Module, Sa
         return world.sum([own])[0] > 0
 
     yield engine.module, replace(sampler, head=engine.gathered_head), any_rank
-
-
-def _ranks_of_a_copy(model: Teacher, world: World) -> int:
-    """The neighbouring ranks over which the placement `node` shards the model. On rank 0.
-
-    Raises InputError where the ranks or their nodes do not allow it.
-    """
-    over = model.shard_over or find_nodes(world).copies_per_node(1)
-    require_divisor(over, world.size)
-    return over
 
 
 def sampler_prompts(task: GenerateTask, numbers: range) -> list[SamplerPrompt]:

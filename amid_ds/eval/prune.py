@@ -221,8 +221,8 @@ def calibration_batches(rows: Sequence[TokenRow], rank: int, size: int) -> Itera
 
 @contextlib.contextmanager
 def _opened(teacher: Teacher, world: World) -> Iterator[tuple[nn.Module, Callable[[], None]]]:
-    """(the teacher in eval mode, to be called before each pass): whole on one rank, else sharded.
-    """
+    """A context with the teacher in eval mode, whole on one rank, else sharded, and with what is to
+    be called before each pass."""
     if world.size == 1:
         model = load_causal_lm(teacher.model, teacher.dtype, **teacher.hub_kwargs)
         yield model.to(world.device).eval(), lambda: None
@@ -232,7 +232,7 @@ def _opened(teacher: Teacher, world: World) -> Iterator[tuple[nn.Module, Callabl
 
 
 def choose_cut(task: PruneTask, importance: Importance | None, reader: WeightReader) -> Cut:
-    """What stays of the teacher. Reads the weights that heads and neurons go through."""
+    """The parts of the teacher that stay. Reads the weights that heads and neurons go through."""
     config, own, sizes = task.meta.config, task.own, task.sizes
     if importance is None:
         return Cut(config, even_layers(own.layers, sizes.layers))

@@ -23,13 +23,12 @@ from amid_ds.config.grid import path_override
 from amid_ds.config.parse import load_recipe
 from amid_ds.data import TargetFolder, load_tokenizer
 from amid_ds.distributed.launch import launch_command
-from amid_ds.errors import InputError, TrainingError
+from amid_ds.errors import TrainingError
 from amid_ds.eval import evaluate
 from amid_ds.eval.protocol import EvalArgs, EvalProtocol
 from amid_ds.experiments import study
 from amid_ds.experiments.sweep import SCORES_FILE, markdown_table, run_logged, run_one
 from amid_ds.files.atomic import replace_text
-from amid_ds.files.ownership import is_signed, require_own_folder, sign
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 
@@ -78,12 +77,7 @@ CachedScores = Mapping[CachedStudent, list[dict[str, float]]]
 
 def cached_study(out: str, seeds: int) -> None:
     """Run everything under `out`, which `amid-ds study` may share; end with cached.md there."""
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}", "1 or more: every student is trained once for each",
-                         "e.g. --seeds 3")
-    root = Path(out)
-    require_own_folder(root, is_signed(root, "study"), "--out")
-    sign(root, "study")
+    root = study.open_study(out, seeds)
     _, recipe = study.make_study_models(root)
     corpus = _part_of_corpus(root)
     overrides = [*study.study_overrides(root), path_override("data.train.0.path", corpus),

@@ -27,10 +27,11 @@ from amid_ds.config.recipe import Recipe, Student
 from amid_ds.data import load_tokenizer, read_batches, vocabulary_size
 from amid_ds.distributed.devices import choose_device
 from amid_ds.errors import InputError, Stopped, TrainingError
-from amid_ds.eval.evaluate import score_model, sum_scores
+from amid_ds.eval.evaluate import load_model, score_model, sum_scores
 from amid_ds.experiments.sweep import is_finished, markdown_table, run_one, signals_to
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.ownership import require_own_file, require_own_folder
+from amid_ds.models.adapter_folders import model_source
 from amid_ds.models.loading import load_causal_lm, meta_model
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_evaluations
@@ -99,6 +100,12 @@ def plan_chain(path: str, overrides: Sequence[str], ranks: int) -> Chain:
         try:
             links.append(_make_link(file, own, overrides, before, known))
             check_recipe(links[-1].known, ranks)
+            if own is not file.chain[-1] and links[-1].recipe.student.lora is not None:
+                raise InputError("its student.lora leaves adapters, which are no teacher for the "
+                                 "link after it", "adapters in the last link alone",
+                                 "leave student.lora out of the others; or train such a link by "
+                                 "itself, merge it (amid-ds export RUN OUT --merge), and begin a "
+                                 "chain with OUT as its teacher")
         except InputError as error:
             problems.append(f"link {own.name}: {error.found}")
             remedies.append(error.remedy)
@@ -221,57 +228,64 @@ def report_chain(chain: Chain) -> None:
 
 
 def _rows(chain: Chain, link: Link) -> Iterator[list[object]]:
-    """The lines of a finished link: one for each of its sets, one without numbers if it has none.
+    """The lines of a finished link: one for each set that it has evaluated, one without numbers if
+    it has none. A set that the recipe has got since is in none.
     """
-    model = meta_model(str(link.run.model),
-                       trust_remote_code=link.recipe.student.trust_remote_code)
+    source = model_source(str(link.run.model),
+                          trust_remote_code=link.recipe.student.trust_remote_code)
+    model = meta_model(source.model, **source.hub_kwargs)
     state = newest_state(link.run)
     facts = [link.name, sum(p.numel() for p in model.parameters()), state.step if state else None]
     latest = {line["name"]: line for line in read_evaluations(link.run.path)}
-    evaluated = {each.name: latest[each.name] for each in link.recipe.data.eval}
-    distances = _distances(chain.links[0], link) if evaluated else {}
+    evaluated = {each.name: latest[each.name] for each in link.recipe.data.eval
+                 if each.name in latest}
+    distances = _distances(chain.links[0], link, sorted(evaluated)) if evaluated else {}
     for name, line in evaluated.items():
         yield [*facts, name, line["kl_to_teacher"], distances[name], line["perplexity"]]
     if not evaluated:
         yield [*facts, None, None, None, None]
 
 
-def _distances(first: Link, link: Link) -> Mapping[str, float | None]:
-    """KL(first teacher ‖ the link's model) over each of the link's sets, in nats.
+def _distances(first: Link, link: Link, sets: list[str]) -> Mapping[str, float | None]:
+    """KL(first teacher ‖ the link's model) over each of the link's `sets`, in nats.
 
-    Measured once for the model: by both models whole in this process, as `eval` does. The first
-    link's is its distance to its own teacher.
+    Measured once for the model: by both models whole in this process, as `eval` does. Of the first
+    link as it was evaluated, unless another model, the mean, is what it leaves. None where `eval`
+    cannot: the first teacher has a delta, or another vocabulary.
     """
-    if link is first:
-        return {line["name"]: line["kl_to_teacher"] for line in read_evaluations(link.run.path)}
     path, teacher = link.run.path / DISTANCE_FILE, first.recipe.live_teacher
     assert teacher is not None
+    if link is first and link.recipe.train.ema is None:
+        return {line["name"]: line["kl_to_teacher"] for line in read_evaluations(link.run.path)}
+    if teacher.delta is not None or teacher.vocabulary == "grown":
+        return dict.fromkeys(sets)
     made_of = {"model": model_hash(str(link.run.model)), "teacher": teacher.model,
-               "teacher_sha256": model_hash(teacher.model), "revision": teacher.revision}
+               "teacher_sha256": model_hash(teacher.model), "revision": teacher.revision,
+               "sets": sets}
     if path.is_file():
         known = json.loads(path.read_text(encoding="utf-8"))
         if known["of"] == made_of:
             kept: Mapping[str, float | None] = known["kl"]
             return kept
     logger.info(f"{link.name}: its distance to the first teacher, {teacher.model}")
-    distances = _measure_distances(link, first)
+    distances = _measure_distances(link, first, sets)
     replace_text(path, json.dumps({"of": made_of, "kl": distances}, indent=1) + "\n")
     return distances
 
 
-def _measure_distances(link: Link, first: Link) -> dict[str, float | None]:
+def _measure_distances(link: Link, first: Link, sets: list[str]) -> dict[str, float | None]:
     teacher = first.recipe.live_teacher
     assert teacher is not None
     device = choose_device(0)
     recipe, path = link.recipe, str(link.run.model)
     trusted = recipe.student.trust_remote_code
-    model = load_causal_lm(path, "auto", trust_remote_code=trusted).eval().to(device)
+    model = load_model(path, trusted).to(device)
     guide = load_causal_lm(teacher.model, teacher.dtype, **teacher.hub_kwargs).eval().to(device)
     size = vocabulary_size(load_tokenizer(path, trust_remote_code=trusted))
     distances = {}
-    for each in recipe.data.eval:
-        batches = read_batches(recipe.prepared_dir / "eval" / each.name,
+    for name in sets:
+        batches = read_batches(recipe.prepared_dir / "eval" / name,
                                recipe.train.micro_batch_size, 0, 1)
         scores = score_model(sum_scores(model, guide, batches, size), has_teacher=True)
-        distances[each.name] = scores.kl_to_teacher
+        distances[name] = scores.kl_to_teacher
     return distances

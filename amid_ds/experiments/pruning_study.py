@@ -20,15 +20,14 @@ from amid_ds.config.grid import path_override
 from amid_ds.config.library import find_recipe
 from amid_ds.data import load_tokenizer, train_sentencepiece
 from amid_ds.distributed.launch import launch_command
-from amid_ds.errors import InputError, TrainingError
+from amid_ds.errors import TrainingError
 from amid_ds.eval import evaluate
 from amid_ds.eval.protocol import EvalArgs, EvalProtocol
 from amid_ds.experiments import demo
 from amid_ds.experiments.small_models import save_new_llama
-from amid_ds.experiments.study import mean_cell, read_texts
+from amid_ds.experiments.study import mean_cell, open_study, read_texts
 from amid_ds.experiments.sweep import markdown_table, run_logged, run_one
 from amid_ds.files.atomic import replace_text
-from amid_ds.files.ownership import is_signed, require_own_folder, sign
 from amid_ds.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -41,12 +40,7 @@ STARTS = ("pruned", "random")
 
 def pruning_study(out: str, seeds: int) -> None:
     """Run everything under `out`; end with the table, pruning.md there."""
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}", "1 or more: each start is trained once for each",
-                         "e.g. --seeds 3")
-    root = Path(out)
-    require_own_folder(root, is_signed(root, "pruning study"), "--out")
-    sign(root, "pruning study")
+    root = open_study(out, seeds, "pruning study")
     train, held_out, tokenizer = _inputs(root)
     teacher = _train(root, "teacher", root / "init" / "teacher", train, demo.TEACHER_TRAIN, 0)
     pruned = _prune(root, teacher, train)

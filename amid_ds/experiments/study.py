@@ -79,15 +79,10 @@ StudyScores = Mapping[str, Sequence[SeedScores]]
 
 def study(out: str, seeds: int) -> None:
     """Run everything under `out`; end with the table and figure, study.md and study.png there."""
-    if seeds < 1:
-        raise InputError(f"--seeds {seeds}",
-                         "1 or more: every objective is trained once for each", "e.g. --seeds 3")
     # If one is missing, say so now and not after the runs.
     require_rouge()
     plots.require_matplotlib()
-    root = Path(out)
-    require_own_folder(root, is_signed(root, "study"), "--out")
-    sign(root, "study")
+    root = open_study(out, seeds)
     prompts, recipe = make_study_models(root)
     students = plan_sweep(recipe, [*study_overrides(root),
                                    f"loss={','.join(OBJECTIVES.values())}",
@@ -106,8 +101,20 @@ def study(out: str, seeds: int) -> None:
           flush=True)
 
 
+def open_study(out: str, seeds: int, name: str = "study") -> Path:
+    """The folder of a study, signed with its name. Raises InputError where it is not ours, or there
+    is no seed."""
+    if seeds < 1:
+        raise InputError(f"--seeds {seeds}", "1 or more: every student is trained once for each",
+                         "e.g. --seeds 3")
+    root = Path(out)
+    require_own_folder(root, is_signed(root, name), "--out")
+    sign(root, name)
+    return root
+
+
 def make_study_models(root: Path) -> tuple[Path, str]:
-    """Make all that the students begin with, once: the path of the prompts, and of the recipe."""
+    """(path of the prompts, path of the recipe); all that the students begin with is made, once."""
     prompts, recipe = _make_inputs(root), str(find_recipe("study"))
     _train(root, recipe, "teacher", TEACHER_STEPS)
     _train(root, recipe, "start", START_STEPS)

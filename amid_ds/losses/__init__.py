@@ -17,14 +17,14 @@ from amid_ds.losses.divergences import (
     register,
 )
 from amid_ds.losses.fused import LossOutput, amid_loss, linear_amid_loss
-from amid_ds.losses.grown import grown_amid_loss
+from amid_ds.losses.grown import FirstPieces, grown_amid_loss
 from amid_ds.losses.lm_head import LMHead
 from amid_ds.losses.measures import PerToken
 from amid_ds.losses.objective import AMiD, preset
 from amid_ds.losses.sparse import SparseTargets
 from amid_ds.losses.summed_head import AnyHead, SummedHead
 
-__all__ = ["IGNORE_INDEX", "AMiD", "AlphaBeta", "AnyHead", "ConcreteScore", "Divergence", "LMHead",
-           "LogProbs", "LossOutput", "PerToken", "SampledReverseKL", "SparseTargets", "SummedHead",
-           "amid_loss", "default_workspace_bytes", "grown_amid_loss", "linear_amid_loss",
-           "linear_argmax", "preset", "register"]
+__all__ = ["IGNORE_INDEX", "AMiD", "AlphaBeta", "AnyHead", "ConcreteScore", "Divergence",
+           "FirstPieces", "LMHead", "LogProbs", "LossOutput", "PerToken", "SampledReverseKL",
+           "SparseTargets", "SummedHead", "amid_loss", "default_workspace_bytes",
+           "grown_amid_loss", "linear_amid_loss", "linear_argmax", "preset", "register"]

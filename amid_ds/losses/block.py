@@ -260,6 +260,11 @@ def cross_entropy(label_logits: Tensor, log_z: Tensor) -> Tensor:
     return ce.masked_fill_(ce > INFINITE_RATIO, torch.inf)
 
 
+def weighted_part(weights: Tensor, part: Tensor) -> Tensor:
+    """weights · part [n]; 0 where the weight is, though the part be infinite."""
+    return torch.where((weights == 0) & part.isinf(), 0.0, weights * part)
+
+
 def _sampled_tokens(block: Block, norms: RowNormalisers, labels: Tensor, shard: VocabShard,
                     backend: Backend, divergence: SampledReverseKL) -> tuple[Tensor, Block]:
     """(log q - log p of the labels [n], the block with the weights of their pull) for the labels'

@@ -46,6 +46,7 @@ from amid_ds.losses.block import (
     forward_backward_block,
     measure,
     row_normalisers,
+    weighted_part,
 )
 from amid_ds.losses.blocks import slices, tokens_per_block
 from amid_ds.losses.checks import VocabLayout
@@ -168,7 +169,8 @@ def linear_amid_loss(
     Collectives under a shard: at most three per block in forward, one more with a measure that the
     objective or the statistics name, one more with `agreement`, one more if the objective needs
     sequences; with targets one per block, one more with `agreement`, and both again if the
-    objective needs sequences (under `spread` as with a teacher); one in backward.
+    objective needs sequences (under `spread` as with a teacher, and one more where
+    `label_probability` is asked for among others); one in backward.
     Raises InputError (a ValueError) for shapes, dtypes and numbers that do not fit.
     """
     student = student_head if isinstance(student_head, LMHead) else LMHead(student_head)
@@ -224,7 +226,7 @@ class _LogitLoss(torch.autograd.Function):
                 gradient=None if gradient is None else gradient[rows, :valid])
             out = forward_backward_block(block, objective, layout.shard, backend)
             assert out.kd is not None
-            per_token[rows] = out.kd if out.factor is None else _weighted(out.factor, out.kd)
+            per_token[rows] = out.kd if out.factor is None else weighted_part(out.factor, out.kd)
         ctx.gradients = [gradient]
         return per_token
 
@@ -312,7 +314,7 @@ def _loss_and_gradients(hidden: Tensor,
     for weight, part in ((inputs.kd_weight, kd), (inputs.ce_weight, ce)):
         if part is not None and weight:
             loss = loss + weight * (torch.dot(weights, part) if total_weights is weights
-                                    else _weighted(total_weights, part).sum())
+                                    else weighted_part(total_weights, part).sum())
     return LossOutput(loss, kd, ce, statistics), gradients.totals()
 
 
@@ -349,11 +351,6 @@ def _measured_first(blocks: Iterator[tuple[Tensor | slice, Block]], inputs: Loss
               if each.needs_sequences else each.values(measured[each.by])
               for each in objective.per_token}
     return {name: measured[name] for name in inputs.statistics}, values
-
-
-def _weighted(weights: Tensor, part: Tensor) -> Tensor:
-    """weights · part [n]; 0 where the weight is, though the part be infinite."""
-    return torch.where((weights == 0) & part.isinf(), 0.0, weights * part)
 
 
 def _wants_gradient(tensor: Tensor | None) -> bool:

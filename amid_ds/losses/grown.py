@@ -31,6 +31,7 @@ from amid_ds.losses.block import (
     Logits,
     arithmetic_dtype,
     forward_backward_block,
+    weighted_part,
 )
 from amid_ds.losses.blocks import slices, tokens_per_block
 from amid_ds.losses.checks import IGNORE_INDEX, VocabLayout
@@ -46,13 +47,37 @@ from amid_ds.losses.lm_head import (
 from amid_ds.losses.objective import AMiD
 
 
+class FirstPieces(NamedTuple):
+    """The old ids that the new ones begin with.
+
+    pieces: [k] int64, of each new id; columns: [m] the different ones; member: [k], which of these
+    a new id's is.
+    """
+
+    pieces: Tensor
+    columns: Tensor
+    member: Tensor
+
+    @classmethod
+    def of(cls, pieces: Tensor) -> FirstPieces:
+        """Those of the new ids' first pieces [k]. The host waits for a GPU: to be made once.
+
+        Raises InputError unless these are int64.
+        """
+        if pieces.dim() != 1 or pieces.dtype != torch.int64 or not len(pieces):
+            raise InputError(f"first pieces {list(pieces.shape)} of {pieces.dtype}",
+                             "[k] int64, the old ids that the new ones begin with",
+                             "pass one old id for each new one")
+        return cls(pieces, *pieces.unique(return_inverse=True))
+
+
 def grown_amid_loss(
     student_hidden: Tensor,            # [N, H_s]
     student_head: Tensor | LMHead,     # weight [V + k or more, H_s]
     teacher_hidden: Tensor,            # [N, H_t]
     teacher_head: Tensor | LMHead,     # weight [V or more, H_t]
     objective: AMiD,
-    first_pieces: Tensor,              # [k] int64, of the ids V to V + k - 1: old ids
+    first_pieces: FirstPieces,         # of the ids V to V + k - 1
     *,
     token_weights: Tensor,             # [N]; 0 masks a token
     labels: Tensor,                    # [N] int, ids of the student; -100: no cross entropy here
@@ -66,13 +91,14 @@ def grown_amid_loss(
 ) -> LossOutput:
     """Σ_i token_weights_i · (kd_weight · kd_i + ce_weight · ce_i), fused with both heads. Replaces
 
-        V = vocab_size - len(first_pieces)
+        pieces = first_pieces.pieces
+        V = vocab_size - len(pieces)
         z = student_hidden @ W_s.T
         q = (z / τ).softmax(-1)
-        folded = q[:, :V].index_add(1, first_pieces, q[:, V:])
+        folded = q[:, :V].index_add(1, pieces, q[:, V:])
         kd = the objective of folded.log() and teacher_hidden @ W_t[:V].T
-        old = torch.where(labels < V, labels, first_pieces[labels - V])
-        ce = where(isin(old, first_pieces), F.cross_entropy(z, labels, reduction="none"), 0)
+        old = torch.where(labels < V, labels, pieces[labels - V])
+        ce = where(isin(old, pieces), F.cross_entropy(z, labels, reduction="none"), 0)
 
     The statistics are of the folded student too. All else is as in `linear_amid_loss`; a cut
     vocabulary and objectives that read whole sequences are refused. No collective. Raises
@@ -94,6 +120,7 @@ def grown_amid_loss(
                        for x in (student_hidden, student.weight, student.bias)))
     if not checked:
         checks.check_values(token_weights, call.labels, vocab_size)
+        _check_pieces(first_pieces.pieces, call.fold.old)
     loss, kd, ce, *measured = _GrownLoss.apply(student_hidden, student.weight, student.bias, call)
     return LossOutput(loss, kd, ce, dict(zip(call.statistics, measured, strict=True)))
 
@@ -108,42 +135,48 @@ def require_foldable(objective: AMiD) -> None:
 
 
 class _Fold(NamedTuple):
-    """Which columns of the student's are added up: `old` ids, then the new ones.
-
-    columns: [m] the old ids that are first pieces; member: [k] of each new id, which of these.
-    """
+    """Which columns of the student's are added up: `old` ids, then the new ones."""
 
     old: int
-    pieces: Tensor
-    columns: Tensor
-    member: Tensor
+    first: FirstPieces
 
     @property
     def new(self) -> slice:
         """The columns of the new tokens."""
-        return slice(self.old, self.old + len(self.pieces))
+        return slice(self.old, self.old + len(self.first.pieces))
 
     def old_labels(self, labels: Tensor) -> Tensor:
         """The labels [n] as old ids; a new token is its first piece, and below 0 stays."""
         new = (labels - self.old).clamp(min=0)
-        return torch.where(labels < self.old, labels, self.pieces[new])
+        return torch.where(labels < self.old, labels, self.first.pieces[new])
+
+    def holds(self, old_labels: Tensor) -> Tensor:
+        """[n] True for an old id that is a first piece; below 0 is none."""
+        is_first = torch.zeros(self.old, dtype=torch.bool, device=old_labels.device)
+        is_first.index_fill_(0, self.first.columns, True)
+        return (old_labels >= 0) & is_first[old_labels.clamp(min=0)]
 
 
-def _fold(first_pieces: Tensor, vocab_size: int, student: LMHead, teacher: LMHead) -> _Fold:
-    old = vocab_size - len(first_pieces)
+def _fold(first_pieces: FirstPieces, vocab_size: int, student: LMHead, teacher: LMHead) -> _Fold:
+    old = vocab_size - len(first_pieces.pieces)
+    if old <= 0:
+        raise InputError(f"vocab_size={vocab_size} and {len(first_pieces.pieces)} first pieces",
+                         "old ids before the new ones", "vocab_size counts the old and the new ids")
     rows = {"student_head": (len(student.weight), vocab_size),
             "teacher_head": (len(teacher.weight), old)}
-    if first_pieces.dim() != 1 or first_pieces.dtype != torch.int64 or old <= 0:
-        raise InputError(f"first_pieces {list(first_pieces.shape)} of {first_pieces.dtype}, "
-                         f"vocab_size={vocab_size}",
-                         "[k] int64, the old ids that the last k of the student's begin with",
-                         "pass one old id for each new one")
     for name, (found, needed) in rows.items():
         if found < needed:
             raise InputError(f"{name} with {found} rows of the vocabulary", f"at least {needed}",
                              "the student has a row for every id, the teacher for every old one")
-    columns, member = first_pieces.unique(return_inverse=True)
-    return _Fold(old, first_pieces, columns, member)
+    return _Fold(old, first_pieces)
+
+
+def _check_pieces(pieces: Tensor, old: int) -> None:
+    """One synchronisation with the device."""
+    least, most = torch.stack([pieces.min(), pieces.max()]).tolist()
+    if least < 0 or most >= old:
+        raise InputError(f"first pieces from {least} to {most}", f"old ids, below {old}",
+                         "a new token begins with a token that the teacher knows")
 
 
 @dataclass(frozen=True)
@@ -219,9 +252,7 @@ def _loss_and_gradients(hidden: Tensor, call: _Call) -> tuple[LossOutput, list[T
     loss = weights.new_zeros(())
     for weight, part in ((call.kd_weight, kd), (call.ce_weight, ce)):
         if weight:
-            # A token that counts nothing may have an infinite divergence.
-            infinite = (total_weights == 0) & part.isinf()
-            loss = loss + weight * torch.where(infinite, 0.0, total_weights * part).sum()
+            loss = loss + weight * weighted_part(total_weights, part).sum()
     return LossOutput(loss, kd, ce, statistics), gradients.totals()
 
 
@@ -260,7 +291,7 @@ def _block_loss(hidden: Tensor, call: _Call, tokens: Tensor | slice, weights: Te
     if block.gradient is not None:
         of_kd = _unfolded(block.gradient, shares, tempered, fold)
     # The divergence takes a new token and its first piece for one.
-    is_blind = torch.isin(old_labels, fold.columns)
+    is_blind = fold.holds(old_labels)
     with_ce = wants and call.ce_weight > 0
     # Over the whole vocabulary of the student, untempered.
     alone = Block(student, None, None, dtype, torch.where(is_blind, labels, -1),
@@ -288,23 +319,24 @@ def _folded(student: Logits, fold: _Fold, dtype: torch.dtype
     old = student.columns(slice(0, fold.old)).tempered(dtype)
     # A tensor of its own: the logits may be in the workspace.
     old = old.clone() if old.data_ptr() == student.raw.data_ptr() else old
-    first, new = old[:, fold.columns], student.columns(fold.new).tempered(dtype)
-    members = fold.member.expand(len(new), -1)
+    columns, member = fold.first.columns, fold.first.member
+    first, new = old[:, columns], student.columns(fold.new).tempered(dtype)
+    members = member.expand(len(new), -1)
     peak = first.scatter_reduce(1, members, new, "amax").clamp_(min=LOG_ZERO)
-    total = (first - peak).exp_().scatter_add_(1, members, (new - peak[:, fold.member]).exp_())
+    total = (first - peak).exp_().scatter_add_(1, members, (new - peak[:, member]).exp_())
     total = peak + total.log_()
-    old[:, fold.columns] = total
+    old[:, columns] = total
     # Where no member has any probability, there is none to share.
     total = total.clamp(min=LOG_ZERO)
-    return old, ((first - total).exp_(), (new - total[:, fold.member]).exp_())
+    return old, ((first - total).exp_(), (new - total[:, member]).exp_())
 
 
 def _unfolded(gradient: Tensor, shares: tuple[Tensor, Tensor], student: Logits, fold: _Fold
               ) -> tuple[Tensor, Tensor]:
     """The gradient [n, V] by the folded logits, in place, as those by the student's old [n, V] and
     new [n, k] ones, as the product left them."""
-    new = gradient[:, fold.pieces] * shares[1]
-    gradient[:, fold.columns] *= shares[0]
+    new = gradient[:, fold.first.pieces] * shares[1]
+    gradient[:, fold.first.columns] *= shares[0]
     for part, columns in ((gradient, slice(0, fold.old)), (new, fold.new)):
         own = student.columns(columns)
         if student.temperature != 1:

@@ -98,7 +98,7 @@ def linear_draws(
     shard: VocabShard | None = None,
     workspace_bytes: int | None = None,
 ) -> Draws:
-    """Ids drawn with a probability ∝ p^exponent (2503.16870), duplicates merged. Replaces
+    """Ids drawn with a probability ∝ p^exponent (2503.16870: p), duplicates merged. Replaces
 
         log_p = (hidden @ W.T + b)[:, :vocab_size].float().log_softmax(-1)
         cumulative = (exponent * log_p.double()).exp().cumsum(-1)

@@ -53,8 +53,9 @@ class SparseTargets:
 
     Of `sample`, with w the weights, forward KL alone:
         kd = Σ w (log p - log q),    ∂kd/∂s = ((Σ w) q - w) / τ
-    Their means over the draws are KL(p‖q) and its gradient (random sampling KD, arXiv 2503.16870),
-    because both are linear in w. Nothing else of the objective is linear in p: `topk` is for that.
+    Their means over the draws are KL(p‖q) and its gradient, because both are linear in w. (Random
+    sampling KD, arXiv 2503.16870, learns w by KL(w‖q): the same gradient, another value.) Nothing
+    else of the objective is linear in p: `topk` is for that.
 
     .take, .to, .map and SparseTargets.concatenate make others of it.
     Raises InputError for shapes, dtypes and parts that do not fit.
@@ -77,9 +78,10 @@ class SparseTargets:
                              "drop" if sampled else f"one of {', '.join(RESTS)}",
                              "a sample says nothing of what was not drawn: leave rest out, or take "
                              "the teacher's topk" if sampled else "ghost is the default")
-        if self.ids.dim() != 2 or self.ids.dtype != torch.int64:
+        if self.ids.dim() != 2 or self.ids.dtype != torch.int64 or (
+                self.ids.shape[1] == 0 < len(self.ids)):
             raise InputError(f"ids {list(self.ids.shape)} of {self.ids.dtype}",
-                             "[n, K] of torch.int64", "-1 stands for no entry")
+                             "[n, K] of torch.int64, K above 0", "-1 stands for no entry")
         for name, tensor in self._tensors().items():
             shape = self.ids.shape if name in _EMPTY else self.ids.shape[:1]
             if tensor.shape != shape or not (name == "ids" or tensor.is_floating_point()):

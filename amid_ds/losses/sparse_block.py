@@ -97,7 +97,8 @@ def forward_backward_targets(block: Block, rows: BlockTargets, objective: AMiD, 
     """`block.forward_backward_block` against sparse targets. The block's teacher is that of
     `spread_logits` under `spread`, None otherwise; then the student's logits are written over.
 
-    Collectives under a shard: one, and one more for `agreement`; under `spread` those of a teacher.
+    Collectives under a shard: one, and one more for `agreement`; under `spread` those of a teacher,
+    and one more where `label_probability` is asked for among others.
     """
     shard = rows.layout.shard
     asked = {*statistics, *(objective.measures if values is None else ())}
@@ -337,7 +338,9 @@ def _write_gradient(block: Block, rows: BlockTargets, classes: _Classes,
         onehot = (classes.ids == rows.labels[:, None]) & (classes.ids >= 0)
         z = (classes.logits - log_z[0][:, None] - log_z[1][:, None]).exp()
         own += ce_scale[:, None] * (z - onehot.to(z.dtype))
-        factor = factor + ce_scale * ((rest[0] - log_z[0]) + (rest[1] - log_z[1])).exp()
+        # Not above 0 but where nothing is left, of which `rest` is no sum.
+        of_rest_z = ((rest[0] - log_z[0]) + (rest[1] - log_z[1])).clamp(max=0)
+        factor = factor + ce_scale * of_rest_z.exp()
     student.chain(own, classes.logits)
     no_labels = torch.full((block.tokens,), -1, dtype=torch.int64, device=block.device)
     others = replace(block, labels=no_labels, kd_scale=None)

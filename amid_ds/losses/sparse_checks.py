@@ -45,7 +45,8 @@ def check_targets(targets: SparseTargets, objective: AMiD, token_weights: Tensor
         raise InputError("label_probability with targets that have no label_log_probabilities",
                          "label_log_probabilities [n]", "pass them")
     if by_value:
-        _check_entries(targets, token_weights > 0, vocabulary)
+        _check_entries(targets, token_weights > 0, vocabulary,
+                       whole=targets.rest == "ghost" and objective.teacher_temperature != 1)
 
 
 def _check_temperature(targets: SparseTargets, objective: AMiD, vocabulary: int) -> None:
@@ -94,7 +95,9 @@ def _check_linear(objective: AMiD, statistics: Sequence[str]) -> None:
                              "by a sample: leave them out, or write the teacher's topk down")
 
 
-def _check_entries(targets: SparseTargets, counted: Tensor, vocabulary: int) -> None:
+def _check_entries(targets: SparseTargets, counted: Tensor, vocabulary: int,
+                   whole: bool) -> None:
+    """whole: every id of the vocabulary has to be kept."""
     ids, log_p = targets.ids, targets.log_probabilities
     counts = ids >= 0
     ordered = ids.sort(1).values
@@ -111,13 +114,15 @@ def _check_entries(targets: SparseTargets, counted: Tensor, vocabulary: int) -> 
     empty = torch.zeros_like(twice)
     if targets.rest == "drop" and not targets.sampled:
         empty = ~(counts & (ids < vocabulary) & (log_p > -torch.inf)).any(1)
+    missing = (counts & (ids < vocabulary)).sum(1) < (vocabulary if whole else 0)
     problems: list[tuple[str, Tensor, str]] = [
         ("an id below -1", (ids < -1).any(1), "ids of the whole vocabulary, -1 for no entry"),
         ("an id twice", twice, "each id once: add up their weights"),
         ("log_probabilities or weights that are none", wrong.any(1),
          "logarithms of probabilities, and finite weights of at least 0"),
         ("log_rest that is none", rest, "the logarithm of a probability, -inf for 0"),
-        ("no id, and rest='drop'", empty, "an id of some probability below the vocabulary's end")]
+        ("no id, and rest='drop'", empty, "an id of some probability below the vocabulary's end"),
+        ("not every id, and the teacher a temperature", missing, "all ids, or another rest")]
     found = torch.stack([(rows & counted).any() for _, rows, _ in problems]).tolist()
     for (name, rows, expected), any_row in zip(problems, found, strict=True):
         if any_row:

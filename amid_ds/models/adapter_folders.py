@@ -15,7 +15,12 @@ from typing_extensions import NotRequired, TypedDict
 from amid_ds.config.recipe import Dtype, HubKwargs
 from amid_ds.config.typed_json import parse_as
 from amid_ds.errors import InputError
-from amid_ds.models.adapters import CONFIG_FILE, apply_adapters, is_adapter_folder
+from amid_ds.models.adapters import (
+    CONFIG_FILE,
+    apply_adapters,
+    import_peft,
+    is_adapter_folder,
+)
 from amid_ds.models.loading import load_causal_lm
 
 ADAPTER_FILE = "adapter_model.safetensors"
@@ -59,12 +64,13 @@ class ModelSource:
 
 def model_source(model: str, revision: str | None = None,
                  trust_remote_code: bool = False) -> ModelSource:
-    """Where the parts of `model` are: a model's folder or id, or a folder of adapters.
+    """The places of the parts of `model`: a model's folder or id, or a folder of adapters.
 
-    Raises InputError for adapters whose base is not there, or not named.
+    Raises InputError for adapters whose base is not there, or not named, or without peft.
     """
     if not is_adapter_folder(model):
         return ModelSource(model, revision, trust_remote_code, None)
+    import_peft(f"{model} holds adapters")
     file = Path(model) / CONFIG_FILE
     try:
         config = parse_as(_AdapterConfig, file.read_text(encoding="utf-8"))

@@ -51,7 +51,7 @@ def inject(model: nn.Module, lora: Lora) -> None:
     """
     targets = target_modules(model, lora)
     saved = _saved_modules(model, lora, targets)
-    peft = _import_peft()
+    peft = import_peft()
     config = _config(model, lora, targets)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     peft.inject_adapter_in_model(config, model, ADAPTER_NAME, low_cpu_mem_usage=on_meta)
@@ -63,7 +63,7 @@ def inject(model: nn.Module, lora: Lora) -> None:
 
 
 def first_values(model: nn.Module, seed: int) -> FirstValues:
-    """What makes the first values of the adapters of a model, not yet split; by their names."""
+    """By their names, makers of the first values of the adapters of a model, not yet split."""
     return {name: partial(initial_value, name, tuple(parameter.shape), seed)
             for name, parameter in model.named_parameters() if is_adapter(name)}
 
@@ -97,10 +97,15 @@ def file_key(name: str) -> str:
     return FILE_PREFIX + name.replace(f".{ADAPTER_NAME}.", ".")
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """True for a layer with an adapter: it has `base_layer`, `lora_A`, `lora_B` and `scaling`."""
+    return hasattr(module, "base_layer") and hasattr(module, "lora_A")
+
+
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(name, layer) of each layer with an adapter; the layer has `base_layer` and `scaling`."""
+    """(name, layer) of each layer with an adapter."""
     for name, module in model.named_modules():
-        if hasattr(module, "base_layer") and hasattr(module, "lora_A"):
+        if is_adapted(module):
             yield name, module
 
 
@@ -130,7 +135,7 @@ def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
     The sum is made in fp32, a layer at a time, and rounded once. Raises InputError where they are
     damaged, or of another model.
     """
-    peft, dtype = _import_peft(f"{folder} holds adapters"), next(model.parameters()).dtype
+    peft, dtype = import_peft(), next(model.parameters()).dtype
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -157,7 +162,7 @@ def apply_adapters(model: nn.Module, folder: str) -> nn.Module:
 
 
 def _config(model: nn.Module, lora: Lora, targets: list[str]) -> LoraConfig:
-    return _import_peft().LoraConfig(
+    return import_peft().LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
         # The weights of GPT-2's own kind of linear layer lie the other way.
         fan_in_fan_out=not isinstance(model.get_submodule(targets[0]), nn.Linear))
@@ -187,11 +192,12 @@ def target_modules(model: nn.Module, lora: Lora) -> list[str]:
             raise InputError(f"student.lora.rank {lora.rank}, and {name} is {shape[0]} × "
                              f"{shape[1]}", "a rank of at most the smaller side of each target",
                              "lower the rank, or name other targets")
-    if any(linear[name] is head for name in targets):
+    embedding: Any = model.get_input_embeddings()   # type: ignore[operator]
+    if head.weight is embedding.weight and any(linear[name] is head for name in targets):
         raise InputError("student.lora.targets names the head "
-                         f"{next(n for n in targets if linear[n] is head)}, whose weight the fused "
-                         "loss reads past its module", "linear layers of the body",
-                         "leave it out; student.lora.modules_to_save trains it whole")
+                         f"{next(n for n in targets if linear[n] is head)}, whose weight is the "
+                         "embedding's too: merged, they would be two", "linear layers of the body",
+                         "leave it out; student.lora.modules_to_save trains both as one")
     if len({isinstance(linear[name], nn.Linear) for name in targets}) > 1:
         raise InputError("student.lora.targets are linear layers of two kinds, torch's and "
                          "GPT-2's, whose weights lie the other way", "targets of one kind",
@@ -245,7 +251,8 @@ def _shape(layer: Any) -> tuple[int, int]:
     return layer.nf, layer.nx
 
 
-def _import_peft(why: str = "student.lora") -> Any:
+def import_peft(why: str = "student.lora") -> Any:
+    """The module peft. Raises InputError where it is not installed; why: what needs it."""
     try:
         import peft
     except ImportError:

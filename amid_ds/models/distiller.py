@@ -22,6 +22,7 @@ from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.losses import (
     AMiD,
     AnyHead,
+    FirstPieces,
     LMHead,
     SparseTargets,
     grown_amid_loss,
@@ -29,7 +30,7 @@ from amid_ds.losses import (
     linear_argmax,
     preset,
 )
-from amid_ds.models.heads import run_body, sharded_head_of, teacher_head_of
+from amid_ds.models.heads import head_input, run_body, sharded_head_of, teacher_head_of
 from amid_ds.monitor.step_timer import phase
 
 
@@ -130,13 +131,21 @@ class FusedHead(nn.Module):
     does not know, their first old ids (losses/grown.py).
     """
 
-    first_pieces: Tensor | None
-
     def __init__(self, heads: Callable[[], tuple[LMHead, AnyHead | None]], vocab_size: int,
                  shard: VocabShard | None, first_pieces: Tensor | None = None) -> None:
         super().__init__()
         self.heads, self.vocab_size, self.shard = heads, vocab_size, shard
-        self.register_buffer("first_pieces", first_pieces, persistent=False)
+        self.grown = first_pieces is not None
+        if first_pieces is not None:
+            for name, tensor in FirstPieces.of(first_pieces)._asdict().items():
+                self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def first_pieces(self) -> FirstPieces | None:
+        """Of the new ids, on the head's device; None where the vocabulary has not grown."""
+        if not self.grown:
+            return None
+        return FirstPieces(*(self.get_buffer(name) for name in FirstPieces._fields))
 
     def forward(self, student_hidden: Tensor, teacher_hidden: Tensor | None, labels: Tensor,
                 token_weights: Tensor, sequences: Tensor | None = None, *,
@@ -177,11 +186,12 @@ class FusedHead(nn.Module):
         weights = (objective.kd_weight if has_teacher else 0.0, objective.ce_weight)
         statistics = [name for name in objective.statistics
                       if has_teacher or name == "student_entropy"]
-        if self.first_pieces is not None and teacher_hidden is not None:
+        first_pieces = self.first_pieces
+        if first_pieces is not None and teacher_hidden is not None:
             assert isinstance(teacher_head, LMHead) and labels is not None
             out = grown_amid_loss(
                 student_hidden, student_head, teacher_hidden, teacher_head, objective.amid,
-                self.first_pieces, token_weights=token_weights, labels=labels,
+                first_pieces, token_weights=token_weights, labels=labels,
                 kd_weight=weights[0], ce_weight=weights[1], vocab_size=self.vocab_size,
                 checked=True, statistics=statistics)
         else:
@@ -277,7 +287,8 @@ class Distiller(nn.Module):
         [B, L] and documents as `run_body` has them; sequences [n], parts and targets as the head
         has them. Without teacher_hidden and targets: cross entropy alone.
         """
-        hidden = _rows(run_body(self.student, input_ids, positions, documents), valid)
+        hidden = head_input(self.student, _rows(
+            run_body(self.student, input_ids, positions, documents), valid))
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
         return self.head(hidden, teacher_hidden, labels, token_weights, sequences, parts=parts,
@@ -285,13 +296,14 @@ class Distiller(nn.Module):
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Both models' hidden states [n, H_s] and [n, H_t] at the n labelled tokens of a batch."""
+        """Both models' hidden states [n, H_s] and [n, H_t] at the n labelled tokens of a batch, as
+        their heads take them."""
         teacher, student = (
             None if model is None else
             _rows(run_body(model, rows.input_ids, rows.positions, rows.documents), rows.valid)
             for model, rows in ((self.teacher, batch.as_teacher_reads), (self.student, batch)))
         assert student is not None
-        return student, teacher
+        return head_input(self.student, student), teacher
 
     @torch.no_grad()
     def score(self, student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
@@ -304,8 +316,8 @@ class Distiller(nn.Module):
         vocab_size, shard = self.head.vocab_size, self.head.shard
         options: Any = {"labels": labels, "vocab_size": vocab_size, "checked": True,
                         "token_weights": torch.ones(len(labels), device=student.device)}
-        pieces = self.head.first_pieces
-        teaches = teacher is not None and pieces is None
+        first_pieces = self.head.first_pieces
+        teaches = teacher is not None and first_pieces is None
         out = linear_amid_loss(student, student_head, *((teacher, teacher_head) if teaches else
                                                         (None, None)), preset("fkl"), shard=shard,
                                ce_weight=1.0, kd_weight=1.0 if teaches else 0.0, **options)
@@ -315,17 +327,18 @@ class Distiller(nn.Module):
         if teacher is None or teacher_head is None:
             return sums
         kd, known = out.kd, vocab_size
-        if pieces is not None:
+        if first_pieces is not None:
             assert isinstance(teacher_head, LMHead), "a delta has one vocabulary"
-            known = vocab_size - len(pieces)
+            known = vocab_size - len(first_pieces.pieces)
             kd = grown_amid_loss(student, student_head, teacher, teacher_head, preset("fkl"),
-                                 pieces, **options).kd
+                                 first_pieces, **options).kd
         first, second = (linear_argmax(hidden, head, vocab_size=size, shard=shard)
                          for hidden, head, size in ((student, student_head, vocab_size),
                                                     (teacher, teacher_head, known)))
-        if pieces is not None:
+        if first_pieces is not None:
             # A new token is its first piece.
-            first = torch.where(first < known, first, pieces[(first - known).clamp(min=0)])
+            first = torch.where(first < known, first,
+                                first_pieces.pieces[(first - known).clamp(min=0)])
         assert kd is not None
         sums[1], sums[2] = kd.double().sum(), (first == second).sum()
         return sums

@@ -17,6 +17,7 @@ from amid_ds.data.batch import Documents
 from amid_ds.distributed.vocab_parallel import VocabShard, slice_replicated
 from amid_ds.errors import InputError
 from amid_ds.losses import AnyHead, LMHead, SummedHead
+from amid_ds.models.adapters import ADAPTER_NAME, is_adapted
 from amid_ds.models.attention import (
     attends_by_boundaries,
     boundary_arguments,
@@ -55,10 +56,33 @@ def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
 def head_of(model: nn.Module) -> LMHead:
     """A causal LM's head as the loss takes it: weight, bias, and the model's own scale and cap.
 
-    Raises InputError for a model that does more to its logits.
+    Of one with an adapter the weight is [W, B], a copy, for hidden states as `head_input` makes
+    them. Raises InputError for a model that does more to its logits.
     """
     projection, form = model.get_output_embeddings(), head_form(model)   # type: ignore[operator]
-    return LMHead(projection.weight, bias=projection.bias, softcap=form.softcap, scale=form.scale)
+    weight = projection.weight
+    if is_adapted(projection):
+        weight = torch.cat([weight, projection.lora_B[ADAPTER_NAME].weight], 1)
+    return LMHead(weight, bias=projection.bias, softcap=form.softcap, scale=form.scale)
+
+
+def head_parameters(model: nn.Module) -> list[Any]:
+    """The parameters that `head_of` reads."""
+    head: Any = model.get_output_embeddings()   # type: ignore[operator]
+    adapter = [head.lora_B[ADAPTER_NAME].weight] if is_adapted(head) else []
+    return [*(p for p in (head.weight, head.bias) if p is not None), *adapter]
+
+
+def head_input(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states [..., H] as the head of `head_of` takes them.
+
+    Of one with an adapter, whose logits are h Wᵀ + (scaling · h Aᵀ) Bᵀ: [h, scaling · h Aᵀ].
+    """
+    head: Any = model.get_output_embeddings()   # type: ignore[operator]
+    if not is_adapted(head):
+        return hidden
+    low = head.lora_A[ADAPTER_NAME](head.lora_dropout[ADAPTER_NAME](hidden))
+    return torch.cat([hidden, head.scaling[ADAPTER_NAME] * low], -1)
 
 
 def teacher_head_of(model: nn.Module, shard: VocabShard | None) -> AnyHead:
@@ -158,7 +182,7 @@ def check_head(model: nn.Module, name: str, input_ids: Tensor,
         own = model(input_ids=input_ids, use_cache=False).logits.float()
         hidden = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
         with gathered(model):
-            ours = logits_of(head_of(model), hidden).float()
+            ours = logits_of(head_of(model), head_input(model, hidden)).float()
     # A token that is never said has a logit of -inf; NaN is reported where it is met.
     same = (ours == own) | (ours.isnan() & own.isnan())
     worst = (ours - own).masked_fill(same, 0).abs().max().item()

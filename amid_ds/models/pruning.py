@@ -50,7 +50,7 @@ class PrunedFamily:
     has_head_width: bool = True
 
     def axes_of(self, name: str) -> tuple[str, ...] | None:
-        """What the axes of a parameter count; None: unknown."""
+        """The things that the axes of a parameter count; None: an unknown parameter."""
         return next((axes for end, axes in self.axes.items() if f".{name}".endswith(f".{end}")),
                     None)
 
@@ -236,7 +236,7 @@ class Cut:
     embedding_scale: float = 1.0
 
     def of(self, name: str) -> TensorCut:
-        """How the pruned model's parameter `name` comes out of the teacher's."""
+        """The way in which the pruned model's parameter `name` comes out of the teacher's."""
         family = PRUNED_FAMILIES[self.config.model_type]
         layer = family.layer_of(name)
         if layer is not None:

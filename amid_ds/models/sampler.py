@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from amid_ds.distributed.transfer import to_device
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.errors import TrainingError
-from amid_ds.models.heads import body_of, logits_of, sharded_head_of
+from amid_ds.models.heads import body_of, head_input, logits_of, sharded_head_of
 
 # Instead of a token, if the logits are no distribution's.
 NO_TOKEN = -1
@@ -104,7 +104,8 @@ class Sampler:
         One collective of the shard's group; none without a shard.
         """
         with self.head(model):
-            local = logits_of(sharded_head_of(model, self.shard), hidden).float()
+            local = logits_of(sharded_head_of(model, self.shard),
+                              head_input(model, hidden)).float()
         if self.shard is None:
             return local[:, :self.vocab_size]
         logits = local.new_zeros(len(local), self.vocab_size)

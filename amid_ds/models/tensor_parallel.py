@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from torch import nn
 
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.models.adapters import ADAPTER_NAME, adapted_layers
+from amid_ds.models.adapters import ADAPTER_NAME, adapted_layers, is_adapted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -125,8 +125,9 @@ def split_parameters(model: nn.Module, tp_size: int) -> set[str]:
     head: Any = model.get_output_embeddings()   # type: ignore[operator]
     split = set()
     if not _is_tied(model):
+        of_head = [parameter for _, _, parameter in _cut_parameters(head)]
         split |= {name for name, parameter in model.named_parameters()
-                  if parameter is head.weight or parameter is head.bias}
+                  if any(parameter is each for each in of_head)}
     if tp_unsupported_reason(model, tp_size) is None:
         for pattern, style in _plan(model).items():
             if style in SPLIT_PARAMETERS:
@@ -185,15 +186,23 @@ def cut_head(model: nn.Module, shard: VocabShard, vocab_size: int,
         return
     head: Any = model.get_output_embeddings()   # type: ignore[operator]
     with gathered(model):
-        for name, parameter in list(head.named_parameters()):
+        for layer, name, parameter in _cut_parameters(head):
             stop = len(parameter) if shard.stop == vocab_size else shard.stop
             part: Any = nn.Parameter(parameter.data[shard.start:stop].clone(),
                                      requires_grad=parameter.requires_grad)
             # DeepSpeed's mark: the gradient norm counts every rank's part.
             part.tensor_model_parallel = True
             part.head_rows = shard.start, stop
-            setattr(head, name, part)
+            setattr(layer, name, part)
     head.first_row = shard.start
+
+
+def _cut_parameters(head: Any) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """(layer, name, parameter) of what of a head has a row for each id: of an adapted one W and B.
+    """
+    layers = [head.base_layer, head.lora_B[ADAPTER_NAME]] if is_adapted(head) else [head]
+    return [(layer, name, parameter) for layer in layers
+            for name, parameter in layer.named_parameters()]
 
 
 def _plan(model: nn.Module) -> dict[str, str]:

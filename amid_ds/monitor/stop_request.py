@@ -9,12 +9,17 @@ the same step.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import time
 from types import FrameType
 
+from amid_ds.distributed.world import World
+from amid_ds.errors import Stopped
 from amid_ds.run.folder import RunFolder
+
+logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -59,6 +64,13 @@ class StopRequest:
         if self.deadline is not None and time.monotonic() >= self.deadline:
             return "train.max_hours"
         return None
+
+    def obey(self, world: World) -> None:
+        """Raise Stopped on every rank where one was asked to stop. Collective."""
+        reason = world.first(self.reason())
+        if reason is not None:
+            logger.info(f"stopped in order ({reason}); the same command goes on from there")
+            raise Stopped
 
     def honoured(self) -> None:
         """Remove the STOP file: the run has stopped, and it must not stop the next attempt too."""

@@ -164,6 +164,8 @@ def _loss_bytes(setting: Setting) -> int:
     in_one_block = logits + tile_bytes <= most
     head_bytes = BF16_BYTES if in_bf16 and in_one_block else gradient_bytes
     of_head = student.head * head_bytes * setting.losses_at_once if student.head_is_trained else 0
+    if student.head_is_copied:
+        of_head += student.head * student.element_size
     of_hidden = tokens * student.hidden_size * gradient_bytes if student.body_is_trained else 0
     return workspace + of_head + of_hidden
 

@@ -15,9 +15,9 @@ from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.engine.optimizer import parameter_groups
 from amid_ds.errors import InputError
 from amid_ds.models import loading
-from amid_ds.models.adapters import is_adapter
+from amid_ds.models.adapters import is_adapted, is_adapter
 from amid_ds.models.fit import require_positions
-from amid_ds.models.heads import body_of, head_of
+from amid_ds.models.heads import body_of
 from amid_ds.models.sizes import intermediate_size, teacher_bytes_per_token
 from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
 from amid_ds.models.trained import choose_trained
@@ -92,7 +92,10 @@ class ModelCosts:
     # This rank's rows of the head; 0 or the same where its weight is the embedding's or not.
     head: int
     untied_head: int
+    # A gradient of the head's size is made, whatever of it is trained.
     head_is_trained: bool
+    # Its weight and its adapter's are put side by side.
+    head_is_copied: bool
     # A weight of the body is trained, so a gradient comes back through the head.
     body_is_trained: bool
     # The weights that the files hold, but for adapters, which are new.
@@ -166,17 +169,10 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     meta.to(dtype)
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
-    split = set() if whole else split_parameters(meta, tp)
-    muons = ({name for name, group in parameter_groups(meta, recipe.train).items()
-              if group == "muon"} if isinstance(model, Student) else set())
-    trained = ({name for name, parameter in meta.named_parameters() if parameter.requires_grad}
-               if isinstance(model, Student) else set())
-    stored = {name for name, _ in meta.named_parameters() if not is_adapter(name)}
-    counts = {what: count_weights(meta, tp, split, names) for what, names in (
-        ("weights", None), ("muon", muons), ("trained", trained),
-        ("stored", stored))}
-    head, embedding = head_of(meta).weight, meta.get_input_embeddings().weight
-    of_head = {id(parameter) for parameter in meta.get_output_embeddings().parameters()}
+    counts = _counts_by_use(meta, isinstance(model, Student), recipe, whole)
+    output = meta.get_output_embeddings()
+    head, embedding = output.weight, meta.get_input_embeddings().weight
+    of_head = {id(parameter) for parameter in output.parameters()}
     body_is_trained = any(parameter.requires_grad and id(parameter) not in of_head
                           for parameter in meta.parameters())
     # From here on `meta` has the shapes of one tensor-parallel rank.
@@ -209,8 +205,10 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         tied_embedding=embedding.numel() if head is embedding else 0,
         head=head.numel() // tp,
         untied_head=0 if head is embedding else head.numel() // tp,
-        head_is_trained=head.requires_grad,
-        body_is_trained=body_is_trained or (head is embedding and head.requires_grad),
+        head_is_trained=head.requires_grad or is_adapted(output),
+        head_is_copied=is_adapted(output),
+        body_is_trained=(body_is_trained or is_adapted(output)
+                         or (head is embedding and head.requires_grad)),
         body=body,
         layer_saved_bytes=layer_saved_bytes,
         tp_forward_width=forward_width,
@@ -219,15 +217,25 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
                                  if isinstance(model, Teacher) else 0))
 
 
-def count_weights(meta: nn.Module, tensor_parallel: int, split: Collection[str],
-                  names: Collection[str] | None = None) -> WeightCounts:
-    """The weights of `meta`, not yet shrunk, of which tensor parallelism splits those in `split`.
+def _counts_by_use(meta: nn.Module, trains: bool, recipe: Recipe,
+                   whole: bool) -> dict[str, WeightCounts]:
+    """The weights of `meta`, not yet shrunk, by the fields of ModelCosts that count them."""
+    split = set() if whole else split_parameters(meta, recipe.tensor_parallel)
+    named = dict(meta.named_parameters())
+    groups = parameter_groups(meta, recipe.train) if trains else {}
+    uses = {"weights": named.keys(), "stored": {name for name in named if not is_adapter(name)},
+            "trained": {name for name, each in named.items() if trains and each.requires_grad},
+            "muon": {name for name, group in groups.items() if group == "muon"}}
+    return {use: _count_weights(meta, recipe.tensor_parallel, split, names)
+            for use, names in uses.items()}
 
-    names: of the parameters that count; None: all.
-    """
+
+def _count_weights(meta: nn.Module, tensor_parallel: int, split: Collection[str],
+                   names: Collection[str]) -> WeightCounts:
+    """The weights of these names, of which tensor parallelism splits those in `split`."""
     total, sizes, is_shared = 0, [], []
     for name, parameter in meta.named_parameters():
-        if names is not None and name not in names:
+        if name not in names:
             continue
         size = parameter.numel()
         total += size

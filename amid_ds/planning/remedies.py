@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from amid_ds.config.parse import dump_recipe, parse_recipe
 from amid_ds.config.recipe import Lora, Recipe
 from amid_ds.errors import InputError
 from amid_ds.planning.estimate import Plan, estimate_plan
@@ -52,7 +53,7 @@ def _changes(recipe: Recipe) -> Iterator[Change]:
         if size > recipe.tensor_parallel:
             yield Change(f"tensor_parallel={size}", {"tensor_parallel": size})
     yield Change(f"deepspeed={OFFLOAD_CONFIG}", {"deepspeed": OFFLOAD_CONFIG})
-    if recipe.student.lora is None and not recipe.student.freeze and train.optimizer != "muon":
+    if recipe.student.lora is None:
         # Last: it is another run that is learnt.
         yield Change(f"student.lora.rank={Lora().rank}",
                      {"student": recipe.student.model_copy(update={"lora": Lora()})})
@@ -68,10 +69,11 @@ def _pairs(changes: Sequence[Change]) -> list[Change]:
 def _try_change(recipe: Recipe, nodes: int, plan: Plan, change: Change) -> str | None:
     """The change, its memory and its time as one line; None where it is not enough."""
     try:
-        changed = recipe.model_copy(update=change.sections)
+        changed = parse_recipe(dump_recipe(recipe.model_copy(update=change.sections)),
+                               change.overrides)
         other = estimate_plan(changed, nodes, plan.ranks, plan.device)
     except InputError:
-        # A layout that these ranks or this batch cannot have.
+        # What this recipe, these ranks or this batch cannot have.
         return None
     if not other.fits:
         return None

@@ -39,7 +39,7 @@ def check_places(recipe: Recipe) -> None:
         return (entry.name in BEFORE_TRAINING or entry.name.startswith("lease.json.") or is_setting
                 or os.path.realpath(entry) == deepspeed
                 or (entry == run.start_model and is_exported(entry))
-                or read_target_plan(entry) is not None
+                or _is_cache(entry)
                 or (entry == run.recipe and _is_resolved(entry)))
 
     require_own_folder(run.path, run.is_own, "output_dir", is_spared)
@@ -62,6 +62,20 @@ def check_places(recipe: Recipe) -> None:
             _refuse_overlap(setting, path, place)
     for setting, path in (("output_dir", os.path.realpath(run.path)), ("data.prepared", prepared)):
         _refuse_inside_another_run(setting, Path(path))
+
+
+def check_cache_place(recipe: Recipe, out: Path) -> None:
+    """Raise InputError where a cache in `out` would lie over, in or around what the recipe's run
+    reads or writes, or in a place that another run writes."""
+    run, path = RunFolder(Path(recipe.output_dir)), os.path.realpath(out)
+    others = [(f"{place.relative_to(run.path)} of output_dir", os.path.realpath(place))
+              for place in _written_places(run)]
+    others += [("data.prepared", os.path.realpath(recipe.prepared_dir)), *_inputs(recipe)]
+    for setting, other in others:
+        if relation := _relation(path, other):
+            raise InputError(f"--out, {path}, {relation} {setting}, {other}",
+                             "a folder of its own", "name another --out")
+    _refuse_inside_another_run("--out", Path(path))
 
 
 def _refuse_inside_another_run(setting: str, path: Path) -> None:
@@ -95,6 +109,14 @@ def _is_resolved(recipe: Path) -> bool:
     try:
         return recipe.read_text(encoding="utf-8") == dump_recipe(load_recipe(recipe))
     except (InputError, OSError, UnicodeDecodeError):
+        return False
+
+
+def _is_cache(folder: Path) -> bool:
+    """True for a folder that `amid-ds cache` has begun or finished."""
+    try:
+        return read_target_plan(folder) is not None
+    except InputError:
         return False
 
 
@@ -139,14 +161,16 @@ def _searched_folder(pattern: str) -> list[str]:
 
 
 def _refuse_overlap(setting: str, path: str, place: str) -> None:
+    if relation := _relation(path, place):
+        raise InputError(f"{setting}, {path}, {relation} {place}, which the run writes",
+                         "inputs apart from the folders that are written",
+                         "set output_dir or data.prepared to another folder, or move the input")
+
+
+def _relation(path: str, place: str) -> str | None:
+    """How two real paths overlap, as a predicate of the first; None where they do not."""
     if path == place:
-        relation = "is"
-    elif path.startswith(place.rstrip("/") + "/"):
-        relation = "is inside"
-    elif place.startswith(path.rstrip("/") + "/"):
-        relation = "is around"
-    else:
-        return
-    raise InputError(f"{setting}, {path}, {relation} {place}, which the run writes",
-                     "inputs apart from the folders that are written",
-                     "set output_dir or data.prepared to another folder, or move the input")
+        return "is"
+    if path.startswith(place.rstrip("/") + "/"):
+        return "is inside"
+    return "is around" if place.startswith(path.rstrip("/") + "/") else None

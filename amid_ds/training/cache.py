@@ -23,13 +23,18 @@ from tqdm import tqdm
 
 from amid_ds.data import Batch, PreparedDataset
 from amid_ds.data.batch import require_ids_below
-from amid_ds.data.target_shard import EncodedRow, SelectedRow, encode_targets
+from amid_ds.data.target_shard import (
+    EncodedRow,
+    SelectedRow,
+    encode_targets,
+    position_count,
+)
 from amid_ds.data.target_work import TargetWork
-from amid_ds.data.targets import TargetManifest
+from amid_ds.data.targets import TargetFolder, TargetManifest
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine.teacher import OpenTeacher, open_teacher
-from amid_ds.errors import Stopped, TrainingError
+from amid_ds.errors import TrainingError
 from amid_ds.losses.selection import linear_draws, linear_topk, row_uniforms
 from amid_ds.monitor.stop_request import StopRequest
 from amid_ds.training.cache_plan import (
@@ -63,7 +68,7 @@ def _cache(task: CacheTask, world: World) -> None:
     manifest = world.run_on_main(lambda: plan_cache(task))
     work = TargetWork(task.out, manifest)
     if not world.run_on_main(work.start):
-        logger.info(f"{task.out} is complete: nothing to do")
+        _verify(task, world)
         return
     try:
         world.run_on_main(lambda: require_cache_room(work))
@@ -74,6 +79,17 @@ def _cache(task: CacheTask, world: World) -> None:
         work.give_back_all()
     logger.info(f"{task.out}: the teacher's distributions at {manifest.positions:,} positions of "
                 f"{manifest.rows:,} rows")
+
+
+def _verify(task: CacheTask, world: World) -> None:
+    """Compare every shard of the complete folder with its checksum, one a rank at a time."""
+    folder = world.run_checked(partial(TargetFolder.open, task.out))
+    shards = range(folder.manifest.shards)
+    for first in tqdm(shards[::world.size], desc="verify", unit="shard", unit_scale=world.size,
+                      disable=not world.is_main or None):
+        own = first + world.rank
+        world.run_checked(partial(folder.require_checksums, shards[own:own + 1]))
+    logger.info(f"{task.out} is complete, and its shards are as they were written")
 
 
 def _write_missing(task: CacheTask, work: TargetWork, request: StopRequest, world: World) -> None:
@@ -87,10 +103,7 @@ def _write_missing(task: CacheTask, work: TargetWork, request: StopRequest, worl
                   disable=not world.is_main or None) as bar:
             while (units := world.run_on_main(partial(rounds.take, world.dp_size))) is not None:
                 bar.update(_one_round(rounds, units, prepared, teacher, world))
-                reason = world.first(request.reason())
-                if reason is not None:
-                    logger.info(f"stopped in order ({reason}); the same command goes on from there")
-                    raise Stopped
+                request.obey(world)
 
 
 @contextlib.contextmanager
@@ -209,7 +222,7 @@ class Rounds:
             shard = unit[0] // self.manifest.shard_rows
             part = self.parts[shard]
             part[unit[0]] = selected
-            positions += sum(len(row[4]) for row in selected)
+            positions += sum(position_count(row) for row in selected)
             whole = self.manifest.shard_range(shard)
             if sum(map(len, part.values())) == len(whole):
                 self.work.finish(shard, [row for first in sorted(part) for row in part[first]])

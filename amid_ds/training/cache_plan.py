@@ -18,10 +18,10 @@ from amid_ds.data import (
     vocabulary_size,
 )
 from amid_ds.data.manifest import read_prepared_manifest
-from amid_ds.data.target_shard import TargetLayout
+from amid_ds.data.target_shard import ROW_BYTES, TargetLayout
 from amid_ds.data.target_work import TargetWork
 from amid_ds.data.targets import TARGET_FORMAT, TargetManifest
-from amid_ds.distributed.nodes import find_nodes, require_divisor
+from amid_ds.distributed.nodes import ranks_of_copy
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
@@ -30,7 +30,7 @@ from amid_ds.files.atomic import require_disk_space
 from amid_ds.models.fit import require_positions, require_rows
 from amid_ds.models.loading import checkpoint_dtype, require_supported, supported_model
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.places import check_places
+from amid_ds.run.places import check_cache_place, check_places
 from amid_ds.run.provenance import model_hash, prepared_hash
 from amid_ds.run.warm_start import resolve_student
 from amid_ds.training.compatibility import pin
@@ -43,8 +43,6 @@ MAX_DRAWS = (1 << 16) - 1
 # The rows are cut into about so many shards, or more if they would be larger than MAX_SHARD_BYTES.
 SHARDS = 64
 MAX_SHARD_BYTES = 256 << 20
-# Of a row beside its positions: the places of its lists, and its checksum.
-ROW_BYTES = 36
 
 
 @dataclass(frozen=True)
@@ -131,25 +129,22 @@ class CacheTask:
         """
         if self.is_whole or self.teacher.placement != "node":
             return None
-
-        def over() -> int:
-            ranks = self.teacher.shard_over or find_nodes(world).copies_per_node(
-                self.tensor_parallel)
-            require_divisor(ranks, world.size // self.tensor_parallel)
-            return ranks
-
-        return world.run_on_main(over)
+        return world.run_on_main(
+            lambda: ranks_of_copy(self.teacher.shard_over, self.tensor_parallel, world))
 
 
 def load_cache_recipe(args: CacheArgs) -> Recipe:
     """The recipe, its models pinned. Raises InputError where nothing of it can be written down."""
     recipe = load_recipe(args.recipe, args.overrides)
     teacher = recipe.live_teacher
-    if teacher is None or teacher.delta is not None:
+    if teacher is None or teacher.delta is not None or teacher.vocabulary == "grown":
         problem = ("has no `teacher` that is a model" if teacher is None
-                   else "has a `teacher.delta`, which follows the student's own start")
-        raise InputError(f"the recipe {args.recipe} {problem}", "a model whose distributions can "
-                         "be written down", "name one: teacher.model=…")
+                   else "has a `teacher.delta`, which follows the student's own start"
+                   if teacher.delta is not None
+                   else "has `teacher.vocabulary: grown`, and the teacher knows other ids")
+        raise InputError(f"the recipe {args.recipe} {problem}",
+                         "a model that says by itself what is written down",
+                         "name such a one in the place of it: 'teacher={model: …}'")
     if recipe.data.streams:
         raise InputError(f"the recipe {args.recipe} has `stream: true`",
                          "rows that are prepared: each has its number",
@@ -181,7 +176,9 @@ def check_cache(args: CacheArgs, recipe: Recipe, ranks: int, headers: bool = Tru
     meta = look(teacher.model, **teacher.hub_kwargs)
     require_rows(meta, "the teacher", vocabulary_size(tokenizer))
     require_positions(meta, "the teacher", recipe.train.seq_length)
-    return CacheTask(args, recipe, teacher, tokenizer, config)
+    task = CacheTask(args, recipe, teacher, tokenizer, config)
+    check_cache_place(recipe, task.out)
+    return task
 
 
 def plan_cache(task: CacheTask) -> TargetManifest:
@@ -261,7 +258,7 @@ class CacheSize:
 
 
 def cache_size(args: CacheArgs) -> CacheSize:
-    """What `cache` with these arguments will write. Raises InputError."""
+    """The size of the folder that `cache` with these arguments writes. Raises InputError."""
     recipe = load_cache_recipe(args)
     student = resolve_student(recipe)
     vocab_size = vocabulary_size(load_tokenizer(student.model, **student.hub_kwargs))

@@ -38,15 +38,19 @@ def open_targets(recipe: Recipe) -> tuple[TargetFolder, Rest | None] | None:
     return None if teacher is None or cache is None else (cache, teacher.rest)
 
 
-def check_cached_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_cached_teacher(recipe: Recipe, tokenizer: PreTrainedTokenizerBase,
+                         shards: bool = True) -> None:
     """Raise InputError, with all that is wrong, unless the recipe can learn from its cache.
 
-    Where the data are not prepared yet, `require_cache_of_data` compares them later.
+    shards: look at the size of every shard too; of many ranks one does it for all. None is read to
+    its end: each row has a checksum. Where the data are not prepared yet, `require_cache_of_data`
+    compares them later.
     """
     cache = open_cache(recipe)
     if cache is None:
         return
-    cache.require_sizes()
+    if shards:
+        cache.require_sizes()
     problems = [*_of_another_tokenizer(cache, tokenizer), *_of_other_data(cache, recipe),
                 *_losses_refused(cache, recipe)]
     if problems:
@@ -90,19 +94,19 @@ def _losses_refused(cache: TargetFolder, recipe: Recipe) -> list[str]:
     """What a loss of the recipe asks that the cache does not tell, each once, by its place."""
     teacher = recipe.cached_teacher
     assert teacher is not None
+    row = cache.row(0)
     try:
-        kept = stack_targets([cache.row(0)], teacher.rest)
+        kept = stack_targets([row], teacher.rest)
     except InputError as error:
         return [f"`teacher.rest`: {error.found}; {error.remedy}"]
     problems: dict[str, None] = {}
     for objectives in every_objective(recipe):
-        losses = {"loss": objectives.base,
-                  **{f"data.train.{number}.loss": objectives.by_source[number]
-                     for number in recipe.source_losses}}
-        for place, each in losses.items():
-            if each.kd_weight or each.amid.token_weight is not None:
-                problems |= {f"`{place}`: {problem}": None
-                             for problem in _refused(each, kept, cache.manifest.vocab_size)}
+        losses = {f"data.train.{number}.loss" if number in recipe.source_losses else "loss": each
+                  for number, each in objectives.by_source.items()} or {"loss": objectives.base}
+        # In a step that looks at the teacher at all, every loss is computed from what is kept.
+        if any(each.kd_weight or each.amid.token_weight is not None for each in losses.values()):
+            problems |= {f"`{place}`: {problem}": None for place, each in losses.items()
+                         for problem in _refused(each, kept, cache.manifest.vocab_size)}
     return list(problems)
 
 

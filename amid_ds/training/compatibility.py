@@ -27,11 +27,11 @@ MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepare
               "teacher.shard_over", "tensor_parallel", "deepspeed")
 # No leave to change these, and the reason: a checkpoint holds the tensors that were trained, and
 # the moments of the optimizer that trained them.
-KEPT = ("train.optimizer", "student.freeze", "student.lora.rank",
+KEPT = ("train.optimizer", "student.freeze", "student.lora.rank", "student.lora.alpha",
         "student.lora.targets", "student.lora.modules_to_save")
 WHY_KEPT = ("; no leave changes it, because a checkpoint has no other optimizer's moments, and no "
-            "other tensors than were trained: take another output_dir, and this run as "
-            "student.model")
+            "other tensors than were trained, at their own scale: take another output_dir, and "
+            "this run as student.model")
 # Keys of `train` whose defaults have changed since version 0.1, and what that version did: it had
 # none of the first two, and wrote the third into every recipe.yaml.
 CHANGED_DEFAULTS: dict[str, object] = {"betas": [0.9, 0.999], "decay_all": True,

@@ -142,7 +142,7 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     for model in () if grown is not None else frozen.values():
         require_same_tokenizer(tokenizer, load_tokenizer(model.model, **model.hub_kwargs),
                                student.model, model.model)
-    check_cached_teacher(recipe, tokenizer)
+    check_cached_teacher(recipe, tokenizer, headers)
     for name, meta in metas.items():
         known = grown.old if grown is not None and name.startswith("teacher ") else None
         require_rows(meta, f"the {name}", known or vocabulary_size(tokenizer))

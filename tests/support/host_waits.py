@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 # or the number of values that fit a condition. (Tensor.numpy refuses such a tensor.)
 WAITING = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "__contains__",
            "__format__", "__repr__", "cpu", "is_nonzero", "equal", "allclose",
-           "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount"}
+           "nonzero", "argwhere", "masked_select", "unique", "unique_consecutive", "bincount",
+           # By unique, of more than a few elements to be found.
+           "isin"}
 # Functions that make a tensor out of the host's numbers: on a device, by a copy that blocks.
 FROM_NUMBERS = {"tensor", "as_tensor", "asarray"}
 # The attribute of a tensor that the code has put into the host's memory: whether it is pinned.

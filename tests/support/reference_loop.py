@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import re
 from collections.abc import Callable
@@ -57,9 +58,12 @@ def reference_loop(student: Path, teacher: Path | Callable[[Tensor], Tensor] | N
     running mean, of `teacher.ema`. make_optimizer: from the model and the recipe's `train`; its
     groups' `ratio` multiplies the learning rate.
     """
-    model, kept = (AutoModelForCausalLM.from_pretrained(student) for _ in range(2))
-    means = [(kept, recipe["train"].get("ema", 0.0))]
-    guide = teacher
+    model, guide = AutoModelForCausalLM.from_pretrained(student), teacher
+    train, loss = recipe["train"], recipe["loss"]
+    optimizer = make_optimizer(model, train)
+    # After the optimizer, which may have given the model its adapters.
+    kept = copy.deepcopy(model)
+    means = [(kept, train.get("ema", 0.0))]
     if teacher is None or isinstance(teacher, Path):
         loaded = AutoModelForCausalLM.from_pretrained(teacher or student)
         if teacher is None:
@@ -68,8 +72,6 @@ def reference_loop(student: Path, teacher: Path | Callable[[Tensor], Tensor] | N
         def guide(ids: Tensor) -> Tensor:
             return loaded(ids).logits
     vocabulary = len(AutoTokenizer.from_pretrained(student))
-    train, loss = recipe["train"], recipe["loss"]
-    optimizer = make_optimizer(model, train)
     rows = PreparedLoader(prepared, seed=0, global_batch_size=train["global_batch_size"],
                     micro_batch_size=1, dp_rank=0, dp_size=1, workers=0)
     lines = []
