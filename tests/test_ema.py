@@ -278,14 +278,13 @@ def test_a_mean_begins_late_only_by_leave(shared_model, recipe_for, tmp_path, ca
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [{"lora": {"rank": 2, "alpha": 6.0}},
-                                  {"freeze": ["embed_tokens", "layers.0.*"]}],
-                         ids=["lora", "freeze"])
+@pytest.mark.parametrize("part", [{"student__lora": {"rank": 2, "alpha": 6.0}},
+                                  {"student__freeze": ["embed_tokens", "layers.0.*"]}])
 def test_the_exported_mean_is_of_what_trains(part, shared_model, instructions_file, tmp_path):
     student, run = shared_model("llama-tied", 0), tmp_path / "run"
     recipe = write_recipe(tmp_path / "r.yaml", student, shared_model("llama", 1),
-                          instructions_file, run, student={"model": str(student), **part},
-                          train__ema=EXPORTED, checkpoint={"every": 1, "keep": STEPS},
+                          instructions_file, run, **part, train__ema=EXPORTED,
+                          checkpoint__every=1, checkpoint__keep=STEPS,
                           deepspeed=str(zero_config(tmp_path, 2)))
     run_ranks(2, "train", recipe)
     model, base = meta_model(str(student)), load_file(student / "model.safetensors")
