@@ -63,7 +63,7 @@ def reference_loop(student: Path, teacher: Path | Callable[[Tensor], Tensor] | N
     optimizer = make_optimizer(model, train)
     # After the optimizer, which may have given the model its adapters.
     kept = copy.deepcopy(model)
-    means = [(kept, train.get("ema", 0.0))]
+    means = [(kept, train.get("ema") or 0.0)]
     if teacher is None or isinstance(teacher, Path):
         loaded = AutoModelForCausalLM.from_pretrained(teacher or student)
         if teacher is None:
