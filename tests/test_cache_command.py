@@ -126,6 +126,7 @@ def never_gathered_once(argv, variables, log):
     rank_main(argv, variables, log)
 
 
+@pytest.mark.slow
 def test_the_bytes_are_the_same_by_two_jobs_at_once(alone, tmp_path):
     folder, expected = alone
     arguments = ["cache", folder / "recipe.yaml", "--out", tmp_path / "cache", "--topk", 8]
