@@ -154,9 +154,16 @@ def slowly(argv, variables, log):
 
 
 def begun(arguments, out: Path, size: int = 1) -> Ranks:
-    """A job that has finished a shard and has others to do."""
+    """A job that has finished a shard and is at another, whose lease it holds."""
     ranks = Ranks(size, *arguments, target=slowly)
-    ranks.wait_until(lambda: list(out.glob(f"shards/{SHARD}.json")))
+
+    def is_at_another() -> bool:
+        finished, held = (
+            {path.name[:len("000000")] for path in out.glob(f"shards/{SHARD}{ending}")}
+            for ending in (".json", ".lease.json"))
+        return bool(finished and held - finished)
+
+    ranks.wait_until(is_at_another)
     return ranks
 
 
