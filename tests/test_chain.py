@@ -134,6 +134,7 @@ def test_the_report_has_a_line_for_each_link_and_its_distance_to_both_teachers(m
     assert (whole / "out" / "chain.md").read_text().count("\n") == 4
 
 
+@pytest.mark.slow
 def test_a_link_may_leave_a_mean_and_the_last_one_adapters(models, text_file, tmp_path, started):
     path = write_chain(tmp_path, models, text_file, **links_of(
         {"name": "mean", "overrides": ["train.ema=0.5"]},

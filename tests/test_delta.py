@@ -123,6 +123,7 @@ def test_a_teacher_that_is_its_own_base_leaves_the_students_base(models, text_fi
     assert ours["top1_agreement"] == expected["top1_agreement"]
 
 
+@pytest.mark.slow
 def test_without_a_students_base_it_is_the_student_as_it_begins(models, text_file, truth, tmp_path):
     """With a scale of 0 the first step has no divergence then, and the next ones have one."""
     _, prepared, _ = truth

@@ -259,7 +259,8 @@ def naive_run(student: Path, teacher: Path, recipe: dict, prepared: Path) -> lis
     return lines
 
 
-@pytest.mark.parametrize("isolated", [True, False])
+@pytest.mark.parametrize("isolated", [
+    True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_run_with_new_tokens_is_a_plain_loops_and_learns(isolated, recipe_for, grown_student,
                                                            shared_model, tmp_path):
     recipe = recipe_for("run1", data__isolate_documents=isolated, train__eval_every=3)

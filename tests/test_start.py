@@ -92,7 +92,8 @@ def test_commands_start_without_torch_and_the_package_has_its_names():
     code = ("import sys, amid_ds.cli; print('torch' in sys.modules, 'pydantic' in sys.modules, "
             "*(getattr(amid_ds, name).__name__ for name in amid_ds.__all__))")
     assert python(code) == ("False False AMiD AlphaBeta ConcreteScore LMHead PerToken "
-                            "SampledReverseKL VocabShard amid_loss linear_amid_loss preset")
+                            "SampledReverseKL SparseTargets VocabShard "
+                            "amid_loss linear_amid_loss preset")
     with pytest.raises(AttributeError, match="'amid_ds' has no attribute 'amid_los'"):
         import amid_ds
 

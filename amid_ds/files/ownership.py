@@ -9,6 +9,7 @@ known by it too. An output that exists, holds something and lacks its sign is re
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -83,8 +84,12 @@ def require_new_folder(out: str | Path, setting: str) -> Path:
                          "a new or empty folder", "choose another name")
     above = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not above.is_dir() or not os.access(above, os.W_OK):
-        raise InputError(f"{setting} {out} cannot be made: {above} is no folder to write in",
-                         "a place where a folder can be made", "choose another place")
+        # `os.access` does not say which it is.
+        problem = (errno.ENOTDIR if not above.is_dir() else errno.EROFS
+                   if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES)
+        raise InputError(f"{setting} {out} cannot be made: {above} is no folder to write in "
+                         f"({os.strerror(problem)})", "a place where a folder can be made",
+                         "choose another place")
     return path
 
 

@@ -38,13 +38,13 @@ class SourceHashes(NamedTuple):
 
 def hash_sources(recipe: Recipe, tokenizer: Any) -> SourceHashes:
     """The hashes. Rank 0 makes them, once a start, for all: they read a part of every file."""
+    student = model_hash(resolve_student(recipe).model)
     cached, of_cache = recipe.cached_teacher, None
     frozen = {key: model_hash(model.model) for key, model in frozen_models(recipe).items()}
     if cached is not None:
         frozen["teacher"] = TargetFolder.open(cached.cached).manifest.teacher_sha256
         of_cache = cache_hash(Path(cached.cached))
-    return SourceHashes(model_hash(resolve_student(recipe).model), frozen,
-                        tokenizer_fingerprint(tokenizer), of_cache)
+    return SourceHashes(student, frozen, tokenizer_fingerprint(tokenizer), of_cache)
 
 
 def provenance(recipe: Recipe, hashes: SourceHashes, ranks: int, optimizer: Mapping[str, object],
