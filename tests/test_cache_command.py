@@ -201,6 +201,7 @@ def test_a_signal_stops_it_in_good_order_with_75(number, alone, tmp_path):
     assert contents(out) == expected
 
 
+@pytest.mark.slow
 def test_two_tensor_parallel_ranks_write_what_one_writes_but_for_the_last_digits(
         alone, tmp_path):
     folder, _ = alone

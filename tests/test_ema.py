@@ -133,8 +133,8 @@ CHAIN = [(2, 1, 3, 2), (2, 2, 3, 4), (1, 1, 0, STEPS)]
 WITHOUT_A_TEACHER = [(2, 2, 2, 2), (1, 1, 0, 3), (2, 1, 1, 5), (1, 1, 3, STEPS)]
 
 
-@pytest.mark.parametrize("chain", [CHAIN, pytest.param(WITHOUT_A_TEACHER, marks=pytest.mark.slow)],
-                         ids=["teacher", "exported"])
+@pytest.mark.slow
+@pytest.mark.parametrize("chain", [CHAIN, WITHOUT_A_TEACHER], ids=["teacher", "exported"])
 def test_means_move_through_layouts(chain, shared_model, recipe_for, tmp_path):
     student = shared_model("qwen3", 0, extra_rows=2)
     recipe = recipe_for(student, "moved")
