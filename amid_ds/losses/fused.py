@@ -21,14 +21,15 @@ Where the tokens of a sequence decide something together (a token weight by `top
 the sequence), all blocks are measured first, and their logits made a second time for the loss: six
 products instead of four.
 
-The objective travels by argument: `linear_amid_loss` -> `LossInputs` -> `_LinearLoss` ->
+The objective travels by argument: `linear_amid_loss` -> `LossInputs` -> `FusedLoss` ->
 `block.forward_backward_block` -> the backend's functions -> `mixture.mixture` or
 `kernel_math.log_mixture`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -119,7 +120,7 @@ def amid_loss(
     chosen = choose_backend(backend, objective, [student, teacher], layout.shard)
     size = _tokens_per_block(len(student), layout, [student, teacher], workspace_bytes, chosen)
     per_token: Tensor = _LogitLoss.apply(student, teacher, objective, layout, size, chosen,
-                                         _wants_gradient(student))
+                                         gets_gradient(student))
     return per_token.reshape(student_logits.shape[:-1])
 
 
@@ -199,9 +200,10 @@ def linear_amid_loss(
         targets=targets, objective=objective, token_weights=token_weights,
         labels=labels, every_token=checked, ce_weight=float(ce_weight), kd_weight=float(kd_weight),
         layout=layout, backend=choose_backend(backend, objective, hidden, layout.shard),
-        workspace_bytes=workspace_bytes, wants=tuple(map(_wants_gradient, leaves)),
+        workspace_bytes=workspace_bytes, wants=tuple(map(gets_gradient, leaves)),
         sequences=sequences, statistics=tuple(dict.fromkeys(statistics)))
-    loss, kd, ce, *measured = _LinearLoss.apply(*leaves, inputs)
+    compute = partial(_loss_and_gradients, inputs=inputs)
+    loss, kd, ce, *measured = FusedLoss.apply(*leaves, compute, layout.shard)
     return LossOutput(loss, kd, ce, dict(zip(inputs.statistics, measured, strict=True)))
 
 
@@ -237,13 +239,20 @@ class _LogitLoss(torch.autograd.Function):
         return (scaled(gradient, upstream, gradient.dtype), *[None] * 6)
 
 
-class _LinearLoss(torch.autograd.Function):
+class FusedLoss(torch.autograd.Function):
+    """(loss, kd, ce, *statistics) of the student's hidden states [N, H], weight and bias.
+
+    compute: from the hidden states to the loss and its gradients by the three, in the arithmetic's
+    dtype. One collective in backward, over the shard.
+    """
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-                inputs: LossInputs) -> tuple[Tensor | None, ...]:
+                compute: Callable[[Tensor], tuple[LossOutput, list[Tensor | None]]],
+                shard: VocabShard) -> tuple[Tensor | None, ...]:
         with torch.autocast(hidden.device.type, enabled=False):
-            out, gradients = _loss_and_gradients(hidden, inputs)
-        ctx.gradients, ctx.shard = gradients, inputs.layout.shard
+            out, ctx.gradients = compute(hidden)
+        ctx.shard = shard
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
         parts = (out.kd, out.ce, *out.statistics.values())
         ctx.mark_non_differentiable(*[x for x in parts if x is not None])
@@ -255,7 +264,7 @@ class _LinearLoss(torch.autograd.Function):
                  *_: Tensor | None) -> tuple[Tensor | None, ...]:
         gradients = take_gradients(ctx)
         if upstream is None:
-            return (None,) * 4
+            return (None,) * 5
         hidden, *of_head = gradients
         if hidden is not None:
             hidden = scaled(hidden, upstream, hidden.dtype)
@@ -263,7 +272,8 @@ class _LinearLoss(torch.autograd.Function):
             ctx.shard.add_up(hidden)
             hidden = hidden.to(ctx.dtypes[0])
         return (hidden, *[None if gradient is None else scaled(gradient, upstream, dtype)
-                          for gradient, dtype in zip(of_head, ctx.dtypes[1:], strict=True)], None)
+                          for gradient, dtype in zip(of_head, ctx.dtypes[1:], strict=True)],
+                None, None)
 
 
 def _loss_and_gradients(hidden: Tensor,
@@ -353,7 +363,8 @@ def _measured_first(blocks: Iterator[tuple[Tensor | slice, Block]], inputs: Loss
     return {name: measured[name] for name in inputs.statistics}, values
 
 
-def _wants_gradient(tensor: Tensor | None) -> bool:
+def gets_gradient(tensor: Tensor | None) -> bool:
+    """True where autograd asks for one."""
     return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,14 +37,8 @@ from amid_ds.losses.block import (
 from amid_ds.losses.blocks import slices, tokens_per_block
 from amid_ds.losses.checks import IGNORE_INDEX, VocabLayout
 from amid_ds.losses.divergences import LOG_ZERO
-from amid_ds.losses.fused import LossOutput
-from amid_ds.losses.lm_head import (
-    HeadGradients,
-    LMHead,
-    logits_workspace,
-    scaled,
-    take_gradients,
-)
+from amid_ds.losses.fused import FusedLoss, LossOutput, gets_gradient
+from amid_ds.losses.lm_head import HeadGradients, LMHead, logits_workspace
 from amid_ds.losses.objective import AMiD
 
 
@@ -110,18 +105,19 @@ def grown_amid_loss(
                         labels, ce_weight, kd_weight, has_targets=False)
     require_foldable(objective)
     checks.check_measures(objective, len(student_hidden), labels, None, statistics)
+    leaves = (student_hidden, student.weight, student.bias)
     call = _Call(student, teacher, teacher_hidden, objective,
                  _fold(first_pieces, vocab_size, student, teacher), token_weights, labels.long(),
                  float(kd_weight), float(ce_weight), checked,
                  choose_backend(backend, objective, [student_hidden, teacher_hidden],
                                 VocabShard(0, vocab_size)),
                  workspace_bytes, tuple(dict.fromkeys(statistics)),
-                 tuple(x is not None and x.requires_grad and torch.is_grad_enabled()
-                       for x in (student_hidden, student.weight, student.bias)))
+                 tuple(map(gets_gradient, leaves)))
     if not checked:
         checks.check_values(token_weights, call.labels, vocab_size)
         _check_pieces(first_pieces.pieces, call.fold.old)
-    loss, kd, ce, *measured = _GrownLoss.apply(student_hidden, student.weight, student.bias, call)
+    loss, kd, ce, *measured = FusedLoss.apply(*leaves, partial(_loss_and_gradients, call=call),
+                                              VocabShard(0, vocab_size))
     return LossOutput(loss, kd, ce, dict(zip(call.statistics, measured, strict=True)))
 
 
@@ -198,28 +194,6 @@ class _Call:
     statistics: tuple[str, ...]
     # True for each of hidden, weight and bias that gets a gradient.
     wants: tuple[bool, ...]
-
-
-class _GrownLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-                call: _Call) -> tuple[Tensor | None, ...]:
-        with torch.autocast(hidden.device.type, enabled=False):
-            out, ctx.gradients = _loss_and_gradients(hidden, call)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias)]
-        parts = (out.kd, out.ce, *out.statistics.values())
-        ctx.mark_non_differentiable(*parts)
-        ctx.set_materialize_grads(False)
-        return out.loss, *parts
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor | None,
-                 *_: Tensor | None) -> tuple[Tensor | None, ...]:
-        gradients = take_gradients(ctx)
-        if upstream is None:
-            return (None,) * 4
-        return (*(None if gradient is None else scaled(gradient, upstream, dtype)
-                  for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)), None)
 
 
 def _loss_and_gradients(hidden: Tensor, call: _Call) -> tuple[LossOutput, list[Tensor | None]]:
