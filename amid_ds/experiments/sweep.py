@@ -214,7 +214,7 @@ def _wait(arguments: Sequence[str], log: BinaryIO, run: Path, resumes: bool = Tr
                         start_new_session=True) as process:
         assert process.stdin is not None
         with signals_to(process.stdin.close,
-                         lambda: os.killpg(process.pid, signal.SIGKILL)) as received:
+                        lambda: os.killpg(process.pid, signal.SIGKILL)) as received:
             status = process.wait()
     if received and resumes and status not in (ExitStatus.DONE, ExitStatus.RESTART):
         raise TrainingError(f"the run in {run} was asked to stop and ended with status {status}\n"

@@ -226,13 +226,13 @@ def hold_run(job: Job, world: World) -> Iterator[Fence]:
 def open_run(job: Job, world: World) -> SourceHashes:
     """Write the resolved recipe and the provenance of everything that the run uses. Collective."""
     def write() -> SourceHashes:
-        hashes = hash_sources(job.recipe, job.tokenizer)
+        hashes, student = hash_sources(job.recipe, job.tokenizer), _meta_student(job.recipe)
         with _unwritable_is_bad_input(job):
             # First: it is the sign that the folder is ours.
             replace_text(job.run.provenance, provenance(job.recipe, hashes, world.size,
-                                                        _optimizer_facts(job.recipe),
+                                                        _optimizer_facts(job.recipe, student),
                                                         _placement_facts(job),
-                                                        _trained_facts(job.recipe)))
+                                                        _trained_facts(job.recipe, student)))
             replace_text(job.run.recipe, dump_recipe(job.recipe))
             export.keep_student(job.recipe)
         return hashes
@@ -245,11 +245,10 @@ def _placement_facts(job: Job) -> dict[str, object]:
     return {} if job.placement is None else {"placement": asdict(job.placement)}
 
 
-def _optimizer_facts(recipe: Recipe) -> dict[str, object]:
+def _optimizer_facts(recipe: Recipe, student: nn.Module) -> dict[str, object]:
     """The optimizer's name, and the student's parameters in each of its groups; frozen ones too,
     where there are any."""
-    return {"name": recipe.train.optimizer,
-            "groups": group_counts(_meta_student(recipe), recipe.train)}
+    return {"name": recipe.train.optimizer, "groups": group_counts(student, recipe.train)}
 
 
 def _meta_student(recipe: Recipe) -> nn.Module:
@@ -260,10 +259,10 @@ def _meta_student(recipe: Recipe) -> nn.Module:
     return model
 
 
-def _trained_facts(recipe: Recipe) -> dict[str, object]:
+def _trained_facts(recipe: Recipe, student: nn.Module) -> dict[str, object]:
     """The numbers of the student's parameters that train and that do not, and its adapters."""
     counts = {True: 0, False: 0}
-    for parameter in _meta_student(recipe).parameters():
+    for parameter in student.parameters():
         counts[parameter.requires_grad] += parameter.numel()
     lora = recipe.student.lora
     return {"trained": counts[True], "frozen": counts[False],

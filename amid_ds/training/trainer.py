@@ -150,7 +150,7 @@ class Trainer(Stepper):
         monitors.evaluation_begin()
         with phase("evaluation"):
             metrics = self.world.run_checked(lambda: validate(self.recipe, self.engine,
-                                                                  self.job.grown))
+                                                              self.job.grown))
             self.world.run_checked(
                 lambda: self.samples.add_to(metrics, monitors.evaluation_begin))
             # What is decided by them is decided alike: the same digits on every rank.
