@@ -46,6 +46,14 @@ def _add_sbatch_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the script, submit nothing")
 
 
+def _add_where(parser: argparse.ArgumentParser, of_slurm: str) -> None:
+    """Where many runs are made, and the options of Slurm. of_slurm: what --slurm submits."""
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--here", action="store_true", help="on this machine, in turn (default)")
+    where.add_argument("--slurm", action="store_true", help=of_slurm)
+    _add_sbatch_options(parser)
+
+
 def _submit_args(args: argparse.Namespace, template: str, chain: int,
                  sweep: tuple[Combination, ...]) -> SubmitArgs:
     from amid_ds.cluster.batch_script import SBATCH_OPTIONS
@@ -60,9 +68,12 @@ def _submit_args(args: argparse.Namespace, template: str, chain: int,
 
 
 def _ranks(args: argparse.Namespace) -> int:
-    """The ranks of each of many runs. Raises InputError for none."""
+    """The ranks of each of many runs. Raises InputError for none, and for Slurm's options without
+    --slurm."""
     from amid_ds.cluster.submit import RANKS_PER_NODE
 
+    if not args.slurm:
+        _refuse_options(args, SLURM_OPTIONS, "without --slurm", "add --slurm, or leave them out")
     ranks_per_node = _given(args.ranks_per_node, RANKS_PER_NODE if args.slurm else 1)
     ranks = ranks_per_node * _given(args.nodes, 1)
     if ranks < 1:
@@ -105,10 +116,7 @@ def _submit(args: argparse.Namespace) -> None:
 def add_sweep(commands: Commands) -> None:
     parser = add_command(commands, _sweep, "one run per combination of values, and a table")
     parser.add_argument("recipe", metavar="RECIPE|FOLDER", help="a sweep's FOLDER: its table again")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--here", action="store_true", help="on this machine, in turn (default)")
-    where.add_argument("--slurm", action="store_true", help="an array of jobs")
-    _add_sbatch_options(parser)
+    _add_where(parser, "an array of jobs")
     parser.add_argument("overrides", nargs="*", metavar="key=a,b,...")
 
 
@@ -123,8 +131,6 @@ def _sweep(args: argparse.Namespace) -> None:
         _refuse_options(args, words, "with a sweep's folder", "give the folder alone")
         write_results(Path(args.recipe))
         return
-    if not args.slurm:
-        _refuse_options(args, SLURM_OPTIONS, "without --slurm", "add --slurm, or leave them out")
     ranks = _ranks(args)
     sweep = plan_sweep(args.recipe, args.overrides, ranks)
     unfinished = sweep.unfinished()
@@ -140,18 +146,13 @@ def _sweep(args: argparse.Namespace) -> None:
 def add_chain(commands: Commands) -> None:
     parser = add_command(commands, _chain, "runs of which each one's student teaches the next")
     parser.add_argument("chain", metavar="CHAIN", help="a YAML file: base, output_dir, chain")
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--here", action="store_true", help="on this machine, in turn (default)")
-    where.add_argument("--slurm", action="store_true", help="a job for each link, in sequence")
-    _add_sbatch_options(parser)
+    _add_where(parser, "a job for each link, in sequence")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all links")
 
 
 def _chain(args: argparse.Namespace) -> None:
     from amid_ds.experiments.chain import plan_chain, run_chain, submit_chain
 
-    if not args.slurm:
-        _refuse_options(args, SLURM_OPTIONS, "without --slurm", "add --slurm, or leave them out")
     ranks = _ranks(args)
     chain = plan_chain(args.chain, args.overrides, ranks)
     if args.slurm and chain.unfinished:
