@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from amid_ds.config.parse import named_value
+from amid_ds.config.parse import error_lines, named_value
 from amid_ds.config.section import PathText, Section
 from amid_ds.config.strict import load_yaml, read_user_file
 from amid_ds.errors import InputError
@@ -98,10 +98,7 @@ def read_chain(path: str) -> ChainFile:
     try:
         return ChainFile.model_validate(load_yaml(read_user_file(Path(path))))
     except ValidationError as error:
-        problems = []
-        for each in error.errors():
-            where = ".".join(map(str, each["loc"])) or "chain"
-            problems.append(f"`{where}`: {each['msg'].removeprefix('Value error, ')}")
+        problems = error_lines(error, ChainFile, "chain")
     except (OSError, ValueError) as error:
         problems = [f"it cannot be read: {error}"]
     raise InputError("\n    - ".join([f"the chain {path}:", *problems]),

@@ -61,7 +61,7 @@ def _validated(raw: RawRecipe, name: str) -> Recipe:
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        problems = [*_error_lines(error), *problems]
+        problems = [*error_lines(error), *problems]
     else:
         if not problems:
             return recipe
@@ -80,7 +80,7 @@ def source_of(values: Mapping[str, str]) -> Source:
     try:
         return Source.model_validate(values)
     except ValidationError as error:
-        raise InputError("; ".join(_error_lines(error)), "a source as in a recipe's data.train",
+        raise InputError("; ".join(error_lines(error)), "a source as in a recipe's data.train",
                          "change the options that name it") from None
 
 
@@ -182,18 +182,18 @@ def default_of(key: str) -> object:
     return field.get_default(call_default_factory=True)
 
 
-def _known_keys(location: Sequence[int | str]) -> list[str]:
-    """The keys of the section at `location`, a path of keys and list indices as pydantic has it; or
-    []."""
+def _known_keys(location: Sequence[int | str], root: type[Section]) -> list[str]:
+    """The keys of the section at `location` in `root`, a path of keys and list indices as pydantic
+    has it; or []."""
     section = (KINDS[str(location[-1])] if location and location[-1] in KINDS
                else _section_at([part for part in location
-                                 if isinstance(part, str) and part not in KINDS]))
+                                 if isinstance(part, str) and part not in KINDS], root))
     return list(section.model_fields) if section is not None else []
 
 
-def _section_at(location: Sequence[str]) -> type[Section] | None:
-    """The class of the section at a path of keys; None where there is no section."""
-    section: type[Section] | None = Recipe
+def _section_at(location: Sequence[str], root: type[Section] = Recipe) -> type[Section] | None:
+    """The class of the section at a path of keys in `root`; None where there is no section."""
+    section: type[Section] | None = root
     for part in location:
         field = section.model_fields.get(part) if section is not None else None
         if field is None:
@@ -210,21 +210,22 @@ def _sections_in(annotation: object) -> Iterator[type[Section]]:
         yield from _sections_in(part)
 
 
-def _error_lines(error: ValidationError) -> list[str]:
-    """One line for each problem that pydantic reports."""
+def error_lines(error: ValidationError, root: type[Section] = Recipe, whole: str = "recipe"
+                ) -> list[str]:
+    """One line for each problem that pydantic reports of a `root`, which is called `whole`."""
     lines = []
     for problem in error.errors():
         location = [part for part in problem["loc"] if part not in KINDS]
-        name = ".".join(str(part) for part in location) or "recipe"
+        name = ".".join(str(part) for part in location) or whole
         if problem["type"] == "extra_forbidden":
-            suggestion = suggest(str(location[-1]), _known_keys(problem["loc"][:-1]))
+            suggestion = suggest(str(location[-1]), _known_keys(problem["loc"][:-1], root))
             lines.append(f"`{name}` is unknown; {suggestion}")
         elif problem["type"] == "missing":
             lines.append(f"`{name}` is missing")
         else:
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "model_type":
-                message = f"a section of the keys {', '.join(_known_keys(problem['loc']))}"
+                message = f"a section of the keys {', '.join(_known_keys(problem['loc'], root))}"
             value = problem["input"]
             shown = "" if isinstance(value, (Mapping, Section)) else f": found {_SHORT.repr(value)}"
             lines.append(f"`{name}`{shown}; {message}{HINTS.get(problem['type'], '')}")
