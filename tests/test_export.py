@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import runpy
 import shutil
 import signal
 import sys
-import threading
 from argparse import Namespace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.memory import memory_rise
 from support.models import make_model
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import read_metrics, write_recipe
@@ -136,30 +135,14 @@ def test_any_step_leaves_in_either_dtype_from_its_fp32_weights(step, dtype, run,
 def measured_export_process(source: str, out: str, notes: str, argv: list[str],
                             variables: dict[str, str], log: str) -> None:
     """Export in files of 8 MB, and record the peak rise of this process's memory."""
-    def used() -> list[int]:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return [int(line.split()[1]) << 10 for key in ("RssAnon", "VmRSS") for line in lines
-                if line.startswith(key)]
-
     # Imported by an export anyway, and not to be measured.
     from transformers import AutoModelForCausalLM  # noqa: F401
 
     weight_writer.FILE_BYTES = 8 * 10**6
     export.export(source, f"{out}.first", "bf16")
-    gc.collect()
-    before, highest, done = used(), used(), threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            highest[:] = map(max, highest, used())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    export.export(source, out, "fp32")
-    done.set()
-    watcher.join()
-    Path(notes).write_text(
-        json.dumps([high - low for high, low in zip(highest, before, strict=True)]))
+    with memory_rise("RssAnon", "VmRSS") as rise:
+        export.export(source, out, "fp32")
+    Path(notes).write_text(json.dumps(rise))
 
 
 def test_an_export_of_several_files_takes_the_memory_of_about_one(instructions_file, tmp_path):

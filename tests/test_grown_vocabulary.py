@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from support.data import split_documents, write_jsonl
+from support.data import write_jsonl
 from support.losses import EVERY_DIVERGENCE, OBJECTIVES, PER_TOKEN, LossProblem
 from support.models import WORDS, make_sentencepiece, make_tokenizer
 from support.ranks import run_ranks
-from support.reference_loop import reference_adamw, reference_factor
+from support.reference_loop import DocumentLosses, reference_loop
 from support.runs import read_metrics, write_recipe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
@@ -25,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from amid_ds import AMiD, LMHead, PerToken, linear_amid_loss
 from amid_ds.checkpoint.manifest import Manifest
 from amid_ds.config.parse import load_recipe
-from amid_ds.data import PreparedLoader, load_tokenizer
+from amid_ds.data import load_tokenizer
 from amid_ds.data.batch import TokenRow, collate_rows
 from amid_ds.data.grown import GrownVocabulary, grown_vocabulary
 from amid_ds.errors import InputError
@@ -213,50 +212,28 @@ def recipe_for(grown_student, shared_model, rows, tmp_path):
     return write
 
 
-def naive_run(student: Path, teacher: Path, recipe: dict, prepared: Path) -> list[dict]:
-    """Each step's metrics in plain torch: one document at a time, the teacher on the text's old
-    words."""
-    model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
+def folded_losses(teacher: Path) -> DocumentLosses:
+    """The losses in plain torch, the teacher on the text's old words."""
     words = AutoTokenizer.from_pretrained(teacher)
-    old, train, loss = len(words), recipe["train"], recipe["loss"]
-    pieces = [words(token)["input_ids"] for token in NEW_TOKENS]
+    old, pieces = len(words), [words(token)["input_ids"] for token in NEW_TOKENS]
     first = torch.tensor([ids[0] for ids in pieces])
-    optimizer = reference_adamw(model, train)
-    window = PreparedLoader(prepared, seed=0, global_batch_size=train["global_batch_size"],
-                            micro_batch_size=1, dp_rank=0, dp_size=1, workers=0).window
-    lines = []
-    for step in range(train["steps"]):
-        for group in optimizer.param_groups:
-            group["lr"] = train["learning_rate"] * reference_factor(train, step)
-        kd = ce = tokens = 0
-        for ids, labels in itertools.chain.from_iterable(map(split_documents, window(step))):
-            spelt, last = [], []
-            for token in ids[0].tolist():
-                spelt += pieces[token - old] if token >= old else [token]
-                last.append(len(spelt) - 1)
-            keep = labels != -100
-            log_q = model(ids).logits[0, keep, :old + 3].double().log_softmax(-1)
-            with torch.no_grad():
-                said = guide(torch.tensor([spelt])).logits[0, last][keep, :old]
-                p = said.double().softmax(-1)
-            q = log_q.exp()
-            folded = q[:, :old].clone()
-            for number, piece in enumerate(first.tolist()):
-                folded[:, piece] = folded[:, piece] + q[:, old + number]
-            r = loss["lam"] * p + (1 - loss["lam"]) * folded
-            kd = kd + (p * (p.log() - r.log())).sum()
-            target = labels[keep]
-            blind = (target >= old) | torch.isin(target, first)
-            ce = ce + F.nll_loss(log_q[blind], target[blind], reduction="sum")
-            tokens += int(keep.sum())
-        total = (kd + loss["ce_weight"] * ce) / tokens
-        optimizer.zero_grad()
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        lines.append({"loss": total.item(), "kd_loss": (kd / tokens).item(),
-                      "ce_loss": (ce / tokens).item(), "grad_norm": norm.item()})
-    return lines
+
+    def of_document(log_q, ids, keep, labels, guide, lam):
+        spelt, last = [], []
+        for token in ids[0].tolist():
+            spelt += pieces[token - old] if token >= old else [token]
+            last.append(len(spelt) - 1)
+        with torch.no_grad():
+            p = guide(torch.tensor([spelt]))[0, last][keep, :old].double().softmax(-1)
+        q = log_q.exp()
+        folded = q[:, :old].clone()
+        for number, piece in enumerate(first.tolist()):
+            folded[:, piece] = folded[:, piece] + q[:, old + number]
+        r = lam * p + (1 - lam) * folded
+        blind = (labels >= old) | torch.isin(labels, first)
+        return ((p * (p.log() - r.log())).sum(),
+                F.nll_loss(log_q[blind], labels[blind], reduction="sum"))
+    return of_document
 
 
 @pytest.mark.parametrize("isolated", [
@@ -271,8 +248,10 @@ def test_a_run_with_new_tokens_is_a_plain_loops_and_learns(isolated, recipe_for,
             run_ranks(2, "train", recipe, f"output_dir={tmp_path / 'run2'}")
         got = read_metrics(tmp_path / f"run{ranks}")
         if isolated:
-            truth = truth or naive_run(grown_student, shared_model("llama", 1),
-                                       yaml.safe_load(recipe.read_text()), tmp_path / "data")
+            teacher = shared_model("llama", 1)
+            truth = truth or reference_loop(
+                grown_student, teacher, yaml.safe_load(recipe.read_text()), tmp_path / "data",
+                of_document=folded_losses(teacher))[0]
             for expected, line in zip(truth, got, strict=True):
                 for name, value in expected.items():
                     assert line[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name

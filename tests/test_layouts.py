@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from support.memory import memory_rise
 from support.models import WORDS, make_model
 from support.patches import patch_train_step, rank_without_compiler
 from support.ranks import Ranks, rank_main, run_ranks
@@ -199,25 +198,10 @@ def memory_measuring_rank(folder: str, argv: list[str], variables: dict[str, str
     """Run as a rank that loads the models, records the peak rise of its memory, and exits."""
     from amid_ds.training import train
 
-    def anonymous() -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines()
-                    if line.startswith("RssAnon"))
-        return int(line.split()[1]) << 10
-
     def load(*arguments: object, **options: object) -> None:
-        gc.collect()
-        before, highest, loaded = anonymous(), [0], threading.Event()
-
-        def watch() -> None:
-            while not loaded.wait(0.002):
-                highest[0] = max(highest[0], anonymous())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        real(*arguments, **options)
-        loaded.set()
-        watcher.join()
-        Path(folder, f"rank{variables['RANK']}").write_text(str(highest[0] - before))
+        with memory_rise("RssAnon") as rise:
+            real(*arguments, **options)
+        Path(folder, f"rank{variables['RANK']}").write_text(str(rise[0]))
         os._exit(0)
 
     real, train.build_engine = train.build_engine, load

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-import gc
 import itertools
 import json
 import os
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.data import split_documents, write_texts
+from support.memory import memory_rise
 from support.models import make_model
 from support.ranks import Ranks, rank_main, run_ranks
 from support.runs import read_metrics, write_recipe
@@ -297,27 +296,13 @@ def test_a_pruned_student_trains(texts, tmp_path):
 def measured_prune(model: str, out: str, notes: str, argv: list[str], variables: dict[str, str],
                    log: str) -> None:
     """Prune in files of 8 MB, and record the peak rise of this process's anonymous memory."""
-    def used() -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
-
     weight_writer.FILE_BYTES = 8 * 10**6
     cut = ["--by", "depth", "--layers", "4"]
     # Once before, for what an import or a first call leaves.
     main(["prune", model, f"{out}.first", *cut])
-    gc.collect()
-    before, highest, done = used(), [0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            highest[0] = max(highest[0], used())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    status = main(["prune", model, out, *cut])
-    done.set()
-    watcher.join()
-    Path(notes).write_text(str(highest[0] - before))
+    with memory_rise("RssAnon") as rise:
+        status = main(["prune", model, out, *cut])
+    Path(notes).write_text(str(rise[0]))
     os._exit(status)
 
 

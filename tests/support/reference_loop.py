@@ -46,17 +46,33 @@ def reference_factor(train: dict, step: int) -> float:
     return low * (1 - height) + height
 
 
+# Sums of the divergence and the cross entropy of a document's n labelled tokens, from the student's
+# log q [n, V] of them, its ids [1, L], which of the L are labelled, their labels [n], the teacher's
+# logits of ids, and λ.
+DocumentLosses = Callable[..., tuple[Tensor, Tensor]]
+
+
+def skewed_losses(log_q: Tensor, ids: Tensor, keep: Tensor, labels: Tensor,
+                  guide: Callable[[Tensor], Tensor], lam: float) -> tuple[Tensor, Tensor]:
+    """KL(p ‖ λ p + (1 - λ) q), and the cross entropy."""
+    with torch.no_grad():
+        log_p = guide(ids)[0, keep, :log_q.shape[1]].double().log_softmax(-1)
+    log_r = torch.log(lam * log_p.exp() + (1 - lam) * log_q.exp())
+    return (log_p.exp() * (log_p - log_r)).sum(), F.nll_loss(log_q, labels, reduction="sum")
+
+
 def reference_loop(student: Path, teacher: Path | Callable[[Tensor], Tensor] | None, recipe: dict,
                    prepared: Path,
                    make_optimizer: Callable[[nn.Module, dict], torch.optim.Optimizer]
-                   = reference_adamw) -> tuple[list[dict], dict[str, Tensor]]:
+                   = reference_adamw, of_document: DocumentLosses | None = None
+                   ) -> tuple[list[dict], dict[str, Tensor]]:
     """Each step's metrics and the trained fp32 weights, or with `train.ema` their running mean: the
     truth for any layout.
 
     One process, full logits in float64, one document at a time; the skewed KL and the schedules
     written out. teacher: a model, or its logits [1, L, V] of ids [1, L]; None: the student's
     running mean, of `teacher.ema`. make_optimizer: from the model and the recipe's `train`; its
-    groups' `ratio` multiplies the learning rate.
+    groups' `ratio` multiplies the learning rate. of_document: other losses than these.
     """
     model, guide = AutoModelForCausalLM.from_pretrained(student), teacher
     train, loss = recipe["train"], recipe["loss"]
@@ -83,12 +99,8 @@ def reference_loop(student: Path, teacher: Path | Callable[[Tensor], Tensor] | N
         for ids, labels in itertools.chain.from_iterable(map(split_documents, rows.window(step))):
             keep = labels != -100
             log_q = model(ids).logits[0, keep, :vocabulary].double().log_softmax(-1)
-            with torch.no_grad():
-                log_p = guide(ids)[0, keep, :vocabulary].double().log_softmax(-1)
-            log_r = torch.log(loss["lam"] * log_p.exp() + (1 - loss["lam"]) * log_q.exp())
-            kd = kd + (log_p.exp() * (log_p - log_r)).sum()
-            ce = ce + F.nll_loss(log_q, labels[keep], reduction="sum")
-            tokens += int(keep.sum())
+            own = (of_document or skewed_losses)(log_q, ids, keep, labels[keep], guide, loss["lam"])
+            kd, ce, tokens = kd + own[0], ce + own[1], tokens + int(keep.sum())
         total = (kd + loss["ce_weight"] * ce) / tokens
         optimizer.zero_grad()
         total.backward()
