@@ -104,8 +104,7 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
         opened["teacher"] = _open_mean(recipe, config, world)
     models = {name: model.module for name, model in opened.items()}
     for name, module in models.items():
-        if recipe.data.isolates_any or exceeds_window(module, recipe.train.seq_length):
-            choose_attention(module, f"the {name}", world.device, trains=name == "student")
+        choose_attention_of(module, f"the {name}", recipe, world, trains=name == "student")
     distiller = Distiller(models["student"], joined_teacher(models, recipe.live_teacher),
                           vocab_size=vocab_size, shard=shard, replicated=replicated,
                           cached=recipe.cached_teacher is not None, first_pieces=first_pieces)
@@ -123,6 +122,13 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     if body_split is not None:
         body_split.sum_gradients()
     return distiller, groups
+
+
+def choose_attention_of(model: nn.Module, title: str, recipe: Recipe, world: World, trains: bool
+                        ) -> None:
+    """Choose the attention of one of the recipe's models, where its rows ask for one."""
+    if recipe.data.isolates_any or exceeds_window(model, recipe.train.seq_length):
+        choose_attention(model, title, world.device, trains)
 
 
 def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes: bool

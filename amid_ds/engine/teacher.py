@@ -14,12 +14,11 @@ from amid_ds.data import Batch
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.distributed.world import World
 from amid_ds.engine.autotp import BodySplit, make_tensor_parallel_groups
-from amid_ds.engine.build import build_teacher_engine
+from amid_ds.engine.build import build_teacher_engine, choose_attention_of
 from amid_ds.engine.ds_config import DeepSpeedConfig
 from amid_ds.engine.engine import Engine
 from amid_ds.engine.gather import gathered_head
 from amid_ds.losses import LMHead
-from amid_ds.models.attention import choose_attention, exceeds_window
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import check_head, check_isolation, ids_to_check, sharded_head_of
 from amid_ds.models.loading import load_causal_lm
@@ -76,7 +75,7 @@ def open_teacher(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, is_wh
         if is_whole:
             model = world.run_checked(lambda: load_causal_lm(
                 teacher.model, teacher.dtype, **teacher.hub_kwargs).to(world.device).eval())
-            _choose_attention(recipe, model, world)
+            choose_attention_of(model, "the teacher", recipe, world, trains=False)
             opened = OpenTeacher(model, vocab_size, None)
         else:
             shard = vocab_shard(vocab_size, world.tp_rank, world.tp_size, world.tp_group)
@@ -103,7 +102,7 @@ def _engine(recipe: Recipe, teacher: Teacher, config: DeepSpeedConfig, vocab_siz
         config = {**config, "tensor_parallel": {"autotp_size": world.tp_size}}
 
     def shape(model: nn.Module) -> nn.Module:
-        _choose_attention(recipe, model, world)
+        choose_attention_of(model, "the teacher", recipe, world, trains=False)
         if shard is None:
             return model
         make_tensor_parallel_groups(world.tp_size)
@@ -113,11 +112,6 @@ def _engine(recipe: Recipe, teacher: Teacher, config: DeepSpeedConfig, vocab_siz
         return distiller
 
     return build_teacher_engine(teacher, config, world, shape)
-
-
-def _choose_attention(recipe: Recipe, model: nn.Module, world: World) -> None:
-    if recipe.data.isolates_any or exceeds_window(model, recipe.train.seq_length):
-        choose_attention(model, "the teacher", world.device, trains=False)
 
 
 def _check(recipe: Recipe, model: nn.Module, opened: OpenTeacher, world: World) -> None:
