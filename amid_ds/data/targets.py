@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -208,27 +208,17 @@ def stack_targets(rows: Sequence[RowTargets], rest: Rest | None = None) -> Spars
     of no id. Of topk what rounding has left over of the total of 1 is taken back: every probability
     of a position is divided by their sum.
     """
-    widest = max((row.ids.shape[1] for row in rows), default=0)
+    def tensor(values: NDArray[Any] | None) -> torch.Tensor | None:
+        return None if values is None else torch.from_numpy(values)
 
-    def stacked(parts: Sequence[NDArray[np.float32] | None], empty: float = 0
-                ) -> torch.Tensor | None:
-        wide = [part if part is None or part.ndim == 1 or part.shape[1] == widest
-                else np.pad(part, ((0, 0), (0, widest - part.shape[1])), constant_values=empty)
-                for part in parts]
-        present = [part for part in wide if part is not None]
-        return torch.from_numpy(np.concatenate(present)) if present else None
-
-    ids = stacked([row.ids for row in rows], -1)   # type: ignore[misc]
-    log_p = stacked([row.log_probabilities for row in rows], -np.inf)
-    log_rest = stacked([row.log_rest for row in rows])
-    assert ids is not None and log_p is not None
-    if log_rest is not None:
-        total = torch.cat([log_p, log_rest[:, None]], 1).logsumexp(1)
-        log_p, log_rest = log_p - total[:, None], log_rest - total
-    return SparseTargets(
-        ids, log_p, log_rest, weights=stacked([row.weights for row in rows]),
-        label_log_probabilities=stacked([row.label_log_probabilities for row in rows]),
-        rest=rest)
+    stacked = SparseTargets.concatenate([SparseTargets(
+        torch.from_numpy(row.ids), torch.from_numpy(row.log_probabilities), tensor(row.log_rest),
+        tensor(row.weights), tensor(row.label_log_probabilities), rest) for row in rows])
+    log_p, log_rest = stacked.log_probabilities, stacked.log_rest
+    if log_rest is None:
+        return stacked
+    total = torch.cat([log_p, log_rest[:, None]], 1).logsumexp(1)
+    return replace(stacked, log_probabilities=log_p - total[:, None], log_rest=log_rest - total)
 
 
 def read_target_manifest(folder: Path) -> TargetFile | None:
