@@ -24,7 +24,8 @@ from amid_ds.eval.text_metrics import Sampling, sample_responses
 from amid_ds.models import heads
 from amid_ds.models.ends import end_ids
 from amid_ds.models.head_form import HeadForm, head_form
-from amid_ds.models.heads import body_of, head_of, logits_of
+from amid_ds.models.heads import head_of, logits_of
+from amid_ds.models.shape import body_of
 from amid_ds.training.job import check_recipe
 
 VOCABULARY = len(WORDS) + 3
