@@ -126,7 +126,7 @@ def test_deepspeed_knows_its_accelerator_before_a_model_is_opened(shared_model, 
     # With accelerate installed transformers imports it, and it warns of a guess on stdout, where
     # `eval --json` prints JSON alone.
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
-    loading.model_config(str(shared_model))
+    loading.model_config(str(shared_model("llama")))
     assert os.environ["DS_ACCELERATOR"] == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
