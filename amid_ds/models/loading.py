@@ -20,6 +20,7 @@ from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.adapters import is_adapter_folder
 from amid_ds.models.head_form import head_form
+from amid_ds.models.quantized import refuse_quantized
 from amid_ds.models.shape import body_of, head_module, text_config
 from amid_ds.models.weight_reader import WeightReader
 from amid_ds.models.weights import (
@@ -151,11 +152,12 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
                ) -> nn.Module:
     """The model without its weights: every parameter on the meta device.
 
-    Raises InputError if there is no such model, or none of a causal architecture.
+    Raises InputError if there is no such model, none of a causal architecture, or a quantized one.
     """
     from transformers import AutoModelForCausalLM
 
     config = model_config(model, revision, trust_remote_code)
+    refuse_quantized(model, config)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -172,8 +174,6 @@ def supported_model(model: str, revision: str | None = None, trust_remote_code: 
     Raises InputError for any other, judged without its weights.
     """
     config = model_config(model, revision, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise _unsupported(model, config, "its weights are quantized")
     module: Any = meta_model(model, revision, trust_remote_code)
     name = type(module).__name__
     if text_config(module) is not module.config:
@@ -218,8 +218,6 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     def read() -> WeightReader | str:
         found = require_weights(meta, model, revision, table=table)
         assert found is not None
-        if getattr(meta.config, "quantization_config", None) is not None:
-            return "they are quantized"
         with readable_weights(model):
             mapped = found[1]
             return mapped.reason or WeightReader(found[0], mapped.sources, twins=mapped.twins)
