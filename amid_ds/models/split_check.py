@@ -8,7 +8,7 @@ DeepSpeed's hooks nor its gradients see them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +22,26 @@ from amid_ds.models.tp_plan import Block, whole_of
 
 # Inputs of a call: positional, by keyword.
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _Shared:
+    """What blocks leave for later ones, such as keys and values: kept from block to block."""
+
+    def __init__(self) -> None:
+        self.kept: MutableMapping[Any, Any] | None = None
+
+    def of(self, given: MutableMapping[Any, Any]) -> MutableMapping[Any, Any]:
+        """What stands for the mapping that the model gives its blocks."""
+        if self.kept is None:
+            self.kept = type(given)()
+        return self.kept
+
+    def detach(self) -> None:
+        """Forget how its tensors were made."""
+        for key, value in list((self.kept or {}).items()):
+            if isinstance(value, tuple):
+                assert self.kept is not None
+                self.kept[key] = tuple(each.detach() for each in value)
 
 
 def split_problem(model: nn.Module, input_ids: Tensor,
@@ -41,13 +61,13 @@ def split_problem(model: nn.Module, input_ids: Tensor,
     # What a layer raises where the split leaves it shapes that it does not expect.
     except Exception as error:
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-    problems = []
+    problems, shared = [], (_Shared(), _Shared())
     for block in chosen:
         module = model.get_submodule(block.name)
         with gathered(module):
             parts = {name: parameter.detach() for name, parameter
                      in module.named_parameters(prefix=block.name)}
-            problem = _difference(block, module, parts, split, calls[block.name])
+            problem = _difference(block, module, parts, split, calls[block.name], shared)
         problems += [f"{block.name} ({type(module).__name__}): {problem}"] if problem else []
     return problems[0] if problems else None
 
@@ -58,7 +78,9 @@ def _one_of_each_kind(model: nn.Module, split: Split) -> list[Block]:
     for block in split.blocks:
         if block.whole is None:
             cuts = tuple((name.removeprefix(block.name), cut) for name, cut in block.cuts.items())
-            kinds.setdefault((type(model.get_submodule(block.name)).__name__, cuts), block)
+            module = model.get_submodule(block.name)
+            kinds.setdefault((type(module).__name__, getattr(module, "layer_type", None), cuts),
+                             block)
     return list(kinds.values())
 
 
@@ -84,14 +106,16 @@ def _calls(model: nn.Module, input_ids: Tensor, blocks: list[Block]) -> dict[str
 
 
 def _difference(block: Block, module: nn.Module, parts: Mapping[str, Tensor], split: Split,
-                call: _Call) -> str | None:
+                call: _Call, shared: tuple[_Shared, _Shared]) -> str | None:
     """What differs between the block on its parts and on the weights whole. Collective."""
     joined = {name: (split.peers.join(part, 0).chunk(split.peers.size) if name in block.cuts
                      else [part]) for name, part in parts.items()}
     whole = {name: whole_of(list(each), block.cuts[name]) if name in block.cuts else each[0]
              for name, each in joined.items()}
-    ours = _outcome(_copy(module, block.name, _leaves(block, parts, split), False), block, call)
-    theirs = _outcome(_copy(module, block.name, _leaves(block, whole, None), True), block, call)
+    ours = _outcome(_copy(module, block.name, _leaves(block, parts, split), False), block, call,
+                    shared[0])
+    theirs = _outcome(_copy(module, block.name, _leaves(block, whole, None), True), block, call,
+                      shared[1])
     for name, expected in theirs.items():
         worst = (ours[name] - expected).abs().max().item()
         size = expected.abs().max().item()
@@ -126,12 +150,14 @@ def _copy(module: Any, name: str, parameters: Mapping[str, Tensor], whole: bool)
     return copy.eval()
 
 
-def _outcome(module: Any, block: Block, call: _Call) -> dict[str, Tensor]:
+def _outcome(module: Any, block: Block, call: _Call, shared: _Shared) -> dict[str, Tensor]:
     """The output, and the gradients of a number made of it: of the inputs, of whole parameters."""
     watched: list[Tensor] = []
     takes_all = "experts" in block.roles.values()
 
     def entering(value: Any) -> Any:
+        if isinstance(value, MutableMapping):
+            return shared.of(value)
         if (not isinstance(value, Tensor) or not value.is_floating_point()
                 or (watched and not takes_all)):
             return value
@@ -149,6 +175,7 @@ def _outcome(module: Any, block: Block, call: _Call) -> dict[str, Tensor]:
                       if each.requires_grad}
         found = torch.autograd.grad((output * weights).sum(), [*watched, *parameters.values()],
                                     allow_unused=True, materialize_grads=True)
+    shared.detach()
     names = [*(f"the gradient of input {index}" for index in range(len(watched))),
              *(f"the gradient of {name}" for name in parameters)]
     return {"the output": output.detach().float(),

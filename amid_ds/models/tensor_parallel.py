@@ -25,7 +25,7 @@ from amid_ds.models.tp_plan import Block, blocks_of, generic, own_shape
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-NO_PLAN = "no plan of its family splits it"
+NO_PLAN = "its family's plan does not split it"
 # Heads are cut at multiples of so many rows, so that every shard but the last has aligned rows of
 # logits. Once they were cut as evenly as possible; a checkpoint says how (checkpoint/state.py).
 HEAD_ROW_MULTIPLE = 64

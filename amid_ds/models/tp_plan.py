@@ -58,19 +58,35 @@ def _under(prefix: str, styles: Mapping[str, str]) -> dict[str, str]:
     return {f"layers.*.{prefix}.{name}": style for name, style in styles.items()}
 
 
+_ATTENTION_AND_FEED_FORWARD = {**_under("self_attn", ATTENTION), **_under("feed_forward", GATED)}
 _LATENT = _under("self_attn", LATENT_ATTENTION)
 _FUSED_GATE = _under("mlp", {"gate_up_proj": "packed_colwise", "down_proj": "rowwise"})
 # What transformers' plans leave out, or join where there is no need, by the text model's type.
 ADDED_PLANS: dict[str, dict[str, str]] = {
+    "bamba": _ATTENTION_AND_FEED_FORWARD,
     "deepseek_v3": _LATENT,
-    "falcon_h1": {**_under("self_attn", ATTENTION), **_under("feed_forward", GATED)},
+    "falcon_h1": _ATTENTION_AND_FEED_FORWARD,
     "glm": _FUSED_GATE,
     "glm4": _FUSED_GATE,
+    "glm4_moe": _under("self_attn", {"q_norm": SUMMED, "k_norm": SUMMED}),
     "gpt_oss": {**_under("self_attn", {**ATTENTION, "sinks": "colwise"}),
                 "layers.*.mlp.experts": "moe_tp_experts",
                 # Gate and up alternate in the last dimension.
                 **_under("mlp.experts", {"gate_up_proj": "rowwise", "gate_up_proj_bias": "rowwise",
                                          "down_proj": "colwise"})},
+    "granitemoehybrid": {**_under("self_attn", ATTENTION),
+                         **_under("shared_mlp", {"input_linear": "packed_colwise",
+                                                 "output_linear": "rowwise"})},
+    "jamba": _ATTENTION_AND_FEED_FORWARD,
+    "kimi_linear": _LATENT,
+    "lfm2": {**_under("self_attn", {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise",
+                                    "q_layernorm": SUMMED, "k_layernorm": SUMMED,
+                                    "out_proj": "rowwise"}),
+             **_under("feed_forward", {"w1": "colwise", "w3": "colwise", "w2": "rowwise"})},
+    # Every layer is a mixer, of one kind or another.
+    "nemotron_h": {**_under("mixer", {**ATTENTION, "up_proj": "colwise", "down_proj": "rowwise"}),
+                   **_under("mixer.shared_experts", {"up_proj": "colwise",
+                                                     "down_proj": "rowwise"})},
     "phi3": _FUSED_GATE,
     "qwen2_moe": _under("mlp.shared_expert", GATED),
 }
@@ -253,7 +269,7 @@ class _Planned:
             is_output_bias = "experts" in roles and name == f"{self.name}.{OUTPUT_BIAS}"
             if not (name in known or of_row or is_output_bias
                     or name.startswith((*adapted, *self._nested()))):
-                raise _WholeError(f"{name} is not in its plan")
+                raise _WholeError(f"{generic(name)} is not in its plan")
 
     def _nested(self) -> tuple[str, ...]:
         return tuple(each for each in self.others if each.startswith(f"{self.name}."))
@@ -269,13 +285,16 @@ class _Planned:
             if isinstance(heads, int) and heads % self.ranks:
                 raise _WholeError(
                     f"tensor_parallel {self.ranks} does not divide its {key} {heads}")
-        size = getattr(module, "head_dim", None)
-        for name in ("q_proj", "k_proj"):
-            layer = getattr(module, name, None)
-            if (isinstance(size, int) and isinstance(layer, nn.Linear)
-                    and layer.out_features % (size * self.ranks)):
-                raise _WholeError(f"tensor_parallel {self.ranks} does not divide the "
-                                  f"{layer.out_features // size} heads of {self.name}.{name}")
+        size, shared_by = (getattr(module, name, None) for name in ("head_dim",
+                                                                    "num_key_value_groups"))
+        layer: Any = getattr(module, "q_proj", None)
+        layer = getattr(layer, "base_layer", layer)
+        # Layers may differ in them, and one may take its keys from another.
+        if isinstance(size, int) and isinstance(shared_by, int) and isinstance(layer, nn.Linear):
+            heads = layer.out_features // size // shared_by
+            if heads % self.ranks:
+                raise _WholeError(f"tensor_parallel {self.ranks} does not divide the {heads} "
+                                  f"heads of its keys")
 
 
 def part_of(whole: Tensor, dim: int, ranges: Iterable[tuple[int, int]]) -> Tensor:
