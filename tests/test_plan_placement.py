@@ -17,8 +17,9 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
 from amid_ds.models import loading
+from amid_ds.models.shape import layers_of
 from amid_ds.planning import paper_scale
-from amid_ds.planning.body_costs import count_body, layers_of, run_on_meta
+from amid_ds.planning.body_costs import count_body, run_on_meta
 from amid_ds.planning.devices import Device, find_device
 from amid_ds.planning.memory import memory_per_rank
 from amid_ds.planning.network import network_per_step

@@ -48,6 +48,7 @@ from amid_ds.losses import SparseTargets
 from amid_ds.losses.reference import naive_loss
 from amid_ds.models import loading
 from amid_ds.models.heads import head_of
+from amid_ds.models.shape import embedding_of
 from amid_ds.planning.devices import DEFAULT_DEVICE, find_device
 from amid_ds.training.objective import objective_at
 from amid_ds.training.rollout import StepBatch
@@ -259,7 +260,7 @@ class _OurStep:
         """Bytes of the teacher: this rank's shards, its embedding or a block (the larger) gathered,
         and what 1 and 8 micro-batches gather."""
         teacher: Any = self.engine.distiller.teacher
-        embedding = teacher.get_input_embeddings().weight
+        embedding = embedding_of(teacher).weight
         block = sum(full_numel(parameter) for parameter in teacher.model.layers[0].parameters())
         return {"teacher_shard_bytes": self.engine.resident_bytes()["teacher_weights"],
                 "largest_layer_bytes":

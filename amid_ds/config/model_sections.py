@@ -76,6 +76,8 @@ class Student(PretrainedModel):
     """Train low-rank adapters alone."""
     freeze: list[str] = Field(default=[])
     """Patterns of the names of parameters that are not trained."""
+    router_aux_loss: Literal["auto"] | NonNegative = "auto"
+    """The weight of a mixture's load-balancing loss; auto: its config's."""
 
     @model_validator(mode="after")
     def _freezes_one_way(self) -> Student:

@@ -161,6 +161,8 @@ class Recipe(Section):
     train: Train
     tensor_parallel: PositiveInt = 1
     """Neighbouring ranks that share each copy of the models."""
+    expert_parallel: PositiveInt = 1
+    """Neighbouring ranks over which the experts of each layer are distributed."""
     deepspeed: PathText = "ds_configs/zero3.json"
     """The path of a DeepSpeed config; its batch sizes come from the recipe."""
     checkpoint: CheckpointPolicy = CheckpointPolicy()
@@ -269,7 +271,8 @@ class Recipe(Section):
     def _rollout_fits(self) -> Recipe:
         if self.rollout is not None:
             self._require_prompts()
-            self._require_rollout_sizes(self.rollout)
+            self.rollout.require_room(self.train.seq_length, self.train.global_batch_size,
+                                      self.train.eval_every)
             self._require_own_words(self.rollout)
         return self
 
@@ -288,20 +291,6 @@ class Recipe(Section):
             raise ValueError("`rollout` with a `kd_weight` of 0: nothing is learnt from the "
                              "student's own samples; set `rollout.loss.kd_weight`, or leave "
                              "`rollout` out")
-
-    def _require_rollout_sizes(self, rollout: Rollout) -> None:
-        train, adaptive = self.train, rollout.adaptive
-        if rollout.max_new_tokens > train.seq_length:
-            raise ValueError(f"`rollout.max_new_tokens` {rollout.max_new_tokens} leaves a prompt "
-                             f"no room in `train.seq_length` {train.seq_length}; lower the one or "
-                             "raise the other")
-        if adaptive is not None and not train.eval_every:
-            raise ValueError("`rollout.adaptive` follows the validation loss; set `data.eval` and "
-                             "`train.eval_every`")
-        if adaptive is not None and adaptive.capacity < train.global_batch_size:
-            raise ValueError(f"`rollout.adaptive.capacity` {adaptive.capacity} is less than a "
-                             "batch; raise it to `train.global_batch_size` "
-                             f"{train.global_batch_size} or more")
 
     def _require_own_words(self, rollout: Rollout) -> None:
         """What is learnt from the student's samples is learnt from them alone."""

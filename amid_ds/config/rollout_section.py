@@ -58,3 +58,17 @@ class Rollout(Section):
         if (self.share is None) == (self.adaptive is None):
             raise ValueError("one of `share` and `adaptive` says when the student samples")
         return self
+
+    def require_room(self, seq_length: int, global_batch_size: int, eval_every: int) -> None:
+        """Raise ValueError where a step of these sizes cannot roll out so."""
+        if self.max_new_tokens > seq_length:
+            raise ValueError(f"`rollout.max_new_tokens` {self.max_new_tokens} leaves a prompt "
+                             f"no room in `train.seq_length` {seq_length}; lower the one or raise "
+                             "the other")
+        if self.adaptive is not None and not eval_every:
+            raise ValueError("`rollout.adaptive` follows the validation loss; set `data.eval` and "
+                             "`train.eval_every`")
+        if self.adaptive is not None and self.adaptive.capacity < global_batch_size:
+            raise ValueError(f"`rollout.adaptive.capacity` {self.adaptive.capacity} is less than a "
+                             "batch; raise it to `train.global_batch_size` "
+                             f"{global_batch_size} or more")

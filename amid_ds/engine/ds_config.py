@@ -20,6 +20,7 @@ from amid_ds.config.strict import load_json, read_user_file
 from amid_ds.engine.ds_schema import OWNED_BY_RECIPE, find_problems
 from amid_ds.errors import InputError
 from amid_ds.models.loading import checkpoint_dtype, model_config
+from amid_ds.models.shape import text_config
 from amid_ds.run.warm_start import frozen_models, resolve_student
 
 # DeepSpeed's own JSON, whose keys and values are its documentation's.
@@ -140,7 +141,7 @@ def _resolve_value(name: str, auto: str, recipe: Recipe) -> Any:
 def _hidden_size(recipe: Recipe) -> int:
     """The width of the widest model."""
     models = [resolve_student(recipe), *frozen_models(recipe).values()]
-    return max(int(model_config(model.model, **model.hub_kwargs).get_text_config().hidden_size)
+    return max(int(text_config(model_config(model.model, **model.hub_kwargs)).hidden_size)
                for model in models)
 
 

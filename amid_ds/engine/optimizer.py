@@ -19,6 +19,7 @@ from amid_ds.config.recipe import Recipe, Train
 from amid_ds.distributed.world import World
 from amid_ds.engine.cpu_adam import load_cpu_adam, new_cpu_adam
 from amid_ds.errors import TrainingError
+from amid_ds.models.shape import embedding_of, head_module
 
 # `plain` is not decayed. In this order in the optimizer, and so in a checkpoint's files.
 GroupName: TypeAlias = Literal["muon", "decayed", "plain"]
@@ -35,7 +36,7 @@ def parameter_groups(student: nn.Module, train: Train) -> dict[str, GroupName]:
     meta device, or in ZeRO-3's shards; before tensor parallelism cuts its head.
     """
     embeddings = _embedding_parameters(student)
-    head = set(student.get_output_embeddings().parameters())   # type: ignore[operator]
+    head = set(head_module(student).parameters())
     groups: dict[str, GroupName] = {}
     for name, parameter in student.named_parameters():
         # ZeRO-3 flattens what a rank holds, and keeps the shape beside it.
@@ -53,7 +54,7 @@ def parameter_groups(student: nn.Module, train: Train) -> dict[str, GroupName]:
 def _embedding_parameters(model: nn.Module) -> set[nn.Parameter]:
     """Those of every embedding of the model, of positions too; a tied head's weight is one."""
     modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    modules.append(model.get_input_embeddings())   # type: ignore[operator]
+    modules.append(embedding_of(model))
     return {parameter for module in modules for parameter in module.parameters()}
 
 

@@ -24,6 +24,7 @@ from amid_ds.data import encode_prompts, read_prompts_with_references, vocabular
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.ends import end_ids
+from amid_ds.models.shape import head_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,8 +177,7 @@ def sample_responses(model: nn.Module, tokenizer: PreTrainedTokenizerBase,
     rows = [[ends[0]] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
     ids = torch.tensor(rows, device=device)
     mask = torch.tensor([[0] * pad + [1] * (longest - pad) for pad in padding], device=device)
-    unused = range(vocabulary_size(tokenizer),
-                   model.get_output_embeddings().weight.shape[0])   # type: ignore[operator]
+    unused = range(vocabulary_size(tokenizer), head_module(model).weight.shape[0])
     config = GenerationConfig(do_sample=True, temperature=sampling.temperature,
                               top_p=sampling.top_p, top_k=0, max_new_tokens=sampling.new_tokens,
                               no_repeat_ngram_size=sampling.no_repeat_ngram or None,

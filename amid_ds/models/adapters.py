@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from amid_ds.config.recipe import Lora
 from amid_ds.errors import InputError
+from amid_ds.models.shape import embedding_of, head_module
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -175,7 +176,7 @@ def target_modules(model: nn.Module, lora: Lora) -> list[str]:
     last parts. Raises InputError for a target that is no linear layer, and for a rank above the
     rank of a layer.
     """
-    head: Any = model.get_output_embeddings()   # type: ignore[operator]
+    head = head_module(model)
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
     if lora.targets == ALL_LINEAR:
         chosen = {name for name, module in linear.items() if module is not head}
@@ -192,7 +193,7 @@ def target_modules(model: nn.Module, lora: Lora) -> list[str]:
             raise InputError(f"student.lora.rank {lora.rank}, and {name} is {shape[0]} × "
                              f"{shape[1]}", "a rank of at most the smaller side of each target",
                              "lower the rank, or name other targets")
-    embedding: Any = model.get_input_embeddings()   # type: ignore[operator]
+    embedding = embedding_of(model)
     if head.weight is embedding.weight and any(linear[name] is head for name in targets):
         raise InputError("student.lora.targets names the head "
                          f"{next(n for n in targets if linear[n] is head)}, whose weight is the "

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from amid_ds.data.batch import Documents
 from amid_ds.distributed.transfer import to_device
+from amid_ds.models.shape import body_of
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +198,7 @@ def _record(meta: Any, **inputs: Any) -> list[_Call]:
     _register(RECORDER_NAME, attend, _window_as_mask)
     meta.set_attn_implementation(RECORDER_NAME)
     with torch.no_grad():
-        meta.base_model(use_cache=False, **inputs)
+        body_of(meta)(use_cache=False, **inputs)
     return calls
 
 

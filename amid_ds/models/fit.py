@@ -5,13 +5,11 @@ Judged by the model's structure, so one on the meta device answers: before a wei
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from amid_ds.errors import InputError
-from amid_ds.models.heads import body_of
+from amid_ds.models.shape import body_of, embedding_of, text_config, vocabulary_rows
 
 # Rows that some tables of positions have before the first one: OPT and BART have 2.
 MOST_OFFSET = 2
@@ -22,8 +20,7 @@ def require_rows(model: nn.Module, name: str, vocab_size: int) -> None:
 
     name: for the message, such as "the student runs/student".
     """
-    rows = model.get_output_embeddings().weight.shape[0]   # type: ignore[operator]
-    rows = min(rows, model.get_input_embeddings().weight.shape[0])   # type: ignore[operator]
+    rows = vocabulary_rows(model)
     if rows < vocab_size:
         raise InputError(
             f"{name} has {rows} rows in its vocabulary, and its tokenizer's ids end at "
@@ -47,14 +44,14 @@ def table_of_positions(model: nn.Module) -> int | None:
 
     A rotary model's max_position_embeddings says how long its training rows were, and is no limit.
     """
-    config: Any = model.config.get_text_config()   # type: ignore[union-attr, operator]
+    config = text_config(model)
     if getattr(getattr(config, "attn_config", None), "alibi", False):
         # MPT makes its biases once, for so many.
         return int(config.max_seq_len)
     limit = getattr(config, "max_position_embeddings", None)
     if limit is None:
         return None
-    words = model.get_input_embeddings()   # type: ignore[operator]
+    words = embedding_of(model)
     for module in body_of(model).modules():
         if isinstance(module, nn.Embedding):
             found = (module is not words

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from amid_ds.errors import InputError
+from amid_ds.models.shape import body_of, head_module
 
 # Products that are powers of two: a scale is read from the smallest, a cap from the largest.
 SMALLEST, LARGEST = 2.0**-30, 2.0**24
@@ -74,9 +75,9 @@ def _measure(model: nn.Module) -> HeadForm:
 def _logits_of_probes(model: Any) -> Tensor:
     """The model's logits [n] in float64 where its head's product is PROBES [n]."""
     hidden = PROBES[None, None]
-    body = model.base_model
+    body = body_of(model)
     with (_replaced(model, body, _Stub(body, lambda: _BodyOutput(hidden))),
-          _replaced(model, model.get_output_embeddings(), _HandsOn())):
+          _replaced(model, head_module(model), _HandsOn())):
         output = model.forward(input_ids=torch.zeros(1, 1, dtype=torch.long), use_cache=False)
     logits: Tensor = output.logits
     if logits.shape != hidden.shape:

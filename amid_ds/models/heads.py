@@ -25,11 +25,7 @@ from amid_ds.models.attention import (
 )
 from amid_ds.models.delta import DeltaTeacher
 from amid_ds.models.head_form import HeadForm, head_form
-
-
-def body_of(model: nn.Module) -> nn.Module:
-    """The part of a transformers causal LM that ends in hidden states."""
-    return model.base_model   # type: ignore[return-value]
+from amid_ds.models.shape import body_of, head_module, text_config
 
 
 def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
@@ -59,7 +55,7 @@ def head_of(model: nn.Module) -> LMHead:
     Of one with an adapter the weight is [W, B], a copy, for hidden states as `head_input` makes
     them. Raises InputError for a model that does more to its logits.
     """
-    projection, form = model.get_output_embeddings(), head_form(model)   # type: ignore[operator]
+    projection, form = head_module(model), head_form(model)
     weight = projection.weight
     if is_adapted(projection):
         weight = torch.cat([weight, projection.lora_B[ADAPTER_NAME].weight], 1)
@@ -68,7 +64,7 @@ def head_of(model: nn.Module) -> LMHead:
 
 def head_parameters(model: nn.Module) -> list[Any]:
     """The parameters that `head_of` reads."""
-    head: Any = model.get_output_embeddings()   # type: ignore[operator]
+    head = head_module(model)
     adapter = [head.lora_B[ADAPTER_NAME].weight] if is_adapted(head) else []
     return [*(p for p in (head.weight, head.bias) if p is not None), *adapter]
 
@@ -78,7 +74,7 @@ def head_input(model: nn.Module, hidden: Tensor) -> Tensor:
 
     Of one with an adapter, whose logits are h Wᵀ + (scaling · h Aᵀ) Bᵀ: [h, scaling · h Aᵀ].
     """
-    head: Any = model.get_output_embeddings()   # type: ignore[operator]
+    head = head_module(model)
     if not is_adapted(head):
         return hidden
     low = head.lora_A[ADAPTER_NAME](head.lora_dropout[ADAPTER_NAME](hidden))
@@ -98,7 +94,7 @@ def sharded_head_of(model: nn.Module, shard: VocabShard | None) -> LMHead:
     if shard is None:
         return head
     # Set by tensor_parallel.cut_head, where this rank holds a part alone.
-    first = getattr(model.get_output_embeddings(), "first_row", None)   # type: ignore[operator]
+    first = getattr(head_module(model), "first_row", None)
 
     def take(tensor: Tensor) -> Tensor:
         if first is None:
@@ -133,8 +129,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def ids_to_check(model: nn.Module, vocab_size: int) -> Tensor:
     """Token ids [2, 16] for the checks below, random and the same on every rank; fewer columns for
     a model of fewer positions."""
-    config: Any = model.config.get_text_config()   # type: ignore[union-attr, operator]
-    length = min(16, getattr(config, "max_position_embeddings", None) or 16)
+    length = min(16, getattr(text_config(model), "max_position_embeddings", None) or 16)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(vocab_size, (2, length), generator=generator)
     return ids.to(next(model.parameters()).device)

@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from amid_ds.config.recipe import Dtype, Teacher
+from amid_ds.distributed.devices import name_accelerator
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.adapters import is_adapter_folder
 from amid_ds.models.head_form import head_form
-from amid_ds.models.heads import body_of
+from amid_ds.models.shape import body_of, head_module, text_config
 from amid_ds.models.weight_reader import WeightReader
 from amid_ds.models.weights import (
     MAX_REASON,
@@ -90,6 +91,7 @@ class _Zero3Config:
 
 def model_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
     """The model's transformers config, without its weights. Raises InputError if it has none."""
+    name_accelerator()
     from transformers import AutoConfig
 
     if is_adapter_folder(model):
@@ -123,7 +125,7 @@ def refuse_adapters(folder: str) -> NoReturn:
 
 def _require_possible_sizes(config: Any) -> None:
     """Raise ValueError for a number of layers that a class would build without an end."""
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    layers = getattr(text_config(config), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > MAX_LAYERS:
         raise ValueError(f"num_hidden_layers is {layers} in its config.json, "
                          f"more than {MAX_LAYERS}")
@@ -174,10 +176,10 @@ def supported_model(model: str, revision: str | None = None, trust_remote_code: 
         raise _unsupported(model, config, "its weights are quantized")
     module: Any = meta_model(model, revision, trust_remote_code)
     name = type(module).__name__
-    if module.config.get_text_config() is not module.config:
+    if text_config(module) is not module.config:
         raise _unsupported(model, config, f"{name} is multimodal: the language model's numbers are "
                                           "nested in its config")
-    if not isinstance(module.get_output_embeddings(), nn.Linear) or body_of(module) is module:
+    if not isinstance(head_module(module), nn.Linear) or body_of(module) is module:
         raise _unsupported(model, config, f"{name} is not a body with one linear head")
     try:
         head_form(module)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from amid_ds.distributed.transfer import to_device
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.errors import TrainingError
-from amid_ds.models.heads import body_of, head_input, logits_of, sharded_head_of
+from amid_ds.models.heads import head_input, logits_of, sharded_head_of
+from amid_ds.models.shape import body_of
 
 # Instead of a token, if the logits are no distribution's.
 NO_TOKEN = -1

@@ -18,6 +18,7 @@ from torch import nn
 
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.models.adapters import ADAPTER_NAME, adapted_layers, is_adapted
+from amid_ds.models.shape import body_name, body_of, head_module, is_tied
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -75,8 +76,8 @@ def tp_unsupported_reason(model: nn.Module, tp_size: int) -> str | None:
         heads = getattr(config, name, None)
         if heads is not None and heads % tp_size:
             return f"tensor_parallel {tp_size} does not divide its {name} {heads}"
-    modules = dict(model.base_model.named_modules())   # type: ignore[union-attr]
-    adapted = tuple(f"{name}." for name, _ in adapted_layers(model.base_model))   # type: ignore[arg-type]
+    modules = dict(body_of(model).named_modules())
+    adapted = tuple(f"{name}." for name, _ in adapted_layers(body_of(model)))
     planned = {name: style for pattern, style in plan.items()
                for name in modules if re.fullmatch(_regex(pattern), name)}
     split = [name for name, style in planned.items() if style in SPLIT_PARAMETERS]
@@ -99,14 +100,14 @@ def layer_specs(model: nn.Module, name: str) -> list[LayerSpec]:
 
     A replicated weight on split heads is in them where it trains: it has a gradient to sum.
     """
-    prefix = f"{name}.{model.base_model_prefix}."
+    prefix = f"{name}.{body_name(model)}."
     specs: list[LayerSpec] = []
     for pattern, style in _plan(model).items():
         if style in SPLIT_PARAMETERS:
             patterns = [rf"{re.escape(prefix)}{_regex(pattern)}{ADAPTED[style]}\.weight$"]
         else:
             patterns = [rf"{re.escape(prefix + each)}$"
-                        for each, parameter in model.base_model.named_parameters()   # type: ignore[union-attr]
+                        for each, parameter in body_of(model).named_parameters()
                         if parameter.requires_grad
                         and re.fullmatch(rf"{_regex(pattern)}\.weight", each)]
         if patterns:
@@ -122,16 +123,16 @@ def split_parameters(model: nn.Module, tp_size: int) -> set[str]:
     """
     if tp_size == 1:
         return set()
-    head: Any = model.get_output_embeddings()   # type: ignore[operator]
+    head = head_module(model)
     split = set()
-    if not _is_tied(model):
+    if not is_tied(model):
         of_head = [parameter for _, _, parameter in _cut_parameters(head)]
         split |= {name for name, parameter in model.named_parameters()
                   if any(parameter is each for each in of_head)}
     if tp_unsupported_reason(model, tp_size) is None:
         for pattern, style in _plan(model).items():
             if style in SPLIT_PARAMETERS:
-                regex = (rf"{model.base_model_prefix}\.{_regex(pattern)}{ADAPTED[style]}"
+                regex = (rf"{body_name(model)}\.{_regex(pattern)}{ADAPTED[style]}"
                          rf"{SPLIT_PARAMETERS[style]}")
                 split |= {name for name, _ in model.named_parameters() if re.fullmatch(regex, name)}
     return split
@@ -148,7 +149,7 @@ def shrink_to_tp_rank(model: nn.Module, tp_size: int) -> tuple[int, int]:
     if tp_size == 1 or tp_unsupported_reason(model, tp_size) is not None:
         return forward, backward
     for pattern, style in _plan(model).items():
-        for name, module in model.base_model.named_modules():   # type: ignore[union-attr]
+        for name, module in body_of(model).named_modules():
             if STYLES[style] == "skip" or not re.fullmatch(_regex(pattern), name):
                 continue
             for layer in _split_layers(module, style):
@@ -182,9 +183,9 @@ def cut_head(model: nn.Module, shard: VocabShard, vocab_size: int,
     weights are complete (collective). The rows are new parameters, split over the data-parallel
     ranks like any other.
     """
-    if _is_tied(model):
+    if is_tied(model):
         return
-    head: Any = model.get_output_embeddings()   # type: ignore[operator]
+    head = head_module(model)
     with gathered(model):
         for layer, name, parameter in _cut_parameters(head):
             stop = len(parameter) if shard.stop == vocab_size else shard.stop
@@ -213,12 +214,7 @@ def _plan(model: nn.Module) -> dict[str, str]:
     """
     plan = getattr(model.config, "base_model_tp_plan", None) or {}
     return {pattern: style for pattern, style in plan.items()
-            if style != "embedding_rowwise" or not _is_tied(model)}
-
-
-def _is_tied(model: nn.Module) -> bool:
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()   # type: ignore[operator]
-    return head.weight is embedding.weight
+            if style != "embedding_rowwise" or not is_tied(model)}
 
 
 def _regex(pattern: str) -> str:

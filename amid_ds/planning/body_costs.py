@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from amid_ds.models.heads import body_of
+from amid_ds.models.shape import body_of
 
 # The name under which the counting attention is registered with transformers.
 ATTENTION_NAME = "planned"
@@ -33,12 +33,6 @@ class BodyCosts(NamedTuple):
         return BodyCosts(self.saved_bytes + count * other.saved_bytes,
                          self.flops + count * other.flops,
                          self.backward_flops + count * other.backward_flops)
-
-
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """The body's stack of layers; an empty list where it has none."""
-    stacks = (module for module in body_of(model).modules() if isinstance(module, nn.ModuleList))
-    return next(stacks, nn.ModuleList())
 
 
 def count_body(meta: Any, rows: int, length: int, layers: nn.ModuleList) -> tuple[BodyCosts, int]:

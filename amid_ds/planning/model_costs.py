@@ -17,11 +17,11 @@ from amid_ds.errors import InputError
 from amid_ds.models import loading
 from amid_ds.models.adapters import is_adapted, is_adapter
 from amid_ds.models.fit import require_positions
-from amid_ds.models.heads import body_of
+from amid_ds.models.shape import body_of, embedding_of, head_module, layers_of
 from amid_ds.models.sizes import intermediate_size, teacher_bytes_per_token
 from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
 from amid_ds.models.trained import choose_trained
-from amid_ds.planning.body_costs import BodyCosts, count_body, layers_of, run_on_meta
+from amid_ds.planning.body_costs import BodyCosts, count_body, run_on_meta
 
 # Summed logits are in fp32 (losses/summed_head.py).
 FP32_LOGIT_BYTES = 4
@@ -170,8 +170,8 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
     counts = _counts_by_use(meta, isinstance(model, Student), recipe, whole)
-    output = meta.get_output_embeddings()
-    head, embedding = output.weight, meta.get_input_embeddings().weight
+    output = head_module(meta)
+    head, embedding = output.weight, embedding_of(meta).weight
     of_head = {id(parameter) for parameter in output.parameters()}
     body_is_trained = any(parameter.requires_grad and id(parameter) not in of_head
                           for parameter in meta.parameters())

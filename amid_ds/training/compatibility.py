@@ -24,7 +24,7 @@ MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepare
               "train.micro_batch_size",
               "train.deterministic", "student.activation_checkpointing", "train.profile",
               "teacher.max_tokens_per_pass", "teacher.cached", "teacher.placement",
-              "teacher.shard_over", "tensor_parallel", "deepspeed")
+              "teacher.shard_over", "tensor_parallel", "expert_parallel", "deepspeed")
 # No leave to change these, and the reason: a checkpoint holds the tensors that were trained, and
 # the moments of the optimizer that trained them.
 KEPT = ("train.optimizer", "student.freeze", "student.lora.rank", "student.lora.alpha",
