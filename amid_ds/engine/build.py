@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from amid_ds.config.recipe import Dtype, MeanTeacher, Recipe, Teacher
 from amid_ds.distributed.world import World
-from amid_ds.engine.autotp import BodySplit, make_tensor_parallel_groups
 from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.body_split import BodySplit, make_tensor_parallel_groups
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     for_teacher,

@@ -111,13 +111,14 @@ def logits_of(head: LMHead, hidden: Tensor) -> Tensor:
     return HeadForm(head.scale, head.softcap).apply(product)
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """The relative difference that rounding in `dtype` explains."""
     return 2e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which the model is in eval mode."""
     was_training = model.training
     model.eval()
     try:
@@ -146,7 +147,7 @@ def check_isolation(model: nn.Module, name: str, input_ids: Tensor) -> None:
     rows = torch.cat([input_ids[:, :half], input_ids[:1, :half].expand(2, -1)], 1)
     positions = torch.arange(half, device=rows.device).repeat(2, 2)
     problem = None
-    with _eval_mode(model):
+    with eval_mode(model):
         if "position_ids" not in inspect.signature(body_of(model).forward).parameters:
             problem = "it takes no positions"
         else:
@@ -154,7 +155,7 @@ def check_isolation(model: nn.Module, name: str, input_ids: Tensor) -> None:
             ends = run_body(model, rows, positions, both)[:, half:].float()
             # Without boundaries, so that flash attention is held against torch's own.
             alone = run_body(model, rows[:1, half:], positions[:1, half:]).float()
-            if not (ends - alone).abs().max() <= _tolerance(model.dtype) * alone.abs().max():   # type: ignore[arg-type]
+            if not (ends - alone).abs().max() <= tolerance(model.dtype) * alone.abs().max():   # type: ignore[arg-type]
                 problem = "a document's hidden states change with the document before it"
     if problem is not None:
         raise InputError(
@@ -173,7 +174,7 @@ def check_head(model: nn.Module, name: str, input_ids: Tensor,
     weight can be read. Collective under ZeRO-3: every rank calls it with inputs of one shape.
     Raises InputError.
     """
-    with _eval_mode(model):
+    with eval_mode(model):
         own = model(input_ids=input_ids, use_cache=False).logits.float()
         hidden = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
         with gathered(model):
@@ -182,7 +183,7 @@ def check_head(model: nn.Module, name: str, input_ids: Tensor,
     same = (ours == own) | (ours.isnan() & own.isnan())
     worst = (ours - own).masked_fill(same, 0).abs().max().item()
     size = own.masked_fill(~own.isfinite(), 0).abs().max().item()
-    if not worst <= _tolerance(hidden.dtype) * max(size, 1e-6):
+    if not worst <= tolerance(hidden.dtype) * max(size, 1e-6):
         raise InputError(
             f"the fused head does not reproduce the logits of {name} ({type(model).__name__}): "
             f"they differ by up to {worst:.3g} where the model's own reach {size:.3g}",
