@@ -25,6 +25,7 @@ from amid_ds.models.attention import (
 )
 from amid_ds.models.delta import DeltaTeacher
 from amid_ds.models.head_form import HeadForm, head_form
+from amid_ds.models.recurrence import documents_alone
 from amid_ds.models.shape import body_of, head_module, text_config
 
 
@@ -41,11 +42,19 @@ def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
                           for part in model.parts], -1)
     # Not every architecture takes positions, so they are passed only where there are any.
     optional: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+
+    def boundaries() -> list[int]:
+        if documents is not None:
+            return documents.boundaries(input_ids.shape[1])
+        assert positions is not None
+        return [*(positions.flatten() == 0).nonzero()[:, 0].tolist(), input_ids.numel()]
+
     if (documents is not None and attends_by_boundaries(model)
             and (positions is not None or exceeds_window(model, input_ids.shape[1]))):
         optional |= boundary_arguments(documents, input_ids)
-    hidden: Tensor = body_of(model)(
-        input_ids=input_ids, use_cache=False, **optional).last_hidden_state
+    with documents_alone(model, None if positions is None else boundaries, input_ids):
+        hidden: Tensor = body_of(model)(
+            input_ids=input_ids, use_cache=False, **optional).last_hidden_state
     return hidden
 
 
