@@ -22,6 +22,7 @@ from amid_ds.models.attention import (
     attends_by_boundaries,
     boundary_arguments,
     exceeds_window,
+    masks_by_positions,
 )
 from amid_ds.models.delta import DeltaTeacher
 from amid_ds.models.head_form import HeadForm, head_form
@@ -40,8 +41,10 @@ def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
     if isinstance(model, DeltaTeacher):
         return torch.cat([run_body(part, input_ids, positions, documents)
                           for part in model.parts], -1)
-    # Not every architecture takes positions, so they are passed only where there are any.
-    optional: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+    body = body_of(model)
+    optional: dict[str, Any] = {}
+    if positions is not None and "position_ids" in inspect.signature(body.forward).parameters:
+        optional["position_ids"] = positions
 
     def boundaries() -> list[int]:
         if documents is not None:
@@ -52,9 +55,9 @@ def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
     if (documents is not None and attends_by_boundaries(model)
             and (positions is not None or exceeds_window(model, input_ids.shape[1]))):
         optional |= boundary_arguments(documents, input_ids)
-    with documents_alone(model, None if positions is None else boundaries, input_ids):
-        hidden: Tensor = body_of(model)(
-            input_ids=input_ids, use_cache=False, **optional).last_hidden_state
+    with (documents_alone(model, None if positions is None else boundaries, input_ids),
+          masks_by_positions(model, positions)):
+        hidden: Tensor = body(input_ids=input_ids, use_cache=False, **optional).last_hidden_state
     return hidden
 
 
@@ -156,15 +159,12 @@ def check_isolation(model: nn.Module, name: str, input_ids: Tensor) -> None:
     positions = torch.arange(half, device=rows.device).repeat(2, 2)
     problem = None
     with _eval_mode(model):
-        if "position_ids" not in inspect.signature(body_of(model).forward).parameters:
-            problem = "it takes no positions"
-        else:
-            both = Documents(((0, half, 2 * half),) * 2)
-            ends = run_body(model, rows, positions, both)[:, half:].float()
-            # Without boundaries, so that flash attention is held against torch's own.
-            alone = run_body(model, rows[:1, half:], positions[:1, half:]).float()
-            if not (ends - alone).abs().max() <= _tolerance(model.dtype) * alone.abs().max():   # type: ignore[arg-type]
-                problem = "a document's hidden states change with the document before it"
+        both = Documents(((0, half, 2 * half),) * 2)
+        ends = run_body(model, rows, positions, both)[:, half:].float()
+        # Without boundaries, so that flash attention is held against torch's own.
+        alone = run_body(model, rows[:1, half:], positions[:1, half:]).float()
+        if not (ends - alone).abs().max() <= _tolerance(model.dtype) * alone.abs().max():   # type: ignore[arg-type]
+            problem = "a document's hidden states change with the document before it"
     if problem is not None:
         raise InputError(
             f"{name} ({type(model).__name__}) does not keep the documents of one row apart: "
