@@ -42,6 +42,7 @@ from amid_ds.models.delta import joined_teacher
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_parameters
 from amid_ds.models.loading import in_one_dtype, load_causal_lm
+from amid_ds.models.recurrence import recomputed_alike
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
 from amid_ds.models.trained import choose_trained
 from amid_ds.run.start import end_part
@@ -146,7 +147,8 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
         opened = OpenModel(module, config, first=choose(module))
     if recipe.student.activation_checkpointing:
         opened.module.gradient_checkpointing_enable(   # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False})
+            gradient_checkpointing_kwargs={"use_reentrant": False,
+                                           "context_fn": recomputed_alike})
     return opened
 
 

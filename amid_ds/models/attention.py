@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from amid_ds.data.batch import Documents
 from amid_ds.distributed.transfer import to_device
 from amid_ds.models.shape import body_of
-from amid_ds.models.shape import body_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,9 +88,9 @@ def boundary_arguments(documents: Documents, input_ids: Tensor) -> dict[str, Any
 def masks_by_positions(model: nn.Module, positions: Tensor | None) -> Iterator[None]:
     """In this context the masks that the body makes end where `positions` [B, L] start again.
 
-    Most families hand the positions to the functions of transformers that make masks. OPT, BLOOM,
-    gpt-oss and Granite 4 (transformers 5.24) do not, so here those functions are given them. BLOOM's
-    biases by the distance along the row are right in a document too: softmax knows differences only.
+    Most families hand the positions to transformers' functions that make masks. OPT, BLOOM, gpt-oss
+    and Granite 4 (transformers 5.24) do not, so here those functions are given them. BLOOM's biases
+    by the distance along the row are right in a document too: softmax knows differences alone.
     """
     module = sys.modules[type(body_of(model)).__module__]
     own = {name: make for name, make in vars(module).items()

@@ -136,7 +136,7 @@ def documents_alone(model: nn.Module, boundaries: Callable[[], Sequence[int]] | 
         return
     for layer in layers:
         if getattr(layer.forward, "func", None) is not _by_document:
-            layer.forward = functools.partial(_by_document, layer.forward)   # type: ignore[method-assign]
+            layer.forward = functools.partial(_by_document, layer.forward)
     rows, length = input_ids.shape
     with _running(_Documents.from_boundaries(boundaries(), rows, length, input_ids.device)):
         yield
