@@ -54,6 +54,7 @@ from amid_ds.models.distiller import Distiller
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.heads import head_parameters
 from amid_ds.models.loading import in_one_dtype, load_causal_lm
+from amid_ds.models.recurrence import recomputed_alike
 from amid_ds.models.router_loss import Routers, router_weights
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
 from amid_ds.models.trained import choose_trained
@@ -170,7 +171,8 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
         opened = OpenModel(module, config, first=choose(module))
     if recipe.student.activation_checkpointing:
         opened.module.gradient_checkpointing_enable(   # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False})
+            gradient_checkpointing_kwargs={"use_reentrant": False,
+                                           "context_fn": recomputed_alike})
     return opened
 
 
