@@ -25,6 +25,7 @@ from amid_ds.engine.ds_config import (
 from amid_ds.engine.ema import RunningMeans, mean_decays
 from amid_ds.engine.engine import Engine
 from amid_ds.engine.gather import GatheredBytes, count_and_order_gathers, gathered_head
+from amid_ds.engine.leaves import register_outside_reads
 from amid_ds.engine.muon import clip_gradients_first
 from amid_ds.engine.optimizer import (
     GroupName,
@@ -38,7 +39,7 @@ from amid_ds.engine.zero_plus_plus import require_quantizer, secondary_groups_of
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.adapters import FirstValues
 from amid_ds.models.attention import choose_attention, exceeds_window
-from amid_ds.models.delta import joined_teacher
+from amid_ds.models.delta import joined_teacher, parts_of
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import head_parameters
 from amid_ds.models.loading import in_one_dtype, load_causal_lm
@@ -64,6 +65,7 @@ def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World
     deepspeed_engine, *_ = deepspeed.initialize(
         model=module, dist_init_required=False, config={**config, "bf16": {"enabled": bf16}})
     deepspeed_engine.eval()
+    register_outside_reads([opened.module])
     return Engine(deepspeed_engine, world)
 
 
@@ -190,5 +192,6 @@ def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, recipe: 
         # FusedHead reads the student's head, not the module that owns it: tell ZeRO-3's hooks.
         for parameter in of_head:
             deepspeed.zero.register_external_parameter(distiller.head, parameter)
+        register_outside_reads([distiller.student, *parts_of(distiller.teacher)])
     return Engine(deepspeed_engine, world, gathered_bytes, decayed_parameters(recipe),
                   RunningMeans(deepspeed_engine, mean_decays(recipe)))
