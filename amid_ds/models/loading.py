@@ -19,7 +19,11 @@ from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.adapters import is_adapter_folder
 from amid_ds.models.head_form import head_form
+from amid_ds.models.hollow import hollow_causal_lm
+from amid_ds.models.language_part import is_multimodal, language_config, multimodal_model
 from amid_ds.models.shape import body_of, head_module, text_config
+from amid_ds.models.weight_files import WeightTable
+from amid_ds.models.weight_map import WeightMap
 from amid_ds.models.weight_reader import WeightReader
 from amid_ds.models.weights import (
     MAX_REASON,
@@ -47,7 +51,11 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
 
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
     meta: Any = meta_model(model, revision, trust_remote_code)
-    require_weights(meta, model, revision)
+    whole = whole_model(model, revision, trust_remote_code)
+    found = require_weights(meta, model, revision, whole=whole)
+    if whole is not None:
+        assert found is not None
+        return _load_language_part(model, torch_dtype, _reader(model, meta, *found), revision)
     bf16 = {"enabled": torch_dtype == torch.bfloat16}
     with (contextlib.nullcontext() if zero3_config is None
           else from_pretrained_into_shards({**zero3_config, "bf16": bf16}),
@@ -59,6 +67,24 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     untied = meta.all_tied_weights_keys.keys() - loaded.all_tied_weights_keys.keys()
     refuse_other_keys(model, {**report, "untied": untied})
     return loaded
+
+
+def _load_language_part(model: str, dtype: torch.dtype, reader: WeightReader | str,
+                        revision: str | None) -> nn.Module:
+    """All of the language part of a multimodal model, in memory of this process."""
+    if isinstance(reader, str):
+        raise InputError(f"the language part of {model} cannot be read by itself: {reader}",
+                         "safetensors files whose tensors become its weights as they are",
+                         "save its language model by itself with save_pretrained")
+    part = hollow_causal_lm(model, dtype, revision)
+    tensors = {name: torch.empty_like(tensor, device="cpu")
+               for name, tensor in part.state_dict().items()}
+    with reader, readable_weights(model):
+        refuse_other_keys(model, {"untied": reader.unequal_twins(0, 1)})
+        reader.fill((reader.sources[name], 0, tensor.view(-1)) for name, tensor in tensors.items())
+    part.load_state_dict(tensors, assign=True)
+    part.tie_weights()   # type: ignore[operator]
+    return part
 
 
 @contextlib.contextmanager
@@ -89,7 +115,16 @@ class _Zero3Config:
 
 
 def model_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's transformers config, without its weights. Raises InputError if it has none."""
+    """The transformers config of a causal LM, without its weights: of a multimodal model that of
+    its language part. Raises InputError if it has none."""
+    return language_config(stored_config(model, revision, trust_remote_code))
+
+
+def stored_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config in a model's config.json, of several parts where it is multimodal.
+
+    Raises InputError if there is none that transformers knows.
+    """
     from transformers import AutoConfig
 
     if is_adapter_folder(model):
@@ -163,6 +198,13 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
         raise _unsupported(model, config, reason) from None
 
 
+def whole_model(model: str, revision: str | None = None, trust_remote_code: bool = False
+                ) -> nn.Module | None:
+    """All of a multimodal model, every parameter on the meta device; None of any other."""
+    config = stored_config(model, revision, trust_remote_code)
+    return multimodal_model(config) if is_multimodal(config) else None
+
+
 def supported_model(model: str, revision: str | None = None, trust_remote_code: bool = False
                     ) -> nn.Module:
     """The meta model of one that the engine and the fused head support.
@@ -193,7 +235,8 @@ def require_supported(model: str, revision: str | None = None, trust_remote_code
     The files are judged by their headers, where they are on this machine. Raises InputError.
     """
     meta = supported_model(model, revision, trust_remote_code)
-    require_weights(meta, model, revision, fetch=False)
+    require_weights(meta, model, revision, fetch=False,
+                    whole=whole_model(model, revision, trust_remote_code))
     return meta
 
 
@@ -205,24 +248,28 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     that rank 0 has read the headers of: collective, and an error of one is an error of all. Raises
     InputError where the weights are not exactly those of the model's config.
     """
-    def shape() -> Any:
-        return meta_model(model, revision, trust_remote_code)
+    def shapes() -> tuple[Any, nn.Module | None]:
+        return (meta_model(model, revision, trust_remote_code),
+                whole_model(model, revision, trust_remote_code))
 
-    meta = shape() if world is None else world.run_checked(shape)
+    meta, whole = shapes() if world is None else world.run_checked(shapes)
     table = None
     if world is not None:
         table = share_weight_table(world, model, revision, named_weights(meta))
 
     def read() -> WeightReader | str:
-        found = require_weights(meta, model, revision, table=table)
+        found = require_weights(meta, model, revision, table=table, whole=whole)
         assert found is not None
-        if getattr(meta.config, "quantization_config", None) is not None:
-            return "they are quantized"
-        with readable_weights(model):
-            mapped = found[1]
-            return mapped.reason or WeightReader(found[0], mapped.sources, twins=mapped.twins)
+        return _reader(model, meta, *found)
 
     return read() if world is None else world.run_checked(read)
+
+
+def _reader(model: str, meta: Any, table: WeightTable, mapped: WeightMap) -> WeightReader | str:
+    if getattr(meta.config, "quantization_config", None) is not None:
+        return "they are quantized"
+    with readable_weights(model):
+        return mapped.reason or WeightReader(table, mapped.sources, twins=mapped.twins)
 
 
 def _unsupported(model: str, config: Any, reason: str) -> InputError:
