@@ -36,7 +36,10 @@ class Costs(NamedTuple):
 
     def plus(self, other: Costs, count: int = 1) -> Costs:
         """These costs and `count` times the other ones."""
-        return Costs(*(mine + count * each for mine, each in zip(self, other, strict=True)))
+        return Costs(self.saved_bytes + count * other.saved_bytes,
+                     self.flops + count * other.flops,
+                     self.backward_flops + count * other.backward_flops,
+                     self.idle_flops + count * other.idle_flops)
 
 
 class BodyCosts(NamedTuple):
@@ -173,7 +176,7 @@ class _Meter:
         layers = list(layers_of(self.meta))
         own = [layer.__dict__.get("forward") for layer in layers]
         for layer in layers:
-            layer.forward = self._layer(layer)   # type: ignore[method-assign]
+            layer.forward = self._layer(layer)
         hooks = [hook for layer in expert_layers(self.meta)
                  for hook in self._watch_experts(layer.name, layer.chosen / layer.experts, tokens)]
         try:
@@ -182,7 +185,7 @@ class _Meter:
             for layer, before in zip(layers, own, strict=True):
                 del layer.forward
                 if before is not None:
-                    layer.forward = before   # type: ignore[method-assign]
+                    layer.forward = before
             for hook in hooks:
                 hook.remove()
 

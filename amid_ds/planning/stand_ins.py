@@ -256,7 +256,7 @@ def _whole_mamba2(ledger: Ledger, projected: Tensor, conv_weight: Tensor,
                   outproj_bias: Tensor | None = None, **__: Any) -> Tensor:
     """mamba_ssm's mamba_split_conv1d_scan_combined, convolution to the last product: it keeps its
     input and the scan's output."""
-    rows, length, _ = projected.shape
+    rows, length = projected.shape[:2]
     width = A.shape[0] * headdim
     states = (conv_weight.shape[0] - width) // (2 * ngroups)
     flops = rows * length * (SCAN_FLOPS * width * states + 2 * conv_weight.numel())
@@ -270,7 +270,7 @@ def _whole_mamba(ledger: Ledger, projected: Tensor, conv_weight: Tensor, conv_bi
                  out_bias: Tensor | None, A: Tensor, *_: Any, **__: Any) -> Tensor:
     """mamba_ssm's mamba_inner_fn, convolution to the last product: projected [B, 2D, T]; it keeps
     its input, steps and matrices of the scan, and its output."""
-    rows, _, length = projected.shape
+    rows, length = projected.shape[0], projected.shape[2]
     width, states = A.shape
     flops = rows * length * (SCAN_FLOPS * width * states + 2 * conv_weight.numel()
                              + 2 * x_weight.numel() + 2 * dt_weight.numel())
