@@ -24,7 +24,12 @@ from amid_ds.engine.ds_config import (
 )
 from amid_ds.engine.ema import RunningMeans, mean_decays
 from amid_ds.engine.engine import Engine
-from amid_ds.engine.gather import GatheredBytes, count_and_order_gathers, gathered_head
+from amid_ds.engine.gather import (
+    GatheredBytes,
+    count_and_order_gathers,
+    full_shape,
+    gathered_head,
+)
 from amid_ds.engine.leaves import (
     mark_leaves,
     register_outside_reads,
@@ -46,8 +51,10 @@ from amid_ds.models.adapters import FirstValues
 from amid_ds.models.attention import choose_attention, exceeds_window
 from amid_ds.models.delta import joined_teacher, parts_of
 from amid_ds.models.distiller import Distiller
+from amid_ds.models.experts import expert_layers
 from amid_ds.models.heads import head_parameters
 from amid_ds.models.loading import in_one_dtype, load_causal_lm
+from amid_ds.models.router_loss import Routers, router_weights
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
 from amid_ds.models.trained import choose_trained
 from amid_ds.run.start import end_part
@@ -116,7 +123,8 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
         choose_attention_of(module, f"the {name}", recipe, world, trains=name == "student")
     distiller = Distiller(models["student"], joined_teacher(models, recipe.live_teacher),
                           vocab_size=vocab_size, shard=shard, replicated=replicated,
-                          cached=recipe.cached_teacher is not None, first_pieces=first_pieces)
+                          cached=recipe.cached_teacher is not None, first_pieces=first_pieces,
+                          routers=_routers_of(models["student"], recipe, world))
     # from_pretrained leaves a model in eval mode: no dropout, no activation checkpointing.
     distiller.train()
     groups = parameter_groups(models["student"], recipe.train)
@@ -131,6 +139,13 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     if body_split is not None:
         body_split.sum_gradients()
     return distiller, groups
+
+
+def _routers_of(student: nn.Module, recipe: Recipe, world: World) -> Routers | None:
+    """The student's routers, with the weights of their losses; None of a dense one."""
+    layers = expert_layers(student, full_shape)
+    weights = router_weights(student, layers, recipe.student.router_aux_loss)
+    return Routers(layers, weights, world.summed) if layers else None
 
 
 def choose_attention_of(model: nn.Module, title: str, recipe: Recipe, world: World, trains: bool
