@@ -67,7 +67,7 @@ def export_into(source: str | Path, out: str | Path, original: str | Path, step:
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(out) as staging, freed_memory_given_back():
             shutil.copytree(original, staging, dirs_exist_ok=True, copy_function=_copy)
-            _patch(weights, model, reader, staging)
+            put_weights(weights, model, reader, staging)
     except OSError as error:
         raise InputError(f"the export to {out} could not be written: {error}",
                          "a folder that can be written, with room",
@@ -131,7 +131,7 @@ def _copy(source: str, out: str) -> None:
     os.chmod(out, 0o644)
 
 
-def _patch(weights: WholeStudent, model: Any, reader: WeightReader, folder: Path) -> None:
+def put_weights(weights: WholeStudent, model: Any, reader: WeightReader, folder: Path) -> None:
     """Put every weight of the language part, `model`, into the copy of the files in `folder`."""
     shapes = _shapes_of(model)
     buffers = model.state_dict().keys() - shapes.keys() - set(model.all_tied_weights_keys)
