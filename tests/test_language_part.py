@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.families import save_tiny
 from support.ranks import run_ranks
 from support.reference_loop import reference_loop
-from support.runs import read_metrics, write_recipe
+from support.runs import comparable_metrics, read_metrics, write_recipe
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -152,3 +152,51 @@ def test_into_refuses_what_the_student_did_not_come_from(run, pair, tmp_path, ca
         message = capsys.readouterr().err
         assert named in message and "Traceback" not in message
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_resumes_and_teaches_and_begins_another_run(run, pair, instructions_file, tmp_path):
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    shutil.rmtree(again / "model")
+    shutil.rmtree(again / "checkpoints" / "step_00000006")
+    (again / "checkpoints" / "latest").write_text("step_00000003")
+    run_ranks(2, "train", run.parent / "r.yaml", f"output_dir={again}")
+    assert comparable_metrics(again) == comparable_metrics(run)
+    recipe = write_recipe(tmp_path / "next.yaml", run, run / "model", instructions_file,
+                          tmp_path / "next", train__steps=1)
+    run_ranks(2, "train", recipe)
+    # The student begins as its teacher is.
+    assert read_metrics(tmp_path / "next")[0]["kd_loss"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_models_that_every_rank_holds_whole_train_alike(run, pair, instructions_file, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", *pair, instructions_file, tmp_path / "whole",
+                          deepspeed="ds_configs/zero1_fp32.json", teacher__placement="replicated",
+                          data__prepared=str(run.parent / "data"))
+    run_ranks(2, "train", recipe)
+    for line, true in zip(read_metrics(tmp_path / "whole"), read_metrics(run), strict=True):
+        assert line["loss"] == pytest.approx(true["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_adapters_are_merged_into_the_original(pair, instructions_file, tmp_path, capsys):
+    recipe = write_recipe(
+        tmp_path / "r.yaml", *pair, instructions_file, tmp_path / "run", train__steps=2,
+        student__lora={"rank": 4, "targets": ["q_proj", "down_proj"]},
+        deepspeed="ds_configs/zero3.json", teacher__placement="replicated")
+    run_ranks(2, "train", recipe)
+    argv = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--into", str(pair[0])]
+    assert main(argv) == 2
+    assert "add --merge" in capsys.readouterr().err
+    assert main([*argv, "--merge"]) == 0
+    assert_only_language_differs(tmp_path / "out", pair[0], lambda name: any(
+        target in name and "language" in name for target in ("q_proj", "down_proj")))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "merged"), "--merge",
+                 "--dtype", "fp32"]) == 0
+    part = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of_whole(whole), part(input_ids=IDS).logits,
+                                   rtol=0, atol=0)
