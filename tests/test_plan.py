@@ -17,7 +17,7 @@ from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe, resolved
 from amid_ds.distributed.world import World
 from amid_ds.monitor.memory_probe import _Traffic
-from amid_ds.planning.body_costs import run_on_meta
+from amid_ds.planning.body_costs import count_body
 from amid_ds.planning.devices import EFFICIENCY, Device, find_device
 from amid_ds.planning.plan import make_plan
 
@@ -158,7 +158,7 @@ def test_what_is_kept_for_backward_is_what_autograd_keeps(family, shared_model):
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         model.base_model(input_ids=torch.zeros(3, 96, dtype=torch.long), use_cache=False)
-    planned = run_on_meta(model.to("meta"), 3, 96).saved_bytes
+    planned = count_body(model.to("meta"), 3, 96, fused=False).saved_bytes
     assert planned == pytest.approx(sum(kept.values()), rel=0.15)
 
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from amid_ds.config.recipe import Dtype, MeanTeacher, Recipe, Teacher
 from amid_ds.distributed.world import World
-from amid_ds.engine.autotp import BodySplit, make_tensor_parallel_groups
 from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.body_split import BodySplit, make_tensor_parallel_groups
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     for_teacher,
@@ -30,6 +30,12 @@ from amid_ds.engine.gather import (
     full_shape,
     gathered_head,
 )
+from amid_ds.engine.leaves import (
+    mark_leaves,
+    register_outside_reads,
+    warn_of_large_layers,
+    without_listed_leaves,
+)
 from amid_ds.engine.muon import clip_gradients_first
 from amid_ds.engine.optimizer import (
     GroupName,
@@ -43,11 +49,12 @@ from amid_ds.engine.zero_plus_plus import require_quantizer, secondary_groups_of
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.adapters import FirstValues
 from amid_ds.models.attention import choose_attention, exceeds_window
-from amid_ds.models.delta import joined_teacher
+from amid_ds.models.delta import joined_teacher, parts_of
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.heads import head_parameters
 from amid_ds.models.loading import in_one_dtype, load_causal_lm
+from amid_ds.models.recurrence import recomputed_alike
 from amid_ds.models.router_loss import Routers, router_weights
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
 from amid_ds.models.trained import choose_trained
@@ -68,9 +75,12 @@ def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World
     opened.module.requires_grad_(False)
     module = shape(opened.module)
     bf16 = next(opened.read(world).parameters()).dtype == torch.bfloat16
+    mark_leaves([opened.module])
     deepspeed_engine, *_ = deepspeed.initialize(
-        model=module, dist_init_required=False, config={**config, "bf16": {"enabled": bf16}})
+        model=module, dist_init_required=False,
+        config=without_listed_leaves({**config, "bf16": {"enabled": bf16}}))
     deepspeed_engine.eval()
+    register_outside_reads([opened.module])
     return Engine(deepspeed_engine, world)
 
 
@@ -161,7 +171,8 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
         opened = OpenModel(module, config, first=choose(module))
     if recipe.student.activation_checkpointing:
         opened.module.gradient_checkpointing_enable(   # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False})
+            gradient_checkpointing_kwargs={"use_reentrant": False,
+                                           "context_fn": recomputed_alike})
     return opened
 
 
@@ -188,9 +199,13 @@ def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, recipe: 
         logger.warning("the gradients of micro-batches add up in bf16; ZeRO stages 2 and 3 can add "
                        "them up in fp32 (data_types.grad_accum_dtype)")
     trainable = [p for p in distiller.parameters() if p.requires_grad]
+    sharded = [each for model in distiller.children() for each in parts_of(model)
+               if each is not distiller.head] if zero3 else []
+    warn_of_large_layers(sharded, config)
+    mark_leaves(sharded)
     deepspeed_engine, *_ = deepspeed.initialize(
-        model=distiller, model_parameters=trainable, optimizer=optimizer, config=config,
-        dist_init_required=False)
+        model=distiller, model_parameters=trainable, optimizer=optimizer,
+        config=without_listed_leaves(config), dist_init_required=False)
     # DeepSpeed's bf16 stage 0 makes one empty step to create the state.
     recount_steps(optimizer, 0)
     gathered_bytes = GatheredBytes()
@@ -205,5 +220,6 @@ def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, recipe: 
         # FusedHead reads the student's head, not the module that owns it: tell ZeRO-3's hooks.
         for parameter in of_head:
             deepspeed.zero.register_external_parameter(distiller.head, parameter)
+        register_outside_reads(sharded)
     return Engine(deepspeed_engine, world, gathered_bytes, decayed_parameters(recipe),
                   RunningMeans(deepspeed_engine, mean_decays(recipe)))

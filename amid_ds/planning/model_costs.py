@@ -16,12 +16,14 @@ from amid_ds.engine.optimizer import parameter_groups
 from amid_ds.errors import InputError
 from amid_ds.models import loading
 from amid_ds.models.adapters import is_adapted, is_adapter
+from amid_ds.models.experts import expert_layers
 from amid_ds.models.fit import require_positions
 from amid_ds.models.shape import body_of, embedding_of, head_module, layers_of
 from amid_ds.models.sizes import intermediate_size, teacher_bytes_per_token
 from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
 from amid_ds.models.trained import choose_trained
-from amid_ds.planning.body_costs import BodyCosts, count_body, run_on_meta
+from amid_ds.planning.body_costs import BodyCosts, count_body
+from amid_ds.planning.stand_ins import has_scans
 
 # Summed logits are in fp32 (losses/summed_head.py).
 FP32_LOGIT_BYTES = 4
@@ -100,9 +102,14 @@ class ModelCosts:
     body_is_trained: bool
     # The weights that the files hold, but for adapters, which are new.
     stored: WeightCounts
-    # This rank's part of the body; of its saved bytes, one layer's.
+    # This rank's part of the body.
     body: BodyCosts
-    layer_saved_bytes: int
+    # Of the model's weights, those that a token passes; and of this rank's, the most that the
+    # experts of one layer have, which ZeRO-3 gathers together.
+    active: int
+    expert_gather: int
+    # Scans of its body keep what fused kernels would.
+    has_fused_scans: bool
     # Elements per token that AutoTP sums over its group in forward, and in backward.
     tp_forward_width: int
     tp_backward_width: int
@@ -111,7 +118,7 @@ class ModelCosts:
 
     def checkpointed_bytes(self, tokens: int) -> int:
         """Bytes kept for backward when layers are recomputed: their inputs, and all outside."""
-        outside = self.body.saved_bytes - self.layers * self.layer_saved_bytes
+        outside = self.body.saved_bytes - self.body.layers_bytes
         return outside + self.layers * tokens * self.hidden_size * self.element_size
 
 
@@ -125,14 +132,14 @@ def summed_costs(models: Mapping[str, ModelCosts]) -> ModelCosts | None:
                            sum((each.weights.is_shared for each in costs), ()))
     stored = sum(each.weights.total * each.stored_size for each in costs)
     added = ("hidden_size", "layers", "embedding", "tied_embedding", "head", "untied_head",
-             "tp_forward_width", "tp_backward_width")
-    largest = ("element_size", "intermediate_size", "largest_gather", "layer_saved_bytes",
+             "active", "tp_forward_width", "tp_backward_width")
+    largest = ("element_size", "intermediate_size", "largest_gather", "expert_gather",
                "bytes_per_teacher_token")
     return replace(
         costs[0], weights=weights, stored=weights, stored_size=stored / weights.total,
         logit_size=FP32_LOGIT_BYTES,
-        body=BodyCosts(sum(each.body.saved_bytes for each in costs),
-                       sum(each.body.flops for each in costs), 0.0),
+        body=BodyCosts(*(sum(of_models) for of_models in zip(*(each.body for each in costs),
+                                                             strict=True))),
         **{name: sum(getattr(each, name) for each in costs) for name in added},
         **{name: max(getattr(each, name) for each in costs) for name in largest})
 
@@ -141,18 +148,20 @@ _COUNTED: dict[tuple[object, ...], ModelCosts] = {}
 
 
 def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
-                whole: bool = False) -> ModelCosts:
+                whole: bool = False, fused: bool = True) -> ModelCosts:
     """The costs of `model` in `dtype` on one rank of a group of recipe.tensor_parallel.
 
-    whole: the ranks of the group do not split it. Counted once by this process; the same on any
-    number of ranks. Raises InputError for one that does not run on the meta device.
+    whole: the ranks of the group do not split it. fused: by body_costs.count_body. Counted once by
+    this process; the same on any number of ranks. Raises InputError for one that does not run on
+    the meta device.
     """
     train = recipe.train
     config = loading.model_config(model.model, **model.hub_kwargs).to_json_string(use_diff=False)
-    key = (model.model, model.revision, type(model), config, dtype, whole, recipe.tensor_parallel,
-           train.micro_batch_size, train.seq_length, train.optimizer, _trained_part(model))
+    key = (model.model, model.revision, type(model), config, dtype, whole, fused,
+           recipe.tensor_parallel, train.micro_batch_size, train.seq_length, train.optimizer,
+           _trained_part(model))
     if key not in _COUNTED:
-        _COUNTED[key] = _count_model(model, dtype, recipe, whole)
+        _COUNTED[key] = _count_model(model, dtype, recipe, whole, fused)
     return _COUNTED[key]
 
 
@@ -162,7 +171,7 @@ def _trained_part(model: Student | Teacher) -> str:
 
 
 def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
-                 whole: bool) -> ModelCosts:
+                 whole: bool, fused: bool) -> ModelCosts:
     meta: Any = loading.supported_model(model.model, **model.hub_kwargs)
     if isinstance(model, Student):
         choose_trained(meta, model)
@@ -170,6 +179,7 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
     counts = _counts_by_use(meta, isinstance(model, Student), recipe, whole)
+    active = counts["weights"].total - _idle_weights(meta)
     output = head_module(meta)
     head, embedding = output.weight, embedding_of(meta).weight
     of_head = {id(parameter) for parameter in output.parameters()}
@@ -183,8 +193,8 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     largest_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
     hidden_size, seq_length = head.shape[1], recipe.train.seq_length
     try:
-        body, layer_saved_bytes = count_body(meta, recipe.train.micro_batch_size, seq_length,
-                                             layers)
+        body = count_body(meta, recipe.train.micro_batch_size, seq_length, fused,
+                          backward=isinstance(model, Student))
     # Whatever its own code raises where tensors have no numbers.
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -210,11 +220,22 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         body_is_trained=(body_is_trained or is_adapted(output)
                          or (head is embedding and head.requires_grad)),
         body=body,
-        layer_saved_bytes=layer_saved_bytes,
+        active=active,
+        expert_gather=max((sum(p.numel() for p in meta.get_submodule(layer.name).parameters())
+                           for layer in expert_layers(meta)), default=0),
+        has_fused_scans=fused and has_scans(meta),
         tp_forward_width=forward_width,
         tp_backward_width=backward_width,
         bytes_per_teacher_token=(teacher_bytes_per_token([meta.config], element_size, seq_length)
                                  if isinstance(model, Teacher) else 0))
+
+
+def _idle_weights(meta: nn.Module) -> int:
+    """Weights of the experts that a token does not pass."""
+    return sum(parameter.numel() * (layer.experts - layer.chosen) // layer.experts
+               for layer in expert_layers(meta)
+               for name, parameter in meta.get_submodule(layer.name).named_parameters()
+               if parameter.ndim > 1 and parameter.shape[0] % layer.experts == 0)
 
 
 def _counts_by_use(meta: nn.Module, trains: bool, recipe: Recipe,
@@ -256,7 +277,7 @@ def _width_without_gradient(meta: Any) -> int:
 
     hooks = [module.register_forward_pre_hook(count) for module in body.modules()
              if getattr(module, "sums_input_gradient", False)]
-    run_on_meta(meta, 1, 2)
+    count_body(meta, 1, 2, backward=False, every_layer=True)
     for hook in hooks:
         hook.remove()
     return width

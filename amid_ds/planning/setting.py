@@ -160,7 +160,8 @@ class Setting:
     def activation_bytes(self) -> tuple[int, int]:
         """Bytes of the student's activations: kept for backward, and of one recomputed layer."""
         if self.recipe.student.activation_checkpointing:
-            return self.student.checkpointed_bytes(self.tokens), self.student.layer_saved_bytes
+            return (self.student.checkpointed_bytes(self.tokens),
+                    self.student.body.largest_layer_bytes)
         return self.student.body.saved_bytes, 0
 
     @property
@@ -218,8 +219,9 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
         zero=zero,
         micro_batches=ds_config["gradient_accumulation_steps"],
         teacher_micro_batches=accumulation_steps(recipe, data_parallel),
+        # A CPU has no kernels for scans: transformers' own code runs there.
         student=count_model(resolve_student(recipe), torch.bfloat16 if zero.bf16 else torch.float32,
-                            recipe),
+                            recipe, fused=device.name != "cpu"),
         teacher=summed_costs(frozen),
         frozen=frozen,
         target_bytes=_target_bytes(recipe),
