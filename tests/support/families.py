@@ -247,6 +247,14 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     return model.eval()
 
 
+def plain_model(folder: Path) -> nn.Module:
+    """Transformers' own model of a folder, by whichever class opens it, in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+    return (AutoModelForCausalLM if known else AutoModelForImageTextToText).from_pretrained(folder)
+
+
 def save_tiny(name: str, folder: Path, tokenizer: Any = None, seed: int = 0,
               **changes: Any) -> Path:
     """Save tiny_model(...) and a tokenizer as from_pretrained opens them; return the folder.
