@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from amid_ds.engine.ds_config import DeepSpeedConfig
-from amid_ds.engine.gather import full_numel
+from amid_ds.engine.gather import full_numel, full_shape
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.weight_reads import expert_blocks, outside_reads
 
@@ -98,7 +98,7 @@ def warn_of_large_layers(models: Sequence[nn.Module], config: DeepSpeedConfig) -
     zero = config.get("zero_optimization", {})
     allowed = int(zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE))
     for model in models:
-        names = [layer.name for layer in expert_layers(model)] or expert_blocks(model)
+        names = [layer.name for layer in expert_layers(model, full_shape)] or expert_blocks(model)
         sizes = {name: sum(map(full_numel, model.get_submodule(name).parameters()))
                  for name in names}
         largest = max(sizes, key=sizes.__getitem__, default="")
