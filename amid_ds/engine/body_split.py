@@ -135,6 +135,7 @@ def _say_what_stays_whole(model: nn.Module, name: str, blocks: list[Block], tp_s
     total = sum(math.prod(_whole_shape(parameter)) for parameter in model.parameters())
     named = [part for part in whole if part.count >= LEAST_SHARE * total]
     if named:
-        logger.info("tensor_parallel %d: of the %s every rank holds %.0f%% of the weights whole, "
-                    "and computes with them: %s", tp_size, name,
-                    100 * sum(part.count for part in whole) / total, "; ".join(map(str, named)))
+        logger.info("tensor_parallel %d: %.0f%% of the %s's weights stay whole on every rank, "
+                    "which computes with them: %s", tp_size,
+                    100 * sum(part.count for part in whole) / total, name,
+                    "; ".join(map(str, named)))

@@ -18,7 +18,7 @@ from torch import nn
 from amid_ds.distributed.tensor_group import Peers
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.models.adapters import ADAPTER_NAME, is_adapted
-from amid_ds.models.shape import embedding_of, head_module, is_tied, layers_of
+from amid_ds.models.shape import body_name, embedding_of, head_module, is_tied, layers_of
 from amid_ds.models.tp_layers import split_blocks
 from amid_ds.models.tp_plan import Block, blocks_of, generic, own_shape
 
@@ -109,8 +109,9 @@ def whole_parts(model: nn.Module, blocks: Collection[Block],
         if id(parameter) not in layers or name in split or len(shape) < 2:
             continue
         place = next((each for each in reasons if name.startswith(each)),
-                     f"{name.rpartition('.')[0]}.")
-        key = generic(place[:-1]), reasons.get(place, NO_PLAN)
+                     f"{name.rpartition('.')[0] if blocks else body_name(model)}.")
+        key = generic(place[:-1]), reasons.get(place, NO_PLAN) if blocks else (
+            f"{type(model).__name__} has no tensor-parallel plan in transformers")
         counts[key] = counts.get(key, 0) + math.prod(shape)
     return sorted((WholePart(name, reason, count) for (name, reason), count in counts.items()),
                   key=lambda part: -part.count)

@@ -6,6 +6,7 @@ becomes one that sums, joins or cuts before or after what the layer did before.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -151,10 +152,16 @@ def _give_role(module: Any, role: Role, peers: Peers, model: nn.Module) -> None:
     if role == "latent":
         module.to_heads = text_config(model).qk_rope_head_dim
     module.peers = peers
-    own = module.whole_class = type(module)
-    # The class of a layer before stays one of its classes, and its name.
-    module.__class__ = mixin if own is nn.Linear and role != "latent" else type(
-        own.__name__, (mixin, own), {"__module__": own.__module__})
+    module.whole_class = type(module)
+    module.__class__ = _split_class(mixin, type(module))
+
+
+@functools.cache
+def _split_class(mixin: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
+    """A class that has both, and the name of a layer's own."""
+    if issubclass(mixin, own):
+        return mixin
+    return type(own.__name__, (mixin, own), {"__module__": own.__module__})
 
 
 def sum_gradients(model: nn.Module) -> None:
