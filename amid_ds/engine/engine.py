@@ -22,6 +22,7 @@ from amid_ds.errors import TrainingError
 from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller, LossPart, MicroBatchLoss
 from amid_ds.models.heads import check_head, check_isolation, ids_to_check
+from amid_ds.models.router_loss import real_tokens
 from amid_ds.models.sizes import default_teacher_tokens, hidden_states_fit, teacher_bytes_per_token
 
 
@@ -78,17 +79,18 @@ class Engine:
             gather.param_coordinator(self._deepspeed).reset_step()
 
     def forward(self, batch: Batch, token_weights: Tensor, teacher_hidden: Tensor | None,
-                parts: Sequence[LossPart], last: bool) -> MicroBatchLoss:
+                parts: Sequence[LossPart], last: bool, routed: bool = True) -> MicroBatchLoss:
         """The loss of one micro-batch on the device, see `Distiller.forward`.
 
         Its `teacher_targets` are learnt from where it has them. last: whether it is the last one of
-        the accumulation window.
+        the accumulation window. routed: it counts for the losses of a mixture's routers.
         """
         self._deepspeed.set_gradient_accumulation_boundary(last)
+        real = real_tokens(batch) if routed and self.distiller.routers is not None else None
         loss: MicroBatchLoss = self._deepspeed(
             batch.input_ids, batch.valid, batch.targets, token_weights, teacher_hidden,
             batch.positions, batch.sequences, parts=parts, documents=batch.documents,
-            targets=batch.teacher_targets)
+            targets=batch.teacher_targets, real=real)
         return loss
 
     def backward(self, loss: Tensor) -> None:
