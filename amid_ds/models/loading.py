@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from amid_ds.config.recipe import Dtype, Teacher
+from amid_ds.distributed.devices import name_accelerator
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.adapters import is_adapter_folder
@@ -125,6 +126,7 @@ def stored_config(model: str, revision: str | None = None, trust_remote_code: bo
 
     Raises InputError if there is none that transformers knows.
     """
+    name_accelerator()
     from transformers import AutoConfig
 
     if is_adapter_folder(model):

@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 # What configs call the weight of the load-balancing loss in transformers; DBRX's is in a part.
 BALANCE_NAMES = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 Z_NAMES = ("router_z_loss_coef", "z_loss_coef")
+# How far the sum of recorded probabilities may be from 1.
+NORMALIZED_TO = 1e-2
 
 
 class RouterWeights(NamedTuple):
@@ -118,6 +120,8 @@ class Routers:
         # Of the step's global batch, where they are known in advance.
         self._choices: Tensor | None = None
         self._measures_load = False
+        # Whether what is recorded as logits are probabilities, as Gemma 4's; None: not looked yet.
+        self._normalized: bool | None = None
         self.load: Tensor | None = None
 
     @property
@@ -209,7 +213,7 @@ class Routers:
         recorded = [layer for layer in self.layers if layer.logits is not None]
         counts = torch.zeros(logits[0].shape[-1], dtype=torch.float64, device=real.device)
         for layer, own in zip(recorded, logits, strict=True):
-            chosen = own.detach().float().softmax(-1).topk(layer.chosen, -1).indices
+            chosen = self._probabilities(own.detach()).topk(layer.chosen, -1).indices
             counts += _tally(chosen, real, len(counts))
         return torch.cat([counts, real.double().sum()[None] * len(logits)])
 
@@ -218,13 +222,22 @@ class Routers:
         probabilities = torch.zeros_like(choices[:-1])
         squares = torch.zeros_like(choices[-1])
         for own in logits:
-            own = own.float()
-            probabilities = probabilities + (own.softmax(-1) * real[:, None]).sum(0).double()
+            share = self._probabilities(own) * real[:, None]
+            probabilities = probabilities + share.sum(0).double()
             if self.weights.z:
-                squares = squares + (own.logsumexp(-1).square() * real).sum().double()
+                squares = squares + (own.float().logsumexp(-1).square() * real).sum().double()
         tokens = choices[-1].clamp(min=1.0)
         balance = len(probabilities) * (choices[:-1] / tokens * probabilities / tokens).sum()
         return torch.stack([balance, squares / tokens])
+
+    def _probabilities(self, logits: Tensor) -> Tensor:
+        """[T, E] fp32 of logits [T, E]. At the first call the host waits for the device."""
+        own = logits.float()
+        if self._normalized is None:
+            looked_at = own.detach()
+            self._normalized = bool((looked_at >= 0).all()
+                                    and ((looked_at.sum(-1) - 1).abs() < NORMALIZED_TO).all())
+        return own if self._normalized else own.softmax(-1)
 
     @torch.no_grad()
     def _add_load(self, choices: Sequence[Tensor], real: Tensor) -> None:
