@@ -30,7 +30,12 @@ from amid_ds.engine.gather import (
     full_shape,
     gathered_head,
 )
-from amid_ds.engine.leaves import register_outside_reads
+from amid_ds.engine.leaves import (
+    mark_leaves,
+    register_outside_reads,
+    warn_of_large_layers,
+    without_listed_leaves,
+)
 from amid_ds.engine.muon import clip_gradients_first
 from amid_ds.engine.optimizer import (
     GroupName,
@@ -69,8 +74,10 @@ def build_teacher_engine(teacher: Teacher, config: DeepSpeedConfig, world: World
     opened.module.requires_grad_(False)
     module = shape(opened.module)
     bf16 = next(opened.read(world).parameters()).dtype == torch.bfloat16
+    mark_leaves([opened.module])
     deepspeed_engine, *_ = deepspeed.initialize(
-        model=module, dist_init_required=False, config={**config, "bf16": {"enabled": bf16}})
+        model=module, dist_init_required=False,
+        config=without_listed_leaves({**config, "bf16": {"enabled": bf16}}))
     deepspeed_engine.eval()
     register_outside_reads([opened.module])
     return Engine(deepspeed_engine, world)
@@ -193,9 +200,13 @@ def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, recipe: 
         logger.warning("the gradients of micro-batches add up in bf16; ZeRO stages 2 and 3 can add "
                        "them up in fp32 (data_types.grad_accum_dtype)")
     trainable = [p for p in distiller.parameters() if p.requires_grad]
+    sharded = [each for model in distiller.children() for each in parts_of(model)
+               if each is not distiller.head] if zero3 else []
+    warn_of_large_layers(sharded, config)
+    mark_leaves(sharded)
     deepspeed_engine, *_ = deepspeed.initialize(
-        model=distiller, model_parameters=trainable, optimizer=optimizer, config=config,
-        dist_init_required=False)
+        model=distiller, model_parameters=trainable, optimizer=optimizer,
+        config=without_listed_leaves(config), dist_init_required=False)
     # DeepSpeed's bf16 stage 0 makes one empty step to create the state.
     recount_steps(optimizer, 0)
     gathered_bytes = GatheredBytes()
@@ -210,6 +221,6 @@ def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, recipe: 
         # FusedHead reads the student's head, not the module that owns it: tell ZeRO-3's hooks.
         for parameter in of_head:
             deepspeed.zero.register_external_parameter(distiller.head, parameter)
-        register_outside_reads([distiller.student, *parts_of(distiller.teacher)])
+        register_outside_reads(sharded)
     return Engine(deepspeed_engine, world, gathered_bytes, decayed_parameters(recipe),
                   RunningMeans(deepspeed_engine, mean_decays(recipe)))

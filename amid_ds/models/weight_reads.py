@@ -59,12 +59,31 @@ def reads_inside(model: nn.Module) -> list[str]:
 
 
 def leaf_names(model: nn.Module) -> list[str]:
-    """Names of the modules for which ZeRO-3 gathers more than one module's own few weights at once.
+    """Names of the modules for which ZeRO-3 gathers more at once than a layer's usual weights.
 
-    Those are the ones that read weights of their descendants (at most all of their weights are
-    gathered with them), and the layers of experts.
+    Those that read weights of their descendants (of theirs these are gathered, at most all), and
+    the layers of experts.
     """
-    return list(dict.fromkeys([*reads_inside(model), *(each.name for each in expert_layers(model))]))
+    experts = [layer.name for layer in expert_layers(model)]
+    return list(dict.fromkeys(reads_inside(model) + experts + expert_blocks(model)))
+
+
+def expert_blocks(model: nn.Module) -> list[str]:
+    """Names of the modules that call those of a list as the data choose: experts that are modules.
+
+    That is taken of a list of n modules beside a matrix onto n numbers, as models with code of
+    their own have it. transformers' experts are stacked, in one module.
+    """
+    return [name for name, block in model.named_modules() if any(
+        len(child) > 1 and len(child) in _widths(block, child)
+        for child in block.children() if isinstance(child, nn.ModuleList))]
+
+
+def _widths(block: nn.Module, besides: nn.Module) -> set[int]:
+    """The first dimensions of the matrices of the children of `block` but one, sharded or not."""
+    shapes = [getattr(parameter, "ds_shape", parameter.shape) for child in block.children()
+              if child is not besides for parameter in child.parameters(recurse=False)]
+    return {shape[0] for shape in shapes if len(shape) == 2}
 
 
 def _parameters_at(module: nn.Module, chain: tuple[str, ...], prefix: str
@@ -94,7 +113,7 @@ def _attribute(module: nn.Module, name: str) -> Any:
         return None
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _chains_read(module_class: type) -> frozenset[tuple[str, ...]]:
     """Attribute chains from `self`, of two names or more, that forward may read."""
     methods = _methods_of(module_class)
@@ -123,7 +142,7 @@ def _methods_of(module_class: type) -> dict[str, list[ast.FunctionDef]]:
     return methods
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _class_bodies(module_name: str) -> dict[str, list[ast.stmt]]:
     """The bodies of a Python module's classes; {} where its source is not at hand."""
     try:
