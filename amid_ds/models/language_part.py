@@ -9,6 +9,7 @@ gives to the body and the head is taken. The towers are built on the meta device
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +17,29 @@ from torch import nn
 
 from amid_ds.models.shape import body_name, body_of, head_module, text_config
 
-# Families without a causal LM of their own, by the model_type of their text, and the one whose
-# layers are the same where all of a token's positions are equal, as in text alone.
-TWINS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3",
-         "qwen3_vl_moe_text": "qwen3_moe", "glm4v_text": "glm4", "glm4v_moe_text": "glm4_moe"}
+# Families without a causal LM of their own, by the model_type of their text: the one whose layers
+# are the same where all of a token's positions are equal, as in text alone, and what it needs told.
+TWINS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_vl_text": ("qwen2", {}), "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen3_vl_text": ("qwen3", {}),
+    "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
+    "glm4v_text": ("glm4", {"attention_bias": True}), "glm4v_moe_text": ("glm4_moe", {})}
+# The multimodal families, by model_type, whose logits of text were held against those of their
+# language part (tests/test_language_part.py).
+HELD = frozenset(
+    "apertus1p5 aria cosmos3_omni deepseek_vl deepseek_vl_hybrid exaone4_5 fuyu gemma3 gemma4 "
+    "gemma4_unified glm46v glm4v glm4v_moe glmga got_ocr2 hyperclovax_vision_v2 idefics2 inkling2 "
+    "inkling2_loop inkling_mm_model internvl janus kimi_k25 lfm2_vl lfm3_vl lighton_ocr llama4 "
+    "llava llava_next llava_next_video llava_onevision minicpm_ocr minicpmv4_6 minicpmv4_7 "
+    "minimax_m3_vl mistral3 ovis2 paligemma pp_chart2table qianfan_ocr qwen2_5_vl qwen2_vl qwen3_5 "
+    "qwen3_5_moe qwen3_vl qwen3_vl_moe qwen4_exp shieldgemma2 smolvlm video_llama_3 video_llava "
+    "vipllava".split())
+# By the model_type of the whole, why its logits of text are not those of its text's causal LM.
+UNSCALED = "its class leaves out the scale that its text's model gives its logits"
+NOT_THE_SAME = {
+    "cohere2_vision": UNSCALED, "aya_vision": UNSCALED,
+    "mllama": "its text's model has layers of cross-attention that text alone skips, and "
+              "AutoModelForCausalLM does not open its text's config"}
 # Of rotary positions with several axes: what a family with one does not know.
 AXES = ("mrope_section", "mrope_interleaved")
 
@@ -45,7 +65,7 @@ def language_config(config: Any) -> Any:
         return config
     text = text_config(config)
     if text.model_type in TWINS:
-        text = _as_twin(text, TWINS[text.model_type])
+        text = _as_twin(text, *TWINS[text.model_type])
     # The whole model's count for its head and its files; a part's own may be its class's default.
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
     text.dtype = text.dtype or config.dtype
@@ -56,15 +76,32 @@ def language_config(config: Any) -> Any:
     return text
 
 
-def _as_twin(text: Any, model_type: str) -> Any:
+def why_not_apart(config: Any, part: Any) -> str | None:
+    """Why the language part of a multimodal config, whose own is `part`, is no model by itself."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if config.model_type in NOT_THE_SAME:
+        return NOT_THE_SAME[config.model_type]
+    if type(part) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return (f"its language part ({part.model_type}) has no causal LM in transformers, nor a "
+                "family known here whose layers are the same")
+    return None
+
+
+def _as_twin(text: Any, model_type: str, told: Mapping[str, Any]) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     twin = CONFIG_MAPPING[model_type]
-    known = twin().to_dict().keys() - {"model_type", "architectures", "transformers_version"}
-    values = {key: value for key, value in text.to_dict().items() if key in known}
+    # Layers read head_dim where there is one, known to the class or not.
+    known = {*twin().to_dict(), "head_dim"} - {"model_type", "architectures",
+                                               "transformers_version"}
+    values = {"head_dim": text.hidden_size // text.num_attention_heads, **text.to_dict(), **told}
+    values = {key: value for key, value in values.items() if key in known}
     rope = values.get("rope_parameters")
     if rope is not None:
-        kept = {key: value for key, value in rope.items() if key not in AXES}
+        # Half of a head, where GLM-4's config is told nothing.
+        kept = {"partial_rotary_factor": 1.0,
+                **{key: value for key, value in rope.items() if key not in AXES}}
         kept["rope_type"] = "default" if rope["rope_type"] == "mrope" else rope["rope_type"]
         values["rope_parameters"] = kept
     return twin(**values)

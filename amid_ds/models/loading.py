@@ -21,7 +21,13 @@ from amid_ds.errors import InputError
 from amid_ds.models.adapters import is_adapter_folder
 from amid_ds.models.head_form import head_form
 from amid_ds.models.hollow import hollow_causal_lm
-from amid_ds.models.language_part import is_multimodal, language_config, multimodal_model
+from amid_ds.models.language_part import (
+    is_multimodal,
+    language_config,
+    multimodal_model,
+    places_in_whole,
+    why_not_apart,
+)
 from amid_ds.models.shape import body_of, head_module, text_config
 from amid_ds.models.weight_files import WeightTable
 from amid_ds.models.weight_map import WeightMap
@@ -52,7 +58,7 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
 
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
     meta: Any = meta_model(model, revision, trust_remote_code)
-    whole = whole_model(model, revision, trust_remote_code)
+    whole = whole_model(meta, model, revision, trust_remote_code)
     found = require_weights(meta, model, revision, whole=whole)
     if whole is not None:
         assert found is not None
@@ -146,9 +152,25 @@ def stored_config(model: str, revision: str | None = None, trust_remote_code: bo
                              "run that the student is), or give the command --trust-remote-code"
                              ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "does not recognize this architecture" in reason:
+            raise _unknown_type(model, revision) from None
         raise InputError(f"no model can be read from {model!r}: {reason}",
                          "a folder with config.json and weights, or the id of a model on the hub",
                          "check the path; relative paths start where the command is run") from None
+
+
+def _unknown_type(model: str, revision: str | None) -> InputError:
+    """The error of a model_type that the installed transformers has no class for."""
+    import transformers
+
+    stored = transformers.PreTrainedConfig.get_config_dict(model, revision=revision)[0]
+    written = stored.get("transformers_version")
+    by = "" if written is None else f", and transformers {written} wrote its config.json"
+    return InputError(f"the model {model} has the model_type {stored.get('model_type')!r}, which "
+                      f"the installed transformers {transformers.__version__} does not know{by}",
+                      "a model_type that the installed transformers has a class for",
+                      "install a newer transformers, which may know it (pip install --upgrade "
+                      "transformers), or choose another model")
 
 
 def refuse_adapters(folder: str) -> NoReturn:
@@ -190,7 +212,10 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
     """
     from transformers import AutoModelForCausalLM
 
-    config = model_config(model, revision, trust_remote_code)
+    stored = stored_config(model, revision, trust_remote_code)
+    config = language_config(stored)
+    if is_multimodal(stored) and (reason := why_not_apart(stored, config)) is not None:
+        raise _unsupported(model, stored, reason)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -200,11 +225,22 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
         raise _unsupported(model, config, reason) from None
 
 
-def whole_model(model: str, revision: str | None = None, trust_remote_code: bool = False
-                ) -> nn.Module | None:
-    """All of a multimodal model, every parameter on the meta device; None of any other."""
+def whole_model(meta: nn.Module, model: str, revision: str | None = None,
+                trust_remote_code: bool = False) -> nn.Module | None:
+    """All of the multimodal model that `meta` is the language part of, every parameter on the meta
+    device; None of any other. Raises InputError where it has no such part."""
     config = stored_config(model, revision, trust_remote_code)
-    return multimodal_model(config) if is_multimodal(config) else None
+    if not is_multimodal(config):
+        return None
+    try:
+        whole = multimodal_model(config)
+        places_in_whole(meta, whole)
+    # Towers may need packages that are not there.
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise _unsupported(model, config, (lines[0] if lines else type(error).__name__)[
+            :MAX_REASON]) from None
+    return whole
 
 
 def supported_model(model: str, revision: str | None = None, trust_remote_code: bool = False
@@ -213,6 +249,12 @@ def supported_model(model: str, revision: str | None = None, trust_remote_code: 
 
     Raises InputError for any other, judged without its weights.
     """
+    return _supported(model, revision, trust_remote_code)[0]
+
+
+def _supported(model: str, revision: str | None, trust_remote_code: bool
+               ) -> tuple[nn.Module, nn.Module | None]:
+    """(meta model, the multimodal one that it is a part of) of one that is supported."""
     config = model_config(model, revision, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         raise _unsupported(model, config, "its weights are quantized")
@@ -227,7 +269,7 @@ def supported_model(model: str, revision: str | None = None, trust_remote_code: 
         head_form(module)
     except InputError as error:
         raise _unsupported(model, config, error.found) from None
-    return module
+    return module, whole_model(module, model, revision, trust_remote_code)
 
 
 def require_supported(model: str, revision: str | None = None, trust_remote_code: bool = False
@@ -236,9 +278,8 @@ def require_supported(model: str, revision: str | None = None, trust_remote_code
 
     The files are judged by their headers, where they are on this machine. Raises InputError.
     """
-    meta = supported_model(model, revision, trust_remote_code)
-    require_weights(meta, model, revision, fetch=False,
-                    whole=whole_model(model, revision, trust_remote_code))
+    meta, whole = _supported(model, revision, trust_remote_code)
+    require_weights(meta, model, revision, fetch=False, whole=whole)
     return meta
 
 
@@ -251,8 +292,8 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     InputError where the weights are not exactly those of the model's config.
     """
     def shapes() -> tuple[Any, nn.Module | None]:
-        return (meta_model(model, revision, trust_remote_code),
-                whole_model(model, revision, trust_remote_code))
+        part = meta_model(model, revision, trust_remote_code)
+        return part, whole_model(part, model, revision, trust_remote_code)
 
     meta, whole = shapes() if world is None else world.run_checked(shapes)
     table = None

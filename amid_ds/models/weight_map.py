@@ -9,6 +9,7 @@ names, and the model is then loaded in transformers' own way.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from amid_ds.models.language_part import places_in_whole
+from amid_ds.models.language_part import HELD, places_in_whole
 from amid_ds.models.weight_files import DTYPES_ON_DISK, WeightTable
 from amid_ds.models.weight_reader import FileBox, ParameterSource, row_major
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,7 +110,21 @@ def _map_part(meta: Any, whole: Any, table: WeightTable) -> WeightMap:
                                   for name, theirs in own(shapes).items()},
               "conversion_errors": {theirs: report["conversion_errors"][theirs]
                                     for theirs in own(report["conversion_errors"]).values()}}
-    return _map(meta, report, {name: found[theirs] for name, theirs in own(found).items()})
+    mapped = _map(meta, report, {name: found[theirs] for name, theirs in own(found).items()})
+    _say_what_is_read(meta, whole, table, mapped)
+    return mapped
+
+
+def _say_what_is_read(meta: Any, whole: Any, table: WeightTable, mapped: WeightMap) -> None:
+    # A tied one is there under each of its names.
+    read = sum(source.numel() * source.dtype.itemsize for source in set(mapped.sources.values()))
+    of = sum(file.size for file in table.files)
+    logger.info("%s is multimodal (%s): its language part is read, as %s, %.1f of %.1f MB",
+                table.model, type(whole).__name__, type(meta).__name__, read / 1e6, of / 1e6)
+    if whole.config.model_type not in HELD:
+        logger.warning("%s: the language part of a %s was not held against all of it by the tests "
+                       "of this package; compare logits of a text", table.model,
+                       whole.config.model_type)
 
 
 def stored_sources(table: WeightTable) -> dict[str, ParameterSource | str]:
