@@ -27,7 +27,7 @@ from amid_ds.files.atomic import fsync, replace_folder, replace_text, require_di
 from amid_ds.files.lease import Lease
 from amid_ds.files.ownership import STAGING_SIGN, require_new_folder
 from amid_ds.losses.host_memory import freed_memory_given_back
-from amid_ds.models.loading import DTYPES, model_config
+from amid_ds.models.loading import DTYPES, stored_config
 from amid_ds.models.quantized import Quantization, QuantizedWeight
 from amid_ds.models.weight_files import (
     DTYPES_ON_DISK,
@@ -84,7 +84,7 @@ class DequantizePlan:
 def dequantize(args: DequantizeArgs) -> None:
     """Write the folder, complete or not at all. Raises InputError."""
     out = require_new_folder(args.out, "the output")
-    config = model_config(args.model, **args.hub_kwargs)
+    config = stored_config(args.model, **args.hub_kwargs)
     quantization = Quantization(args.model, config, DTYPES[args.dtype])
     source = _local_folder(args.model)
     with readable_weights(args.model):
