@@ -17,6 +17,9 @@ from support.runs import write_gathering_config, write_recipe
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from amid_ds.cluster import doctor
+from amid_ds.config.parse import load_recipe
+from amid_ds.distributed.world import World
 from amid_ds.models.weight_reads import leaf_names, outside_reads
 
 HYBRIDS = ["qwen3_5_text", "qwen3_next", "nemotron_h", "falcon_h1", "granitemoehybrid", "bamba",
@@ -63,22 +66,61 @@ def test_a_read_counts_through_names_lists_and_methods_but_not_of_a_dtype():
         "named.weight", "named.bias", "parts.0.weight", "parts.1.weight")}
 
 
+def test_doctor_tells_which_packages_of_kernels_a_model_would_use(tmp_path, monkeypatch,
+                                                                  instructions_file):
+    folder = save_tiny("bamba", tmp_path / "bamba")
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", folder, None, instructions_file,
+                                      tmp_path / "run"))
+    (tmp_path / "site" / "mamba_ssm").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    (verdict,) = doctor.check_kernels(recipe, World(0, 1, torch.device("cpu")))
+    assert verdict.passed
+    assert "student would use causal-conv1d (not installed), mamba-ssm (installed)" in str(verdict)
+
+
 # --- equal to plain transformers ---------------------------------------------------------------
 
+def hidden_linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """layer(x), past the layer's hooks, in a place where no class of the model shows it."""
+    return nn.functional.linear(x, layer.weight, layer.bias)
+
+
+def hiding(forward: Any) -> Any:
+    """The forward of an MLP whose `down_proj` is read and not called."""
+    def hidden(self: Any, x: Tensor) -> Tensor:
+        layer = self.down_proj
+        # A call then meets no hook, of the class or of the layer.
+        self._modules["down_proj"] = functools.partial(hidden_linear, layer)
+        try:
+            return forward(self, x)
+        finally:
+            self._modules["down_proj"] = layer
+
+    return hidden
+
+
 def watching_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
-    """Run as a rank that writes down, of each step, whether the prefetch trace was whole."""
+    """Run as a rank that writes down, of each step, whether the prefetch trace was whole.
+
+    An MLP of each model reads a weight in a way that its source does not show.
+    """
+    from transformers.models.falcon_h1.modeling_falcon_h1 import FalconH1MLP
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextMLP
+
     def around(trainer, batch):
         yield
         coordinator = trainer.engine._deepspeed.optimizer.parameter_offload.param_coordinator
         with open(f"{log}.trace", "a") as file:
             file.write(f"{coordinator.is_complete_trace():d}")
 
+    for mlp in (FalconH1MLP, Qwen3NextMLP):
+        mlp.forward = hiding(mlp.forward)
     patch_train_step(around)
     rank_main(argv, variables, log)
 
 
 def assert_equal_run(student: str, teacher: str, tokenizer: Any, data: Any, folder: Any,
-                     **changes: object) -> Ranks:
+                     target: Any = rank_main, **changes: object) -> Ranks:
     """Train on 2 ranks, every weight gathered at each use, and assert plain torch's numbers."""
     words = AutoTokenizer.from_pretrained(tokenizer)
     pair = [save_tiny(name, folder / f"{seed}-{name}", words, seed=seed, vocab_size=400)
@@ -86,9 +128,9 @@ def assert_equal_run(student: str, teacher: str, tokenizer: Any, data: Any, fold
     recipe = write_recipe(
         folder / "r.yaml", *pair, data, folder / "run", data__prepared=str(folder / "data"),
         data__isolate_documents=False, train__steps=3, train__eps=EPS,
-        student__router_aux_loss=0,
+        train__learning_rate=1e-4, student__router_aux_loss=0,
         deepspeed=str(write_gathering_config(folder, stage3_max_reuse_distance=0)), **changes)
-    ranks = run_ranks(2, "train", recipe, target=watching_rank)
+    ranks = run_ranks(2, "train", recipe, target=target)
     assert_trains_as(reference_loop(*pair, yaml.safe_load(recipe.read_text()), folder / "data"),
                      folder / "run")
     return ranks
@@ -97,7 +139,7 @@ def assert_equal_run(student: str, teacher: str, tokenizer: Any, data: Any, fold
 def test_hybrid_student_and_teacher_train_as_plain_transformers_does(llama_pair, instructions_file,
                                                                      tmp_path):
     ranks = assert_equal_run("qwen3_next", "falcon_h1", llama_pair[0], instructions_file, tmp_path,
-                             student__activation_checkpointing=True)
+                             watching_rank, student__activation_checkpointing=True)
     for rank in range(2):
         trace = ranks.log(rank).with_suffix(".trace").read_text()
         # The first step records it.
