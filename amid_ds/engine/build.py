@@ -55,7 +55,7 @@ from amid_ds.models.experts import expert_layers
 from amid_ds.models.heads import head_parameters
 from amid_ds.models.loading import in_one_dtype, load_causal_lm
 from amid_ds.models.recurrence import recomputed_alike
-from amid_ds.models.router_loss import Routers, router_weights
+from amid_ds.models.router_loss import Routers, log_router_weights, router_weights
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
 from amid_ds.models.trained import choose_trained
 from amid_ds.run.start import end_part
@@ -146,7 +146,10 @@ def _routers_of(student: nn.Module, recipe: Recipe, world: World) -> Routers | N
     """The student's routers, with the weights of their losses; None of a dense one."""
     layers = expert_layers(student, full_shape)
     weights = router_weights(student, layers, recipe.student.router_aux_loss)
-    return Routers(layers, weights, world.summed) if layers else None
+    if not layers:
+        return None
+    log_router_weights(student, layers, weights, recipe.student.router_aux_loss)
+    return Routers(layers, weights, world.summed)
 
 
 def choose_attention_of(model: nn.Module, title: str, recipe: Recipe, world: World, trains: bool
