@@ -82,8 +82,9 @@ def own_part(parameter: Any) -> tuple[int, int, int] | None:
     from deepspeed.checkpoint.constants import DS_AUTOTP_UC_META
     from deepspeed.utils import groups
 
-    if hasattr(parameter, "head_rows"):
-        return 0, *parameter.head_rows
+    for mark in ("head_rows", "expert_rows"):
+        if hasattr(parameter, mark):
+            return 0, *getattr(parameter, mark)
     split = getattr(parameter, DS_AUTOTP_UC_META, None)
     if split is None or split["partition_sizes"] is None:
         return None

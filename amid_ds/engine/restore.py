@@ -52,8 +52,9 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
                                 f"optimizer has {', '.join(kinds[name])}")
         tensors = {kind: tensors.get(kind, tensors[WEIGHT_KIND])
                    for kind in (WEIGHT_KIND, *kinds[name], *means)}
-        part = _tensor_parallel_part([peer[name] for peer in peers], world.tp_rank,
-                                     tensors[WEIGHT_KIND].shape)
+        part = (slice(*parameter.expert_rows),) if hasattr(parameter, "expert_rows") else (
+            _tensor_parallel_part([peer[name] for peer in peers], world.tp_rank,
+                                  tensors[WEIGHT_KIND].shape))
         own = {kind: tensor[part] for kind, tensor in tensors.items()}
         if hasattr(parameter, "ds_tensor"):
             _set_zero3_partition(parameter, own)
