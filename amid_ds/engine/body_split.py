@@ -21,13 +21,11 @@ from amid_ds.errors import InputError
 from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.split_check import split_problem
-from amid_ds.models.tensor_parallel import mark_part, whole_parts
+from amid_ds.models.tensor_parallel import mark_part, named_parts, whole_parts
 from amid_ds.models.tp_layers import split_blocks, sum_gradients
 from amid_ds.models.tp_plan import Block, Cut, blocks_of, part_of
 
 logger = logging.getLogger(__name__)
-# Parts of a body below this share of it are not named where it is said what stays whole.
-LEAST_SHARE = 0.01
 
 
 def make_tensor_parallel_groups(tp_size: int) -> None:
@@ -97,13 +95,16 @@ def check_split(model: nn.Module, title: str, input_ids: Tensor, world: World) -
 
 
 def own_part(parameter: Any, whole: Tensor) -> Tensor:
-    """What this tensor-parallel rank holds of a parameter's whole value."""
+    """What `own_ranges` says of a parameter, of its whole value."""
     place = own_ranges(parameter)
     return whole if place is None else part_of(whole, *place)
 
 
 def own_ranges(parameter: Any) -> tuple[int, list[tuple[int, int]]] | None:
-    """(dimension, [(start, stop)]): what this tensor-parallel rank holds of a weight; None: all."""
+    """(dimension, [(start, stop)]): what this rank of a tensor-parallel or expert-parallel group
+    holds of a weight; None: all."""
+    if hasattr(parameter, "expert_rows"):
+        return 0, [parameter.expert_rows]
     place: tuple[int, list[tuple[int, int]]] | None = getattr(parameter, "tp_part", None)
     return place
 
@@ -133,7 +134,7 @@ def _say_what_stays_whole(model: nn.Module, name: str, blocks: list[Block], tp_s
     """Log which weights of a body every rank will hold whole, if they are a part worth naming."""
     whole = whole_parts(model, blocks, _whole_shape)
     total = sum(math.prod(_whole_shape(parameter)) for parameter in model.parameters())
-    named = [part for part in whole if part.count >= LEAST_SHARE * total]
+    named = named_parts(whole, total)
     if named:
         logger.info("tensor_parallel %d: %.0f%% of the %s's weights stay whole on every rank, "
                     "which computes with them: %s", tp_size,

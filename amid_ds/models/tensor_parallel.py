@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 NO_PLAN = "its family's plan does not split it"
+# Parts of a body below this share of its model are not named where it is said what stays whole.
+LEAST_SHARE = 0.01
 # Heads are cut at multiples of so many rows, so that every shard but the last has aligned rows of
 # logits. Once they were cut as evenly as possible; a checkpoint says how (checkpoint/state.py).
 HEAD_ROW_MULTIPLE = 64
@@ -115,6 +117,11 @@ def whole_parts(model: nn.Module, blocks: Collection[Block],
         counts[key] = counts.get(key, 0) + math.prod(shape)
     return sorted((WholePart(name, reason, count) for (name, reason), count in counts.items()),
                   key=lambda part: -part.count)
+
+
+def named_parts(parts: Iterable[WholePart], total: int) -> list[WholePart]:
+    """Those that are a share of a model's `total` weights that is worth naming."""
+    return [part for part in parts if part.count >= LEAST_SHARE * total]
 
 
 def shrink_to_tp_rank(model: nn.Module, tp_size: int) -> tuple[int, int]:
