@@ -15,8 +15,9 @@ keys and files in it are DeepSpeed's file format.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ class ZeroShards:
         manifest = Manifest.read(checkpoint)
         layout, tp_size = manifest.layout, manifest.layout.tensor_parallel
         files = _Files(checkpoint, sorted(manifest.files))
-        parts_of = {0: _stage_0, 1: _stages_1_and_2, 2: _stages_1_and_2, 3: _stage_3}
+        parts_of: dict[int, Callable[..., dict[str, list[Part]]]] = {
+            0: _stage_0, 1: _stages_1_and_2, 2: _stages_1_and_2,
+            3: partial(_stage_3, neighbours=layout.expert_parallel)}
         with _errors_named(checkpoint):
             parts = parts_of[layout.zero_stage](files, shapes, layout.ranks // tp_size, tp_size)
         if parts.keys() != shapes.keys():
@@ -148,8 +151,11 @@ class _Files:
 
 
 def _stage_3(files: _Files, shapes: Mapping[str, torch.Size], dp_size: int,
-             tp_size: int) -> dict[str, list[Part]]:
-    """Parts by parameter: each is padded and cut into equal pieces, a group to a flat row."""
+             tp_size: int, neighbours: int) -> dict[str, list[Part]]:
+    """Parts by parameter: each is padded and cut into equal pieces, a group to a flat row.
+
+    neighbours: the ranks that hold the experts of a layer together, where their parts differ.
+    """
     parts_by_name: dict[str, list[Part]] = {}
     for tp in range(tp_size):
         held = files.read(f"zero_pp_rank_0_mp_rank_{tp:02d}_model_states.pt")["param_shapes"]
@@ -160,10 +166,13 @@ def _stage_3(files: _Files, shapes: Mapping[str, torch.Size], dp_size: int,
             start = 0
             for full_name, shape in named_shapes.items():
                 name = full_name.removeprefix(STUDENT_PREFIX)
-                ranks = dp_size * tp_size if shape == shapes.get(name) else dp_size
+                is_whole = shape == shapes.get(name)
+                every = 1 if is_whole else neighbours
+                ranks = dp_size * tp_size if is_whole else dp_size // every
                 size = -(-shape.numel() // ranks)
-                part = Part(shape, [_cut(row, start, size) for row in rows])
-                parts_by_name.setdefault(name, []).append(part)
+                parts_by_name.setdefault(name, []).extend(
+                    Part(shape, [_cut(row, start, size) for row in rows[first::every]])
+                    for first in range(every))
                 start += size
     for name, parts in parts_by_name.items():
         if parts[0].shape == shapes.get(name):

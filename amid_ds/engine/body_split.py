@@ -97,13 +97,16 @@ def check_split(model: nn.Module, title: str, input_ids: Tensor, world: World) -
 
 
 def own_part(parameter: Any, whole: Tensor) -> Tensor:
-    """What this tensor-parallel rank holds of a parameter's whole value."""
+    """What `own_ranges` says of a parameter, of its whole value."""
     place = own_ranges(parameter)
     return whole if place is None else part_of(whole, *place)
 
 
 def own_ranges(parameter: Any) -> tuple[int, list[tuple[int, int]]] | None:
-    """(dimension, [(start, stop)]): what this tensor-parallel rank holds of a weight; None: all."""
+    """(dimension, [(start, stop)]): what this rank of a tensor-parallel or expert-parallel group
+    holds of a weight; None: all."""
+    if hasattr(parameter, "expert_rows"):
+        return 0, [parameter.expert_rows]
     place: tuple[int, list[tuple[int, int]]] | None = getattr(parameter, "tp_part", None)
     return place
 

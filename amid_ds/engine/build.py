@@ -24,6 +24,7 @@ from amid_ds.engine.ds_config import (
 )
 from amid_ds.engine.ema import RunningMeans, mean_decays
 from amid_ds.engine.engine import Engine
+from amid_ds.engine.expert_parallel import distribute_experts
 from amid_ds.engine.gather import (
     GatheredBytes,
     count_and_order_gathers,
@@ -130,6 +131,10 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     distiller.train()
     groups = parameter_groups(models["student"], recipe.train)
     body_split = None
+    if world.experts is not None:
+        for name, model in opened.items():
+            if name == "student" or not replicated:
+                distribute_experts(model, name, world.experts)
     if shard is not None:
         make_tensor_parallel_groups(world.tp_size)
         for module in models.values():

@@ -6,7 +6,6 @@ becomes one that sums, joins or cuts before or after what the layer did before.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -109,6 +108,8 @@ _CLASSES: dict[Role, type[nn.Module]] = {
     "column": _ColumnLinear, "column joined": _JoinedLinear, "row": _RowLinear,
     "row of own": _OwnRowLinear, "latent": _Latent, "experts": _Experts,
     "identity": _IdentityExpert}
+# By what is added to a layer's class, and that class.
+_made_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
 @dataclass(frozen=True)
@@ -156,12 +157,13 @@ def _give_role(module: Any, role: Role, peers: Peers, model: nn.Module) -> None:
     module.__class__ = _split_class(mixin, type(module))
 
 
-@functools.cache
 def _split_class(mixin: type[nn.Module], own: type[nn.Module]) -> type[nn.Module]:
     """A class that has both, and the name of a layer's own."""
     if issubclass(mixin, own):
         return mixin
-    return type(own.__name__, (mixin, own), {"__module__": own.__module__})
+    if (mixin, own) not in _made_classes:
+        _made_classes[mixin, own] = type(own.__name__, (mixin, own), {"__module__": own.__module__})
+    return _made_classes[mixin, own]
 
 
 def sum_gradients(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ from amid_ds.distributed.nodes import require_divisor
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
+from amid_ds.engine.expert_parallel import require_expert_parallel
 from amid_ds.engine.optimizer import decayed_parameters, group_counts
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval.text_metrics import require_rouge
@@ -159,6 +160,7 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
         require_rows(meta, f"the {name}", known or vocabulary_size(tokenizer))
         require_positions(meta, f"the {name}", recipe.train.seq_length)
     choose_trained(metas[f"student {student.model}"], recipe.student)
+    require_expert_parallel(recipe, config, data_parallel, metas)
     if recipe.rollout is not None:
         end_of_text_id(tokenizer, recipe.rollout.end_of_text)
     return Job(recipe, config, tokenizer, grown=grown)
