@@ -184,13 +184,13 @@ class Engine:
         teacher = self.distiller.teacher
         if teacher is None:
             return TeacherBatch(0, False)
-        configs: list[Any] = [part.config for part in parts_of(teacher)]
+        parts = parts_of(teacher)
         element_size = next(teacher.parameters()).element_size()
         free = memory.least_free_memory(self.world)
         window = recipe.train.global_batch_size // self.world.dp_size * recipe.train.seq_length
         on_host = (self.world.device.type == "cuda"
-                   and not hidden_states_fit(configs, element_size, window, free))
-        per_token = teacher_bytes_per_token(configs, element_size, recipe.train.seq_length)
+                   and not hidden_states_fit(parts, element_size, window, free))
+        per_token = teacher_bytes_per_token(parts, element_size, recipe.train.seq_length)
         most = None if recipe.live_teacher is None else recipe.live_teacher.max_tokens_per_pass
         tokens = most or previous or default_teacher_tokens(free, per_token)
         return TeacherBatch(tokens, on_host)

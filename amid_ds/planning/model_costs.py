@@ -21,7 +21,7 @@ from amid_ds.models.experts import ExpertLayer, expert_layers
 from amid_ds.models.fit import require_positions
 from amid_ds.models.router_loss import router_weights
 from amid_ds.models.shape import body_of, embedding_of, head_module, layers_of
-from amid_ds.models.sizes import intermediate_size, teacher_bytes_per_token
+from amid_ds.models.sizes import active_intermediate_size, teacher_bytes_per_token
 from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
 from amid_ds.models.trained import choose_trained
 from amid_ds.planning.body_costs import BodyCosts, count_body
@@ -220,7 +220,7 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         logit_size=element_size,
         stored_size=loading.checkpoint_dtype(model.model, **model.hub_kwargs).itemsize,
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size(meta.config, hidden_size),
+        intermediate_size=active_intermediate_size(meta),
         layers=len(layers),
         largest_gather=max(largest_layer, head.numel() // tp),
         embedding=embedding.numel(),
@@ -241,7 +241,7 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         has_fused_scans=fused and has_scans(meta),
         tp_forward_width=forward_width,
         tp_backward_width=backward_width,
-        bytes_per_teacher_token=(teacher_bytes_per_token([meta.config], element_size, seq_length)
+        bytes_per_teacher_token=(teacher_bytes_per_token([meta], element_size, seq_length)
                                  if isinstance(model, Teacher) else 0))
 
 
