@@ -81,14 +81,17 @@ class Layout:
     # possible, and all parameters decayed.
     head_row_multiple: int = 1
     decayed: DecayedParameters = "all"
+    # What a tensor-parallel group has split of the body, see `split_kinds`. Where a manifest does
+    # not name it, each was cut in one piece, and the shapes tell what was.
+    split: tuple[str, ...] = ()
     expert_parallel: int = 1
 
     @classmethod
     def of(cls, world: World, zero_stage: int, student_dtype: str,
-           decayed: DecayedParameters) -> Layout:
+           decayed: DecayedParameters, split: tuple[str, ...]) -> Layout:
         """The layout that a run has on these ranks."""
         return cls(world.size, world.tp_size, zero_stage, student_dtype,
-                   HEAD_ROW_MULTIPLE if world.tp_size > 1 else 1, decayed,
+                   HEAD_ROW_MULTIPLE if world.tp_size > 1 else 1, decayed, split,
                    1 if world.experts is None else world.experts.exchange.size())
 
     def to_json(self) -> dict[str, object]:
@@ -100,7 +103,8 @@ class Layout:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Layout:
         """The layout that `to_json` gave; further keys of a manifest are ignored."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        return cls(**{**known, "split": tuple(known.get("split", ()))})
 
     def __str__(self) -> str:
         cut = (f" (heads cut at multiples of {self.head_row_multiple} rows)"

@@ -6,9 +6,9 @@ slices of every file, mapped into memory: whoever reads it needs memory for that
 
 DeepSpeed has a conversion of its own (`ds_to_universal`), which gives the same tensors, bit for
 bit, where it works. It takes all that ZeRO-3 holds to be partitioned over the data-parallel ranks.
-Under tensor parallelism that is true of what AutoTP and the heads' cut have split; the embeddings
-and norms that a group holds whole were partitioned over all ranks as they were loaded, and there
-the conversion reads past its pieces and fails. So this module serves every layout. The names of
+Under tensor parallelism that is true of what is split of bodies and heads; the embeddings and norms
+that a group holds whole were partitioned over all ranks as they were loaded, and there the
+conversion reads past its pieces and fails. So this module serves every layout. The names of
 keys and files in it are DeepSpeed's file format.
 """
 
@@ -28,6 +28,8 @@ from amid_ds.checkpoint.manifest import Manifest
 from amid_ds.engine.restore import EXPORTED_MEAN, STUDENT_PREFIX, TENSOR_KINDS, WEIGHT_KIND
 from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import TrainingError
+from amid_ds.models.tensor_parallel import pieces_of
+from amid_ds.models.tp_plan import Cut, whole_of
 
 # By kind: a run of the flattened parameter.
 Piece = dict[str, torch.Tensor]
@@ -73,7 +75,7 @@ class ZeroShards:
             raise TrainingError(f"{checkpoint} does not hold the parameters of this model: "
                                 f"missing {sorted(shapes.keys() - parts.keys())}, "
                                 f"unexpected {sorted(parts.keys() - shapes.keys())}")
-        self.files, self.shapes, self.parts = files, shapes, parts
+        self.files, self.shapes, self.parts, self.split = files, shapes, parts, layout.split
 
     def kinds(self, name: str) -> list[str]:
         """The tensors that there are of a parameter, of TENSOR_KINDS: they tell its optimizer."""
@@ -93,7 +95,8 @@ class ZeroShards:
             tensors = [part.tensor(kind) for part in parts]
             split = [dim for dim, (own, all_) in enumerate(zip(parts[0].shape, shape, strict=True))
                      if own != all_]
-            tensor = torch.cat(tensors, dim=split[0]) if split else tensors[0]
+            cut = Cut(split[0], pieces_of(name, self.split)) if split else None
+            tensor = tensors[0] if cut is None else whole_of(tensors, cut)
             if tensor.shape != shape:
                 raise ValueError(f"{name} is of shape {list(tensor.shape)}, in the model of "
                                  f"{list(shape)}")

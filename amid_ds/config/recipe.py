@@ -114,6 +114,10 @@ class Train(OptimizerKeys, RateKeys):
             raise ValueError("each once")
         return statistics
 
+    def logs(self, step: int) -> bool:
+        """True for a step (from 1) of which metrics.jsonl gets a line."""
+        return step % self.log_every == 0 or step == self.total_steps
+
     @property
     def muon_ratio(self) -> float | None:
         """Muon's learning rate over AdamW's, the same at every step; None without Muon."""

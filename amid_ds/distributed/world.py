@@ -116,17 +116,17 @@ class World:
         return to_device(torch.tensor(values, dtype=torch.float64), self.device)
 
     def sum(self, values: Sequence[float] | torch.Tensor) -> list[float]:
-        """Elementwise sum over the data-parallel ranks, in float64. One collective, of all ranks.
+        """`summed` as numbers; the host waits for the device once."""
+        return self.summed(values).tolist()
 
-        values: numbers, or a tensor [n] on this rank's device. The host waits for the device once,
-        for the sums. Tensor-parallel peers work on the same tokens, so each counts as 1 / tp_size;
-        a value that one rank alone has (a request to stop) still shows.
+    def summed(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
+        """Elementwise float64 sum over the data-parallel ranks, of a tensor [n] on the device too.
+
+        One collective, of all ranks. Tensor-parallel peers, with the same tokens, are 1 / tp_size.
         """
-        # A copy: the sum is made in place.
-        total = (values.to(torch.float64, copy=True) if isinstance(values, torch.Tensor)
-                 else self.numbers(values))
-        dist.all_reduce(total)
-        return (total / self.tp_size).tolist()
+        own = values if isinstance(values, torch.Tensor) else self.numbers(values)
+        dist.all_reduce(total := own.to(torch.float64, copy=True))
+        return total / self.tp_size
 
     def sum_with_peaks(self, values: torch.Tensor, candidates: torch.Tensor
                        ) -> tuple[list[float], list[Peak]]:

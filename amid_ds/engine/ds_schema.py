@@ -73,6 +73,7 @@ _ONLY: Mapping[str, tuple[tuple[object, ...], str]] = {
     # DeepSpeed then saves the shards in another order than the one that they say they are in.
     "zero_optimization.round_robin_gradients": ((False,), "checkpoints would be scrambled"),
     "zero_optimization.zenflow": ((None,), _OTHER),
+    "zero_optimization.leaf_module": ((None,), "what is gathered together is read off the models"),
     "zero_optimization.offload_param.device": (("none", "cpu"), "checkpoints are made from memory"),
     "zero_optimization.offload_optimizer.device": (("none", "cpu"),
                                                    "checkpoints are made from memory"),

@@ -17,12 +17,15 @@ from amid_ds.config.recipe import Recipe
 from amid_ds.data import Batch
 from amid_ds.distributed.world import World
 from amid_ds.engine import gather, memory, optimizer, restore, staging, tensor_files
+from amid_ds.engine.body_split import check_split
 from amid_ds.engine.ema import RunningMeans
 from amid_ds.errors import TrainingError
 from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller, LossPart, MicroBatchLoss
 from amid_ds.models.heads import check_head, check_isolation, ids_to_check
+from amid_ds.models.router_loss import real_tokens
 from amid_ds.models.sizes import default_teacher_tokens, hidden_states_fit, teacher_bytes_per_token
+from amid_ds.models.tensor_parallel import split_kinds
 
 
 class TeacherBatch(NamedTuple):
@@ -62,6 +65,12 @@ class Engine:
         assert isinstance(self.module, Distiller)
         return self.module
 
+    @property
+    def split_kinds(self) -> tuple[str, ...]:
+        """What tensor parallelism has split of the student's body."""
+        split = getattr(self.distiller.student, "split", None)
+        return () if split is None else split_kinds(split.blocks)
+
     def start_step(self, learning_rate: float) -> None:
         """Begin an optimizer step, before the teacher runs; learning_rate: AdamW's."""
         for group in self._deepspeed.optimizer.param_groups:
@@ -78,17 +87,18 @@ class Engine:
             gather.param_coordinator(self._deepspeed).reset_step()
 
     def forward(self, batch: Batch, token_weights: Tensor, teacher_hidden: Tensor | None,
-                parts: Sequence[LossPart], last: bool) -> MicroBatchLoss:
+                parts: Sequence[LossPart], last: bool, routed: bool = True) -> MicroBatchLoss:
         """The loss of one micro-batch on the device, see `Distiller.forward`.
 
         Its `teacher_targets` are learnt from where it has them. last: whether it is the last one of
-        the accumulation window.
+        the accumulation window. routed: it counts for the losses of a mixture's routers.
         """
         self._deepspeed.set_gradient_accumulation_boundary(last)
+        real = real_tokens(batch) if routed and self.distiller.routers is not None else None
         loss: MicroBatchLoss = self._deepspeed(
             batch.input_ids, batch.valid, batch.targets, token_weights, teacher_hidden,
             batch.positions, batch.sequences, parts=parts, documents=batch.documents,
-            targets=batch.teacher_targets)
+            targets=batch.teacher_targets, real=real)
         return loss
 
     def backward(self, loss: Tensor) -> None:
@@ -174,19 +184,20 @@ class Engine:
         teacher = self.distiller.teacher
         if teacher is None:
             return TeacherBatch(0, False)
-        configs: list[Any] = [part.config for part in parts_of(teacher)]
+        parts = parts_of(teacher)
         element_size = next(teacher.parameters()).element_size()
         free = memory.least_free_memory(self.world)
         window = recipe.train.global_batch_size // self.world.dp_size * recipe.train.seq_length
         on_host = (self.world.device.type == "cuda"
-                   and not hidden_states_fit(configs, element_size, window, free))
-        per_token = teacher_bytes_per_token(configs, element_size, recipe.train.seq_length)
+                   and not hidden_states_fit(parts, element_size, window, free))
+        per_token = teacher_bytes_per_token(parts, element_size, recipe.train.seq_length)
         most = None if recipe.live_teacher is None else recipe.live_teacher.max_tokens_per_pass
         tokens = most or previous or default_teacher_tokens(free, per_token)
         return TeacherBatch(tokens, on_host)
 
     def check_models(self, vocab_size: int, isolated: bool) -> None:
-        """Raise InputError unless the fused heads give both models' own logits on a few tokens.
+        """Raise InputError unless the fused heads give both models' own logits on a few tokens,
+        and, under tensor parallelism, the split bodies what the whole ones give.
 
         Where documents are to be isolated (`isolated`), also unless they are. Collective.
         """
@@ -198,6 +209,7 @@ class Engine:
             is_older = name == "teacher" and grown is not None
             known = vocab_size - len(grown.pieces) if is_older else vocab_size  # type: ignore
             ids = ids_to_check(model, known).to(self.world.device)
+            check_split(model, title, ids, self.world)
             check_head(model, title, ids, self.gathered_head)
             if isolated:
                 check_isolation(model, title, ids)

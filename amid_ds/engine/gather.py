@@ -174,3 +174,8 @@ def release_whole(model: nn.Module) -> None:
 def full_numel(parameter: Any) -> int:
     """Elements of the whole parameter, however much of it this rank holds now."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def full_shape(parameter: Any) -> tuple[int, ...]:
+    """The whole parameter's shape, however much of it this rank holds now."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -8,6 +8,7 @@ micro-batch; then `forward` turns one micro-batch into the loss through the fuse
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from amid_ds.losses import (
     preset,
 )
 from amid_ds.models.heads import head_input, run_body, sharded_head_of, teacher_head_of
+from amid_ds.models.router_loss import Routers
 from amid_ds.monitor.step_timer import phase
 
 
@@ -112,6 +114,8 @@ class MicroBatchLoss(NamedTuple):
 
     tokens: [n, 2], the divergence and cross entropy of each token, as far as they count.
     statistics: [m], weighted sums of the objective's; 0 of what needs the teacher, without it.
+    routers: [2] float64, of a mixture its part of the load-balancing and the z-loss, without their
+    weights, with which the loss has them.
     """
 
     loss: Tensor
@@ -119,6 +123,7 @@ class MicroBatchLoss(NamedTuple):
     ce: Tensor
     tokens: Tensor
     statistics: Tensor
+    routers: Tensor | None = None
 
 
 class FusedHead(nn.Module):
@@ -168,7 +173,8 @@ class FusedHead(nn.Module):
         for part, own in zip(parts, losses, strict=True):
             assert part.tokens is not None
             tokens.index_copy_(0, part.tokens, own.tokens)
-        loss, kd, ce = (torch.stack([own[i] for own in losses]).sum() for i in range(3))
+        loss, kd, ce = (torch.stack(same).sum() for same in
+                        zip(*((own.loss, own.kd, own.ce) for own in losses), strict=True))
         return MicroBatchLoss(loss, kd, ce, tokens,
                               torch.stack([own.statistics for own in losses]).sum(0))
 
@@ -215,17 +221,19 @@ class Distiller(nn.Module):
 
     replicated: every rank holds the teacher whole. It is then an attribute and no submodule, so
     that the engine neither shards, casts nor saves it. cached: there is no teacher here, and each
-    micro-batch brings what a cache holds of one. first_pieces: see FusedHead.
+    micro-batch brings what a cache holds of one. first_pieces: see FusedHead. routers: of a student
+    that is a mixture.
     """
 
     teacher: nn.Module | None
 
     def __init__(self, student: nn.Module, teacher: nn.Module | None, *, vocab_size: int,
                  shard: VocabShard | None = None, replicated: bool = False,
-                 cached: bool = False, first_pieces: Tensor | None = None) -> None:
+                 cached: bool = False, first_pieces: Tensor | None = None,
+                 routers: Routers | None = None) -> None:
         super().__init__()
         assert teacher is None or not cached
-        self.student, self.cached = student, cached
+        self.student, self.cached, self.routers = student, cached, routers
         if teacher is not None:
             teacher.requires_grad_(False).eval()
         if replicated:
@@ -278,21 +286,28 @@ class Distiller(nn.Module):
     def forward(self, input_ids: Tensor, valid: Tensor, labels: Tensor, token_weights: Tensor,
                 teacher_hidden: Tensor | None, positions: Tensor | None = None,
                 sequences: Tensor | None = None, *, parts: Sequence[LossPart],
-                documents: Documents | None = None,
-                targets: SparseTargets | None = None) -> MicroBatchLoss:
+                documents: Documents | None = None, targets: SparseTargets | None = None,
+                real: Tensor | None = None) -> MicroBatchLoss:
         """One micro-batch's loss.
 
         input_ids [B, L]; valid [n], the places of its labelled tokens in B · L; their labels and
         token_weights [n] (fp32); teacher_hidden: its part of `teacher_hidden_states`; positions
         [B, L] and documents as `run_body` has them; sequences [n], parts and targets as the head
-        has them. Without teacher_hidden and targets: cross entropy alone.
+        has them. Without teacher_hidden and targets: cross entropy alone. real: of the routers, see
+        `Routers.watched`; None: they count for nothing.
         """
-        hidden = head_input(self.student, _rows(
-            run_body(self.student, input_ids, positions, documents), valid))
+        watched = (contextlib.nullcontext(()) if self.routers is None or real is None
+                   else self.routers.watched(self.student, real))
+        with watched as of_routers:
+            states = run_body(self.student, input_ids, positions, documents)
+        hidden = head_input(self.student, _rows(states, valid))
         if teacher_hidden is not None:
             teacher_hidden = teacher_hidden.to(hidden.device, non_blocking=True)
-        return self.head(hidden, teacher_hidden, labels, token_weights, sequences, parts=parts,
-                         targets=targets)
+        loss: MicroBatchLoss = self.head(hidden, teacher_hidden, labels, token_weights, sequences,
+                                         parts=parts, targets=targets)
+        if of_routers:
+            loss = loss._replace(loss=loss.loss + of_routers[0], routers=of_routers[1])
+        return loss
 
     @torch.no_grad()
     def hidden_states(self, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ every token passes, and dense layers are no expert layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from amid_ds.models.shape import text_config
 
+Shape = Callable[[nn.Parameter], Sequence[int]]
 # What configs call the routed experts that a token passes, where its router does not say it.
 CHOSEN_NAMES = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk",
                 "moe_top_k", "moe_k")
@@ -39,19 +40,21 @@ class ExpertLayer:
     logits: int | None
 
 
-def expert_layers(model: nn.Module) -> list[ExpertLayer]:
+def expert_layers(model: nn.Module, shape: Shape = lambda parameter: parameter.shape
+                  ) -> list[ExpertLayer]:
     """The layers of experts of a causal LM on any device, in the order of its modules.
 
-    [] of a dense model. To be asked before an engine partitions or splits the weights.
+    [] of a dense model. To be asked before an engine splits the weights. shape: of a whole
+    parameter, where an engine has partitioned them already.
     """
     recorded = dict(_recorded_routers(model))
     layers, modules = [], dict(model.named_modules())
     for name, module in modules.items():
-        if not (name in recorded or _says_its_choice(module)) or _stack_size(module):
+        if not (name in recorded or _says_its_choice(module)) or _stack_size(module, shape):
             continue
         block_name = name.rpartition(".")[0]
         block = modules[block_name]
-        holder = _holder(block, module)
+        holder = _holder(block, module, shape)
         if holder is None:
             continue
         relative, experts = holder
@@ -59,6 +62,11 @@ def expert_layers(model: nn.Module) -> list[ExpertLayer]:
             name=".".join(part for part in (block_name, relative) if part), router=name,
             experts=experts, chosen=_chosen(model, block, module), logits=recorded.get(name)))
     return layers
+
+
+def records_router_logits(model: nn.Module) -> bool:
+    """True where transformers records router logits of a module of the model."""
+    return any(True for _ in _recorded_routers(model))
 
 
 def _recorded_routers(model: nn.Module) -> Iterator[tuple[str, int]]:
@@ -80,13 +88,14 @@ def _says_its_choice(module: nn.Module) -> bool:
     return all(isinstance(getattr(module, name, None), int) for name in ("top_k", "num_experts"))
 
 
-def _stack_size(module: nn.Module) -> int:
+def _stack_size(module: nn.Module, shape: Shape) -> int:
     """The experts stacked in a module's parameters, as their first dimensions have it; 0: none."""
-    return min((parameter.shape[0] for each in module.modules() if not isinstance(each, _ConvNd)
-                for parameter in each.parameters(recurse=False) if parameter.ndim == 3), default=0)
+    shapes = (shape(parameter) for each in module.modules() if not isinstance(each, _ConvNd)
+              for parameter in each.parameters(recurse=False))
+    return min((own[0] for own in shapes if len(own) == 3), default=0)
 
 
-def _holder(block: nn.Module, router: nn.Module) -> tuple[str, int] | None:
+def _holder(block: nn.Module, router: nn.Module, shape: Shape) -> tuple[str, int] | None:
     """The module of `block` with the weights of the router's experts, by its name in the block, and
     the number of experts.
 
@@ -94,7 +103,7 @@ def _holder(block: nn.Module, router: nn.Module) -> tuple[str, int] | None:
     block itself ("") where several children have as large a one. DBRX's stack is flattened into a
     matrix: there the child counts.
     """
-    sizes = {name: _stack_size(child) for name, child in block.named_children()
+    sizes = {name: _stack_size(child, shape) for name, child in block.named_children()
              if child is not router}
     experts = max(sizes.values(), default=0)
     if experts:

@@ -108,7 +108,7 @@ def teacher_weight_bytes(setting: Setting, teacher: ModelCosts) -> int:
         return teacher.weights.tp_rank * teacher.element_size
     if setting.zero.offloads_weights:
         return 0
-    elements = teacher.weights.partition(setting.placement.shard_over, setting.tensor_parallel)
+    elements = teacher.weights.partition(setting.teacher_groups, setting.group)
     return elements * teacher.element_size
 
 

@@ -37,6 +37,8 @@ TENSORBOARD_TAGS = {
     "kd_loss": "loss/kd",
     "ce_loss": "loss/ce",
     "auxiliary_loss": "loss/auxiliary",
+    "router_aux_loss": "loss/router_aux",
+    "router_z_loss": "loss/router_z",
     "grad_norm": "optim/grad_norm",
     "learning_rate": "optim/learning_rate",
     "learning_rate_muon": "optim/learning_rate_muon",

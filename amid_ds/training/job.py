@@ -37,6 +37,8 @@ from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.models.fit import require_positions, require_rows, table_of_positions
 from amid_ds.models.loading import meta_model, require_supported, supported_model
+from amid_ds.models.tensor_parallel import split_kinds
+from amid_ds.models.tp_plan import blocks_of
 from amid_ds.models.trained import choose_trained, trains_in_part
 from amid_ds.run.attempts import has_saved
 from amid_ds.run.exclusive import exclusive
@@ -106,7 +108,16 @@ class Job:
     def layout(self, world: World) -> Layout:
         """The layout that the engine will have on these ranks."""
         return Layout.of(world, ds_config.zero_stage(self.deepspeed_config), self.student_dtype,
-                         decayed_parameters(self.recipe))
+                         decayed_parameters(self.recipe), self._split(world.tp_size))
+
+    def _split(self, tp_size: int) -> tuple[str, ...]:
+        """What tensor parallelism splits of the student's body, see `split_kinds`."""
+        if tp_size == 1:
+            return ()
+        origin = resolve_student(self.recipe)
+        student = meta_model(origin.model, **origin.hub_kwargs)
+        choose_trained(student, self.recipe.student)
+        return split_kinds(blocks_of(student, tp_size))
 
 
 def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:

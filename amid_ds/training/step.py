@@ -50,6 +50,7 @@ class _StepSums(NamedTuple):
     """Sums of a step over all ranks: its loss, divergence and cross entropy.
 
     auxiliary: the mean cross entropy of the auxiliary corpus. statistics: means over the tokens.
+    routers: the losses of a mixture's routers, without their weights, and the load of its experts.
     """
 
     loss: float
@@ -57,6 +58,7 @@ class _StepSums(NamedTuple):
     ce: float
     auxiliary: float
     statistics: list[float]
+    routers: Metrics
 
 
 class Stepper:
@@ -69,13 +71,14 @@ class Stepper:
         self.recipe, self.engine, self.state, self.world = recipe, engine, state, engine.world
         self.teacher_batch = engine.choose_teacher_batch(recipe, state.teacher_tokens_per_pass)
         state.teacher_tokens_per_pass = self.teacher_batch.tokens_per_pass
+        self.routers = engine.distiller.routers
 
     def train_step(self, batch: StepBatch, auxiliary: AuxiliaryBatch | None = None) -> Metrics:
         """Make one optimizer step and update the state; returns the step's metrics.
 
         The auxiliary corpus adds its coefficient times its mean cross entropy over tokens. Two
-        small collectives beside DeepSpeed's. Raises TrainingError, before the optimizer step, for a
-        NaN or Inf.
+        small collectives beside DeepSpeed's, and one for a mixture's routers. Raises TrainingError,
+        before the optimizer step, for a NaN or Inf.
         """
         began = time.monotonic()
         recipe, step = self.recipe, self.state.step
@@ -89,9 +92,11 @@ class Stepper:
         if not uses_teacher:
             batch = _without_targets(batch)
         micro_batches = self._micro_batches(batch, auxiliary, objectives)
-        losses, statistics, tokens = self._forward_backward(micro_batches, len(batch.window),
-                                                            uses_teacher)
-        sums = self._reduce(losses, statistics, len(batch.window))
+        if self.routers is not None:
+            self.routers.start_step(recipe.train.logs(step + 1))
+        losses, statistics, of_routers, tokens = self._forward_backward(
+            micro_batches, len(batch.window), uses_teacher)
+        sums = self._reduce(losses, statistics, of_routers, len(batch.window))
         self._require_finite(f"the loss of step {step + 1} is {sums.loss}", sums.loss, tokens,
                              micro_batches)
         with phase("optimizer"):
@@ -106,7 +111,7 @@ class Stepper:
         return {**metrics, "tokens": self.state.tokens, "loss": sums.loss,
                 # One that the loss does not count may be infinite.
                 "kd_loss": finite(sums.kd) if uses_teacher else None, "ce_loss": finite(sums.ce),
-                "grad_norm": norm, **_learning_rates(recipe.train, rate),
+                **sums.routers, "grad_norm": norm, **_learning_rates(recipe.train, rate),
                 **scheduled, **_objective_metrics(shown.amid, uses_teacher),
                 **self._statistics(sums.statistics, uses_teacher),
                 "tokens_per_second": batch.tokens / (time.monotonic() - began)}
@@ -145,13 +150,13 @@ class Stepper:
         return micro_batches
 
     def _forward_backward(self, micro_batches: list[_MicroBatch], main_count: int,
-                          uses_teacher: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
+                          uses_teacher: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Losses [micro-batches, 3] float64: weighted loss, divergence and cross entropy; sums of
-        the statistics [m] float64; and of each micro-batch its tokens' as `MicroBatchLoss` has
-        them.
+        the statistics [m] float64; of a mixture's routers [k] float64 (`_router_sums`); and of each
+        micro-batch its tokens' as `MicroBatchLoss` has them.
 
         Gradients are accumulated. The teacher runs first, over the first `main_count`
-        micro-batches at once.
+        micro-batches at once; then the student, where its routers' choices must be known.
         """
         distiller, train = self.engine.distiller, self.recipe.train
         teacher_hidden: list[Tensor | None] = [None] * len(micro_batches)
@@ -160,12 +165,17 @@ class Stepper:
                 teacher_hidden[:main_count] = self.engine.teacher_hidden_states(
                     [each.batch for each in micro_batches[:main_count]],
                     train.micro_batch_size * train.seq_length, self.teacher_batch)
-        losses, tokens, statistics = [], [], []
+        if self.routers is not None and self.routers.has_loss and main_count > 1:
+            with phase("forward"):
+                self.routers.count_ahead(distiller.student,
+                                         [each.batch for each in micro_batches[:main_count]])
+        losses, tokens, statistics, of_routers = [], [], [], []
         with self.engine.gathered_head(distiller.teacher if uses_teacher else None):
             for index, (batch, weights, parts) in enumerate(micro_batches):
                 with phase("forward"):
                     last = index == len(micro_batches) - 1
-                    loss = self.engine.forward(batch, weights, teacher_hidden[index], parts, last)
+                    loss = self.engine.forward(batch, weights, teacher_hidden[index], parts, last,
+                                               routed=index < main_count)
                 # Its memory is free for the next micro-batch's activations.
                 teacher_hidden[index] = None
                 with phase("backward"):
@@ -173,11 +183,35 @@ class Stepper:
                 losses.append(torch.stack([loss.loss.detach(), loss.kd, loss.ce]))
                 tokens.append(loss.tokens)
                 statistics.append(loss.statistics)
+                if loss.routers is not None:
+                    of_routers.append(loss.routers)
         # The auxiliary corpus has none.
         return (torch.stack(losses).double(),
-                torch.stack(statistics[:main_count]).double().sum(0), tokens)
+                torch.stack(statistics[:main_count]).double().sum(0),
+                self._router_sums(of_routers), tokens)
 
-    def _reduce(self, losses: Tensor, statistics: Tensor, main_count: int) -> _StepSums:
+    def _router_sums(self, losses: list[Tensor]) -> Tensor:
+        """[k] float64 to be summed over the ranks: the two losses of the micro-batches, if they
+        have some, then the load of the experts, if it is asked for."""
+        parts = [torch.stack(losses).sum(0)] if losses else []
+        if self.routers is not None and self.routers.load is not None:
+            parts.append(self.routers.load)
+        return torch.cat(parts) if parts else self.world.numbers([])
+
+    def _router_metrics(self, sums: list[float]) -> Metrics:
+        """The metrics of a mixture's routers from `_router_sums`; of a dense model 0."""
+        if self.routers is None:
+            return {"router_aux_loss": 0.0}
+        metrics: Metrics = {"router_aux_loss": None}
+        weights = self.routers.weights
+        if self.routers.has_loss:
+            balance, z, *sums = sums
+            metrics |= {"router_aux_loss": finite(balance) if weights.balance else None,
+                        **({"router_z_loss": finite(z)} if weights.z else {})}
+        return metrics | self.routers.load_metrics(sums)
+
+    def _reduce(self, losses: Tensor, statistics: Tensor, of_routers: Tensor, main_count: int
+                ) -> _StepSums:
         """The step's sums over all ranks, in the collectives that spread the ranks' statistics too.
         """
         main, added = losses[:main_count], losses[main_count:]
@@ -188,12 +222,14 @@ class Stepper:
         own_loss = losses[:, 0].sum()[None]
         (loss, kd, ce, auxiliary, *sums), peaks = self.world.sum_with_peaks(
             torch.cat([own_loss, main[:, 1:].sum(0), added[:, 2].sum()[None], statistics,
-                       summands]),
+                       of_routers, summands]),
             torch.cat([own_loss, candidates]))
-        set_peer_stats(loss, sums[len(statistics):], peaks)
+        count, before = len(statistics), len(statistics) + len(of_routers)
+        set_peer_stats(loss, sums[before:], peaks)
         weight = (self.recipe.data.auxiliary.weight if self.recipe.data.auxiliary is not None
                   else 1.0)
-        return _StepSums(loss, kd, ce, auxiliary / weight, sums[:len(statistics)])
+        return _StepSums(loss, kd, ce, auxiliary / weight, sums[:count],
+                         self._router_metrics(sums[count:before]))
 
     def _require_finite(self, problem: str, value: float | None, tokens: list[Tensor],
                         micro_batches: list[_MicroBatch]) -> None:

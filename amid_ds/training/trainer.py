@@ -207,13 +207,13 @@ class Trainer(Stepper):
     def _log_step(self, metrics: Metrics, batch: StepBatch, info: StepInfo,
                   monitors: Monitors) -> None:
         """Log the step's metrics, if it is one of every `log_every` steps or the last."""
-        train, step = self.recipe.train, self.state.step
+        step = self.state.step
         seconds = monitors.step_end(batch.sampled)
         metrics |= {"padding": batch.padding, **batch.metrics, "data_wait": info.waited / seconds}
         if self.rollouts is not None:
             # The tokens learnt from, over a time that includes their sampling.
             metrics["tokens_per_second"] = batch.tokens / seconds
-        logged = step % train.log_every == 0 or step == train.total_steps
+        logged = self.recipe.train.logs(step)
         if logged:
             metrics |= monitors.metrics(uses_teacher=metrics["kd_loss"] is not None)
             logged = self._holds_run()
