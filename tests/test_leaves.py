@@ -137,8 +137,11 @@ def watching_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
 
 
 def assert_equal_run(student: str, teacher: str, tokenizer: Any, data: Any, folder: Any,
-                     target: Any = rank_main, **changes: object) -> Ranks:
-    """Train on 2 ranks, every weight gathered at each use, and assert plain torch's numbers."""
+                     target: Any = rank_main, zero: dict | None = None, **changes: object) -> Ranks:
+    """Train on 2 ranks, every weight gathered at each use, and assert plain torch's numbers.
+
+    zero: values of the config's `zero_optimization`.
+    """
     words = AutoTokenizer.from_pretrained(tokenizer)
     pair = [save_tiny(name, folder / f"{seed}-{name}", words, seed=seed, vocab_size=400)
             for seed, name in enumerate((student, teacher))]
@@ -146,7 +149,7 @@ def assert_equal_run(student: str, teacher: str, tokenizer: Any, data: Any, fold
         folder / "r.yaml", *pair, data, folder / "run", data__prepared=str(folder / "data"),
         data__isolate_documents=False, train__eps=EPS,
         train__learning_rate=1e-4, student__router_aux_loss=0,
-        deepspeed=str(write_gathering_config(folder, stage3_max_reuse_distance=0)),
+        deepspeed=str(write_gathering_config(folder, stage3_max_reuse_distance=0, **(zero or {}))),
         **{"train__steps": 2, **changes})
     ranks = run_ranks(2, "train", recipe, target=target)
     truth, _ = reference_loop(*pair, yaml.safe_load(recipe.read_text()), folder / "data")
@@ -174,6 +177,15 @@ def test_every_hybrid_trains_as_plain_transformers_does(llama_pair, instructions
                                                         family, checkpointing):
     assert_equal_run(family, family, llama_pair[0], instructions_file, tmp_path,
                      student__activation_checkpointing=checkpointing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [
+    {"zero_hpz_partition_size": 2}, {"offload_param": {"device": "cpu"}},
+    {"stage3_prefetch_bucket_size": 0}], ids=["hpZ", "offload", "no prefetch"])
+def test_hybrids_train_so_under_each_kind_of_zero_3(llama_pair, instructions_file, tmp_path, zero):
+    assert_equal_run("zamba2", "mamba", llama_pair[0], instructions_file, tmp_path, zero=zero,
+                     student__activation_checkpointing=True)
 
 
 def observing_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
