@@ -5,6 +5,7 @@ Printed by `python tests/test_families.py [MODEL_TYPE ...]`, or by this file's s
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import tempfile
@@ -30,7 +31,7 @@ from support.runs import (
 COLUMNS = ("student", "teacher", "packed", "tensor parallel 2", "resume", "export")
 # One of each kind that is not a row of like layers, for the default run.
 QUICK = ("qwen3_5", "nemotron_h", "gemma3", "llama4", "deepseek_v32")
-COMPARED = ("loss", "kd_loss", "ce_loss", "grad_norm")
+LOSSES = ("loss", "kd_loss", "ce_loss")
 # A family's runs: of itself and another as its teacher, and of each with a Llama.
 PLAIN, PACKED, SPLIT, AS_STUDENT, AS_TEACHER = "plain", "packed", "split", "student", "teacher"
 
@@ -76,21 +77,26 @@ class Trial:
             if outcome.kind == "broken":
                 print(f"=== {key}\n{outcome.log}", file=sys.stderr)
 
+    @functools.cache   # noqa: B019
     def truth(self, name: str, run: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
         """Each step's metrics and the trained weights, by plain transformers in one process."""
         recipe = yaml.safe_load(self.recipe(name, run).read_text())
         return reference_loop(*self.pair(name, run), recipe, Path(recipe["data"]["prepared"]))
 
     def verdict(self, name: str, run: str) -> str:
-        """"yes" where the run's losses and gradients are the truth's to 1e-5, or what is wrong."""
+        """"yes" where the run's losses and gradients are the truth's, or what is wrong.
+
+        To 1e-5; the norm of the gradients that follow a step of Adam's to 1e-3.
+        """
         outcome = self.outcomes[name, run]
         if outcome.kind != "done":
             return described(outcome)
         folder = self.folder / f"{name}-{run}"
         lines = read_metrics(before(folder) if before(folder).exists() else folder)
         for line, expected in zip(lines, self.truth(name, run)[0], strict=True):
-            for key in COMPARED:
-                if line[key] != pytest.approx(expected[key], rel=1e-5, abs=1e-7):
+            for key in (*LOSSES, "grad_norm"):
+                within = 1e-3 if key == "grad_norm" and line["step"] > 1 else 1e-5
+                if line[key] != pytest.approx(expected[key], rel=within, abs=1e-7):
                     return (f"wrong: {key} of step {line['step']} is {line[key]:.6g}, "
                             f"by transformers {expected[key]:.6g}")
         return "yes"
