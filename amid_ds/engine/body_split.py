@@ -21,13 +21,11 @@ from amid_ds.errors import InputError
 from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.split_check import split_problem
-from amid_ds.models.tensor_parallel import mark_part, whole_parts
+from amid_ds.models.tensor_parallel import mark_part, named_parts, whole_parts
 from amid_ds.models.tp_layers import split_blocks, sum_gradients
-from amid_ds.models.tp_plan import Block, Cut, blocks_of, part_of
+from amid_ds.models.tp_plan import PartCut, SplitBlock, blocks_of, part_of
 
 logger = logging.getLogger(__name__)
-# Parts of a body below this share of it are not named where it is said what stays whole.
-LEAST_SHARE = 0.01
 
 
 def make_tensor_parallel_groups(tp_size: int) -> None:
@@ -115,7 +113,7 @@ def _whole_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _cut(parameter: Any, cut: Cut, peers: Peers) -> nn.Parameter:
+def _cut(parameter: Any, cut: PartCut, peers: Peers) -> nn.Parameter:
     """This rank's part of a parameter; of one of ZeRO-3's one of ZeRO-3's, over the ranks with the
     same part."""
     from deepspeed.utils import groups
@@ -132,11 +130,12 @@ def _cut(parameter: Any, cut: Cut, peers: Peers) -> nn.Parameter:
     return part
 
 
-def _say_what_stays_whole(model: nn.Module, name: str, blocks: list[Block], tp_size: int) -> None:
+def _say_what_stays_whole(model: nn.Module, name: str, blocks: list[SplitBlock],
+                          tp_size: int) -> None:
     """Log which weights of a body every rank will hold whole, if they are a part worth naming."""
     whole = whole_parts(model, blocks, _whole_shape)
     total = sum(math.prod(_whole_shape(parameter)) for parameter in model.parameters())
-    named = [part for part in whole if part.count >= LEAST_SHARE * total]
+    named = named_parts(whole, total)
     if named:
         logger.info("tensor_parallel %d: %.0f%% of the %s's weights stay whole on every rank, "
                     "which computes with them: %s", tp_size,
