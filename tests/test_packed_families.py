@@ -10,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import yaml
+from support.attention import calls, varlen_twin
 from support.families import FAMILIES, save_tiny, tiny_model
 from support.ranks import run_ranks
 from support.reference_loop import reference_loop
@@ -17,7 +18,7 @@ from support.runs import read_metrics, write_gathering_config, write_recipe
 
 from amid_ds.data.batch import Documents
 from amid_ds.errors import InputError
-from amid_ds.models import heads, recurrence
+from amid_ds.models import attention, heads, recurrence
 from amid_ds.models.heads import check_isolation, ids_to_check, run_body
 from amid_ds.models.recurrence import recomputed_alike, recurrent_layers, run_documents_alone
 from amid_ds.models.sampler import Sampler, SamplerPrompt
@@ -117,6 +118,23 @@ def test_changing_a_document_changes_no_other_of_its_row(family):
     changed = (before - after).abs().amax(-1) > 1e-4 * before.abs().max()
     assert changed[0, 5] and not changed[0, :5].any() and not changed[0, 18:].any()
     assert not changed[1, :21].any()
+
+
+@pytest.mark.parametrize("family", families([
+    "opt", "olmo_hybrid", "granitemoehybrid", "bamba", "nemotron_h", "falcon_h1", "jamba",
+    "recurrent_gemma", "lfm2", "lfm3", "qwen3_next", "qwen3_5_text"]))
+def test_attention_by_boundaries_beside_recurrent_layers_gives_the_states_of_the_mask(monkeypatch,
+                                                                                      family):
+    model = model_of(family)
+    rows = packed_rows()
+    with torch.no_grad():
+        masked = run_body(model, *rows)
+        monkeypatch.setattr(attention, "varlen_kernel", lambda: varlen_twin)
+        monkeypatch.setattr(attention, "_device_refusal", lambda device, dtype: None)
+        attention.choose_attention(model, "it", torch.device("cpu"), trains=True)
+        before = calls["kernel"]
+        assert_close([run_body(model, *rows)], [masked])
+    assert calls["kernel"] > before
 
 
 def by_document(function, axis: int, starts=((0, 3, 4, 11, 14, 16), (0, 6, 13, 16))):
