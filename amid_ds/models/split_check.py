@@ -140,7 +140,7 @@ def _copy(module: Any, name: str, parameters: Mapping[str, Tensor], whole: bool)
     had before it was split."""
     copy = object.__new__(type(module))
     copy.__dict__ = {key: type(value)() if "hooks" in key and isinstance(value, dict) else value
-                     for key, value in vars(module).items()}
+                     for key, value in vars(module).items() if key != "forward"}
     if whole and hasattr(module, "whole_class"):
         copy.__class__ = module.whole_class
     copy._parameters = {key: None if own is None else parameters[f"{name}.{key}"]
