@@ -1,4 +1,4 @@
-"""Plans of mixtures and hybrids: each family's FLOPs and weights by hand, its memory by autograd."""
+"""Plans of mixtures and hybrids: FLOPs and weights of each family by hand, memory by autograd."""
 
 from __future__ import annotations
 
