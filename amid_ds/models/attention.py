@@ -11,12 +11,14 @@ is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import itertools
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -80,6 +82,31 @@ def boundary_arguments(documents: Documents, input_ids: Tensor) -> dict[str, Any
     no_mask = torch.empty(rows, 1, length, 0, device=device)
     return {"attention_mask": no_mask, "cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries,
             "max_length_q": longest, "max_length_k": longest}
+
+
+@contextlib.contextmanager
+def masks_by_positions(model: nn.Module, positions: Tensor | None) -> Iterator[None]:
+    """In this context the masks that the body makes end where `positions` [B, L] start again.
+
+    Most families hand the positions to transformers' functions that make masks. OPT, BLOOM, gpt-oss
+    and Granite 4 (transformers 5.24) do not, so here those functions are given them. BLOOM's biases
+    by the distance along the row are right in a document too: softmax knows differences alone.
+    """
+    module = sys.modules[type(body_of(model)).__module__]
+    own = {name: make for name, make in vars(module).items()
+           if name.startswith("create_") and name.endswith("_mask")}
+
+    def told(make: Callable[..., Any]) -> Callable[..., Any]:
+        def make_mask(*args: Any, **options: Any) -> Any:
+            return make(*args, **{**options, "position_ids": positions})
+        return make_mask
+
+    try:
+        if positions is not None:
+            vars(module).update({name: told(make) for name, make in own.items()})
+        yield
+    finally:
+        vars(module).update(own)
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from types import TracebackType
 
 import torch
@@ -96,6 +97,15 @@ class ParameterSource:
         kept = [box.cut(starts, sizes) for box in self.boxes]
         return ParameterSource(tuple(sizes), tuple(box.moved(dim, -start)
                                                    for box in kept if box is not None))
+
+    def parts(self, dim: int, ranges: Iterable[tuple[int, int]]) -> ParameterSource:
+        """Several stretches of one dimension, joined."""
+        cuts = [self.part(dim, start, stop) for start, stop in ranges]
+        ends = [0, *accumulate(cut.shape[dim] for cut in cuts)]
+        shape = (*self.shape[:dim], ends[-1], *self.shape[dim + 1:])
+        return ParameterSource(shape, tuple(box.moved(dim, end)
+                                            for cut, end in zip(cuts, ends, strict=False)
+                                            for box in cut.boxes))
 
     def range(self, start: int, stop: int) -> Iterator[FileBox]:
         """The boxes of its elements from `start` up to `stop`, counted in row-major order."""

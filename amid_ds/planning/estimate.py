@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from amid_ds.config.recipe import Recipe
 from amid_ds.engine.ema import mean_decays
+from amid_ds.models.tensor_parallel import WholePart, named_parts
 from amid_ds.planning.devices import Device, find_device
 from amid_ds.planning.memory import (
     FP32_BYTES,
@@ -78,6 +79,8 @@ class Plan:
     # The most that ZeRO-3 gathers of the student's experts at once, those of a layer; 0: no
     # mixture.
     expert_gather_bytes: int
+    # By model what tensor parallelism leaves whole of its layers, worth naming.
+    whole_parts: dict[str, list[WholePart]]
     # The models with scans that are counted as fused kernels do them.
     fused_scans: list[str]
     # The models that the teacher is made of; its parts above are their sums.
@@ -141,6 +144,8 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
         parameters={"held": student.weights.total, "active": student.active,
                     "trained": weights, "frozen": student.weights.total - weights},
         expert_gather_bytes=student.expert_gather * student.element_size,
+        whole_parts={name: named_parts(costs.whole_parts, costs.weights.total)
+                     for name, costs in {"student": student, **setting.frozen}.items()},
         fused_scans=[model for model, costs in (("student", student), ("teacher", setting.teacher))
                      if costs is not None and costs.has_fused_scans],
         frozen_models=[FrozenModel(key, costs.weights.total, costs.active,

@@ -22,7 +22,13 @@ from amid_ds.models.fit import require_positions
 from amid_ds.models.router_loss import router_weights
 from amid_ds.models.shape import body_of, embedding_of, head_module, layers_of
 from amid_ds.models.sizes import active_intermediate_size, teacher_bytes_per_token
-from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
+from amid_ds.models.tensor_parallel import (
+    WholePart,
+    shrink_to_tp_rank,
+    split_parameters,
+    whole_parts,
+)
+from amid_ds.models.tp_plan import blocks_of
 from amid_ds.models.trained import choose_trained
 from amid_ds.planning.body_costs import BodyCosts, count_body
 from amid_ds.planning.stand_ins import has_scans
@@ -118,9 +124,11 @@ class ModelCosts:
     expert_rows: float
     # Scans of its body keep what fused kernels would.
     has_fused_scans: bool
-    # Elements per token that AutoTP sums over its group in forward, and in backward.
+    # Elements per token that a tensor-parallel group sums in forward, and in backward.
     tp_forward_width: int
     tp_backward_width: int
+    # What of the layers each of its ranks holds, and computes, whole.
+    whole_parts: tuple[WholePart, ...]
     # By models/sizes.py; 0 for a student.
     bytes_per_teacher_token: int
 
@@ -195,6 +203,7 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     of_head = {id(parameter) for parameter in output.parameters()}
     body_is_trained = any(parameter.requires_grad and id(parameter) not in of_head
                           for parameter in meta.parameters())
+    left_whole = () if whole or tp == 1 else tuple(whole_parts(meta, blocks_of(meta, tp)))
     # From here on `meta` has the shapes of one tensor-parallel rank.
     forward_width, backward_width = (0, 0) if whole else shrink_to_tp_rank(meta, tp)
     if backward_width and counts["trained"].total < counts["weights"].total:
@@ -241,6 +250,7 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         has_fused_scans=fused and has_scans(meta),
         tp_forward_width=forward_width,
         tp_backward_width=backward_width,
+        whole_parts=left_whole,
         bytes_per_teacher_token=(teacher_bytes_per_token([meta], element_size, seq_length)
                                  if isinstance(model, Teacher) else 0))
 

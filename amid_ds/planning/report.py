@@ -57,6 +57,10 @@ def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     console.print(_work_line(plan, recipe))
     for line in _mixture_lines(plan):
         console.print(line)
+    for name, parts in plan.whole_parts.items():
+        if parts:
+            console.print(f"{name}: every rank of a tensor-parallel group holds whole, and computes "
+                          f"with, {'; '.join(map(str, parts))}")
     console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}")
     console.print(_activations_line(plan))
     console.print(_reading_line(plan))
