@@ -15,9 +15,11 @@ from safetensors.torch import load_file, save_file
 from support.families import save_tiny
 from transformers import AutoModelForImageTextToText
 
-from amid_ds.checkpoint.into import put_weights
+from amid_ds.checkpoint.into import put_weights, require_same
+from amid_ds.data import load_tokenizer
 from amid_ds.errors import InputError
 from amid_ds.models import weight_reader
+from amid_ds.models.ends import generation_config
 from amid_ds.models.loading import (
     load_causal_lm,
     meta_model,
@@ -129,6 +131,19 @@ def test_a_language_part_that_is_no_model_by_itself_is_refused_by_name(family, r
     assert f"model_type {family}" in str(caught.value)
 
 
+def test_the_chat_template_and_the_end_of_a_turn_are_those_of_the_whole_folder(folder, tmp_path):
+    whole = tmp_path / "whole"
+    shutil.copytree(folder("gemma3"), whole)
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    (whole / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    (whole / "generation_config.json").unlink()
+    config = json.loads((whole / "config.json").read_text())
+    config["eos_token_id"] = [1, 106]
+    (whole / "config.json").write_text(json.dumps(config))
+    assert load_tokenizer(str(whole)).chat_template == template
+    assert generation_config(str(whole)).eos_token_id == [1, 106]
+
+
 def test_a_model_type_that_this_transformers_does_not_know_is_named_with_both_versions(tmp_path):
     import transformers
 
@@ -180,6 +195,12 @@ def test_a_whole_model_with_the_weights_put_into_its_files_has_their_logits(fami
     after, before = (load_file(each / "model.safetensors") for each in (out, folder(family)))
     same = {name for name, tensor in before.items() if torch.equal(tensor, after[name])}
     assert {name for name in before if "vis" in name} <= same != before.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_config_that_a_run_keeps_is_still_its_originals(family, folder, tmp_path):
+    supported_model(str(folder(family))).config.save_pretrained(tmp_path)
+    require_same(meta_model(str(tmp_path)), folder(family))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -119,6 +119,13 @@ def test_it_is_the_same_number_on_any_ranks_and_micro_batches(
 
 
 @pytest.mark.slow
+def test_tensor_parallel_peers_count_once(recipe, mixtral, shared_model, tmp_path):
+    run_ranks(2, "train", recipe, "tensor_parallel=2")
+    truth = reference_metrics(mixtral, shared_model("llama", 1), tmp_path / "data", STEPS)
+    assert_equal(tmp_path / "run", truth)
+
+
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_to_the_last_digit(recipe, tmp_path):
     options = ("train.steps=4", "checkpoint.every=2")
     run_ranks(2, "train", recipe, *options)

@@ -88,7 +88,7 @@ def _opened(checkpoint: Path, recipe: Recipe, original: Path
     run = RunFolder(checkpoint.parent.parent)
     student, own = kept_student(recipe, run), resolve_student(recipe, run.path)
     model = meta_model(student.model, **student.hub_kwargs)
-    _require_same(model, original)
+    require_same(model, original)
     reader = open_weights(str(original))
     if isinstance(reader, str):
         raise InputError(f"the weights of {original} cannot be replaced: {reader}",
@@ -99,7 +99,7 @@ def _opened(checkpoint: Path, recipe: Recipe, original: Path
     return WholeStudent.of(checkpoint, student, own, dtype), model, reader
 
 
-def _require_same(ours: Any, original: Path) -> None:
+def require_same(ours: Any, original: Path) -> None:
     """Raise InputError unless the meta model of a student is the original's language part, by its
     config, names and shapes."""
     theirs: Any = supported_model(str(original))

@@ -122,8 +122,7 @@ class World:
     def summed(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Elementwise float64 sum over the data-parallel ranks, of a tensor [n] on the device too.
 
-        One collective, of all ranks. Tensor-parallel peers work on the same tokens, so each counts
-        as 1 / tp_size; a value that one rank alone has (a request to stop) still shows.
+        One collective, of all ranks. Tensor-parallel peers, with the same tokens, are 1 / tp_size.
         """
         own = values if isinstance(values, torch.Tensor) else self.numbers(values)
         dist.all_reduce(total := own.to(torch.float64, copy=True))

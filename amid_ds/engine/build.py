@@ -55,7 +55,7 @@ from amid_ds.models.distiller import Distiller
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.heads import head_parameters
 from amid_ds.models.loading import in_one_dtype, load_causal_lm
-from amid_ds.models.recurrence import recomputed_alike
+from amid_ds.models.recurrence import recomputed_alike, run_documents_alone
 from amid_ds.models.router_loss import Routers, log_router_weights, router_weights
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
 from amid_ds.models.trained import choose_trained
@@ -159,7 +159,12 @@ def _routers_of(student: nn.Module, recipe: Recipe, world: World) -> Routers | N
 
 def choose_attention_of(model: nn.Module, title: str, recipe: Recipe, world: World, trains: bool
                         ) -> None:
-    """Choose the attention of one of the recipe's models, where its rows ask for one."""
+    """Choose the attention of one of the recipe's models, where its rows ask for one.
+
+    And let its recurrent layers run on each document alone, where rows have several.
+    """
+    if recipe.data.isolates_any:
+        run_documents_alone(model)
     if recipe.data.isolates_any or exceeds_window(model, recipe.train.seq_length):
         choose_attention(model, title, world.device, trains)
 

@@ -27,7 +27,7 @@ from amid_ds.models.attention import (
 )
 from amid_ds.models.delta import DeltaTeacher
 from amid_ds.models.head_form import HeadForm, head_form
-from amid_ds.models.recurrence import documents_alone
+from amid_ds.models.recurrence import running_on
 from amid_ds.models.shape import body_of, head_module, layers_of, text_config
 
 
@@ -56,7 +56,7 @@ def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
     if (documents is not None and attends_by_boundaries(model)
             and (positions is not None or exceeds_window(model, input_ids.shape[1]))):
         optional |= boundary_arguments(documents, input_ids)
-    with (documents_alone(model, None if positions is None else boundaries, input_ids),
+    with (running_on(model, None if positions is None else boundaries, input_ids),
           masks_by_positions(model, positions)):
         hidden: Tensor = body(input_ids=input_ids, use_cache=False, **optional).last_hidden_state
     return hidden

@@ -84,11 +84,14 @@ def _load_language_part(model: str, dtype: torch.dtype, reader: WeightReader | s
                          "safetensors files whose tensors become its weights as they are",
                          "save its language model by itself with save_pretrained")
     part = hollow_causal_lm(model, dtype, revision)
-    tensors = {name: torch.empty_like(tensor, device="cpu")
-               for name, tensor in part.state_dict().items()}
+    # By what they are: a tied one is there under each of its names.
+    made: dict[int, torch.Tensor] = {}
+    tensors = {name: made.setdefault(id(tensor), torch.empty_like(tensor, device="cpu"))
+               for name, tensor in part.state_dict(keep_vars=True).items()}
+    sources = {id(tensors[name]): reader.sources[name] for name in tensors}
     with reader, readable_weights(model):
         refuse_other_keys(model, {"untied": reader.unequal_twins(0, 1)})
-        reader.fill((reader.sources[name], 0, tensor.view(-1)) for name, tensor in tensors.items())
+        reader.fill((sources[id(tensor)], 0, tensor.view(-1)) for tensor in made.values())
     part.load_state_dict(tensors, assign=True)
     part.tie_weights()   # type: ignore[operator]
     return part
@@ -298,7 +301,8 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     meta, whole = shapes() if world is None else world.run_checked(shapes)
     table = None
     if world is not None:
-        table = share_weight_table(world, model, revision, named_weights(meta))
+        named = named_weights(meta if whole is None else whole)
+        table = share_weight_table(world, model, revision, named)
 
     def read() -> WeightReader | str:
         found = require_weights(meta, model, revision, table=table, whole=whole)

@@ -5,9 +5,9 @@ token to token, and through a row from document to document: no mask keeps it ou
 the documents' boundaries, others do not, a CPU's never do, and a convolution that takes them is no
 sign that its recurrence does. So here such a layer gets a row's documents as rows of a batch,
 padded on the right: it is causal, so its outputs are those of each document by itself, on every
-device and by every kernel. Documents of like length share a call, so less than half of what a call
-computes is padding. The layer's own forward is called for each group of them, inside one call of
-the module: hooks on the module fire once, whatever the documents.
+device and by every kernel. Documents of like length share a call, of which there are `CALLS` for
+every row of every rank: ZeRO-3 gathers in the order of the calls, which is then the same everywhere
+and in every step.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from amid_ds.models.shape import layers_of
 
 # Boundaries in transformers' names, which tell nothing of a batch in which each row is a document.
 BOUNDARIES = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+# How often a layer's forward is called: each costs a kernel launch, and saves padding.
+CALLS = 4
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,28 @@ class _Documents:
         """Of boundaries as `Documents.boundaries` gives them. Nothing waits for the device."""
         spans = sorted(itertools.pairwise(boundaries), key=lambda span: span[0] - span[1])
         shapes, tokens, slots = [], [], []
-        while spans:
-            longest = spans[0][1] - spans[0][0]
-            group = [span for span in spans if 2 * (span[1] - span[0]) > longest]
-            del spans[:len(group)]
-            shapes.append((len(group), longest))
+        for count in _shares([stop - start for start, stop in spans]):
+            group, spans = spans[:count], spans[count:]
+            longest = group[0][1] - group[0][0]
+            shapes.append((count, longest))
             tokens.append(np.concatenate([np.arange(*span) for span in group]))
             slots.append(np.concatenate([number * longest + np.arange(stop - start)
                                          for number, (start, stop) in enumerate(group)]))
+        # A call without documents has the first token again. Nobody reads what comes of it.
+        for _ in range(CALLS - len(shapes)):
+            shapes.append((1, 1))
+            tokens.append(np.zeros(1, np.int64))
+            slots.append(np.zeros(1, np.int64))
         everywhere = np.concatenate(tokens)
-        moved = to_device(torch.from_numpy(np.stack(
-            [everywhere, np.concatenate(slots), np.argsort(everywhere)])), device)
+        # The first of equals, which stand at the end.
+        back = np.unique(everywhere, return_index=True)[1]
+        moved = to_device(torch.from_numpy(np.concatenate(
+            [everywhere, np.concatenate(slots), back])), device)
         sizes = [len(each) for each in tokens]
         groups = (_Group(*shape, *places) for shape, *places in zip(
-            shapes, moved[0].split(sizes), moved[1].split(sizes), strict=True))
-        return cls(rows, length, tuple(groups), moved[2])
+            shapes, *(part.split(sizes) for part in (
+                moved[:len(everywhere)], moved[len(everywhere):2 * len(everywhere)])), strict=True))
+        return cls(rows, length, tuple(groups), moved[2 * len(everywhere):])
 
     def of_group(self, value: Any, group: _Group) -> Any:
         """An argument of a layer's forward as the group's: tensors [rows or 1, length, ...]."""
@@ -122,23 +131,31 @@ def recurrent_layers(model: nn.Module) -> list[nn.Module]:
                    for child in module.children())]
 
 
-@contextmanager
-def documents_alone(model: nn.Module, boundaries: Callable[[], Sequence[int]] | None,
-                    input_ids: Tensor) -> Iterator[None]:
-    """In this context the recurrent layers of `model` run on each document of input_ids [B, L].
+def run_documents_alone(model: nn.Module) -> None:
+    """Let the recurrent layers of `model` run on each document alone, in every `running_on`."""
+    for layer in recurrent_layers(model):
+        if not _runs_alone(layer):
+            alone = functools.partial(_by_document, layer.forward)
+            layer.forward = functools.update_wrapper(alone, layer.forward)
 
-    boundaries: asked where it is needed, for those of `Documents.boundaries`. None: rows are one.
+
+@contextmanager
+def running_on(model: nn.Module, boundaries: Callable[[], Sequence[int]] | None,
+               input_ids: Tensor) -> Iterator[None]:
+    """In this context the body of `model` runs on the documents of input_ids [B, L].
+
+    boundaries: asked where they are needed, for those of `Documents.boundaries`. None: each row is
+    a document.
     """
-    layers = [] if boundaries is None else recurrent_layers(model)
-    if not layers or boundaries is None:
-        with _running(None):
-            yield
-        return
-    for layer in layers:
-        if getattr(layer.forward, "func", None) is not _by_document:
-            layer.forward = functools.partial(_by_document, layer.forward)
-    rows, length = input_ids.shape
-    with _running(_Documents.from_boundaries(boundaries(), rows, length, input_ids.device)):
+    if boundaries is not None:
+        run_documents_alone(model)
+    documents = None
+    if any(map(_runs_alone, recurrent_layers(model))):
+        rows, length = input_ids.shape
+        starts = (boundaries() if boundaries is not None
+                  else range(0, input_ids.numel() + 1, length))
+        documents = _Documents.from_boundaries(starts, rows, length, input_ids.device)
+    with _running(documents):
         yield
 
 
@@ -155,6 +172,32 @@ def _running(documents: _Documents | None) -> Iterator[None]:
         yield
     finally:
         _RUNNING.reset(token)
+
+
+def _runs_alone(layer: nn.Module) -> bool:
+    return getattr(layer.forward, "func", None) is _by_document
+
+
+def _shares(lengths: Sequence[int]) -> list[int]:
+    """How many documents, of these lengths and the longest first, share each call.
+
+    At most CALLS numbers, with which the least padding is computed.
+    """
+    sizes, firsts = np.unique(-np.array(lengths), return_index=True)
+    # Documents are parted where their length changes. cost [i, j]: a call of those from cut i to j.
+    cuts = np.append(firsts, len(lengths))
+    cost = (cuts - cuts[:, None]) * -np.append(sizes, 0)[:, None].astype(float)
+    cost[np.tril_indices(len(cuts), -1)] = np.inf
+    best, before = np.where(cuts == 0, 0.0, np.inf), []
+    for _ in range(CALLS):
+        totals = best[:, None] + cost
+        before.append(totals.argmin(0))
+        best = totals.min(0)
+    ends = [len(sizes)]
+    for own in reversed(before):
+        ends.append(int(own[ends[-1]]))
+    return [int(cuts[stop] - cuts[start]) for stop, start in itertools.pairwise(ends)
+            if stop > start][::-1]
 
 
 def _by_document(forward: Callable[..., Any], *args: Any, **options: Any) -> Any:

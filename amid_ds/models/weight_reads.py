@@ -46,7 +46,7 @@ def outside_reads(model: nn.Module) -> list[OutsideRead]:
         if any(each is layers for each in module.modules()):
             continue
         read: dict[str, nn.Parameter] = {}
-        for chain in _chains_read(type(module)):
+        for chain in _chains_read(module.__class__):
             read |= dict(_parameters_at(module, chain, f"{name}." if name else ""))
         if read:
             found.append(OutsideRead(name, module, read))

@@ -45,7 +45,8 @@ def require_weights(meta: Any, model: str, revision: str | None = None, fetch: b
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with readable_weights(model):
-        table = table or read_weight_table(model, revision, fetch, named_weights(meta))
+        named = named_weights(meta if whole is None else whole)
+        table = table or read_weight_table(model, revision, fetch, named)
         if table is None:
             return None
         mapped = map_weights(meta, table, whole)

@@ -1,0 +1,215 @@
+"""ZeRO-3 gathers what a module reads of its children, and experts, before they are used."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from support.families import save_tiny, tiny_model
+from support.lora import EPS, assert_trains_as
+from support.patches import patch_train_step
+from support.ranks import Ranks, rank_main, run_ranks, world_main
+from support.reference_loop import reference_loop
+from support.runs import write_gathering_config, write_recipe
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from amid_ds.models.weight_reads import leaf_names, outside_reads
+
+HYBRIDS = ["qwen3_5_text", "qwen3_next", "nemotron_h", "falcon_h1", "granitemoehybrid", "bamba",
+           "olmo_hybrid", "lfm2", "mamba2", "jamba", "zamba2"]
+
+
+def test_what_a_mixer_may_read_of_its_children_is_found_in_its_source():
+    """Also what only a fused kernel takes: norm and out_proj of a Mamba-2 mixer."""
+    mixer = "model.layers.0.mamba"
+    (read,) = outside_reads(tiny_model("bamba"))
+    assert read.name == mixer
+    assert set(read.parameters) == {f"{mixer}.{name}" for name in (
+        "conv1d.weight", "conv1d.bias", "norm.weight", "out_proj.weight")}
+    assert leaf_names(tiny_model("llama")) == []
+    assert leaf_names(tiny_model("qwen3_next"))[:2] == [
+        "model.layers.0.linear_attn", "model.layers.0.mlp.experts"]
+
+
+class Helped(nn.Module):
+    """Reads of its children in every way that counts, and in ways that do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([nn.Linear(2, 2, bias=False) for _ in range(2)])
+        self.named, self.asked, self.called, self.later = (nn.Linear(2, 2) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        part = self.parts[0]
+        return self.called(x.to(self.asked.weight.dtype)) + self.through(x @ part.weight)
+
+    def through(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.named.weight.t(), bias=self.named.bias)
+
+    def never(self) -> Tensor:
+        return self.later.weight
+
+
+def test_a_read_counts_through_names_lists_and_methods_but_not_of_a_dtype():
+    model = nn.Module()
+    model.base_model_prefix, model.layers = "", nn.ModuleList([Helped()])
+    model.get_input_embeddings = lambda: None
+    (read,) = outside_reads(model)
+    assert set(read.parameters) == {f"layers.0.{name}" for name in (
+        "named.weight", "named.bias", "parts.0.weight", "parts.1.weight")}
+
+
+# --- equal to plain transformers ---------------------------------------------------------------
+
+def watching_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that writes down, of each step, whether the prefetch trace was whole."""
+    def around(trainer, batch):
+        yield
+        coordinator = trainer.engine._deepspeed.optimizer.parameter_offload.param_coordinator
+        with open(f"{log}.trace", "a") as file:
+            file.write(f"{coordinator.is_complete_trace():d}")
+
+    patch_train_step(around)
+    rank_main(argv, variables, log)
+
+
+def assert_equal_run(student: str, teacher: str, tokenizer: Any, data: Any, folder: Any,
+                     **changes: object) -> Ranks:
+    """Train on 2 ranks, every weight gathered at each use, and assert plain torch's numbers."""
+    words = AutoTokenizer.from_pretrained(tokenizer)
+    pair = [save_tiny(name, folder / f"{seed}-{name}", words, seed=seed, vocab_size=400)
+            for seed, name in enumerate((student, teacher))]
+    recipe = write_recipe(
+        folder / "r.yaml", *pair, data, folder / "run", data__prepared=str(folder / "data"),
+        data__isolate_documents=False, train__steps=3, train__eps=EPS,
+        student__router_aux_loss=0,
+        deepspeed=str(write_gathering_config(folder, stage3_max_reuse_distance=0)), **changes)
+    ranks = run_ranks(2, "train", recipe, target=watching_rank)
+    assert_trains_as(reference_loop(*pair, yaml.safe_load(recipe.read_text()), folder / "data"),
+                     folder / "run")
+    return ranks
+
+
+def test_hybrid_student_and_teacher_train_as_plain_transformers_does(llama_pair, instructions_file,
+                                                                     tmp_path):
+    ranks = assert_equal_run("qwen3_next", "falcon_h1", llama_pair[0], instructions_file, tmp_path,
+                             student__activation_checkpointing=True)
+    for rank in range(2):
+        trace = ranks.log(rank).with_suffix(".trace").read_text()
+        # The first step records it.
+        assert trace[1:] == "11", trace
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_every_hybrid_trains_as_plain_transformers_does(llama_pair, instructions_file, tmp_path,
+                                                        family, checkpointing):
+    assert_equal_run(family, family, llama_pair[0], instructions_file, tmp_path,
+                     student__activation_checkpointing=checkpointing)
+
+
+# --- experts -----------------------------------------------------------------------------------
+
+class ListedExperts(nn.Module):
+    """A mixture of modules, as models with code of their own have it: each token takes one."""
+
+    def __init__(self, width: int, count: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, count)
+        self.experts = nn.ModuleList([nn.Linear(width, width) for _ in range(count)])
+
+    def forward(self, states: Tensor) -> Tensor:
+        scores = self.gate(states).softmax(-1)
+        chosen = scores.argmax(-1)
+        out = torch.zeros_like(states)
+        for number in chosen.unique().tolist():
+            rows = (chosen == number).nonzero()[:, 0]
+            out = out.index_add(0, rows, self.experts[number](states[rows])
+                                * scores[rows, number, None])
+        return out
+
+
+class Mixtures(nn.Module):
+    """Experts in a list and, as transformers has them, in a stack; a frozen layer before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+        config = MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=4,
+                               num_experts_per_tok=1)
+        config._experts_implementation = "eager"
+        self.listed, self.stacked = ListedExperts(8, 4), MixtralSparseMoeBlock(config)
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=draw))
+            for gate in (self.listed.gate.weight, self.stacked.gate.weight):
+                # Experts 0 and 1 for the sign of the first number; nobody takes 2 and 3.
+                gate.zero_()
+                gate[0, 0], gate[1, 0] = 9.0, -9.0
+            self.listed.gate.bias.copy_(torch.tensor([0.0, 0.0, -99.0, -99.0]))
+
+    def forward(self, states: Tensor) -> Tensor:
+        # The input has no gradient.
+        once = self.listed(states=states)
+        again = self.stacked(states[None])
+        again = again[0] if isinstance(again, tuple) else again
+        return (once * again[0]).sum()
+
+
+def rows_of(rank: int) -> Tensor:
+    """A rank's tokens: of rank 0 the first number is positive, of rank 1 negative."""
+    rows = torch.randn(5, 8, generator=torch.Generator().manual_seed(7 + rank))
+    rows[:, 0] = rows[:, 0].abs().clamp_min(0.5) * (1 - 2 * rank)
+    return rows
+
+
+def disjoint_experts(world: Any, out: str) -> None:
+    """Run by every rank: three steps of plain SGD under ZeRO-3, on the rank's own tokens."""
+    from amid_ds.engine.backend import import_deepspeed
+    from amid_ds.engine.leaves import mark_leaves, without_listed_leaves
+
+    deepspeed = import_deepspeed()
+    model = Mixtures()
+    mark_leaves([model])
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True,
+              "gradient_clipping": 0.0,
+              "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1e-2),
+        config=without_listed_leaves(config), dist_init_required=False)
+    for _ in range(3):
+        engine.backward(engine(rows_of(world.rank)))
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        if world.rank == 0:
+            torch.save({name: each.detach().clone() for name, each in model.named_parameters()},
+                       out)
+
+
+def test_ranks_whose_tokens_choose_disjoint_experts_step_as_one_process(tmp_path):
+    ranks = Ranks(2, str(tmp_path / "weights.pt"),
+                  target=functools.partial(world_main, disjoint_experts))
+    statuses = ranks.wait(100)
+    assert statuses == [0, 0], ranks.output(0) + ranks.output(1)
+    model = Mixtures()
+    before = {name: each.detach().clone() for name, each in model.named_parameters()}
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (sum(model(rows_of(rank)) for rank in range(2)) / 2).backward()
+        optimizer.step()
+    trained = torch.load(tmp_path / "weights.pt")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-5, atol=1e-6,
+                                   msg=lambda m, n=name: f"{n}: {m}")
+    changed = {name for name, each in trained.items() if not torch.equal(each, before[name])}
+    assert changed >= {"listed.experts.0.weight", "listed.experts.1.weight"}
+    assert not changed & {"listed.experts.2.weight", "listed.experts.3.weight"}
