@@ -277,6 +277,36 @@ def check_model_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
                       "HF_HUB_OFFLINE=1")
 
 
+def check_kernels(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
+    """Which packages of fused kernels each model would use, and where they are installed.
+
+    None is needed: transformers has plain PyTorch in their place.
+    """
+    if recipe is None:
+        return
+    models: dict[str, Student | Teacher] = {"student": resolve_student(recipe),
+                                            **frozen_models(recipe)}
+    for name, model in models.items():
+        everyone = world.gather((_hostname(), _kernels_of(model)))
+        if any(found for _, found in everyone):
+            yield Verdict("kernels", True,
+                          f"the {name} would use {_by_node(everyone)}; where one is not, and "
+                          "without a GPU, it runs transformers' own PyTorch code: slower")
+
+
+def _kernels_of(model: Student | Teacher) -> str:
+    from amid_ds.models.kernel_packages import kernel_packages
+    from amid_ds.models.loading import require_supported
+
+    try:
+        packages = kernel_packages(require_supported(model.model, **model.hub_kwargs))
+    # That it cannot be read is the check before this one's to say.
+    except (InputError, OSError, ValueError):
+        return ""
+    return ", ".join(f"{package} ({'installed' if there else 'not installed'})"
+                     for package, there in packages.items())
+
+
 def check_cache_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
     """A cached teacher's folder is complete on every node."""
     if recipe is None or recipe.cached_teacher is None:
@@ -365,4 +395,5 @@ def check_clocks(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
 
 CHECKS: tuple[Check, ...] = (check_versions, check_gpus, check_compiler, check_output_folder,
                              check_connections, check_all_reduce, check_model_files,
-                             check_cache_files, check_cpu_adam, check_placement, check_clocks)
+                             check_kernels, check_cache_files, check_cpu_adam, check_placement,
+                             check_clocks)

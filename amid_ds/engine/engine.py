@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from amid_ds.config.recipe import Recipe
 from amid_ds.data import Batch
 from amid_ds.distributed.world import World
-from amid_ds.engine import gather, memory, optimizer, restore, staging, tensor_files
+from amid_ds.engine import gather, leaves, memory, optimizer, restore, staging, tensor_files
 from amid_ds.engine.body_split import check_split
 from amid_ds.engine.ema import RunningMeans
 from amid_ds.errors import TrainingError
@@ -209,10 +209,16 @@ class Engine:
             is_older = name == "teacher" and grown is not None
             known = vocab_size - len(grown.pieces) if is_older else vocab_size  # type: ignore
             ids = ids_to_check(model, known).to(self.world.device)
-            check_split(model, title, ids, self.world)
-            check_head(model, title, ids, self.gathered_head)
-            if isolated:
-                check_isolation(model, title, ids)
+            with self.reads_registered():
+                check_split(model, title, ids, self.world)
+                check_head(model, title, ids, self.gathered_head)
+                if isolated:
+                    check_isolation(model, title, ids)
+
+    def reads_registered(self) -> contextlib.AbstractContextManager[None]:
+        """A context for the first forwards; see engine/leaves.py."""
+        return (leaves.reads_registered(self.module) if self.is_partitioned
+                else contextlib.nullcontext())
 
     def stage_checkpoint(self) -> dict[str, object]:
         """This rank's part of a checkpoint, by file name, copied to host memory. Collective.

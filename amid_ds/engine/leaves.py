@@ -18,9 +18,10 @@ not be (DeepSpeed's own list of mixtures is left out), and one that is gets its 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +66,24 @@ def register_outside_reads(models: Iterable[nn.Module]) -> None:
             for parameter in filter(is_zero_param, read.parameters.values()):
                 deepspeed.zero.register_external_parameter(read.module, parameter)
             _call_by_position(read.module)
+
+
+@contextlib.contextmanager
+def reads_registered(module: nn.Module) -> Iterator[None]:
+    """A context in which a weight that a forward reads and that is not there is gathered, and
+    registered with the module that read it: what no source has shown.
+
+    DeepSpeed does so in its own `forward`, the first of which records the order of prefetches. All
+    ranks must run the same forwards. module: the engine's, at ZeRO stage 3.
+    """
+    owned: list[Any] = [each._parameters for each in module.modules()]
+    for parameters in owned:
+        parameters._in_forward = True
+    try:
+        yield
+    finally:
+        for parameters in owned:
+            parameters._in_forward = False
 
 
 def _call_by_position(module: nn.Module, with_gradient: bool = False) -> None:

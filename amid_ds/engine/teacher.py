@@ -72,6 +72,7 @@ def open_teacher(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, is_wh
     teacher = recipe.live_teacher
     assert teacher is not None
     with contextlib.ExitStack() as stack:
+        first_forwards: AbstractContextManager[None] = contextlib.nullcontext()
         if is_whole:
             model = world.run_checked(lambda: load_causal_lm(
                 teacher.model, teacher.dtype, **teacher.hub_kwargs).to(world.device).eval())
@@ -88,7 +89,9 @@ def open_teacher(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, is_wh
             else:
                 opened = OpenTeacher(model, vocab_size, shard, engine.gathered_head,
                                      engine.reset_prefetch)
-        world.run_checked(lambda: _check(recipe, model, opened, world))
+                first_forwards = engine.reads_registered()
+        with first_forwards:
+            world.run_checked(lambda: _check(recipe, model, opened, world))
         yield opened
 
 
