@@ -20,7 +20,10 @@ from transformers import AutoTokenizer
 
 from amid_ds.cluster import doctor
 from amid_ds.config.parse import load_recipe
+from amid_ds.config.recipe import Lora
 from amid_ds.distributed.world import World
+from amid_ds.errors import InputError
+from amid_ds.models.adapters import target_modules
 from amid_ds.models.weight_reads import leaf_names, outside_reads
 
 HYBRIDS = ["qwen3_5_text", "qwen3_next", "nemotron_h", "falcon_h1", "granitemoehybrid", "bamba",
@@ -65,6 +68,19 @@ def test_a_read_counts_through_names_lists_and_methods_but_not_of_a_dtype():
     (read,) = outside_reads(model)
     assert set(read.parameters) == {f"layers.0.{name}" for name in (
         "named.weight", "named.bias", "parts.0.weight", "parts.1.weight")}
+
+
+def test_no_adapter_is_put_where_a_fused_kernel_would_pass_it_by():
+    model = tiny_model("falcon_h1")
+    targets = target_modules(model, Lora(rank=2, alpha=4))
+    assert "model.layers.0.mamba.in_proj" in targets
+    assert "model.layers.0.self_attn.o_proj" in targets
+    assert not [name for name in targets if name.endswith("out_proj")]
+    with pytest.raises(InputError, match=r"out_proj, whose weight model.layers.0.mamba hands"):
+        target_modules(model, Lora(rank=2, alpha=4, targets=["out_proj"]))
+    # Read as well, but in a model that no kernel serves.
+    bloom = target_modules(tiny_model("bloom"), Lora(rank=2, alpha=4))
+    assert "transformer.h.0.mlp.dense_4h_to_h" in bloom
 
 
 def test_doctor_tells_which_packages_of_kernels_a_model_would_use(tmp_path, monkeypatch,
@@ -130,7 +146,8 @@ def assert_equal_run(student: str, teacher: str, tokenizer: Any, data: Any, fold
         folder / "r.yaml", *pair, data, folder / "run", data__prepared=str(folder / "data"),
         data__isolate_documents=False, train__eps=EPS,
         train__learning_rate=1e-4, student__router_aux_loss=0,
-        deepspeed=str(write_gathering_config(folder, stage3_max_reuse_distance=0)), **{"train__steps": 2, **changes})
+        deepspeed=str(write_gathering_config(folder, stage3_max_reuse_distance=0)),
+        **{"train__steps": 2, **changes})
     ranks = run_ranks(2, "train", recipe, target=target)
     truth, _ = reference_loop(*pair, yaml.safe_load(recipe.read_text()), folder / "data")
     # Later steps of some of these random models magnify the rounding of the first ones.
