@@ -33,8 +33,8 @@ from amid_ds.run.warm_start import kept_student, resolve_student
 # What a config may say differently of one and the same model.
 NO_PART_OF_IT = ("architectures", "dtype", "transformers_version", "_name_or_path", "use_cache",
                  "bos_token_id", "eos_token_id", "pad_token_id")
-# The most names in a message.
-MAX_NAMES = 4
+# The most differences in a message.
+MAX_DIFFERENCES = 4
 
 
 def export_into(source: str | Path, out: str | Path, original: str | Path, step: int | None = None,
@@ -114,9 +114,9 @@ def require_same(ours: Any, original: Path) -> None:
                  for key in sorted(mine.keys() | its.keys())
                  if key not in NO_PART_OF_IT and mine.get(key) != its.get(key)]
     if found:
-        more = f"; and {len(found) - MAX_NAMES} more" * (len(found) > MAX_NAMES)
+        more = f"; and {len(found) - MAX_DIFFERENCES} more" * (len(found) > MAX_DIFFERENCES)
         raise InputError(f"the student is not the language part of {original}: in the run's "
-                         f"{'; '.join(found[:MAX_NAMES])}{more}",
+                         f"{'; '.join(found[:MAX_DIFFERENCES])}{more}",
                          "the multimodal folder that the student came from",
                          "name that folder, or leave --into out")
 
