@@ -218,7 +218,7 @@ def quartered(models, rows, tmp_path_factory) -> Path:
             for path in (few, rows)]
     recipe = recipe_of(root / "run", models, rows, expert_parallel=2, train__steps=4,
                        train__eval_every=2, data__eval=sets, checkpoint={"every": 2},
-                       student__activation_checkpointing=True)
+                       student__activation_checkpointing=True, student__router_aux_loss=0.02)
     run_ranks(4, "train", recipe, target=counting_rank)
     return root / "run"
 
@@ -298,7 +298,7 @@ def test_weights_and_moments_move_bit_for_bit_and_train_on(ranks, neighbours, qu
 # on the host.
 KINDS = {
     "running means": ["train.ema=0.9", "teacher={ema: 0.9}"],
-    "adapters": ["student.lora={rank: 2}"],
+    "adapters": ["student.lora={rank: 2, targets: [q_proj, v_proj]}"],
     "own words": ["rollout={share: 1.0, max_new_tokens: 6}"],
     "offload": [],
 }
@@ -312,7 +312,8 @@ def test_each_kind_of_run_is_the_same_with_halved_experts(name, models, rows, tm
     for neighbours in (1, 2):
         recipe = recipe_of(tmp_path / str(neighbours), models, rows, expert_parallel=neighbours)
         run_ranks(2, "train", recipe, *KINDS[name], *offload, target=counting_rank_without_compiler)
-    torch.testing.assert_close(series(tmp_path / "1"), series(tmp_path / "2"), rtol=1e-5, atol=0)
+    # A mean's divergence is 0 in the first step.
+    torch.testing.assert_close(series(tmp_path / "1"), series(tmp_path / "2"), rtol=1e-5, atol=1e-8)
     assert counted(tmp_path / "2")["student_bytes"] < counted(tmp_path / "1")["student_bytes"]
 
 
