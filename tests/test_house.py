@@ -49,6 +49,9 @@ OWNERS = {
 # DeepSpeed's private names; the keys of its files are known to checkpoint/zero_shards.py.
 DEEPSPEED_INTERNALS = re.compile(r"ds_tensor|ds_numel|ds_shape|ds_id|_DeepSpeed|zero_optimization_"
                                  r"|fp32_partitioned|param_coordinator|single_partition_of_fp32")
+# What models/shape.py alone asks of a model or a config.
+SHAPE = re.compile(r"config\.vocab_size|base_model_prefix|\.base_model\b|get_(in|out)put_embeddings"
+                   r"|get_text_config|get_decoder")
 # The two backends of the loss implement one protocol under the same names.
 LOSS_BACKENDS = {"losses/elementwise.py", "losses/kernels.py"}
 
@@ -157,6 +160,11 @@ def test_deepspeeds_internals_are_named_in_the_engine_alone(path):
                 and node.annotation is not None):
             assert not re.search(r"\b(Any|object)\b", ast.unparse(node.annotation)), (
                 f"{node.arg} in line {node.lineno}")
+
+
+def test_a_models_shape_is_known_in_one_room_alone():
+    rooms = [relative(path) for path in modules() if SHAPE.search(path.read_text())]
+    assert rooms == ["models/shape.py"]
 
 
 def test_importing_the_package_needs_torch_alone():

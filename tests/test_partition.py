@@ -214,7 +214,7 @@ def same_as_cut_weights(world: World, path: str, *shards: str) -> None:
             assert cut == (14 + 6 if role == "student" else 14 + 10 + 1), cut
 
 
-def test_a_tensor_parallel_rank_reads_what_autotp_and_the_heads_cut_leave_it(
+def test_a_tensor_parallel_rank_reads_what_the_cuts_of_body_and_head_leave_it(
         shared_model, text_file, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", shared_model("qwen2-tied"), shared_model(
         "llama", attention_bias=True, mlp_bias=True, extra_rows=2), text_file, tmp_path / "run",

@@ -17,9 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
 from amid_ds.models import loading
-from amid_ds.models.shape import layers_of
 from amid_ds.planning import paper_scale
-from amid_ds.planning.body_costs import count_body, run_on_meta
+from amid_ds.planning.body_costs import count_body
 from amid_ds.planning.devices import Device, find_device
 from amid_ds.planning.memory import memory_per_rank
 from amid_ds.planning.network import network_per_step
@@ -246,11 +245,7 @@ def test_a_second_copy_of_the_student_takes_memory_and_keeps_its_gathers_within_
 def test_layers_that_are_alike_cost_what_they_cost_one_by_one(family, shared_model):
     sizes = {} if family == "gpt2" else {"num_hidden_layers": 5}
     meta = AutoModelForCausalLM.from_pretrained(shared_model(family, 0, **sizes)).to("meta")
-    layers = layers_of(meta)
-    counted, of_layer = count_body(meta, 2, 32, layers)
-    assert counted == run_on_meta(meta, 2, 32)
-    less = run_on_meta(meta, 2, 32, layers=len(layers) - 1)
-    assert of_layer == counted.saved_bytes - less.saved_bytes
+    assert count_body(meta, 2, 32) == count_body(meta, 2, 32, every_layer=True)
 
 
 def test_the_table_of_paper_scale_has_every_placement_and_names_the_one_that_is_taken(
@@ -279,7 +274,7 @@ def test_layers_that_differ_are_counted_one_by_one():
                                         num_attention_heads=4, vocab_size=99)).to("meta")
     layers = meta.model.layers
     layers[3].mlp = LlamaMLP(LlamaConfig(hidden_size=64, intermediate_size=512)).to("meta")
-    assert count_body(meta, 2, 32, layers)[0] == run_on_meta(meta, 2, 32)
+    assert count_body(meta, 2, 32) == count_body(meta, 2, 32, every_layer=True)
 
 
 @pytest.mark.slow

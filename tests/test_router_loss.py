@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -24,7 +25,13 @@ from amid_ds.data.batch import TokenRow, collate_rows
 from amid_ds.errors import InputError
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.heads import run_body
-from amid_ds.models.router_loss import Routers, RouterWeights, real_tokens, router_weights
+from amid_ds.models.router_loss import (
+    Routers,
+    RouterWeights,
+    log_router_weights,
+    real_tokens,
+    router_weights,
+)
 
 MIXTURES = {"mixtral", "deepseek_v3", "deepseek_v32", "gpt_oss", "gemma4", "llama4", "llama4_text",
             "jamba", "qwen3_next", "kimi_linear", "nemotron_h"}
@@ -68,8 +75,8 @@ def reference_metrics(student: Path, teacher: Path, prepared: Path, steps: int) 
         total.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        line = {"loss": total.item(), "kd_loss": (kd / tokens).item(), "router_aux_loss": aux.item(),
-                "grad_norm": norm.item()}
+        line = {"loss": total.item(), "kd_loss": (kd / tokens).item(),
+                "router_aux_loss": aux.item(), "grad_norm": norm.item()}
         for number, layer in enumerate(layers):
             load = torch.bincount(layer.topk(model.num_experts_per_tok).indices.flatten(),
                                   minlength=model.num_experts).double()
@@ -119,6 +126,43 @@ def test_it_is_the_same_number_on_any_ranks_and_micro_batches(
 
 
 @pytest.mark.slow
+def test_tensor_parallel_peers_count_once(recipe, mixtral, shared_model, tmp_path):
+    run_ranks(2, "train", recipe, "tensor_parallel=2")
+    truth = reference_metrics(mixtral, shared_model("llama", 1), tmp_path / "data", STEPS)
+    assert_equal(tmp_path / "run", truth)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, options", [
+    ("mixtral", ["student.lora.rank=4", "data.auxiliary={path: TEXT, weight: 0.5}"]),
+    ("gpt_oss", ["student.freeze=[router]"]),
+    # A document a row: how ranks pack theirs decides which tokens are a row's last, and no input.
+    ("mixtral", ["rollout={share: 1.0, max_new_tokens: 6}", "data.isolate_documents=false"]),
+    ("deepseek_v3", ["student.router_aux_loss=auto"]),
+    ("nemotron_h", [])])
+def test_1_and_2_ranks_agree_with_adapters_rollouts_and_without_a_loss(
+        recipe, shared_model, instructions_file, text_file, tmp_path, family, options):
+    student = save_tiny(family, tmp_path / "student",
+                        AutoTokenizer.from_pretrained(shared_model("llama", 1)))
+    options = [option.replace("TEXT", str(text_file)) for option in options]
+    runs = []
+    for ranks in (1, 2):
+        run = tmp_path / f"run{ranks}"
+        run_ranks(ranks, "train", recipe, f"student.model={student}", f"output_dir={run}",
+                  "student.activation_checkpointing=false", *options)
+        runs.append(read_metrics(run))
+    for one, two in zip(*runs, strict=True):
+        assert one.keys() == two.keys()
+        loads = [name for name in one if name.startswith("expert_load/")]
+        assert loads and all(one[name] >= 1 for name in loads)
+        assert (one["router_aux_loss"] is None) == (family == "deepseek_v3")
+        for name in ("loss", "grad_norm", *loads):
+            assert one[name] == pytest.approx(two[name], rel=1e-5), name
+        if family != "deepseek_v3":
+            assert one["router_aux_loss"] == pytest.approx(two["router_aux_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_to_the_last_digit(recipe, tmp_path):
     options = ("train.steps=4", "checkpoint.every=2")
     run_ranks(2, "train", recipe, *options)
@@ -151,6 +195,13 @@ def parts_of_losses(model: nn.Module, weights: RouterWeights, size: int,
             run_body(model, batch.input_ids, batch.positions, batch.documents)
         losses.append(own)
     return sum(own[0] for own in losses), sum(own[1] for own in losses)
+
+
+def test_a_micro_batch_of_padding_alone_counts_for_nothing():
+    """As a rank has one whose rollouts fill fewer rows than another's."""
+    batch = collate_rows(uneven_rows(9)[:1], [])
+    assert real_tokens(batch).tolist() == [1.0] * 9
+    assert real_tokens(replace(batch, padding=9)).tolist() == [0.0] * 9
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -189,10 +240,10 @@ def test_routers_whose_recorded_logits_are_probabilities_are_taken_at_their_word
         model.get_submodule(layer.router).proj.register_forward_hook(
             lambda _, args, output: heard.append(output.flatten(0, -2)))
     _, (balance, _) = parts_of_losses(model, RouterWeights(WEIGHT, 0.0), 1, ahead=False)
-    assert len(layers) == 2 and len(heard) == 8
-    # One micro-batch by itself, as each was.
-    expected = sum(load_balancing_loss_func((first, second), 4, 2)
-                   for first, second in zip(heard[::2], heard[1::2], strict=True))
+    assert len(layers) == 4 and len(heard) == 16
+    # Each micro-batch by itself, as they were.
+    expected = sum(load_balancing_loss_func(tuple(heard[start:start + 4]), 4, 2)
+                   for start in range(0, 16, 4))
     assert balance.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -236,19 +287,22 @@ def tiny_heard_without_dropout(model: nn.Module) -> Tensor:
 def test_auto_is_the_configs_weight_and_a_number_the_recipes(caplog):
     def weights(family: str, balance: object, **changes) -> RouterWeights:
         model = tiny_model(family, **changes)
-        return router_weights(model, expert_layers(model), balance)
+        layers = expert_layers(model)
+        found = router_weights(model, layers, balance)
+        log_router_weights(model, layers, found, balance)
+        return found
 
     with caplog.at_level("INFO", logger="amid_ds"):
         assert weights("mixtral", "auto", router_aux_loss_coef=0.02) == (0.02, 0.0)
         assert weights("mixtral", 0.5, router_z_loss_coef=0.01) == (0.5, 0.01)
         assert weights("mixtral", 0) == (0.0, 0.0)
+        assert "weight 0 (the recipe's)" in caplog.messages[-1]
         # Its routers are balanced by a bias.
         assert weights("deepseek_v3", "auto") == (0.0, 0.0)
         assert "weight 0 (its config has none)" in caplog.messages[-1]
         assert weights("deepseek_v3", 0.1) == (0.1, 0.0)
-        before = len(caplog.messages)
-        assert weights("llama", 0.5) == (0.0, 0.0)
-        assert len(caplog.messages) == before
+    llama = tiny_model("llama")
+    assert router_weights(llama, expert_layers(llama), 0.5) == (0.0, 0.0)
 
 
 def test_a_mixture_whose_layers_are_not_known_is_refused_unless_it_has_no_such_loss():
@@ -258,7 +312,7 @@ def test_a_mixture_whose_layers_are_not_known_is_refused_unless_it_has_no_such_l
         vocab_size=32, hidden_size=32, intermediate_size=32, num_hidden_layers=1, is_moe=True,
         num_attention_heads=4, num_key_value_heads=2, num_experts=16, num_experts_per_tok=2))
     assert expert_layers(model) == []
-    with pytest.raises(InputError, match="(?s)DogeForCausalLM.*router_aux_loss=0"):
+    with pytest.raises(InputError, match=r"(?s)DogeForCausalLM.*router_aux_loss=0"):
         router_weights(model, [], "auto")
     assert router_weights(model, [], 0) == (0.0, 0.0)
 
@@ -280,10 +334,11 @@ def test_layers_of_experts_are_those_that_transformers_calls_so(family):
     found = expert_layers(model)
     assert {layer.name for layer in found} == truth.keys()
     assert bool(found) == ("moe" in family or family in MIXTURES), family
+    config = model.config.get_text_config()
+    counts, chosen = ([getattr(config, name) for name in names if hasattr(config, name)]
+                      for names in (("num_local_experts", "num_experts", "n_routed_experts"),
+                                    ("num_experts_per_tok", "num_experts_per_token",
+                                     "top_k_experts")))
     for layer in found:
-        config = model.config.get_text_config()
-        counts = [getattr(config, name, None) for name in
-                  ("num_local_experts", "num_experts", "n_routed_experts")]
-        assert layer.experts in counts and layer.chosen == config.num_experts_per_tok
-        router = type(model.get_submodule(layer.router)).__name__
-        assert "Router" in router or "Gate" in router, router
+        assert layer.experts in counts and layer.chosen in chosen
+        assert "Router" in type(model.get_submodule(layer.router)).__name__

@@ -251,7 +251,8 @@ class Saver:
 
 def layout_of(engine: Engine) -> Layout:
     """The layout in which `engine` saves."""
-    return Layout.of(engine.world, engine.zero_stage, engine.student_dtype, engine.decayed)
+    return Layout.of(engine.world, engine.zero_stage, engine.student_dtype, engine.decayed,
+                     engine.split_kinds)
 
 
 def _file_system(folder: Path) -> int | None:

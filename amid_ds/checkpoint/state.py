@@ -81,13 +81,18 @@ class Layout:
     # possible, and all parameters decayed.
     head_row_multiple: int = 1
     decayed: DecayedParameters = "all"
+    # What a tensor-parallel group has split of the body, see `split_kinds`. Where a manifest does
+    # not name it, each was cut in one piece, and the shapes tell what was.
+    split: tuple[str, ...] = ()
+    expert_parallel: int = 1
 
     @classmethod
     def of(cls, world: World, zero_stage: int, student_dtype: str,
-           decayed: DecayedParameters) -> Layout:
+           decayed: DecayedParameters, split: tuple[str, ...]) -> Layout:
         """The layout that a run has on these ranks."""
         return cls(world.size, world.tp_size, zero_stage, student_dtype,
-                   HEAD_ROW_MULTIPLE if world.tp_size > 1 else 1, decayed)
+                   HEAD_ROW_MULTIPLE if world.tp_size > 1 else 1, decayed, split,
+                   1 if world.experts is None else world.experts.exchange.size())
 
     def to_json(self) -> dict[str, object]:
         """The fields as a manifest has them; those that an older one lacks only where they differ
@@ -98,11 +103,13 @@ class Layout:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Layout:
         """The layout that `to_json` gave; further keys of a manifest are ignored."""
-        return cls(**{name: values[name] for name in cls.__dataclass_fields__ if name in values})
+        known = {name: values[name] for name in cls.__dataclass_fields__ if name in values}
+        return cls(**{**known, "split": tuple(known.get("split", ()))})
 
     def __str__(self) -> str:
         cut = (f" (heads cut at multiples of {self.head_row_multiple} rows)"
                if self.tensor_parallel > 1 else "")
-        return (f"{self.ranks} rank(s), tensor_parallel {self.tensor_parallel}{cut}, "
+        experts = f"expert_parallel {self.expert_parallel}, " if self.expert_parallel > 1 else ""
+        return (f"{self.ranks} rank(s), tensor_parallel {self.tensor_parallel}{cut}, {experts}"
                 f"ZeRO stage {self.zero_stage}, {self.student_dtype}, "
                 f"weight decay of {self.decayed}")

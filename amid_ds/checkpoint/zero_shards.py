@@ -6,17 +6,18 @@ slices of every file, mapped into memory: whoever reads it needs memory for that
 
 DeepSpeed has a conversion of its own (`ds_to_universal`), which gives the same tensors, bit for
 bit, where it works. It takes all that ZeRO-3 holds to be partitioned over the data-parallel ranks.
-Under tensor parallelism that is true of what AutoTP and the heads' cut have split; the embeddings
-and norms that a group holds whole were partitioned over all ranks as they were loaded, and there
-the conversion reads past its pieces and fails. So this module serves every layout. The names of
+Under tensor parallelism that is true of what is split of bodies and heads; the embeddings and norms
+that a group holds whole were partitioned over all ranks as they were loaded, and there the
+conversion reads past its pieces and fails. So this module serves every layout. The names of
 keys and files in it are DeepSpeed's file format.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from amid_ds.checkpoint.manifest import Manifest
 from amid_ds.engine.restore import EXPORTED_MEAN, STUDENT_PREFIX, TENSOR_KINDS, WEIGHT_KIND
 from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import TrainingError
+from amid_ds.models.tensor_parallel import pieces_of
+from amid_ds.models.tp_plan import PartCut, whole_of
 
 # By kind: a run of the flattened parameter.
 Piece = dict[str, torch.Tensor]
@@ -63,14 +66,16 @@ class ZeroShards:
         manifest = Manifest.read(checkpoint)
         layout, tp_size = manifest.layout, manifest.layout.tensor_parallel
         files = _Files(checkpoint, sorted(manifest.files))
-        parts_of = {0: _stage_0, 1: _stages_1_and_2, 2: _stages_1_and_2, 3: _stage_3}
+        parts_of: dict[int, Callable[..., dict[str, list[Part]]]] = {
+            0: _stage_0, 1: _stages_1_and_2, 2: _stages_1_and_2,
+            3: partial(_stage_3, neighbours=layout.expert_parallel)}
         with _errors_named(checkpoint):
             parts = parts_of[layout.zero_stage](files, shapes, layout.ranks // tp_size, tp_size)
         if parts.keys() != shapes.keys():
             raise TrainingError(f"{checkpoint} does not hold the parameters of this model: "
                                 f"missing {sorted(shapes.keys() - parts.keys())}, "
                                 f"unexpected {sorted(parts.keys() - shapes.keys())}")
-        self.files, self.shapes, self.parts = files, shapes, parts
+        self.files, self.shapes, self.parts, self.split = files, shapes, parts, layout.split
 
     def kinds(self, name: str) -> list[str]:
         """The tensors that there are of a parameter, of TENSOR_KINDS: they tell its optimizer."""
@@ -90,7 +95,8 @@ class ZeroShards:
             tensors = [part.tensor(kind) for part in parts]
             split = [dim for dim, (own, all_) in enumerate(zip(parts[0].shape, shape, strict=True))
                      if own != all_]
-            tensor = torch.cat(tensors, dim=split[0]) if split else tensors[0]
+            cut = PartCut(split[0], pieces_of(name, self.split)) if split else None
+            tensor = tensors[0] if cut is None else whole_of(tensors, cut)
             if tensor.shape != shape:
                 raise ValueError(f"{name} is of shape {list(tensor.shape)}, in the model of "
                                  f"{list(shape)}")
@@ -145,8 +151,11 @@ class _Files:
 
 
 def _stage_3(files: _Files, shapes: Mapping[str, torch.Size], dp_size: int,
-             tp_size: int) -> dict[str, list[Part]]:
-    """Parts by parameter: each is padded and cut into equal pieces, a group to a flat row."""
+             tp_size: int, neighbours: int) -> dict[str, list[Part]]:
+    """Parts by parameter: each is padded and cut into equal pieces, a group to a flat row.
+
+    neighbours: the ranks that hold the experts of a layer together, where their parts differ.
+    """
     parts_by_name: dict[str, list[Part]] = {}
     for tp in range(tp_size):
         held = files.read(f"zero_pp_rank_0_mp_rank_{tp:02d}_model_states.pt")["param_shapes"]
@@ -157,10 +166,13 @@ def _stage_3(files: _Files, shapes: Mapping[str, torch.Size], dp_size: int,
             start = 0
             for full_name, shape in named_shapes.items():
                 name = full_name.removeprefix(STUDENT_PREFIX)
-                ranks = dp_size * tp_size if shape == shapes.get(name) else dp_size
+                is_whole = shape == shapes.get(name)
+                every = 1 if is_whole else neighbours
+                ranks = dp_size * tp_size if is_whole else dp_size // every
                 size = -(-shape.numel() // ranks)
-                part = Part(shape, [_cut(row, start, size) for row in rows])
-                parts_by_name.setdefault(name, []).append(part)
+                parts_by_name.setdefault(name, []).extend(
+                    Part(shape, [_cut(row, start, size) for row in rows[first::every]])
+                    for first in range(every))
                 start += size
     for name, parts in parts_by_name.items():
         if parts[0].shape == shapes.get(name):

@@ -145,12 +145,22 @@ def add_export(commands: Commands) -> None:
     parser.add_argument("--step", type=int, metavar="S", help="default: the newest valid one")
     parser.add_argument("--merge", action="store_true", help="of a run with student.lora: the "
                         "whole model instead of its adapters")
+    parser.add_argument("--into", metavar="ORIGINAL", help="a copy of this multimodal folder, its "
+                        "language part replaced by the run's")
     add_trust(parser)
 
 
 def _export(args: argparse.Namespace) -> None:
     from amid_ds.checkpoint.export import export
+    from amid_ds.checkpoint.into import export_into
 
+    if args.into is not None:
+        if args.dtype is not None:
+            raise InputError("--dtype, and --into, which keeps the dtypes of its files",
+                             "one of the two", "leave --dtype out")
+        print(export_into(args.source, args.out, args.into, args.step, args.trust_remote_code,
+                          args.merge))
+        return
     print(export(args.source, args.out, args.dtype, args.step, args.trust_remote_code,
                  args.merge))
 

@@ -57,8 +57,11 @@ def load_tokenizer(model: str, revision: str | None = None,
     generic = _saved_class(Path(model)) in ("TokenizersBackend", "PreTrainedTokenizerFast")
     opener = PreTrainedTokenizerFast if generic else AutoTokenizer
     try:
-        return opener.from_pretrained(model, revision=revision,
-                                      trust_remote_code=trust_remote_code)
+        tokenizer: PreTrainedTokenizerBase = opener.from_pretrained(
+            model, revision=revision, trust_remote_code=trust_remote_code)
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = _processors_template(model, revision)
+        return tokenizer
     except Exception as error:
         # transformers raises whatever its many loaders raise.
         raise InputError(f"no tokenizer can be opened at {model!r}: {_first_line(error)}",
@@ -66,6 +69,19 @@ def load_tokenizer(model: str, revision: str | None = None,
                          "that can be reached",
                          "check the path; save the tokenizer beside the model with "
                          "tokenizer.save_pretrained") from None
+
+
+def _processors_template(model: str, revision: str | None) -> str | None:
+    """The chat template in the file of a multimodal model's processor, which tokenizers ignore."""
+    from transformers.utils import cached_file
+
+    file = cached_file(model, "chat_template.json", revision=revision,
+                       _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+    if file is None:
+        return None
+    template: str = json.loads(Path(file).read_text(encoding="utf-8"))["chat_template"]
+    return template
 
 
 def _saved_class(folder: Path) -> str | None:

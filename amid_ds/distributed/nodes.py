@@ -118,6 +118,42 @@ def shard_groups(rank: int, tp_size: int, copies: int) -> ShardGroups:
                                                     tp_size)))
 
 
+@dataclass(frozen=True)
+class ExpertGroups:
+    """This rank's part of the groups that hold the experts of each layer together.
+
+    exchange: neighbours, each with its part of the experts, between which tokens travel. alike: all
+    ranks with this rank's part; teachers: those of them over which the teacher lies.
+    """
+
+    exchange: ProcessGroup
+    alike: ProcessGroup
+    teachers: ProcessGroup
+
+
+def expert_groups(rank: int, size: int, neighbours: int, shard_over: int | None) -> ExpertGroups:
+    """The groups by which every `neighbours` of `size` ranks, a divisor, hold experts together.
+
+    shard_over: the neighbouring ranks over which a teacher lies; None: all. Raises InputError where
+    they are no whole groups. Collective: at most three groups are made.
+    """
+    block = shard_over or size
+    if block % neighbours:
+        raise InputError(
+            f"expert_parallel {neighbours}, and a teacher that lies over {block} rank(s)",
+            "whole groups of neighbours in each copy of the teacher",
+            f"set expert_parallel to a divisor of {block}; or teacher.shard_over to a multiple of "
+            f"{neighbours}; or teacher.placement to zero3")
+    first = rank // neighbours * neighbours
+    exchange = neighbour_group(range(first, first + neighbours))
+    alike = neighbour_group(range(rank % neighbours, size, neighbours))
+    if block == size:
+        return ExpertGroups(exchange, alike, alike)
+    first = rank // block * block
+    return ExpertGroups(exchange, alike, neighbour_group(
+        range(first + rank % neighbours, first + block, neighbours)))
+
+
 def neighbour_group(ranks: Iterable[int]) -> ProcessGroup:
     """The group of `ranks`, of which this rank is one, while all other ranks make theirs.
 

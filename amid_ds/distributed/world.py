@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from amid_ds.distributed.background import BackgroundWork
 from amid_ds.distributed.failures import FailureMonitor, broke_in_collective, waited_in_vain
-from amid_ds.distributed.nodes import ShardGroups, neighbour_group, shard_groups
+from amid_ds.distributed.nodes import ExpertGroups, ShardGroups, neighbour_group, shard_groups
 from amid_ds.distributed.transfer import to_device
 from amid_ds.errors import (
     InputError,
@@ -55,11 +55,11 @@ class World:
     Neighbouring ranks form a tensor-parallel group: `tp_size` of them share one copy of the models
     and see the same tokens. Data follow `dp_rank`.
 
-    tp_group: None with tp_size 1. shards: the groups over which the teacher lies; None: over all
-    ranks, or over none. agreement: all ranks, in a group that training's collectives do not use;
-    None: the default group. failures: None in a world of one. hosts: by rank, on rank 0 all of
-    them, elsewhere its own and rank 0's. on_host: the ranks of this rank's host, of which one
-    `is_first_on_host`. agreements: those that this rank has begun, by kind.
+    tp_group: None with tp_size 1. shards: the groups over which the teacher lies; None: all ranks,
+    or none. experts: see ExpertGroups; None: none. agreement: all ranks, in a group that training's
+    collectives do not use; None: the default group. failures: None in a world of one. hosts: by
+    rank, on rank 0 all of them, elsewhere its own and rank 0's. on_host: the ranks of this rank's
+    host, of which one `is_first_on_host`. agreements: those that this rank has begun, by kind.
     """
 
     rank: int
@@ -68,6 +68,7 @@ class World:
     tp_size: int = 1
     tp_group: dist.ProcessGroup | None = None
     shards: ShardGroups | None = None
+    experts: ExpertGroups | None = None
     agreement: dist.ProcessGroup | None = None
     failures: FailureMonitor | None = None
     hosts: Mapping[int, str] = field(default_factory=dict)
@@ -121,8 +122,7 @@ class World:
     def summed(self, values: Sequence[float] | torch.Tensor) -> torch.Tensor:
         """Elementwise float64 sum over the data-parallel ranks, of a tensor [n] on the device too.
 
-        One collective, of all ranks. Tensor-parallel peers work on the same tokens, so each counts
-        as 1 / tp_size; a value that one rank alone has (a request to stop) still shows.
+        One collective, of all ranks. Tensor-parallel peers, with the same tokens, are 1 / tp_size.
         """
         own = values if isinstance(values, torch.Tensor) else self.numbers(values)
         dist.all_reduce(total := own.to(torch.float64, copy=True))

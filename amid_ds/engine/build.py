@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from amid_ds.config.recipe import Dtype, MeanTeacher, Recipe, Teacher
 from amid_ds.distributed.world import World
-from amid_ds.engine.autotp import BodySplit, make_tensor_parallel_groups
 from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.body_split import BodySplit, make_tensor_parallel_groups
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     for_teacher,
@@ -24,6 +24,7 @@ from amid_ds.engine.ds_config import (
 )
 from amid_ds.engine.ema import RunningMeans, mean_decays
 from amid_ds.engine.engine import Engine
+from amid_ds.engine.expert_parallel import distribute_experts
 from amid_ds.engine.gather import (
     GatheredBytes,
     count_and_order_gathers,
@@ -54,7 +55,8 @@ from amid_ds.models.distiller import Distiller
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.heads import head_parameters
 from amid_ds.models.loading import in_one_dtype, load_causal_lm
-from amid_ds.models.router_loss import Routers, router_weights
+from amid_ds.models.recurrence import recomputed_alike, run_documents_alone
+from amid_ds.models.router_loss import Routers, log_router_weights, router_weights
 from amid_ds.models.tensor_parallel import cut_head, vocab_shard
 from amid_ds.models.trained import choose_trained
 from amid_ds.run.start import end_part
@@ -129,6 +131,10 @@ def _build_distiller(recipe: Recipe, config: DeepSpeedConfig, vocab_size: int, w
     distiller.train()
     groups = parameter_groups(models["student"], recipe.train)
     body_split = None
+    if world.experts is not None:
+        for name, model in opened.items():
+            if name == "student" or not replicated:
+                distribute_experts(model, name, world.experts)
     if shard is not None:
         make_tensor_parallel_groups(world.tp_size)
         for module in models.values():
@@ -145,12 +151,20 @@ def _routers_of(student: nn.Module, recipe: Recipe, world: World) -> Routers | N
     """The student's routers, with the weights of their losses; None of a dense one."""
     layers = expert_layers(student, full_shape)
     weights = router_weights(student, layers, recipe.student.router_aux_loss)
-    return Routers(layers, weights, world.summed) if layers else None
+    if not layers:
+        return None
+    log_router_weights(student, layers, weights, recipe.student.router_aux_loss)
+    return Routers(layers, weights, world.summed)
 
 
 def choose_attention_of(model: nn.Module, title: str, recipe: Recipe, world: World, trains: bool
                         ) -> None:
-    """Choose the attention of one of the recipe's models, where its rows ask for one."""
+    """Choose the attention of one of the recipe's models, where its rows ask for one.
+
+    And let its recurrent layers run on each document alone, where rows have several.
+    """
+    if recipe.data.isolates_any:
+        run_documents_alone(model)
     if recipe.data.isolates_any or exceeds_window(model, recipe.train.seq_length):
         choose_attention(model, title, world.device, trains)
 
@@ -170,7 +184,8 @@ def _open_student(recipe: Recipe, config: DeepSpeedConfig, world: World, resumes
         opened = OpenModel(module, config, first=choose(module))
     if recipe.student.activation_checkpointing:
         opened.module.gradient_checkpointing_enable(   # type: ignore[operator]
-            gradient_checkpointing_kwargs={"use_reentrant": False})
+            gradient_checkpointing_kwargs={"use_reentrant": False,
+                                           "context_fn": recomputed_alike})
     return opened
 
 

@@ -56,7 +56,8 @@ REFUSED_KEYS = {
     "aio": "it is of NVMe offload, and checkpoints are made from memory",
     "gradient_allreduce_op": "a step's gradient is the mean over tokens",
     "managed_gradient_accumulation": "a step's micro-batches are counted here",
-    **dict.fromkeys(("compile", "expert_parallel", "graph_harvesting", "hybrid_engine", "pipeline",
+    "expert_parallel": "the recipe's `expert_parallel` says over how many ranks experts lie",
+    **dict.fromkeys(("compile", "graph_harvesting", "hybrid_engine", "pipeline",
                      "eigenvalue", "progressive_layer_drop", "seq_parallel_communication_data_type",
                      "sequence_parallel_size", "sparse_attention", "sparse_gradients", "timers",
                      "use_data_before_expert_parallelism"), _OTHER)}

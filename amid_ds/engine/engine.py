@@ -17,6 +17,7 @@ from amid_ds.config.recipe import Recipe
 from amid_ds.data import Batch
 from amid_ds.distributed.world import World
 from amid_ds.engine import gather, leaves, memory, optimizer, restore, staging, tensor_files
+from amid_ds.engine.body_split import check_split
 from amid_ds.engine.ema import RunningMeans
 from amid_ds.errors import TrainingError
 from amid_ds.models.delta import parts_of
@@ -24,6 +25,7 @@ from amid_ds.models.distiller import Distiller, LossPart, MicroBatchLoss
 from amid_ds.models.heads import check_head, check_isolation, ids_to_check
 from amid_ds.models.router_loss import real_tokens
 from amid_ds.models.sizes import default_teacher_tokens, hidden_states_fit, teacher_bytes_per_token
+from amid_ds.models.tensor_parallel import split_kinds
 
 
 class TeacherBatch(NamedTuple):
@@ -62,6 +64,12 @@ class Engine:
         """The engine's module where it trains: student, teacher and the fused head."""
         assert isinstance(self.module, Distiller)
         return self.module
+
+    @property
+    def split_kinds(self) -> tuple[str, ...]:
+        """What tensor parallelism has split of the student's body."""
+        split = getattr(self.distiller.student, "split", None)
+        return () if split is None else split_kinds(split.blocks)
 
     def start_step(self, learning_rate: float) -> None:
         """Begin an optimizer step, before the teacher runs; learning_rate: AdamW's."""
@@ -176,19 +184,20 @@ class Engine:
         teacher = self.distiller.teacher
         if teacher is None:
             return TeacherBatch(0, False)
-        configs: list[Any] = [part.config for part in parts_of(teacher)]
+        parts = parts_of(teacher)
         element_size = next(teacher.parameters()).element_size()
         free = memory.least_free_memory(self.world)
         window = recipe.train.global_batch_size // self.world.dp_size * recipe.train.seq_length
         on_host = (self.world.device.type == "cuda"
-                   and not hidden_states_fit(configs, element_size, window, free))
-        per_token = teacher_bytes_per_token(configs, element_size, recipe.train.seq_length)
+                   and not hidden_states_fit(parts, element_size, window, free))
+        per_token = teacher_bytes_per_token(parts, element_size, recipe.train.seq_length)
         most = None if recipe.live_teacher is None else recipe.live_teacher.max_tokens_per_pass
         tokens = most or previous or default_teacher_tokens(free, per_token)
         return TeacherBatch(tokens, on_host)
 
     def check_models(self, vocab_size: int, isolated: bool) -> None:
-        """Raise InputError unless the fused heads give both models' own logits on a few tokens.
+        """Raise InputError unless the fused heads give both models' own logits on a few tokens,
+        and, under tensor parallelism, the split bodies what the whole ones give.
 
         Where documents are to be isolated (`isolated`), also unless they are. Collective.
         """
@@ -201,6 +210,7 @@ class Engine:
             known = vocab_size - len(grown.pieces) if is_older else vocab_size  # type: ignore
             ids = ids_to_check(model, known).to(self.world.device)
             with self.reads_registered():
+                check_split(model, title, ids, self.world)
                 check_head(model, title, ids, self.gathered_head)
                 if isolated:
                     check_isolation(model, title, ids)

@@ -19,21 +19,31 @@ from amid_ds.models.heads import head_parameters
 class GatheredBytes:
     """Bytes of weights that ZeRO-3 has put together on this rank since the engine was built.
 
-    of_student: the `ds_id` of its parameters, frozen ones too; all others are the teacher's.
+    teacher_received: those of the teacher's that came from other ranks. of_student: the `ds_id` of
+    its parameters, frozen ones too; all others are the teacher's.
     """
 
     student: int = 0
     teacher: int = 0
+    teacher_received: float = 0.0
     of_student: Collection[int] = ()
 
     def add(self, parameters: Iterable[Any]) -> None:
-        """Count one gather of `parameters`."""
+        """Count one gather of `parameters`; of those that lie on this rank alone nothing is."""
         for parameter in parameters:
-            size = parameter.ds_numel * parameter.element_size()
+            size, ranks = parameter.ds_numel * parameter.element_size(), _ranks_of(parameter)
+            if ranks == 1 and hasattr(parameter, "expert_rows"):
+                continue
             if parameter.ds_id in self.of_student:
                 self.student += size
             else:
                 self.teacher += size
+                self.teacher_received += size * (1 - 1 / ranks)
+
+
+def _ranks_of(parameter: Any) -> int:
+    """The ranks over which ZeRO-3 lays a parameter."""
+    return int(parameter.ds_process_group.size())
 
 
 def count_and_order_gathers(distiller: Distiller, exact: Iterable[nn.Parameter]) -> GatheredBytes:

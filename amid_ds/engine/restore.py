@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from amid_ds.distributed.world import World
+from amid_ds.engine.body_split import own_part
 from amid_ds.engine.optimizer import inner_optimizer, step_count
 from amid_ds.errors import TrainingError
 
@@ -38,9 +39,6 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
     trained: dict[str, Any] = {name.removeprefix(STUDENT_PREFIX): parameter for name, parameter
                                in deepspeed_engine.module.named_parameters()
                                if parameter.requires_grad}
-    shapes = {name: tuple(getattr(parameter, "ds_shape", parameter.shape))
-              for name, parameter in trained.items()}
-    peers = world.gather_in_group(shapes)
     means = tuple(means)
     masters = _fill_optimizer_state(deepspeed_engine, trained, step, means)
     kinds = {name: MUON_KINDS if group["name"] == "muon" else ADAM_KINDS
@@ -52,9 +50,7 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
                                 f"optimizer has {', '.join(kinds[name])}")
         tensors = {kind: tensors.get(kind, tensors[WEIGHT_KIND])
                    for kind in (WEIGHT_KIND, *kinds[name], *means)}
-        part = _tensor_parallel_part([peer[name] for peer in peers], world.tp_rank,
-                                     tensors[WEIGHT_KIND].shape)
-        own = {kind: tensor[part] for kind, tensor in tensors.items()}
+        own = {kind: own_part(parameter, tensor) for kind, tensor in tensors.items()}
         if hasattr(parameter, "ds_tensor"):
             _set_zero3_partition(parameter, own)
         else:
@@ -63,18 +59,6 @@ def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tenso
         # Those of the weights before.
         deepspeed_engine.optimizer.invalidate_secondary_tensor()
     deepspeed_engine.global_steps = step
-
-
-def _tensor_parallel_part(shapes: list[tuple[int, ...]], rank: int,
-                          whole: torch.Size) -> tuple[slice, ...]:
-    """The slices of the whole tensor that tensor-parallel rank `rank` holds.
-
-    shapes: those of all ranks' parts, in order.
-    """
-    starts = [sum(shape[dim] for shape in shapes[:rank]) if shapes[rank][dim] != length else 0
-              for dim, length in enumerate(whole)]
-    return tuple(slice(start, start + length)
-                 for start, length in zip(starts, shapes[rank], strict=True))
 
 
 def _fill_optimizer_state(deepspeed_engine: Any, trained: Mapping[str, Any], step: int,

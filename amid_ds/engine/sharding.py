@@ -1,8 +1,8 @@
 """Models that are shaped first and read afterwards, each rank its own ranges of their weights.
 
-While a model has no memory, its head is cut and its body split (engine/autotp.py) at no cost; then
-its parameters become ZeRO-3's partitions, and each rank reads what it holds from the files. A model
-whose files cannot be read so is loaded by transformers, and is whole here from the start.
+While a model has no memory, its head is cut and its body split (engine/body_split.py) at no cost;
+then its parameters become ZeRO-3's partitions, and each rank reads what it holds from the files. A
+model whose files cannot be read so is loaded by transformers, and is whole here from the start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from amid_ds.config.recipe import Dtype, Student, Teacher
 from amid_ds.distributed.nodes import ShardGroups
 from amid_ds.distributed.world import World
-from amid_ds.engine.autotp import own_part
+from amid_ds.engine.body_split import own_part, own_ranges
 from amid_ds.engine.ds_config import DeepSpeedConfig, sharded_loading, zero_stage
 from amid_ds.engine.partition import (
     OwnRange,
@@ -63,7 +63,7 @@ class OpenModel:
         if not any(parameter.is_meta for parameter in self.module.parameters()):
             for name, value in self.first.items():
                 parameter = self.module.get_parameter(name)
-                parameter.data.copy_(_own_part_of(value(), parameter))
+                parameter.data.copy_(own_part(parameter, value()))
             if self.shards is not None:
                 move_partitions(self.module, self.config, self.shards)
             return self.module
@@ -80,7 +80,7 @@ class OpenModel:
         for own in ranges:
             name = names[id(own.parameter)]
             if name in self.first:
-                _set_range(own, _own_part_of(self.first[name](), own.parameter))
+                _set_range(own, own_part(own.parameter, self.first[name]()))
             elif self.zeros and own.parameter.requires_grad:
                 own.values.zero_()
             else:
@@ -156,7 +156,7 @@ def _whole_parameters(model: nn.Module) -> list[OwnRange]:
     def make(meta: nn.Parameter) -> nn.Parameter:
         parameter = nn.Parameter(torch.empty_like(meta, device="cpu"),
                                  requires_grad=meta.requires_grad)
-        # AutoTP's marks among them.
+        # The marks of a split one among them.
         vars(parameter).update(vars(meta))
         ranges.append(OwnRange(parameter, 0, parameter.detach().view(-1)))
         return parameter
@@ -188,16 +188,10 @@ def _reads(names: Mapping[int, str], reader: WeightReader, ranges: Iterable[OwnR
     """
     for own in ranges:
         source = reader.sources[stored_name(names[id(own.parameter)])]
-        part = own_part(own.parameter)
-        yield source if part is None else source.part(*part), own.start, own.values
+        place = own_ranges(own.parameter)
+        yield source if place is None else source.parts(*place), own.start, own.values
     for name, buffer in buffers.items():
         yield reader.sources[stored_name(name)], 0, buffer.view(-1)
-
-
-def _own_part_of(whole: Tensor, parameter: nn.Parameter) -> Tensor:
-    """What this tensor-parallel rank holds of a parameter's whole value."""
-    part = own_part(parameter)
-    return whole if part is None else whole.narrow(part[0], part[1], part[2] - part[1])
 
 
 def _set_range(own: OwnRange, value: Tensor) -> None:

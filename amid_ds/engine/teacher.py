@@ -13,7 +13,7 @@ from amid_ds.config.recipe import Recipe, Teacher
 from amid_ds.data import Batch
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.distributed.world import World
-from amid_ds.engine.autotp import BodySplit, make_tensor_parallel_groups
+from amid_ds.engine.body_split import BodySplit, check_split, make_tensor_parallel_groups
 from amid_ds.engine.build import build_teacher_engine, choose_attention_of
 from amid_ds.engine.ds_config import DeepSpeedConfig
 from amid_ds.engine.engine import Engine
@@ -122,6 +122,7 @@ def _check(recipe: Recipe, model: nn.Module, opened: OpenTeacher, world: World) 
     assert recipe.live_teacher is not None
     title = f"the teacher {recipe.live_teacher.model}"
     ids = ids_to_check(model, opened.vocab_size).to(world.device)
+    check_split(model, title, ids, world)
     check_head(model, title, ids, opened.gathered)
     if recipe.data.isolates_any:
         check_isolation(model, title, ids)

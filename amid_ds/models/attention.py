@@ -11,12 +11,14 @@ is asked for.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import itertools
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 
 from amid_ds.data.batch import Documents
 from amid_ds.distributed.transfer import to_device
-from amid_ds.models.shape import body_of
+from amid_ds.models.recurrence import recurrent_layers
+from amid_ds.models.shape import body_of, layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,10 @@ def choose_attention(model: nn.Module, title: str, device: torch.device, trains:
 
     trains: it will run in training mode, with its dropout.
     """
+    recurrent = recurrent_layers(model)
+    if not any(_takes_mask(layer, recurrent) for layer in layers_of(model)):
+        logger.info("no layer of %s attends", title)
+        return
     reason = _device_refusal(device, model.dtype) or _model_refusal(model, trains)   # type: ignore[arg-type]
     if reason is None:
         _register(VARLEN_NAME, _attend)
@@ -80,6 +87,31 @@ def boundary_arguments(documents: Documents, input_ids: Tensor) -> dict[str, Any
     no_mask = torch.empty(rows, 1, length, 0, device=device)
     return {"attention_mask": no_mask, "cu_seq_lens_q": boundaries, "cu_seq_lens_k": boundaries,
             "max_length_q": longest, "max_length_k": longest}
+
+
+@contextlib.contextmanager
+def masks_by_positions(model: nn.Module, positions: Tensor | None) -> Iterator[None]:
+    """In this context the masks that the body makes end where `positions` [B, L] start again.
+
+    Most families hand the positions to transformers' functions that make masks. OPT, BLOOM, gpt-oss
+    and Granite 4 (transformers 5.24) do not, so here those functions are given them. BLOOM's biases
+    by the distance along the row are right in a document too: softmax knows differences alone.
+    """
+    module = sys.modules[type(body_of(model)).__module__]
+    own = {name: make for name, make in vars(module).items()
+           if name.startswith("create_") and name.endswith("_mask")}
+
+    def told(make: Callable[..., Any]) -> Callable[..., Any]:
+        def make_mask(*args: Any, **options: Any) -> Any:
+            return make(*args, **{**options, "position_ids": positions})
+        return make_mask
+
+    try:
+        if positions is not None:
+            vars(module).update({name: told(make) for name, make in own.items()})
+        yield
+    finally:
+        vars(module).update(own)
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -143,17 +175,37 @@ def _model_refusal(model: Any, trains: bool) -> str | None:
             meta = type(model)(copy.deepcopy(model.config)).to(torch.bfloat16).train(trains)
             ids = torch.zeros(2, 16, dtype=torch.long)
             given = boundary_arguments(Documents(((0, 8, 16),) * 2), ids)
-            masked = _record(meta, input_ids=ids, attention_mask=torch.ones_like(ids))
+            # They run on each document alone, whatever the attention; the kernels of some would
+            # fail here. And transformers looks into a mask that is for them.
+            recurrent = recurrent_layers(meta)
+            for layer in recurrent:
+                layer.forward = lambda hidden_states, **_: hidden_states
+            mask = torch.ones(2, 16, dtype=torch.long, device="cpu" if recurrent else None)
+            masked = _record(meta, input_ids=ids, attention_mask=mask)
             packed = _record(meta, input_ids=ids, position_ids=torch.zeros_like(ids), **given)
     # A model's forward fails on what it does not know in as many ways.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"its forward fails on the meta device without one ({reason})"
-    if not len(masked) == len(packed) == model.config.num_hidden_layers:
-        return f"{len(packed)} of its {model.config.num_hidden_layers} layers attend"
+    layers = layers_of(meta)
+    told = [layer for layer in layers if _attends(layer, packed)]
+    if not told or len(masked) != len(packed) or any(
+            _takes_mask(layer, recurrent) for layer in layers if layer not in told):
+        return f"{len(told)} of its {len(layers)} layers attend"
     reasons = (_call_refusal(call, given) or _window_refusal(plain)
                for plain, call in zip(masked, packed, strict=True))
     return next(filter(None, reasons), None)
+
+
+def _attends(layer: nn.Module, calls: list[_Call]) -> bool:
+    """True where one of the calls came from a module of `layer`."""
+    return any(call.module is module for call in calls for module in layer.modules())
+
+
+def _takes_mask(layer: nn.Module, recurrent: list[nn.Module]) -> bool:
+    """True where a module in `layer` may attend, but those with a state along the row."""
+    return any("attention_mask" in inspect.signature(type(module).forward).parameters
+               for module in layer.modules() if module is not layer and module not in recurrent)
 
 
 def _call_refusal(call: _Call, given: dict[str, Any]) -> str | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from amid_ds.data import end_of_text_id
 from amid_ds.errors import InputError
-from amid_ds.models.loading import model_config
+from amid_ds.models.loading import stored_config
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -50,4 +50,4 @@ def generation_config(model: str, revision: str | None = None,
             raise InputError(f"{file} cannot be read: {reason}",
                              "a JSON object of generation settings",
                              "correct it, or remove it: config.json's are taken then") from None
-    return GenerationConfig.from_model_config(model_config(model, revision, trust_remote_code))
+    return GenerationConfig.from_model_config(stored_config(model, revision, trust_remote_code))

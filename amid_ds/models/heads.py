@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -22,10 +23,12 @@ from amid_ds.models.attention import (
     attends_by_boundaries,
     boundary_arguments,
     exceeds_window,
+    masks_by_positions,
 )
 from amid_ds.models.delta import DeltaTeacher
 from amid_ds.models.head_form import HeadForm, head_form
-from amid_ds.models.shape import body_of, head_module, text_config
+from amid_ds.models.recurrence import running_on
+from amid_ds.models.shape import body_of, head_module, layers_of, text_config
 
 
 def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
@@ -39,13 +42,23 @@ def run_body(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
     if isinstance(model, DeltaTeacher):
         return torch.cat([run_body(part, input_ids, positions, documents)
                           for part in model.parts], -1)
-    # Not every architecture takes positions, so they are passed only where there are any.
-    optional: dict[str, Any] = {} if positions is None else {"position_ids": positions}
+    body = body_of(model)
+    optional: dict[str, Any] = {}
+    if positions is not None and "position_ids" in inspect.signature(body.forward).parameters:
+        optional["position_ids"] = positions
+
+    def boundaries() -> list[int]:
+        if documents is not None:
+            return documents.boundaries(input_ids.shape[1])
+        assert positions is not None
+        return [*(positions.flatten() == 0).nonzero()[:, 0].tolist(), input_ids.numel()]
+
     if (documents is not None and attends_by_boundaries(model)
             and (positions is not None or exceeds_window(model, input_ids.shape[1]))):
         optional |= boundary_arguments(documents, input_ids)
-    hidden: Tensor = body_of(model)(
-        input_ids=input_ids, use_cache=False, **optional).last_hidden_state
+    with (running_on(model, None if positions is None else boundaries, input_ids),
+          masks_by_positions(model, positions)):
+        hidden: Tensor = body(input_ids=input_ids, use_cache=False, **optional).last_hidden_state
     return hidden
 
 
@@ -111,13 +124,14 @@ def logits_of(head: LMHead, hidden: Tensor) -> Tensor:
     return HeadForm(head.scale, head.softcap).apply(product)
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """The relative difference that rounding in `dtype` explains."""
     return 2e-2 if dtype in (torch.bfloat16, torch.float16) else 1e-3
 
 
 @contextlib.contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """A context in which the model is in eval mode."""
     was_training = model.training
     model.eval()
     try:
@@ -139,29 +153,64 @@ def ids_to_check(model: nn.Module, vocab_size: int) -> Tensor:
 def check_isolation(model: nn.Module, name: str, input_ids: Tensor) -> None:
     """Refuse a model in which a document sees another one of its row, though positions start again.
 
-    Collective under ZeRO-3: every rank calls it with the same ids [2, L]. Raises InputError.
+    Two rows of documents, at odd places and with padding behind the last, are held against the same
+    documents one a row. Collective under ZeRO-3: every rank calls it with the same ids [2, L].
+    Raises InputError.
     """
-    half = input_ids.shape[1] // 2
-    # Two rows that begin differently and end alike: the ends must not depend on the beginnings.
-    rows = torch.cat([input_ids[:, :half], input_ids[:1, :half].expand(2, -1)], 1)
-    positions = torch.arange(half, device=rows.device).repeat(2, 2)
-    problem = None
-    with _eval_mode(model):
-        if "position_ids" not in inspect.signature(body_of(model).forward).parameters:
-            problem = "it takes no positions"
-        else:
-            both = Documents(((0, half, 2 * half),) * 2)
-            ends = run_body(model, rows, positions, both)[:, half:].float()
-            # Without boundaries, so that flash attention is held against torch's own.
-            alone = run_body(model, rows[:1, half:], positions[:1, half:]).float()
-            if not (ends - alone).abs().max() <= _tolerance(model.dtype) * alone.abs().max():   # type: ignore[arg-type]
-                problem = "a document's hidden states change with the document before it"
-    if problem is not None:
-        raise InputError(
-            f"{name} ({type(model).__name__}) does not keep the documents of one row apart: "
-            f"{problem}",
-            "a model whose attention and positions start again where `position_ids` do",
-            "set data.isolate_documents=false, or choose another model or attention implementation")
+    length = input_ids.shape[1]
+    # The first row ends in padding, which is no document.
+    starts = [(0, *(cut for cut in cuts if cut < length), length)
+              for cuts in ((3, 4, 11, 14), (6, 13))]
+    starts[0] = starts[0][:-1]
+    spans = [(row, *span) for row in (0, 1) for span in itertools.pairwise(starts[row])]
+    ids, positions = input_ids, torch.zeros_like(input_ids)
+    alone = ids.new_zeros(len(spans), max(stop - start for _, start, stop in spans))
+    for number, (row, start, stop) in enumerate(spans):
+        positions[row, start:] = torch.arange(length - start)
+        alone[number, :stop - start] = ids[row, start:stop]
+    with eval_mode(model):
+        # Without boundaries, so that flash attention is held against torch's own.
+        expected = _layer_states(model, alone, None, None)
+        found = _layer_states(model, ids, positions, Documents(tuple(starts)))
+    # The root mean square, since rounding may send a few tokens to other experts.
+    apart = [_norm_of_difference(
+        torch.cat([states[row, start:stop] for row, start, stop in spans]),
+        torch.cat([own[number, :stop - start] for number, (_, start, stop) in enumerate(spans)]))
+        for states, own in zip(found, expected, strict=True)]
+    allowed = tolerance(model.dtype)   # type: ignore[arg-type]
+    if apart[-1] <= allowed:
+        return
+    layers, first = layers_of(model), [not each <= allowed for each in apart].index(True)
+    where = f"in its layer {first} ({type(layers[first]).__name__}) " if first < len(layers) else ""
+    raise InputError(
+        f"{name} ({type(model).__name__}) does not keep the documents of one row apart: "
+        f"{where}a document's hidden states change with the documents before it",
+        "a model whose layers start again where `position_ids` do",
+        "set data.isolate_documents=false (a prompt or a conversation then has a row of its own, a "
+        "text sees those before it in its row), or choose another model or attention "
+        "implementation")
+
+
+def _norm_of_difference(found: Tensor, expected: Tensor) -> float:
+    """‖found - expected‖ / ‖expected‖; NaN where one of them has NaN."""
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def _layer_states(model: nn.Module, input_ids: Tensor, positions: Tensor | None,
+                  documents: Documents | None) -> list[Tensor]:
+    """The hidden states [B, L, H] in fp32 after each layer, and last those of `run_body`."""
+    states: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        states.append((output if isinstance(output, Tensor) else output[0]).float())
+
+    hooks = [layer.register_forward_hook(keep) for layer in layers_of(model)]
+    try:
+        last = run_body(model, input_ids, positions, documents).float()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [*states, last]
 
 
 @torch.no_grad()
@@ -173,7 +222,7 @@ def check_head(model: nn.Module, name: str, input_ids: Tensor,
     weight can be read. Collective under ZeRO-3: every rank calls it with inputs of one shape.
     Raises InputError.
     """
-    with _eval_mode(model):
+    with eval_mode(model):
         own = model(input_ids=input_ids, use_cache=False).logits.float()
         hidden = body_of(model)(input_ids=input_ids, use_cache=False).last_hidden_state
         with gathered(model):
@@ -182,7 +231,7 @@ def check_head(model: nn.Module, name: str, input_ids: Tensor,
     same = (ours == own) | (ours.isnan() & own.isnan())
     worst = (ours - own).masked_fill(same, 0).abs().max().item()
     size = own.masked_fill(~own.isfinite(), 0).abs().max().item()
-    if not worst <= _tolerance(hidden.dtype) * max(size, 1e-6):
+    if not worst <= tolerance(hidden.dtype) * max(size, 1e-6):
         raise InputError(
             f"the fused head does not reproduce the logits of {name} ({type(model).__name__}): "
             f"they differ by up to {worst:.3g} where the model's own reach {size:.3g}",

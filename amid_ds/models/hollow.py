@@ -14,19 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 
+from amid_ds.models.language_part import language_config
+
 
 def hollow_causal_lm(model: str, dtype: torch.dtype, revision: str | None = None,
                      trust_remote_code: bool = False) -> nn.Module:
-    """The causal LM that from_pretrained would return, its weights on the meta device.
+    """The causal LM that from_pretrained would return, its weights on the meta device; of a
+    multimodal model its language part.
 
     What files hold is there: parameters, tied as the model ties them, and the buffers of its state
     dict. Other buffers are computed, on the CPU. No file of weights is opened or looked for.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = language_config(AutoConfig.from_pretrained(
+        model, revision=revision, trust_remote_code=trust_remote_code))
     with _nothing_read():
         loaded: nn.Module = AutoModelForCausalLM.from_pretrained(
-            model, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+            model, config=config, revision=revision, dtype=dtype,
+            trust_remote_code=trust_remote_code)
     return loaded
 
 

@@ -15,11 +15,23 @@ import torch
 from torch import nn
 
 from amid_ds.config.recipe import Dtype, Teacher
+from amid_ds.distributed.devices import name_accelerator
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.adapters import is_adapter_folder
 from amid_ds.models.head_form import head_form
+from amid_ds.models.hollow import hollow_causal_lm
+from amid_ds.models.language_part import (
+    is_multimodal,
+    language_config,
+    multimodal_model,
+    places_in_whole,
+    why_not_apart,
+)
+from amid_ds.models.quantized import refuse_quantized
 from amid_ds.models.shape import body_of, head_module, text_config
+from amid_ds.models.weight_files import WeightTable
+from amid_ds.models.weight_map import WeightMap
 from amid_ds.models.weight_reader import WeightReader
 from amid_ds.models.weights import (
     MAX_REASON,
@@ -47,7 +59,11 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
 
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
     meta: Any = meta_model(model, revision, trust_remote_code)
-    require_weights(meta, model, revision)
+    whole = whole_model(meta, model, revision, trust_remote_code)
+    found = require_weights(meta, model, revision, whole=whole)
+    if whole is not None:
+        assert found is not None
+        return _load_language_part(model, torch_dtype, _reader(model, meta, *found), revision)
     bf16 = {"enabled": torch_dtype == torch.bfloat16}
     with (contextlib.nullcontext() if zero3_config is None
           else from_pretrained_into_shards({**zero3_config, "bf16": bf16}),
@@ -59,6 +75,27 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     untied = meta.all_tied_weights_keys.keys() - loaded.all_tied_weights_keys.keys()
     refuse_other_keys(model, {**report, "untied": untied})
     return loaded
+
+
+def _load_language_part(model: str, dtype: torch.dtype, reader: WeightReader | str,
+                        revision: str | None) -> nn.Module:
+    """All of the language part of a multimodal model, in memory of this process."""
+    if isinstance(reader, str):
+        raise InputError(f"the language part of {model} cannot be read by itself: {reader}",
+                         "safetensors files whose tensors become its weights as they are",
+                         "save its language model by itself with save_pretrained")
+    part = hollow_causal_lm(model, dtype, revision)
+    # By what they are: a tied one is there under each of its names.
+    made: dict[int, torch.Tensor] = {}
+    tensors = {name: made.setdefault(id(tensor), torch.empty_like(tensor, device="cpu"))
+               for name, tensor in part.state_dict(keep_vars=True).items()}
+    sources = {id(tensors[name]): reader.sources[name] for name in tensors}
+    with reader, readable_weights(model):
+        refuse_other_keys(model, {"untied": reader.unequal_twins(0, 1)})
+        reader.fill((sources[id(tensor)], 0, tensor.view(-1)) for tensor in made.values())
+    part.load_state_dict(tensors, assign=True)
+    part.tie_weights()   # type: ignore[operator]
+    return part
 
 
 @contextlib.contextmanager
@@ -89,7 +126,17 @@ class _Zero3Config:
 
 
 def model_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """The model's transformers config, without its weights. Raises InputError if it has none."""
+    """The transformers config of a causal LM, without its weights: of a multimodal model that of
+    its language part. Raises InputError if it has none."""
+    return language_config(stored_config(model, revision, trust_remote_code))
+
+
+def stored_config(model: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The config in a model's config.json, of several parts where it is multimodal.
+
+    Raises InputError if there is none that transformers knows.
+    """
+    name_accelerator()
     from transformers import AutoConfig
 
     if is_adapter_folder(model):
@@ -109,9 +156,25 @@ def model_config(model: str, revision: str | None = None, trust_remote_code: boo
                              "run that the student is), or give the command --trust-remote-code"
                              ) from None
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "does not recognize this architecture" in reason:
+            raise _unknown_type(model, revision) from None
         raise InputError(f"no model can be read from {model!r}: {reason}",
                          "a folder with config.json and weights, or the id of a model on the hub",
                          "check the path; relative paths start where the command is run") from None
+
+
+def _unknown_type(model: str, revision: str | None) -> InputError:
+    """The error of a model_type that the installed transformers has no class for."""
+    import transformers
+
+    stored = transformers.PreTrainedConfig.get_config_dict(model, revision=revision)[0]
+    written = stored.get("transformers_version")
+    by = "" if written is None else f", and transformers {written} wrote its config.json"
+    return InputError(f"the model {model} has the model_type {stored.get('model_type')!r}, which "
+                      f"the installed transformers {transformers.__version__} does not know{by}",
+                      "a model_type that the installed transformers has a class for",
+                      "install a newer transformers, which may know it (pip install --upgrade "
+                      "transformers), or choose another model")
 
 
 def refuse_adapters(folder: str) -> NoReturn:
@@ -149,11 +212,15 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
                ) -> nn.Module:
     """The model without its weights: every parameter on the meta device.
 
-    Raises InputError if there is no such model, or none of a causal architecture.
+    Raises InputError if there is no such model, none of a causal architecture, or a quantized one.
     """
     from transformers import AutoModelForCausalLM
 
-    config = model_config(model, revision, trust_remote_code)
+    stored = stored_config(model, revision, trust_remote_code)
+    refuse_quantized(model, stored)
+    config = language_config(stored)
+    if is_multimodal(stored) and (reason := why_not_apart(stored, config)) is not None:
+        raise _unsupported(model, stored, reason)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -163,15 +230,37 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
         raise _unsupported(model, config, reason) from None
 
 
+def whole_model(meta: nn.Module, model: str, revision: str | None = None,
+                trust_remote_code: bool = False) -> nn.Module | None:
+    """All of the multimodal model that `meta` is the language part of, every parameter on the meta
+    device; None of any other. Raises InputError where it has no such part."""
+    config = stored_config(model, revision, trust_remote_code)
+    if not is_multimodal(config):
+        return None
+    try:
+        whole = multimodal_model(config)
+        places_in_whole(meta, whole)
+    # Towers may need packages that are not there.
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        raise _unsupported(model, config, (lines[0] if lines else type(error).__name__)[
+            :MAX_REASON]) from None
+    return whole
+
+
 def supported_model(model: str, revision: str | None = None, trust_remote_code: bool = False
                     ) -> nn.Module:
     """The meta model of one that the engine and the fused head support.
 
     Raises InputError for any other, judged without its weights.
     """
+    return _supported(model, revision, trust_remote_code)[0]
+
+
+def _supported(model: str, revision: str | None, trust_remote_code: bool
+               ) -> tuple[nn.Module, nn.Module | None]:
+    """(meta model, the multimodal one that it is a part of) of one that is supported."""
     config = model_config(model, revision, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise _unsupported(model, config, "its weights are quantized")
     module: Any = meta_model(model, revision, trust_remote_code)
     name = type(module).__name__
     if text_config(module) is not module.config:
@@ -183,7 +272,7 @@ def supported_model(model: str, revision: str | None = None, trust_remote_code: 
         head_form(module)
     except InputError as error:
         raise _unsupported(model, config, error.found) from None
-    return module
+    return module, whole_model(module, model, revision, trust_remote_code)
 
 
 def require_supported(model: str, revision: str | None = None, trust_remote_code: bool = False
@@ -192,8 +281,8 @@ def require_supported(model: str, revision: str | None = None, trust_remote_code
 
     The files are judged by their headers, where they are on this machine. Raises InputError.
     """
-    meta = supported_model(model, revision, trust_remote_code)
-    require_weights(meta, model, revision, fetch=False)
+    meta, whole = _supported(model, revision, trust_remote_code)
+    require_weights(meta, model, revision, fetch=False, whole=whole)
     return meta
 
 
@@ -205,24 +294,27 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     that rank 0 has read the headers of: collective, and an error of one is an error of all. Raises
     InputError where the weights are not exactly those of the model's config.
     """
-    def shape() -> Any:
-        return meta_model(model, revision, trust_remote_code)
+    def shapes() -> tuple[Any, nn.Module | None]:
+        part = meta_model(model, revision, trust_remote_code)
+        return part, whole_model(part, model, revision, trust_remote_code)
 
-    meta = shape() if world is None else world.run_checked(shape)
+    meta, whole = shapes() if world is None else world.run_checked(shapes)
     table = None
     if world is not None:
-        table = share_weight_table(world, model, revision, named_weights(meta))
+        named = named_weights(meta if whole is None else whole)
+        table = share_weight_table(world, model, revision, named)
 
     def read() -> WeightReader | str:
-        found = require_weights(meta, model, revision, table=table)
+        found = require_weights(meta, model, revision, table=table, whole=whole)
         assert found is not None
-        if getattr(meta.config, "quantization_config", None) is not None:
-            return "they are quantized"
-        with readable_weights(model):
-            mapped = found[1]
-            return mapped.reason or WeightReader(found[0], mapped.sources, twins=mapped.twins)
+        return _reader(model, meta, *found)
 
     return read() if world is None else world.run_checked(read)
+
+
+def _reader(model: str, meta: Any, table: WeightTable, mapped: WeightMap) -> WeightReader | str:
+    with readable_weights(model):
+        return mapped.reason or WeightReader(table, mapped.sources, twins=mapped.twins)
 
 
 def _unsupported(model: str, config: Any, reason: str) -> InputError:

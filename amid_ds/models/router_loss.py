@@ -48,7 +48,7 @@ def router_weights(model: nn.Module, layers: Sequence[ExpertLayer],
                    balance: float | Literal["auto"]) -> RouterWeights:
     """The weights for a student with these layers: `balance` or the config's, and the config's.
 
-    One line of the log says them. Raises InputError for a mixture whose layers are not known.
+    Raises InputError for a mixture whose layers are not known.
     """
     own = _of_config(model, BALANCE_NAMES)
     weights = RouterWeights((own or 0.0) if balance == "auto" else balance,
@@ -60,12 +60,18 @@ def router_weights(model: nn.Module, layers: Sequence[ExpertLayer],
                              "a mixture whose layers of experts are known, or no such loss",
                              "set student.router_aux_loss=0")
         return RouterWeights(0.0, 0.0)
+    return weights
+
+
+def log_router_weights(model: nn.Module, layers: Sequence[ExpertLayer], weights: RouterWeights,
+                       balance: float | Literal["auto"]) -> None:
+    """Log a line of the weights that `router_weights` has found, and where."""
+    own = _of_config(model, BALANCE_NAMES)
     origin = ("the recipe's" if balance != "auto" else
               "its config's" if own is not None else "its config has none")
     logger.info("the student's %d layers of experts: load-balancing loss with weight %g (%s)%s",
                 len(layers), weights.balance, origin,
                 f", z-loss with weight {weights.z:g}" if weights.z else "")
-    return weights
 
 
 def _of_config(model: nn.Module, names: Sequence[str]) -> float | None:

@@ -20,10 +20,13 @@ from amid_ds.distributed.transfer import to_device
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.errors import TrainingError
 from amid_ds.models.heads import head_input, logits_of, sharded_head_of
+from amid_ds.models.recurrence import recurrent_layers
 from amid_ds.models.shape import body_of
 
 # Instead of a token, if the logits are no distribution's.
 NO_TOKEN = -1
+# What a forward calls the argument in which layers keep what they know of earlier tokens.
+CACHE_NAMES = {"cache", "past_key_values", "cache_params"}
 
 
 @dataclass(frozen=True)
@@ -159,18 +162,46 @@ def _uniform_numbers(prompts: Sequence[SamplerPrompt]) -> Tensor:
 
 def _cached_body(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """A function (new ids [B, n], mask of all tokens so far [B, N], positions [B, n]) -> hidden
-    states of the last token [B, H]; keys and values of earlier tokens are kept between calls."""
+    states of the last token [B, H]; what layers keep of earlier tokens is kept between calls.
+
+    A model with layers that keep it in themselves, where no mask of the padding is heard, runs on
+    all tokens every time.
+    """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=model.config)
     body = body_of(model)
+    arguments = inspect.signature(body.forward).parameters
+    # Its name by transformers' version and by family; Mamba takes no other than its own.
+    name = next((each for each in CACHE_NAMES if each in arguments), None)
+    recurrent = recurrent_layers(model)
+    if name is None or any(CACHE_NAMES.isdisjoint(inspect.signature(layer.forward).parameters)
+                           for layer in recurrent):
+        return _WholeRows(body)
+    cache = DynamicCache(config=model.config)
     # Architectures without the argument derive positions from the mask.
-    takes_positions = "position_ids" in inspect.signature(body.forward).parameters
+    takes_positions = "position_ids" in arguments
 
     def next_hidden(ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         optional = {"position_ids": positions} if takes_positions else {}
-        output = body(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True,
-                      **optional)
+        if recurrent and not takes_positions:
+            # Without attention nothing reads a mask of tokens that have gone: Mamba fails on one.
+            mask = mask[:, -ids.shape[1]:]
+        output = body(input_ids=ids, attention_mask=mask, use_cache=True,
+                      **{name: cache}, **optional)
         return output.last_hidden_state[:, -1]
 
     return next_hidden
+
+
+class _WholeRows:
+    """As `_cached_body` with nothing kept but the ids: rows run whole, padded on the right."""
+
+    def __init__(self, body: nn.Module) -> None:
+        self.body = body
+        self.ids: Tensor | None = None
+
+    def __call__(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        self.ids = ids if self.ids is None else torch.cat([self.ids, ids], 1)
+        order = mask.argsort(dim=1, descending=True, stable=True)
+        states = self.body(input_ids=self.ids.gather(1, order), use_cache=False).last_hidden_state
+        return states[torch.arange(len(ids), device=ids.device), mask.sum(1) - 1]

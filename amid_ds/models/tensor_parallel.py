@@ -1,47 +1,36 @@
-"""Tensor-parallel splits: bodies by their own plans in transformers, heads by rows.
+"""Tensor-parallel splits: bodies block by block by their plans, heads by rows.
 
-DeepSpeed's AutoTP splits the bodies; here are the weights that it splits. A body that cannot be
-split evenly by its own plan stays whole on every rank of the group, which costs memory and time and
-changes no number. Both heads are cut at the same rows of the common vocabulary, because AutoTP
-would cut each by its own width. A head that is tied to the embedding stays whole, and each rank
+What of a body is split is said in tp_plan.py, and done in tp_layers.py. Both heads are cut at the
+same rows of the common vocabulary. A head that is tied to the embedding stays whole, and each rank
 reads its rows of it.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, TypedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from amid_ds.distributed.tensor_group import Peers
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.models.adapters import ADAPTER_NAME, adapted_layers, is_adapted
-from amid_ds.models.shape import body_name, body_of, head_module, is_tied
+from amid_ds.models.adapters import ADAPTER_NAME, is_adapted
+from amid_ds.models.shape import body_name, embedding_of, head_module, is_tied, layers_of
+from amid_ds.models.tp_layers import split_blocks
+from amid_ds.models.tp_plan import SplitBlock, blocks_of, generic, own_shape
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# transformers' styles and AutoTP's names for them. A norm on split heads stays whole, and its
-# gradient is summed.
-STYLES = {"colwise": "column", "rowwise": "row", "replicated_with_grad_allreduce": "skip"}
-# The parameters, of a layer in each split style, of which a rank has a part.
-SPLIT_PARAMETERS = {"colwise": r"\.(weight|bias)", "rowwise": r"\.weight"}
-# In an adapted layer, what is split as the layer is: W and B by rows, or W and A by columns.
-ADAPTED = {"colwise": rf"(\.base_layer|\.lora_B\.{ADAPTER_NAME})?",
-           "rowwise": rf"(\.base_layer|\.lora_A\.{ADAPTER_NAME})?"}
+NO_PLAN = "its family's plan does not split it"
+# Parts of a body below this share of its model are not named where it is said what stays whole.
+NAMED_SHARE = 0.01
 # Heads are cut at multiples of so many rows, so that every shard but the last has aligned rows of
 # logits. Once they were cut as evenly as possible; a checkpoint says how (checkpoint/state.py).
 HEAD_ROW_MULTIPLE = 64
-
-
-class LayerSpec(TypedDict):
-    """An entry of AutoTP's `layer_specs`: parameters by regular expressions, and their split."""
-
-    patterns: list[str]
-    partition_type: str
-    grad_allreduce: bool
 
 
 def vocab_shard(vocab_size: int, tp_rank: int, tp_size: int, group: ProcessGroup | None
@@ -60,60 +49,35 @@ def vocab_shard(vocab_size: int, tp_rank: int, tp_size: int, group: ProcessGroup
     return VocabShard(start, stop, group)
 
 
-def tp_unsupported_reason(model: nn.Module, tp_size: int) -> str | None:
-    """The reason that the body of `model` is not split over `tp_size` ranks; None if it is.
+@dataclass(frozen=True)
+class WholePart:
+    """Weights of a body's layers that every rank of a tensor-parallel group holds whole.
 
-    model: a transformers causal LM, on any device. AutoTP splits by elements, so `tp_size` has to
-    divide the number of heads, or attention would change.
+    name: of their modules, a star for each number. count: of their elements, over all layers.
     """
-    config: Any = model.config
-    plan = _plan(model)
-    if not plan:
-        return f"{type(model).__name__} has no tensor-parallel plan in transformers"
-    if unknown := sorted(set(plan.values()) - set(STYLES)):
-        return f"its plan has {', '.join(unknown)}, and only {', '.join(STYLES)} are known here"
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, name, None)
-        if heads is not None and heads % tp_size:
-            return f"tensor_parallel {tp_size} does not divide its {name} {heads}"
-    modules = dict(body_of(model).named_modules())
-    adapted = tuple(f"{name}." for name, _ in adapted_layers(body_of(model)))
-    planned = {name: style for pattern, style in plan.items()
-               for name in modules if re.fullmatch(_regex(pattern), name)}
-    split = [name for name, style in planned.items() if style in SPLIT_PARAMETERS]
-    for name in split:
-        if not isinstance(getattr(modules[name], "base_layer", modules[name]), nn.Linear):
-            return f"{name} of its plan is not a linear layer"
-    # Any other module with parameters next to a split layer works on split heads, so the plan must
-    # name it.
-    blocks = tuple({f"{name.rpartition('.')[0]}." for name in split})
-    for name, module in modules.items():
-        has_parameters = next(module.parameters(recurse=False), None) is not None
-        if (f"{name}.".startswith(blocks) and name not in planned and has_parameters
-                and not name.startswith(adapted)):
-            return f"{name} is not in its plan"
-    return None
+
+    name: str
+    reason: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.count:,} weights): {self.reason}"
 
 
-def layer_specs(model: nn.Module, name: str) -> list[LayerSpec]:
-    """AutoTP's layer specs for `model`, the submodule `name` of the engine's module, by its plan.
+def split_kinds(blocks: Iterable[SplitBlock]) -> tuple[str, ...]:
+    """What of a body is split, and how: a part of a checkpoint's layout.
 
-    A replicated weight on split heads is in them where it trains: it has a gradient to sum.
+    The parameters' names with a star for each number, `/2` after those that are cut in halves each.
     """
-    prefix = f"{name}.{body_name(model)}."
-    specs: list[LayerSpec] = []
-    for pattern, style in _plan(model).items():
-        if style in SPLIT_PARAMETERS:
-            patterns = [rf"{re.escape(prefix)}{_regex(pattern)}{ADAPTED[style]}\.weight$"]
-        else:
-            patterns = [rf"{re.escape(prefix + each)}$"
-                        for each, parameter in body_of(model).named_parameters()
-                        if parameter.requires_grad
-                        and re.fullmatch(rf"{_regex(pattern)}\.weight", each)]
-        if patterns:
-            specs.append({"patterns": patterns, "partition_type": STYLES[style],
-                          "grad_allreduce": style not in SPLIT_PARAMETERS})
-    return specs
+    return tuple(sorted({
+        generic(name) + (f"/{cut.pieces}" if cut.pieces > 1 else "")
+        for block in blocks for name, cut in block.cuts.items()}))
+
+
+def pieces_of(name: str, kinds: Iterable[str]) -> int:
+    """The pieces of its dimension of which a rank has a share each, by `split_kinds`."""
+    return next((int(kind.partition("/")[2]) for kind in kinds
+                 if kind.partition("/")[0] == generic(name) and "/" in kind), 1)
 
 
 def split_parameters(model: nn.Module, tp_size: int) -> set[str]:
@@ -123,56 +87,69 @@ def split_parameters(model: nn.Module, tp_size: int) -> set[str]:
     """
     if tp_size == 1:
         return set()
-    head = head_module(model)
-    split = set()
+    split = {name for block in blocks_of(model, tp_size) for name in block.cuts}
     if not is_tied(model):
-        of_head = [parameter for _, _, parameter in _cut_parameters(head)]
+        of_head = [parameter for _, _, parameter in _cut_parameters(head_module(model))]
         split |= {name for name, parameter in model.named_parameters()
                   if any(parameter is each for each in of_head)}
-    if tp_unsupported_reason(model, tp_size) is None:
-        for pattern, style in _plan(model).items():
-            if style in SPLIT_PARAMETERS:
-                regex = (rf"{body_name(model)}\.{_regex(pattern)}{ADAPTED[style]}"
-                         rf"{SPLIT_PARAMETERS[style]}")
-                split |= {name for name, _ in model.named_parameters() if re.fullmatch(regex, name)}
     return split
 
 
-def shrink_to_tp_rank(model: nn.Module, tp_size: int) -> tuple[int, int]:
-    """Shrink a meta-device body, in place, to the shapes of one of `tp_size` ranks.
+def whole_parts(model: nn.Module, blocks: Collection[SplitBlock],
+                shape_of: Callable[[nn.Parameter], tuple[int, ...]] = own_shape) -> list[WholePart]:
+    """The matrices of a body's layers that tensor parallelism leaves whole on every rank, by block
+    or module, the largest first.
 
-    Returns the elements per token that AutoTP sums over the group: in forward the outputs of the
-    row-wise layers, in backward the gradients of the column-wise layers' inputs, each layer by
-    itself, and marked with `sums_input_gradient`. (0, 0) if the body stays whole.
+    blocks, shape_of: as `blocks_of` gives and takes them; the model is not yet split.
+    """
+    split = {name for block in blocks for name in block.cuts}
+    reasons = {f"{block.name}.": block.whole for block in blocks if block.whole is not None}
+    counts: dict[tuple[str, str], int] = {}
+    layers = {id(parameter) for parameter in layers_of(model).parameters()}
+    for name, parameter in model.named_parameters():
+        shape = shape_of(parameter)
+        if id(parameter) not in layers or name in split or len(shape) < 2:
+            continue
+        place = next((each for each in reasons if name.startswith(each)),
+                     f"{name.rpartition('.')[0] if blocks else body_name(model)}.")
+        key = generic(place[:-1]), reasons.get(place, NO_PLAN) if blocks else (
+            f"{type(model).__name__} has no tensor-parallel plan in transformers")
+        counts[key] = counts.get(key, 0) + math.prod(shape)
+    return sorted((WholePart(name, reason, count) for (name, reason), count in counts.items()),
+                  key=lambda part: -part.count)
+
+
+def named_parts(parts: Iterable[WholePart], total: int) -> list[WholePart]:
+    """Those that are a share of a model's `total` weights that is worth naming."""
+    return [part for part in parts if part.count >= NAMED_SHARE * total]
+
+
+def shrink_to_tp_rank(model: nn.Module, tp_size: int) -> tuple[int, int]:
+    """Shrink a meta-device body, in place, to one of `tp_size` ranks: shapes, and what it exchanges
+    over the group, without a group.
+
+    Returns the elements per token that are summed over the group: in forward the outputs of
+    row-wise layers and of experts, in backward the gradients of what column-wise layers and experts
+    take in, each layer by itself, and marked with `sums_input_gradient`. Half of a sum stands for
+    each output that is joined, which sends half as much. (0, 0) if the body stays whole.
     """
     forward = backward = 0
-    if tp_size == 1 or tp_unsupported_reason(model, tp_size) is not None:
-        return forward, backward
-    for pattern, style in _plan(model).items():
-        for name, module in body_of(model).named_modules():
-            if STYLES[style] == "skip" or not re.fullmatch(_regex(pattern), name):
-                continue
-            for layer in _split_layers(module, style):
-                rows, columns = layer.weight.shape
-                if STYLES[style] == "column":
-                    backward, rows = backward + columns, rows // tp_size
-                    layer.sums_input_gradient = True
-                    if layer.bias is not None:
-                        layer.bias = nn.Parameter(layer.bias[:rows])
-                else:
-                    forward, columns = forward + rows, columns // tp_size
-                layer.weight = nn.Parameter(layer.weight[:rows, :columns].clone(),
-                                            requires_grad=layer.weight.requires_grad)
+    blocks = blocks_of(model, tp_size)
+    width = embedding_of(model).weight.shape[1]
+    for block in blocks:
+        for name, role in block.roles.items() if block.whole is None else ():
+            layer: Any = model.get_submodule(name)
+            if role == "experts":
+                forward, backward = forward + width, backward + width
+            elif role.startswith("column"):
+                backward += layer.in_features
+                forward += layer.out_features // 2 if role == "column joined" else 0
+            elif role.startswith("row"):
+                forward += layer.out_features
+                backward += layer.in_features // 2 if role == "row of own" else 0
+            layer.sums_input_gradient = role == "experts" or role.startswith("column")
+    split_blocks(model, blocks, Peers(0, tp_size))
     return forward, backward
-
-
-def _split_layers(module: Any, style: str) -> list[Any]:
-    """The linear layers that are split where the plan splits `module`: itself, or what its adapter
-    has made of it."""
-    if not hasattr(module, "base_layer"):
-        return [module]
-    factors = module.lora_B if style == "colwise" else module.lora_A
-    return [module.base_layer, factors[ADAPTER_NAME]]
 
 
 def cut_head(model: nn.Module, shard: VocabShard, vocab_size: int,
@@ -191,11 +168,16 @@ def cut_head(model: nn.Module, shard: VocabShard, vocab_size: int,
             stop = len(parameter) if shard.stop == vocab_size else shard.stop
             part: Any = nn.Parameter(parameter.data[shard.start:stop].clone(),
                                      requires_grad=parameter.requires_grad)
-            # DeepSpeed's mark: the gradient norm counts every rank's part.
-            part.tensor_model_parallel = True
-            part.head_rows = shard.start, stop
+            mark_part(part, 0, [(shard.start, stop)])
             setattr(layer, name, part)
     head.first_row = shard.start
+
+
+def mark_part(part: Any, dim: int, ranges: list[tuple[int, int]]) -> None:
+    """Note of a parameter that it is those stretches of a dimension of the whole one."""
+    # DeepSpeed's mark: the gradient norm counts every rank's part.
+    part.tensor_model_parallel = True
+    part.tp_part = dim, ranges
 
 
 def _cut_parameters(head: Any) -> list[tuple[nn.Module, str, nn.Parameter]]:
@@ -204,19 +186,3 @@ def _cut_parameters(head: Any) -> list[tuple[nn.Module, str, nn.Parameter]]:
     layers = [head.base_layer, head.lora_B[ADAPTER_NAME]] if is_adapted(head) else [head]
     return [(layer, name, parameter) for layer in layers
             for name, parameter in layer.named_parameters()]
-
-
-def _plan(model: nn.Module) -> dict[str, str]:
-    """The body's plan in transformers, {} for none.
-
-    Without a tied embedding, which transformers 5.17 adds to each: it stays whole here, as its head
-    does.
-    """
-    plan = getattr(model.config, "base_model_tp_plan", None) or {}
-    return {pattern: style for pattern, style in plan.items()
-            if style != "embedding_rowwise" or not is_tied(model)}
-
-
-def _regex(pattern: str) -> str:
-    """A plan's `layers.*.mlp.up_proj` as a regular expression; the star is the layer's number."""
-    return re.escape(pattern).replace(r"\*", r"\d+")

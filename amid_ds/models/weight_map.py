@@ -9,6 +9,7 @@ names, and the model is then loaded in transformers' own way.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from amid_ds.models.language_part import HELD, places_in_whole
 from amid_ds.models.weight_files import DTYPES_ON_DISK, WeightTable
 from amid_ds.models.weight_reader import FileBox, ParameterSource, row_major
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,24 +41,29 @@ class WeightMap:
     reason: str | None
 
 
-def map_weights(meta: Any, table: WeightTable) -> WeightMap:
+def map_weights(meta: Any, table: WeightTable, whole: Any = None) -> WeightMap:
     """The map of the weights in `table` onto `meta`, a meta model, which stays as it is.
 
-    Kept, so a start that checks its models and then loads them runs the loader once.
+    whole: the multimodal model that they are the weights of, where `meta` is its language part; of
+    its report what concerns other parts is left out. Kept, so a start that checks its models and
+    then loads them runs the loader once.
     """
     key = (type(meta), meta.config.to_json_string(), meta.dtype, table)
     if key not in _MAPS:
         # Two models, one after the other, are the most that a command works with.
         while len(_MAPS) > 1:
             _MAPS.pop(next(iter(_MAPS)))
-        _MAPS[key] = _run_loader(meta, table)
+        _MAPS[key] = (_map(meta, *_run_loader(meta, table)) if whole is None
+                      else _map_part(meta, whole, table))
     return _MAPS[key]
 
 
 _MAPS: dict[tuple[type, str, torch.dtype, WeightTable], WeightMap] = {}
 
 
-def _run_loader(meta: Any, table: WeightTable) -> WeightMap:
+def _run_loader(meta: Any, table: WeightTable
+                ) -> tuple[dict[str, Any], dict[str, ParameterSource | str]]:
+    """(transformers' report, by every name of a parameter or read buffer its source)."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
@@ -73,11 +82,49 @@ def _run_loader(meta: Any, table: WeightTable) -> WeightMap:
                 if isinstance(buffer, HollowTensor)}
     found = {name: tensor.source if isinstance(tensor, HollowTensor) else f"no file holds {name}"
              for name, tensor in tensors.items()}
+    return vars(report), found
+
+
+def _map(meta: Any, report: dict[str, Any], found: Mapping[str, ParameterSource | str]
+         ) -> WeightMap:
     mapped = {name: source for name, source in found.items()
               if isinstance(source, ParameterSource)}
     reasons = [source for source in found.values() if isinstance(source, str)]
     twins = {} if reasons else _take_out_twins(meta, mapped)
-    return WeightMap(vars(report), mapped, twins, reasons[0] if reasons else None)
+    return WeightMap(report, mapped, twins, reasons[0] if reasons else None)
+
+
+def _map_part(meta: Any, whole: Any, table: WeightTable) -> WeightMap:
+    """The map onto the language part of `whole`, in its own names."""
+    report, found = _run_loader(whole, table)
+    places = places_in_whole(meta, whole)
+
+    def own(names: Iterable[str]) -> dict[str, str]:
+        return {f"{name}{theirs.removeprefix(place)}": theirs for theirs in names
+                for name, place in places.items() if theirs.startswith(f"{place}.")}
+
+    shapes = {name: rest for name, *rest in report["mismatched_keys"]}
+    report = {**report, "missing_keys": set(own(report["missing_keys"])),
+              "unexpected_keys": set(own(report["unexpected_keys"]).values()),
+              "mismatched_keys": {(name, *shapes[theirs])
+                                  for name, theirs in own(shapes).items()},
+              "conversion_errors": {theirs: report["conversion_errors"][theirs]
+                                    for theirs in own(report["conversion_errors"]).values()}}
+    mapped = _map(meta, report, {name: found[theirs] for name, theirs in own(found).items()})
+    _say_what_is_read(meta, whole, table, mapped)
+    return mapped
+
+
+def _say_what_is_read(meta: Any, whole: Any, table: WeightTable, mapped: WeightMap) -> None:
+    # A tied one is there under each of its names.
+    read = sum(source.numel() * source.dtype.itemsize for source in set(mapped.sources.values()))
+    of = sum(file.size for file in table.files)
+    logger.info("%s is multimodal (%s): its language part is read, as %s, %.1f of %.1f MB",
+                table.model, type(whole).__name__, type(meta).__name__, read / 1e6, of / 1e6)
+    if whole.config.model_type not in HELD:
+        logger.warning("%s: the language part of a %s was not held against all of it by the tests "
+                       "of this package; compare logits of a text", table.model,
+                       whole.config.model_type)
 
 
 def stored_sources(table: WeightTable) -> dict[str, ParameterSource | str]:

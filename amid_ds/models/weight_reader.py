@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from types import TracebackType
 
 import torch
@@ -96,6 +97,15 @@ class ParameterSource:
         kept = [box.cut(starts, sizes) for box in self.boxes]
         return ParameterSource(tuple(sizes), tuple(box.moved(dim, -start)
                                                    for box in kept if box is not None))
+
+    def parts(self, dim: int, ranges: Iterable[tuple[int, int]]) -> ParameterSource:
+        """Several stretches of one dimension, joined."""
+        cuts = [self.part(dim, start, stop) for start, stop in ranges]
+        ends = [0, *accumulate(cut.shape[dim] for cut in cuts)]
+        shape = (*self.shape[:dim], ends[-1], *self.shape[dim + 1:])
+        return ParameterSource(shape, tuple(box.moved(dim, end)
+                                            for cut, end in zip(cuts, ends, strict=False)
+                                            for box in cut.boxes))
 
     def range(self, start: int, stop: int) -> Iterator[FileBox]:
         """The boxes of its elements from `start` up to `stop`, counted in row-major order."""
@@ -240,7 +250,7 @@ class WeightReader:
         self.twins = twins or {}
         self.on_bytes = on_bytes
         self.bytes_read = 0
-        self._table = table
+        self.table = table
         self._paths = table.paths()
         self._opened: dict[int, tuple[int, int]] = {}
         self._lock = threading.Lock()
@@ -356,7 +366,7 @@ class WeightReader:
 
     def _open(self, file: int) -> tuple[int, int]:
         """(descriptor, time of the last change) of a file that is the table's."""
-        expected = self._table.files[file]
+        expected = self.table.files[file]
         try:
             descriptor = open_for_ranges(self._paths[file])
         except OSError as error:
@@ -368,7 +378,7 @@ class WeightReader:
             header = read_header(descriptor, found.st_size)
             if hashlib.sha256(header).hexdigest() != expected.digest:
                 raise self._changed(file, "has another header")
-            if (self._table.host == socket.gethostname()
+            if (self.table.host == socket.gethostname()
                     and found.st_mtime_ns != expected.changed_ns):
                 raise self._changed(file, "was written to after its header was read")
         except BaseException:
@@ -379,11 +389,11 @@ class WeightReader:
     def _require_unchanged(self) -> None:
         for file, (descriptor, changed_ns) in self._opened.items():
             found = os.fstat(descriptor)
-            if (found.st_size, found.st_mtime_ns) != (self._table.files[file].size, changed_ns):
+            if (found.st_size, found.st_mtime_ns) != (self.table.files[file].size, changed_ns):
                 raise self._changed(file, "was written to while it was read")
 
     def _changed(self, file: int, what: str) -> InputError:
-        return InputError(f"the weights of {self._table.model} cannot be read on "
+        return InputError(f"the weights of {self.table.model} cannot be read on "
                           f"{socket.gethostname()}: {self._paths[file]} {what}",
                           "the files that the check of the model read, unchanged, on every node",
                           "wait until the model is copied or downloaded whole, on every node, and "

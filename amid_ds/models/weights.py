@@ -28,12 +28,15 @@ FLOAT_DTYPES = ("bfloat16", "float16", "float32", "float64", "BF16", "F16", "F32
 
 
 def require_weights(meta: Any, model: str, revision: str | None = None, fetch: bool = True,
-                    table: WeightTable | None = None) -> tuple[WeightTable, WeightMap] | None:
+                    table: WeightTable | None = None, whole: Any = None
+                    ) -> tuple[WeightTable, WeightMap] | None:
     """The table and map of the weights of `model`, which are those of `meta`, its meta model.
 
     Raises InputError if they are others. What the model's class itself declares may be missing or
     unexpected (tied heads, buffers of old versions). table: as another rank read it. fetch:
     download the files of a model on the hub; False: None where they are not on this machine.
+    whole: the multimodal meta model that `meta` is the language part of; its other parts' tensors
+    are not judged.
     """
     from transformers import logging as transformers_logging
 
@@ -42,10 +45,11 @@ def require_weights(meta: Any, model: str, revision: str | None = None, fetch: b
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     with readable_weights(model):
-        table = table or read_weight_table(model, revision, fetch, named_weights(meta))
+        named = named_weights(meta if whole is None else whole)
+        table = table or read_weight_table(model, revision, fetch, named)
         if table is None:
             return None
-        mapped = map_weights(meta, table)
+        mapped = map_weights(meta, table, whole)
     floats = {name for name, tensor in meta.named_parameters() if tensor.is_floating_point()}
     integers = [f"{name} {tensor.dtype}" for name, tensor in table.tensors.items()
                 if name in floats and not tensor.dtype.startswith(FLOAT_DTYPES)]

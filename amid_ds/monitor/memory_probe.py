@@ -34,10 +34,12 @@ if TYPE_CHECKING:
 # The step of an attempt that is measured, counted from 1.
 PROBED_STEP = 4
 # Bytes that a rank of n receives for each byte of a collective's first tensors: those that a gather
-# fills, one rank's part of those that are scattered, those that a ring's all-reduce sums.
+# or an exchange fills, one rank's part of those that are scattered, those that a ring's all-reduce
+# sums.
 RECEIVED_SHARE: Mapping[str, Callable[[int], float]] = {
     "allreduce": lambda n: 2 * (n - 1) / n,
-    **dict.fromkeys(("allgather", "all_gather_single", "_allgather_base"), lambda n: (n - 1) / n),
+    **dict.fromkeys(("allgather", "all_gather_single", "_allgather_base",
+                     "alltoall_base", "all_to_all_single"), lambda n: (n - 1) / n),
     **dict.fromkeys(("reduce_scatter", "reduce_scatter_single", "_reduce_scatter_base"),
                     lambda n: n - 1)}
 
@@ -68,15 +70,16 @@ def probe_step(engine: Engine, recipe: Recipe, step: int) -> Iterator[None]:
     """
     world = engine.world
     probe, traffic = _MemoryProbe(engine), _Traffic(world)
-    gathered_before = engine.gathered_bytes.teacher
+    received_before = engine.gathered_bytes.teacher_received
     with probe, traffic:
         yield
-    over = world.dp_size if world.shards is None else world.shards.split.size()
-    teacher = int((engine.gathered_bytes.teacher - gathered_before) * (1 - 1 / over))
+    teacher = int(engine.gathered_bytes.teacher_received - received_before)
     network = {"student_gathers": traffic.bytes["gathers"] - teacher,
                "student_reductions": traffic.bytes["reductions"], "teacher_gathers": teacher}
     if world.tp_size > 1:
         network["tensor_parallel"] = traffic.bytes["tensor_parallel"]
+    if world.experts is not None:
+        network["expert_exchange"] = traffic.bytes["expert_exchange"]
     memory, device = {**engine.resident_bytes(), **probe.bytes}, "cpu"
     if world.device.type == "cuda":
         memory["total"], device = torch.cuda.max_memory_allocated(), torch.cuda.get_device_name()
@@ -223,7 +226,8 @@ class _Traffic:
 
     def _count(self, name: str, group: ProcessGroup, size: int) -> None:
         ranks = get_process_group_ranks(group)
-        purpose = "gathers" if "gather" in name else "reductions"
+        purpose = ("gathers" if "gather" in name else
+                   "expert_exchange" if "all" in name and "to" in name else "reductions")
         if self.world.tp_size > 1 and ranks == self.tensor_parallel_ranks and name == "allreduce":
             purpose = "tensor_parallel"
         # torch's gloo sums for all ranks, twice the bytes, and each keeps its part.

@@ -1,169 +1,292 @@
 """What a model's body costs, counted in one run on torch's meta device (shapes, no numbers).
 
-Autograd's saved tensors give the activation memory, torch's counter the FLOPs; backward runs only
-where a part of a student is frozen, and otherwise has two products for each of forward's. Attention
-is replaced by one that keeps the tensors a fused kernel would.
+Autograd's saved tensors give the activation memory, torch's counter the FLOPs of forward and
+backward; attention, experts and scans are replaced (stand_ins.py). Of the layers of a kind two are
+run, and each other one is taken to cost what the second does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.flop_counter import FlopCounterMode
 
-from amid_ds.models.shape import body_of
+from amid_ds.models.experts import expert_layers
+from amid_ds.models.shape import body_of, layers_of
+from amid_ds.planning.stand_ins import Ledger, has_scans, stand_ins
 
-# The name under which the counting attention is registered with transformers.
-ATTENTION_NAME = "planned"
+# Layers of a kind that are run; the first may keep what all share.
+RUN_OF_A_KIND = 2
+
+
+class Costs(NamedTuple):
+    """Bytes kept for backward; FLOPs of the forward and of the backward pass; and FLOPs of forward
+    for experts that were not chosen."""
+
+    saved_bytes: int = 0
+    flops: float = 0.0
+    backward_flops: float = 0.0
+    idle_flops: float = 0.0
+
+    def plus(self, other: Costs, count: int = 1) -> Costs:
+        """These costs and `count` times the other ones."""
+        return Costs(self.saved_bytes + count * other.saved_bytes,
+                     self.flops + count * other.flops,
+                     self.backward_flops + count * other.backward_flops,
+                     self.idle_flops + count * other.idle_flops)
 
 
 class BodyCosts(NamedTuple):
-    """Of one micro-batch through a body: bytes kept for backward, FLOPs of the forward pass, and
-    those of the backward pass."""
+    """Of one micro-batch through a body.
+
+    Bytes kept for backward, in all, by all layers, and by the layer that keeps most. FLOPs of the
+    forward pass, those of the backward pass, and what forward takes beside them for experts that
+    were not chosen.
+    """
 
     saved_bytes: int
+    layers_bytes: int
+    largest_layer_bytes: int
     flops: float
     backward_flops: float
-
-    def plus(self, other: BodyCosts, count: int) -> BodyCosts:
-        """These costs and `count` times the other ones."""
-        return BodyCosts(self.saved_bytes + count * other.saved_bytes,
-                         self.flops + count * other.flops,
-                         self.backward_flops + count * other.backward_flops)
+    idle_flops: float
 
 
-def count_body(meta: Any, rows: int, length: int, layers: nn.ModuleList) -> tuple[BodyCosts, int]:
-    """The costs of a body for [rows, length] tokens, and one layer's kept bytes.
+def count_body(meta: Any, rows: int, length: int, fused: bool = True, backward: bool = True,
+               every_layer: bool = False) -> BodyCosts:
+    """The costs of a body on the meta device for [rows, length] tokens.
 
-    layers: its own. Of layers that are alike two are run, and the others cost what the second does.
+    fused: scans keep what kernels keep, not what transformers' own code does. backward: count it.
+    every_layer: run them all. Raises the model's own error where its shapes depend on numbers.
     """
-    count = len(layers)
-    if count < 2:
-        body = run_on_meta(meta, rows, length)
-        return body, max(0, body.saved_bytes)
-    if _are_alike(layers):
-        fewer, count = 1, count - 1
-        more = run_on_meta(meta, rows, length, layers=2)
-    else:
-        fewer, count = count - 1, 1
-        more = run_on_meta(meta, rows, length)
-    less = run_on_meta(meta, rows, length, layers=fewer)
-    layer = more.plus(less, -1)
-    return less.plus(layer, count), max(0, layer.saved_bytes)
+    whole, layers = _run(meta, rows, length, True, backward, every_layer)
+    if not fused and has_scans(meta):
+        own, layers = _run(meta, rows, length, False, False, every_layer)
+        whole = whole._replace(saved_bytes=own.saved_bytes)
+    kept = [each.saved_bytes for each in layers]
+    flops = whole.flops - whole.idle_flops
+    # Of a grouped convolution torch counts the backward pass as if all channels were mixed: forward
+    # has a product for at most two of backward's.
+    backward_flops = min(whole.backward_flops, 2 * whole.flops) * flops / max(1, whole.flops)
+    return BodyCosts(whole.saved_bytes, sum(kept), max([0, *kept]), flops, backward_flops,
+                     whole.idle_flops)
 
 
-def _are_alike(layers: nn.ModuleList) -> bool:
-    """True where the layers differ in nothing that counts here: classes and shapes."""
-    kinds = {(tuple((name, type(module)) for name, module in layer.named_modules()),
-              tuple((name, parameter.shape, parameter.requires_grad)
-                   for name, parameter in layer.named_parameters()))
-             for layer in layers}
-    return len(kinds) == 1
-
-
-def run_on_meta(meta: Any, rows: int, length: int, layers: int | None = None) -> BodyCosts:
-    """The costs of a body on the meta device, or its first `layers`, for [rows, length] tokens.
-
-    Raises the model's own error where its shapes depend on numbers.
-    """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    attention = _CountingAttention()
-    AttentionInterface.register(ATTENTION_NAME, attention)
-    AttentionMaskInterface.register(ATTENTION_NAME, lambda *_, **__: None)
-    saved = _SavedBytes(meta)
+def _run(meta: Any, rows: int, length: int, fused: bool, backward: bool,
+         every_layer: bool) -> tuple[Costs, list[Costs]]:
+    """The costs of the body, and of each layer."""
     body: Any = body_of(meta)
-    stack = next((name for name, module in body.named_children()
-                  if isinstance(module, nn.ModuleList)), None)
-    all_layers: Any = getattr(body, stack) if stack else None
-    before = meta.config._attn_implementation
-    meta.config._attn_implementation = ATTENTION_NAME
-    if stack and layers is not None:
-        setattr(body, stack, all_layers[:layers])
-    try:
+    ledger = Ledger()
+    meter = _Meter(meta, ledger, every_layer)
+    with (stand_ins(meta, ledger, fused), meter.metered(rows * length), meter.counter,
+            torch.autograd.graph.saved_tensors_hooks(meter.keep, _unpacked)):
         ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
-        with FlopCounterMode(display=False) as counter, \
-                torch.autograd.graph.saved_tensors_hooks(saved.keep, lambda tensor: tensor):
-            states = body(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        forward = float(counter.get_total_flops()) + attention.flops
-        if all(parameter.requires_grad for parameter in body.parameters()):
-            # Two products for each one of forward.
-            return BodyCosts(saved.total(), forward, 2 * forward)
-        return BodyCosts(saved.total(), forward,
-                         _backward_flops(body, states.last_hidden_state, attention))
-    finally:
-        meta.config._attn_implementation = before
-        if stack:
-            setattr(body, stack, all_layers)
-
-
-def _backward_flops(body: nn.Module, states: Tensor, attention: _CountingAttention) -> float:
-    """FLOPs of the backward pass of a body of which a part is frozen, from its hidden states."""
-    if not states.requires_grad:
-        return 0.0
-    attention.flops = 0.0
-    with FlopCounterMode(display=False) as counter:
-        states.sum().backward()
+        states = body(input_ids=ids, use_cache=False).last_hidden_state
+        forward = meter.now()
+        if backward and states.requires_grad:
+            # Not a sum, which would count the FLOPs of none.
+            states.backward(torch.empty_like(states))
+        after = meter.now()
     for parameter in body.parameters():
         parameter.grad = None
-    return float(counter.get_total_flops()) + attention.flops
+    return meter.total(forward._replace(backward_flops=after.flops - forward.flops), after.flops)
 
 
-class _SavedBytes:
-    """Bytes of the storages that autograd keeps, each counted once; weights are not counted."""
+class _Kept:
+    """A tensor that autograd keeps, for as long as it does."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        self.sizes: dict[int, int] = {}
+    def __init__(self, meter: _Meter, tensor: Tensor) -> None:
+        self.meter, self.tensor, storage = meter, tensor, tensor.untyped_storage()
+        self.address, self.bytes = storage._cdata, storage.nbytes()
+        meter.kept[self.address] += 1
+        meter.saved_bytes += self.bytes if meter.kept[self.address] == 1 else 0
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self.weights:
-            self.sizes[storage._cdata] = storage.nbytes()
-        return tensor
-
-    def total(self) -> int:
-        return sum(self.sizes.values())
+    def __del__(self) -> None:
+        self.meter.kept[self.address] -= 1
+        self.meter.saved_bytes -= self.bytes if not self.meter.kept[self.address] else 0
 
 
-class _CountingAttention:
-    """An attention for transformers that computes nothing, and counts the FLOPs of a causal one."""
+def _unpacked(kept: _Kept | Tensor) -> Tensor:
+    return kept.tensor if isinstance(kept, _Kept) else kept
+
+
+class _Event:
+    """A layer's run: its costs, with FLOPs counted where its backward begins and ends."""
 
     def __init__(self) -> None:
-        self.flops = 0.0
-
-    def __call__(self, _: nn.Module, query: Tensor, key: Tensor, value: Tensor, *__: Any,
-                 **___: Any) -> tuple[Tensor, None]:
-        # Two products of 2 FLOPs an element pair, half of each masked. query, key: [rows, heads,
-        # length, head width].
-        flops = 2 * query.numel() * key.shape[2]
-        self.flops += flops
-
-        def count_backward() -> None:
-            self.flops += 2 * flops
-
-        return _FusedAttention.apply(query, key, value, count_backward), None
+        self.costs = Costs()
+        self.began: float | None = None
+        self.ended: float | None = None
 
 
-class _FusedAttention(torch.autograd.Function):
-    """Keeps for backward the tensors of a fused attention: its three inputs and its output.
+class _Meter:
+    """Counts a run of `meta`, and lets two layers of a kind run."""
 
-    count_backward: called once backward has come so far.
-    """
+    def __init__(self, meta: nn.Module, ledger: Ledger, every_layer: bool) -> None:
+        self.meta, self.ledger, self.every_layer = meta, ledger, every_layer
+        self.counter = FlopCounterMode(display=False)
+        self.weights = {each.untyped_storage()._cdata for each in meta.parameters()}
+        self.kept: Counter[int] = Counter()
+        self.saved_bytes, self.idle_flops = 0, 0.0
+        self.runs: dict[object, list[_Event]] = {}
+        self.outputs: dict[object, Any] = {}
+        self.count: Counter[object] = Counter()
+
+    def keep(self, tensor: Tensor) -> _Kept | Tensor:
+        """Note a tensor that autograd keeps; each storage once, and no weights."""
+        return tensor if tensor.untyped_storage()._cdata in self.weights else _Kept(self, tensor)
+
+    def flops(self) -> float:
+        return float(self.counter.get_total_flops()) + self.ledger.flops
+
+    def now(self) -> Costs:
+        """What has been counted so far."""
+        return Costs(self.saved_bytes, self.flops(), 0.0, self.idle_flops)
+
+    def total(self, ran: Costs, end: float) -> tuple[Costs, list[Costs]]:
+        """The costs of the run and of the layers that were left out; and each layer's.
+
+        end: the FLOPs at the end of backward.
+        """
+        layers: list[Costs] = []
+        for kind, events in self.runs.items():
+            of_kind = [self._costs(event, end) for event in events]
+            others = self.count[kind] - len(of_kind)
+            ran = ran.plus(of_kind[-1], others)
+            layers += [*of_kind, *([of_kind[-1]] * others)]
+        return ran, layers
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor,
-                count_backward: Callable[[], None]) -> Tensor:
-        out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
-        ctx.save_for_backward(query, key, value, out)
-        ctx.count_backward = count_backward
-        return out
+    def _costs(event: _Event, end: float) -> Costs:
+        if event.began is None:
+            return event.costs
+        # Below a layer whose inputs need no gradient, backward does nothing.
+        ended = end if event.ended is None else event.ended
+        return event.costs._replace(backward_flops=ended - event.began)
+
+    @contextlib.contextmanager
+    def metered(self, tokens: int) -> Iterator[None]:
+        """A context in which the layers are metered, and experts that run without being chosen."""
+        layers = list(layers_of(self.meta))
+        own = [layer.__dict__.get("forward") for layer in layers]
+        for layer in layers:
+            layer.forward = self._layer(layer)
+        hooks = [hook for layer in expert_layers(self.meta)
+                 for hook in self._watch_experts(layer.name, layer.chosen / layer.experts, tokens)]
+        try:
+            yield
+        finally:
+            for layer, before in zip(layers, own, strict=True):
+                del layer.forward
+                if before is not None:
+                    layer.forward = before
+            for hook in hooks:
+                hook.remove()
+
+    def _layer(self, layer: nn.Module) -> Callable[..., Any]:
+        """The layer's forward, or what stands for it where enough of its kind have run."""
+        forward, own = layer.forward, _described(layer)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            leaves, form = tree_flatten((args, kwargs))
+            kind = (own, form, tuple(_described_input(leaf) for leaf in leaves))
+            self.count[kind] += 1
+            events = self.runs.setdefault(kind, [])
+            if len(events) < RUN_OF_A_KIND or self.every_layer:
+                events.append(event := _Event())
+                args, kwargs = tree_unflatten(
+                    [_marked(leaf, lambda: setattr(event, "ended", self.flops()))
+                     for leaf in leaves], form)
+                before = self.now()
+                out = forward(*args, **kwargs)
+                event.costs = self.now().plus(before, -1)
+                parts, out_form = tree_flatten(out)
+                self.outputs[kind] = parts, out_form
+                return tree_unflatten(
+                    [_marked(part, lambda: _begin(event, self.flops())) for part in parts],
+                    out_form)
+            parts, out_form = self.outputs[kind]
+            needed = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
+            return tree_unflatten([_Skipped.apply(part, *needed) if isinstance(part, Tensor)
+                                   else part for part in parts], out_form)
+
+        return run
+
+    def _watch_experts(self, name: str, share: float, tokens: int) -> Iterator[Any]:
+        """Hooks on the experts of a layer that count what they do beyond a token's own."""
+        module = self.meta.get_submodule(name)
+        active = sum(each.numel() * (share if each.ndim == 3 else 1)
+                     for each in module.parameters() if each.ndim > 1)
+        before = 0.0
+
+        def start(*_: Any) -> None:
+            nonlocal before
+            before = self.flops()
+
+        def end(*_: Any) -> None:
+            idle = self.flops() - before - 2 * tokens * active
+            # The rest of a block's own arithmetic is no expert's.
+            if idle > 0.1 * tokens * active:
+                self.idle_flops += idle
+
+        yield module.register_forward_pre_hook(start)
+        yield module.register_forward_hook(end)
+
+
+def _begin(event: _Event, flops: float) -> None:
+    if event.began is None:
+        event.began = flops
+
+
+def _described(layer: nn.Module) -> object:
+    """What of a layer makes its costs: classes, shapes and settings, but not its number."""
+    return (tuple((name, type(module), tuple(
+                sorted((key, value) for key, value in vars(module).items()
+                       if isinstance(value, (bool, int, float, str)) and "layer_i" not in key)))
+                  for name, module in layer.named_modules()),
+            tuple((name, parameter.shape, parameter.requires_grad)
+                  for name, parameter in layer.named_parameters()))
+
+
+def _described_input(leaf: Any) -> object:
+    if isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.requires_grad, getattr(leaf, "pairs", None)
+    return type(leaf)
+
+
+def _marked(leaf: Any, reached: Callable[[], None]) -> Any:
+    """A tensor that calls `reached` when its gradient is there; anything else as it is."""
+    if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+        return leaf
+    return _Mark.apply(leaf, reached)
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, reached: Callable[[], None]) -> Tensor:
+        ctx.reached = reached
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        ctx.reached()
+        return gradients[0], None
+
+
+class _Skipped(torch.autograd.Function):
+    """An output like one that a layer of the kind has made, of inputs that need gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, like: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.inputs = inputs
+        return torch.empty_like(like)
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> Any:
-        ctx.count_backward()
-        return (*map(torch.empty_like, ctx.saved_tensors[:3]), None)
+        return None, *(torch.empty_like(each) for each in ctx.inputs)

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 
 from amid_ds.config.recipe import Recipe
 from amid_ds.engine.ema import mean_decays
+from amid_ds.models.tensor_parallel import WholePart, named_parts
 from amid_ds.planning.devices import Device, find_device
 from amid_ds.planning.memory import (
     FP32_BYTES,
@@ -34,11 +35,14 @@ from amid_ds.planning.step_time import flops_per_step, step_time, teacher_flops
 
 @dataclass(frozen=True)
 class FrozenModel:
-    """One of the teacher's models on one rank: its key in the recipe and its parameters; bytes of
-    its weights; FLOPs, and bytes that its gathers receive, in a step."""
+    """One of the teacher's models on one rank: its key in the recipe, its parameters and those that
+    a token passes; bytes of its weights, and of the experts of one layer; FLOPs, and bytes that its
+    gathers receive, in a step."""
 
     key: str
     parameters: int
+    active: int
+    expert_gather_bytes: int
     weight_bytes: int
     flops: float
     gathered_bytes: int
@@ -69,8 +73,16 @@ class Plan:
     # The teacher's, for which all of the above is; and every one that the layout may have.
     placement: ChosenPlacement
     placements: list[PlacementCosts]
-    # The student's weights that are trained, and those that are not.
+    # The student's weights: `held`, of them `active` for a token; `trained`, and `frozen`, those
+    # that are not.
     parameters: dict[str, int]
+    # The most that ZeRO-3 gathers of the student's experts at once, those of a layer; 0: no
+    # mixture.
+    expert_gather_bytes: int
+    # By model what tensor parallelism leaves whole of its layers, worth naming.
+    whole_parts: dict[str, list[WholePart]]
+    # The models with scans that are counted as fused kernels do them.
+    fused_scans: list[str]
     # The models that the teacher is made of; its parts above are their sums.
     frozen_models: list[FrozenModel]
     checkpoint_bytes: int
@@ -129,8 +141,16 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
         read_at_start=read_at_start(setting, storage_bandwidth),
         placement=chosen,
         placements=placement_costs(counted),
-        parameters={"trained": weights, "frozen": student.weights.total - weights},
-        frozen_models=[FrozenModel(key, costs.weights.total, teacher_weight_bytes(setting, costs),
+        parameters={"held": student.weights.total, "active": student.active,
+                    "trained": weights, "frozen": student.weights.total - weights},
+        expert_gather_bytes=student.expert_gather * student.element_size,
+        whole_parts={name: named_parts(costs.whole_parts, costs.weights.total)
+                     for name, costs in {"student": student, **setting.frozen}.items()},
+        fused_scans=[model for model, costs in (("student", student), ("teacher", setting.teacher))
+                     if costs is not None and costs.has_fused_scans],
+        frozen_models=[FrozenModel(key, costs.weights.total, costs.active,
+                                   costs.expert_gather * costs.element_size,
+                                   teacher_weight_bytes(setting, costs),
                                    teacher_flops(setting, costs),
                                    int(teacher_gathers(setting, costs).received))
                        for key, costs in setting.frozen.items()],
@@ -139,7 +159,7 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
         activations={
             "without_checkpointing": student.body.saved_bytes,
             "with_checkpointing": (student.checkpointed_bytes(setting.tokens)
-                                   + student.layer_saved_bytes)},
+                                   + student.body.largest_layer_bytes)},
         fits=fits(setting, memory))
 
 
@@ -147,5 +167,5 @@ def planned_flops(recipe: Recipe, ranks: int,
                   device: Device | None) -> tuple[dict[str, float], float | None]:
     """A rank's FLOPs per step of `student` and `teacher`; its device's FLOP/s (None: unknown)."""
     # The FLOPs are the same on any device.
-    setting = make_setting(recipe, ranks, device or find_device("cpu", 1))
+    setting = make_setting(recipe, ranks, device or find_device("h100-80g", 1))
     return flops_per_step(setting), device.flops if device is not None else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,12 +17,21 @@ from amid_ds.engine.optimizer import parameter_groups
 from amid_ds.errors import InputError
 from amid_ds.models import loading
 from amid_ds.models.adapters import is_adapted, is_adapter
+from amid_ds.models.experts import ExpertLayer, expert_layers
 from amid_ds.models.fit import require_positions
+from amid_ds.models.router_loss import router_weights
 from amid_ds.models.shape import body_of, embedding_of, head_module, layers_of
-from amid_ds.models.sizes import intermediate_size, teacher_bytes_per_token
-from amid_ds.models.tensor_parallel import shrink_to_tp_rank, split_parameters
+from amid_ds.models.sizes import active_intermediate_size, teacher_bytes_per_token
+from amid_ds.models.tensor_parallel import (
+    WholePart,
+    shrink_to_tp_rank,
+    split_parameters,
+    whole_parts,
+)
+from amid_ds.models.tp_plan import blocks_of
 from amid_ds.models.trained import choose_trained
-from amid_ds.planning.body_costs import BodyCosts, count_body, run_on_meta
+from amid_ds.planning.body_costs import BodyCosts, count_body
+from amid_ds.planning.stand_ins import has_scans
 
 # Summed logits are in fp32 (losses/summed_head.py).
 FP32_LOGIT_BYTES = 4
@@ -32,25 +42,25 @@ class WeightCounts:
     """Elements of a model's weights: of the model, and on one rank before ZeRO."""
 
     total: int
-    # A tensor-parallel rank's part of each weight, in the model's order.
+    # The part of each weight that a rank of a tensor- or expert-parallel group has, in the model's
+    # order.
     sizes: tuple[int, ...]
-    # Which of them every rank of the tensor-parallel group has: ZeRO-3 partitions them over all
-    # ranks.
+    # Which of them every rank of the group has: ZeRO-3 partitions them over all ranks.
     is_shared: tuple[bool, ...]
 
     @cached_property
     def tp_rank(self) -> int:
-        """Elements of a tensor-parallel rank."""
+        """Elements of a rank of the group."""
         return sum(self.sizes)
 
     @cached_property
     def tp_shared(self) -> int:
-        """Of `tp_rank`, those that every rank of the tensor-parallel group has."""
+        """Of `tp_rank`, those that every rank of the group has."""
         return sum(itertools.compress(self.sizes, self.is_shared))
 
-    def partition(self, data_parallel: int, tensor_parallel: int) -> int:
-        """A rank's part where ZeRO-3 shards over so many data-parallel ranks."""
-        return sum(-(-size // (data_parallel * (tensor_parallel if shared else 1)))
+    def partition(self, copies: int, group: int) -> int:
+        """A rank's part where ZeRO-3 shards over so many groups of so many ranks."""
+        return sum(-(-size // (copies * (group if shared else 1)))
                    for size, shared in zip(self.sizes, self.is_shared, strict=True))
 
     def buckets(self, elements: int, larger_than: int = 0) -> int:
@@ -100,18 +110,31 @@ class ModelCosts:
     body_is_trained: bool
     # The weights that the files hold, but for adapters, which are new.
     stored: WeightCounts
-    # This rank's part of the body; of its saved bytes, one layer's.
+    # This rank's part of the body.
     body: BodyCosts
-    layer_saved_bytes: int
-    # Elements per token that AutoTP sums over its group in forward, and in backward.
+    # Of the model's weights, those that a token passes; and of this rank's, the most that the
+    # experts of one layer have, which ZeRO-3 gathers together.
+    active: int
+    expert_gather: int
+    # A student's routers have a loss, so with several micro-batches the body runs over them once
+    # more, before.
+    routes_ahead: bool
+    # Of each token, rows of the hidden size that expert parallelism brings to this rank, through
+    # all layers of experts one way.
+    expert_rows: float
+    # Scans of its body keep what fused kernels would.
+    has_fused_scans: bool
+    # Elements per token that a tensor-parallel group sums in forward, and in backward.
     tp_forward_width: int
     tp_backward_width: int
+    # What of the layers each of its ranks holds, and computes, whole.
+    whole_parts: tuple[WholePart, ...]
     # By models/sizes.py; 0 for a student.
     bytes_per_teacher_token: int
 
     def checkpointed_bytes(self, tokens: int) -> int:
         """Bytes kept for backward when layers are recomputed: their inputs, and all outside."""
-        outside = self.body.saved_bytes - self.layers * self.layer_saved_bytes
+        outside = self.body.saved_bytes - self.body.layers_bytes
         return outside + self.layers * tokens * self.hidden_size * self.element_size
 
 
@@ -125,14 +148,14 @@ def summed_costs(models: Mapping[str, ModelCosts]) -> ModelCosts | None:
                            sum((each.weights.is_shared for each in costs), ()))
     stored = sum(each.weights.total * each.stored_size for each in costs)
     added = ("hidden_size", "layers", "embedding", "tied_embedding", "head", "untied_head",
-             "tp_forward_width", "tp_backward_width")
-    largest = ("element_size", "intermediate_size", "largest_gather", "layer_saved_bytes",
+             "active", "expert_rows", "tp_forward_width", "tp_backward_width")
+    largest = ("element_size", "intermediate_size", "largest_gather", "expert_gather",
                "bytes_per_teacher_token")
     return replace(
         costs[0], weights=weights, stored=weights, stored_size=stored / weights.total,
         logit_size=FP32_LOGIT_BYTES,
-        body=BodyCosts(sum(each.body.saved_bytes for each in costs),
-                       sum(each.body.flops for each in costs), 0.0),
+        body=BodyCosts(*(sum(of_models) for of_models in zip(*(each.body for each in costs),
+                                                             strict=True))),
         **{name: sum(getattr(each, name) for each in costs) for name in added},
         **{name: max(getattr(each, name) for each in costs) for name in largest})
 
@@ -141,28 +164,32 @@ _COUNTED: dict[tuple[object, ...], ModelCosts] = {}
 
 
 def count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
-                whole: bool = False) -> ModelCosts:
+                whole: bool = False, fused: bool = True) -> ModelCosts:
     """The costs of `model` in `dtype` on one rank of a group of recipe.tensor_parallel.
 
-    whole: the ranks of the group do not split it. Counted once by this process; the same on any
-    number of ranks. Raises InputError for one that does not run on the meta device.
+    whole: the ranks of the group do not split it. fused: by body_costs.count_body. Counted once by
+    this process; the same on any number of ranks. Raises InputError for one that does not run on
+    the meta device.
     """
     train = recipe.train
     config = loading.model_config(model.model, **model.hub_kwargs).to_json_string(use_diff=False)
-    key = (model.model, model.revision, type(model), config, dtype, whole, recipe.tensor_parallel,
-           train.micro_batch_size, train.seq_length, train.optimizer, _trained_part(model))
+    key = (model.model, model.revision, type(model), config, dtype, whole, fused,
+           recipe.tensor_parallel, train.micro_batch_size, train.seq_length, train.optimizer,
+           recipe.expert_parallel, _trained_part(model))
     if key not in _COUNTED:
-        _COUNTED[key] = _count_model(model, dtype, recipe, whole)
+        _COUNTED[key] = _count_model(model, dtype, recipe, whole, fused)
     return _COUNTED[key]
 
 
 def _trained_part(model: Student | Teacher) -> str:
-    """What of a student trains, in words that differ where that does."""
-    return f"{model.lora} {model.freeze}" if isinstance(model, Student) else ""
+    """What of a student trains, and by which routers' loss, in words that differ where that does.
+    """
+    return (f"{model.lora} {model.freeze} {model.router_aux_loss}" if isinstance(model, Student)
+            else "")
 
 
 def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
-                 whole: bool) -> ModelCosts:
+                 whole: bool, fused: bool) -> ModelCosts:
     meta: Any = loading.supported_model(model.model, **model.hub_kwargs)
     if isinstance(model, Student):
         choose_trained(meta, model)
@@ -170,21 +197,25 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
     counts = _counts_by_use(meta, isinstance(model, Student), recipe, whole)
+    active = counts["weights"].total - idle_weights(meta)
     output = head_module(meta)
     head, embedding = output.weight, embedding_of(meta).weight
     of_head = {id(parameter) for parameter in output.parameters()}
     body_is_trained = any(parameter.requires_grad and id(parameter) not in of_head
                           for parameter in meta.parameters())
+    left_whole = () if whole or tp == 1 else tuple(whole_parts(meta, blocks_of(meta, tp)))
     # From here on `meta` has the shapes of one tensor-parallel rank.
     forward_width, backward_width = (0, 0) if whole else shrink_to_tp_rank(meta, tp)
     if backward_width and counts["trained"].total < counts["weights"].total:
         backward_width -= _width_without_gradient(meta)
-    layers = layers_of(meta)
-    largest_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers), default=0)
+    layers, of_experts, ep = layers_of(meta), expert_layers(meta), recipe.expert_parallel
+    experts = {id(p) for layer in of_experts for p in meta.get_submodule(layer.name).parameters()}
+    largest_layer = max((sum(p.numel() // (ep if id(p) in experts and not whole else 1)
+                             for p in layer.parameters()) for layer in layers), default=0)
     hidden_size, seq_length = head.shape[1], recipe.train.seq_length
     try:
-        body, layer_saved_bytes = count_body(meta, recipe.train.micro_batch_size, seq_length,
-                                             layers)
+        body = count_body(meta, recipe.train.micro_batch_size, seq_length, fused,
+                          backward=isinstance(model, Student))
     # Whatever its own code raises where tensors have no numbers.
     except Exception as error:
         reason = str(error).partition("\n")[0]
@@ -198,7 +229,7 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         logit_size=element_size,
         stored_size=loading.checkpoint_dtype(model.model, **model.hub_kwargs).itemsize,
         hidden_size=hidden_size,
-        intermediate_size=intermediate_size(meta.config, hidden_size),
+        intermediate_size=active_intermediate_size(meta),
         layers=len(layers),
         largest_gather=max(largest_layer, head.numel() // tp),
         embedding=embedding.numel(),
@@ -210,37 +241,69 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         body_is_trained=(body_is_trained or is_adapted(output)
                          or (head is embedding and head.requires_grad)),
         body=body,
-        layer_saved_bytes=layer_saved_bytes,
+        active=active,
+        expert_gather=max((sum(p.numel() for p in meta.get_submodule(layer.name).parameters())
+                           for layer in of_experts), default=0) // (1 if whole else ep),
+        routes_ahead=(isinstance(model, Student)
+                      and any(router_weights(meta, of_experts, model.router_aux_loss))),
+        expert_rows=sum(0 if whole else _remote_ranks(layer, ep) for layer in of_experts),
+        has_fused_scans=fused and has_scans(meta),
         tp_forward_width=forward_width,
         tp_backward_width=backward_width,
-        bytes_per_teacher_token=(teacher_bytes_per_token([meta.config], element_size, seq_length)
+        whole_parts=left_whole,
+        bytes_per_teacher_token=(teacher_bytes_per_token([meta], element_size, seq_length)
                                  if isinstance(model, Teacher) else 0))
+
+
+def _remote_ranks(layer: ExpertLayer, expert_parallel: int) -> float:
+    """Other ranks of a group that a token's experts are on in the mean, if all are as likely.
+
+    A rank is spared where none of the choices falls on its part.
+    """
+    own = layer.experts // expert_parallel
+    spared = math.comb(layer.experts - own, layer.chosen) / math.comb(layer.experts, layer.chosen)
+    return (expert_parallel - 1) * (1 - spared)
+
+
+def idle_weights(meta: nn.Module) -> int:
+    """Weights of the experts that a token does not pass."""
+    return sum(parameter.numel() * (layer.experts - layer.chosen) // layer.experts
+               for layer in expert_layers(meta)
+               for name, parameter in meta.get_submodule(layer.name).named_parameters()
+               if parameter.ndim > 1 and parameter.shape[0] % layer.experts == 0)
 
 
 def _counts_by_use(meta: nn.Module, trains: bool, recipe: Recipe,
                    whole: bool) -> dict[str, WeightCounts]:
     """The weights of `meta`, not yet shrunk, by the fields of ModelCosts that count them."""
     split = set() if whole else split_parameters(meta, recipe.tensor_parallel)
+    parts = recipe.tensor_parallel
+    if recipe.expert_parallel > 1 and not whole:
+        # The two exclude each other, and ZeRO-3 shards a part of the experts as it does a part of
+        # the columns.
+        parts = recipe.expert_parallel
+        split = {f"{layer.name}.{name}" for layer in expert_layers(meta)
+                 for name, _ in meta.get_submodule(layer.name).named_parameters()}
     named = dict(meta.named_parameters())
     groups = parameter_groups(meta, recipe.train) if trains else {}
     uses = {"weights": named.keys(), "stored": {name for name in named if not is_adapter(name)},
             "trained": {name for name, each in named.items() if trains and each.requires_grad},
             "muon": {name for name, group in groups.items() if group == "muon"}}
-    return {use: _count_weights(meta, recipe.tensor_parallel, split, names)
+    return {use: _count_weights(meta, parts, split, names)
             for use, names in uses.items()}
 
 
-def _count_weights(meta: nn.Module, tensor_parallel: int, split: Collection[str],
-                   names: Collection[str]) -> WeightCounts:
-    """The weights of these names, of which tensor parallelism splits those in `split`."""
+def _count_weights(meta: nn.Module, parts: int, split: Collection[str], names: Collection[str]
+                   ) -> WeightCounts:
+    """The weights of these names, of which those in `split` are divided into `parts`."""
     total, sizes, is_shared = 0, [], []
     for name, parameter in meta.named_parameters():
         if name not in names:
             continue
         size = parameter.numel()
         total += size
-        sizes.append(-(-size // tensor_parallel) if name in split else size)
-        is_shared.append(tensor_parallel > 1 and name not in split)
+        sizes.append(-(-size // parts) if name in split else size)
+        is_shared.append(parts > 1 and name not in split)
     return WeightCounts(total, tuple(sizes), tuple(is_shared))
 
 
@@ -256,7 +319,7 @@ def _width_without_gradient(meta: Any) -> int:
 
     hooks = [module.register_forward_pre_hook(count) for module in body.modules()
              if getattr(module, "sums_input_gradient", False)]
-    run_on_meta(meta, 1, 2)
+    count_body(meta, 1, 2, backward=False, every_layer=True)
     for hook in hooks:
         hook.remove()
     return width

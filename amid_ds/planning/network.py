@@ -44,14 +44,27 @@ def step_traffic(setting: Setting) -> Traffics:
     if teacher is not None:
         traffic["teacher"] = {"teacher_gathers": teacher_gathers(setting, teacher)}
     if setting.tensor_parallel > 1:
-        forwards = 2 if setting.recipe.student.activation_checkpointing else 1
-        width = forwards * student.tp_forward_width + student.tp_backward_width
+        forwards = _student_forwards(setting) / setting.micro_batches
+        width = int(forwards * student.tp_forward_width) + student.tp_backward_width
         traffic["student"]["tensor_parallel"] = _tensor_parallel(
             setting, width, student, student.hidden_size * HIDDEN_GRADIENT_BYTES)
         if teacher is not None:
             traffic["teacher"]["tensor_parallel"] = _tensor_parallel(
                 setting, teacher.tp_forward_width, teacher)
+    if student.expert_rows:
+        # Backward takes the gradients the same ways.
+        passes = _student_forwards(setting) + setting.micro_batches
+        traffic["student"]["expert_exchange"] = _expert_exchange(setting, student, passes)
+    if teacher is not None and teacher.expert_rows:
+        traffic["teacher"]["expert_exchange"] = _expert_exchange(
+            setting, teacher, setting.teacher_micro_batches)
     return traffic
+
+
+def _student_forwards(setting: Setting) -> int:
+    """Forward passes of the student's body in a step."""
+    recomputed = setting.recipe.student.activation_checkpointing
+    return setting.micro_batches * (2 if recomputed else 1) + setting.ahead
 
 
 def sum_traffic(traffic: Iterable[Traffic]) -> Traffic:
@@ -73,7 +86,7 @@ def _student_gathers(setting: Setting) -> Traffic:
     # A trace spans the window, so weights within the distance of their next use stay gathered from
     # pass to pass.
     if weights > zero.max_reuse_distance:
-        uses = 2 * setting.micro_batches
+        uses = 2 * setting.micro_batches + setting.ahead
         return first + _student_gather(setting, weights, student.head, again) * (uses - 1)
     # The embedding is released at the end of each backward and needed first by the next forward, so
     # it is gathered again for each micro-batch.
@@ -157,3 +170,16 @@ def _tensor_parallel(setting: Setting, width: int, model: ModelCosts,
     per_token = width * model.element_size + gradient_bytes
     once = group.gather(setting.tokens * per_token, width // model.hidden_size)
     return once * (2 * setting.micro_batches)
+
+
+def _expert_exchange(setting: Setting, model: ModelCosts, passes: int) -> Traffic:
+    """Tokens that travel to their experts and back, in so many passes, if experts are chosen alike.
+
+    A group that fits a node stays there; otherwise all but a node's part of it comes from others.
+    """
+    group = setting.recipe.expert_parallel
+    received = 2 * passes * setting.tokens * model.expert_rows * model.hidden_size
+    inside = min(group, setting.ranks_per_node) - 1
+    size = received * model.element_size
+    share = inside / (group - 1)
+    return Traffic(size * share, size * (1 - share))

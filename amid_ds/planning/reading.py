@@ -62,8 +62,8 @@ def _teacher_bytes(setting: Setting, teacher: ModelCosts) -> int:
         # The student's running mean, which is in no file.
         return 0
     if setting.teacher_is_sharded:
-        over = setting.placement.shard_over
-        return int(teacher.weights.partition(over, setting.tensor_parallel) * teacher.stored_size)
+        return int(teacher.weights.partition(setting.teacher_groups, setting.group)
+                   * teacher.stored_size)
     return _once_per_node(setting, teacher)
 
 

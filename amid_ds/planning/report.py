@@ -55,6 +55,12 @@ def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
     if len(plan.frozen_models) > 1:
         console.print(_frozen_table(plan))
     console.print(_work_line(plan, recipe))
+    for line in _mixture_lines(plan):
+        console.print(line)
+    for name, parts in plan.whole_parts.items():
+        if parts:
+            console.print(f"{name}: every rank of a tensor-parallel group holds whole, and "
+                          f"computes with, {'; '.join(map(str, parts))}")
     console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}")
     console.print(_activations_line(plan))
     console.print(_reading_line(plan))
@@ -133,6 +139,22 @@ def _work_line(plan: Plan, recipe: Recipe) -> str:
             f"per rank, {steps}; per rank and step "
             f"{flops['student']:,.1f} TFLOP of the student and "
             f"{flops['teacher']:,.1f} of the teacher{_trained_part(plan)}")
+
+
+def _mixture_lines(plan: Plan) -> Iterator[str]:
+    """A line for each model with experts, and one for scans."""
+    models = [("student", plan.parameters["held"], plan.parameters["active"],
+               plan.expert_gather_bytes),
+              *((each.key, each.parameters, each.active, each.expert_gather_bytes)
+                for each in plan.frozen_models)]
+    for key, held, active, gather in models:
+        if gather:
+            yield (f"{key}: parameters {held:,} held, {active:,} active; a layer's experts are "
+                   f"gathered together, {gather / GB:,.2f} GB")
+    if plan.fused_scans:
+        yield (f"{' and '.join(plan.fused_scans)}: scans are counted as the kernels of mamba-ssm, "
+               "causal-conv1d or flash-linear-attention do them; without these packages they keep "
+               "many times more")
 
 
 def _trained_part(plan: Plan) -> str:

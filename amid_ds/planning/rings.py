@@ -82,20 +82,20 @@ class Ring:
 class Shards:
     """The ranks over which ZeRO-3 shards a model.
 
-    split: those of the weights of which a tensor-parallel rank has a part, or of all without tensor
-    parallelism; whole: those of the weights that each rank of a tensor-parallel group has whole.
+    split: those of the weights of which a rank of a tensor- or expert-parallel group has a part, or
+    of all without groups; whole: those of the weights that each rank of a group has whole.
     """
 
     split: Ring
     whole: Ring
 
 
-def shards_over(data_parallel: int, tensor_parallel: int, per_node: int) -> Shards:
-    """The shards over `data_parallel` neighbours, each a group of tensor-parallel ranks.
+def shards_over(groups: int, group: int, per_node: int) -> Shards:
+    """The shards over `groups` neighbours, each of `group` ranks.
 
     per_node: ranks on a node.
     """
-    groups_per_node = max(1, per_node // tensor_parallel)
-    ranks = data_parallel * tensor_parallel
-    return Shards(Ring(data_parallel, min(data_parallel, groups_per_node)),
+    groups_per_node = max(1, per_node // group)
+    ranks = groups * group
+    return Shards(Ring(groups, min(groups, groups_per_node)),
                   Ring(ranks, min(ranks, per_node)))

@@ -141,6 +141,17 @@ class Setting:
         return self.ranks // self.tensor_parallel
 
     @property
+    def group(self) -> int:
+        """Ranks that divide a model's weights before ZeRO-3 shards each part: tensor parallel, or
+        its experts alone, expert parallel. They exclude each other."""
+        return self.recipe.tensor_parallel * self.recipe.expert_parallel
+
+    @property
+    def teacher_groups(self) -> int:
+        """Groups over which a sharded teacher lies."""
+        return self.placement.shard_over * self.tensor_parallel // self.group
+
+    @property
     def tokens(self) -> int:
         """Tokens of a micro-batch."""
         return self.recipe.train.micro_batch_size * self.recipe.train.seq_length
@@ -157,10 +168,17 @@ class Setting:
         return self.tokens * self.teacher_micro_batches
 
     @property
+    def ahead(self) -> int:
+        """Passes of the student's body in a step that count its routers' choices in advance."""
+        micro_batches = self.teacher_micro_batches
+        return micro_batches if self.student.routes_ahead and micro_batches > 1 else 0
+
+    @property
     def activation_bytes(self) -> tuple[int, int]:
         """Bytes of the student's activations: kept for backward, and of one recomputed layer."""
         if self.recipe.student.activation_checkpointing:
-            return self.student.checkpointed_bytes(self.tokens), self.student.layer_saved_bytes
+            return (self.student.checkpointed_bytes(self.tokens),
+                    self.student.body.largest_layer_bytes)
         return self.student.body.saved_bytes, 0
 
     @property
@@ -178,12 +196,12 @@ class Setting:
 
     @property
     def student_shards(self) -> Shards:
-        return shards_over(self.data_parallel, self.tensor_parallel, self.ranks_per_node)
+        return shards_over(self.ranks // self.group, self.group, self.ranks_per_node)
 
     @property
     def teacher_shards(self) -> Shards:
         """Of a teacher that is sharded."""
-        return shards_over(self.placement.shard_over, self.tensor_parallel, self.ranks_per_node)
+        return shards_over(self.teacher_groups, self.group, self.ranks_per_node)
 
     @property
     def secondary_shards(self) -> Shards:
@@ -192,7 +210,7 @@ class Setting:
 
     def student_partition(self, weights: WeightCounts) -> int:
         """Elements of the student's `weights` on a rank of ZeRO-3."""
-        return weights.partition(self.data_parallel, self.tensor_parallel)
+        return weights.partition(self.ranks // self.group, self.group)
 
 
 def partitioned(model: ModelCosts, shards: Shards) -> int:
@@ -218,8 +236,9 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
         zero=zero,
         micro_batches=ds_config["gradient_accumulation_steps"],
         teacher_micro_batches=accumulation_steps(recipe, data_parallel),
+        # A CPU has no kernels for scans: transformers' own code runs there.
         student=count_model(resolve_student(recipe), torch.bfloat16 if zero.bf16 else torch.float32,
-                            recipe),
+                            recipe, fused=device.name != "cpu"),
         teacher=summed_costs(frozen),
         frozen=frozen,
         target_bytes=_target_bytes(recipe),

@@ -78,8 +78,18 @@ def teacher_flops(setting: Setting, teacher: ModelCosts) -> float:
 def step_time(setting: Setting) -> StepTime:
     """The seconds of a step on `setting`."""
     flops = flops_per_step(setting)
+    student = setting.student.body
+    # Passes of the body beside the model's own: recomputed layers, and routers' choices counted
+    # ahead.
+    again = setting.ahead
     if setting.recipe.student.activation_checkpointing:
-        flops["student"] += setting.student.body.flops * setting.micro_batches
+        again += setting.micro_batches
+    flops["student"] += again * student.flops
+    # Experts that run for tokens that did not choose them take time, and are no FLOPs of the model.
+    passes = setting.micro_batches * (1 + student.backward_flops / max(1, student.flops)) + again
+    flops["student"] += passes * student.idle_flops
+    if setting.teacher is not None:
+        flops["teacher"] += setting.teacher.body.idle_flops * setting.teacher_micro_batches
     if setting.teacher is not None and any(loss.makes_logits_twice
                                            for loss in setting.recipe.losses):
         for model, costs in (("student", setting.student), ("teacher", setting.teacher)):

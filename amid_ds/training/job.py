@@ -29,6 +29,7 @@ from amid_ds.distributed.nodes import require_divisor
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.ds_config import DeepSpeedConfig
+from amid_ds.engine.expert_parallel import require_expert_parallel
 from amid_ds.engine.optimizer import decayed_parameters, group_counts
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval.text_metrics import require_rouge
@@ -36,6 +37,8 @@ from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
 from amid_ds.models.fit import require_positions, require_rows, table_of_positions
 from amid_ds.models.loading import meta_model, require_supported, supported_model
+from amid_ds.models.tensor_parallel import split_kinds
+from amid_ds.models.tp_plan import blocks_of
 from amid_ds.models.trained import choose_trained, trains_in_part
 from amid_ds.run.attempts import has_saved
 from amid_ds.run.exclusive import exclusive
@@ -105,7 +108,16 @@ class Job:
     def layout(self, world: World) -> Layout:
         """The layout that the engine will have on these ranks."""
         return Layout.of(world, ds_config.zero_stage(self.deepspeed_config), self.student_dtype,
-                         decayed_parameters(self.recipe))
+                         decayed_parameters(self.recipe), self._split(world.tp_size))
+
+    def _split(self, tp_size: int) -> tuple[str, ...]:
+        """What tensor parallelism splits of the student's body, see `split_kinds`."""
+        if tp_size == 1:
+            return ()
+        origin = resolve_student(self.recipe)
+        student = meta_model(origin.model, **origin.hub_kwargs)
+        choose_trained(student, self.recipe.student)
+        return split_kinds(blocks_of(student, tp_size))
 
 
 def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
@@ -148,6 +160,7 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
         require_rows(meta, f"the {name}", known or vocabulary_size(tokenizer))
         require_positions(meta, f"the {name}", recipe.train.seq_length)
     choose_trained(metas[f"student {student.model}"], recipe.student)
+    require_expert_parallel(recipe, config, data_parallel, metas)
     if recipe.rollout is not None:
         end_of_text_id(tokenizer, recipe.rollout.end_of_text)
     return Job(recipe, config, tokenizer, grown=grown)

@@ -19,6 +19,7 @@ from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
 from amid_ds.engine.backend import import_libraries
 from amid_ds.engine.build import build_engine
+from amid_ds.engine.expert_parallel import with_expert_groups
 from amid_ds.errors import InputError
 from amid_ds.files.lease import Fence
 from amid_ds.monitor.hang_watchdog import GRACE_S
@@ -74,6 +75,7 @@ def train(recipe_path: str, overrides: Sequence[str], began: float | None = None
             job = place_teacher(job, world)
             world = world.split(job.recipe.tensor_parallel, ds_config.teacher_shard_ranks(
                 job.placed_recipe, job.deepspeed_config))
+            world = with_expert_groups(job.placed_recipe, job.deepspeed_config, world)
             with deterministic(recipe.train.deterministic), hold_run(job, world) as fence:
                 _train(job, world, attempt, fence)
 

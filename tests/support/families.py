@@ -43,8 +43,8 @@ MROPE = dict(rope_parameters=dict(rope_type="default", rope_theta=10000.0,
 class Family:
     """A family by its transformers `model_type`.
 
-    `values` are its config's beside COMMON; of a multimodal one those of its text config, and
-    `whole` the other parts' and the wrapper's own.
+    `values` are its config's beside COMMON, None for one of these that it does not have; of a
+    multimodal one those of its text config, and `whole` the other parts' and the wrapper's own.
     """
 
     title: str
@@ -62,7 +62,8 @@ class Family:
         """Return the config of the tiny model; `changes` are values of its text's config."""
         from transformers import AutoConfig
 
-        text = {**COMMON, **self.values, **changes}
+        text = {key: value for key, value in {**COMMON, **self.values, **changes}.items()
+                if value is not None or key not in COMMON}
         if self.whole is None:
             return AutoConfig.for_model(self.name, **text)
         tied = {key: text[key] for key in ("tie_word_embeddings",) if key in text}
@@ -106,7 +107,7 @@ EVERY: dict[str, Family] = {
         {**ROUTED, **LATENT}, n_group=2, first_k_dense_replace=1), notes="latent attention"),
     "deepseek_v32": Family("DeepSeek-V3.2", "mixture", dict(
         {**ROUTED, **LATENT}, mlp_layer_types=["dense", "sparse"], index_topk=8,
-        index_head_dim=16, index_n_heads=2), notes="latent attention, sparse indexer"),
+        index_head_dim=16, index_n_heads=16), notes="latent attention, sparse indexer"),
     "gpt_oss": Family("gpt-oss", "mixture", dict(
         **MIXED, num_local_experts=4, num_experts_per_tok=2), notes="sinks, sliding window"),
     "llama4_text": Family("Llama 4, text", "mixture", dict(
@@ -245,6 +246,14 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
             else:
                 tensor.copy_((0.4 if "conv" in key else 0.25) * noise)
     return model.eval()
+
+
+def plain_model(folder: Path) -> nn.Module:
+    """Transformers' own model of a folder, by whichever class opens it, in eval mode."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    known = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+    return (AutoModelForCausalLM if known else AutoModelForImageTextToText).from_pretrained(folder)
 
 
 def save_tiny(name: str, folder: Path, tokenizer: Any = None, seed: int = 0,

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from amid_ds.data import PreparedLoader
 from support.data import split_documents
+from support.families import plain_model
 
 
 def reference_adamw(model: nn.Module, train: dict) -> torch.optim.Optimizer:
@@ -74,14 +75,14 @@ def reference_loop(student: Path, teacher: Path | Callable[[Tensor], Tensor] | N
     running mean, of `teacher.ema`. make_optimizer: from the model and the recipe's `train`; its
     groups' `ratio` multiplies the learning rate. of_document: other losses than these.
     """
-    model, guide = AutoModelForCausalLM.from_pretrained(student), teacher
+    model, guide = plain_model(student), teacher
     train, loss = recipe["train"], recipe["loss"]
     optimizer = make_optimizer(model, train)
     # After the optimizer, which may have given the model its adapters.
     kept = copy.deepcopy(model)
     means = [(kept, train.get("ema") or 0.0)]
     if teacher is None or isinstance(teacher, Path):
-        loaded = AutoModelForCausalLM.from_pretrained(teacher or student)
+        loaded = plain_model(teacher or student)
         if teacher is None:
             means.append((loaded, recipe["teacher"]["ema"]))
 

@@ -1,0 +1,117 @@
+"""Sums and exchanges of activations over a tensor-parallel group, with their gradients.
+
+What every rank of the group holds whole has the same, whole gradient on every rank. A layer of
+which each rank has a part takes such an input and gives such an output, and these four are the ways
+in and out:
+
+    enter(x)    x                         the gradients of the ranks' parts, summed
+    total(y)    Σ over the ranks of y     the gradient
+    joined(y)   the ranks' y, [..., n] -> [..., ranks · n]     this rank's part of the gradient
+    own(x)      this rank's part of x's last dimension         the ranks' parts of it, joined
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Peers:
+    """This rank's place among the `size` ranks of a tensor-parallel group.
+
+    group None: nobody is there, as where shapes alone count. A sum then is this rank's part, and a
+    join is as many copies of it. Each of the methods is one collective at most, in forward or in
+    backward.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: ProcessGroup | None = None
+
+    def enter(self, whole: Tensor) -> Tensor:
+        """`whole`, on its way into a part; its gradient is summed over the group."""
+        return _Enter.apply(whole, self)
+
+    def total(self, partial: Tensor) -> Tensor:
+        """The sum of the ranks' parts."""
+        return _Total.apply(partial, self)
+
+    def joined(self, part: Tensor) -> Tensor:
+        """The ranks' parts of the last dimension, side by side."""
+        return _Joined.apply(part, self)
+
+    def own(self, whole: Tensor) -> Tensor:
+        """This rank's part of the last dimension, which the number of ranks divides."""
+        return _Own.apply(whole, self)
+
+    def add_gradients(self, gradient: Tensor) -> Tensor:
+        """The sum over the group of a gradient, which is not changed."""
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        if self.group is not None:
+            dist.all_reduce(total, group=self.group)
+        return total
+
+    def join(self, part: Tensor, dim: int = -1) -> Tensor:
+        """The ranks' parts of one dimension, side by side, without a gradient."""
+        if self.group is None:
+            return torch.cat([part] * self.size, dim)
+        parts = [torch.empty_like(part, memory_format=torch.contiguous_format)
+                 for _ in range(self.size)]
+        dist.all_gather(parts, part.contiguous(), group=self.group)
+        return torch.cat(parts, dim)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """A copy of this rank's part of the last dimension, without a gradient."""
+        size = whole.shape[-1] // self.size
+        return whole.narrow(-1, self.rank * size, size).contiguous()
+
+
+class _Enter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, peers: Peers) -> Tensor:
+        ctx.peers = peers
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.peers.add_gradients(gradient), None
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, peers: Peers) -> Tensor:
+        return peers.add_gradients(partial)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Joined(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, peers: Peers) -> Tensor:
+        ctx.peers = peers
+        return peers.join(part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.peers.part(gradient), None
+
+
+class _Own(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor, peers: Peers) -> Tensor:
+        ctx.peers = peers
+        return peers.part(whole)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return ctx.peers.join(gradient), None

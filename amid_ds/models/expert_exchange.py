@@ -1,0 +1,149 @@
+"""Experts that neighbouring ranks hold together: tokens travel to them, and their outputs back.
+
+transformers' layers of experts have one interface, `experts(hidden_states, top_k_index,
+top_k_weights)`. A rank of a group of N holds the N-th part of a layer's experts, and its module's
+own forward, whatever the family, runs over the tokens that any rank of the group has for them. A
+token goes once to a rank however many of its experts are there, with their numbers and weights; the
+rank's share of its output comes back as one sum. So a rank sends at most min(N, chosen) times its
+tokens, each way.
+
+Every rank makes the same collectives whatever the tokens choose: six in a forward pass (how many
+rows, three of what they are, one back), and of those with a gradient the same in a backward pass.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from amid_ds.models.experts import ExpertLayer
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# (hidden_states [T, H], top_k_index [T, K], top_k_weights [T, K]) -> [T, H]
+ExpertsForward = Callable[[Tensor, Tensor, Tensor], Tensor]
+ARGUMENTS = 3
+
+
+def unsplittable_reason(model: nn.Module, layer: ExpertLayer, ranks: int) -> str | None:
+    """The reason that a layer of experts cannot be distributed over `ranks`; None if it can.
+
+    model: not yet partitioned.
+    """
+    experts: Any = model.get_submodule(layer.name)
+    arguments = list(inspect.signature(experts.forward).parameters)
+    if len(arguments) != ARGUMENTS:
+        return (f"{layer.name} ({type(experts).__name__}) takes {', '.join(arguments)}, not hidden "
+                "states, the experts of each and their weights")
+    own = dict(experts.named_parameters(recurse=False))
+    uncounted = [name for name, parameter in own.items() if len(parameter) != layer.experts]
+    if getattr(experts, "num_experts", None) != layer.experts or not own or uncounted:
+        return (f"{layer.name} ({type(experts).__name__}) does not hold {layer.experts} experts "
+                f"along the first dimension of each of its weights")
+    if layer.experts % ranks:
+        fitting = ", ".join(str(n) for n in range(1, layer.experts + 1) if layer.experts % n == 0)
+        return f"{layer.name} has {layer.experts} experts: it must divide them, as {fitting} do"
+    return None
+
+
+def exchange_tokens(experts: Any, group: ProcessGroup) -> None:
+    """Let a module of experts serve all ranks of `group`, each of which holds its part of them.
+
+    experts: one for which there is no `unsplittable_reason`, its weights cut to this rank's part.
+    """
+    own = experts.num_experts // group.size()
+    experts.num_experts = own
+    experts.forward = _Exchanged(experts.forward, own, group)
+
+
+class _Route(NamedTuple):
+    """The rows that this rank sends to the ranks of a group, rank by rank, and receives from them.
+    """
+
+    sent: Sequence[int]
+    received: Sequence[int]
+    group: ProcessGroup
+
+    def back(self) -> _Route:
+        """The way of the answers."""
+        return _Route(self.received, self.sent, self.group)
+
+    def carry(self, rows: Tensor) -> Tensor:
+        """[sent rows, ...] -> [received rows, ...]. One collective."""
+        arrived = rows.new_empty(sum(self.received), *rows.shape[1:])
+        dist.all_to_all_single(arrived, rows.contiguous(), list(self.received), list(self.sent),
+                               group=self.group)
+        return arrived
+
+
+class _Carry(torch.autograd.Function):
+    """Rows carried along a route, in one order; their gradients come back in the same order."""
+
+    @staticmethod
+    def forward(ctx: Any, route: _Route, *rows: Tensor) -> tuple[Tensor, ...]:
+        ctx.route = route
+        return tuple(route.carry(each) for each in rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        back = ctx.route.back()
+        return None, *(back.carry(each) if needed else None for each, needed in
+                       zip(gradients, ctx.needs_input_grad[1:], strict=True))
+
+
+class _Exchanged:
+    """A layer's forward over the experts of all ranks of a group.
+
+    forward: over the `own` experts that this rank holds.
+    """
+
+    def __init__(self, forward: ExpertsForward, own: int, group: ProcessGroup) -> None:
+        self.forward, self.own, self.group = forward, own, group
+
+    def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [T, H], experts of all [T, K], their weights [T, K] -> [T, H]."""
+        chosen = top_k_index.shape[1]
+        # [N, T, K]: the choices that each rank serves.
+        ranks = torch.arange(self.group.size(), device=top_k_index.device)
+        serves = top_k_index.div(self.own, rounding_mode="floor") == ranks[:, None, None]
+        rank, token = serves.any(-1).nonzero(as_tuple=True)
+        served = serves[rank, token]
+        route = self._route(torch.bincount(rank, minlength=self.group.size()))
+        # Of a choice that another rank serves, `own`: no expert's number.
+        numbers = (top_k_index[token] % self.own).masked_fill(~served, self.own)
+        numbers = route.carry(numbers)
+        hidden, weights = _Carry.apply(route, hidden_states[token], top_k_weights[token])
+        outputs, = _Carry.apply(route.back(), self._serve(hidden, numbers, weights))
+        # A token's sum in one order: index_add on a GPU has none.
+        by_choice = outputs.new_zeros(len(hidden_states), chosen, outputs.shape[-1])
+        by_choice[token, served.int().argmax(-1)] = outputs
+        return by_choice.sum(1)
+
+    def _route(self, sent: Tensor) -> _Route:
+        """The route of `sent` [N] rows to each rank. The host waits for the numbers."""
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent, group=self.group)
+        to_each, from_each = torch.stack([sent, received]).tolist()
+        return _Route(to_each, from_each, self.group)
+
+    def _serve(self, hidden: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
+        """Sums of what this rank's experts make of the rows [R, H] that came: [R, H].
+
+        numbers, weights [R, K]: the experts of each and how much they count.
+        """
+        row, choice = (numbers < self.own).nonzero(as_tuple=True)
+        # A row of zeros more, whose output goes nowhere: without rows no weight would have a
+        # gradient, and ZeRO-3 would wait for it on the other ranks.
+        outputs = self.forward(
+            torch.cat([hidden[row], hidden.new_zeros(1, hidden.shape[1])]),
+            torch.cat([numbers[row, choice], numbers.new_zeros(1)])[:, None],
+            torch.cat([weights[row, choice], weights.new_zeros(1)])[:, None])[:-1]
+        by_choice = outputs.new_zeros(*numbers.shape, outputs.shape[-1])
+        by_choice[row, choice] = outputs
+        return by_choice.sum(1)
