@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from amid_ds.models.experts import Shape, expert_layers
+from amid_ds.models.experts import Shape
 from amid_ds.models.shape import layers_of
 
 # Of an attribute chain: an element of a list or a dict of modules, whichever.
@@ -51,21 +51,6 @@ def outside_reads(model: nn.Module) -> list[OutsideRead]:
         if read:
             found.append(OutsideRead(name, module, read))
     return found
-
-
-def reads_inside(model: nn.Module) -> list[str]:
-    """Names of the modules of `model` that may read weights of their descendants themselves."""
-    return [read.name for read in outside_reads(model)]
-
-
-def leaf_names(model: nn.Module) -> list[str]:
-    """Names of the modules for which ZeRO-3 gathers more at once than a layer's usual weights.
-
-    Those that read weights of their descendants (of theirs these are gathered, at most all), and
-    the layers of experts.
-    """
-    experts = [layer.name for layer in expert_layers(model)]
-    return list(dict.fromkeys(reads_inside(model) + experts + expert_blocks(model)))
 
 
 def expert_blocks(model: nn.Module, shape: Shape = lambda parameter: parameter.shape) -> list[str]:
