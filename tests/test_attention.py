@@ -155,14 +155,13 @@ def test_a_teacher_never_drops_so_its_dropout_is_no_reason(load, twin):
     assert attends_by_boundaries(model)
 
 
-def test_sinks_chunks_linear_layers_and_layers_without_the_boundaries_are_reasons():
+def test_sinks_chunks_and_layers_without_the_boundaries_are_reasons():
     small = dict(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=4,
                  num_attention_heads=4, num_key_value_heads=2, head_dim=16, pad_token_id=0)
     configs = {
         "its attention is eager": t.GptOssConfig(**small, layer_types=["full_attention"] * 4),
         "its mask is of another kind than causal or a window": t.Llama4TextConfig(
             **small, intermediate_size_mlp=96, layer_types=["chunked_attention"] * 4),
-        "without one": t.Lfm2Config(**small, layer_types=["conv", "full_attention"] * 2),
         "its layers are not told the boundaries": t.StableLmConfig(**small)}
     for reason, config in configs.items():
         with torch.device("meta"):

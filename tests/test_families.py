@@ -5,6 +5,7 @@ Printed by `python tests/test_families.py [MODEL_TYPE ...]`, or by this file's s
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 import tempfile
@@ -30,9 +31,10 @@ from support.runs import (
 COLUMNS = ("student", "teacher", "packed", "tensor parallel 2", "resume", "export")
 # One of each kind that is not a row of like layers, for the default run.
 QUICK = ("qwen3_5", "nemotron_h", "gemma3", "llama4", "deepseek_v32")
-COMPARED = ("loss", "kd_loss", "ce_loss", "grad_norm")
-# A family's runs: of itself and another as its teacher, and of each with a Llama.
-PLAIN, PACKED, SPLIT, AS_STUDENT, AS_TEACHER = "plain", "packed", "split", "student", "teacher"
+LOSSES = ("loss", "kd_loss", "ce_loss")
+# A family's runs: of itself and another of it as its teacher, of documents that share rows, of rows
+# that are one, and those on a tensor-parallel group; and of each with a Llama.
+PACKED, PLAIN, SPLIT, AS_STUDENT, AS_TEACHER = "packed", "plain", "split", "student", "teacher"
 
 
 class Trial:
@@ -76,44 +78,49 @@ class Trial:
             if outcome.kind == "broken":
                 print(f"=== {key}\n{outcome.log}", file=sys.stderr)
 
+    @functools.cache   # noqa: B019
     def truth(self, name: str, run: str) -> tuple[list[dict], dict[str, torch.Tensor]]:
         """Each step's metrics and the trained weights, by plain transformers in one process."""
         recipe = yaml.safe_load(self.recipe(name, run).read_text())
         return reference_loop(*self.pair(name, run), recipe, Path(recipe["data"]["prepared"]))
 
     def verdict(self, name: str, run: str) -> str:
-        """"yes" where the run's losses and gradients are the truth's to 1e-5, or what is wrong."""
+        """"yes" where the run's losses and gradients are the truth's, or what is wrong.
+
+        To 1e-5; the norm of the gradients that follow a step of Adam's to 1e-3.
+        """
         outcome = self.outcomes[name, run]
         if outcome.kind != "done":
             return described(outcome)
         folder = self.folder / f"{name}-{run}"
         lines = read_metrics(before(folder) if before(folder).exists() else folder)
         for line, expected in zip(lines, self.truth(name, run)[0], strict=True):
-            for key in COMPARED:
-                if line[key] != pytest.approx(expected[key], rel=1e-5, abs=1e-7):
+            for key in (*LOSSES, "grad_norm"):
+                within = 1e-3 if key == "grad_norm" and line["step"] > 1 else 1e-5
+                if line[key] != pytest.approx(expected[key], rel=within, abs=1e-7):
                     return (f"wrong: {key} of step {line['step']} is {line[key]:.6g}, "
                             f"by transformers {expected[key]:.6g}")
         return "yes"
 
-    def resumed(self, name: str) -> str:
+    def resumed(self, name: str, run: str) -> str:
         """"yes" where the resumed run's metrics are the whole run's to the last digit."""
-        outcome = self.outcomes[name, f"{PLAIN} resumed"]
+        outcome = self.outcomes[name, f"{run} resumed"]
         if outcome.kind != "done":
             return described(outcome)
-        run = self.folder / f"{name}-{PLAIN}"
         if "resumed after step 1" not in outcome.log:
             return "wrong: it began anew"
-        same = comparable_metrics(run) == comparable_metrics(before(run))
+        folder = self.folder / f"{name}-{run}"
+        same = comparable_metrics(folder) == comparable_metrics(before(folder))
         return "yes" if same else "wrong: other metrics"
 
-    def exported(self, name: str) -> str:
+    def exported(self, name: str, run: str) -> str:
         """"yes" where transformers opens RUN/model and its logits are the truth's."""
-        model = before(self.folder / f"{name}-{PLAIN}") / "model"
+        model = before(self.folder / f"{name}-{run}") / "model"
         if not model.exists():
             return "–"
         ids = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(0))
         opened, expected = plain_model(model), plain_model(self.model(name, 0))
-        expected.load_state_dict(self.truth(name, PLAIN)[1], strict=False)
+        expected.load_state_dict(self.truth(name, run)[1], strict=False)
         with torch.no_grad():
             found, own = opened(input_ids=ids).logits, expected(input_ids=ids).logits
         distance = ((found - own).norm() / own.norm()).item()
@@ -138,27 +145,31 @@ def described(outcome: Outcome) -> str:
 def try_families(names: Sequence[str], folder: Path) -> dict[str, dict[str, str]]:
     """Try each family in every column: {family: {column: what came of it}}."""
     trial = Trial(folder)
-    trial.train([(name, run) for name in names for run in (PLAIN, PLAIN, PACKED)])
+    trial.train([(name, PACKED) for name in names for _ in range(2)])
     trial.train([(name, SPLIT) for name in names])
-    table = {}
-    for name in names:
-        cells = table[name] = dict.fromkeys(COLUMNS, "")
-        def fill(column: str, of: Callable[..., str], *arguments: str, cells=cells) -> None:
-            try:
-                cells[column] = of(*arguments)
-            except Exception as error:
-                cells[column] = described(Outcome("broken", f"{type(error).__name__}: {error}"))
-        fill("student", trial.verdict, name, PLAIN)
-        cells["teacher"] = cells["student"]
-        if cells["student"] != "yes":
-            trial.train([(name, AS_STUDENT), (name, AS_TEACHER)])
-            fill("student", trial.verdict, name, AS_STUDENT)
-            fill("teacher", trial.verdict, name, AS_TEACHER)
-        fill("packed", trial.verdict, name, PACKED)
-        fill("tensor parallel 2", trial.split, name)
-        fill("resume", trial.resumed, name)
-        fill("export", trial.exported, name)
-    return table
+    return {name: _try_family(trial, name) for name in names}
+
+
+def _try_family(trial: Trial, name: str) -> dict[str, str]:
+    """The family's cells, from its packed and its split runs; of what fails, from others."""
+    def cell(of: Callable[..., str], *arguments: str) -> str:
+        try:
+            return of(name, *arguments)
+        except Exception as error:
+            return described(Outcome("broken", f"{type(error).__name__}: {error}"))
+
+    packed = cell(trial.verdict, PACKED)
+    student, teacher, whole = packed, packed, PACKED
+    if packed != "yes":
+        trial.train([(name, PLAIN)] * 2)
+        student = teacher = cell(trial.verdict, PLAIN)
+        whole = PLAIN
+    if student != "yes":
+        trial.train([(name, AS_STUDENT), (name, AS_TEACHER)])
+        student, teacher = cell(trial.verdict, AS_STUDENT), cell(trial.verdict, AS_TEACHER)
+    return dict(zip(COLUMNS, (student, teacher, packed, cell(trial.split),
+                              cell(trial.resumed, whole), cell(trial.exported, whole)),
+                    strict=True))
 
 
 def markdown(table: dict[str, dict[str, str]]) -> str:

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from support.models import make_model
+from support.families import save_tiny
+from support.models import make_model, make_tokenizer
 from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main
 from support.runs import write_recipe
+from transformers import PreTrainedTokenizerFast
 
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe
@@ -25,6 +27,15 @@ SIZES = {
     "0.6 M": ("llama", 64, 2, 4000), "5 M": ("llama", 256, 4, 4000),
     "14 M": ("qwen3", 384, 6, 4000),
     "48 M": ("llama-tied", 512, 8, 32000), "140 M": ("llama-tied", 768, 13, 32000)}
+# Families of models with layers of their own, and their values.
+OTHERS = {
+    "mixture": ("qwen3_moe", dict(moe_intermediate_size=256, num_experts=8, head_dim=64)),
+    "latent": ("deepseek_v3", dict(moe_intermediate_size=256)),
+    "delta": ("qwen3_next", dict(moe_intermediate_size=256, head_dim=64, linear_key_head_dim=32,
+                                 linear_value_head_dim=32, shared_expert_intermediate_size=256)),
+    "mamba": ("nemotron_h", dict(moe_intermediate_size=256, head_dim=64, mamba_head_dim=64,
+                                 chunk_size=64, moe_shared_expert_intermediate_size=256)),
+    "chunks": ("llama4_text", dict(head_dim=64, intermediate_size_mlp=512))}
 # Student, teacher, ranks, overrides.
 GRID = [
     ("0.6 M", "5 M", 2, ""), ("5 M", "14 M", 2, ""), ("5 M", "14 M", 2, "tensor_parallel=2"),
@@ -35,10 +46,18 @@ GRID = [
     ("5 M", "14 M", 1, "train.micro_batch_size=2"), ("5 M", "14 M", 2, "deepspeed=zero1_fp32.json"),
     ("5 M", "14 M", 2, "deepspeed=stage_2.json"), ("5 M", "14 M", 2, "deepspeed=zero3.json"),
     ("5 M", "14 M", 2, "deepspeed=zero2.json"), ("48 M", "140 M", 2, ""),
+    ("mixture", "latent", 2, "student.router_aux_loss=0.01"), ("delta", "mamba", 2, ""),
+    ("mamba", "chunks", 2, "student.activation_checkpointing=true"),
     ("48 M", "140 M", 2, "train.seq_length=512")]
 
 
 def make(folder: Path, size: str) -> Path:
+    if size in OTHERS:
+        name, values = OTHERS[size]
+        make_tokenizer(folder / "words", WORDS[:1997])
+        return save_tiny(name, folder / size, PreTrainedTokenizerFast.from_pretrained(
+            folder / "words"), hidden_size=256, intermediate_size=512, vocab_size=2000,
+            max_position_embeddings=512, **values)
     family, width, layers, vocabulary = SIZES[size]
     return make_model(
         folder / size.replace(" ", ""), family, words=WORDS[:vocabulary - 3], hidden_size=width,

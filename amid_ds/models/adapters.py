@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 from amid_ds.config.recipe import Lora
 from amid_ds.errors import InputError
+from amid_ds.models.kernel_packages import kernel_packages
 from amid_ds.models.shape import embedding_of, head_module
+from amid_ds.models.weight_reads import outside_reads
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -172,16 +174,23 @@ def _config(model: nn.Module, lora: Lora, targets: list[str]) -> LoraConfig:
 def target_modules(model: nn.Module, lora: Lora) -> list[str]:
     """The names of the linear layers that get an adapter, in the model's order.
 
-    all-linear: every one but the head. Else those that a target names, by their whole name or its
-    last parts. Raises InputError for a target that is no linear layer, and for a rank above the
-    rank of a layer.
+    all-linear: every one but the head, and those whose weight a fused kernel takes. Else those that
+    a target names, by their whole name or its last parts. Raises InputError for a target that is no
+    linear layer or that a kernel passes by, and for a rank above the rank of a layer.
     """
     head = head_module(model)
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
+    passed_by = _passed_by(model)
     if lora.targets == ALL_LINEAR:
-        chosen = {name for name, module in linear.items() if module is not head}
+        chosen = {name for name, module in linear.items()
+                  if module is not head and name not in passed_by}
     else:
         chosen = _named(model, "targets", lora.targets, linear)
+        for name in sorted(chosen & passed_by.keys()):
+            raise InputError(f"student.lora.targets names {name}, whose weight {passed_by[name]} "
+                             "hands to a function or a fused kernel: without the adapter",
+                             "linear layers that the model calls",
+                             "leave it out, or take all-linear")
     targets = [name for name in linear if name in chosen]
     if not targets:
         raise InputError(f"student.lora.targets {lora.targets}, and the model "
@@ -204,6 +213,15 @@ def target_modules(model: nn.Module, lora: Lora) -> list[str]:
                          "GPT-2's, whose weights lie the other way", "targets of one kind",
                          "name those of one kind")
     return targets
+
+
+def _passed_by(model: nn.Module) -> dict[str, str]:
+    """Modules of which another one reads the weight, in a model that has fused kernels: the name of
+    that one, by theirs."""
+    if not kernel_packages(model):
+        return {}
+    return {name.rpartition(".")[0]: read.name
+            for read in outside_reads(model) for name in read.parameters}
 
 
 def _saved_modules(model: nn.Module, lora: Lora, targets: list[str]) -> list[str]:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from amid_ds.data.batch import Documents
 from amid_ds.distributed.transfer import to_device
-from amid_ds.models.shape import body_of
+from amid_ds.models.recurrence import recurrent_layers
+from amid_ds.models.shape import body_of, layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +47,10 @@ def choose_attention(model: nn.Module, title: str, device: torch.device, trains:
 
     trains: it will run in training mode, with its dropout.
     """
+    recurrent = recurrent_layers(model)
+    if not any(_takes_mask(layer, recurrent) for layer in layers_of(model)):
+        logger.info("no layer of %s attends", title)
+        return
     reason = _device_refusal(device, model.dtype) or _model_refusal(model, trains)   # type: ignore[arg-type]
     if reason is None:
         _register(VARLEN_NAME, _attend)
@@ -170,17 +175,37 @@ def _model_refusal(model: Any, trains: bool) -> str | None:
             meta = type(model)(copy.deepcopy(model.config)).to(torch.bfloat16).train(trains)
             ids = torch.zeros(2, 16, dtype=torch.long)
             given = boundary_arguments(Documents(((0, 8, 16),) * 2), ids)
-            masked = _record(meta, input_ids=ids, attention_mask=torch.ones_like(ids))
+            # They run on each document alone, whatever the attention; the kernels of some would
+            # fail here. And transformers looks into a mask that is for them.
+            recurrent = recurrent_layers(meta)
+            for layer in recurrent:
+                layer.forward = lambda hidden_states, **_: hidden_states
+            mask = torch.ones(2, 16, dtype=torch.long, device="cpu" if recurrent else None)
+            masked = _record(meta, input_ids=ids, attention_mask=mask)
             packed = _record(meta, input_ids=ids, position_ids=torch.zeros_like(ids), **given)
     # A model's forward fails on what it does not know in as many ways.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"its forward fails on the meta device without one ({reason})"
-    if not len(masked) == len(packed) == model.config.num_hidden_layers:
-        return f"{len(packed)} of its {model.config.num_hidden_layers} layers attend"
+    layers = layers_of(meta)
+    told = [layer for layer in layers if _attends(layer, packed)]
+    if not told or len(masked) != len(packed) or any(
+            _takes_mask(layer, recurrent) for layer in layers if layer not in told):
+        return f"{len(told)} of its {len(layers)} layers attend"
     reasons = (_call_refusal(call, given) or _window_refusal(plain)
                for plain, call in zip(masked, packed, strict=True))
     return next(filter(None, reasons), None)
+
+
+def _attends(layer: nn.Module, calls: list[_Call]) -> bool:
+    """True where one of the calls came from a module of `layer`."""
+    return any(call.module is module for call in calls for module in layer.modules())
+
+
+def _takes_mask(layer: nn.Module, recurrent: list[nn.Module]) -> bool:
+    """True where a module in `layer` may attend, but those with a state along the row."""
+    return any("attention_mask" in inspect.signature(type(module).forward).parameters
+               for module in layer.modules() if module is not layer and module not in recurrent)
 
 
 def _call_refusal(call: _Call, given: dict[str, Any]) -> str | None:

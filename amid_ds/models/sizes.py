@@ -107,9 +107,11 @@ def _hidden_size(model: nn.Module) -> int:
 
 
 def _first(config: Any, names: Sequence[str], default: int) -> int:
-    """The first of the names that the config has."""
-    return next((value for name in names
-                 if isinstance(value := getattr(config, name, None), int)), default)
+    """The first of the names that the config has, the largest where its layers differ in it."""
+    layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
+    return max(next((value for name in names
+                     if isinstance(value := getattr(layer, name, None), int)), default)
+               for layer in layers)
 
 
 def _experts_per_token(model: nn.Module) -> int:

@@ -116,12 +116,14 @@ def student_step_bytes(setting: Setting) -> dict[str, int]:
     """Bytes by part that the student's forward, loss and backward need."""
     kept, recomputed = setting.activation_bytes
     gathered = _gathered_bytes(setting)
+    # Weights that a pass ahead has left gathered are there before anything is kept for backward.
+    stays = setting.ahead and setting.student.weights.tp_rank <= setting.zero.max_reuse_distance
     return {
         "activations": kept,
         "recomputed_layer": recomputed,
         "gathered": gathered,
         # A gather fills a buffer first.
-        "gather_buffers": gathered,
+        "gather_buffers": 0 if stays else gathered,
         "reduce_bucket": _reduce_bucket_bytes(setting),
         "loss_workspace": _loss_bytes(setting)}
 

@@ -197,7 +197,7 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
     counts = _counts_by_use(meta, isinstance(model, Student), recipe, whole)
-    active = counts["weights"].total - _idle_weights(meta)
+    active = counts["weights"].total - idle_weights(meta)
     output = head_module(meta)
     head, embedding = output.weight, embedding_of(meta).weight
     of_head = {id(parameter) for parameter in output.parameters()}
@@ -265,7 +265,7 @@ def _remote_ranks(layer: ExpertLayer, expert_parallel: int) -> float:
     return (expert_parallel - 1) * (1 - spared)
 
 
-def _idle_weights(meta: nn.Module) -> int:
+def idle_weights(meta: nn.Module) -> int:
     """Weights of the experts that a token does not pass."""
     return sum(parameter.numel() * (layer.experts - layer.chosen) // layer.experts
                for layer in expert_layers(meta)

@@ -18,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 # The name under which the counting attention is registered with transformers.
 ATTENTION_NAME = "planned"
+# transformers' own experts whose shapes depend on no numbers, by products that are grouped.
+EXPERTS_NAME = "grouped_mm"
 # FLOPs per token and element of a recurrent state, as Megatron-LM counts them for its MFU: of a
 # state-space layer's scan, and of a gated delta rule (four products with the state).
 SCAN_FLOPS = 7
@@ -52,13 +54,14 @@ def stand_ins(meta: Any, ledger: Ledger, fused: bool) -> Iterator[None]:
 
     AttentionInterface.register(ATTENTION_NAME, _Attention(ledger))
     AttentionMaskInterface.register(ATTENTION_NAME, _make_mask)
-    before = meta.config._attn_implementation
-    meta.config._attn_implementation = ATTENTION_NAME
+    config = meta.config
+    before = config._attn_implementation, config._experts_implementation
+    config._attn_implementation, config._experts_implementation = ATTENTION_NAME, EXPERTS_NAME
     try:
         with _Products(ledger), _scans(meta, ledger) if fused else contextlib.nullcontext():
             yield
     finally:
-        meta.config._attn_implementation = before
+        config._attn_implementation, config._experts_implementation = before
 
 
 def has_scans(model: nn.Module) -> bool:
@@ -135,20 +138,18 @@ def chunk_pairs(length: int, chunk: int) -> float:
     return (whole * chunk * chunk + rest * rest) / 2
 
 
-def _make_mask(*_: Any, mask_function: Any = None, kv_length: int = 0, batch_size: int = 1,
-               local_size: int | None = None, **__: Any) -> Tensor:
-    """A mask without numbers that knows the pairs that it leaves, as `pairs`."""
+def _make_mask(*_: Any, kv_length: int = 0, batch_size: int = 1, local_size: int | None = None,
+               config: Any = None, **__: Any) -> Tensor:
+    """A mask without numbers that knows the pairs that it leaves, as `pairs`.
+
+    local_size: of the window, or of the chunks, where the config has such.
+    """
     mask: Any = torch.empty(batch_size, 1, kv_length, kv_length, dtype=torch.bool, device="meta")
-    if local_size is None or local_size >= kv_length:
-        mask.pairs = window_pairs(kv_length, None)
-        return mask
-    # The first token of the second chunk sees nothing of the first; a window would show it most.
-    try:
-        in_chunks = not bool(mask_function(0, 0, torch.tensor(local_size), torch.tensor(1)))
-    except Exception:
-        in_chunks = False
-    pairs = chunk_pairs if in_chunks else window_pairs
-    mask.pairs = pairs(kv_length, local_size)
+    in_chunks = (local_size is not None and local_size < kv_length
+                 and getattr(config, "attention_chunk_size", None) == local_size
+                 and getattr(config, "sliding_window", None) is None)
+    mask.pairs = (chunk_pairs(kv_length, local_size or 0) if in_chunks else
+                  window_pairs(kv_length, local_size))
     return mask
 
 

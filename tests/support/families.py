@@ -107,7 +107,7 @@ EVERY: dict[str, Family] = {
         {**ROUTED, **LATENT}, n_group=2, first_k_dense_replace=1), notes="latent attention"),
     "deepseek_v32": Family("DeepSeek-V3.2", "mixture", dict(
         {**ROUTED, **LATENT}, mlp_layer_types=["dense", "sparse"], index_topk=8,
-        index_head_dim=16, index_n_heads=2), notes="latent attention, sparse indexer"),
+        index_head_dim=16, index_n_heads=16), notes="latent attention, sparse indexer"),
     "gpt_oss": Family("gpt-oss", "mixture", dict(
         **MIXED, num_local_experts=4, num_experts_per_tok=2), notes="sinks, sliding window"),
     "llama4_text": Family("Llama 4, text", "mixture", dict(
