@@ -32,8 +32,9 @@ COLUMNS = ("student", "teacher", "packed", "tensor parallel 2", "resume", "expor
 # One of each kind that is not a row of like layers, for the default run.
 QUICK = ("qwen3_5", "nemotron_h", "gemma3", "llama4", "deepseek_v32")
 LOSSES = ("loss", "kd_loss", "ce_loss")
-# A family's runs: of itself and another as its teacher, and of each with a Llama.
-PLAIN, PACKED, SPLIT, AS_STUDENT, AS_TEACHER = "plain", "packed", "split", "student", "teacher"
+# A family's runs: of itself and another of it as its teacher, of documents that share rows, of rows
+# that are one, and those on a tensor-parallel group; and of each with a Llama.
+PACKED, PLAIN, SPLIT, AS_STUDENT, AS_TEACHER = "packed", "plain", "split", "student", "teacher"
 
 
 class Trial:
@@ -101,25 +102,25 @@ class Trial:
                             f"by transformers {expected[key]:.6g}")
         return "yes"
 
-    def resumed(self, name: str) -> str:
+    def resumed(self, name: str, run: str) -> str:
         """"yes" where the resumed run's metrics are the whole run's to the last digit."""
-        outcome = self.outcomes[name, f"{PLAIN} resumed"]
+        outcome = self.outcomes[name, f"{run} resumed"]
         if outcome.kind != "done":
             return described(outcome)
-        run = self.folder / f"{name}-{PLAIN}"
         if "resumed after step 1" not in outcome.log:
             return "wrong: it began anew"
-        same = comparable_metrics(run) == comparable_metrics(before(run))
+        folder = self.folder / f"{name}-{run}"
+        same = comparable_metrics(folder) == comparable_metrics(before(folder))
         return "yes" if same else "wrong: other metrics"
 
-    def exported(self, name: str) -> str:
+    def exported(self, name: str, run: str) -> str:
         """"yes" where transformers opens RUN/model and its logits are the truth's."""
-        model = before(self.folder / f"{name}-{PLAIN}") / "model"
+        model = before(self.folder / f"{name}-{run}") / "model"
         if not model.exists():
             return "–"
         ids = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(0))
         opened, expected = plain_model(model), plain_model(self.model(name, 0))
-        expected.load_state_dict(self.truth(name, PLAIN)[1], strict=False)
+        expected.load_state_dict(self.truth(name, run)[1], strict=False)
         with torch.no_grad():
             found, own = opened(input_ids=ids).logits, expected(input_ids=ids).logits
         distance = ((found - own).norm() / own.norm()).item()
@@ -144,27 +145,31 @@ def described(outcome: Outcome) -> str:
 def try_families(names: Sequence[str], folder: Path) -> dict[str, dict[str, str]]:
     """Try each family in every column: {family: {column: what came of it}}."""
     trial = Trial(folder)
-    trial.train([(name, run) for name in names for run in (PLAIN, PLAIN, PACKED)])
+    trial.train([(name, PACKED) for name in names for _ in range(2)])
     trial.train([(name, SPLIT) for name in names])
-    table = {}
-    for name in names:
-        cells = table[name] = dict.fromkeys(COLUMNS, "")
-        def fill(column: str, of: Callable[..., str], *arguments: str, cells=cells) -> None:
-            try:
-                cells[column] = of(*arguments)
-            except Exception as error:
-                cells[column] = described(Outcome("broken", f"{type(error).__name__}: {error}"))
-        fill("student", trial.verdict, name, PLAIN)
-        cells["teacher"] = cells["student"]
-        if cells["student"] != "yes":
-            trial.train([(name, AS_STUDENT), (name, AS_TEACHER)])
-            fill("student", trial.verdict, name, AS_STUDENT)
-            fill("teacher", trial.verdict, name, AS_TEACHER)
-        fill("packed", trial.verdict, name, PACKED)
-        fill("tensor parallel 2", trial.split, name)
-        fill("resume", trial.resumed, name)
-        fill("export", trial.exported, name)
-    return table
+    return {name: _try_family(trial, name) for name in names}
+
+
+def _try_family(trial: Trial, name: str) -> dict[str, str]:
+    """The family's cells, from its packed and its split runs; of what fails, from others."""
+    def cell(of: Callable[..., str], *arguments: str) -> str:
+        try:
+            return of(name, *arguments)
+        except Exception as error:
+            return described(Outcome("broken", f"{type(error).__name__}: {error}"))
+
+    packed = cell(trial.verdict, PACKED)
+    student, teacher, whole = packed, packed, PACKED
+    if packed != "yes":
+        trial.train([(name, PLAIN)] * 2)
+        student = teacher = cell(trial.verdict, PLAIN)
+        whole = PLAIN
+    if student != "yes":
+        trial.train([(name, AS_STUDENT), (name, AS_TEACHER)])
+        student, teacher = cell(trial.verdict, AS_STUDENT), cell(trial.verdict, AS_TEACHER)
+    return dict(zip(COLUMNS, (student, teacher, packed, cell(trial.split),
+                              cell(trial.resumed, whole), cell(trial.exported, whole)),
+                    strict=True))
 
 
 def markdown(table: dict[str, dict[str, str]]) -> str:

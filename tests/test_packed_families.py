@@ -7,18 +7,21 @@ import importlib
 import itertools
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from support.attention import calls, varlen_twin
+from support.data import split_documents
 from support.families import FAMILIES, save_tiny, tiny_model
 from support.ranks import run_ranks
 from support.reference_loop import reference_loop
 from support.runs import read_metrics, write_gathering_config, write_recipe
 
-from amid_ds.data.batch import Documents
+from amid_ds.data.batch import Documents, TokenRow, collate_rows
 from amid_ds.errors import InputError
 from amid_ds.models import attention, heads, recurrence
+from amid_ds.models.distiller import Distiller
 from amid_ds.models.heads import check_isolation, ids_to_check, run_body
 from amid_ds.models.recurrence import recomputed_alike, recurrent_layers, run_documents_alone
 from amid_ds.models.sampler import Sampler, SamplerPrompt
@@ -135,6 +138,27 @@ def test_attention_by_boundaries_beside_recurrent_layers_gives_the_states_of_the
         before = calls["kernel"]
         assert_close([run_body(model, *rows)], [masked])
     assert calls["kernel"] > before
+
+
+@pytest.mark.parametrize("family", ["qwen3_5_text", "gpt_oss"])
+def test_a_teachers_pass_over_micro_batches_of_any_length_gives_the_states_of_each(family):
+    teacher = model_of(family)
+    distiller = Distiller(tiny_model("llama"), teacher, vocab_size=VOCABULARY)
+    draw = torch.Generator().manual_seed(0)
+
+    def micro_batch(lengths, starts):
+        return collate_rows([TokenRow(
+            torch.randint(VOCABULARY, (length + 1,), generator=draw).numpy(),
+            np.array([1, length + 1], np.int32), np.array(own, np.int32), "")
+            for length, own in zip(lengths, starts, strict=True)], [])
+
+    batches = [micro_batch((9, 14), ((4,), (2, 11))), micro_batch((30, 17), ((), ()))]
+    together = distiller.teacher_hidden_states(batches, 2)
+    for batch, found in zip(batches, together, strict=True):
+        assert_close([found], distiller.teacher_hidden_states([batch], 1))
+        rows = [run_body(teacher, ids, None)[0, labels != -100]
+                for ids, labels in split_documents(batch)]
+        assert_close([found], [torch.cat(rows)])
 
 
 def by_document(function, axis: int, starts=((0, 3, 4, 11, 14, 16), (0, 6, 13, 16))):

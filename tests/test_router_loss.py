@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -24,7 +25,13 @@ from amid_ds.data.batch import TokenRow, collate_rows
 from amid_ds.errors import InputError
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.heads import run_body
-from amid_ds.models.router_loss import Routers, RouterWeights, real_tokens, router_weights
+from amid_ds.models.router_loss import (
+    Routers,
+    RouterWeights,
+    log_router_weights,
+    real_tokens,
+    router_weights,
+)
 
 MIXTURES = {"mixtral", "deepseek_v3", "deepseek_v32", "gpt_oss", "gemma4", "llama4", "llama4_text",
             "jamba", "qwen3_next", "kimi_linear", "nemotron_h"}
@@ -126,6 +133,36 @@ def test_tensor_parallel_peers_count_once(recipe, mixtral, shared_model, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family, options", [
+    ("mixtral", ["student.lora.rank=4", "data.auxiliary={path: TEXT, weight: 0.5}"]),
+    ("gpt_oss", ["student.freeze=[router]"]),
+    # A document a row: how ranks pack theirs decides which tokens are a row's last, and no input.
+    ("mixtral", ["rollout={share: 1.0, max_new_tokens: 6}", "data.isolate_documents=false"]),
+    ("deepseek_v3", ["student.router_aux_loss=auto"]),
+    ("nemotron_h", [])])
+def test_1_and_2_ranks_agree_with_adapters_rollouts_and_without_a_loss(
+        recipe, shared_model, instructions_file, text_file, tmp_path, family, options):
+    student = save_tiny(family, tmp_path / "student",
+                        AutoTokenizer.from_pretrained(shared_model("llama", 1)))
+    options = [option.replace("TEXT", str(text_file)) for option in options]
+    runs = []
+    for ranks in (1, 2):
+        run = tmp_path / f"run{ranks}"
+        run_ranks(ranks, "train", recipe, f"student.model={student}", f"output_dir={run}",
+                  "student.activation_checkpointing=false", *options)
+        runs.append(read_metrics(run))
+    for one, two in zip(*runs, strict=True):
+        assert one.keys() == two.keys()
+        loads = [name for name in one if name.startswith("expert_load/")]
+        assert loads and all(one[name] >= 1 for name in loads)
+        assert (one["router_aux_loss"] is None) == (family == "deepseek_v3")
+        for name in ("loss", "grad_norm", *loads):
+            assert one[name] == pytest.approx(two[name], rel=1e-5), name
+        if family != "deepseek_v3":
+            assert one["router_aux_loss"] == pytest.approx(two["router_aux_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_to_the_last_digit(recipe, tmp_path):
     options = ("train.steps=4", "checkpoint.every=2")
     run_ranks(2, "train", recipe, *options)
@@ -158,6 +195,13 @@ def parts_of_losses(model: nn.Module, weights: RouterWeights, size: int,
             run_body(model, batch.input_ids, batch.positions, batch.documents)
         losses.append(own)
     return sum(own[0] for own in losses), sum(own[1] for own in losses)
+
+
+def test_a_micro_batch_of_padding_alone_counts_for_nothing():
+    """As a rank has one whose rollouts fill fewer rows than another's."""
+    batch = collate_rows(uneven_rows(9)[:1], [])
+    assert real_tokens(batch).tolist() == [1.0] * 9
+    assert real_tokens(replace(batch, padding=9)).tolist() == [0.0] * 9
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -243,19 +287,22 @@ def tiny_heard_without_dropout(model: nn.Module) -> Tensor:
 def test_auto_is_the_configs_weight_and_a_number_the_recipes(caplog):
     def weights(family: str, balance: object, **changes) -> RouterWeights:
         model = tiny_model(family, **changes)
-        return router_weights(model, expert_layers(model), balance)
+        layers = expert_layers(model)
+        found = router_weights(model, layers, balance)
+        log_router_weights(model, layers, found, balance)
+        return found
 
     with caplog.at_level("INFO", logger="amid_ds"):
         assert weights("mixtral", "auto", router_aux_loss_coef=0.02) == (0.02, 0.0)
         assert weights("mixtral", 0.5, router_z_loss_coef=0.01) == (0.5, 0.01)
         assert weights("mixtral", 0) == (0.0, 0.0)
+        assert "weight 0 (the recipe's)" in caplog.messages[-1]
         # Its routers are balanced by a bias.
         assert weights("deepseek_v3", "auto") == (0.0, 0.0)
         assert "weight 0 (its config has none)" in caplog.messages[-1]
         assert weights("deepseek_v3", 0.1) == (0.1, 0.0)
-        before = len(caplog.messages)
-        assert weights("llama", 0.5) == (0.0, 0.0)
-        assert len(caplog.messages) == before
+    llama = tiny_model("llama")
+    assert router_weights(llama, expert_layers(llama), 0.5) == (0.0, 0.0)
 
 
 def test_a_mixture_whose_layers_are_not_known_is_refused_unless_it_has_no_such_loss():

@@ -18,7 +18,7 @@ from amid_ds.models.tensor_parallel import (
     vocab_shard,
     whole_parts,
 )
-from amid_ds.models.tp_plan import Cut, blocks_of, part_of, whole_of
+from amid_ds.models.tp_plan import PartCut, blocks_of, part_of, whole_of
 from amid_ds.planning.body_costs import count_body
 
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -124,7 +124,7 @@ def test_of_a_hybrid_the_mixer_without_a_plan_alone_stays_whole():
 
 def test_both_halves_of_a_packed_weight_are_cut():
     whole = torch.arange(8).view(8, 1)
-    cut = Cut(0, 2)
+    cut = PartCut(0, 2)
     parts = [part_of(whole, 0, cut.ranges(8, rank, 2)) for rank in (0, 1)]
     assert parts[0].flatten().tolist() == [0, 1, 4, 5]
     assert torch.equal(whole_of(parts, cut), whole)

@@ -47,7 +47,7 @@ def outcome(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
                              if parameter.grad is not None}
 
 
-def split_model(model: nn.Module, rank: int, group: Any, size: int) -> dict[str, tp_plan.Cut]:
+def split_model(model: nn.Module, rank: int, group: Any, size: int) -> dict[str, tp_plan.PartCut]:
     """Split a model in place; return the cuts of its parameters."""
     blocks = blocks_of(model, size)
     split_blocks(model, blocks, Peers(rank, size, group))

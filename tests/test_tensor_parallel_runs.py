@@ -20,8 +20,9 @@ from amid_ds.checkpoint.export import export
 RUNS = [("gpt_oss", "qwen3_moe", 2),
         *(pytest.param(*run, marks=pytest.mark.slow) for run in (
             ("mixtral", "deepseek_v3", 4), ("deepseek_v3", "gpt_oss", 2),
-            ("qwen3_next", "mixtral", 4), ("falcon_h1", "qwen3_next", 2),
-            ("qwen3_moe", "falcon_h1", 4), ("deepseek_v32", "nemotron_h", 2),
+            ("qwen3_next", "mixtral", 2), ("falcon_h1", "qwen3_next", 2),
+            ("qwen3_moe", "falcon_h1", 2), ("deepseek_v32", "glm4_moe", 4),
+            ("nemotron_h", "deepseek_v32", 2),
             ("glm4", "gemma4_text", 2)))]
 EPS = 1e-4
 

@@ -78,6 +78,7 @@ def test_1_2_and_4_ranks_train_as_a_plain_loop_does_and_export_it(pair, instruct
         got = read_metrics(run)
         assert [line["step"] for line in got] == list(range(1, 7))
         for expected, line in zip(lines, got, strict=True):
+            assert line["router_aux_loss"] == 0
             for name, value in expected.items():
                 assert line[name] == pytest.approx(value, rel=2e-4), (ranks, line["step"], name)
         assert main(["export", str(run), str(out)]) == 0

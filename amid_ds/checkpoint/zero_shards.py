@@ -29,7 +29,7 @@ from amid_ds.engine.restore import EXPORTED_MEAN, STUDENT_PREFIX, TENSOR_KINDS, 
 from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import TrainingError
 from amid_ds.models.tensor_parallel import pieces_of
-from amid_ds.models.tp_plan import Cut, whole_of
+from amid_ds.models.tp_plan import PartCut, whole_of
 
 # By kind: a run of the flattened parameter.
 Piece = dict[str, torch.Tensor]
@@ -95,7 +95,7 @@ class ZeroShards:
             tensors = [part.tensor(kind) for part in parts]
             split = [dim for dim, (own, all_) in enumerate(zip(parts[0].shape, shape, strict=True))
                      if own != all_]
-            cut = Cut(split[0], pieces_of(name, self.split)) if split else None
+            cut = PartCut(split[0], pieces_of(name, self.split)) if split else None
             tensor = tensors[0] if cut is None else whole_of(tensors, cut)
             if tensor.shape != shape:
                 raise ValueError(f"{name} is of shape {list(tensor.shape)}, in the model of "

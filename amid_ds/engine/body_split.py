@@ -23,7 +23,7 @@ from amid_ds.models.distiller import Distiller
 from amid_ds.models.split_check import split_problem
 from amid_ds.models.tensor_parallel import mark_part, named_parts, whole_parts
 from amid_ds.models.tp_layers import split_blocks, sum_gradients
-from amid_ds.models.tp_plan import Block, Cut, blocks_of, part_of
+from amid_ds.models.tp_plan import PartCut, SplitBlock, blocks_of, part_of
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def _whole_shape(parameter: Any) -> tuple[int, ...]:
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
-def _cut(parameter: Any, cut: Cut, peers: Peers) -> nn.Parameter:
+def _cut(parameter: Any, cut: PartCut, peers: Peers) -> nn.Parameter:
     """This rank's part of a parameter; of one of ZeRO-3's one of ZeRO-3's, over the ranks with the
     same part."""
     from deepspeed.utils import groups
@@ -130,7 +130,8 @@ def _cut(parameter: Any, cut: Cut, peers: Peers) -> nn.Parameter:
     return part
 
 
-def _say_what_stays_whole(model: nn.Module, name: str, blocks: list[Block], tp_size: int) -> None:
+def _say_what_stays_whole(model: nn.Module, name: str, blocks: list[SplitBlock],
+                          tp_size: int) -> None:
     """Log which weights of a body every rank will hold whole, if they are a part worth naming."""
     whole = whole_parts(model, blocks, _whole_shape)
     total = sum(math.prod(_whole_shape(parameter)) for parameter in model.parameters())

@@ -28,6 +28,7 @@ from amid_ds.models.language_part import (
     places_in_whole,
     why_not_apart,
 )
+from amid_ds.models.quantized import refuse_quantized
 from amid_ds.models.shape import body_of, head_module, text_config
 from amid_ds.models.weight_files import WeightTable
 from amid_ds.models.weight_map import WeightMap
@@ -211,11 +212,12 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
                ) -> nn.Module:
     """The model without its weights: every parameter on the meta device.
 
-    Raises InputError if there is no such model, or none of a causal architecture.
+    Raises InputError if there is no such model, none of a causal architecture, or a quantized one.
     """
     from transformers import AutoModelForCausalLM
 
     stored = stored_config(model, revision, trust_remote_code)
+    refuse_quantized(model, stored)
     config = language_config(stored)
     if is_multimodal(stored) and (reason := why_not_apart(stored, config)) is not None:
         raise _unsupported(model, stored, reason)
@@ -259,8 +261,6 @@ def _supported(model: str, revision: str | None, trust_remote_code: bool
                ) -> tuple[nn.Module, nn.Module | None]:
     """(meta model, the multimodal one that it is a part of) of one that is supported."""
     config = model_config(model, revision, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise _unsupported(model, config, "its weights are quantized")
     module: Any = meta_model(model, revision, trust_remote_code)
     name = type(module).__name__
     if text_config(module) is not module.config:
@@ -313,8 +313,6 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
 
 
 def _reader(model: str, meta: Any, table: WeightTable, mapped: WeightMap) -> WeightReader | str:
-    if getattr(meta.config, "quantization_config", None) is not None:
-        return "they are quantized"
     with readable_weights(model):
         return mapped.reason or WeightReader(table, mapped.sources, twins=mapped.twins)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from amid_ds.models.heads import eval_mode, tolerance
 from amid_ds.models.shape import body_of
 from amid_ds.models.tp_layers import Split
-from amid_ds.models.tp_plan import Block, whole_of
+from amid_ds.models.tp_plan import SplitBlock, whole_of
 
 # Inputs of a call: positional, by keyword.
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -72,9 +72,9 @@ def split_problem(model: nn.Module, input_ids: Tensor,
     return problems[0] if problems else None
 
 
-def _one_of_each_kind(model: nn.Module, split: Split) -> list[Block]:
+def _one_of_each_kind(model: nn.Module, split: Split) -> list[SplitBlock]:
     """The first block of each class and cut."""
-    kinds: dict[object, Block] = {}
+    kinds: dict[object, SplitBlock] = {}
     for block in split.blocks:
         if block.whole is None:
             cuts = tuple((name.removeprefix(block.name), cut) for name, cut in block.cuts.items())
@@ -85,7 +85,7 @@ def _one_of_each_kind(model: nn.Module, split: Split) -> list[Block]:
 
 
 @torch.no_grad()
-def _calls(model: nn.Module, input_ids: Tensor, blocks: list[Block]) -> dict[str, _Call]:
+def _calls(model: nn.Module, input_ids: Tensor, blocks: list[SplitBlock]) -> dict[str, _Call]:
     """What each block is given while the body reads the ids, by its name."""
     calls: dict[str, _Call] = {}
 
@@ -105,7 +105,7 @@ def _calls(model: nn.Module, input_ids: Tensor, blocks: list[Block]) -> dict[str
     return calls
 
 
-def _difference(block: Block, module: nn.Module, parts: Mapping[str, Tensor], split: Split,
+def _difference(block: SplitBlock, module: nn.Module, parts: Mapping[str, Tensor], split: Split,
                 call: _Call, shared: tuple[_Shared, _Shared]) -> str | None:
     """What differs between the block on its parts and on the weights whole. Collective."""
     joined = {name: (split.peers.join(part, 0).chunk(split.peers.size) if name in block.cuts
@@ -124,7 +124,8 @@ def _difference(block: Block, module: nn.Module, parts: Mapping[str, Tensor], sp
     return None
 
 
-def _leaves(block: Block, values: Mapping[str, Tensor], split: Split | None) -> dict[str, Tensor]:
+def _leaves(block: SplitBlock, values: Mapping[str, Tensor],
+            split: Split | None) -> dict[str, Tensor]:
     """Parameters of a copy: those that are whole on every rank have gradients to compare."""
     leaves = {}
     for name, value in values.items():
@@ -139,7 +140,7 @@ def _copy(module: Any, name: str, parameters: Mapping[str, Tensor], whole: bool)
     had before it was split."""
     copy = object.__new__(type(module))
     copy.__dict__ = {key: type(value)() if "hooks" in key and isinstance(value, dict) else value
-                     for key, value in vars(module).items()}
+                     for key, value in vars(module).items() if key != "forward"}
     if whole and hasattr(module, "whole_class"):
         copy.__class__ = module.whole_class
     copy._parameters = {key: None if own is None else parameters[f"{name}.{key}"]
@@ -150,7 +151,7 @@ def _copy(module: Any, name: str, parameters: Mapping[str, Tensor], whole: bool)
     return copy.eval()
 
 
-def _outcome(module: Any, block: Block, call: _Call, shared: _Shared) -> dict[str, Tensor]:
+def _outcome(module: Any, block: SplitBlock, call: _Call, shared: _Shared) -> dict[str, Tensor]:
     """The output, and the gradients of a number made of it: of the inputs, of whole parameters."""
     watched: list[Tensor] = []
     takes_all = "experts" in block.roles.values()

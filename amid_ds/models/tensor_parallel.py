@@ -20,14 +20,14 @@ from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.models.adapters import ADAPTER_NAME, is_adapted
 from amid_ds.models.shape import body_name, embedding_of, head_module, is_tied, layers_of
 from amid_ds.models.tp_layers import split_blocks
-from amid_ds.models.tp_plan import Block, blocks_of, generic, own_shape
+from amid_ds.models.tp_plan import SplitBlock, blocks_of, generic, own_shape
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 NO_PLAN = "its family's plan does not split it"
 # Parts of a body below this share of its model are not named where it is said what stays whole.
-LEAST_SHARE = 0.01
+NAMED_SHARE = 0.01
 # Heads are cut at multiples of so many rows, so that every shard but the last has aligned rows of
 # logits. Once they were cut as evenly as possible; a checkpoint says how (checkpoint/state.py).
 HEAD_ROW_MULTIPLE = 64
@@ -64,7 +64,7 @@ class WholePart:
         return f"{self.name} ({self.count:,} weights): {self.reason}"
 
 
-def split_kinds(blocks: Iterable[Block]) -> tuple[str, ...]:
+def split_kinds(blocks: Iterable[SplitBlock]) -> tuple[str, ...]:
     """What of a body is split, and how: a part of a checkpoint's layout.
 
     The parameters' names with a star for each number, `/2` after those that are cut in halves each.
@@ -95,7 +95,7 @@ def split_parameters(model: nn.Module, tp_size: int) -> set[str]:
     return split
 
 
-def whole_parts(model: nn.Module, blocks: Collection[Block],
+def whole_parts(model: nn.Module, blocks: Collection[SplitBlock],
                 shape_of: Callable[[nn.Parameter], tuple[int, ...]] = own_shape) -> list[WholePart]:
     """The matrices of a body's layers that tensor parallelism leaves whole on every rank, by block
     or module, the largest first.
@@ -121,7 +121,7 @@ def whole_parts(model: nn.Module, blocks: Collection[Block],
 
 def named_parts(parts: Iterable[WholePart], total: int) -> list[WholePart]:
     """Those that are a share of a model's `total` weights that is worth naming."""
-    return [part for part in parts if part.count >= LEAST_SHARE * total]
+    return [part for part in parts if part.count >= NAMED_SHARE * total]
 
 
 def shrink_to_tp_rank(model: nn.Module, tp_size: int) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from amid_ds.distributed.tensor_group import Peers
 from amid_ds.models.shape import text_config
-from amid_ds.models.tp_plan import OUTPUT_BIAS, Block, Cut, Role, part_of
+from amid_ds.models.tp_plan import OUTPUT_BIAS, PartCut, Role, SplitBlock, part_of
 
 
 class _ColumnLinear(nn.Linear):
@@ -116,19 +116,20 @@ _made_classes: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = 
 class Split:
     """How a model is split, at its attribute `split`."""
 
-    blocks: list[Block]
+    blocks: list[SplitBlock]
     peers: Peers
 
 
-def cut_in_memory(parameter: nn.Parameter, cut: Cut, peers: Peers) -> nn.Parameter:
+def cut_in_memory(parameter: nn.Parameter, cut: PartCut, peers: Peers) -> nn.Parameter:
     """This rank's part of a whole parameter, as a new one."""
     ranges = cut.ranges(parameter.shape[cut.dim], peers.rank, peers.size)
     return nn.Parameter(part_of(parameter.data, cut.dim, ranges).clone(),
                         requires_grad=parameter.requires_grad)
 
 
-def split_blocks(model: nn.Module, blocks: list[Block], peers: Peers,
-                 cut: Callable[[nn.Parameter, Cut, Peers], nn.Parameter] = cut_in_memory) -> None:
+def split_blocks(model: nn.Module, blocks: list[SplitBlock], peers: Peers,
+                 cut: Callable[[nn.Parameter, PartCut, Peers], nn.Parameter] = cut_in_memory
+                 ) -> None:
     """Split `blocks` of a causal LM, in place, those that stay whole excepted.
 
     cut: makes this rank's part of a parameter. It may be collective: parameters come in the same

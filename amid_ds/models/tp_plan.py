@@ -93,7 +93,7 @@ ADDED_PLANS: dict[str, dict[str, str]] = {
 
 
 @dataclass(frozen=True)
-class Cut:
+class PartCut:
     """A rank's part of a parameter: of each of `pieces` equal pieces of dimension `dim`, its own
     of as many equal shares as the group has ranks."""
 
@@ -108,7 +108,7 @@ class Cut:
 
 
 @dataclass
-class Block:
+class SplitBlock:
     """A part of a body that is split or not.
 
     name: of its module in the model. whole: the reason that it stays whole; None: it is split.
@@ -118,7 +118,7 @@ class Block:
 
     name: str
     whole: str | None = None
-    cuts: dict[str, Cut] = field(default_factory=dict)
+    cuts: dict[str, PartCut] = field(default_factory=dict)
     roles: dict[str, Role] = field(default_factory=dict)
     summed: list[str] = field(default_factory=list)
 
@@ -145,7 +145,7 @@ def body_plan(model: nn.Module) -> dict[str, str]:
 
 
 def blocks_of(model: nn.Module, ranks: int,
-              shape_of: Callable[[nn.Parameter], tuple[int, ...]] = own_shape) -> list[Block]:
+              shape_of: Callable[[nn.Parameter], tuple[int, ...]] = own_shape) -> list[SplitBlock]:
     """The blocks that the plan of a transformers causal LM names, split or not, in the model's
     order; [] with one rank, or no plan.
 
@@ -168,14 +168,14 @@ def blocks_of(model: nn.Module, ranks: int,
             block = _Planned(body, text_config(model), name, styles, ranks, shape_of,
                              tuple(f"{other}." for other in entries if other != name)).block()
         except _WholeError as reason:
-            block = Block(name, whole=str(reason))
+            block = SplitBlock(name, whole=str(reason))
         made.append(_renamed(block, f"{prefix}." if prefix else ""))
     return made
 
 
-def _renamed(block: Block, prefix: str) -> Block:
+def _renamed(block: SplitBlock, prefix: str) -> SplitBlock:
     """A block of the body as one of the model."""
-    return Block(prefix + block.name, block.whole,
+    return SplitBlock(prefix + block.name, block.whole,
                  {prefix + name: cut for name, cut in block.cuts.items()},
                  {prefix + name: role for name, role in block.roles.items()},
                  [prefix + name for name in block.summed])
@@ -194,9 +194,9 @@ class _Planned:
     shape_of: Callable[[nn.Parameter], tuple[int, ...]]
     others: tuple[str, ...]
 
-    def block(self) -> Block:
+    def block(self) -> SplitBlock:
         """The block, split. Raises _WholeError where it is not."""
-        made = Block(self.name)
+        made = SplitBlock(self.name)
         modules = dict(self.body.named_modules())
         for name, style in self.styles.items():
             if name not in modules:
@@ -215,29 +215,29 @@ class _Planned:
         self._require_heads(made, modules[self.name])
         return made
 
-    def _stacked_cut(self, name: str, style: str) -> Cut:
+    def _stacked_cut(self, name: str, style: str) -> PartCut:
         """The cut of a parameter that is no linear layer's."""
         shape = self.shape_of(self.body.get_parameter(name))
         if len(shape) == 1 and style == "colwise":
-            cut = Cut(0)
+            cut = PartCut(0)
         elif len(shape) > 1 and style in STACKED_CUTS:
             if "moe_tp_experts" not in self.styles.values():
                 raise _WholeError(f"its plan splits the weight {name} and sums nothing")
             dim, pieces = STACKED_CUTS[style]
-            cut = Cut(len(shape) + dim, pieces)
+            cut = PartCut(len(shape) + dim, pieces)
         else:
             raise _WholeError(f"its plan has {style} of {name}")
         self._require_divides(name, shape[cut.dim], cut)
         return cut
 
-    def _add_linear(self, made: Block, name: str, module: Any, style: str) -> None:
+    def _add_linear(self, made: SplitBlock, name: str, module: Any, style: str) -> None:
         layer = module.base_layer if is_adapted(module) else module
         # A subclass may do anything else with its weight.
         if type(layer).forward is not nn.Linear.forward:
             raise _WholeError(f"{name} of its plan is not a linear layer")
         role = LINEAR_ROLES[style]
         by_rows = role in ("column", "column joined")
-        cut = Cut(0 if by_rows else 1, 2 if style == "packed_colwise" else 1)
+        cut = PartCut(0 if by_rows else 1, 2 if style == "packed_colwise" else 1)
         self._require_divides(name, layer.out_features if by_rows else layer.in_features, cut)
         # Of an adapter the factor that is split as the layer is: B by rows, or A by columns.
         factor = f".{'lora_B' if by_rows else 'lora_A'}.{ADAPTER_NAME}"
@@ -247,11 +247,11 @@ class _Planned:
         if by_rows and layer.bias is not None:
             made.cuts[f"{name}{'.base_layer' if is_adapted(module) else ''}.bias"] = cut
 
-    def _require_divides(self, name: str, size: int, cut: Cut) -> None:
+    def _require_divides(self, name: str, size: int, cut: PartCut) -> None:
         if size % (cut.pieces * self.ranks):
             raise _WholeError(f"tensor_parallel {self.ranks} does not divide the {size} of {name}")
 
-    def _require_all_known(self, made: Block) -> None:
+    def _require_all_known(self, made: SplitBlock) -> None:
         """Raise _WholeError for a weight that works on a part of the block though the plan does
         not name it.
 
@@ -274,7 +274,7 @@ class _Planned:
     def _nested(self) -> tuple[str, ...]:
         return tuple(each for each in self.others if each.startswith(f"{self.name}."))
 
-    def _require_heads(self, made: Block, module: Any) -> None:
+    def _require_heads(self, made: SplitBlock, module: Any) -> None:
         """Raise _WholeError where a rank's part of an attention is not a whole number of heads."""
         is_attention = ("att" in self.name.rpartition(".")[2]
                         or any(hasattr(module, name) for name in OF_ATTENTION))
@@ -303,7 +303,7 @@ def part_of(whole: Tensor, dim: int, ranges: Iterable[tuple[int, int]]) -> Tenso
     return views[0] if len(views) == 1 else torch.cat(views, dim)
 
 
-def whole_of(parts: list[Tensor], cut: Cut) -> Tensor:
+def whole_of(parts: list[Tensor], cut: PartCut) -> Tensor:
     """A parameter from the parts of all ranks, in order."""
     pieces = [part.chunk(cut.pieces, cut.dim) for part in parts]
     return torch.cat([own[piece] for piece in range(cut.pieces) for own in pieces], cut.dim)

@@ -59,8 +59,8 @@ def print_plan(plan: Plan, recipe: Recipe, as_json: bool) -> None:
         console.print(line)
     for name, parts in plan.whole_parts.items():
         if parts:
-            console.print(f"{name}: every rank of a tensor-parallel group holds whole, and computes "
-                          f"with, {'; '.join(map(str, parts))}")
+            console.print(f"{name}: every rank of a tensor-parallel group holds whole, and "
+                          f"computes with, {'; '.join(map(str, parts))}")
     console.print(f"epochs by the last step: {_epochs_line(plan, recipe)}")
     console.print(_activations_line(plan))
     console.print(_reading_line(plan))
