@@ -71,9 +71,11 @@ def reads_registered(module: nn.Module) -> Iterator[None]:
     registered with the module that read it: what no source has shown.
 
     DeepSpeed does so in its own `forward`, the first of which records the order of prefetches. All
-    ranks must run the same forwards. module: the engine's, at ZeRO stage 3.
+    ranks must run the same forwards. module: the engine's, at ZeRO stage 3. Embeddings and heads
+    are left out: the checks ask for them by name, and the engine would gather them all the time.
     """
-    owned: list[Any] = [each._parameters for each in module.modules()]
+    owned: list[Any] = [each._parameters for stack in module.modules()
+                        if isinstance(stack, nn.ModuleList) for each in stack.modules()]
     for parameters in owned:
         parameters._in_forward = True
     try:
