@@ -31,8 +31,8 @@ VOCABULARY = 300
 LENGTHS = ((5, 13, 1, 9), (4, 3, 12, 2))
 LENGTH = 28
 # A few of each kind; the others are slow.
-QUICK = ("opt", "bloom", "gpt_oss", "llama4_text", "deepseek_v32", "qwen3_5_text", "falcon_h1",
-         "nemotron_h", "granitemoehybrid", "recurrent_gemma", "lfm2", "mamba")
+QUICK = ("opt", "bloom", "gpt_oss", "llama4_text", "qwen3_5_text", "falcon_h1", "recurrent_gemma",
+         "mamba")
 # More heads of the indexer: with two, many scores are 0, and which of these equals it takes is
 # left to the order of the row.
 CHANGES = {"deepseek_v32": {"index_n_heads": 16}}
@@ -253,13 +253,16 @@ def test_samples_are_the_most_probable_tokens_of_rows_that_run_whole(family):
 
 @pytest.mark.parametrize("pair", [("qwen3_5_text", "falcon_h1"), *(
     pytest.param(pair, marks=pytest.mark.slow)
-    for pair in (("nemotron_h", "mamba"), ("lfm2", "gpt_oss"), ("opt", "bloom")))])
+    for pair in (("mamba", "nemotron_h"), ("lfm2", "gpt_oss"), ("opt", "bloom")))])
 def test_two_ranks_with_other_documents_train_as_a_plain_loop_over_single_documents(
         tmp_path, pair, instructions_file):
-    """Every weight is gathered at every use: as often on either rank, or they would wait."""
+    """Every weight is gathered at every use: as often on either rank, or they would wait.
+
+    Two steps: of biases of keys, whose gradients are 0 but for rounding, AdamW makes steps.
+    """
     models = [save_tiny(family, tmp_path / family, seed=seed) for seed, family in enumerate(pair)]
     recipe = write_recipe(
-        tmp_path / "r.yaml", *models, instructions_file, tmp_path / "run", train__steps=4,
+        tmp_path / "r.yaml", *models, instructions_file, tmp_path / "run", train__steps=2,
         train__learning_rate=1e-3, train__seq_length=40, data__prepared=str(tmp_path / "data"),
         student__activation_checkpointing=True,
         deepspeed=str(write_gathering_config(tmp_path, stage3_max_reuse_distance=0,
