@@ -13,7 +13,7 @@ from support.families import save_tiny, tiny_model
 from support.lora import EPS
 from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main, run_ranks, world_main
-from support.reference_loop import reference_loop
+from support.reference_loop import reference_adamw, reference_loop
 from support.runs import read_metrics, write_gathering_config, write_recipe
 from torch import Tensor, nn
 from transformers import AutoTokenizer
@@ -22,9 +22,10 @@ from amid_ds.cluster import doctor
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Lora
 from amid_ds.distributed.world import World
+from amid_ds.engine.leaves import warn_of_large_layers
 from amid_ds.errors import InputError
 from amid_ds.models.adapters import target_modules
-from amid_ds.models.weight_reads import leaf_names, outside_reads
+from amid_ds.models.weight_reads import outside_reads
 
 HYBRIDS = ["qwen3_5_text", "qwen3_next", "nemotron_h", "falcon_h1", "granitemoehybrid", "bamba",
            "olmo_hybrid", "lfm2", "mamba2", "jamba", "zamba2"]
@@ -37,9 +38,7 @@ def test_what_a_mixer_may_read_of_its_children_is_found_in_its_source():
     assert read.name == mixer
     assert set(read.parameters) == {f"{mixer}.{name}" for name in (
         "conv1d.weight", "conv1d.bias", "norm.weight", "out_proj.weight")}
-    assert leaf_names(tiny_model("llama")) == []
-    assert leaf_names(tiny_model("qwen3_next"))[:2] == [
-        "model.layers.0.linear_attn", "model.layers.0.mlp.experts"]
+    assert outside_reads(tiny_model("llama")) == []
 
 
 class Helped(nn.Module):
@@ -137,8 +136,12 @@ def watching_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
 
 
 def assert_equal_run(student: str, teacher: str, tokenizer: Any, data: Any, folder: Any,
-                     target: Any = rank_main, **changes: object) -> Ranks:
-    """Train on 2 ranks, every weight gathered at each use, and assert plain torch's numbers."""
+                     target: Any = rank_main, zero: dict | None = None,
+                     make_optimizer: Any = reference_adamw, **changes: object) -> Ranks:
+    """Train on 2 ranks, every weight gathered at each use, and assert plain torch's numbers.
+
+    zero: values of the config's `zero_optimization`.
+    """
     words = AutoTokenizer.from_pretrained(tokenizer)
     pair = [save_tiny(name, folder / f"{seed}-{name}", words, seed=seed, vocab_size=400)
             for seed, name in enumerate((student, teacher))]
@@ -146,10 +149,11 @@ def assert_equal_run(student: str, teacher: str, tokenizer: Any, data: Any, fold
         folder / "r.yaml", *pair, data, folder / "run", data__prepared=str(folder / "data"),
         data__isolate_documents=False, train__eps=EPS,
         train__learning_rate=1e-4, student__router_aux_loss=0,
-        deepspeed=str(write_gathering_config(folder, stage3_max_reuse_distance=0)),
+        deepspeed=str(write_gathering_config(folder, stage3_max_reuse_distance=0, **(zero or {}))),
         **{"train__steps": 2, **changes})
     ranks = run_ranks(2, "train", recipe, target=target)
-    truth, _ = reference_loop(*pair, yaml.safe_load(recipe.read_text()), folder / "data")
+    truth, _ = reference_loop(*pair, yaml.safe_load(recipe.read_text()), folder / "data",
+                              make_optimizer)
     # Later steps of some of these random models magnify the rounding of the first ones.
     for line, expected in zip(read_metrics(folder / "run"), truth, strict=True):
         for key in ("loss", "kd_loss", "grad_norm"):
@@ -174,6 +178,45 @@ def test_every_hybrid_trains_as_plain_transformers_does(llama_pair, instructions
                                                         family, checkpointing):
     assert_equal_run(family, family, llama_pair[0], instructions_file, tmp_path,
                      student__activation_checkpointing=checkpointing)
+
+
+def stand_in_kernel(states: Tensor, conv: Tensor, *_: Any, outproj_weight: Tensor, **__: Any
+                    ) -> Tensor:
+    """In the place of mamba-ssm's kernel: a product of what the mixer hands to it."""
+    inner = outproj_weight.shape[1]
+    return nn.functional.linear(states[..., :inner] * conv[:inner].mean(-1), outproj_weight)
+
+
+def rank_with_a_kernel(argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank whose Falcon-H1 takes the fused path in training."""
+    from transformers.models.falcon_h1 import modeling_falcon_h1
+
+    modeling_falcon_h1.mamba2_split_conv1d_scan_combined = stand_in_kernel
+    rank_main(argv, variables, log)
+
+
+def training(model: nn.Module, train: dict) -> torch.optim.Optimizer:
+    """The reference loop's optimizer of a model in training mode, as kernels ask."""
+    return reference_adamw(model.train(), train)
+
+
+@pytest.mark.slow
+def test_what_a_fused_kernel_takes_is_there(llama_pair, instructions_file, tmp_path, monkeypatch):
+    from transformers.models.falcon_h1 import modeling_falcon_h1
+
+    monkeypatch.setattr(modeling_falcon_h1, "mamba2_split_conv1d_scan_combined", stand_in_kernel)
+    assert_equal_run("falcon_h1", "falcon_h1", llama_pair[0], instructions_file, tmp_path,
+                     rank_with_a_kernel, make_optimizer=training,
+                     student__activation_checkpointing=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [
+    {"zero_hpz_partition_size": 2}, {"offload_param": {"device": "cpu"}},
+    {"stage3_prefetch_bucket_size": 0}], ids=["hpZ", "offload", "no prefetch"])
+def test_hybrids_train_so_under_each_kind_of_zero_3(llama_pair, instructions_file, tmp_path, zero):
+    assert_equal_run("zamba2", "mamba", llama_pair[0], instructions_file, tmp_path, zero=zero,
+                     student__activation_checkpointing=True)
 
 
 def observing_rank(argv: list[str], variables: dict[str, str], log: str) -> None:
@@ -334,3 +377,15 @@ def test_ranks_whose_tokens_choose_disjoint_experts_step_as_one_process(tmp_path
     changed = {name for name, each in trained.items() if not torch.equal(each, before[name])}
     assert changed >= {"listed.experts.0.weight", "listed.experts.1.weight"}
     assert not changed & {"listed.experts.2.weight", "listed.experts.3.weight"}
+
+
+def test_a_layer_of_more_experts_than_may_live_is_named_before_training(caplog):
+    model, limit = tiny_model("mixtral"), 5000
+    experts = sum(each.numel() for each in model.model.layers[0].mlp.experts.parameters())
+    assert experts > limit
+    for allowed in (limit, experts):
+        warn_of_large_layers([model, tiny_model("llama")],
+                             {"zero_optimization": {"stage3_max_live_parameters": allowed}})
+    (line,) = caplog.messages
+    assert f"model.layers.0.mlp.experts of  has {experts:,} parameters" in line
+    assert "stage3_max_live_parameters (5,000)" in line and "expert_parallel" in line

@@ -34,9 +34,6 @@ from amid_ds.models.weight_reads import expert_blocks, outside_reads
 
 logger = logging.getLogger(__name__)
 
-# DeepSpeed's default of zero_optimization.stage3_max_live_parameters.
-DEFAULT_MAX_LIVE = 1_000_000_000
-
 
 def without_listed_leaves(config: DeepSpeedConfig) -> DeepSpeedConfig:
     """The config without DeepSpeed's list of classes that are leaves."""
@@ -50,7 +47,7 @@ def mark_leaves(models: Iterable[nn.Module]) -> None:
     from deepspeed.utils import set_z3_leaf_module
 
     for model in models:
-        for name in expert_blocks(model):
+        for name in expert_blocks(model, full_shape):
             block = model.get_submodule(name)
             set_z3_leaf_module(block, True)
             _call_by_position(block, with_gradient=True)
@@ -116,10 +113,14 @@ def warn_of_large_layers(models: Sequence[nn.Module], config: DeepSpeedConfig) -
     DeepSpeed gathers what a module needs whatever that number says: it only prefetches nothing
     while more than that is gathered.
     """
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    default = DeepSpeedZeroConfig.model_fields["max_live_parameters"].default
     zero = config.get("zero_optimization", {})
-    allowed = int(zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE))
+    allowed = int(zero.get("stage3_max_live_parameters", default))
     for model in models:
-        names = [layer.name for layer in expert_layers(model, full_shape)] or expert_blocks(model)
+        names = [layer.name for layer in expert_layers(model, full_shape)]
+        names = names or expert_blocks(model, full_shape)
         sizes = {name: sum(map(full_numel, model.get_submodule(name).parameters()))
                  for name in names}
         largest = max(sizes, key=sizes.__getitem__, default="")

@@ -7,20 +7,20 @@ token goes once to a rank however many of its experts are there, with their numb
 rank's share of its output comes back as one sum. So a rank sends at most min(N, chosen) times its
 tokens, each way.
 
-Every rank makes the same collectives whatever the tokens choose: six in a forward pass (how many
-rows, three of what they are, one back), and of those with a gradient the same in a backward pass.
+Every rank makes the same collectives whatever the tokens choose: five in a forward pass (how many
+rows, their experts, states and weights, what comes back), three in a backward pass.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from amid_ds.distributed.rows import Route
 from amid_ds.models.experts import ExpertLayer
 
 if TYPE_CHECKING:
@@ -62,41 +62,6 @@ def exchange_tokens(experts: Any, group: ProcessGroup) -> None:
     experts.forward = _Exchanged(experts.forward, own, group)
 
 
-class _Route(NamedTuple):
-    """The rows that this rank sends to the ranks of a group, rank by rank, and receives from them.
-    """
-
-    sent: Sequence[int]
-    received: Sequence[int]
-    group: ProcessGroup
-
-    def back(self) -> _Route:
-        """The way of the answers."""
-        return _Route(self.received, self.sent, self.group)
-
-    def carry(self, rows: Tensor) -> Tensor:
-        """[sent rows, ...] -> [received rows, ...]. One collective."""
-        arrived = rows.new_empty(sum(self.received), *rows.shape[1:])
-        dist.all_to_all_single(arrived, rows.contiguous(), list(self.received), list(self.sent),
-                               group=self.group)
-        return arrived
-
-
-class _Carry(torch.autograd.Function):
-    """Rows carried along a route, in one order; their gradients come back in the same order."""
-
-    @staticmethod
-    def forward(ctx: Any, route: _Route, *rows: Tensor) -> tuple[Tensor, ...]:
-        ctx.route = route
-        return tuple(route.carry(each) for each in rows)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        back = ctx.route.back()
-        return None, *(back.carry(each) if needed else None for each, needed in
-                       zip(gradients, ctx.needs_input_grad[1:], strict=True))
-
-
 class _Exchanged:
     """A layer's forward over the experts of all ranks of a group.
 
@@ -112,25 +77,19 @@ class _Exchanged:
         # [N, T, K]: the choices that each rank serves.
         ranks = torch.arange(self.group.size(), device=top_k_index.device)
         serves = top_k_index.div(self.own, rounding_mode="floor") == ranks[:, None, None]
-        rank, token = serves.any(-1).nonzero(as_tuple=True)
+        sent = serves.any(-1)
+        rank, token = sent.nonzero(as_tuple=True)
         served = serves[rank, token]
-        route = self._route(torch.bincount(rank, minlength=self.group.size()))
+        route = Route.of(sent.sum(-1), self.group)
         # Of a choice that another rank serves, `own`: no expert's number.
         numbers = (top_k_index[token] % self.own).masked_fill(~served, self.own)
-        numbers = route.carry(numbers)
-        hidden, weights = _Carry.apply(route, hidden_states[token], top_k_weights[token])
-        outputs, = _Carry.apply(route.back(), self._serve(hidden, numbers, weights))
+        numbers, = route.carry(numbers)
+        hidden, weights = route.carry(hidden_states[token], top_k_weights[token])
+        outputs, = route.back().carry(self._serve(hidden, numbers, weights))
         # A token's sum in one order: index_add on a GPU has none.
         by_choice = outputs.new_zeros(len(hidden_states), chosen, outputs.shape[-1])
         by_choice[token, served.int().argmax(-1)] = outputs
         return by_choice.sum(1)
-
-    def _route(self, sent: Tensor) -> _Route:
-        """The route of `sent` [N] rows to each rank. The host waits for the numbers."""
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self.group)
-        to_each, from_each = torch.stack([sent, received]).tolist()
-        return _Route(to_each, from_each, self.group)
 
     def _serve(self, hidden: Tensor, numbers: Tensor, weights: Tensor) -> Tensor:
         """Sums of what this rank's experts make of the rows [R, H] that came: [R, H].

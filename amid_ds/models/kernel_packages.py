@@ -14,9 +14,10 @@ import sys
 from torch import nn
 
 # Distribution, the name under which it is imported, and how source names it.
-PACKAGES = (("flash-linear-attention", "fla", r"\bfla\b|\bflash[-_]linear[-_]attention\b"),
-            ("causal-conv1d", "causal_conv1d", r"\bcausal[-_]conv1d\b"),
-            ("mamba-ssm", "mamba_ssm", r"\bmamba[-_]ssm\b"))
+KERNEL_PACKAGES = (
+    ("flash-linear-attention", "fla", r"\bfla\b|\bflash[-_]linear[-_]attention\b"),
+    ("causal-conv1d", "causal_conv1d", r"\bcausal[-_]conv1d\b"),
+    ("mamba-ssm", "mamba_ssm", r"\bmamba[-_]ssm\b"))
 
 
 def kernel_packages(model: nn.Module) -> dict[str, bool]:
@@ -24,7 +25,7 @@ def kernel_packages(model: nn.Module) -> dict[str, bool]:
     source = "\n".join(_source(name) for name in sorted(
         {type(module).__module__ for module in model.modules()}) if not name.startswith("torch."))
     return {package: importlib.util.find_spec(imported) is not None
-            for package, imported, pattern in PACKAGES if re.search(pattern, source)}
+            for package, imported, pattern in KERNEL_PACKAGES if re.search(pattern, source)}
 
 
 def _source(module_name: str) -> str:

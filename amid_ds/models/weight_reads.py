@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from amid_ds.models.experts import expert_layers
+from amid_ds.models.experts import Shape
 from amid_ds.models.shape import layers_of
 
 # Of an attribute chain: an element of a list or a dict of modules, whichever.
@@ -53,37 +53,23 @@ def outside_reads(model: nn.Module) -> list[OutsideRead]:
     return found
 
 
-def reads_inside(model: nn.Module) -> list[str]:
-    """Names of the modules of `model` that may read weights of their descendants themselves."""
-    return [read.name for read in outside_reads(model)]
-
-
-def leaf_names(model: nn.Module) -> list[str]:
-    """Names of the modules for which ZeRO-3 gathers more at once than a layer's usual weights.
-
-    Those that read weights of their descendants (of theirs these are gathered, at most all), and
-    the layers of experts.
-    """
-    experts = [layer.name for layer in expert_layers(model)]
-    return list(dict.fromkeys(reads_inside(model) + experts + expert_blocks(model)))
-
-
-def expert_blocks(model: nn.Module) -> list[str]:
+def expert_blocks(model: nn.Module, shape: Shape = lambda parameter: parameter.shape) -> list[str]:
     """Names of the modules that call those of a list as the data choose: experts that are modules.
 
     That is taken of a list of n modules beside a matrix onto n numbers, as models with code of
-    their own have it. transformers' experts are stacked, in one module.
+    their own have it. transformers' experts are stacked, in one module. shape: as for
+    `expert_layers`.
     """
     return [name for name, block in model.named_modules() if any(
-        len(child) > 1 and len(child) in _widths(block, child)
+        len(child) > 1 and len(child) in _widths(block, child, shape)
         for child in block.children() if isinstance(child, nn.ModuleList))]
 
 
-def _widths(block: nn.Module, besides: nn.Module) -> set[int]:
-    """The first dimensions of the matrices of the children of `block` but one, sharded or not."""
-    shapes = [getattr(parameter, "ds_shape", parameter.shape) for child in block.children()
-              if child is not besides for parameter in child.parameters(recurse=False)]
-    return {shape[0] for shape in shapes if len(shape) == 2}
+def _widths(block: nn.Module, besides: nn.Module, shape: Shape) -> set[int]:
+    """The first dimensions of the matrices that the children of `block` own, but one of them."""
+    shapes = [shape(parameter) for child in block.children() if child is not besides
+              for parameter in child.parameters(recurse=False)]
+    return {own[0] for own in shapes if len(own) == 2}
 
 
 def _parameters_at(module: nn.Module, chain: tuple[str, ...], prefix: str
