@@ -47,7 +47,7 @@ SHARED_WIDTH_NAMES = ("shared_expert_intermediate_size", "shared_intermediate_si
                       "moe_shared_expert_intermediate_size")
 # transformers' own code of a scan is in fp32. Per token and head it holds so many rows of a chunk's
 # matrices and vectors of a head's width; Mamba's holds three states.
-FP32_BYTES = 4
+SCAN_BYTES = 4
 CHUNK_ROWS = 8
 HEAD_VECTORS = 8
 STATES = 4
@@ -99,7 +99,7 @@ def _layer_bytes(model: nn.Module, element_size: int, seq_length: int) -> int:
     if config._attn_implementation == "eager":
         elements += EAGER_SCORE_TENSORS * heads * seq_length
     of_indexer = INDEXER_SCORE_TENSORS * _first(config, ("index_n_heads",), 0) * seq_length
-    return elements * element_size + max(_scan_elements(model), of_indexer) * FP32_BYTES
+    return elements * element_size + max(_scan_elements(model), of_indexer) * SCAN_BYTES
 
 
 def _hidden_size(model: nn.Module) -> int:

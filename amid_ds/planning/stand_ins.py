@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from amid_ds.models.sizes import DELTA_CHUNK
+
 # The name under which the counting attention is registered with transformers.
 ATTENTION_NAME = "planned"
 # transformers' own experts whose shapes depend on no numbers, by products that are grouped.
@@ -24,8 +26,7 @@ EXPERTS_NAME = "grouped_mm"
 # state-space layer's scan, and of a gated delta rule (four products with the state).
 SCAN_FLOPS = 7
 DELTA_FLOPS = 8
-# Of flash-linear-attention's chunks, and positions between the states that Mamba's scan keeps.
-DELTA_CHUNK = 64
+# Positions between the states that Mamba's scan keeps.
 SCAN_CHUNK = 2048
 GROUPED_PRODUCTS = {getattr(owner, name) for owner, name in ((torch, "_grouped_mm"),
                                                              (F, "grouped_mm"))
