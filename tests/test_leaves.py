@@ -196,7 +196,9 @@ def rank_with_a_kernel(argv: list[str], variables: dict[str, str], log: str) -> 
 
 
 def training(model: nn.Module, train: dict) -> torch.optim.Optimizer:
-    """The reference loop's optimizer of a model in training mode, as kernels ask."""
+    """The reference loop's optimizer of a model in training mode without a cache, as kernels ask.
+    """
+    model.config.use_cache = False
     return reference_adamw(model.train(), train)
 
 
