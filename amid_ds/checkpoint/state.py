@@ -107,7 +107,8 @@ class Layout:
         return cls(**{**known, "split": tuple(known.get("split", ()))})
 
     def __str__(self) -> str:
-        cut = (f" (heads cut at multiples of {self.head_row_multiple} rows)"
+        cut = (f" (heads cut at multiples of {self.head_row_multiple} rows, "
+               f"{len(self.split)} kinds of weights split)"
                if self.tensor_parallel > 1 else "")
         experts = f"expert_parallel {self.expert_parallel}, " if self.expert_parallel > 1 else ""
         return (f"{self.ranks} rank(s), tensor_parallel {self.tensor_parallel}{cut}, {experts}"

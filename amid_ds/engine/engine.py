@@ -253,7 +253,7 @@ class Engine:
 
     def load_tensors(self, read: Callable[[str], Mapping[str, Tensor]], step: int) -> None:
         """Restore weights and optimizer from whole tensors, see restore.py. Collective."""
-        restore.load_tensors(self._deepspeed, read, step, self.world,
+        restore.load_tensors(self._deepspeed, read, step,
                              () if self._means is None else self._means.decays)
         self._settle_means()
 

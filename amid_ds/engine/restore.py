@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from amid_ds.distributed.world import World
 from amid_ds.engine.body_split import own_part
 from amid_ds.engine.optimizer import inner_optimizer, step_count
 from amid_ds.errors import TrainingError
@@ -29,8 +28,8 @@ TENSOR_KINDS = (WEIGHT_KIND, *ADAM_KINDS, *MUON_KINDS, *MEAN_KINDS)
 
 
 def load_tensors(deepspeed_engine: Any, read: Callable[[str], Mapping[str, Tensor]], step: int,
-                 world: World, means: Iterable[str] = ()) -> None:
-    """Fill weights and optimizer from whole tensors, as of optimizer step `step`. Collective.
+                 means: Iterable[str] = ()) -> None:
+    """Fill weights and optimizer from whole tensors, as of optimizer step `step`.
 
     read(name): the parameter's whole tensors by TENSOR_KINDS; `name` is that of the student's
     model. means: the MEAN_KINDS that this run keeps; one that there is not yet begins with the

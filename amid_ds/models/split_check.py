@@ -119,7 +119,8 @@ def _difference(block: SplitBlock, module: nn.Module, parts: Mapping[str, Tensor
     for name, expected in theirs.items():
         worst = (ours[name] - expected).abs().max().item()
         size = expected.abs().max().item()
-        if not worst <= tolerance(parts[next(iter(parts))].dtype) * max(size, 1e-6):
+        # Sums in another order, and gradients of them; what is wrong differs by its own size.
+        if not worst <= 4 * tolerance(parts[next(iter(parts))].dtype) * max(size, 1e-6):
             return f"{name} differs by up to {worst:.3g} where the whole one's reaches {size:.3g}"
     return None
 
