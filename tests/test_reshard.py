@@ -139,7 +139,8 @@ def test_a_run_moved_through_layouts_is_the_uninterrupted_run(chain, folder, pre
 
 def test_a_tensor_parallel_checkpoint_that_does_not_say_how_its_heads_were_cut_is_another_layout():
     """Its heads were cut as evenly as possible (test_layouts.py resumes such a run)."""
-    now = Layout.of(Namespace(size=4, tp_size=2, experts=None), 3, "bf16", "all", ())
+    now = Layout.of(Namespace(size=4, tp_size=2, experts=None), 3, "bf16", "all",
+                    ("model.layers.*.mlp.experts.gate_up_proj/2",))
     assert Layout.from_json(now.to_json()) == now
     earlier = Layout.from_json({"ranks": 4, "tensor_parallel": 2, "zero_stage": 3,
                                 "student_dtype": "bf16", "step": 4})
