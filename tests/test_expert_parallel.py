@@ -7,6 +7,7 @@ import filecmp
 import functools
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,10 @@ from amid_ds.checkpoint.manifest import Manifest, list_checkpoints
 from amid_ds.checkpoint.saver import Saver
 from amid_ds.checkpoint.zero_shards import ZeroShards, trained_shapes
 from amid_ds.config.parse import load_recipe
+from amid_ds.distributed.nodes import expert_groups
 from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.expert_parallel import distribute_experts
+from amid_ds.engine.sharding import OpenModel
 from amid_ds.errors import InputError
 from amid_ds.models.expert_exchange import exchange_tokens
 from amid_ds.models.experts import expert_layers
@@ -178,6 +182,19 @@ def test_what_cannot_be_had_is_refused_with_the_reason(change, models, rows, nam
     recipe = load_recipe(recipe_of(tmp_path / "run", models, rows, expert_parallel=2), overrides)
     with pytest.raises(InputError, match=REFUSED[change]):
         check_recipe(recipe, 4)
+
+
+def test_a_group_that_is_in_two_copies_of_the_teacher_is_refused():
+    with pytest.raises(InputError, match=r"expert_parallel 4, .* lies over 2 rank\(s\)"):
+        expert_groups(0, 8, 4, shard_over=2)
+
+
+def test_weights_that_transformers_has_read_are_refused_and_left_whole():
+    model = tiny_model("mixtral")
+    groups = Namespace(exchange=Namespace(rank=lambda: 0, size=lambda: 2))
+    with pytest.raises(InputError, match=r"the weights of the teacher .* loaded by transformers"):
+        distribute_experts(OpenModel(model, {}), "teacher", groups)
+    assert len(model.model.layers[0].mlp.experts.down_proj) == 4
 
 
 def saving_rank(other: str, argv: list[str], variables: dict[str, str], log: str) -> None:
