@@ -93,7 +93,7 @@ CASES = {
     "a ZeRO stage that there is not": (["deepspeed=ROOT/stage7.json"], ["stage: 7", "0 to 3"]),
     "tensor_parallel that does not divide the ranks": (["tensor_parallel=2"],
                                                        ["tensor_parallel 2 on 1 rank(s)"]),
-    "quantized weights": (["teacher.model=ROOT/quantized"], ["quantized", "unquantized"]),
+    "quantized weights": (["teacher.model=ROOT/quantized"], ["quantized", "dequantize"]),
     "a model that is not a causal one": (["student.model=ROOT/encoder"],
                                          ["encoder", "t5", "causal"]),
     "a DeepSpeed config that is not JSON": (["deepspeed=ROOT/not.json"], ["not.json", "JSON"]),

@@ -4,6 +4,7 @@ holes, several ends; the same in train, eval and generate."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.data import load_tokenizer, vocabulary_size
 from amid_ds.errors import InputError
 from amid_ds.eval.text_metrics import Sampling, sample_responses
-from amid_ds.models import heads
+from amid_ds.models import heads, loading
 from amid_ds.models.ends import end_ids
 from amid_ds.models.head_form import HeadForm, head_form
 from amid_ds.models.heads import head_of, logits_of
@@ -121,9 +122,18 @@ def mean_nll(model: Path, texts: Path, length: int, size: int) -> float:
     return nll / (len(ids) - 1)
 
 
+def test_deepspeed_knows_its_accelerator_before_a_model_is_opened(shared_model, monkeypatch):
+    # With accelerate installed transformers imports it, and it warns of a guess on stdout, where
+    # `eval --json` prints JSON alone.
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    loading.model_config(str(shared_model("llama")))
+    assert os.environ["DS_ACCELERATOR"] == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @pytest.mark.parametrize("family", ["hyperclovax", "recurrent_gemma"])
 def test_eval_of_a_scaled_head_is_transformers_own(family, tmp_path, capsys):
     model, texts = save(tmp_path / family, family), write_texts(tmp_path / "t.jsonl", rows=20)
+    capsys.readouterr()
     assert main(["eval", str(model), "--data", str(texts), "--seq-length", "32", "--json"]) == 0
     loss = json.loads(capsys.readouterr().out)["loss"]
     assert loss == pytest.approx(mean_nll(model, texts, 32, VOCABULARY), rel=1e-5)

@@ -1,4 +1,5 @@
-"""The commands about models and their data: tokenizer, eval, generate, cache, prune."""
+"""The commands about models and their data: tokenizer, eval, generate, cache, prune,
+dequantize."""
 
 from __future__ import annotations
 
@@ -144,3 +145,19 @@ def _prune(args: argparse.Namespace) -> None:
     prune(PruneArgs(args.teacher, args.out, args.data, _row_options(args), args.layers, args.hidden,
                     args.intermediate, args.heads, args.by, args.rows, args.seq_length,
                     args.trust_remote_code))
+
+
+def add_dequantize(commands: Commands) -> None:
+    parser = add_command(commands, _dequantize, "a quantized model as an ordinary folder")
+    parser.add_argument("model")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16",
+                        help="of the weights that are quantized now; default bf16")
+    add_trust(parser)
+
+
+def _dequantize(args: argparse.Namespace) -> None:
+    from amid_ds.models.dequantize import DequantizeArgs, dequantize
+
+    dequantize(DequantizeArgs(args.model, args.out, args.dtype, args.trust_remote_code))
+    print(args.out)

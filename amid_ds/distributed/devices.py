@@ -39,6 +39,14 @@ def choose_device(local_rank: int) -> torch.device:
     return device
 
 
+def name_accelerator() -> None:
+    """Tell DeepSpeed, before its import, which accelerator there is: it warns of a guess on stdout.
+
+    transformers imports it too, where accelerate is installed.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+
 def allocator_settings() -> str | None:
     """What the environment tells torch's allocator of GPU memory; None: nothing."""
     return next((os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ), None)

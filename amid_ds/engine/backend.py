@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from amid_ds.distributed.devices import name_accelerator
+
 
 def import_deepspeed() -> Any:
     """deepspeed, quiet, and without its just-in-time shared-memory collective.
@@ -26,8 +28,7 @@ def import_deepspeed() -> Any:
     folder, path = str(Path(sys.executable).parent), os.environ.get("PATH", "")
     if path.split(os.pathsep)[0] != folder:
         os.environ["PATH"] = os.pathsep.join([folder, path])
-    # Without it DeepSpeed warns of a guess.
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    name_accelerator()
     import deepspeed
     from deepspeed.utils import logger
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from amid_ds.config.recipe import Dtype, Teacher
+from amid_ds.distributed.devices import name_accelerator
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.models.adapters import is_adapter_folder
@@ -27,6 +28,7 @@ from amid_ds.models.language_part import (
     places_in_whole,
     why_not_apart,
 )
+from amid_ds.models.quantized import refuse_quantized
 from amid_ds.models.shape import body_of, head_module, text_config
 from amid_ds.models.weight_files import WeightTable
 from amid_ds.models.weight_map import WeightMap
@@ -61,7 +63,7 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     found = require_weights(meta, model, revision, whole=whole)
     if whole is not None:
         assert found is not None
-        return _load_language_part(model, torch_dtype, _reader(model, meta, *found), revision)
+        return _load_language_part(model, torch_dtype, _reader(model, *found), revision)
     bf16 = {"enabled": torch_dtype == torch.bfloat16}
     with (contextlib.nullcontext() if zero3_config is None
           else from_pretrained_into_shards({**zero3_config, "bf16": bf16}),
@@ -134,6 +136,7 @@ def stored_config(model: str, revision: str | None = None, trust_remote_code: bo
 
     Raises InputError if there is none that transformers knows.
     """
+    name_accelerator()
     from transformers import AutoConfig
 
     if is_adapter_folder(model):
@@ -209,7 +212,7 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
                ) -> nn.Module:
     """The model without its weights: every parameter on the meta device.
 
-    Raises InputError if there is no such model, or none of a causal architecture.
+    Raises InputError if there is no such model, none of a causal architecture, or a quantized one.
     """
     from transformers import AutoModelForCausalLM
 
@@ -217,6 +220,7 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
     config = language_config(stored)
     if is_multimodal(stored) and (reason := why_not_apart(stored, config)) is not None:
         raise _unsupported(model, stored, reason)
+    refuse_quantized(model, config)
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -257,8 +261,6 @@ def _supported(model: str, revision: str | None, trust_remote_code: bool
                ) -> tuple[nn.Module, nn.Module | None]:
     """(meta model, the multimodal one that it is a part of) of one that is supported."""
     config = model_config(model, revision, trust_remote_code)
-    if getattr(config, "quantization_config", None) is not None:
-        raise _unsupported(model, config, "its weights are quantized")
     module: Any = meta_model(model, revision, trust_remote_code)
     name = type(module).__name__
     if text_config(module) is not module.config:
@@ -305,14 +307,12 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     def read() -> WeightReader | str:
         found = require_weights(meta, model, revision, table=table, whole=whole)
         assert found is not None
-        return _reader(model, meta, *found)
+        return _reader(model, *found)
 
     return read() if world is None else world.run_checked(read)
 
 
-def _reader(model: str, meta: Any, table: WeightTable, mapped: WeightMap) -> WeightReader | str:
-    if getattr(meta.config, "quantization_config", None) is not None:
-        return "they are quantized"
+def _reader(model: str, table: WeightTable, mapped: WeightMap) -> WeightReader | str:
     with readable_weights(model):
         return mapped.reason or WeightReader(table, mapped.sources, twins=mapped.twins)
 

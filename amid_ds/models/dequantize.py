@@ -1,0 +1,273 @@
+"""`amid-ds dequantize`: a quantized checkpoint as an ordinary folder, weight by weight.
+
+Files of at most FILE_BYTES are written one after another into a folder beside the output, which a
+command that was killed leaves and the next one goes on in. What a weight is made of is in
+quantized.py. A weight that is stored in full is copied as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from amid_ds.config.recipe import HubKwargs
+from amid_ds.errors import InputError
+from amid_ds.files.atomic import fsync, replace_folder, replace_text, require_disk_space
+from amid_ds.files.lease import Lease
+from amid_ds.files.ownership import STAGING_SIGN, require_new_folder
+from amid_ds.losses.host_memory import freed_memory_given_back
+from amid_ds.models.loading import DTYPES, model_config
+from amid_ds.models.quantized import Quantization, QuantizedWeight
+from amid_ds.models.weight_files import (
+    DTYPES_ON_DISK,
+    StoredTensor,
+    WeightFile,
+    WeightTable,
+    read_weight_table,
+)
+from amid_ds.models.weight_map import map_weights
+from amid_ds.models.weight_writer import FILE_BYTES
+from amid_ds.models.weights import readable_weights, refuse_other_keys
+
+logger = logging.getLogger(__name__)
+
+# Of the folder in which a killed command has left finished files: what they are of.
+PLAN_FILE = "amid-ds-plan.json"
+# Files of the quantized folder that the new one has anew, or not at all.
+LEFT_OUT = re.compile(r"config\.json|\..*|.*\.(safetensors|bin|pt|pth|gguf)(\.index\.json)?")
+# The values of integers that say how another part is laid out, such as the shape of packed codes.
+MAX_LAYOUT_NUMBERS = 16
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES_ON_DISK.items()}
+
+
+@dataclass(frozen=True)
+class DequantizeArgs:
+    """The arguments of `amid-ds dequantize`."""
+
+    model: str
+    out: str
+    dtype: str = "bf16"
+    trust_remote_code: bool = False
+
+    @property
+    def hub_kwargs(self) -> HubKwargs:
+        """Keyword arguments for transformers, to go with the model's name."""
+        return {"revision": None, "trust_remote_code": self.trust_remote_code}
+
+
+@dataclass(frozen=True)
+class DequantizePlan:
+    """What is written: the weights of each file, by its name, and their bytes.
+
+    table: of the stored weights. places: by stored name its file's number in the table.
+    """
+
+    quantization: Quantization
+    table: WeightTable
+    places: Mapping[str, int]
+    files: Mapping[str, list[QuantizedWeight]]
+    index: dict[str, Any] | None
+    size: int
+
+
+def dequantize(args: DequantizeArgs) -> None:
+    """Write the folder, complete or not at all. Raises InputError."""
+    out = require_new_folder(args.out, "the output")
+    config = model_config(args.model, **args.hub_kwargs)
+    quantization = Quantization(args.model, config, DTYPES[args.dtype])
+    source = _local_folder(args.model)
+    with readable_weights(args.model):
+        table = read_weight_table(str(source))
+        assert table is not None
+        plan = _plan(args, quantization, config, table)
+    existing = next(path for path in out.parents if path.is_dir())
+    require_disk_space(existing, plan.size, f"the model {args.model} in {args.dtype}",
+                       "choose a folder elsewhere")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with (Lease.held(out.with_name(f".{out.name}.lease.json"), f"the output {out}"),
+              freed_memory_given_back()):
+            # Somebody may have finished it meanwhile.
+            require_new_folder(out, "the output")
+            staging = _begun(out, args, table)
+            for file in _missing(plan, staging, args.model):
+                logger.debug("%s is written", file)
+            _write_rest(source, staging, args, plan)
+            replace_folder(staging, out)
+    except OSError as error:
+        raise InputError(f"{out} could not be written: {error}", "a folder that can be written, "
+                         "with room", "make room there, and run this again: it goes on with the "
+                         "files that are finished") from None
+    logger.info("%s: %s, in %s", args.out, args.model, args.dtype)
+
+
+def _local_folder(model: str) -> Path:
+    """The model's folder; of one on the hub its snapshot, downloaded where it is not there."""
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+
+    with readable_weights(model):
+        return Path(snapshot_download(model, ignore_patterns=["*/*", "*.bin", "*.pth", "*.gguf"]))
+
+
+def _plan(args: DequantizeArgs, quantization: Quantization, config: Any, table: WeightTable
+          ) -> DequantizePlan:
+    """What is to be written, known from headers alone. Raises InputError."""
+    from huggingface_hub import split_torch_state_dict_into_shards
+
+    stored, meta = table.tensors, _meta_model(config)
+    if any(tensor.offset is None for tensor in stored.values()):
+        raise InputError(f"the weights of {args.model} are pickled files", "safetensors files",
+                         "save them anew as safetensors")
+    places = {tensor.name: number for number, file in enumerate(table.files)
+              for tensor in file.tensors}
+    weights = quantization.weights({name: each.dtype for name, each in stored.items()}, meta)
+    paths = table.paths()
+    hollow: dict[str, Tensor] = {}
+    for weight in weights:
+        if not weight.parts:
+            found = stored[weight.name]
+            hollow[weight.name] = torch.empty(found.shape, dtype=DTYPES_ON_DISK[found.dtype],
+                                              device="meta")
+            continue
+        hollow[weight.name] = quantization.make(weight, {
+            part: _hollow(stored[name], paths[places[name]])
+            for part, name in weight.parts.items()})
+    if meta is not None:
+        _require_whole(args.model, meta, hollow)
+    split = split_torch_state_dict_into_shards(hollow, max_shard_size=FILE_BYTES,
+                                               filename_pattern="model{suffix}.safetensors")
+    by_name = {weight.name: weight for weight in weights}
+    files = {file: [by_name[name] for name in names]
+             for file, names in split.filename_to_tensors.items()}
+    index = ({"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+             if split.is_sharded else None)
+    return DequantizePlan(quantization, table, places, files, index,
+                          sum(tensor.nbytes for tensor in hollow.values()))
+
+
+def _meta_model(config: Any) -> Any:
+    """The model without weights, of the class that its config names; None where that is not one of
+    transformers'."""
+    import transformers
+
+    found = getattr(transformers, (config.architectures or [""])[0], None)
+    if found is None:
+        return None
+    with torch.device("meta"):
+        return found(config)
+
+
+def _hollow(tensor: StoredTensor, path: str) -> Tensor:
+    """A stored tensor without values, but for those that say how others are laid out."""
+    from safetensors import safe_open
+
+    dtype = DTYPES_ON_DISK[tensor.dtype]
+    if dtype in (torch.int32, torch.int64) and math.prod(tensor.shape) <= MAX_LAYOUT_NUMBERS:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(tensor.name)
+    return torch.empty(tensor.shape, dtype=dtype, device="meta")
+
+
+def _require_whole(model: str, meta: Any, made: Mapping[str, Tensor]) -> None:
+    """Raise InputError unless weights of these names and shapes are those of the meta model."""
+    tensors = tuple(StoredTensor(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), 0)
+                    for name, tensor in made.items())
+    table = WeightTable(model, None, "", (WeightFile("", 0, 0, "", tensors),))
+    refuse_other_keys(model, map_weights(meta, table).report)
+
+
+def _begun(out: Path, args: DequantizeArgs, table: WeightTable) -> Path:
+    """The folder in which the output is made: one that a killed command left of the same weights,
+    or a new one."""
+    from transformers import __version__
+
+    staging = out.with_name(f".{out.name}{STAGING_SIGN}dequantize")
+    content = json.dumps({"dtype": args.dtype, "transformers": __version__, "files": {
+        file.name: [file.size, file.changed_ns, file.digest] for file in table.files}})
+    plan = staging / PLAN_FILE
+    if staging.is_dir() and not (plan.is_file() and plan.read_text() == content):
+        shutil.rmtree(staging)
+    if not staging.is_dir():
+        staging.mkdir()
+        replace_text(plan, content)
+    return staging
+
+
+def _missing(plan: DequantizePlan, staging: Path, model: str) -> Iterator[str]:
+    """Write the files that are not there yet, and yield their names."""
+    from safetensors.torch import save_file
+    from tqdm import tqdm
+
+    count = sum(map(len, plan.files.values()))
+    with tqdm(total=count, desc="dequantize", unit="tensor", disable=None) as bar:
+        for file, weights in plan.files.items():
+            if (staging / file).exists():
+                bar.update(len(weights))
+                continue
+            tensors = {}
+            with readable_weights(model):
+                for weight in weights:
+                    tensors[weight.name] = _read(plan, weight)
+                    bar.update()
+            unfinished = staging / f".{file}"
+            save_file(tensors, unfinished, metadata={"format": "pt"})
+            fsync(unfinished)
+            os.replace(unfinished, staging / file)
+            yield file
+
+
+def _read(plan: DequantizePlan, weight: QuantizedWeight) -> Tensor:
+    """A weight in full: made of its parts, or as it is stored."""
+    from safetensors import safe_open
+
+    paths, parts = plan.table.paths(), {}
+    for part, name in (weight.parts or {"": weight.name}).items():
+        # Opened each time, so that the pages mapped for the last one are released.
+        with safe_open(paths[plan.places[name]], "pt") as file:
+            parts[part] = file.get_tensor(name)
+    if not weight.parts:
+        return parts[""]
+    counts = {len(tensor) if tensor.dim() > 2 else 0 for tensor in parts.values()}
+    if len(counts) > 1 or counts == {0}:
+        return plan.quantization.make(weight, parts)
+    # Of stacked experts one at a time: what is needed beside the result is the size of one.
+    whole = None
+    for number in range(counts.pop()):
+        made = plan.quantization.make(weight, {part: tensor[number:number + 1]
+                                               for part, tensor in parts.items()})[0]
+        if whole is None:
+            whole = made.new_empty(len(next(iter(parts.values()))), *made.shape)
+        whole[number] = made
+    assert whole is not None
+    return whole
+
+
+def _write_rest(source: Path, staging: Path, args: DequantizeArgs, plan: DequantizePlan) -> None:
+    """Write the index, config.json without the quantization, and copies of all other files."""
+    if plan.index is not None:
+        replace_text(staging / "model.safetensors.index.json",
+                     json.dumps(plan.index, indent=2, sort_keys=True) + "\n")
+    config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict):
+            part.pop("quantization_config", None)
+            part.pop("torch_dtype", None)
+    config["dtype"] = str(DTYPES[args.dtype]).removeprefix("torch.")
+    replace_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
+    for entry in source.iterdir():
+        if entry.is_file() and not LEFT_OUT.fullmatch(entry.name):
+            shutil.copyfile(entry, staging / entry.name)
+    (staging / PLAN_FILE).unlink(missing_ok=True)
