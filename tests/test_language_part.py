@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,13 @@ from safetensors.torch import load_file
 from support.families import save_tiny
 from support.ranks import run_ranks
 from support.reference_loop import reference_loop
-from support.runs import comparable_metrics, read_metrics, write_recipe
+from support.runs import (
+    BIN,
+    comparable_metrics,
+    rank_environment,
+    read_metrics,
+    write_recipe,
+)
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -38,7 +46,9 @@ def logits_of_whole(whole: torch.nn.Module) -> torch.Tensor:
         return inner(input_ids=IDS, use_cache=False).logits
 
 
-@pytest.mark.parametrize("family", PARTS)
+@pytest.mark.parametrize("family", [
+    family if family in ("gemma3", "qwen3_5", "llama4", "qwen2_5_vl")
+    else pytest.param(family, marks=pytest.mark.slow) for family in PARTS])
 def test_the_language_part_gives_the_logits_of_the_whole_model(family, tmp_path):
     folder = str(save_tiny(family, tmp_path / family))
     require_supported(folder)
@@ -190,6 +200,12 @@ def test_adapters_are_merged_into_the_original(pair, instructions_file, tmp_path
     argv = ["export", str(tmp_path / "run"), str(tmp_path / "out"), "--into", str(pair[0])]
     assert main(argv) == 2
     assert "add --merge" in capsys.readouterr().err
+    # The adapters alone open on the text model of their base; stdout is the JSON's alone.
+    evaluated = subprocess.run(
+        [BIN / "amid-ds", "eval", tmp_path / "run" / "model", "--data", instructions_file,
+         "--json"], capture_output=True, text=True, env=rank_environment(), check=True)
+    assert json.loads(evaluated.stdout)["loss"] > 0
+    assert "is multimodal" in evaluated.stderr
     assert main([*argv, "--merge"]) == 0
     assert_only_language_differs(tmp_path / "out", pair[0], lambda name: any(
         target in name and "language" in name for target in ("q_proj", "down_proj")))

@@ -43,7 +43,7 @@ from amid_ds.cli.runs import (
 )
 from amid_ds.distributed.launch import launched_rank
 from amid_ds.distributed.leash import follow_leash
-from amid_ds.distributed.rank_logging import set_up_logging
+from amid_ds.distributed.rank_logging import leave_stdout_to_results, set_up_logging
 from amid_ds.distributed.streams import guarded_streams
 from amid_ds.errors import (
     ExitStatus,
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     args = _parse(argv)
     set_up_logging()
+    leave_stdout_to_results(getattr(args, "json", False))
     follow_leash()
     with guarded_streams():
         try:

@@ -63,7 +63,7 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     found = require_weights(meta, model, revision, whole=whole)
     if whole is not None:
         assert found is not None
-        return _load_language_part(model, torch_dtype, _reader(model, meta, *found), revision)
+        return _load_language_part(model, torch_dtype, _reader(model, *found), revision)
     bf16 = {"enabled": torch_dtype == torch.bfloat16}
     with (contextlib.nullcontext() if zero3_config is None
           else from_pretrained_into_shards({**zero3_config, "bf16": bf16}),
@@ -307,12 +307,12 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     def read() -> WeightReader | str:
         found = require_weights(meta, model, revision, table=table, whole=whole)
         assert found is not None
-        return _reader(model, meta, *found)
+        return _reader(model, *found)
 
     return read() if world is None else world.run_checked(read)
 
 
-def _reader(model: str, meta: Any, table: WeightTable, mapped: WeightMap) -> WeightReader | str:
+def _reader(model: str, table: WeightTable, mapped: WeightMap) -> WeightReader | str:
     with readable_weights(model):
         return mapped.reason or WeightReader(table, mapped.sources, twins=mapped.twins)
 
