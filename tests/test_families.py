@@ -137,7 +137,7 @@ class Trial:
 def described(outcome: Outcome) -> str:
     """What became of a run that was not done, in one line without the folder's name."""
     words = re.sub(r"\S*/(\S+)", r"\1", " ".join(outcome.words.split()))
-    return f"{'refused' if outcome.kind == 'refused' else 'fails'}: {words[:160]}"
+    return f"{'refused' if outcome.kind == 'refused' else 'fails'}: {words[:300]}"
 
 
 def try_families(names: Sequence[str], folder: Path) -> dict[str, dict[str, str]]:
