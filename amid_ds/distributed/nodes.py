@@ -98,10 +98,15 @@ def ranks_of_copy(shard_over: int | None, tp_size: int, world: World) -> int:
 def require_divisor(shard_over: int, data_parallel: int) -> None:
     """Raise InputError unless `shard_over` divides the number of data-parallel ranks."""
     if data_parallel % shard_over:
-        fitting = ", ".join(str(n) for n in range(1, data_parallel + 1) if data_parallel % n == 0)
         raise InputError(f"teacher.shard_over {shard_over} on {data_parallel} data-parallel "
                          "rank(s)", "a divisor of their number",
-                         f"set it to one of {fitting}, or leave it out for the ranks of a node")
+                         f"set it to one of {divisors(data_parallel)}, or leave it out for the "
+                         "ranks of a node")
+
+
+def divisors(number: int) -> str:
+    """The divisors of a number, as a message lists them."""
+    return ", ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def shard_groups(rank: int, tp_size: int, copies: int) -> ShardGroups:

@@ -52,9 +52,9 @@ class Peers:
         """This rank's part of the last dimension, which the number of ranks divides."""
         return _Own.apply(whole, self)
 
-    def add_gradients(self, gradient: Tensor) -> Tensor:
-        """The sum over the group of a gradient, which is not changed."""
-        total = gradient.clone(memory_format=torch.contiguous_format)
+    def add(self, partial: Tensor) -> Tensor:
+        """The sum of the ranks' parts, without a gradient; `partial` is not changed."""
+        total = partial.clone(memory_format=torch.contiguous_format)
         if self.group is not None:
             dist.all_reduce(total, group=self.group)
         return total
@@ -82,13 +82,13 @@ class _Enter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.peers.add_gradients(gradient), None
+        return ctx.peers.add(gradient), None
 
 
 class _Total(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, peers: Peers) -> Tensor:
-        return peers.add_gradients(partial)
+        return peers.add(partial)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from amid_ds.distributed.tensor_group import Peers
 from amid_ds.distributed.world import World
 from amid_ds.engine.backend import import_deepspeed
+from amid_ds.engine.gather import full_shape, models_in_engine
 from amid_ds.errors import InputError
-from amid_ds.models.delta import parts_of
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.split_check import split_problem
 from amid_ds.models.tensor_parallel import mark_part, named_parts, whole_parts
@@ -50,13 +50,11 @@ class BodySplit:
 
     def __init__(self, distiller: Distiller, world: World) -> None:
         peers = Peers(world.tp_rank, world.tp_size, world.tp_group)
-        # A replicated teacher is no submodule, and stays whole by request.
-        models = distiller.student, *(parts_of(distiller.teacher) if "teacher" in distiller._modules
-                                      else [])
+        models = models_in_engine(distiller)
         self._models = {name: model for name, model in distiller.named_modules()
                         if any(model is each for each in models)}
         for name, model in self._models.items():
-            blocks = blocks_of(model, world.tp_size, _whole_shape)
+            blocks = blocks_of(model, world.tp_size, full_shape)
             _say_what_stays_whole(model, name, blocks, world.tp_size)
             split_blocks(model, blocks, peers, _cut)
         # DeepSpeed's engine then splits nothing.
@@ -109,16 +107,12 @@ def own_ranges(parameter: Any) -> tuple[int, list[tuple[int, int]]] | None:
     return place
 
 
-def _whole_shape(parameter: Any) -> tuple[int, ...]:
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def _cut(parameter: Any, cut: PartCut, peers: Peers) -> nn.Parameter:
     """This rank's part of a parameter; of one of ZeRO-3's one of ZeRO-3's, over the ranks with the
     same part."""
     from deepspeed.utils import groups
 
-    shape = _whole_shape(parameter)
+    shape = full_shape(parameter)
     ranges = cut.ranges(shape[cut.dim], peers.rank, peers.size)
     with import_deepspeed().zero.GatheredParameters([parameter]):
         part: Any = nn.Parameter(part_of(parameter.data, cut.dim, ranges).clone(),
@@ -133,8 +127,8 @@ def _cut(parameter: Any, cut: PartCut, peers: Peers) -> nn.Parameter:
 def _say_what_stays_whole(model: nn.Module, name: str, blocks: list[SplitBlock],
                           tp_size: int) -> None:
     """Log which weights of a body every rank will hold whole, if they are a part worth naming."""
-    whole = whole_parts(model, blocks, _whole_shape)
-    total = sum(math.prod(_whole_shape(parameter)) for parameter in model.parameters())
+    whole = whole_parts(model, blocks, full_shape)
+    total = sum(math.prod(full_shape(parameter)) for parameter in model.parameters())
     named = named_parts(whole, total)
     if named:
         logger.info("tensor_parallel %d: %.0f%% of the %s's weights stay whole on every rank, "

@@ -30,6 +30,7 @@ from amid_ds.engine.gather import (
     count_and_order_gathers,
     full_shape,
     gathered_head,
+    models_in_engine,
 )
 from amid_ds.engine.leaves import (
     mark_leaves,
@@ -50,7 +51,7 @@ from amid_ds.engine.zero_plus_plus import require_quantizer, secondary_groups_of
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.adapters import FirstValues
 from amid_ds.models.attention import choose_attention, exceeds_window
-from amid_ds.models.delta import joined_teacher, parts_of
+from amid_ds.models.delta import joined_teacher
 from amid_ds.models.distiller import Distiller
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.heads import head_parameters
@@ -212,8 +213,7 @@ def _initialize(distiller: Distiller, optimizer: torch.optim.Optimizer, recipe: 
         logger.warning("the gradients of micro-batches add up in bf16; ZeRO stages 2 and 3 can add "
                        "them up in fp32 (data_types.grad_accum_dtype)")
     trainable = [p for p in distiller.parameters() if p.requires_grad]
-    sharded = [each for model in distiller.children() for each in parts_of(model)
-               if each is not distiller.head] if zero3 else []
+    sharded = models_in_engine(distiller) if zero3 else []
     warn_of_large_layers(sharded, config)
     mark_leaves(sharded)
     deepspeed_engine, *_ = deepspeed.initialize(

@@ -17,6 +17,7 @@ import torch
 from amid_ds.config.library import packaged_folder
 from amid_ds.config.recipe import MeanTeacher, Recipe
 from amid_ds.config.strict import load_json, read_user_file
+from amid_ds.distributed.nodes import divisors
 from amid_ds.engine.ds_schema import OWNED_BY_RECIPE, find_problems
 from amid_ds.errors import InputError
 from amid_ds.models.loading import checkpoint_dtype, model_config
@@ -343,10 +344,9 @@ def data_parallel_size(recipe: Recipe, ranks: int) -> int:
     """
     size = recipe.tensor_parallel
     if ranks % size:
-        fitting = ", ".join(str(n) for n in range(1, ranks + 1) if ranks % n == 0)
         raise InputError(f"tensor_parallel {size} on {ranks} rank(s)",
                          "a divisor of the number of ranks",
-                         f"set tensor_parallel to one of {fitting}; "
+                         f"set tensor_parallel to one of {divisors(ranks)}; "
                          f"or start a multiple of {size} ranks")
     return ranks // size
 

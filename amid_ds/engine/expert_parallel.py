@@ -20,7 +20,7 @@ from typing import Any
 from torch import nn
 
 from amid_ds.config.recipe import Recipe
-from amid_ds.distributed.nodes import ExpertGroups, expert_groups
+from amid_ds.distributed.nodes import ExpertGroups, divisors, expert_groups
 from amid_ds.distributed.world import World
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
@@ -49,8 +49,8 @@ def require_expert_parallel(recipe: Recipe, config: DeepSpeedConfig, data_parall
         return
     reason = _conflict(recipe, config)
     if reason is None and data_parallel % ranks:
-        fitting = ", ".join(str(n) for n in range(1, data_parallel + 1) if data_parallel % n == 0)
-        reason = f"it must divide the number of ranks, {data_parallel}, as {fitting} do"
+        reason = (f"it must divide the number of ranks, {data_parallel}, as "
+                  f"{divisors(data_parallel)} do")
     layers = {title: expert_layers(model) for title, model in models.items()}
     if reason is None and not any(layers.values()):
         reason = f"no layer of experts in the {', the '.join(models)}"

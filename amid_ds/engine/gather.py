@@ -171,6 +171,15 @@ def release_whole(model: nn.Module) -> None:
         whole[0].partition(whole)
 
 
+def models_in_engine(distiller: Distiller) -> list[nn.Module]:
+    """The models that the engine holds: the student, and the teacher's.
+
+    A replicated teacher is no submodule, and stays whole on every rank by request.
+    """
+    teacher = distiller.teacher if "teacher" in distiller._modules else None
+    return [distiller.student, *parts_of(teacher)]
+
+
 def full_numel(parameter: Any) -> int:
     """Elements of the whole parameter, however much of it this rank holds now."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))

@@ -18,6 +18,7 @@ from torch import nn
 from amid_ds.config.recipe import Recipe, Train
 from amid_ds.distributed.world import World
 from amid_ds.engine.cpu_adam import load_cpu_adam, new_cpu_adam
+from amid_ds.engine.gather import full_shape
 from amid_ds.errors import TrainingError
 from amid_ds.models.shape import embedding_of, head_module
 
@@ -40,7 +41,7 @@ def parameter_groups(student: nn.Module, train: Train) -> dict[str, GroupName]:
     groups: dict[str, GroupName] = {}
     for name, parameter in student.named_parameters():
         # ZeRO-3 flattens what a rank holds, and keeps the shape beside it.
-        dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
+        dimensions = len(full_shape(parameter))
         is_matrix = dimensions >= 2 and parameter not in embeddings
         if not parameter.requires_grad:
             continue

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from amid_ds.distributed.nodes import divisors
 from amid_ds.distributed.rows import Route
 from amid_ds.models.experts import ExpertLayer
 
@@ -47,8 +48,8 @@ def unsplittable_reason(model: nn.Module, layer: ExpertLayer, ranks: int) -> str
         return (f"{layer.name} ({type(experts).__name__}) does not hold {layer.experts} experts "
                 f"along the first dimension of each of its weights")
     if layer.experts % ranks:
-        fitting = ", ".join(str(n) for n in range(1, layer.experts + 1) if layer.experts % n == 0)
-        return f"{layer.name} has {layer.experts} experts: it must divide them, as {fitting} do"
+        return (f"{layer.name} has {layer.experts} experts: it must divide them, as "
+                f"{divisors(layer.experts)} do")
     return None
 
 

@@ -120,9 +120,15 @@ def _chosen(model: nn.Module, block: nn.Module, router: nn.Module) -> int:
     for owner in (router, block):
         if isinstance(own := getattr(owner, "top_k", None), int):
             return own
+    own = config_value(model, CHOSEN_NAMES)
+    assert own is not None, f"{type(router).__name__} says nowhere how many experts it chooses"
+    return int(own)
+
+
+def config_value(model: nn.Module, names: Sequence[str]) -> int | float | None:
+    """The first number that the model's text config, or DBRX's part of it, has under one of
+    `names`; None: none."""
     config = text_config(model)
-    for part in (config, getattr(config, "ffn_config", None)):
-        for name in CHOSEN_NAMES:
-            if isinstance(own := getattr(part, name, None), int):
-                return own
-    raise AssertionError(f"{type(router).__name__} says nowhere how many experts it chooses")
+    values = (getattr(part, name, None) for part in (config, getattr(config, "ffn_config", None))
+              for name in names)
+    return next((value for value in values if isinstance(value, (int, float))), None)

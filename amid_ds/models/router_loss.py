@@ -24,9 +24,8 @@ from torch import Tensor, nn
 from amid_ds.data.batch import Batch
 from amid_ds.distributed.transfer import to_device
 from amid_ds.errors import InputError
-from amid_ds.models.experts import ExpertLayer, records_router_logits
+from amid_ds.models.experts import ExpertLayer, config_value, records_router_logits
 from amid_ds.models.heads import run_body
-from amid_ds.models.shape import text_config
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +49,9 @@ def router_weights(model: nn.Module, layers: Sequence[ExpertLayer],
 
     Raises InputError for a mixture whose layers are not known.
     """
-    own = _of_config(model, BALANCE_NAMES)
+    own = config_value(model, BALANCE_NAMES)
     weights = RouterWeights((own or 0.0) if balance == "auto" else balance,
-                            _of_config(model, Z_NAMES) or 0.0)
+                            config_value(model, Z_NAMES) or 0.0)
     if not layers:
         if any(weights) and records_router_logits(model):
             raise InputError(f"student.router_aux_loss {balance} for {type(model).__name__}, whose "
@@ -66,21 +65,12 @@ def router_weights(model: nn.Module, layers: Sequence[ExpertLayer],
 def log_router_weights(model: nn.Module, layers: Sequence[ExpertLayer], weights: RouterWeights,
                        balance: float | Literal["auto"]) -> None:
     """Log a line of the weights that `router_weights` has found, and where."""
-    own = _of_config(model, BALANCE_NAMES)
+    own = config_value(model, BALANCE_NAMES)
     origin = ("the recipe's" if balance != "auto" else
               "its config's" if own is not None else "its config has none")
     logger.info("the student's %d layers of experts: load-balancing loss with weight %g (%s)%s",
                 len(layers), weights.balance, origin,
                 f", z-loss with weight {weights.z:g}" if weights.z else "")
-
-
-def _of_config(model: nn.Module, names: Sequence[str]) -> float | None:
-    config = text_config(model)
-    for part in (config, getattr(config, "ffn_config", None)):
-        for name in names:
-            if (value := getattr(part, name, None)) is not None:
-                return float(value)
-    return None
 
 
 def real_tokens(batch: Batch) -> Tensor:

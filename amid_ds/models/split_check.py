@@ -132,7 +132,7 @@ def _leaves(block: SplitBlock, values: Mapping[str, Tensor],
     for name, value in values.items():
         leaves[name] = value.detach().requires_grad_(name not in block.cuts)
         if split is not None and name in block.summed:
-            leaves[name].register_hook(split.peers.add_gradients)
+            leaves[name].register_hook(split.peers.add)
     return leaves
 
 

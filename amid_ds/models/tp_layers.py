@@ -177,4 +177,4 @@ def sum_gradients(model: nn.Module) -> None:
         for name in block.summed if block.whole is None else []:
             parameter = model.get_parameter(name)
             if parameter.requires_grad:
-                parameter.register_hook(split.peers.add_gradients)
+                parameter.register_hook(split.peers.add)

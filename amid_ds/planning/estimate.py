@@ -166,6 +166,6 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
 def planned_flops(recipe: Recipe, ranks: int,
                   device: Device | None) -> tuple[dict[str, float], float | None]:
     """A rank's FLOPs per step of `student` and `teacher`; its device's FLOP/s (None: unknown)."""
-    # The FLOPs are the same on any device.
+    # The FLOPs are the same on any device; of a CPU the memory of scans would be counted too.
     setting = make_setting(recipe, ranks, device or find_device("h100-80g", 1))
     return flops_per_step(setting), device.flops if device is not None else None
