@@ -64,7 +64,7 @@ def outputs_and_gradients(experts, tokens: torch.Tensor, chosen: list) -> list[t
                                for each in (hidden, weights, *experts.parameters()))]
 
 
-def exchanging_rank(world) -> None:
+def compare_layers(world) -> None:
     """Compare every layer over two ranks with the whole one on each."""
     for family, implementation in LAYERS:
         model = tiny_model(family)
@@ -92,7 +92,7 @@ def exchanging_rank(world) -> None:
 
 
 def test_a_layer_over_two_ranks_is_the_whole_layer_whatever_its_tokens_choose():
-    ranks = Ranks(2, target=functools.partial(world_main, exchanging_rank))
+    ranks = Ranks(2, target=functools.partial(world_main, compare_layers))
     assert ranks.wait(60) == [0, 0], ranks.output() + ranks.output(1)
 
 

@@ -33,9 +33,6 @@ LENGTH = 28
 # A few of each kind; the others are slow.
 QUICK = ("opt", "bloom", "gpt_oss", "llama4_text", "qwen3_5_text", "falcon_h1", "recurrent_gemma",
          "mamba")
-# More heads of the indexer: with two, many scores are 0, and which of these equals it takes is
-# left to the order of the row.
-CHANGES = {"deepseek_v32": {"index_n_heads": 16}}
 TEXT = [name for name, family in FAMILIES.items() if family.kind != "multimodal"]
 
 
@@ -46,7 +43,7 @@ def families(names=TEXT):
 
 def model_of(family: str):
     """The tiny model; Zamba2's in float64, as it rounds 1e-5 off in fp32 by itself."""
-    model = tiny_model(family, **CHANGES.get(family, {}))
+    model = tiny_model(family)
     return model.double() if family == "zamba2" else model
 
 

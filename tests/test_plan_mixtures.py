@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import EVERY, FAMILIES, save_tiny, tiny_model
+from support.families import EVERY, FAMILIES, save_tiny, tiny_meta, tiny_model
 from support.runs import write_recipe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -28,11 +28,6 @@ ROWS, LENGTH = 2, 32
 # width, experts of a layer and of a token.
 H, HEADS, D, KV, MLP, SMALL, E, K = 32, 4, 8, 2, 64, 16, 4, 2
 INDEXERS: int = EVERY["deepseek_v32"].values["index_n_heads"]
-
-
-def meta_model(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(FAMILIES[name].tiny_config(**changes), dtype=dtype)
 
 
 # Multiplications of a token; a row's pairs of positions are counted as many a token.
@@ -122,7 +117,7 @@ def some(families: Iterable[str], quick: Container[str]) -> list[Any]:
 
 @pytest.mark.parametrize("family", some(BY_HAND, QUICK))
 def test_flops_are_those_of_the_layers_formulas(family):
-    costs = count_body(meta_model(family), ROWS, LENGTH)
+    costs = count_body(tiny_meta(family), ROWS, LENGTH)
     assert costs.flops == pytest.approx(2 * ROWS * LENGTH * BY_HAND[family](), rel=0.005)
     # An indexer chooses without gradient.
     least = 0.5 if family == "deepseek_v32" else 2
@@ -131,9 +126,9 @@ def test_flops_are_those_of_the_layers_formulas(family):
 
 def test_experts_that_run_without_being_chosen_are_idle():
     # Llama 4's run for every token: of 4 experts of 3 matrices one is a token's.
-    costs = count_body(meta_model("llama4_text"), ROWS, LENGTH)
+    costs = count_body(tiny_meta("llama4_text"), ROWS, LENGTH)
     assert costs.idle_flops == 2 * ROWS * LENGTH * (E - 1) * 3 * H * SMALL
-    assert count_body(meta_model("mixtral"), ROWS, LENGTH).idle_flops == 0
+    assert count_body(tiny_meta("mixtral"), ROWS, LENGTH).idle_flops == 0
 
 
 @pytest.mark.parametrize("family", some(["mixtral", "deepseek_v3"], ["deepseek_v3"]))
@@ -175,14 +170,14 @@ def test_on_a_cpu_what_is_kept_for_backward_is_what_autograd_keeps(family):
 
 
 def test_a_fused_scan_keeps_its_input_and_its_output():
-    costs = count_body(meta_model("mamba2", num_hidden_layers=4).train(), ROWS, LENGTH)
+    costs = count_body(tiny_meta("mamba2", num_hidden_layers=4).train(), ROWS, LENGTH)
     inner, channels = 64, 64 + 2 * 2 * 8
     # fp32: the layer's input, its norm in halves of the formula, what is projected, and the scan's
     # output before and after the norm beside the gate.
     least = 4 * ROWS * LENGTH * (2 * H + inner + channels + 8 + inner)
     per_layer = costs.layers_bytes / 4
     assert least <= per_layer <= 2 * least
-    own = count_body(meta_model("mamba2", num_hidden_layers=4), ROWS, LENGTH, fused=False)
+    own = count_body(tiny_meta("mamba2", num_hidden_layers=4), ROWS, LENGTH, fused=False)
     assert own.layers_bytes > 3 * costs.layers_bytes and own.flops == costs.flops
 
 
@@ -196,7 +191,7 @@ MIXED = {"qwen3_next": dict(layer_types=["linear_attention"] * 3 + ["full_attent
 @pytest.mark.parametrize("family", some([*MIXED, "deepseek_v3", "zamba2"], ["qwen3_next"]))
 def test_layers_of_several_kinds_cost_what_they_cost_one_by_one(family):
     changes = {} if family == "zamba2" else {"num_hidden_layers": 8, **MIXED.get(family, {})}
-    meta = meta_model(family, **changes)
+    meta = tiny_meta(family, **changes)
     ran = 0
 
     def count(*_: object) -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from support.data import split_documents
-from support.families import FAMILIES, save_tiny, tiny_model
+from support.families import FAMILIES, save_tiny, tiny_meta, tiny_model
 from support.ranks import run_ranks
 from support.reference_loop import reference_adamw, skewed_losses
 from support.runs import comparable_metrics, read_metrics, write_gathering_config, write_recipe
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from amid_ds.data import PreparedLoader
@@ -317,18 +317,10 @@ def test_a_mixture_whose_layers_are_not_known_is_refused_unless_it_has_no_such_l
     assert router_weights(model, [], 0) == (0.0, 0.0)
 
 
-def tiny_shell(family: str) -> nn.Module:
-    """The family's tiny model without weights."""
-    own = FAMILIES[family]
-    loader = AutoModelForCausalLM if own.whole is None else AutoModelForImageTextToText
-    return loader.from_config(own.tiny_config())
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_layers_of_experts_are_those_that_transformers_calls_so(family):
     """By the names of its classes, which the package does not read."""
-    with torch.device("meta"):
-        model = tiny_shell(family)
+    model = tiny_meta(family)
     truth = {name: module for name, module in model.named_modules()
              if type(module).__name__.endswith("Experts")}
     found = expert_layers(model)

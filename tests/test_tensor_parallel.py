@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as t
-from support.families import FAMILIES
-from transformers import AutoModelForCausalLM
+from support.families import FAMILIES, tiny_meta
 
 from amid_ds.config.recipe import Lora
 from amid_ds.models.adapters import inject
@@ -34,11 +33,6 @@ def shell(family: str, **changes) -> torch.nn.Module:
     with torch.device("meta"):
         return getattr(t, f"{family}ForCausalLM")(
             getattr(t, f"{family}Config")(**{**SMALL, **changes}))
-
-
-def family_shell(name: str) -> torch.nn.Module:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(FAMILIES[name].tiny_config())
 
 
 def reasons(model: torch.nn.Module, ranks: int) -> dict[str, str]:
@@ -76,7 +70,7 @@ def test_every_linear_layer_of_a_planned_body_is_split_and_nothing_else(family):
 
 @pytest.mark.parametrize("name", TEXT)
 def test_what_is_split_counted_and_shrunk_is_one_and_the_same_and_runs_by_its_shapes(name):
-    model = family_shell(name)
+    model = tiny_meta(name)
     blocks = blocks_of(model, 2)
     head = {each for each, parameter in model.named_parameters()
             if any(parameter is own for own in head_module(model).parameters())}
@@ -93,7 +87,7 @@ def test_what_is_split_counted_and_shrunk_is_one_and_the_same_and_runs_by_its_sh
     assert dims_halved(model).keys() == split
     if blocks and not whole_parts(model, blocks):
         # Of every product half is left, in forward and backward.
-        assert count_body(model, 1, 8).flops < 0.6 * count_body(family_shell(name), 1, 8).flops
+        assert count_body(model, 1, 8).flops < 0.6 * count_body(tiny_meta(name), 1, 8).flops
     else:
         count_body(model, 1, 8)
 
@@ -102,24 +96,24 @@ def test_of_a_mixture_attention_experts_and_shared_experts_are_split():
     for name, unsplit in (("mixtral", ["gate"]), ("qwen3_moe", ["gate"]),
                           ("deepseek_v3", ["kv_a_proj_with_mqa", "q_a_proj", "gate"]),
                           ("gpt_oss", ["router", "experts"]), ("llama4_text", ["router"])):
-        model = family_shell(name)
+        model = tiny_meta(name)
         parts = whole_parts(model, blocks_of(model, 2))
         # Of gpt-oss's experts the bias of the output.
         assert [part.name.rpartition(".")[2] for part in parts] == unsplit, name
         assert sum(part.count for part in parts) < 0.07 * sum(
             parameter.numel() for parameter in model.parameters()), name
-    packed = split_kinds(blocks_of(family_shell("mixtral"), 2))
+    packed = split_kinds(blocks_of(tiny_meta("mixtral"), 2))
     assert "model.layers.*.mlp.experts.gate_up_proj/2" in packed
     assert "model.layers.*.mlp.experts.down_proj" in packed
 
 
 def test_of_a_hybrid_the_mixer_without_a_plan_alone_stays_whole():
     for name in ("falcon_h1", "bamba", "nemotron_h"):
-        model = family_shell(name)
+        model = tiny_meta(name)
         names = {part.name.rpartition(".")[2] for part in whole_parts(model, blocks_of(model, 2))}
         assert names <= {"in_proj", "out_proj", "conv1d", "gate"}, name
     # The heads of one layer in two: the plan's words fit both, and only one of them.
-    assert list(reasons(family_shell("kimi_linear"), 2)) == ["model.layers.0.self_attn"]
+    assert list(reasons(tiny_meta("kimi_linear"), 2)) == ["model.layers.0.self_attn"]
 
 
 def test_both_halves_of_a_packed_weight_are_cut():
@@ -187,7 +181,7 @@ def test_a_plan_that_is_not_understood_leaves_its_block_whole_and_no_other():
     unknown = reasons(with_plan(self_attn__o_proj="a_style_of_tomorrow"), 2)
     assert unknown == dict.fromkeys(
         attention, "its plan has a_style_of_tomorrow, which is not known here")
-    mixture = family_shell("mixtral")
+    mixture = tiny_meta("mixtral")
     plan = dict(mixture.config.base_model_tp_plan)
     del plan["layers.*.mlp.experts"]
     mixture.config.base_model_tp_plan = plan

@@ -25,7 +25,7 @@ TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_vl_moe_text": ("qwen3_moe", {"norm_topk_prob": True}),
     "glm4v_text": ("glm4", {"attention_bias": True}), "glm4v_moe_text": ("glm4_moe", {})}
 # The multimodal families, by model_type, whose logits of text were held against those of their
-# language part (tests/test_language_part.py).
+# language part (tests/test_language_part_families.py).
 HELD = frozenset(
     "apertus1p5 aria cosmos3_omni deepseek_vl deepseek_vl_hybrid exaone4_5 fuyu gemma3 gemma4 "
     "gemma4_unified glm46v glm4v glm4v_moe glmga got_ocr2 hyperclovax_vision_v2 idefics2 inkling2 "

@@ -226,12 +226,8 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     Every weight, bias, norm, gate, sink and router is drawn, so that none can be left out
     unseen. `changes` are values of its (text's) config.
     """
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    family = FAMILIES[name]
-    loader = AutoModelForCausalLM if family.whole is None else AutoModelForImageTextToText
     torch.manual_seed(seed)
-    model = loader.from_config(family.tiny_config(**changes), dtype=torch.float32)
+    model = _built(name, torch.float32, changes)
     draw = torch.Generator().manual_seed(seed)
     persistent = model.state_dict().keys()
     tensors = [*model.named_parameters(),
@@ -246,6 +242,20 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
             else:
                 tensor.copy_((0.4 if "conv" in key else 0.25) * noise)
     return model.eval()
+
+
+def tiny_meta(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """`tiny_model` on the meta device."""
+    with torch.device("meta"):
+        return _built(name, dtype, changes)
+
+
+def _built(name: str, dtype: torch.dtype, changes: dict[str, Any]) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    family = FAMILIES[name]
+    loader = AutoModelForCausalLM if family.whole is None else AutoModelForImageTextToText
+    return loader.from_config(family.tiny_config(**changes), dtype=dtype)
 
 
 def plain_model(folder: Path) -> nn.Module:
