@@ -121,7 +121,7 @@ class ModelCosts:
     routes_ahead: bool
     # Of each token, rows of the hidden size that expert parallelism brings to this rank, through
     # all layers of experts one way.
-    expert_rows: float
+    exchanged_rows: float
     # Scans of its body keep what fused kernels would.
     has_fused_scans: bool
     # Elements per token that a tensor-parallel group sums in forward, and in backward.
@@ -148,7 +148,7 @@ def summed_costs(models: Mapping[str, ModelCosts]) -> ModelCosts | None:
                            sum((each.weights.is_shared for each in costs), ()))
     stored = sum(each.weights.total * each.stored_size for each in costs)
     added = ("hidden_size", "layers", "embedding", "tied_embedding", "head", "untied_head",
-             "active", "expert_rows", "tp_forward_width", "tp_backward_width")
+             "active", "exchanged_rows", "tp_forward_width", "tp_backward_width")
     largest = ("element_size", "intermediate_size", "largest_gather", "expert_gather",
                "bytes_per_teacher_token")
     return replace(
@@ -246,7 +246,7 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
                            for layer in of_experts), default=0) // (1 if whole else ep),
         routes_ahead=(isinstance(model, Student)
                       and any(router_weights(meta, of_experts, model.router_aux_loss))),
-        expert_rows=sum(0 if whole else _remote_ranks(layer, ep) for layer in of_experts),
+        exchanged_rows=sum(0 if whole else _remote_ranks(layer, ep) for layer in of_experts),
         has_fused_scans=fused and has_scans(meta),
         tp_forward_width=forward_width,
         tp_backward_width=backward_width,

@@ -51,11 +51,11 @@ def step_traffic(setting: Setting) -> Traffics:
         if teacher is not None:
             traffic["teacher"]["tensor_parallel"] = _tensor_parallel(
                 setting, teacher.tp_forward_width, teacher)
-    if student.expert_rows:
+    if student.exchanged_rows:
         # Backward takes the gradients the same ways.
         passes = _student_forwards(setting) + setting.micro_batches
         traffic["student"]["expert_exchange"] = _expert_exchange(setting, student, passes)
-    if teacher is not None and teacher.expert_rows:
+    if teacher is not None and teacher.exchanged_rows:
         traffic["teacher"]["expert_exchange"] = _expert_exchange(
             setting, teacher, setting.teacher_micro_batches)
     return traffic
@@ -178,7 +178,7 @@ def _expert_exchange(setting: Setting, model: ModelCosts, passes: int) -> Traffi
     A group that fits a node stays there; otherwise all but a node's part of it comes from others.
     """
     group = setting.recipe.expert_parallel
-    received = 2 * passes * setting.tokens * model.expert_rows * model.hidden_size
+    received = 2 * passes * setting.tokens * model.exchanged_rows * model.hidden_size
     inside = min(group, setting.ranks_per_node) - 1
     size = received * model.element_size
     share = inside / (group - 1)
