@@ -17,6 +17,7 @@ from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe, resolved
 from amid_ds.distributed.world import World
 from amid_ds.monitor.memory_probe import _Traffic
+from amid_ds.planning import model_costs
 from amid_ds.planning.body_costs import count_body
 from amid_ds.planning.devices import EFFICIENCY, Device, find_device
 from amid_ds.planning.plan import make_plan
@@ -268,3 +269,15 @@ BAD_DEVICES = ["memory: 1e9, flops: 0, bandwidth: 1e9",
 def test_a_plan_for_nothing_that_is_exits_with_2(large, wrong, message, capsys):
     assert main(["plan", str(large), *wrong]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_model_whose_shapes_depend_on_numbers_exits_with_2(large, monkeypatch, capsys):
+    def asks_for_numbers(*_, **__):
+        raise NotImplementedError("aten::nonzero\nand more")
+
+    monkeypatch.setattr(model_costs, "count_body", asks_for_numbers)
+    monkeypatch.setattr(model_costs, "_COUNTED", {})
+    assert main(["plan", str(large)]) == 2
+    printed = capsys.readouterr().err
+    assert "does not run on torch's meta device, so there is no plan: aten::nonzero\n" in printed
+    assert "and more" not in printed

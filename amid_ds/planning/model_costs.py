@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -208,30 +208,20 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     forward_width, backward_width = (0, 0) if whole else shrink_to_tp_rank(meta, tp)
     if backward_width and counts["trained"].total < counts["weights"].total:
         backward_width -= _width_without_gradient(meta)
-    layers, of_experts, ep = layers_of(meta), expert_layers(meta), recipe.expert_parallel
-    experts = {id(p) for layer in of_experts for p in meta.get_submodule(layer.name).parameters()}
-    largest_layer = max((sum(p.numel() // (ep if id(p) in experts and not whole else 1)
-                             for p in layer.parameters()) for layer in layers), default=0)
-    hidden_size, seq_length = head.shape[1], recipe.train.seq_length
-    try:
-        body = count_body(meta, recipe.train.micro_batch_size, seq_length, fused,
-                          backward=isinstance(model, Student))
-    # Whatever its own code raises where tensors have no numbers.
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"{model.model} does not run on torch's meta device, so there is no plan: {reason}",
-            "a model whose shapes do not depend on numbers", "train it without a plan") from None
+    of_experts = expert_layers(meta)
+    # Ranks that divide the experts of each layer.
+    ep = 1 if whole else recipe.expert_parallel
+    body = _counted_body(meta, model, recipe, fused)
     element_size = dtype.itemsize
     return ModelCosts(
         **counts,
         element_size=element_size,
         logit_size=element_size,
         stored_size=loading.checkpoint_dtype(model.model, **model.hub_kwargs).itemsize,
-        hidden_size=hidden_size,
+        hidden_size=head.shape[1],
         intermediate_size=active_intermediate_size(meta),
-        layers=len(layers),
-        largest_gather=max(largest_layer, head.numel() // tp),
+        layers=len(layers_of(meta)),
+        largest_gather=max(_largest_layer(meta, of_experts, ep), head.numel() // tp),
         embedding=embedding.numel(),
         tied_embedding=embedding.numel() if head is embedding else 0,
         head=head.numel() // tp,
@@ -243,16 +233,39 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         body=body,
         active=active,
         expert_gather=max((sum(p.numel() for p in meta.get_submodule(layer.name).parameters())
-                           for layer in of_experts), default=0) // (1 if whole else ep),
+                           for layer in of_experts), default=0) // ep,
         routes_ahead=(isinstance(model, Student)
                       and any(router_weights(meta, of_experts, model.router_aux_loss))),
-        exchanged_rows=sum(0 if whole else _remote_ranks(layer, ep) for layer in of_experts),
+        exchanged_rows=sum(_remote_ranks(layer, ep) for layer in of_experts),
         has_fused_scans=fused and has_scans(meta),
         tp_forward_width=forward_width,
         tp_backward_width=backward_width,
         whole_parts=left_whole,
-        bytes_per_teacher_token=(teacher_bytes_per_token([meta], element_size, seq_length)
+        bytes_per_teacher_token=(teacher_bytes_per_token([meta], element_size,
+                                                         recipe.train.seq_length)
                                  if isinstance(model, Teacher) else 0))
+
+
+def _counted_body(meta: nn.Module, model: Student | Teacher, recipe: Recipe, fused: bool
+                  ) -> BodyCosts:
+    """`count_body` of a micro-batch. Raises InputError where the model does not run so."""
+    train = recipe.train
+    try:
+        return count_body(meta, train.micro_batch_size, train.seq_length, fused,
+                          backward=isinstance(model, Student))
+    # Whatever its own code raises where tensors have no numbers.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"{model.model} does not run on torch's meta device, so there is no plan: {reason}",
+            "a model whose shapes do not depend on numbers", "train it without a plan") from None
+
+
+def _largest_layer(meta: nn.Module, of_experts: Sequence[ExpertLayer], parts: int) -> int:
+    """Elements of the largest layer of a rank that has one of `parts` of its experts."""
+    experts = {id(p) for layer in of_experts for p in meta.get_submodule(layer.name).parameters()}
+    return max((sum(p.numel() // (parts if id(p) in experts else 1) for p in layer.parameters())
+                for layer in layers_of(meta)), default=0)
 
 
 def _remote_ranks(layer: ExpertLayer, expert_parallel: int) -> float:
