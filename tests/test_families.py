@@ -28,6 +28,8 @@ from support.runs import (
     write_recipe,
 )
 
+from amid_ds.distributed.devices import name_accelerator
+
 COLUMNS = ("student", "teacher", "packed", "tensor parallel 2", "resume", "export")
 # One of each kind that is not a row of like layers, for the default run.
 QUICK = ("qwen3_5", "nemotron_h", "gemma3", "llama4", "deepseek_v32")
@@ -209,5 +211,6 @@ def test_no_family_has_other_losses_than_plain_transformers_and_this_is_the_tabl
 
 
 if __name__ == "__main__":
+    name_accelerator()
     with tempfile.TemporaryDirectory() as folder:
         print(markdown(try_families(sys.argv[1:] or list(FAMILIES), Path(folder))))
