@@ -334,6 +334,15 @@ def test_a_mixture_whose_layers_are_not_known_is_refused_unless_it_has_no_such_l
     assert router_weights(model, [], 0) == (0.0, 0.0)
 
 
+def test_a_mixture_that_does_not_say_how_many_experts_a_token_passes_is_refused():
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    with torch.device("meta"):
+        model = DeepseekV2ForCausalLM(DeepseekV2Config(num_hidden_layers=1))
+    with pytest.raises(InputError, match=r"(?s)how many experts.*num_experts_per_tok"):
+        expert_layers(model)
+
+
 def tiny_shell(family: str) -> nn.Module:
     """The family's tiny model without weights."""
     own = FAMILIES[family]
