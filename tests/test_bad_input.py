@@ -67,6 +67,9 @@ CASES = {
                                    "`studnt`", "did you mean `student`", "3 problem(s)"]),
     "lambda outside [0, 1]": (["loss.lam=1.5"], ["loss.lam", "1.5", "from 0 to 1"]),
     "a NaN alpha": (["loss.alpha=.nan"], ["loss.alpha", "nan", "finite"]),
+    "neither a word nor a number": (["student.router_aux_loss=-1"], [
+        "`student.router_aux_loss`: found -1; Input should be 'auto'; or: Input should be greater",
+        "1 problem(s)"]),
     "an unknown order": (["loss.order=pq"], ["pq", "pr"]),
     "an unknown divergence": (["loss.divergence=jsd"], ["jsd", "kl"]),
     "an unknown preset": (["loss={preset: sklx, lam: 0.1}"], ["sklx", "skl"]),

@@ -287,12 +287,16 @@ def test_a_run_of_version_0_1_keeps_what_that_version_did_where_its_recipe_says_
         kept = pin(old)
         assert kept.train.decay_all and kept.train.weight_decay == 0.01
         assert kept.train.betas == [0.9, 0.999] != old.train.betas
+        assert kept.student.router_aux_loss == 0 != old.student.router_aux_loss
         refuse_other_run(kept)
         assert changes_since_last_attempt(kept) == {}
         # As the first start of this version leaves it.
         saved.write_text(dump_recipe(kept))
     changed = pin(load_recipe("stream.yaml", ["train.betas=[0.9, 0.95]"]))
     with pytest.raises(InputError, match=r"train\.betas\.1: 0\.999 before, 0\.95 now"):
+        refuse_other_run(changed)
+    changed = pin(load_recipe("stream.yaml", ["student.router_aux_loss=auto"]))
+    with pytest.raises(InputError, match=r"student\.router_aux_loss: 0\.0 before, 'auto' now"):
         refuse_other_run(changed)
 
 

@@ -3,12 +3,13 @@ ranks and micro-batches; and the load of its experts."""
 
 from __future__ import annotations
 
-import itertools
 import shutil
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.data import split_documents
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from amid_ds.data import PreparedLoader
-from amid_ds.data.batch import TokenRow, collate_rows
+from amid_ds.data.batch import Batch, TokenRow, collate_rows
 from amid_ds.errors import InputError
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.heads import run_body
@@ -48,8 +49,8 @@ def balancing(model: nn.Module, logits: tuple[Tensor, ...], mask: Tensor | None 
 
 
 def reference_metrics(student: Path, teacher: Path, prepared: Path, steps: int) -> list[dict]:
-    """Each step's metrics: one process, one document at a time, then the routers of all together.
-    """
+    """Each step's metrics: one process, one document at a time, then the routers of all together,
+    as they route what the document's next tokens are read from."""
     model, guide = (AutoModelForCausalLM.from_pretrained(path) for path in (student, teacher))
     vocabulary = len(AutoTokenizer.from_pretrained(student))
     optimizer = reference_adamw(model, {})
@@ -61,7 +62,7 @@ def reference_metrics(student: Path, teacher: Path, prepared: Path, steps: int) 
             group["lr"] = 3e-3
         kd = ce = tokens = 0
         routed = []
-        for ids, labels in itertools.chain.from_iterable(map(split_documents, rows.window(step))):
+        for ids, labels in documents_of(rows.window(step)):
             keep = labels != -100
             out = model(ids, output_router_logits=True)
             log_q = out.logits[0, keep, :vocabulary].double().log_softmax(-1)
@@ -83,6 +84,15 @@ def reference_metrics(student: Path, teacher: Path, prepared: Path, steps: int) 
             line[f"expert_load/{number}"] = (load.max() / load.mean()).item()
         lines.append(line)
     return lines
+
+
+def documents_of(batches: Iterable[Batch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """(ids [1, n], labels [n]) of each document of batches of one row, without its last token: no
+    token is read from it. A row's own last token is no input already."""
+    for batch in batches:
+        *before, last = split_documents(batch)
+        yield from ((ids[:, :-1], labels[:-1]) for ids, labels in before)
+        yield last
 
 
 def assert_equal(run: Path, truth: list[dict]) -> None:
@@ -136,8 +146,8 @@ def test_tensor_parallel_peers_count_once(recipe, mixtral, shared_model, tmp_pat
 @pytest.mark.parametrize("family, options", [
     ("mixtral", ["student.lora.rank=4", "data.auxiliary={path: TEXT, weight: 0.5}"]),
     ("gpt_oss", ["student.freeze=[router]"]),
-    # A document a row: how ranks pack theirs decides which tokens are a row's last, and no input.
-    ("mixtral", ["rollout={share: 1.0, max_new_tokens: 6}", "data.isolate_documents=false"]),
+    # Each rank packs its own samples.
+    ("mixtral", ["rollout={share: 1.0, max_new_tokens: 6}"]),
     ("deepseek_v3", ["student.router_aux_loss=auto"]),
     ("nemotron_h", [])])
 def test_1_and_2_ranks_agree_with_adapters_rollouts_and_without_a_loss(
@@ -202,6 +212,13 @@ def test_a_micro_batch_of_padding_alone_counts_for_nothing():
     batch = collate_rows(uneven_rows(9)[:1], [])
     assert real_tokens(batch).tolist() == [1.0] * 9
     assert real_tokens(replace(batch, padding=9)).tolist() == [0.0] * 9
+
+
+def test_the_last_token_of_a_document_that_shares_a_row_is_no_input():
+    first, second = (row._replace(doc_starts=np.array(starts, np.int32)) for row, starts in
+                     zip(uneven_rows(9), ([3, 4], []), strict=False))
+    assert real_tokens(collate_rows([first, second], [])).tolist() == [
+        1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -315,6 +332,15 @@ def test_a_mixture_whose_layers_are_not_known_is_refused_unless_it_has_no_such_l
     with pytest.raises(InputError, match=r"(?s)DogeForCausalLM.*router_aux_loss=0"):
         router_weights(model, [], "auto")
     assert router_weights(model, [], 0) == (0.0, 0.0)
+
+
+def test_a_mixture_that_does_not_say_how_many_experts_a_token_passes_is_refused():
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    with torch.device("meta"):
+        model = DeepseekV2ForCausalLM(DeepseekV2Config(num_hidden_layers=1))
+    with pytest.raises(InputError, match=r"(?s)how many experts.*num_experts_per_tok"):
+        expert_layers(model)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,8 @@ HINTS = {"string_type": ", in quotes if it looks like a number", "bool_type": ":
          "list_type": ", as [A, B]", "tuple_type": ", as [0.0, 1.0]"}
 # Parts of a problem's place that are no key, and the sections that some of them are.
 KINDS = {**dict.fromkeys(VALUE_KINDS), **VALUE_SECTIONS, **TEACHER_SECTIONS}
+# And pydantic's own words for the ways of one that may be a word or something else.
+WAY = re.compile(r"literal\[.*\]|list\[.*\]|constrained-\w+")
 # Shows the beginning and the end of a value that is too long for a message.
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
@@ -212,24 +215,26 @@ def _sections_in(annotation: object) -> Iterator[type[Section]]:
 
 def error_lines(error: ValidationError, root: type[Section] = Recipe, whole: str = "recipe"
                 ) -> list[str]:
-    """One line for each problem that pydantic reports of a `root`, which is called `whole`."""
-    lines = []
+    """One line for each value of a `root`, called `whole`, that pydantic has problems with."""
+    lines: dict[str, str] = {}
     for problem in error.errors():
-        location = [part for part in problem["loc"] if part not in KINDS]
+        location = [part for part in problem["loc"]
+                    if part not in KINDS and not WAY.fullmatch(str(part))]
         name = ".".join(str(part) for part in location) or whole
         if problem["type"] == "extra_forbidden":
             suggestion = suggest(str(location[-1]), _known_keys(problem["loc"][:-1], root))
-            lines.append(f"`{name}` is unknown; {suggestion}")
+            lines[f"`{name}` is unknown"] = suggestion
         elif problem["type"] == "missing":
-            lines.append(f"`{name}` is missing")
+            lines[f"`{name}` is missing"] = ""
         else:
             message = problem["msg"].removeprefix("Value error, ")
             if problem["type"] == "model_type":
                 message = f"a section of the keys {', '.join(_known_keys(problem['loc'], root))}"
             value = problem["input"]
             shown = "" if isinstance(value, (Mapping, Section)) else f": found {_SHORT.repr(value)}"
-            lines.append(f"`{name}`{shown}; {message}{HINTS.get(problem['type'], '')}")
-    return lines
+            place, message = f"`{name}`{shown}", f"{message}{HINTS.get(problem['type'], '')}"
+            lines[place] = f"{lines[place]}; or: {message}" if place in lines else message
+    return [f"{place}; {message}" if message else place for place, message in lines.items()]
 
 
 def _streamed_epochs(raw: RawRecipe) -> Iterator[str]:

@@ -10,6 +10,10 @@ alpha / rank. The model keeps its class and its other names:
 Two things are not peft's. The first values are a function of a seed and the parameter's name, so
 that they are the same however a model is sharded. And a module of `modules_to_save` trains in
 place, where peft makes a second copy and keeps the first: as a shared weight it stays shared.
+
+In a mixture peft takes some names of linear layers (`gate_proj`, of a dense layer or of a shared
+expert) for parts of what transformers 5 stacks in one parameter, and would adapt all routed experts
+in their place. Here a name is the module of that name.
 """
 
 from __future__ import annotations
@@ -41,6 +45,8 @@ ADAPTER_NAME, CONFIG_FILE = "default", "adapter_config.json"
 # What stands before the names of the model's parameters in an adapter's file.
 FILE_PREFIX = "base_model.model."
 ALL_LINEAR = "all-linear"
+# What a model is called inside of the module that peft is given.
+SHELL = "causal_lm"
 # The most kinds of modules, and of other names, in a message.
 MAX_KINDS = 12
 
@@ -57,7 +63,10 @@ def inject(model: nn.Module, lora: Lora) -> None:
     peft = import_peft()
     config = _config(model, lora, targets)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    peft.inject_adapter_in_model(config, model, ADAPTER_NAME, low_cpu_mem_usage=on_meta)
+    # Inside of a module that is no model of transformers names mean what they say.
+    shell = nn.ModuleDict({SHELL: model})
+    config.target_modules = {f"{SHELL}.{name}" for name in targets}
+    peft.inject_adapter_in_model(config, shell, ADAPTER_NAME, low_cpu_mem_usage=on_meta)
     for name, module in model.named_modules():
         if is_adapter(f"{name}."):
             module.to(dtype=model.dtype)
@@ -125,6 +134,12 @@ def write_adapter_config(folder: Path, model: nn.Module, lora: Lora, base: str,
     """
     targets = target_modules(model, lora)
     config = _config(model, lora, targets)
+    taken = _taken_for_experts(model, targets)
+    if taken:
+        # A layer's weight by its name, which gives the same adapter, and without dropout.
+        config.target_modules = set(targets) - taken
+        config.target_parameters = sorted(f"{name}.weight" for name in taken)
+        config.lora_dropout = 0.0
     # By their whole names: peft takes any end of a name, `norm` for `q_norm` too.
     config.modules_to_save = _saved_modules(model, lora, targets) or None
     config.base_model_name_or_path, config.revision = base, revision
@@ -171,12 +186,30 @@ def _config(model: nn.Module, lora: Lora, targets: list[str]) -> LoraConfig:
         fan_in_fan_out=not isinstance(model.get_submodule(targets[0]), nn.Linear))
 
 
+def _taken_for_experts(model: nn.Module, targets: list[str]) -> set[str]:
+    """Those of the targets that peft would take for parts of stacked experts."""
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    ends = set()
+    for end in {name.rpartition(".")[2] for name in targets}:
+        config = import_peft().LoraConfig(target_modules=[end])
+        try:
+            convert_peft_config_for_transformers(config, model, None)
+        except ValueError:
+            # It wants the other parts of the stack too.
+            ends.add(end)
+        else:
+            ends |= {end} - set(config.target_modules)
+    return {name for name in targets if name.rpartition(".")[2] in ends}
+
+
 def target_modules(model: nn.Module, lora: Lora) -> list[str]:
     """The names of the linear layers that get an adapter, in the model's order.
 
-    all-linear: every one but the head, and those whose weight a fused kernel takes. Else those that
-    a target names, by their whole name or its last parts. Raises InputError for a target that is no
-    linear layer or that a kernel passes by, and for a rank above the rank of a layer.
+    all-linear: every one but the head, those whose weight a fused kernel takes, and those narrower
+    than the rank (a shared expert's gate has one output). Else those that a target names, by their
+    whole name or its last parts. Raises InputError for a target that is no linear layer or that a
+    kernel passes by, and for a rank above the rank of a layer that is named, or of all.
     """
     head = head_module(model)
     linear = {name: module for name, module in model.named_modules() if _is_linear(module)}
@@ -184,6 +217,8 @@ def target_modules(model: nn.Module, lora: Lora) -> list[str]:
     if lora.targets == ALL_LINEAR:
         chosen = {name for name, module in linear.items()
                   if module is not head and name not in passed_by}
+        # Where all are, the first is what the error names.
+        chosen = {name for name in chosen if min(_shape(linear[name])) >= lora.rank} or chosen
     else:
         chosen = _named(model, "targets", lora.targets, linear)
         for name in sorted(chosen & passed_by.keys()):

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from amid_ds.errors import InputError
 from amid_ds.models.shape import text_config
 
 Shape = Callable[[nn.Parameter], Sequence[int]]
@@ -45,7 +46,8 @@ def expert_layers(model: nn.Module, shape: Shape = lambda parameter: parameter.s
     """The layers of experts of a causal LM on any device, in the order of its modules.
 
     [] of a dense model. To be asked before an engine splits the weights. shape: of a whole
-    parameter, where an engine has partitioned them already.
+    parameter, where an engine has partitioned them already. Raises InputError where nothing says
+    how many experts a token passes.
     """
     recorded = dict(_recorded_routers(model))
     layers, modules = [], dict(model.named_modules())
@@ -116,12 +118,19 @@ def _holder(block: nn.Module, router: nn.Module, shape: Shape) -> tuple[str, int
 
 
 def _chosen(model: nn.Module, block: nn.Module, router: nn.Module) -> int:
-    """Experts that a token passes, as its router, its block or the config says."""
+    """Experts that a token passes, as its router, its block or the config says.
+
+    Raises InputError where none does: transformers' DeepSeek-V2 has no default.
+    """
     for owner in (router, block):
         if isinstance(own := getattr(owner, "top_k", None), int):
             return own
     own = config_value(model, CHOSEN_NAMES)
-    assert own is not None, f"{type(router).__name__} says nowhere how many experts it chooses"
+    if own is None:
+        raise InputError(f"the model {text_config(model).name_or_path} is a mixture whose config "
+                         "does not say how many experts a token passes",
+                         f"a number, such as {CHOSEN_NAMES[0]}",
+                         "add it to the model's config.json")
     return int(own)
 
 

@@ -74,15 +74,22 @@ def log_router_weights(model: nn.Module, layers: Sequence[ExpertLayer], weights:
 
 
 def real_tokens(batch: Batch) -> Tensor:
-    """[B · L] fp32: 1 at each input that is a token, 0 at padding. Nothing waits for a device."""
+    """[B · L] fp32: 1 at each input of a document, 0 at padding. Nothing waits for a device.
+
+    The last token of a document is no input of it, as by itself in a row it would not be there: so
+    nothing depends on which documents share a row.
+    """
     rows, length = batch.input_ids.shape
     device = batch.input_ids.device
     if batch.padding == rows * length:
         return torch.zeros(rows * length, device=device)
-    if batch.documents is None:
-        return torch.ones(rows * length, device=device)
-    ends = to_device(torch.tensor([starts[-1] for starts in batch.documents.starts]), device)
-    return (torch.arange(length, device=device) < ends[:, None]).flatten().float()
+    real = torch.ones(rows, length, device=device)
+    if batch.documents is not None:
+        ends = to_device(torch.tensor([starts[-1] for starts in batch.documents.starts]), device)
+        real *= torch.arange(length, device=device) < ends[:, None]
+    if batch.positions is not None:
+        real[:, :-1] *= batch.positions[:, 1:] != 0
+    return real.flatten()
 
 
 class _Routing(NamedTuple):

@@ -7,7 +7,7 @@ keys that do not affect what is learnt and keys that the user allows by name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from amid_ds.checkpoint.manifest import Manifest
@@ -32,10 +32,11 @@ KEPT = ("train.optimizer", "student.freeze", "student.lora.rank", "student.lora.
 WHY_KEPT = ("; no leave changes it, because a checkpoint has no other optimizer's moments, and no "
             "other tensors than were trained, at their own scale: take another output_dir, and "
             "this run as student.model")
-# Keys of `train` whose defaults have changed since version 0.1, and what that version did: it had
-# none of the first two, and wrote the third into every recipe.yaml.
-CHANGED_DEFAULTS: dict[str, object] = {"betas": [0.9, 0.999], "decay_all": True,
-                                       "weight_decay": 0.01}
+# By section the keys whose defaults are not what runs did whose recipe.yaml lacks them. Version 0.1
+# had none of the first two of `train`, and wrote the third; mixtures had no loss of their routers.
+CHANGED_DEFAULTS: dict[str, dict[str, object]] = {
+    "train": {"betas": [0.9, 0.999], "decay_all": True, "weight_decay": 0.01},
+    "student": {"router_aux_loss": 0.0}}
 # Where the recipe names none of these, the teacher lies as the run began.
 PLACES = {"placement", "shard_over"}
 # Also free, unless rollout.adaptive uses the validation loss.
@@ -51,11 +52,10 @@ def pin(recipe: Recipe) -> Recipe:
     that the recipe does not name is likewise what it was when the run began.
     """
     began = _recipe_of_run(recipe.output_dir)
-    pinned: dict[str, object] = {}
     if began is not None:
-        of_train = {key: value for key, value in CHANGED_DEFAULTS.items() if
-                    getattr(began.train, key) == value and key not in recipe.train.model_fields_set}
-        pinned["train"] = recipe.train.model_copy(update=of_train)
+        recipe = _with_defaults(recipe, lambda section, key, value:
+                                getattr(getattr(began, section), key) == value)
+    pinned: dict[str, object] = {}
     for section in ("student", "teacher"):
         model = getattr(recipe, section)
         if not isinstance(model, PretrainedModel):
@@ -85,16 +85,25 @@ def _commit(model: PretrainedModel, before: PretrainedModel | None) -> str | Non
     return resolved_commit(model.model, model.revision) or model.revision
 
 
+def _with_defaults(recipe: Recipe, had: Callable[[str, str, object], bool]) -> Recipe:
+    """The recipe with those of CHANGED_DEFAULTS that `had` is true of (a section, a key, its value)
+    where it does not name the key."""
+    changed: dict[str, object] = {}
+    for section, defaults in CHANGED_DEFAULTS.items():
+        own = getattr(recipe, section)
+        changed[section] = own.model_copy(update={
+            key: value for key, value in defaults.items()
+            if key not in own.model_fields_set and had(section, key, value)})
+    return recipe.model_copy(update=changed)
+
+
 def _recipe_of_run(output_dir: str) -> Recipe | None:
     """The recipe of the run in the folder; None where there is none."""
     saved = RunFolder(Path(output_dir)).recipe
     if not saved.exists():
         return None
-    recipe = load_recipe(saved)
     # A run's recipe names every key that its version knew.
-    then = {key: value for key, value in CHANGED_DEFAULTS.items()
-            if key not in recipe.train.model_fields_set}
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update=then)})
+    return _with_defaults(load_recipe(saved), lambda *_: True)
 
 
 def refuse_other_run(recipe: Recipe) -> None:
@@ -148,7 +157,7 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object],
     uses_evaluation = any(key.startswith("rollout.adaptive.") for key in (*before, *now))
     free = (*MAY_CHANGE, *(() if uses_evaluation else EVALUATION_KEYS), *allowed)
     before = {**{key: _default_in(before, key) for key in now.keys() - before.keys()},
-              **_flatten(CHANGED_DEFAULTS, "train"), **before}
+              **_flatten(CHANGED_DEFAULTS, ""), **before}
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
                and (_is_any(key, KEPT) or not _is_any(key, free))]
     return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now"
