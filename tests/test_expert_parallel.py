@@ -27,6 +27,7 @@ from amid_ds.checkpoint.manifest import Manifest, list_checkpoints
 from amid_ds.checkpoint.saver import Saver
 from amid_ds.checkpoint.zero_shards import ZeroShards, trained_shapes
 from amid_ds.config.parse import load_recipe
+from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.nodes import expert_groups
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.expert_parallel import distribute_experts
@@ -35,6 +36,8 @@ from amid_ds.errors import InputError
 from amid_ds.models.expert_exchange import exchange_tokens
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.loading import meta_model
+from amid_ds.planning.devices import find_device
+from amid_ds.planning.plan import make_plan
 from amid_ds.training.job import check_recipe
 
 KEYS = ("loss", "kd_loss", "ce_loss", "grad_norm")
@@ -180,13 +183,27 @@ def test_what_cannot_be_had_is_refused_with_the_reason(change, models, rows, nam
     if value == "dense":
         overrides.append(f"teacher.model={named[value]}")
     recipe = load_recipe(recipe_of(tmp_path / "run", models, rows, expert_parallel=2), overrides)
-    with pytest.raises(InputError, match=REFUSED[change]):
-        check_recipe(recipe, 4)
+    for check in (check_recipe, plan_on):
+        with pytest.raises(InputError, match=REFUSED[change]):
+            check(recipe, 4)
 
 
-def test_a_group_that_is_in_two_copies_of_the_teacher_is_refused():
-    with pytest.raises(InputError, match=r"expert_parallel 4, .* lies over 2 rank\(s\)"):
+def plan_on(recipe: Recipe, ranks: int) -> None:
+    make_plan(recipe, 1, ranks, find_device("cpu", ranks))
+
+
+def test_a_group_that_is_in_two_copies_of_the_teacher_is_refused_and_auto_takes_none(
+        models, rows, tmp_path):
+    refused = pytest.raises(InputError, match=r"expert_parallel 4, .* lies over 2 rank\(s\)")
+    with refused:
         expert_groups(0, 8, 4, shard_over=2)
+    recipe, device = recipe_of(tmp_path / "run", models, rows), find_device("cpu", 2)
+    four = load_recipe(recipe, ["expert_parallel=4", "teacher.placement=auto"])
+    assert {each.placement for each in make_plan(four, 2, 2, device).placements} == {
+        "zero3", "replicated"}
+    with refused:
+        make_plan(load_recipe(recipe, ["expert_parallel=4", "teacher.placement=node"]), 2, 2,
+                  device)
 
 
 def test_weights_that_transformers_has_read_are_refused_and_left_whole():

@@ -136,6 +136,17 @@ class ExpertGroups:
     teachers: ProcessGroup
 
 
+def require_whole_groups(neighbours: int, shard_over: int) -> None:
+    """Raise InputError where a teacher's copy, over `shard_over` ranks, divides the ranks that hold
+    experts together."""
+    if shard_over % neighbours:
+        raise InputError(
+            f"expert_parallel {neighbours}, and a teacher that lies over {shard_over} rank(s)",
+            "whole groups of neighbours in each copy of the teacher",
+            f"set expert_parallel to a divisor of {shard_over}; or teacher.shard_over to a "
+            f"multiple of {neighbours}; or teacher.placement to auto or zero3")
+
+
 def expert_groups(rank: int, size: int, neighbours: int, shard_over: int | None) -> ExpertGroups:
     """The groups by which every `neighbours` of `size` ranks, a divisor, hold experts together.
 
@@ -143,12 +154,7 @@ def expert_groups(rank: int, size: int, neighbours: int, shard_over: int | None)
     they are no whole groups. Collective: at most three groups are made.
     """
     block = shard_over or size
-    if block % neighbours:
-        raise InputError(
-            f"expert_parallel {neighbours}, and a teacher that lies over {block} rank(s)",
-            "whole groups of neighbours in each copy of the teacher",
-            f"set expert_parallel to a divisor of {block}; or teacher.shard_over to a multiple of "
-            f"{neighbours}; or teacher.placement to zero3")
+    require_whole_groups(neighbours, block)
     first = rank // neighbours * neighbours
     exchange = neighbour_group(range(first, first + neighbours))
     alike = neighbour_group(range(rank % neighbours, size, neighbours))

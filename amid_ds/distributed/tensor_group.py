@@ -59,14 +59,18 @@ class Peers:
             dist.all_reduce(total, group=self.group)
         return total
 
-    def join(self, part: Tensor, dim: int = -1) -> Tensor:
-        """The ranks' parts of one dimension, side by side, without a gradient."""
+    def parts(self, own: Tensor) -> list[Tensor]:
+        """The ranks' parts, without a gradient."""
         if self.group is None:
-            return torch.cat([part] * self.size, dim)
-        parts = [torch.empty_like(part, memory_format=torch.contiguous_format)
+            return [own] * self.size
+        parts = [torch.empty_like(own, memory_format=torch.contiguous_format)
                  for _ in range(self.size)]
-        dist.all_gather(parts, part.contiguous(), group=self.group)
-        return torch.cat(parts, dim)
+        dist.all_gather(parts, own.contiguous(), group=self.group)
+        return parts
+
+    def join(self, part: Tensor) -> Tensor:
+        """The ranks' parts of the last dimension, side by side, without a gradient."""
+        return torch.cat(self.parts(part), -1)
 
     def part(self, whole: Tensor) -> Tensor:
         """A copy of this rank's part of the last dimension, without a gradient."""

@@ -108,10 +108,9 @@ def _calls(model: nn.Module, input_ids: Tensor, blocks: list[SplitBlock]) -> dic
 def _difference(block: SplitBlock, module: nn.Module, parts: Mapping[str, Tensor], split: Split,
                 call: _Call, shared: tuple[_Shared, _Shared]) -> str | None:
     """What differs between the block on its parts and on the weights whole. Collective."""
-    joined = {name: (split.peers.join(part, 0).chunk(split.peers.size) if name in block.cuts
-                     else [part]) for name, part in parts.items()}
-    whole = {name: whole_of(list(each), block.cuts[name]) if name in block.cuts else each[0]
-             for name, each in joined.items()}
+    # One by one: a block may be a layer of all experts.
+    whole = {name: whole_of(split.peers.parts(part), block.cuts[name]) if name in block.cuts
+             else part for name, part in parts.items()}
     ours = _outcome(_copy(module, block.name, _leaves(block, parts, split), False), block, call,
                     shared[0])
     theirs = _outcome(_copy(module, block.name, _leaves(block, whole, None), True), block, call,

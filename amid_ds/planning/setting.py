@@ -11,7 +11,7 @@ import torch
 
 from amid_ds.config.recipe import MeanTeacher, Recipe, Teacher, bounding_values
 from amid_ds.data import TargetFolder
-from amid_ds.distributed.nodes import require_divisor
+from amid_ds.distributed.nodes import require_divisor, require_whole_groups
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     accumulation_steps,
@@ -24,6 +24,7 @@ from amid_ds.engine.ds_config import (
     uses_bf16,
     zero_stage,
 )
+from amid_ds.engine.expert_parallel import require_expert_parallel
 from amid_ds.models import loading
 from amid_ds.planning.devices import Device
 from amid_ds.planning.model_costs import (
@@ -229,6 +230,11 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
     zero = read_zero_settings(ds_config)
     if recipe.live_teacher is not None and recipe.live_teacher.shard_over is not None:
         require_divisor(recipe.live_teacher.shard_over, data_parallel)
+    if recipe.expert_parallel > 1:
+        models = {"student": resolve_student(recipe), **frozen_models(recipe)}
+        require_expert_parallel(recipe, ds_config, data_parallel, {
+            f"{key} {model.model}": loading.meta_model(model.model, **model.hub_kwargs)
+            for key, model in models.items()})
     placement = _given_placement(recipe, data_parallel, -(-ranks // nodes))
     frozen = _count_frozen(recipe, placement, zero)
     return Setting(
@@ -260,7 +266,9 @@ def _given_placement(recipe: Recipe, data_parallel: int, ranks_per_node: int) ->
     if name == "replicated":
         return Placement(name, 1)
     if name == "node":
-        return Placement(name, ranks_of_shard(recipe, data_parallel, ranks_per_node))
+        over = ranks_of_shard(recipe, data_parallel, ranks_per_node)
+        require_whole_groups(recipe.expert_parallel, over)
+        return Placement(name, over)
     return Placement("zero3", data_parallel)
 
 
