@@ -140,6 +140,22 @@ def test_attention_by_boundaries_beside_recurrent_layers_gives_the_states_of_the
     assert calls["kernel"] > before
 
 
+def test_plain_rows_beyond_a_window_hand_no_boundaries_to_recurrent_layers(monkeypatch):
+    """Their kernels take them of one row alone, and transformers refuses them without a kernel."""
+    model = model_of("qwen3_5_text")
+    model.config.sliding_window = LENGTH
+    ids = packed_rows()[0]
+    plain = Documents(((0, LENGTH),) * 2)
+    with torch.no_grad():
+        expected = run_body(model, ids, None)
+        monkeypatch.setattr(attention, "varlen_kernel", lambda: varlen_twin)
+        monkeypatch.setattr(attention, "_device_refusal", lambda device, dtype: None)
+        attention.choose_attention(model, "it", torch.device("cpu"), trains=True)
+        before = calls["kernel"]
+        assert_close([run_body(model, ids, None, plain)], [expected])
+    assert calls["kernel"] > before
+
+
 @pytest.mark.parametrize("family", ["qwen3_5_text", "gpt_oss"])
 def test_a_teachers_pass_over_micro_batches_of_any_length_gives_the_states_of_each(family):
     teacher = model_of(family)
@@ -161,15 +177,15 @@ def test_a_teachers_pass_over_micro_batches_of_any_length_gives_the_states_of_ea
         assert_close([found], [torch.cat(rows)])
 
 
-def by_document(function, axis: int, starts=((0, 3, 4, 11, 14, 16), (0, 6, 13, 16))):
+def by_document(function, axis: int, starts=((0, 3, 4, 11, 14, 16), (0, 6, 13, 16)) * 3):
     """The function, called for each document of the rows that check_isolation makes."""
     def call(*arguments, **options):
         rows, length = arguments[0].shape[0], arguments[0].shape[axis]
-        if (rows, length) != (2, 16):
+        if (rows, length) != (len(starts), 16):
             return function(*arguments, **options)
 
         def part(value, row, start, stop):
-            if not isinstance(value, torch.Tensor) or value.shape[0] != 2:
+            if not isinstance(value, torch.Tensor) or value.shape[0] != len(starts):
                 return value
             return value[row:row + 1].narrow(axis, start, stop - start)
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from amid_ds.data.batch import Documents
 from amid_ds.distributed.transfer import to_device
-from amid_ds.models.recurrence import recurrent_layers
+from amid_ds.models.recurrence import recurrent_layers, run_documents_alone
 from amid_ds.models.shape import body_of, layers_of
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ def choose_attention(model: nn.Module, title: str, device: torch.device, trains:
     if reason is None:
         _register(VARLEN_NAME, _attend)
         model.set_attn_implementation(VARLEN_NAME)   # type: ignore[operator]
+        # They would be handed the boundaries too, of rows that no kernel takes side by side.
+        run_documents_alone(model)
     logger.info("where rows hold several documents, or reach a window, %s attends %s",
                 title, "by boundaries, in flash attention" if reason is None
                 else f"under a dense mask, because {reason}")
