@@ -13,10 +13,11 @@ import torch
 import yaml
 from support.attention import calls, varlen_twin
 from support.data import split_documents
-from support.families import FAMILIES, save_tiny, tiny_model
+from support.families import COMMON, FAMILIES, save_tiny, tiny_model
 from support.ranks import run_ranks
 from support.reference_loop import reference_loop
 from support.runs import read_metrics, write_gathering_config, write_recipe
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from amid_ds.data.batch import Documents, TokenRow, collate_rows
 from amid_ds.errors import InputError
@@ -140,6 +141,24 @@ def test_attention_by_boundaries_beside_recurrent_layers_gives_the_states_of_the
     assert calls["kernel"] > before
 
 
+def other_model(model_type: str, **values):
+    """A model of a family that is not among those of the table."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        model_type, **{**COMMON, **values}), dtype=torch.float32).eval()
+
+
+def test_a_mask_of_ones_that_a_body_makes_itself_hides_no_documents():
+    model = other_model("biogpt")
+    check_isolation(model, "it", ids_to_check(model, VOCABULARY))
+
+
+def test_a_model_with_a_cache_of_its_own_samples_from_rows_that_run_whole():
+    model = other_model("minimax", num_local_experts=4, num_experts_per_tok=2, head_dim=8,
+                        layer_types=["linear_attention", "full_attention"])
+    assert_samples_are_most_probable(model)
+
+
 def test_plain_rows_beyond_a_window_hand_no_boundaries_to_recurrent_layers(monkeypatch):
     """Their kernels take them of one row alone, and transformers refuses them without a kernel."""
     model = model_of("qwen3_5_text")
@@ -252,7 +271,10 @@ def test_documents_share_calls_with_the_least_padding():
 
 @pytest.mark.parametrize("family", families())
 def test_samples_are_the_most_probable_tokens_of_rows_that_run_whole(family):
-    model = model_of(family)
+    assert_samples_are_most_probable(model_of(family))
+
+
+def assert_samples_are_most_probable(model) -> None:
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, VOCABULARY, (length,), generator=draw).tolist()
                for length in (3, 11, 1)]

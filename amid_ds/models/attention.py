@@ -98,6 +98,7 @@ def masks_by_positions(model: nn.Module, positions: Tensor | None) -> Iterator[N
     Most families hand the positions to transformers' functions that make masks. OPT, BLOOM, gpt-oss
     and Granite 4 (transformers 5.24) do not, so here those functions are given them. BLOOM's biases
     by the distance along the row are right in a document too: softmax knows differences alone.
+    BioGPT hands on a mask of ones, beside which no positions count: the body was given no padding.
     """
     module = sys.modules[type(body_of(model)).__module__]
     own = {name: make for name, make in vars(module).items()
@@ -105,6 +106,9 @@ def masks_by_positions(model: nn.Module, positions: Tensor | None) -> Iterator[N
 
     def told(make: Callable[..., Any]) -> Callable[..., Any]:
         def make_mask(*args: Any, **options: Any) -> Any:
+            mask = options.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                options["attention_mask"] = None
             return make(*args, **{**options, "position_ids": positions})
         return make_mask
 
