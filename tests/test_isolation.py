@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.families import tiny_model
 from support.models import WORDS
 from transformers import AutoModelForCausalLM
 
@@ -11,7 +12,7 @@ from amid_ds.data import Batch
 from amid_ds.errors import InputError
 from amid_ds.losses import AMiD
 from amid_ds.models.distiller import Distiller, LossPart, StepObjective
-from amid_ds.models.heads import check_isolation
+from amid_ds.models.heads import check_isolation, ids_to_check
 
 FAMILIES = ("llama", "llama-tied", "qwen3", "gemma2", "qwen2-tied", "gpt2")
 # Tokens of each document in the row; Gemma's window of 8 ends inside one of them.
@@ -80,3 +81,20 @@ def test_a_model_that_lets_documents_see_one_another_is_refused(models, family):
                 check_isolation(model, "the student", ids)
     finally:
         model.base_model.forward = forward
+
+
+def test_a_model_whose_documents_begin_at_another_position_than_0_is_refused(models, monkeypatch):
+    """They see nothing of one another, and yet are not what each by itself would be."""
+    model = models["gpt2"]
+    embed = model.transformer.wpe.forward
+    monkeypatch.setattr(model.transformer.wpe, "forward",
+                        lambda positions: embed(torch.arange(positions.shape[-1])[None]))
+    with pytest.raises(InputError, match=r"apart: in its layer 0 .* are not those that it has in a "
+                                         "row alone"):
+        check_isolation(model, "the student", ids_to_check(model, 30))
+
+
+def test_the_rounding_of_many_layers_refuses_no_model():
+    """Of 48 random ones in bf16 it is 0.04 of the states: twice what one layer is allowed."""
+    model = tiny_model("llama", num_hidden_layers=48).bfloat16()
+    check_isolation(model, "the student", ids_to_check(model, 300))

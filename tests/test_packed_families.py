@@ -13,10 +13,11 @@ import torch
 import yaml
 from support.attention import calls, varlen_twin
 from support.data import split_documents
-from support.families import FAMILIES, save_tiny, tiny_model
+from support.families import COMMON, FAMILIES, save_tiny, tiny_model
 from support.ranks import run_ranks
 from support.reference_loop import reference_loop
 from support.runs import read_metrics, write_gathering_config, write_recipe
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from amid_ds.data.batch import Documents, TokenRow, collate_rows
 from amid_ds.errors import InputError
@@ -137,6 +138,40 @@ def test_attention_by_boundaries_beside_recurrent_layers_gives_the_states_of_the
     assert calls["kernel"] > before
 
 
+def other_model(model_type: str, **values):
+    """A model of a family that is not among those of the table."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        model_type, **{**COMMON, **values}), dtype=torch.float32).eval()
+
+
+def test_a_mask_of_ones_that_a_body_makes_itself_hides_no_documents():
+    model = other_model("biogpt")
+    check_isolation(model, "it", ids_to_check(model, VOCABULARY))
+
+
+def test_a_model_with_a_cache_of_its_own_samples_from_rows_that_run_whole():
+    model = other_model("minimax", num_local_experts=4, num_experts_per_tok=2, head_dim=8,
+                        layer_types=["linear_attention", "full_attention"])
+    assert_samples_are_most_probable(model)
+
+
+def test_plain_rows_beyond_a_window_hand_no_boundaries_to_recurrent_layers(monkeypatch):
+    """Their kernels take them of one row alone, and transformers refuses them without a kernel."""
+    model = model_of("qwen3_5_text")
+    model.config.sliding_window = LENGTH
+    ids = packed_rows()[0]
+    plain = Documents(((0, LENGTH),) * 2)
+    with torch.no_grad():
+        expected = run_body(model, ids, None)
+        monkeypatch.setattr(attention, "varlen_kernel", lambda: varlen_twin)
+        monkeypatch.setattr(attention, "_device_refusal", lambda device, dtype: None)
+        attention.choose_attention(model, "it", torch.device("cpu"), trains=True)
+        before = calls["kernel"]
+        assert_close([run_body(model, ids, None, plain)], [expected])
+    assert calls["kernel"] > before
+
+
 @pytest.mark.parametrize("family", ["qwen3_5_text", "gpt_oss"])
 def test_a_teachers_pass_over_micro_batches_of_any_length_gives_the_states_of_each(family):
     teacher = model_of(family)
@@ -158,15 +193,15 @@ def test_a_teachers_pass_over_micro_batches_of_any_length_gives_the_states_of_ea
         assert_close([found], [torch.cat(rows)])
 
 
-def by_document(function, axis: int, starts=((0, 3, 4, 11, 14, 16), (0, 6, 13, 16))):
+def by_document(function, axis: int, starts=((0, 3, 4, 11, 14, 16), (0, 6, 13, 16)) * 3):
     """The function, called for each document of the rows that check_isolation makes."""
     def call(*arguments, **options):
         rows, length = arguments[0].shape[0], arguments[0].shape[axis]
-        if (rows, length) != (2, 16):
+        if (rows, length) != (len(starts), 16):
             return function(*arguments, **options)
 
         def part(value, row, start, stop):
-            if not isinstance(value, torch.Tensor) or value.shape[0] != 2:
+            if not isinstance(value, torch.Tensor) or value.shape[0] != len(starts):
                 return value
             return value[row:row + 1].narrow(axis, start, stop - start)
 
@@ -233,7 +268,10 @@ def test_documents_share_calls_with_the_least_padding():
 
 @pytest.mark.parametrize("family", families())
 def test_samples_are_the_most_probable_tokens_of_rows_that_run_whole(family):
-    model = model_of(family)
+    assert_samples_are_most_probable(model_of(family))
+
+
+def assert_samples_are_most_probable(model) -> None:
     draw = torch.Generator().manual_seed(0)
     prompts = [torch.randint(3, VOCABULARY, (length,), generator=draw).tolist()
                for length in (3, 11, 1)]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from amid_ds.data.batch import Documents
 from amid_ds.distributed.transfer import to_device
-from amid_ds.models.recurrence import recurrent_layers
+from amid_ds.models.recurrence import recurrent_layers, run_documents_alone
 from amid_ds.models.shape import body_of, layers_of
 
 logger = logging.getLogger(__name__)
@@ -55,6 +55,8 @@ def choose_attention(model: nn.Module, title: str, device: torch.device, trains:
     if reason is None:
         _register(VARLEN_NAME, _attend)
         model.set_attn_implementation(VARLEN_NAME)   # type: ignore[operator]
+        # They would be handed the boundaries too, of rows that no kernel takes side by side.
+        run_documents_alone(model)
     logger.info("where rows hold several documents, or reach a window, %s attends %s",
                 title, "by boundaries, in flash attention" if reason is None
                 else f"under a dense mask, because {reason}")
@@ -96,6 +98,7 @@ def masks_by_positions(model: nn.Module, positions: Tensor | None) -> Iterator[N
     Most families hand the positions to transformers' functions that make masks. OPT, BLOOM, gpt-oss
     and Granite 4 (transformers 5.24) do not, so here those functions are given them. BLOOM's biases
     by the distance along the row are right in a document too: softmax knows differences alone.
+    BioGPT hands on a mask of ones, beside which no positions count: the body was given no padding.
     """
     module = sys.modules[type(body_of(model)).__module__]
     own = {name: make for name, make in vars(module).items()
@@ -103,6 +106,9 @@ def masks_by_positions(model: nn.Module, positions: Tensor | None) -> Iterator[N
 
     def told(make: Callable[..., Any]) -> Callable[..., Any]:
         def make_mask(*args: Any, **options: Any) -> Any:
+            mask = options.get("attention_mask")
+            if isinstance(mask, Tensor) and mask.dim() == 2:
+                options["attention_mask"] = None
             return make(*args, **{**options, "position_ids": positions})
         return make_mask
 

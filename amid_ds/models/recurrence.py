@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -118,6 +119,9 @@ class _Documents:
 
 # The documents of the rows that a body is running on; None: each row is one.
 _RUNNING: ContextVar[_Documents | None] = ContextVar("documents", default=None)
+# Of models on which `run_documents_alone` was called: they have such layers. Looking for them takes
+# milliseconds of a large model's every forward.
+_HAS_LAYERS: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def recurrent_layers(model: nn.Module) -> list[nn.Module]:
@@ -133,10 +137,12 @@ def recurrent_layers(model: nn.Module) -> list[nn.Module]:
 
 def run_documents_alone(model: nn.Module) -> None:
     """Let the recurrent layers of `model` run on each document alone, in every `running_on`."""
-    for layer in recurrent_layers(model):
+    layers = recurrent_layers(model)
+    for layer in layers:
         if not _runs_alone(layer):
             alone = functools.partial(_by_document, layer.forward)
             layer.forward = functools.update_wrapper(alone, layer.forward)
+    _HAS_LAYERS[model] = bool(layers)
 
 
 @contextmanager
@@ -147,10 +153,10 @@ def running_on(model: nn.Module, boundaries: Callable[[], Sequence[int]] | None,
     boundaries: asked where they are needed, for those of `Documents.boundaries`. None: each row is
     a document.
     """
-    if boundaries is not None:
+    if boundaries is not None and model not in _HAS_LAYERS:
         run_documents_alone(model)
     documents = None
-    if any(map(_runs_alone, recurrent_layers(model))):
+    if _HAS_LAYERS.get(model):
         rows, length = input_ids.shape
         starts = (boundaries() if boundaries is not None
                   else range(0, input_ids.numel() + 1, length))

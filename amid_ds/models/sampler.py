@@ -164,8 +164,8 @@ def _cached_body(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     """A function (new ids [B, n], mask of all tokens so far [B, N], positions [B, n]) -> hidden
     states of the last token [B, H]; what layers keep of earlier tokens is kept between calls.
 
-    A model with layers that keep it in themselves, where no mask of the padding is heard, runs on
-    all tokens every time.
+    A model with layers that keep it in themselves, where no mask of the padding is heard, or in a
+    cache of its own, runs on all tokens every time.
     """
     from transformers import DynamicCache
 
@@ -174,8 +174,9 @@ def _cached_body(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     # Its name by transformers' version and by family; Mamba takes no other than its own.
     name = next((each for each in CACHE_NAMES if each in arguments), None)
     recurrent = recurrent_layers(model)
-    if name is None or any(CACHE_NAMES.isdisjoint(inspect.signature(layer.forward).parameters)
-                           for layer in recurrent):
+    if (name is None or not model._supports_default_dynamic_cache()   # type: ignore[operator]
+            or any(CACHE_NAMES.isdisjoint(inspect.signature(layer.forward).parameters)
+                   for layer in recurrent)):
         return _WholeRows(body)
     cache = DynamicCache(config=model.config)
     # Architectures without the argument derive positions from the mask.
