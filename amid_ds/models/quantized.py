@@ -113,11 +113,13 @@ class Quantization:
         As in DeepSeek-V3's 576 rows in blocks of 128, which transformers' operation does not take.
         """
         values, scales = parts["weight"], parts["weight_scale_inv"]
-        block = self._quantizer.quantization_config.weight_block_size
+        block = self._quantizer.quantization_config.weight_block_size or (1, 1)
         rows, columns = values.shape[-2:]
-        if block is None or scales.dim() < 2 or not (rows % block[0] or columns % block[1]):
-            return self._convert(weight, parts)
         missing = (0, -columns % block[1], 0, -rows % block[0])
+        # Scales of other blocks than the config's (packed codes of 4 bits) say themselves of which.
+        if not any(missing) or tuple(scales.shape[-2:]) != (-(-rows // block[0]),
+                                                            -(-columns // block[1])):
+            return self._convert(weight, parts)
         padded = torch.nn.functional.pad(values.view(torch.uint8), missing).view(values.dtype)
         return self._convert(weight, {**parts, "weight": padded})[..., :rows, :columns].contiguous()
 
