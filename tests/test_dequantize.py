@@ -84,6 +84,9 @@ def test_the_folder_has_the_weights_that_transformers_makes_as_it_loads(
     assert parameters.keys() == expected.keys()
     assert all(torch.equal(parameters[name], expected[name]) for name in expected)
     assert ({entry.name for entry in out.iterdir()} == {entry.name for entry in source.iterdir()})
+    (tmp_path / "any").touch()
+    assert ({entry.stat().st_mode for entry in out.iterdir()}
+            == {(tmp_path / "any").stat().st_mode})
     assert not list(tmp_path.glob(".*"))
 
 

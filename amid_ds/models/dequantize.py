@@ -37,7 +37,7 @@ from amid_ds.models.weight_files import (
     read_weight_table,
 )
 from amid_ds.models.weight_map import map_weights
-from amid_ds.models.weight_writer import FILE_BYTES
+from amid_ds.models.weight_writer import FILE_BYTES, save_tensors
 from amid_ds.models.weights import (
     named_weights,
     readable_weights,
@@ -245,7 +245,6 @@ def _begin(staging: Path, args: DequantizeArgs, config: Any, table: WeightTable)
 
 def _missing(plan: DequantizePlan, staging: Path, model: str) -> Iterator[str]:
     """Write the files that are not there yet, and yield their names."""
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
     count = sum(map(len, plan.files.values()))
@@ -260,7 +259,7 @@ def _missing(plan: DequantizePlan, staging: Path, model: str) -> Iterator[str]:
                     tensors[weight.name] = _read(plan, weight)
                     bar.update()
             unfinished = staging / f".{file}"
-            save_file(tensors, unfinished, metadata={"format": "pt"})
+            save_tensors(tensors, unfinished)
             fsync(unfinished)
             os.replace(unfinished, staging / file)
             yield file
