@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as t
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.memory import memory_rise
 from support.models import WORDS, make_tokenizer
 from support.quantized import FP4_VALUES, LAYOUTS, quantize
@@ -84,6 +84,9 @@ def test_the_folder_has_the_weights_that_transformers_makes_as_it_loads(
     assert parameters.keys() == expected.keys()
     assert all(torch.equal(parameters[name], expected[name]) for name in expected)
     assert ({entry.name for entry in out.iterdir()} == {entry.name for entry in source.iterdir()})
+    (tmp_path / "any").touch()
+    assert ({entry.stat().st_mode for entry in out.iterdir()}
+            == {(tmp_path / "any").stat().st_mode})
     assert not list(tmp_path.glob(".*"))
 
 
@@ -111,6 +114,65 @@ def test_values_are_those_of_the_layouts_definitions(quantized, tmp_path):
     assert torch.equal(made[name].double(), values.flatten(-2).transpose(1, 2))
 
 
+def test_experts_have_the_scale_of_all_their_scales(quantized, tmp_path):
+    # transformers 5.24 leaves it out of experts, which are then thousands of times too large.
+    source = quantized("qwen3 mixture", "compressed nvfp4")
+    assert main(["dequantize", str(source), str(tmp_path / "out"), "--dtype", "fp32"]) == 0
+    stored, made = (load_file(folder / "model.safetensors")
+                    for folder in (source, tmp_path / "out"))
+    for name in ("model.layers.1.mlp.experts.3.up_proj.weight",
+                 "model.layers.1.self_attn.q_proj.weight"):
+        packed = stored[f"{name}_packed"]
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2).long()
+        values = torch.where(codes < 8, 1.0, -1.0) * FP4_VALUES[codes % 8]
+        scale = stored[f"{name}_scale"].float() / stored[f"{name}_global_scale"]
+        torch.testing.assert_close(made[name], values * scale.repeat_interleave(16, 1),
+                                   rtol=1e-2, atol=0)
+
+
+def changed(source: Path, out: Path, config: dict[str, object] | None = None,
+            tensors: dict[str, torch.Tensor] | None = None) -> Path:
+    """A copy of a folder with other values in config.json and its file of weights."""
+    shutil.copytree(source, out)
+    stored = json.loads((source / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps({**stored, **(config or {})}))
+    save_file({**load_file(source / "model.safetensors"), **(tensors or {})},
+              out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+def test_blocks_are_those_of_the_scales_and_scales_of_activations_are_left_out(quantized, tmp_path):
+    # Of 128 by 128, whatever the config says: as of experts in 4 bits beside layers in 8.
+    section = {**LAYOUTS["fp8"][1], "weight_block_size": [96, 100]}
+    source = changed(quantized("qwen3", "fp8"), tmp_path / "source",
+                     {"quantization_config": section}, {
+                         f"model.layers.0.self_attn.q_proj.{name}": torch.tensor(2.0)
+                         for name in ("activation_scale", "k_scale")})
+    for folder, out in ((source, "out"), (quantized("qwen3", "fp8"), "true")):
+        assert main(["dequantize", str(folder), str(tmp_path / out)]) == 0
+    found, true = (load_file(tmp_path / out / "model.safetensors") for out in ("out", "true"))
+    assert found.keys() == true.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in true.items())
+
+
+def test_a_model_with_code_of_its_own_and_a_named_file(quantized, tmp_path):
+    source = changed(quantized("qwen3", "fp8"), tmp_path / "source", {
+        "model_type": "own", "architectures": ["OwnForCausalLM"],
+        "transformers_weights": "own.safetensors",
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}})
+    (source / "model.safetensors").rename(source / "own.safetensors")
+    (source / "own.py").write_text(
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(Qwen3ForCausalLM):\n    config_class = OwnConfig\n")
+    argv = ["dequantize", str(source), str(tmp_path / "out")]
+    assert main(argv) == 2
+    assert main([*argv, "--trust-remote-code"]) == 0
+    made = t.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    expected = own_loading(quantized("qwen3", "fp8"), torch.bfloat16)
+    assert all(torch.equal(value, expected[name]) for name, value in made.named_parameters())
+
+
 def test_blocks_may_end_outside_of_a_matrix(quantized, tmp_path):
     # DeepSeek-V3 has 576 rows in blocks of 128; transformers 5.24 itself refuses them.
     source = quantized("deepseek", "fp8")
@@ -128,6 +190,9 @@ def test_a_killed_command_goes_on_with_the_files_that_it_had_finished(
         quantized, tmp_path, monkeypatch, capsys):
     source, out = quantized("qwen3", "fp8", per_file=9), tmp_path / "out"
     monkeypatch.setattr(dequantize, "FILE_BYTES", 300_000)
+    needed: list[int] = []
+    monkeypatch.setattr(dequantize, "require_disk_space",
+                        lambda folder, size, *_: needed.append(size))
     read, count = dequantize._read, 0
 
     def dies(plan, weight):
@@ -145,6 +210,8 @@ def test_a_killed_command_goes_on_with_the_files_that_it_had_finished(
     monkeypatch.setattr(dequantize, "_read", read)
     assert main(["dequantize", str(source), str(out)]) == 0
     assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
+    # There need not be room for what is there.
+    assert needed[0] - needed[1] == sum((out / name).stat().st_size for name in finished)
     expected = own_loading(source, torch.bfloat16)
     made = t.AutoModelForCausalLM.from_pretrained(out)
     assert all(torch.equal(value, expected[name]) for name, value in made.named_parameters())
@@ -198,6 +265,12 @@ def test_what_cannot_be_dequantized_is_refused_by_name(shared_model, quantized, 
     with_section(LAYOUTS["mxfp4"][1])
     refused(source, "F8_E4M3 without a scale")
     with_section(config["quantization_config"])
+    tensors = load_file(source / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    whole = tensors.pop(f"{name}_scale_inv")
+    save_file({**tensors, f"{name}_scale_inv": whole[:1, :1].repeat(3, 1)},
+              source / "model.safetensors", metadata={"format": "pt"})
+    refused(source, f"{name} of", "cannot be made of its stored", "[3, 1]", "not divisible")
     os.truncate(source / "model.safetensors", 1000)
     refused(source, "cannot be read")
     (tmp_path / "taken").mkdir()

@@ -12,6 +12,7 @@ from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.config.recipe import Student
 from amid_ds.models.adapter_folders import ADAPTER_FILE
 from amid_ds.models.adapters import file_key, write_adapter_config
+from amid_ds.models.weight_writer import save_tensors
 
 
 def write_adapter(checkpoint: Path, trained: Mapping[str, torch.Size], dtype: torch.dtype,
@@ -23,8 +24,6 @@ def write_adapter(checkpoint: Path, trained: Mapping[str, torch.Size], dtype: to
     id and commit. A module that trains whole and is tied to another is written under both names,
     because peft makes a copy of each.
     """
-    from safetensors.torch import save_file
-
     assert base.lora is not None
     lora, folder = base.lora, Path(base.model)
     shards = ZeroShards(checkpoint, trained)
@@ -37,7 +36,7 @@ def write_adapter(checkpoint: Path, trained: Mapping[str, torch.Size], dtype: to
         lora = lora.model_copy(update={"modules_to_save": list(dict.fromkeys(modules))})
     name = str(folder.resolve()) if folder.is_dir() else base.model
     write_adapter_config(out, model, lora, name, base.revision)
-    save_file(tensors, out / ADAPTER_FILE, metadata={"format": "pt"})
+    save_tensors(tensors, out / ADAPTER_FILE)
 
 
 def _names_of_tied(model: nn.Module, trained: Mapping[str, torch.Size]) -> dict[str, str]:

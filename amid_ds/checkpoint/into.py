@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from tqdm import tqdm
@@ -66,7 +66,7 @@ def export_into(source: str | Path, out: str | Path, original: str | Path, step:
                            "choose a folder elsewhere")
         out.parent.mkdir(parents=True, exist_ok=True)
         with new_folder(out) as staging, freed_memory_given_back():
-            shutil.copytree(original, staging, dirs_exist_ok=True, copy_function=_copy)
+            _copy(original, staging)
             put_weights(weights, model, reader, staging)
     except OSError as error:
         raise InputError(f"the export to {out} could not be written: {error}",
@@ -125,10 +125,17 @@ def _shapes_of(model: Any) -> Mapping[str, torch.Size]:
     return {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def _copy(source: str, out: str) -> None:
-    """Copy a file's bytes, as one that its owner can write; of a link, of what it points to."""
-    shutil.copyfile(source, out)
-    os.chmod(out, 0o644)
+def _copy(original: Path, out: Path) -> None:
+    """Copy the bytes of all files, of a link what it points to, but no permissions: a model that
+    nobody may write into has a copy that can be written."""
+    def stop(error: OSError) -> NoReturn:
+        raise error
+
+    for folder, _, files in os.walk(original, onerror=stop, followlinks=True):
+        place = out / os.path.relpath(folder, original)
+        place.mkdir(exist_ok=True)
+        for file in files:
+            shutil.copyfile(os.path.join(folder, file), place / file)
 
 
 def put_weights(weights: WholeStudent, model: Any, reader: WeightReader, folder: Path) -> None:

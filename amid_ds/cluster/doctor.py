@@ -273,8 +273,8 @@ def check_model_files(recipe: Recipe | None, world: World) -> Iterator[Verdict]:
         problems = _gather_problems(world, _model_problem(model))
         yield Verdict(name, not problems,
                       _by_node(problems) or f"{model.model} can be read on every node",
-                      "put it where all nodes can read it; for a hub id, load it once and set "
-                      "HF_HUB_OFFLINE=1")
+                      "what it says; if some nodes alone say it, put the model where all can read "
+                      "it, or of a hub id load it once and set HF_HUB_OFFLINE=1")
 
 
 def check_kernels(recipe: Recipe | None, world: World) -> Iterator[Verdict]:

@@ -28,7 +28,7 @@ from amid_ds.files.lease import Lease
 from amid_ds.files.ownership import STAGING_SIGN, require_new_folder
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.loading import DTYPES, stored_config
-from amid_ds.models.quantized import Quantization, QuantizedWeight
+from amid_ds.models.quantized import Quantization, QuantizedWeight, quantization_config
 from amid_ds.models.weight_files import (
     DTYPES_ON_DISK,
     StoredTensor,
@@ -37,8 +37,14 @@ from amid_ds.models.weight_files import (
     read_weight_table,
 )
 from amid_ds.models.weight_map import map_weights
-from amid_ds.models.weight_writer import FILE_BYTES
-from amid_ds.models.weights import readable_weights, refuse_other_keys
+from amid_ds.models.weight_writer import FILE_BYTES, save_tensors
+from amid_ds.models.weights import (
+    named_weights,
+    readable_weights,
+    reason_of,
+    refuse_other_keys,
+    silence_transformers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +52,8 @@ logger = logging.getLogger(__name__)
 PLAN_FILE = "amid-ds-plan.json"
 # Files of the quantized folder that the new one has anew, or not at all.
 LEFT_OUT = re.compile(r"config\.json|\..*|.*\.(safetensors|bin|pt|pth|gguf)(\.index\.json)?")
+# Keys of config.json that are of the quantized weights, or an old name of `dtype`.
+OF_QUANTIZED = ("quantization_config", "transformers_weights", "torch_dtype")
 # The values of integers that say how another part is laid out, such as the shape of packed codes.
 MAX_LAYOUT_NUMBERS = 16
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES_ON_DISK.items()}
@@ -84,15 +92,19 @@ class DequantizePlan:
 def dequantize(args: DequantizeArgs) -> None:
     """Write the folder, complete or not at all. Raises InputError."""
     out = require_new_folder(args.out, "the output")
+    silence_transformers()
     config = stored_config(args.model, **args.hub_kwargs)
     quantization = Quantization(args.model, config, DTYPES[args.dtype])
     source = _local_folder(args.model)
+    meta = _meta_model(args, config)
     with readable_weights(args.model):
-        table = read_weight_table(str(source))
+        table = read_weight_table(str(source), named=named_weights(meta))
         assert table is not None
-        plan = _plan(args, quantization, config, table)
+        plan = _plan(args, quantization, meta, table)
     existing = next(path for path in out.parents if path.is_dir())
-    require_disk_space(existing, plan.size, f"the model {args.model} in {args.dtype}",
+    staging = out.with_name(f".{out.name}{STAGING_SIGN}dequantize")
+    finished = sum(file.stat().st_size for file in staging.glob("*.safetensors"))
+    require_disk_space(existing, plan.size - finished, f"the model {args.model} in {args.dtype}",
                        "choose a folder elsewhere")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +112,7 @@ def dequantize(args: DequantizeArgs) -> None:
               freed_memory_given_back()):
             # Somebody may have finished it meanwhile.
             require_new_folder(out, "the output")
-            staging = _begun(out, args, table)
+            _begin(staging, args, config, table)
             for file in _missing(plan, staging, args.model):
                 logger.debug("%s is written", file)
             _write_rest(source, staging, args, plan)
@@ -119,15 +131,17 @@ def _local_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
 
     with readable_weights(model):
-        return Path(snapshot_download(model, ignore_patterns=["*/*", "*.bin", "*.pth", "*.gguf"]))
+        # Mistral's `consolidated` files are the same weights once more.
+        return Path(snapshot_download(model, ignore_patterns=[
+            "*/*", "*.bin", "*.pth", "*.gguf", "consolidated*.safetensors"]))
 
 
-def _plan(args: DequantizeArgs, quantization: Quantization, config: Any, table: WeightTable
+def _plan(args: DequantizeArgs, quantization: Quantization, meta: Any, table: WeightTable
           ) -> DequantizePlan:
     """What is to be written, known from headers alone. Raises InputError."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    stored, meta = table.tensors, _meta_model(config)
+    stored = table.tensors
     if any(tensor.offset is None for tensor in stored.values()):
         raise InputError(f"the weights of {args.model} are pickled files", "safetensors files",
                          "save them anew as safetensors")
@@ -142,11 +156,10 @@ def _plan(args: DequantizeArgs, quantization: Quantization, config: Any, table: 
             hollow[weight.name] = torch.empty(found.shape, dtype=DTYPES_ON_DISK[found.dtype],
                                               device="meta")
             continue
-        hollow[weight.name] = quantization.make(weight, {
-            part: _hollow(stored[name], paths[places[name]])
-            for part, name in weight.parts.items()})
-    if meta is not None:
-        _require_whole(args.model, meta, hollow)
+        parts = {part: _hollow(stored[name], paths[places[name]])
+                 for part, name in weight.parts.items()}
+        hollow[weight.name] = _made_hollow(args.model, quantization, weight, parts)
+    _require_whole(args.model, meta, hollow)
     split = split_torch_state_dict_into_shards(hollow, max_shard_size=FILE_BYTES,
                                                filename_pattern="model{suffix}.safetensors")
     by_name = {weight.name: weight for weight in weights}
@@ -158,16 +171,40 @@ def _plan(args: DequantizeArgs, quantization: Quantization, config: Any, table: 
                           sum(tensor.nbytes for tensor in hollow.values()))
 
 
-def _meta_model(config: Any) -> Any:
-    """The model without weights, of the class that its config names; None where that is not one of
-    transformers'."""
+def _meta_model(args: DequantizeArgs, config: Any) -> Any:
+    """The model without weights, of the class that its config names. Raises InputError where it
+    cannot be built."""
     import transformers
 
     found = getattr(transformers, (config.architectures or [""])[0], None)
-    if found is None:
-        return None
-    with torch.device("meta"):
-        return found(config)
+    try:
+        with torch.device("meta"):
+            if found is not None and isinstance(config, found.config_class):
+                return found(config)
+            return transformers.AutoModelForCausalLM.from_config(
+                config, trust_remote_code=args.trust_remote_code)
+    # Values that its class does not take, packages that are not there, code of its own.
+    except Exception as error:
+        raise InputError(f"the model {args.model} cannot be built, so its weights' names and "
+                         f"shapes are not known: {reason_of(error)}",
+                         "a config.json and a class that belong together",
+                         "check config.json and its `architectures`, and the packages that the "
+                         "class needs") from None
+
+
+def _made_hollow(model: str, quantization: Quantization, weight: QuantizedWeight,
+                 parts: Mapping[str, Tensor]) -> Tensor:
+    """A weight without values, made of such parts. Raises InputError where it cannot be."""
+    try:
+        return quantization.make(weight, parts)
+    # What the arithmetic raises for parts that are absent, or of shapes that do not fit.
+    except Exception as error:
+        stored = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+        raise InputError(f"{weight.name} of {model} cannot be made of its stored {stored}: "
+                         f"{reason_of(error)}",
+                         "values and scales as its quantization_config describes them",
+                         "copy or download the model again; check that config.json belongs to "
+                         "these weights") from None
 
 
 def _hollow(tensor: StoredTensor, path: str) -> Tensor:
@@ -189,26 +226,25 @@ def _require_whole(model: str, meta: Any, made: Mapping[str, Tensor]) -> None:
     refuse_other_keys(model, map_weights(meta, table).report)
 
 
-def _begun(out: Path, args: DequantizeArgs, table: WeightTable) -> Path:
-    """The folder in which the output is made: one that a killed command left of the same weights,
-    or a new one."""
+def _begin(staging: Path, args: DequantizeArgs, config: Any, table: WeightTable) -> None:
+    """Make the folder in which the output is made, unless a killed command has left it, of the same
+    weights."""
     from transformers import __version__
 
-    staging = out.with_name(f".{out.name}{STAGING_SIGN}dequantize")
-    content = json.dumps({"dtype": args.dtype, "transformers": __version__, "files": {
-        file.name: [file.size, file.changed_ns, file.digest] for file in table.files}})
+    content = json.dumps({
+        "dtype": args.dtype, "transformers": __version__,
+        "quantization": repr(quantization_config(config)),
+        "files": {file.name: [file.size, file.changed_ns, file.digest] for file in table.files}})
     plan = staging / PLAN_FILE
     if staging.is_dir() and not (plan.is_file() and plan.read_text() == content):
         shutil.rmtree(staging)
     if not staging.is_dir():
         staging.mkdir()
         replace_text(plan, content)
-    return staging
 
 
 def _missing(plan: DequantizePlan, staging: Path, model: str) -> Iterator[str]:
     """Write the files that are not there yet, and yield their names."""
-    from safetensors.torch import save_file
     from tqdm import tqdm
 
     count = sum(map(len, plan.files.values()))
@@ -223,7 +259,7 @@ def _missing(plan: DequantizePlan, staging: Path, model: str) -> Iterator[str]:
                     tensors[weight.name] = _read(plan, weight)
                     bar.update()
             unfinished = staging / f".{file}"
-            save_file(tensors, unfinished, metadata={"format": "pt"})
+            save_tensors(tensors, unfinished)
             fsync(unfinished)
             os.replace(unfinished, staging / file)
             yield file
@@ -261,13 +297,17 @@ def _write_rest(source: Path, staging: Path, args: DequantizeArgs, plan: Dequant
         replace_text(staging / "model.safetensors.index.json",
                      json.dumps(plan.index, indent=2, sort_keys=True) + "\n")
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict):
-            part.pop("quantization_config", None)
-            part.pop("torch_dtype", None)
-    config["dtype"] = str(DTYPES[args.dtype]).removeprefix("torch.")
+    config = _unquantized({"dtype": "", **config},
+                          str(DTYPES[args.dtype]).removeprefix("torch."))
     replace_text(staging / "config.json", json.dumps(config, indent=2) + "\n")
     for entry in source.iterdir():
         if entry.is_file() and not LEFT_OUT.fullmatch(entry.name):
             shutil.copyfile(entry, staging / entry.name)
     (staging / PLAN_FILE).unlink(missing_ok=True)
+
+
+def _unquantized(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """The content of a config.json without what is of the quantized weights; so its parts'."""
+    kept = {key: _unquantized(value, dtype) if isinstance(value, dict) else value
+            for key, value in config.items() if key not in OF_QUANTIZED}
+    return {**kept, "dtype": dtype} if config.keys() & {"dtype", "torch_dtype"} else kept

@@ -69,9 +69,6 @@ def language_config(config: Any) -> Any:
     # The whole model's count for its head and its files; a part's own may be its class's default.
     text.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
     text.dtype = text.dtype or config.dtype
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        text.quantization_config = quantization
     text.name_or_path = config.name_or_path
     return text
 

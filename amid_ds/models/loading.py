@@ -34,9 +34,9 @@ from amid_ds.models.weight_files import WeightTable
 from amid_ds.models.weight_map import WeightMap
 from amid_ds.models.weight_reader import WeightReader
 from amid_ds.models.weights import (
-    MAX_REASON,
     named_weights,
     readable_weights,
+    reason_of,
     refuse_other_keys,
     require_weights,
     share_weight_table,
@@ -226,8 +226,7 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     # What transformers makes of an encoder, or of values that its class does not take.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON]
-        raise _unsupported(model, config, reason) from None
+        raise _unsupported(model, config, reason_of(error)) from None
 
 
 def whole_model(meta: nn.Module, model: str, revision: str | None = None,
@@ -242,9 +241,7 @@ def whole_model(meta: nn.Module, model: str, revision: str | None = None,
         places_in_whole(meta, whole)
     # Towers may need packages that are not there.
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        raise _unsupported(model, config, (lines[0] if lines else type(error).__name__)[
-            :MAX_REASON]) from None
+        raise _unsupported(model, config, reason_of(error)) from None
     return whole
 
 

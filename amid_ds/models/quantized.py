@@ -113,20 +113,26 @@ class Quantization:
         As in DeepSeek-V3's 576 rows in blocks of 128, which transformers' operation does not take.
         """
         values, scales = parts["weight"], parts["weight_scale_inv"]
-        block = self._quantizer.quantization_config.weight_block_size
+        block = self._quantizer.quantization_config.weight_block_size or (1, 1)
         rows, columns = values.shape[-2:]
-        if block is None or scales.dim() < 2 or not (rows % block[0] or columns % block[1]):
-            return self._convert(weight, parts)
         missing = (0, -columns % block[1], 0, -rows % block[0])
+        # Scales of other blocks than the config's (packed codes of 4 bits) say themselves of which.
+        if not any(missing) or tuple(scales.shape[-2:]) != (-(-rows // block[0]),
+                                                            -(-columns // block[1])):
+            return self._convert(weight, parts)
         padded = torch.nn.functional.pad(values.view(torch.uint8), missing).view(values.dtype)
         return self._convert(weight, {**parts, "weight": padded})[..., :rows, :columns].contiguous()
 
     def _convert(self, weight: QuantizedWeight, parts: Mapping[str, Tensor]) -> Tensor:
         """`make` by transformers' operation."""
-        # transformers tells experts, which it stacks as it loads, by the names of their parts.
-        each = ("experts." if weight.name.endswith(".weight") and ".experts." in weight.name
-                else "")
-        made = self._operation.convert(
+        operation, each = self._operation, ""
+        if weight.name.endswith(".weight") and ".experts." in weight.name:
+            if _left_out_of_experts(parts):
+                operation = self._dense_operation_for_experts()
+            else:
+                # It tells experts, which it stacks as it loads, by the names of their parts.
+                each = "experts."
+        made = operation.convert(
             {f"{each}{part}": [tensor] if each else tensor for part, tensor in parts.items()},
             full_layer_name=weight.name, model=self._destination, source_patterns=[],
             target_patterns=[])
@@ -134,6 +140,26 @@ class Quantization:
         if each:
             tensor = tensor[0]
         return tensor.to(self._destination.tensor.dtype)
+
+    def _dense_operation_for_experts(self) -> Any:
+        """compressed-tensors' operation for dense layers, with the section of the experts."""
+        from transformers.integrations.compressed_tensors import get_experts_scheme
+
+        scheme = get_experts_scheme(self._quantizer.compressor.quantization_config)
+        return type(self._operation)(self._quantizer, scheme=scheme)
+
+
+def _left_out_of_experts(parts: Mapping[str, Tensor]) -> bool:
+    """True for parts of an expert's weight that transformers' operation for experts leaves out.
+
+    In 5.24 these are compressed-tensors' zero points, second scales (of NVFP4: without them it is
+    wrong by their factor, and does not say so) and scales of blocks.
+    """
+    if {"weight_zero_point", "weight_global_scale"} & parts.keys():
+        return True
+    values, scales = parts.get("weight"), parts.get("weight_scale")
+    return (values is not None and scales is not None
+            and scales.numel() not in (1, values.shape[0]))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,6 @@ def write_weights(model: Any, hollow: Mapping[str, Tensor],
     of one file, in their order.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
-    from safetensors.torch import save_file
     from tqdm import tqdm
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -37,10 +37,23 @@ def write_weights(model: Any, hollow: Mapping[str, Tensor],
                 bar.update()
             # To the names that the model's family has on disk.
             tensors = revert_weight_conversion(model, tensors)
-            save_file(tensors, out / file, metadata={"format": "pt"})
+            save_tensors(tensors, out / file)
             file_of |= dict.fromkeys(tensors, file)
     if split.is_sharded:
         total = sum(parameter.numel() for parameter in model.parameters())
         index = {"metadata": {**split.metadata, "total_parameters": total}, "weight_map": file_of}
         (out / "model.safetensors.index.json").write_text(
             json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file with the permissions of any new file.
+
+    By itself safetensors (0.8) makes one that its owner alone may read.
+    """
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    path.chmod(mode)

@@ -38,12 +38,7 @@ def require_weights(meta: Any, model: str, revision: str | None = None, fetch: b
     whole: the multimodal meta model that `meta` is the language part of; its other parts' tensors
     are not judged.
     """
-    from transformers import logging as transformers_logging
-
-    # From here on: what it reports is in our message, and its advice on generation and padding
-    # does not apply.
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    silence_transformers()
     with readable_weights(model):
         named = named_weights(meta if whole is None else whole)
         table = table or read_weight_table(model, revision, fetch, named)
@@ -94,13 +89,26 @@ def readable_weights(model: str) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except Exception as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = (lines[0] if lines else type(error).__name__)[:MAX_REASON]
-        raise InputError(f"the weights of {model} cannot be read: {reason}",
+        raise InputError(f"the weights of {model} cannot be read: {reason_of(error)}",
                          "safetensors files as save_pretrained writes them, all that the index "
                          "names",
                          "copy or download the model again; weights on the hub need a network, or "
                          "to be in the cache") from None
+
+
+def silence_transformers() -> None:
+    """Keep transformers quiet from here on: what it reports is in our messages, and its advice on
+    generation and padding does not apply."""
+    from transformers import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def reason_of(error: Exception) -> str:
+    """The first line of another library's error, for a message; its class where it has none."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:MAX_REASON]
 
 
 def refuse_other_keys(model: str, report: Mapping[str, Any]) -> None:

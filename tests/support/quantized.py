@@ -46,15 +46,30 @@ def int4_groups(weight: Tensor) -> dict[str, Tensor]:
             "weight_shape": torch.tensor([rows, columns])}
 
 
+def nvfp4(weight: Tensor) -> dict[str, Tensor]:
+    """compressed-tensors' layout of NVFP4: two codes a byte, the FP8 scale of each 16 columns, and
+    one scale, which divides those, of all of them."""
+    groups = weight.float().reshape(weight.shape[0], -1, 16)
+    second = 448 * 6 / weight.float().abs().max().reshape(1)
+    scale = (groups.abs().amax(-1) / 6 * second).to(torch.float8_e4m3fn)
+    codes = fp4_codes(groups / (scale.float() / second)[..., None]).reshape(weight.shape)
+    return {"weight_packed": codes[:, 0::2] + 16 * codes[:, 1::2], "weight_scale": scale,
+            "weight_global_scale": second}
+
+
+def fp4_codes(values: Tensor) -> Tensor:
+    """The codes of the nearest FP4 values, of which 8 is the sign."""
+    nearest = (values.abs()[..., None] - FP4_VALUES).abs().argmin(-1)
+    return (nearest + 8 * (values < 0)).to(torch.uint8)
+
+
 def mxfp4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """gpt-oss' layout of experts [E, in, out]: blocks [E, out, in / 32, 16] of two codes a byte,
     and exponents [E, out, in / 32] with a bias of 127."""
     groups = weight.float().transpose(1, 2).reshape(*weight.transpose(1, 2).shape[:2], -1, 32)
     exponent = torch.floor(torch.log2(groups.abs().amax(-1).clamp(min=2**-20) / 6)) + 1
-    scaled = groups / 2**exponent[..., None]
-    codes = (scaled.abs()[..., None] - FP4_VALUES).abs().argmin(-1) + 8 * (scaled < 0)
-    blocks = (codes[..., 0::2] + 16 * codes[..., 1::2]).to(torch.uint8)
-    return blocks, (exponent + 127).to(torch.uint8)
+    codes = fp4_codes(groups / 2**exponent[..., None])
+    return codes[..., 0::2] + 16 * codes[..., 1::2], (exponent + 127).to(torch.uint8)
 
 
 COMPRESSED = {"quant_method": "compressed-tensors", "quantization_status": "compressed",
@@ -70,6 +85,10 @@ LAYOUTS = {
     "compressed int4": (int4_groups, {**COMPRESSED, "format": "pack-quantized", "config_groups": {
         "all": {"targets": ["Linear"], "weights": {
             "num_bits": 4, "type": "int", "strategy": "group", "group_size": 64,
+            "symmetric": True, "dynamic": False}}}}),
+    "compressed nvfp4": (nvfp4, {**COMPRESSED, "format": "nvfp4-pack-quantized", "config_groups": {
+        "all": {"targets": ["Linear"], "weights": {
+            "num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16,
             "symmetric": True, "dynamic": False}}}}),
     "mxfp4": (None, {"quant_method": "mxfp4", "modules_to_not_convert": []}),
 }
