@@ -138,12 +138,7 @@ def expert_groups(rank: int, size: int, neighbours: int, shard_over: int | None)
     they are no whole groups. Collective: at most three groups are made.
     """
     block = shard_over or size
-    if block % neighbours:
-        raise InputError(
-            f"expert_parallel {neighbours}, and a teacher that lies over {block} rank(s)",
-            "whole groups of neighbours in each copy of the teacher",
-            f"set expert_parallel to a divisor of {block}; or teacher.shard_over to a multiple of "
-            f"{neighbours}; or teacher.placement to zero3")
+    require_whole_groups(neighbours, block)
     first = rank // neighbours * neighbours
     exchange = neighbour_group(range(first, first + neighbours))
     alike = neighbour_group(range(rank % neighbours, size, neighbours))
@@ -152,6 +147,17 @@ def expert_groups(rank: int, size: int, neighbours: int, shard_over: int | None)
     first = rank // block * block
     return ExpertGroups(exchange, alike, neighbour_group(
         range(first + rank % neighbours, first + block, neighbours)))
+
+
+def require_whole_groups(neighbours: int, block: int) -> None:
+    """Raise InputError unless a copy of the teacher over `block` ranks has whole groups of
+    `neighbours` that hold experts together."""
+    if block % neighbours:
+        raise InputError(
+            f"expert_parallel {neighbours}, and a teacher that lies over {block} rank(s)",
+            "whole groups of neighbours in each copy of the teacher",
+            f"set expert_parallel to a divisor of {block}; or teacher.shard_over to a multiple of "
+            f"{neighbours}; or teacher.placement to zero3")
 
 
 def neighbour_group(ranks: Iterable[int]) -> ProcessGroup:

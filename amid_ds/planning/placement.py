@@ -133,7 +133,8 @@ def _placements(setting: Setting) -> Iterator[Placement]:
     recipe, data_parallel = setting.recipe, setting.data_parallel
     yield Placement("zero3", data_parallel)
     over = ranks_of_shard(recipe, data_parallel, setting.ranks_per_node)
-    regular = data_parallel % over == 0 and setting.ranks % setting.nodes == 0
+    regular = (data_parallel % over == 0 and setting.ranks % setting.nodes == 0
+               and over % recipe.expert_parallel == 0)
     if (setting.zero.stage == 3 and regular and over < data_parallel
             and over * setting.tensor_parallel > 1):
         yield Placement("node", over)

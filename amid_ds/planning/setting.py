@@ -11,7 +11,7 @@ import torch
 
 from amid_ds.config.recipe import MeanTeacher, Recipe, Teacher, bounding_values
 from amid_ds.data import TargetFolder
-from amid_ds.distributed.nodes import require_divisor
+from amid_ds.distributed.nodes import require_divisor, require_whole_groups
 from amid_ds.engine.ds_config import (
     DeepSpeedConfig,
     accumulation_steps,
@@ -24,6 +24,7 @@ from amid_ds.engine.ds_config import (
     uses_bf16,
     zero_stage,
 )
+from amid_ds.engine.expert_parallel import require_expert_parallel
 from amid_ds.models import loading
 from amid_ds.planning.devices import Device
 from amid_ds.planning.model_costs import (
@@ -171,7 +172,7 @@ class Setting:
     def ahead(self) -> int:
         """Passes of the student's body in a step that count its routers' choices in advance."""
         micro_batches = self.teacher_micro_batches
-        return micro_batches if self.student.routes_ahead and micro_batches > 1 else 0
+        return micro_batches if self.student.router_bytes and micro_batches > 1 else 0
 
     @property
     def activation_bytes(self) -> tuple[int, int]:
@@ -179,7 +180,7 @@ class Setting:
         if self.recipe.student.activation_checkpointing:
             return (self.student.checkpointed_bytes(self.tokens),
                     self.student.body.largest_layer_bytes)
-        return self.student.body.saved_bytes, 0
+        return self.student.kept_bytes(self.tokens), 0
 
     @property
     def on_cpu(self) -> bool:
@@ -230,6 +231,13 @@ def make_setting(recipe: Recipe, ranks: int, device: Device, nodes: int = 1) -> 
     if recipe.live_teacher is not None and recipe.live_teacher.shard_over is not None:
         require_divisor(recipe.live_teacher.shard_over, data_parallel)
     placement = _given_placement(recipe, data_parallel, -(-ranks // nodes))
+    if recipe.expert_parallel > 1:
+        models = {"student": resolve_student(recipe), **frozen_models(recipe)}
+        require_expert_parallel(recipe, ds_config, data_parallel, {
+            f"{name} {model.model}": loading.supported_model(model.model, **model.hub_kwargs)
+            for name, model in models.items()})
+        if placement.name == "node":
+            require_whole_groups(recipe.expert_parallel, placement.shard_over)
     frozen = _count_frozen(recipe, placement, zero)
     return Setting(
         recipe=recipe,
