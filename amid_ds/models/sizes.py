@@ -33,12 +33,15 @@ INTERMEDIATE_TENSORS = 4
 EXPERT_HIDDEN_TENSORS = 4
 # The width of an MLP over that of the residual stream, where a config does not name it (GPT-2).
 DEFAULT_MLP_RATIO = 4
-# Eager attention holds a token's scores with every other, and their softmax; a sparse indexer its
-# own, in fp32, before and after it cuts them.
-EAGER_SCORE_TENSORS = 2
+# Eager attention holds a token's scores with every other: before and after the mask, their softmax
+# in fp32, and that in the model's dtype; so does torch's on a CPU where keys and values differ in
+# width (latent attention), which the share leaves room for. A sparse indexer holds its own, in
+# fp32, before and after it cuts them.
+EAGER_SCORE_TENSORS = 6
 INDEXER_SCORE_TENSORS = 3
-# What configs call an expert's width (that of an MLP where none is named), the experts of a layer,
-# and the width of those that every token passes.
+# What configs call the width of an MLP, that of an expert (an MLP's where none is named), the
+# experts of a layer, and the width of those that every token passes.
+MLP_WIDTH_NAMES = ("intermediate_size", "intermediate_size_mlp", "ffn_dim", "n_inner")
 EXPERT_WIDTH_NAMES = ("moe_intermediate_size",)
 EXPERT_COUNT_NAMES = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 # Of a head of latent attention: without positions, and with them.
@@ -60,7 +63,7 @@ def intermediate_size(config: Any, hidden_size: int) -> int:
 
     Of a model with dense layers and experts, that of the dense ones.
     """
-    named = max((value for name in ("intermediate_size", "intermediate_size_mlp", "ffn_dim")
+    named = max((value for name in MLP_WIDTH_NAMES
                  if isinstance(value := getattr(config, name, None), int)), default=0)
     return named or DEFAULT_MLP_RATIO * hidden_size
 
@@ -95,11 +98,19 @@ def _layer_bytes(model: nn.Module, element_size: int, seq_length: int) -> int:
                      sum(_first(config, (name,), 0) for name in LATENT_WIDTH_NAMES))
     elements = (HIDDEN_TENSORS * width + HEADS_TENSORS * max(width, heads * head_width)
                 + INTERMEDIATE_TENSORS * active_intermediate_size(model)
-                + EXPERT_HIDDEN_TENSORS * _experts_per_token(model) * width)
-    if config._attn_implementation == "eager":
-        elements += EAGER_SCORE_TENSORS * heads * seq_length
+                + EXPERT_HIDDEN_TENSORS * _experts_per_token(model) * width
+                + score_elements(model, seq_length))
     of_indexer = INDEXER_SCORE_TENSORS * _first(config, ("index_n_heads",), 0) * seq_length
     return elements * element_size + max(_scan_elements(model), of_indexer) * SCAN_BYTES
+
+
+def score_elements(model: nn.Module, seq_length: int) -> int:
+    """Elements per token of the scores that eager attention holds at once; 0 where a kernel does
+    the attention."""
+    config = text_config(model)
+    if config._attn_implementation != "eager":
+        return 0
+    return EAGER_SCORE_TENSORS * _first(config, ("num_attention_heads",), 0) * seq_length
 
 
 def _hidden_size(model: nn.Module) -> int:

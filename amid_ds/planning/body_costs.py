@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.shape import body_of, layers_of
-from amid_ds.planning.stand_ins import Ledger, has_scans, stand_ins
+from amid_ds.planning.stand_ins import Ledger, Replaced, attends_eagerly, has_scans, stand_ins
 
 # Layers of a kind that are run; the first may keep what all share.
 RUN_OF_A_KIND = 2
@@ -62,12 +62,14 @@ def count_body(meta: Any, rows: int, length: int, fused: bool = True, backward: 
                every_layer: bool = False) -> BodyCosts:
     """The costs of a body on the meta device for [rows, length] tokens.
 
-    fused: scans keep what kernels keep, not what transformers' own code does. backward: count it.
-    every_layer: run them all. Raises the model's own error where its shapes depend on numbers.
+    fused: scans keep what kernels keep, not what transformers' own code does. Attention keeps what
+    a kernel does, unless the model's is eager. backward: count it. every_layer: run them all.
+    Raises the model's own error where its shapes depend on numbers.
     """
-    whole, layers = _run(meta, rows, length, True, backward, every_layer)
-    if not fused and has_scans(meta):
-        own, layers = _run(meta, rows, length, False, False, every_layer)
+    whole, layers = _run(meta, rows, length, Replaced(), backward, every_layer)
+    kernels = Replaced(attention=not attends_eagerly(meta), scans=fused or not has_scans(meta))
+    if not all(kernels):
+        own, layers = _run(meta, rows, length, kernels, False, every_layer)
         whole = whole._replace(saved_bytes=own.saved_bytes)
     kept = [each.saved_bytes for each in layers]
     flops = whole.flops - whole.idle_flops
@@ -78,13 +80,13 @@ def count_body(meta: Any, rows: int, length: int, fused: bool = True, backward: 
                      whole.idle_flops)
 
 
-def _run(meta: Any, rows: int, length: int, fused: bool, backward: bool,
+def _run(meta: Any, rows: int, length: int, replaced: Replaced, backward: bool,
          every_layer: bool) -> tuple[Costs, list[Costs]]:
     """The costs of the body, and of each layer."""
     body: Any = body_of(meta)
     ledger = Ledger()
     meter = _Meter(meta, ledger, every_layer)
-    with (stand_ins(meta, ledger, fused), meter.metered(rows * length), meter.counter,
+    with (stand_ins(meta, ledger, replaced), meter.metered(rows * length), meter.counter,
             torch.autograd.graph.saved_tensors_hooks(meter.keep, _unpacked)):
         ids = torch.zeros(rows, length, dtype=torch.long, device="meta")
         states = body(input_ids=ids, use_cache=False).last_hidden_state

@@ -157,7 +157,7 @@ def estimate_plan(recipe: Recipe, nodes: int, ranks: int, device: Device,
         checkpoint_bytes=weights * weight_bytes + moment_bytes(setting.zero, weights,
                                                                student.muon.total),
         activations={
-            "without_checkpointing": student.body.saved_bytes,
+            "without_checkpointing": student.kept_bytes(setting.tokens),
             "with_checkpointing": (student.checkpointed_bytes(setting.tokens)
                                    + student.body.largest_layer_bytes)},
         fits=fits(setting, memory))

@@ -224,6 +224,7 @@ def teacher_passes(setting: Setting, teacher: ModelCosts) -> int:
 
 def _teacher_activation_bytes(setting: Setting, teacher: ModelCosts) -> int:
     """Bytes at the peak of one forward call of the teacher. Nothing is kept for backward."""
-    elements = (TEACHER_HIDDEN_TENSORS * teacher.hidden_size
-                + TEACHER_INTERMEDIATE_TENSORS * teacher.intermediate_size)
-    return _teacher_pass_tokens(setting, teacher) * elements * teacher.element_size
+    of_block = max(TEACHER_INTERMEDIATE_TENSORS * teacher.intermediate_size * teacher.element_size,
+                   teacher.score_bytes_per_teacher_token)
+    per_token = TEACHER_HIDDEN_TENSORS * teacher.hidden_size * teacher.element_size + of_block
+    return _teacher_pass_tokens(setting, teacher) * per_token

@@ -19,9 +19,13 @@ from amid_ds.models import loading
 from amid_ds.models.adapters import is_adapted, is_adapter
 from amid_ds.models.experts import ExpertLayer, expert_layers
 from amid_ds.models.fit import require_positions
-from amid_ds.models.router_loss import router_weights
+from amid_ds.models.router_loss import kept_bytes_per_token, router_weights
 from amid_ds.models.shape import body_of, embedding_of, head_module, layers_of
-from amid_ds.models.sizes import active_intermediate_size, teacher_bytes_per_token
+from amid_ds.models.sizes import (
+    active_intermediate_size,
+    score_elements,
+    teacher_bytes_per_token,
+)
 from amid_ds.models.tensor_parallel import (
     WholePart,
     shrink_to_tp_rank,
@@ -116,9 +120,9 @@ class ModelCosts:
     # experts of one layer have, which ZeRO-3 gathers together.
     active: int
     expert_gather: int
-    # A student's routers have a loss, so with several micro-batches the body runs over them once
-    # more, before.
-    routes_ahead: bool
+    # Bytes per token that the losses of a student's routers keep for backward. Where there are
+    # some, the body runs over several micro-batches once more, before.
+    router_bytes: int
     # Of each token, rows of the hidden size that expert parallelism brings to this rank, through
     # all layers of experts one way.
     exchanged_rows: float
@@ -129,12 +133,17 @@ class ModelCosts:
     tp_backward_width: int
     # What of the layers each of its ranks holds, and computes, whole.
     whole_parts: tuple[WholePart, ...]
-    # By models/sizes.py; 0 for a student.
+    # By models/sizes.py; 0 for a student. And of them the scores of eager attention.
     bytes_per_teacher_token: int
+    score_bytes_per_teacher_token: int
+
+    def kept_bytes(self, tokens: int) -> int:
+        """Bytes kept for backward of the body and of its routers' losses."""
+        return self.body.saved_bytes + tokens * self.router_bytes
 
     def checkpointed_bytes(self, tokens: int) -> int:
-        """Bytes kept for backward when layers are recomputed: their inputs, and all outside."""
-        outside = self.body.saved_bytes - self.body.layers_bytes
+        """The same when layers are recomputed: their inputs, and all outside."""
+        outside = self.kept_bytes(tokens) - self.body.layers_bytes
         return outside + self.layers * tokens * self.hidden_size * self.element_size
 
 
@@ -150,7 +159,7 @@ def summed_costs(models: Mapping[str, ModelCosts]) -> ModelCosts | None:
     added = ("hidden_size", "layers", "embedding", "tied_embedding", "head", "untied_head",
              "active", "exchanged_rows", "tp_forward_width", "tp_backward_width")
     largest = ("element_size", "intermediate_size", "largest_gather", "expert_gather",
-               "bytes_per_teacher_token")
+               "bytes_per_teacher_token", "score_bytes_per_teacher_token")
     return replace(
         costs[0], weights=weights, stored=weights, stored_size=stored / weights.total,
         logit_size=FP32_LOGIT_BYTES,
@@ -193,7 +202,8 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
     meta: Any = loading.supported_model(model.model, **model.hub_kwargs)
     if isinstance(model, Student):
         choose_trained(meta, model)
-    meta.to(dtype)
+    # Some make parameters by functions that know no default device (DiffLlama).
+    meta.to("meta", dtype)
     require_positions(meta, f"the model {model.model}", recipe.train.seq_length)
     tp = recipe.tensor_parallel
     counts = _counts_by_use(meta, isinstance(model, Student), recipe, whole)
@@ -234,16 +244,18 @@ def _count_model(model: Student | Teacher, dtype: torch.dtype, recipe: Recipe,
         active=active,
         expert_gather=max((sum(p.numel() for p in meta.get_submodule(layer.name).parameters())
                            for layer in of_experts), default=0) // ep,
-        routes_ahead=(isinstance(model, Student)
-                      and any(router_weights(meta, of_experts, model.router_aux_loss))),
+        router_bytes=(kept_bytes_per_token(of_experts, router_weights(
+                          meta, of_experts, model.router_aux_loss))
+                      if isinstance(model, Student) else 0),
         exchanged_rows=sum(_remote_ranks(layer, ep) for layer in of_experts),
         has_fused_scans=fused and has_scans(meta),
         tp_forward_width=forward_width,
         tp_backward_width=backward_width,
         whole_parts=left_whole,
-        bytes_per_teacher_token=(teacher_bytes_per_token([meta], element_size,
-                                                         recipe.train.seq_length)
-                                 if isinstance(model, Teacher) else 0))
+        bytes_per_teacher_token=0 if isinstance(model, Student) else teacher_bytes_per_token(
+            [meta], element_size, recipe.train.seq_length),
+        score_bytes_per_teacher_token=0 if isinstance(model, Student) else (
+            score_elements(meta, recipe.train.seq_length) * element_size))
 
 
 def _counted_body(meta: nn.Module, model: Student | Teacher, recipe: Recipe, fused: bool

@@ -172,7 +172,7 @@ class Setting:
     def ahead(self) -> int:
         """Passes of the student's body in a step that count its routers' choices in advance."""
         micro_batches = self.teacher_micro_batches
-        return micro_batches if self.student.routes_ahead and micro_batches > 1 else 0
+        return micro_batches if self.student.router_bytes and micro_batches > 1 else 0
 
     @property
     def activation_bytes(self) -> tuple[int, int]:
@@ -180,7 +180,7 @@ class Setting:
         if self.recipe.student.activation_checkpointing:
             return (self.student.checkpointed_bytes(self.tokens),
                     self.student.body.largest_layer_bytes)
-        return self.student.body.saved_bytes, 0
+        return self.student.kept_bytes(self.tokens), 0
 
     @property
     def on_cpu(self) -> bool:

@@ -7,9 +7,10 @@ backward, and keeps for backward the tensors that the fused kernel keeps.
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -43,26 +44,39 @@ class Ledger:
         self.flops += flops
 
 
-@contextlib.contextmanager
-def stand_ins(meta: Any, ledger: Ledger, fused: bool) -> Iterator[None]:
-    """A context in which attention, experts and scans of `meta` are counted and not computed.
+class Replaced(NamedTuple):
+    """What stand-ins replace; of what they do not, transformers' own code runs, and what it does is
+    not noted in the ledger."""
 
-    fused: scans keep what their kernels keep; False: transformers' own code of them runs, and what
-    it does is not noted in the ledger.
-    """
+    attention: bool = True
+    scans: bool = True
+
+
+@contextlib.contextmanager
+def stand_ins(meta: Any, ledger: Ledger, replaced: Replaced) -> Iterator[None]:
+    """A context in which experts of `meta`, and what is to be replaced, are counted and not
+    computed."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 
-    AttentionInterface.register(ATTENTION_NAME, _Attention(ledger))
+    attention = _Attention(ledger)
+    AttentionInterface.register(ATTENTION_NAME, attention if replaced.attention else
+                                functools.partial(_attend_eagerly, attention))
     AttentionMaskInterface.register(ATTENTION_NAME, _make_mask)
     config = meta.config
     before = config._attn_implementation, config._experts_implementation
     config._attn_implementation, config._experts_implementation = ATTENTION_NAME, EXPERTS_NAME
     try:
-        with _Products(ledger), _scans(meta, ledger) if fused else contextlib.nullcontext():
+        with (_Products(ledger),
+              _scans(meta, ledger) if replaced.scans else contextlib.nullcontext()):
             yield
     finally:
         config._attn_implementation, config._experts_implementation = before
+
+
+def attends_eagerly(model: Any) -> bool:
+    """True where no kernel does the model's attention: every score is kept for backward."""
+    return bool(model.config._attn_implementation == "eager")
 
 
 def has_scans(model: nn.Module) -> bool:
@@ -124,6 +138,12 @@ class _Attention:
         flops = 2 * rows * heads * pairs * (width + value.shape[-1])
         return _fused(self.ledger, flops, (rows, length, heads, value.shape[-1]),
                       [query, key, value]), None
+
+
+def _attend_eagerly(stand_in: _Attention, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The eager attention of the module's own file, where there is one."""
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", stand_in)
+    return own(module, *args, **kwargs)
 
 
 def window_pairs(length: int, window: int | None) -> float:

@@ -92,11 +92,12 @@ EVERY: dict[str, Family] = {
     "cohere2": Family("Cohere 2", "dense", dict(**MIXED, logit_scale=0.5)),
     "smollm3": Family("SmolLM3", "dense", dict(no_rope_layers=[1, 0])),
     "glm4": Family("GLM-4", "dense", dict(head_dim=8)),
-    "gpt2": Family("GPT-2", "dense", dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
+    "gpt2": Family("GPT-2", "dense", dict(
+        intermediate_size=None, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)),
     "gpt_neox": Family("GPT-NeoX", "dense"),
     "opt": Family("OPT", "dense", dict(ffn_dim=64, dropout=0.0, word_embed_proj_dim=16),
                   notes="embeddings narrower than the body"),
-    "bloom": Family("BLOOM", "dense", notes="ALiBi"),
+    "bloom": Family("BLOOM", "dense", dict(intermediate_size=None), notes="ALiBi"),
     "mixtral": Family("Mixtral", "mixture", dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": Family("Qwen3-MoE", "mixture", dict(
         **EXPERTS, head_dim=8, num_hidden_layers=3, mlp_only_layers=[0], norm_topk_prob=True)),
