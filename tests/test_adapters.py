@@ -356,9 +356,9 @@ def test_a_plan_has_no_weight_gradients_of_the_base_and_lora_is_a_remedy(
     first = 3 * (1024 * 1024 + 16 * 1024)
     assert part.flops_per_step["student"] == pytest.approx(2048 * (
         2 * (2 * body + 2 * head) + 3 * 2 * adapters + 3 * attention - 2 * first), rel=1e-3)
-    base = whole.parameters["trained"]
-    assert part.parameters == {"trained": adapters, "frozen": base,
-                               "held": base + adapters, "active": base + adapters}
+    frozen = whole.parameters["trained"]
+    assert part.parameters == {"trained": adapters, "frozen": frozen,
+                               **dict.fromkeys(("held", "active"), adapters + frozen)}
     assert part.checkpoint_bytes == adapters * 14
     # bf16 weights, fp32 masters and moments; gradients as before.
     assert part.memory_per_rank["optimizer"] == 12 * adapters

@@ -232,7 +232,7 @@ def reading_rank(folder: str, argv: list[str], variables: dict[str, str], log: s
     def noted_fill(reader: Any, reads: Any) -> None:
         fill(reader, reads)
         with open(notes, "a") as file:
-            file.write(f"{reader._table.model}\n")
+            file.write(f"{reader.table.model}\n")
 
     def noted_load(model: str, *arguments: Any, **options: Any) -> Any:
         with open(notes, "a") as file:

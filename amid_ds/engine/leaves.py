@@ -74,8 +74,11 @@ def reads_registered(module: nn.Module) -> Iterator[None]:
     ranks must run the same forwards. module: the engine's, at ZeRO stage 3. Embeddings and heads
     are left out: the checks ask for them by name, and the engine would gather them all the time.
     """
+    # A list of whole models, as a delta's, is no stack of layers.
     owned: list[Any] = [each._parameters for stack in module.modules()
-                        if isinstance(stack, nn.ModuleList) for each in stack.modules()]
+                        if isinstance(stack, nn.ModuleList)
+                        and not any(hasattr(part, "get_output_embeddings") for part in stack)
+                        for each in stack.modules()]
     for parameters in owned:
         parameters._in_forward = True
     try:
