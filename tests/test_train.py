@@ -174,7 +174,7 @@ def test_without_a_teacher_it_is_plain_training_with_cross_entropy(llama_pair, t
     assert first["ce_loss"] == pytest.approx(first["loss"], rel=1e-6) and first["kd_loss"] is None
     metered = {key for key in first if key.startswith(("time/", "perf/", "memory/"))}
     named = {"step", "tokens", "loss", "kd_loss", "ce_loss", "grad_norm", "learning_rate", "alpha",
-             "lam", "tokens_per_second", "padding", "data_wait"}
+             "lam", "tokens_per_second", "padding", "data_wait", "router_aux_loss"}
     assert set(first) - metered == named
     assert 0 <= first["data_wait"] <= 1
     assert first["padding"] == pytest.approx(rows.padding / rows.input_ids.numel())
