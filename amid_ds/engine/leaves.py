@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from amid_ds.engine.ds_config import DeepSpeedConfig
 from amid_ds.engine.gather import full_numel, full_shape
+from amid_ds.models.delta import DeltaTeacher
 from amid_ds.models.experts import expert_layers
 from amid_ds.models.weight_reads import expert_blocks, outside_reads
 
@@ -74,10 +75,11 @@ def reads_registered(module: nn.Module) -> Iterator[None]:
     ranks must run the same forwards. module: the engine's, at ZeRO stage 3. Embeddings and heads
     are left out: the checks ask for them by name, and the engine would gather them all the time.
     """
-    # A list of whole models, as a delta's, is no stack of layers.
+    # A delta's list is one of whole models, and no stack of layers.
+    deltas = [each.parts for each in module.modules() if isinstance(each, DeltaTeacher)]
     owned: list[Any] = [each._parameters for stack in module.modules()
                         if isinstance(stack, nn.ModuleList)
-                        and not any(hasattr(part, "get_output_embeddings") for part in stack)
+                        and not any(stack is each for each in deltas)
                         for each in stack.modules()]
     for parameters in owned:
         parameters._in_forward = True
