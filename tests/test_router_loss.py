@@ -190,12 +190,13 @@ def uneven_rows(vocabulary: int) -> list[TokenRow]:
                      "a row") for length in (9, 4, 12, 7)]
 
 
-def parts_of_losses(model: nn.Module, weights: RouterWeights, size: int,
-                    ahead: bool) -> tuple[Tensor, Tensor]:
-    """(the weighted losses, the two by themselves) of uneven_rows in micro-batches of `size`."""
+def parts_of_losses(model: nn.Module, weights: RouterWeights, size: int, ahead: bool,
+                    rows: list[TokenRow] | None = None) -> tuple[Tensor, Tensor]:
+    """(the weighted losses, the two by themselves) of uneven_rows, or others, in micro-batches of
+    `size`."""
     routers = Routers(expert_layers(model), weights, lambda own: own)
     routers.start_step(False)
-    rows = uneven_rows(model.config.vocab_size)
+    rows = rows or uneven_rows(model.config.vocab_size)
     batches = [collate_rows(rows[i:i + size], []) for i in range(0, len(rows), size)]
     if ahead:
         routers.count_ahead(model, batches)
@@ -219,6 +220,16 @@ def test_the_last_token_of_a_document_that_shares_a_row_is_no_input():
                      zip(uneven_rows(9), ([3, 4], []), strict=False))
     assert real_tokens(collate_rows([first, second], [])).tolist() == [
         1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]
+
+
+def test_how_documents_share_rows_changes_nothing():
+    model, weights = tiny_model("mixtral"), RouterWeights(WEIGHT, 0.5)
+    first, second, third, fourth = rows = uneven_rows(model.config.vocab_size)
+    packed = [third, first._replace(
+        tokens=np.concatenate([each.tokens for each in (first, second, fourth)]),
+        doc_starts=np.array([10, 15], np.int32))]
+    apart, together = (parts_of_losses(model, weights, 2, True, own) for own in (rows, packed))
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=0.0)
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
