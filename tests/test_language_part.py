@@ -135,9 +135,14 @@ def test_into_puts_the_run_into_a_copy_of_its_folder_and_leaves_every_other_byte
     (original / "preprocessor_config.json").write_text('{"any": 1}')
     (original / "more").mkdir()
     (original / "more" / "note.bin").write_bytes(bytes(range(256)))
+    # As where models lie that all may read.
+    for folder in (original / "more", original):
+        folder.chmod(0o555)
     assert main(["export", str(run), str(tmp_path / "out"), "--into", str(original)]) == 0
     assert_only_language_differs(tmp_path / "out", original,
                                  lambda name: "language_model" in name or "lm_head" in name)
+    assert all(entry.stat().st_mode & 0o200
+               for entry in (tmp_path / "out", *(tmp_path / "out").rglob("*")))
     whole = AutoModelForImageTextToText.from_pretrained(tmp_path / "out").eval()
     assert type(whole) is Gemma3ForConditionalGeneration
     assert whole.lm_head.weight is whole.get_input_embeddings().weight
@@ -162,6 +167,11 @@ def test_into_refuses_what_the_student_did_not_come_from(run, pair, tmp_path, ca
         message = capsys.readouterr().err
         assert named in message and "Traceback" not in message
         assert not (tmp_path / "out").exists()
+    argv = ["export", str(run), "--into", str(pair[0])]
+    for more, named in (([str(tmp_path / "out"), "--merge"], "has no adapters"),
+                        ([str(run / "checkpoints" / "out")], "is inside")):
+        assert main([*argv, *more]) == 2
+        assert named in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -51,6 +51,18 @@ def export(source: str | Path, out: str | Path, dtype: str | None = None,
     whole model, the adapters added to its weights. Raises InputError where there is no good
     checkpoint, or no adapter to merge, where `out` is in use, or where the disk has no room.
     """
+    checkpoint, recipe = checkpoint_for(source, out, step, merge)
+    write_export(checkpoint, recipe.trusting(trust_remote_code), Path(out), dtype, new_folder,
+                 whole=merge)
+    return Path(out)
+
+
+def checkpoint_for(source: str | Path, out: str | Path, step: int | None, merge: bool
+                   ) -> tuple[Path, Recipe]:
+    """`find_checkpoint` for an export to the folder `out`, with adapters merged or as they are.
+
+    Raises InputError where there is none, none to merge, or where `out` is no place for it.
+    """
     require_new_folder(out, "the output")
     checkpoint, recipe = find_checkpoint(Path(source), step)
     if merge and recipe.student.lora is None:
@@ -59,9 +71,7 @@ def export(source: str | Path, out: str | Path, dtype: str | None = None,
     if checkpoint.parent.resolve() in Path(out).resolve().parents:
         raise InputError(f"the output {out} is inside {checkpoint.parent}",
                          "a folder apart from the run's checkpoints", "choose another folder")
-    write_export(checkpoint, recipe.trusting(trust_remote_code), Path(out), dtype, new_folder,
-                 whole=merge)
-    return Path(out)
+    return checkpoint, recipe
 
 
 def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None = None,

@@ -15,12 +15,12 @@ from typing import Any, NoReturn
 import torch
 from tqdm import tqdm
 
-from amid_ds.checkpoint.export import find_checkpoint
+from amid_ds.checkpoint.export import checkpoint_for
 from amid_ds.checkpoint.whole_student import WholeStudent
 from amid_ds.config.recipe import Recipe
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import require_disk_space
-from amid_ds.files.ownership import new_folder, require_new_folder
+from amid_ds.files.ownership import new_folder
 from amid_ds.losses.host_memory import freed_memory_given_back
 from amid_ds.models.language_part import is_multimodal
 from amid_ds.models.loading import meta_model, open_weights, stored_config, supported_model
@@ -45,7 +45,7 @@ def export_into(source: str | Path, out: str | Path, original: str | Path, step:
     needs it. Takes the memory of one weight, and of FILE_BYTES of the checkpoint's pages. Raises
     InputError where the original is not what the student is a part of, or as `export` does.
     """
-    require_new_folder(out, "the output")
+    checkpoint, recipe = checkpoint_for(source, out, step, merge)
     original, out = Path(original), Path(out)
     if not (original / "config.json").is_file():
         raise InputError(f"--into {original}, which is no model's folder",
@@ -54,7 +54,6 @@ def export_into(source: str | Path, out: str | Path, original: str | Path, step:
     if original.resolve() in (out.resolve(), *out.resolve().parents):
         raise InputError(f"the output {out} is inside {original}", "a folder apart from it",
                          "choose another folder")
-    checkpoint, recipe = find_checkpoint(Path(source), step)
     if recipe.student.lora is not None and not merge:
         raise InputError(f"--into, and {source} has adapters: its student has student.lora",
                          "weights, into which the adapters are merged", "add --merge")
@@ -69,9 +68,10 @@ def export_into(source: str | Path, out: str | Path, original: str | Path, step:
             _copy(original, staging)
             put_weights(weights, model, reader, staging)
     except OSError as error:
-        raise InputError(f"the export to {out} could not be written: {error}",
-                         "a folder that can be written, with room",
-                         "make room there, or choose a folder elsewhere") from None
+        raise InputError(f"the copy of {original} to {out} could not be made: {error}",
+                         "files there that can all be read, and a folder that can be written, with "
+                         "room", "mend or take out what cannot be read; make room, or choose a "
+                         "folder elsewhere") from None
     return out
 
 
