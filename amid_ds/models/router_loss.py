@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 # What configs call the weight of the load-balancing loss in transformers; DBRX's is in a part.
 BALANCE_NAMES = ("router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight")
 Z_NAMES = ("router_z_loss_coef", "z_loss_coef")
-FP32_BYTES = 4
+PROBABILITY_BYTES = 4
 # How far the sum of recorded probabilities may be from 1.
 NORMALIZED_TO = 1e-2
 
@@ -68,7 +68,7 @@ def kept_bytes_per_token(layers: Sequence[ExpertLayer], weights: RouterWeights) 
     """Bytes per token that the losses keep for backward: in fp32 the probabilities of every router,
     and for a z-loss its logits."""
     width = sum(layer.experts for layer in layers if layer.logits is not None)
-    return FP32_BYTES * width * (any(weights) + bool(weights.z))
+    return PROBABILITY_BYTES * width * (any(weights) + bool(weights.z))
 
 
 def log_router_weights(model: nn.Module, layers: Sequence[ExpertLayer], weights: RouterWeights,
