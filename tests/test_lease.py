@@ -246,7 +246,7 @@ def test_a_second_start_is_refused_and_a_killed_run_goes_on_at_once(llama_pair, 
     recipe = write_recipe(tmp_path / "r.yaml", llama_pair[0], None, text_file, run,
                           train__steps=100_000, checkpoint__every=2)
     first = Ranks(2, "train", recipe)
-    first.wait_until(lambda: count_steps(run) >= 3)
+    first.wait_until((run / "checkpoints" / "latest").is_file)
     second = Ranks(1, "train", recipe)
     assert second.wait() == [2]
     assert "is in use by process" in second.output() and "Traceback" not in second.output()
