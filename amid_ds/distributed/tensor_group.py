@@ -12,6 +12,7 @@ in and out:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,8 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+Exchange = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,19 +41,19 @@ class Peers:
 
     def enter(self, whole: Tensor) -> Tensor:
         """`whole`, on its way into a part; its gradient is summed over the group."""
-        return _Enter.apply(whole, self)
+        return _Exchange.apply(whole, _as_it_is, self.add)
 
     def total(self, partial: Tensor) -> Tensor:
         """The sum of the ranks' parts."""
-        return _Total.apply(partial, self)
+        return _Exchange.apply(partial, self.add, _as_it_is)
 
     def joined(self, part: Tensor) -> Tensor:
         """The ranks' parts of the last dimension, side by side."""
-        return _Joined.apply(part, self)
+        return _Exchange.apply(part, self.join, self.part)
 
     def own(self, whole: Tensor) -> Tensor:
         """This rank's part of the last dimension, which the number of ranks divides."""
-        return _Own.apply(whole, self)
+        return _Exchange.apply(whole, self.part, self.join)
 
     def add(self, partial: Tensor) -> Tensor:
         """The sum of the ranks' parts, without a gradient; `partial` is not changed."""
@@ -78,44 +81,18 @@ class Peers:
         return whole.narrow(-1, self.rank * size, size).contiguous()
 
 
-class _Enter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor, peers: Peers) -> Tensor:
-        ctx.peers = peers
-        return whole.view_as(whole)
+class _Exchange(torch.autograd.Function):
+    """`there` of a tensor, and `back` of its gradient."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.peers.add(gradient), None
-
-
-class _Total(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, partial: Tensor, peers: Peers) -> Tensor:
-        return peers.add(partial)
+    def forward(ctx: Any, given: Tensor, there: Exchange, back: Exchange) -> Tensor:
+        ctx.back = back
+        return there(given)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(gradient), None, None
 
 
-class _Joined(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, peers: Peers) -> Tensor:
-        ctx.peers = peers
-        return peers.join(part)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.peers.part(gradient), None
-
-
-class _Own(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, whole: Tensor, peers: Peers) -> Tensor:
-        ctx.peers = peers
-        return peers.part(whole)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return ctx.peers.join(gradient), None
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor.view_as(tensor)

@@ -241,7 +241,7 @@ class _Planned:
         self._require_divides(name, layer.out_features if by_rows else layer.in_features, cut)
         # Of an adapter the factor that is split as the layer is: B by rows, or A by columns.
         factor = f".{'lora_B' if by_rows else 'lora_A'}.{ADAPTER_NAME}"
-        for part in (("", )if not is_adapted(module) else (".base_layer", factor)):
+        for part in ("",) if not is_adapted(module) else (".base_layer", factor):
             made.roles[name + part] = role
             made.cuts[f"{name}{part}.weight"] = cut
         if by_rows and layer.bias is not None:

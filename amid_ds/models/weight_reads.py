@@ -165,22 +165,17 @@ class _ChainFinder(ast.NodeVisitor):
         if chain and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
             self.names[node.targets[0].id] = chain
 
-    def visit_Attribute(self, node: ast.Attribute) -> None:
-        """Collect the chain, and not its parts."""
+    def visit_Attribute(self, node: ast.Attribute | ast.Subscript) -> None:
+        """Collect the chain, and not its parts, but for what is in its last brackets."""
         chain = self._chain(node)
         if chain is None:
             self.generic_visit(node)
-        else:
-            self.chains.add(chain)
-
-    def visit_Subscript(self, node: ast.Subscript) -> None:
-        """Collect the chain, and what is in the brackets."""
-        chain = self._chain(node)
-        if chain is None:
-            self.generic_visit(node)
-        else:
-            self.chains.add(chain)
+            return
+        self.chains.add(chain)
+        if isinstance(node, ast.Subscript):
             self.visit(node.slice)
+
+    visit_Subscript = visit_Attribute
 
     def _chain(self, node: ast.AST) -> tuple[str, ...] | None:
         """`self.a[i].b` as (a, [], b); None where it does not begin at a name that is known."""
