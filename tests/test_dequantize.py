@@ -17,7 +17,7 @@ from support.models import WORDS, make_tokenizer
 from support.quantized import FP4_VALUES, LAYOUTS, quantize
 
 from amid_ds.cli import main
-from amid_ds.models import dequantize
+from amid_ds.models import dequantize, weight_writer
 
 SIZES = dict(vocab_size=len(WORDS) + 3, hidden_size=256, intermediate_size=256,
              num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=64,
@@ -189,7 +189,7 @@ def test_blocks_may_end_outside_of_a_matrix(quantized, tmp_path):
 def test_a_killed_command_goes_on_with_the_files_that_it_had_finished(
         quantized, tmp_path, monkeypatch, capsys):
     source, out = quantized("qwen3", "fp8", per_file=9), tmp_path / "out"
-    monkeypatch.setattr(dequantize, "FILE_BYTES", 300_000)
+    monkeypatch.setattr(weight_writer, "FILE_BYTES", 300_000)
     needed: list[int] = []
     monkeypatch.setattr(dequantize, "require_disk_space",
                         lambda folder, size, *_: needed.append(size))
@@ -235,7 +235,7 @@ def test_memory_is_that_of_one_file(tmp_path, monkeypatch):
     make_tokenizer(tmp_path / "full")
     t.AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path / "full")
     source = quantize(tmp_path / "full", tmp_path / "source", "fp8")
-    monkeypatch.setattr(dequantize, "FILE_BYTES", 8 * 10**6)
+    monkeypatch.setattr(weight_writer, "FILE_BYTES", 8 * 10**6)
     with memory_rise("RssAnon") as rise:
         assert main(["dequantize", str(source), str(tmp_path / "out")]) == 0
     size = sum(path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors"))
@@ -271,6 +271,10 @@ def test_what_cannot_be_dequantized_is_refused_by_name(shared_model, quantized, 
     save_file({**tensors, f"{name}_scale_inv": whole[:1, :1].repeat(3, 1)},
               source / "model.safetensors", metadata={"format": "pt"})
     refused(source, f"{name} of", "cannot be made of its stored", "[3, 1]", "not divisible")
+    save_file({key: tensor for key, tensor in load_file(
+        quantized("qwen3", "fp8") / "model.safetensors").items() if key != "model.norm.weight"},
+        source / "model.safetensors", metadata={"format": "pt"})
+    refused(source, "1 missing: model.norm.weight")
     os.truncate(source / "model.safetensors", 1000)
     refused(source, "cannot be read")
     (tmp_path / "taken").mkdir()

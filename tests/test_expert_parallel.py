@@ -14,28 +14,25 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from support.checkpoints import saving_rank, tensors_of
 from support.counting_rank import counting_rank
 from support.data import write_instructions
 from support.families import save_tiny, tiny_model
-from support.ranks import Ranks, rank_main, run_ranks, world_main
+from support.ranks import Ranks, run_ranks, world_main
 from support.reference_loop import reference_loop
 from support.runs import comparable_results, read_metrics, write_gathering_config, write_recipe
 from transformers import AutoModelForCausalLM
 
 from amid_ds.checkpoint.export import export
 from amid_ds.checkpoint.manifest import Manifest, list_checkpoints
-from amid_ds.checkpoint.saver import Saver
-from amid_ds.checkpoint.zero_shards import ZeroShards, trained_shapes
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.nodes import expert_groups
-from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.expert_parallel import distribute_experts
 from amid_ds.engine.sharding import OpenModel
 from amid_ds.errors import InputError
 from amid_ds.models.expert_exchange import exchange_tokens
 from amid_ds.models.experts import expert_layers
-from amid_ds.models.loading import meta_model
 from amid_ds.planning.devices import find_device
 from amid_ds.planning.plan import make_plan
 from amid_ds.training.job import check_recipe
@@ -212,27 +209,6 @@ def test_weights_that_transformers_has_read_are_refused_and_left_whole():
     with pytest.raises(InputError, match=r"the weights of the teacher .* loaded by transformers"):
         distribute_experts(OpenModel(model, {}), "teacher", groups)
     assert len(model.model.layers[0].mlp.experts.down_proj) == 4
-
-
-def saving_rank(other: str, argv: list[str], variables: dict[str, str], log: str) -> None:
-    """Run as a rank that resumes, and saves into the folder `other` without a step."""
-    from amid_ds.training.trainer import Trainer
-
-    def save(trainer):
-        saver = Saver(trainer.engine, Path(other), trainer.recipe.checkpoint,
-                      trainer.saver.identity)
-        saver.start(trainer.state)
-        saver.finish()
-
-    Trainer.run = save
-    rank_main(argv, variables, log)
-
-
-def tensors_of(checkpoint: Path, model: Path) -> dict[tuple[str, str], torch.Tensor]:
-    import_deepspeed()
-    shards = ZeroShards(checkpoint, trained_shapes(meta_model(str(model))))
-    return {(name, kind): shards.whole(name, kind) for name in shards.shapes
-            for kind in shards.kinds(name)}
 
 
 def series(run: Path) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.families import COMMON, FAMILIES, MROPE
+from support.families import COMMON, FAMILIES, MROPE, drawn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -44,16 +44,6 @@ def config_of(family: str) -> Any:
                 if getattr(config, name, None) is text)
     setattr(config, name, small)
     return config
-
-
-def drawn(part: torch.nn.Module) -> torch.nn.Module:
-    """The model with random weights of which none can be left out unseen."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in part.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(0.25 * noise if parameter.dim() > 1 else parameter + 0.2 * noise)
-    return part.eval()
 
 
 @pytest.mark.slow

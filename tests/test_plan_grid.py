@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.families import save_tiny
+from support.memory import profiled_peak
 from support.models import make_model, make_tokenizer
 from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main
@@ -76,14 +77,7 @@ def profiling_rank(argv: list[str], variables: dict[str, str], log: str) -> None
             return
         with torch.profiler.profile(profile_memory=True) as profile:
             yield
-        given = sorted((event.start_ns(), event.nbytes())
-                       for event in profile.profiler.kineto_results.events()
-                       if event.name() == "[memory]")
-        now = peak = 0
-        for _, size in given:
-            now += size
-            peak = max(peak, now)
-        (trainer.job.run.path / "peak.json").write_text(json.dumps(peak))
+        (trainer.job.run.path / "peak.json").write_text(json.dumps(profiled_peak(profile)))
 
     patch_train_step(around)
     rank_main(argv, variables, log)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.families import COMMON, EVERY, FAMILIES, save_tiny, tiny_meta, tiny_model
+from support.memory import profiled_peak
 from support.runs import write_recipe
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -381,13 +382,7 @@ def test_every_family_has_a_plan_and_a_pass_of_a_teacher_fits_its_estimate(famil
         body_of(model)(input_ids=ids, use_cache=False)
         with torch.profiler.profile(profile_memory=True) as profile:
             body_of(model)(input_ids=ids, use_cache=False)
-    given = sorted((event.start_ns(), event.nbytes())
-                   for event in profile.profiler.kineto_results.events()
-                   if event.name() == "[memory]")
-    now = peak = 0
-    for _, size in given:
-        now += size
-        peak = max(peak, now)
+    peak = profiled_peak(profile)
     estimated = ids.numel() * teacher_bytes_per_token([model], 4, 128)
     # On a CPU torch has no fused attention whose keys and values differ in width.
     assert estimated > (0.5 if family == "deepseek_v3" else 0.95) * peak

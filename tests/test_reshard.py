@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import saving_rank, tensors_of
 from support.data import write_instructions
 from support.patches import patch_train_step
 from support.ranks import Ranks, rank_main, run_ranks
@@ -21,17 +22,13 @@ from support.runs import read_metrics, write_recipe
 
 from amid_ds.checkpoint import reshard
 from amid_ds.checkpoint.manifest import Manifest, list_checkpoints, verify
-from amid_ds.checkpoint.saver import Saver
 from amid_ds.checkpoint.state import Layout
-from amid_ds.checkpoint.zero_shards import ZeroShards
 from amid_ds.cli import main
 from amid_ds.config.recipe import Student
 from amid_ds.data import PreparedDataset
 from amid_ds.distributed.world import World
-from amid_ds.engine.backend import import_deepspeed
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.files.atomic import require_disk_space
-from amid_ds.models.loading import meta_model
 
 STEPS = 26
 # (ranks, tensor_parallel, ZeRO stage, last step) of each attempt.
@@ -149,29 +146,6 @@ def test_a_tensor_parallel_checkpoint_that_does_not_say_how_its_heads_were_cut_i
     alone = Layout.of(Namespace(size=4, tp_size=1, experts=None), 3, "bf16", "all", ())
     assert alone == Layout(4, 1, 3, "bf16")
     assert alone.to_json().keys() == {"ranks", "tensor_parallel", "zero_stage", "student_dtype"}
-
-
-def saving_rank(other: str, argv: list[str], variables: dict[str, str], log: str) -> None:
-    """Run as a rank that resumes and saves into the folder `other` without a step."""
-    from amid_ds.training.trainer import Trainer
-
-    def save(trainer):
-        saver = Saver(trainer.engine, Path(other), trainer.recipe.checkpoint,
-                      trainer.saver.identity)
-        saver.start(trainer.state)
-        saver.finish()
-
-    Trainer.run = save
-    rank_main(argv, variables, log)
-
-
-def tensors_of(path: Path, model: Path) -> dict[tuple[str, str], torch.Tensor]:
-    import_deepspeed()
-    shapes = {name: parameter.shape
-              for name, parameter in meta_model(str(model)).named_parameters()}
-    shards = ZeroShards(path, shapes)
-    return {(name, kind): shards.whole(name, kind) for name in shapes
-            for kind in shards.kinds(name)}
 
 
 def adam_steps(value: object) -> set[float]:

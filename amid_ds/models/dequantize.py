@@ -13,10 +13,10 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from amid_ds.models.weight_files import (
     read_weight_table,
 )
 from amid_ds.models.weight_map import map_weights
-from amid_ds.models.weight_writer import FILE_BYTES, save_tensors
+from amid_ds.models.weight_writer import save_tensors, split_into_files, write_index
 from amid_ds.models.weights import (
     named_weights,
     readable_weights,
@@ -45,6 +45,9 @@ from amid_ds.models.weights import (
     refuse_other_keys,
     silence_transformers,
 )
+
+if TYPE_CHECKING:
+    from huggingface_hub import StateDictSplit
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +79,7 @@ class DequantizeArgs:
 
 @dataclass(frozen=True)
 class DequantizePlan:
-    """What is written: the weights of each file, by its name, and their bytes.
+    """What is written: the weights by name, the names in each file, and the bytes of all.
 
     table: of the stored weights. places: by stored name its file's number in the table.
     """
@@ -84,8 +87,8 @@ class DequantizePlan:
     quantization: Quantization
     table: WeightTable
     places: Mapping[str, int]
-    files: Mapping[str, list[QuantizedWeight]]
-    index: dict[str, Any] | None
+    weights: Mapping[str, QuantizedWeight]
+    split: StateDictSplit
     size: int
 
 
@@ -113,8 +116,7 @@ def dequantize(args: DequantizeArgs) -> None:
             # Somebody may have finished it meanwhile.
             require_new_folder(out, "the output")
             _begin(staging, args, config, table)
-            for file in _missing(plan, staging, args.model):
-                logger.debug("%s is written", file)
+            _write_missing(plan, staging, args.model)
             _write_rest(source, staging, args, plan)
             replace_folder(staging, out)
     except OSError as error:
@@ -139,8 +141,6 @@ def _local_folder(model: str) -> Path:
 def _plan(args: DequantizeArgs, quantization: Quantization, meta: Any, table: WeightTable
           ) -> DequantizePlan:
     """What is to be written, known from headers alone. Raises InputError."""
-    from huggingface_hub import split_torch_state_dict_into_shards
-
     stored = table.tensors
     if any(tensor.offset is None for tensor in stored.values()):
         raise InputError(f"the weights of {args.model} are pickled files", "safetensors files",
@@ -160,14 +160,8 @@ def _plan(args: DequantizeArgs, quantization: Quantization, meta: Any, table: We
                  for part, name in weight.parts.items()}
         hollow[weight.name] = _made_hollow(args.model, quantization, weight, parts)
     _require_whole(args.model, meta, hollow)
-    split = split_torch_state_dict_into_shards(hollow, max_shard_size=FILE_BYTES,
-                                               filename_pattern="model{suffix}.safetensors")
-    by_name = {weight.name: weight for weight in weights}
-    files = {file: [by_name[name] for name in names]
-             for file, names in split.filename_to_tensors.items()}
-    index = ({"metadata": split.metadata, "weight_map": split.tensor_to_filename}
-             if split.is_sharded else None)
-    return DequantizePlan(quantization, table, places, files, index,
+    return DequantizePlan(quantization, table, places, {weight.name: weight for weight in weights},
+                          split_into_files(hollow),
                           sum(tensor.nbytes for tensor in hollow.values()))
 
 
@@ -243,26 +237,24 @@ def _begin(staging: Path, args: DequantizeArgs, config: Any, table: WeightTable)
         replace_text(plan, content)
 
 
-def _missing(plan: DequantizePlan, staging: Path, model: str) -> Iterator[str]:
-    """Write the files that are not there yet, and yield their names."""
+def _write_missing(plan: DequantizePlan, staging: Path, model: str) -> None:
+    """Write the files that are not there yet."""
     from tqdm import tqdm
 
-    count = sum(map(len, plan.files.values()))
-    with tqdm(total=count, desc="dequantize", unit="tensor", disable=None) as bar:
-        for file, weights in plan.files.items():
+    with tqdm(total=len(plan.weights), desc="dequantize", unit="tensor", disable=None) as bar:
+        for file, names in plan.split.filename_to_tensors.items():
             if (staging / file).exists():
-                bar.update(len(weights))
+                bar.update(len(names))
                 continue
             tensors = {}
             with readable_weights(model):
-                for weight in weights:
-                    tensors[weight.name] = _read(plan, weight)
+                for name in names:
+                    tensors[name] = _read(plan, plan.weights[name])
                     bar.update()
             unfinished = staging / f".{file}"
             save_tensors(tensors, unfinished)
             fsync(unfinished)
             os.replace(unfinished, staging / file)
-            yield file
 
 
 def _read(plan: DequantizePlan, weight: QuantizedWeight) -> Tensor:
@@ -293,9 +285,8 @@ def _read(plan: DequantizePlan, weight: QuantizedWeight) -> Tensor:
 
 def _write_rest(source: Path, staging: Path, args: DequantizeArgs, plan: DequantizePlan) -> None:
     """Write the index, config.json without the quantization, and copies of all other files."""
-    if plan.index is not None:
-        replace_text(staging / "model.safetensors.index.json",
-                     json.dumps(plan.index, indent=2, sort_keys=True) + "\n")
+    if plan.split.is_sharded:
+        write_index(plan.split.metadata, plan.split.tensor_to_filename, staging)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
     config = _unquantized({"dtype": "", **config},
                           str(DTYPES[args.dtype]).removeprefix("torch."))

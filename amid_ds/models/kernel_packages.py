@@ -24,8 +24,13 @@ def kernel_packages(model: nn.Module) -> dict[str, bool]:
     """The packages that `model`, on any device, would use: is it installed, by its name."""
     source = "\n".join(_source(name) for name in sorted(
         {type(module).__module__ for module in model.modules()}) if not name.startswith("torch."))
-    return {package: importlib.util.find_spec(imported) is not None
+    return {package: is_installed(imported)
             for package, imported, pattern in KERNEL_PACKAGES if re.search(pattern, source)}
+
+
+def is_installed(package: str) -> bool:
+    """True where Python finds a package of that name; it is not imported."""
+    return importlib.util.find_spec(package) is not None
 
 
 def _source(module_name: str) -> str:

@@ -7,6 +7,7 @@ models are supported.
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
@@ -58,8 +59,7 @@ def load_causal_lm(model: str, dtype: Dtype, zero3_config: Mapping[str, object] 
     from transformers import AutoModelForCausalLM
 
     torch_dtype = DTYPES.get(dtype) or checkpoint_dtype(model, revision, trust_remote_code)
-    meta: Any = meta_model(model, revision, trust_remote_code)
-    whole = whole_model(meta, model, revision, trust_remote_code)
+    meta, whole = _part_and_whole(model, revision, trust_remote_code)
     found = require_weights(meta, model, revision, whole=whole)
     if whole is not None:
         assert found is not None
@@ -214,9 +214,14 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
 
     Raises InputError if there is no such model, none of a causal architecture, or a quantized one.
     """
+    return _language_model(model, stored_config(model, revision, trust_remote_code),
+                           trust_remote_code)
+
+
+def _language_model(model: str, stored: Any, trust_remote_code: bool) -> Any:
+    """The causal LM of a config, which a multimodal one is changed for, on the meta device."""
     from transformers import AutoModelForCausalLM
 
-    stored = stored_config(model, revision, trust_remote_code)
     refuse_quantized(model, stored)
     config = language_config(stored)
     if is_multimodal(stored) and (reason := why_not_apart(stored, config)) is not None:
@@ -229,19 +234,25 @@ def meta_model(model: str, revision: str | None = None, trust_remote_code: bool 
         raise _unsupported(model, config, reason_of(error)) from None
 
 
-def whole_model(meta: nn.Module, model: str, revision: str | None = None,
-                trust_remote_code: bool = False) -> nn.Module | None:
-    """All of the multimodal model that `meta` is the language part of, every parameter on the meta
+def _part_and_whole(model: str, revision: str | None, trust_remote_code: bool
+                    ) -> tuple[Any, nn.Module | None]:
+    """(the meta model, the multimodal one that it is a part of); its config is read once."""
+    stored = stored_config(model, revision, trust_remote_code)
+    part = _language_model(model, copy.deepcopy(stored), trust_remote_code)
+    return part, _whole_of(part, model, stored)
+
+
+def _whole_of(part: nn.Module, model: str, stored: Any) -> nn.Module | None:
+    """All of the multimodal model that `part` is the language part of, every parameter on the meta
     device; None of any other. Raises InputError where it has no such part."""
-    config = stored_config(model, revision, trust_remote_code)
-    if not is_multimodal(config):
+    if not is_multimodal(stored):
         return None
     try:
-        whole = multimodal_model(config)
-        places_in_whole(meta, whole)
+        whole = multimodal_model(stored)
+        places_in_whole(part, whole)
     # Towers may need packages that are not there.
     except Exception as error:
-        raise _unsupported(model, config, reason_of(error)) from None
+        raise _unsupported(model, stored, reason_of(error)) from None
     return whole
 
 
@@ -257,9 +268,9 @@ def supported_model(model: str, revision: str | None = None, trust_remote_code: 
 def _supported(model: str, revision: str | None, trust_remote_code: bool
                ) -> tuple[nn.Module, nn.Module | None]:
     """(meta model, the multimodal one that it is a part of) of one that is supported."""
-    config = model_config(model, revision, trust_remote_code)
-    module: Any = meta_model(model, revision, trust_remote_code)
-    name = type(module).__name__
+    stored = stored_config(model, revision, trust_remote_code)
+    module = _language_model(model, copy.deepcopy(stored), trust_remote_code)
+    config, name = module.config, type(module).__name__
     if text_config(module) is not module.config:
         raise _unsupported(model, config, f"{name} is multimodal: the language model's numbers are "
                                           "nested in its config")
@@ -269,7 +280,7 @@ def _supported(model: str, revision: str | None, trust_remote_code: bool
         head_form(module)
     except InputError as error:
         raise _unsupported(model, config, error.found) from None
-    return module, whole_model(module, model, revision, trust_remote_code)
+    return module, _whole_of(module, model, stored)
 
 
 def require_supported(model: str, revision: str | None = None, trust_remote_code: bool = False
@@ -292,8 +303,7 @@ def open_weights(model: str, revision: str | None = None, trust_remote_code: boo
     InputError where the weights are not exactly those of the model's config.
     """
     def shapes() -> tuple[Any, nn.Module | None]:
-        part = meta_model(model, revision, trust_remote_code)
-        return part, whole_model(part, model, revision, trust_remote_code)
+        return _part_and_whole(model, revision, trust_remote_code)
 
     meta, whole = shapes() if world is None else world.run_checked(shapes)
     table = None

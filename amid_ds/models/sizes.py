@@ -9,13 +9,13 @@ hold at its peak.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
 from amid_ds.models.experts import CHOSEN_NAMES
+from amid_ds.models.kernel_packages import is_installed
 from amid_ds.models.shape import body_of, text_config
 
 # Of a rank's free memory, for one teacher pass, and as much again for the hidden states that wait
@@ -144,23 +144,19 @@ def _scan_elements(model: nn.Module) -> int:
 def _elements_of_scan(mixer: Any) -> int:
     """Of a mixer of transformers, by the settings that its families have in common."""
     if hasattr(mixer, "head_k_dim") or not hasattr(mixer, "ssm_state_size"):
-        if _is_installed("fla"):
+        if is_installed("fla"):
             return 0
         heads = getattr(mixer, "num_v_heads", None) or mixer.num_heads
         width = max(getattr(mixer, name, 0) for name in ("head_k_dim", "head_v_dim", "head_dim"))
         # One that decays by channel has a chunk's matrix for each.
         by_channel = 1 if hasattr(mixer, "head_k_dim") else max(1, CHANNEL_SHARE * width)
         return int(heads * (CHUNK_ROWS * DELTA_CHUNK * by_channel + HEAD_VECTORS * width))
-    if _is_installed("mamba_ssm"):
+    if is_installed("mamba_ssm"):
         return 0
     if not hasattr(mixer, "chunk_size"):
         return int(STATES * mixer.intermediate_size * mixer.ssm_state_size)
     width = max(mixer.ssm_state_size, mixer.head_dim)
     return int(mixer.num_heads * (CHUNK_ROWS * mixer.chunk_size + HEAD_VECTORS * width))
-
-
-def _is_installed(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def teacher_memory_budget(free_bytes: float) -> int:

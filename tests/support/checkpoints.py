@@ -68,3 +68,31 @@ def fp32_state(checkpoint: Path) -> list[torch.Tensor]:
                     for value in group.values()
                     if torch.is_tensor(value)]
     return tensors
+
+
+def saving_rank(other: str, argv: list[str], variables: dict[str, str], log: str) -> None:
+    """Run as a rank that resumes, and saves into the folder `other` without a step."""
+    from amid_ds.checkpoint.saver import Saver
+    from amid_ds.training.trainer import Trainer
+    from support.ranks import rank_main
+
+    def save(trainer):
+        saver = Saver(trainer.engine, Path(other), trainer.recipe.checkpoint,
+                      trainer.saver.identity)
+        saver.start(trainer.state)
+        saver.finish()
+
+    Trainer.run = save
+    rank_main(argv, variables, log)
+
+
+def tensors_of(checkpoint: Path, model: Path) -> dict[tuple[str, str], torch.Tensor]:
+    """Every trained tensor of a checkpoint, by its name in the folder `model` and its kind."""
+    from amid_ds.checkpoint.zero_shards import ZeroShards, trained_shapes
+    from amid_ds.engine.backend import import_deepspeed
+    from amid_ds.models.loading import meta_model
+
+    import_deepspeed()
+    shards = ZeroShards(checkpoint, trained_shapes(meta_model(str(model))))
+    return {(name, kind): shards.whole(name, kind) for name in shards.shapes
+            for kind in shards.kinds(name)}

@@ -228,7 +228,11 @@ def tiny_model(name: str, seed: int = 0, **changes: Any) -> nn.Module:
     unseen. `changes` are values of its (text's) config.
     """
     torch.manual_seed(seed)
-    model = _built(name, torch.float32, changes)
+    return drawn(_built(name, torch.float32, changes), seed)
+
+
+def drawn(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Return the model in eval mode, random in every weight and persistent buffer."""
     draw = torch.Generator().manual_seed(seed)
     persistent = model.state_dict().keys()
     tensors = [*model.named_parameters(),

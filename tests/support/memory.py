@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 WATCH_S = 0.001
 
@@ -36,3 +38,12 @@ def memory_rise(*keys: str) -> Iterator[list[int]]:
         done.set()
         watcher.join()
         rise += [high - low for high, low in zip(highest, before, strict=True)]
+
+
+def profiled_peak(profile: Any) -> int:
+    """The most bytes that lay at once in what was allocated under torch's profiler, with
+    `profile_memory`."""
+    given = sorted((event.start_ns(), event.nbytes())
+                   for event in profile.profiler.kineto_results.events()
+                   if event.name() == "[memory]")
+    return max(itertools.accumulate((size for _, size in given), initial=0))
