@@ -4,7 +4,7 @@ ranks and micro-batches; and the load of its experts."""
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -257,6 +257,31 @@ def test_micro_batches_add_up_to_what_transformers_says_of_the_padded_batch(fami
         assert got.keys() == of_expected.keys()
         for name, gradient in of_expected.items():
             torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+
+
+def test_with_one_micro_batch_a_rank_adds_up_the_choices_of_all():
+    """Two ranks one after the other: each adds up both's, of two uneven rows each."""
+    model = tiny_model("mixtral")
+    rows = uneven_rows(model.config.vocab_size)
+    whole = collate_rows(rows, [])
+    mask = real_tokens(whole).view(4, -1)
+    logits = model(whole.input_ids, attention_mask=mask.long(),
+                   output_router_logits=True).router_logits
+    told: list[Tensor] = []
+
+    def losses(add_up: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        found = []
+        for batch in (collate_rows(rows[:2], []), collate_rows(rows[2:], [])):
+            routers = Routers(expert_layers(model), RouterWeights(WEIGHT, 0.0), add_up)
+            routers.start_step(False)
+            with routers.watched(model, real_tokens(batch)) as own:
+                run_body(model, batch.input_ids, batch.positions, batch.documents)
+            found.append(own[1][0])
+        return found
+
+    losses(lambda own: told.append(own) or own)
+    balance = sum(losses(lambda own: sum(told)))
+    assert balance.item() == pytest.approx(balancing(model, logits, mask).item(), rel=1e-6)
 
 
 def test_routers_whose_recorded_logits_are_probabilities_are_taken_at_their_word():
