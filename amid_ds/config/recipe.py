@@ -7,7 +7,7 @@ need the recipe alone are here; checks that need ranks, models or data are in tr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
@@ -35,9 +35,9 @@ from amid_ds.config.model_sections import (
 )
 from amid_ds.config.optimizer_section import Muon, OptimizerKeys
 from amid_ds.config.rate_section import RateKeys
+from amid_ds.config.reporting_section import EvalTasks, ReportingKeys, Statistic
 from amid_ds.config.rollout_section import Replay, Rollout
 from amid_ds.config.scheduled_values import (
-    Measure,
     PerTokenSpec,
     Piecewise,
     Schedule,
@@ -58,14 +58,10 @@ from amid_ds.config.section import (
 # Every section under one roof: other folders import them from here.
 __all__ = [
     "Auxiliary", "Best", "CachedTeacher", "CheckpointPolicy", "Data", "Delta", "Dtype", "EvalSet",
-    "Generation", "HubKwargs", "Lora", "Loss", "MeanTeacher", "Muon", "OwnLoss", "PerTokenSpec",
-    "Piecewise", "PretrainedModel", "ProfileSteps", "Recipe", "Replay", "Rollout", "Rows",
-    "Schedule", "Section", "Slurm", "Source", "Student", "TaidSchedule", "Teacher", "Temperatures",
-    "TokenWeight", "Train", "bounding_values", "overridden"]
-
-# What metrics.jsonl can say of each step beside its losses. agreement: of both models' first
-# choices.
-Statistic = Literal[Measure, "agreement"]
+    "EvalTasks", "Generation", "HubKwargs", "Lora", "Loss", "MeanTeacher", "Muon", "OwnLoss",
+    "PerTokenSpec", "Piecewise", "PretrainedModel", "ProfileSteps", "Recipe", "Replay", "Rollout",
+    "Rows", "Schedule", "Section", "Slurm", "Source", "Statistic", "Student", "TaidSchedule",
+    "Teacher", "Temperatures", "TokenWeight", "Train", "bounding_values", "overridden"]
 
 
 class ProfileSteps(Section):
@@ -77,7 +73,7 @@ class ProfileSteps(Section):
     """Their number."""
 
 
-class Train(OptimizerKeys, RateKeys):
+class Train(OptimizerKeys, RateKeys, ReportingKeys):
     """The optimization: steps, batches, learning rate, intervals of logs and evaluations."""
 
     seq_length: Annotated[int, Field(ge=2, le=MAX_INT)] = 512
@@ -96,8 +92,6 @@ class Train(OptimizerKeys, RateKeys):
     """On a GPU, take kernels that give the same digits each time; they are slower."""
     log_every: PositiveInt = 1
     """Steps between lines of metrics.jsonl."""
-    statistics: list[Statistic] = Field(default=[])
-    """What metrics.jsonl has beside the losses: means over the tokens of the step's batch."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on data.eval; 0: only at the end."""
     max_hours: Positive | None = None
@@ -106,13 +100,6 @@ class Train(OptimizerKeys, RateKeys):
     """Seconds that a step, or a rank before its first step, may take."""
     profile: ProfileSteps | None = None
     """Steps to trace with torch's profiler, on every rank."""
-
-    @field_validator("statistics")
-    @classmethod
-    def _each_once(cls, statistics: list[Statistic]) -> list[Statistic]:
-        if len(set(statistics)) < len(statistics):
-            raise ValueError("each once")
-        return statistics
 
     def logs(self, step: int) -> bool:
         """True for a step (from 1) of which metrics.jsonl gets a line."""
@@ -171,6 +158,8 @@ class Recipe(Section):
     """The path of a DeepSpeed config; its batch sizes come from the recipe."""
     checkpoint: CheckpointPolicy = CheckpointPolicy()
     slurm: Slurm = Slurm()
+    eval_tasks: EvalTasks | None = None
+    """None: no benchmarks of lm-evaluation-harness."""
     output_dir: PathText
     """The run's folder."""
 

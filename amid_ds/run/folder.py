@@ -48,6 +48,21 @@ class RunFolder:
         return self.path / "eval.jsonl"
 
     @property
+    def samples(self) -> Path:
+        """JSON lines, one per evaluation and prompt of `train.samples`."""
+        return self.path / "samples.jsonl"
+
+    @property
+    def task_scores(self) -> Path:
+        """JSON lines, one per task and checkpoint of `eval_tasks`: step, name, numbers."""
+        return self.path / "eval_tasks.jsonl"
+
+    @property
+    def tracker_ids(self) -> Path:
+        """What each tracker calls this run, over all its attempts."""
+        return self.path / "trackers.json"
+
+    @property
     def tensorboard(self) -> Path:
         """The same as curves."""
         return self.path / "tensorboard"

@@ -20,9 +20,10 @@ from amid_ds.run.folder import RunFolder
 # Keys that a resumed run may change: they do not affect what is learnt. Of `deepspeed` that is all
 # but the precision, which the identity has as student.dtype.
 MAY_CHANGE = ("checkpoint", "slurm", "output_dir", "data.workers", "data.prepared",
-              "train.log_every", "train.statistics", "train.hang_timeout", "train.max_hours",
-              "train.micro_batch_size",
-              "train.deterministic", "student.activation_checkpointing", "train.profile",
+              "train.log_every", "train.statistics", "train.trackers", "train.callbacks",
+              "train.samples", "eval_tasks", "train.hang_timeout", "train.max_hours",
+              "train.micro_batch_size", "train.deterministic",
+              "student.activation_checkpointing", "train.profile",
               "teacher.max_tokens_per_pass", "teacher.cached", "teacher.placement",
               "teacher.shard_over", "tensor_parallel", "expert_parallel", "deepspeed")
 # No leave to change these, and the reason: a checkpoint holds the tensors that were trained, and
