@@ -173,7 +173,7 @@ def test_another_recipes_run_in_the_output_folder_is_refused_and_left_alone(llam
 
 
 @pytest.mark.parametrize("overrides, named", [
-    (["train.stepz=3"], "`train.stepz`"),
+    pytest.param(["train.stepz=3"], "`train.stepz`", marks=pytest.mark.slow),
     (["data.train.0.path=nowhere.jsonl"], "nowhere.jsonl"),
 ], ids=["recipe", "data"])
 def test_under_the_launcher_all_ranks_end_at_once_with_one_message(llama_pair, folder, tmp_path,

@@ -348,7 +348,7 @@ def test_a_teacher_of_nan_stops_the_command_and_names_the_row(models, text_file,
 
 @pytest.mark.parametrize(("kind", "layout"), [
     # 31 ids: a byte each; log p of 2 bytes; rest and label.
-    (["--topk", "8"], 8 * 3 + 4),
+    pytest.param(["--topk", "8"], 8 * 3 + 4, marks=pytest.mark.slow),
     # One byte more of a count; a count of ids, the label, 4 bytes of a scale.
     (["--sample", "8"], 8 * 4 + 1 + 2 + 4)])
 def test_the_plan_says_the_size_that_the_folder_has(kind, layout, models, text_file, tmp_path,
@@ -372,6 +372,7 @@ def test_the_plan_says_the_size_that_the_folder_has(kind, layout, models, text_f
     assert "without --cache" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_a_folder_it_lies_beside_the_prepared_data_and_the_run_may_begin_there(
         models, text_file, tmp_path):
     recipe = write_recipe(tmp_path / "recipe.yaml", *models, text_file, tmp_path / "run")

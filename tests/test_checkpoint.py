@@ -328,7 +328,8 @@ def disk(tmp_path):
     disk.vanish()
 
 
-@pytest.mark.parametrize("how", ["fill", "make_read_only"])
+@pytest.mark.parametrize("how", [
+    "fill", pytest.param("make_read_only", marks=pytest.mark.slow)])
 def test_the_training_goes_on_when_a_save_fails_and_the_next_interval_tries_again(
         how, disk, recipe_for, tmp_path):
     run = tmp_path / "run"

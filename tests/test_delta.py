@@ -104,6 +104,7 @@ def test_a_run_that_was_cut_goes_on_with_the_same_digits(models, text_file, trut
     assert comparable_metrics(tmp_path / "run") == comparable_metrics(whole)
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_its_own_base_leaves_the_students_base(models, text_file, tmp_path):
     """Evaluations too are against it."""
     held = {"data__eval": [{"path": str(text_file)}]}

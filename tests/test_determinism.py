@@ -75,6 +75,7 @@ def recording_rank(argv: list[str], variables: dict[str, str], log: str) -> None
     rank_main(argv, variables, log)
 
 
+@pytest.mark.slow
 def test_a_run_with_the_key_equals_one_without_and_a_resumed_run_may_change_it(
         llama_pair, instructions_file, tmp_path):
     def run(out: Path, status: int, deterministic: bool) -> list[list[object]]:

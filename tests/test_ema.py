@@ -200,6 +200,7 @@ def test_each_checkpoint_has_the_means_of_the_weights_before_it(name, shared_mod
     assert abs(read_metrics(tmp_path / "run")[0]["kd_loss"]) < (1e-3 if bf16 else 1e-6)
 
 
+@pytest.mark.slow
 def test_the_plan_counts_both_means_and_the_teacher_that_one_is(shared_model, recipe_for, tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4,
              "num_key_value_heads": 2}

@@ -60,6 +60,7 @@ def test_torch_compiles_the_naive_twin_for_the_sizes_of_every_shape(small, monke
         assert counter.frame_count == count
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_the_peak_of_a_process_is_that_of_its_largest_moment():
     shape = bench.LossShape(512, 20_000, 8, 8)
@@ -72,6 +73,7 @@ def test_the_peak_of_a_process_is_that_of_its_largest_moment():
     assert ours < 150e6 < naive
 
 
+@pytest.mark.slow
 def test_the_table_names_every_method(small, capsys):
     bench.bench_loss(False)
     assert "amid_ds torch" in capsys.readouterr().out

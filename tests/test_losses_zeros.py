@@ -126,6 +126,7 @@ def test_the_kernels_are_infinite_where_kl_is_and_nowhere_else(pattern):
         check(pattern, objective, torch.float32, 1e-4, backend="triton")
 
 
+@pytest.mark.slow
 def test_compiled_tiles_are_the_naive_twin(monkeypatch):
     monkeypatch.setattr(tiles, "WORTH_COMPILING", 1)
     # Each objective is compiled, which takes long: one within λ's range, one at its end.

@@ -32,8 +32,7 @@ VOCABULARY = 300
 LENGTHS = ((5, 13, 1, 9), (4, 3, 12, 2))
 LENGTH = 28
 # A few of each kind; the others are slow.
-QUICK = ("opt", "bloom", "gpt_oss", "llama4_text", "qwen3_5_text", "falcon_h1", "recurrent_gemma",
-         "mamba")
+QUICK = ("opt", "bloom", "gpt_oss", "llama4_text", "qwen3_5_text", "falcon_h1", "recurrent_gemma")
 TEXT = [name for name, family in FAMILIES.items() if family.kind != "multimodal"]
 
 

@@ -252,7 +252,8 @@ def damage_values(file: Path) -> None:
 
 
 @pytest.mark.parametrize("stage, tensor_parallel, resumed_on", [
-    (3, 1, 1), (1, 1, 2), pytest.param(1, 2, 2, marks=pytest.mark.slow),
+    (3, 1, 1), pytest.param(1, 1, 2, marks=pytest.mark.slow),
+    pytest.param(1, 2, 2, marks=pytest.mark.slow),
     pytest.param(3, 2, 2, marks=pytest.mark.slow)])
 def test_a_run_that_resumes_does_not_read_its_students_weights(
         stage, tensor_parallel, resumed_on, shared_model, text_file, tmp_path):

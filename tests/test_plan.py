@@ -90,7 +90,8 @@ def test_what_ranks_exchange_in_fp32_takes_twice_bf16s_bytes_and_so_does_muons_m
 
 @pytest.mark.parametrize("layout", [["train.micro_batch_size=2"], ["tensor_parallel=2"],
                                     ["deepspeed=BF16", "student.activation_checkpointing=true"],
-                                    ["student.lora={rank: 16}"],
+                                    pytest.param(["student.lora={rank: 16}"],
+                                                 marks=pytest.mark.slow),
                                     pytest.param(["student.freeze=[layers.0.*, lm_head]"],
                                                  marks=pytest.mark.slow),
                                     pytest.param(["student.lora={rank: 16}", "tensor_parallel=2"],
