@@ -21,15 +21,19 @@ if TYPE_CHECKING:
         linear_amid_loss,
         preset,
     )
+    from amid_ds.training.callbacks import Callback
 
 __version__ = "0.1.0"
-__all__ = ["AMiD", "AlphaBeta", "ConcreteScore", "LMHead", "PerToken", "SampledReverseKL",
-           "SparseTargets", "VocabShard", "amid_loss", "linear_amid_loss", "preset"]
+__all__ = ["AMiD", "AlphaBeta", "Callback", "ConcreteScore", "LMHead", "PerToken",
+           "SampledReverseKL", "SparseTargets", "VocabShard", "amid_loss", "linear_amid_loss",
+           "preset"]
+# Where the names are that are not in `losses`.
+_ELSEWHERE = {"Callback": "training.callbacks", "VocabShard": "distributed.vocab_parallel"}
 
 
 def __getattr__(name: str) -> Any:
     """A public name, from its module, which is imported now: commands start without torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "distributed.vocab_parallel" if name == "VocabShard" else "losses"
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    module = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'losses')}")
+    return getattr(module, name)

@@ -28,6 +28,7 @@ from amid_ds.run.provenance import SourceHashes
 from amid_ds.run.start import StartClock, end_part, imports_kept
 from amid_ds.run.warm_start import resolve_student
 from amid_ds.training.cached_teacher import require_cache_of_data
+from amid_ds.training.callbacks import Callback, Callbacks, load_callbacks
 from amid_ds.training.compatibility import pin
 from amid_ds.training.determinism import deterministic
 from amid_ds.training.job import (
@@ -48,11 +49,13 @@ from amid_ds.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(recipe_path: str, overrides: Sequence[str], began: float | None = None) -> None:
+def train(recipe_path: str, overrides: Sequence[str], began: float | None = None,
+          callbacks: Sequence[Callback] = ()) -> None:
     """Train by a recipe; every rank of every launcher calls this.
 
-    began: when the start began, by time.monotonic(), such as the process's own; None: now. Raises
-    InputError, TrainingError or Stopped.
+    began: when the start began, by time.monotonic(), such as the process's own; None: now.
+    callbacks: told, on rank 0, before those that the recipe names. Raises InputError, TrainingError
+    or Stopped.
     """
     with StartClock(time.monotonic() if began is None else began):
         own, timeout = None, Train.model_fields["hang_timeout"].default
@@ -71,16 +74,19 @@ def train(recipe_path: str, overrides: Sequence[str], began: float | None = None
             end_part("imports")
             # Nodes may see different commits of a model on the hub: rank 0 decides.
             recipe = world.run_on_main(lambda: pin(load_recipe(recipe_path, overrides)))
+            # Nobody else runs the user's own code.
+            told = world.run_checked(
+                lambda: load_callbacks(recipe.train.callbacks, callbacks) if world.is_main else [])
             job = world.run_checked(lambda: check_recipe(recipe, world.size, world.is_main))
             job = place_teacher(job, world)
             world = world.split(job.recipe.tensor_parallel, ds_config.teacher_shard_ranks(
                 job.placed_recipe, job.deepspeed_config))
             world = with_expert_groups(job.placed_recipe, job.deepspeed_config, world)
             with deterministic(recipe.train.deterministic), hold_run(job, world) as fence:
-                _train(job, world, attempt, fence)
+                _train(job, world, attempt, fence, Callbacks(job.run.path, told))
 
 
-def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
+def _train(job: Job, world: World, attempt: Attempt, fence: Fence, callbacks: Callbacks) -> None:
     """Open the run, resume, train; the run's lease is held."""
     world.run_on_main(lambda: begin_from(job))
     job = count_steps(job, world)
@@ -98,11 +104,11 @@ def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
                     or f"has reached its last step {state.step}")
         export_missing_models(job, state, world, fence)
         return
-    build_trainer(job, hashes, resume, world, attempt, fence).run()
+    build_trainer(job, hashes, resume, world, attempt, fence, callbacks).run()
 
 
 def build_trainer(job: Job, hashes: SourceHashes, resume: ResumePoint, world: World,
-                  attempt: Attempt, fence: Fence) -> Trainer:
+                  attempt: Attempt, fence: Fence, callbacks: Callbacks) -> Trainer:
     """Prepared data, the engine, and the state to go on from, put together. Collective."""
     recipe = job.recipe
 
@@ -132,4 +138,4 @@ def build_trainer(job: Job, hashes: SourceHashes, resume: ResumePoint, world: Wo
     # Not before: a student that resumes has no weights until then.
     world.run_checked(lambda: engine.check_models(job.vocab_size, recipe.data.isolates_any))
     end_part("check of logits")
-    return Trainer(job, engine, state, identity, resume.damaged, attempt, fence)
+    return Trainer(job, engine, state, identity, resume.damaged, attempt, fence, callbacks)
