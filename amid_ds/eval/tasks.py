@@ -207,9 +207,9 @@ def _shared_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: W
         known = dict(pair for of_rank in by_rank for pair in of_rank)
         return [known[index] for index in range(len(requests))]
 
-    class SharedLM(HFLM):   # type: ignore[misc]
+    class SharedLM(HFLM):
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[Any]:
-            return shared(super().loglikelihood, requests)
+            return shared(partial(super().loglikelihood, disable_tqdm=is_quiet), requests)
 
         def loglikelihood_rolling(self, requests: list[Any],
                                   disable_tqdm: bool = False) -> list[Any]:
@@ -280,8 +280,9 @@ def _print_scores(model: str, scores: Scores | None, tasks: TaskScores) -> None:
         table.add_column(heading, justify="left" if heading in ("", "score") else "right",
                          overflow="fold")
     own = {} if scores is None else scores.report()
-    rows = {"held-out": {key: value for key, value in own.items() if isinstance(value, float)}}
-    for name, metrics in {**rows, **tasks}.items():
+    held_out: dict[str, float | None] = {key: value for key, value in own.items()
+                                         if isinstance(value, float)}
+    for name, metrics in {"held-out": held_out, **tasks}.items():
         for metric, value, error in _with_errors(metrics):
             table.add_row(name, metric, "-" if value is None else f"{value:.4f}",
                           "" if error is None else f"{error:.4f}")
