@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_task_scores
 from amid_ds.training.callbacks import CheckpointEvent
 
-DOCUMENTS = 7
+DOCUMENTS = 9
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,8 @@ def tasks(model, tmp_path_factory) -> list[Path]:
                   else "nothing of the kind"} for index, document in enumerate(documents)]
     return [write_task(folder, "choosing", CHOICE, documents),
             write_task(folder, "telling", GENERATION, generated),
-            write_task(folder, "reading", PERPLEXITY, documents)]
+            write_task(folder, "reading", PERPLEXITY, documents),
+            write_task(folder, "one", CHOICE, documents[:1])]
 
 
 def names(tasks: list[Path]) -> str:
@@ -105,35 +107,28 @@ def test_the_harness_scores_as_a_plain_loop_in_float64_beside_our_own_scores(
     share = expected["acc"]
     assert found["tasks"]["choosing"]["acc_stderr"] == pytest.approx(
         math.sqrt(share * (1 - share) / (DOCUMENTS - 1)))
-    assert found["tasks"]["telling"]["exact_match"] == 3 / DOCUMENTS
+    assert found["tasks"]["telling"]["exact_match"] == 4 / DOCUMENTS
     assert found["tasks"]["reading"] == {
         "word_perplexity": pytest.approx(expected["word_perplexity"], rel=1e-5)}
     own = scored(capsys, model, "--data", text_file, "--seq-length", 32)
     assert "tasks" not in own and own == {key: found[key] for key in own}
 
 
-def test_two_ranks_score_uneven_documents_as_one_process_does(model, tasks, capsys):
+def test_two_ranks_score_uneven_and_single_documents_as_one_process_does(model, tasks, capsys):
     alone = scored(capsys, model, "--tasks", names(tasks))
     assert alone["loss"] is None and alone["rouge_l"] is None
-    assert json.loads(printed(run_ranks(2, "eval", model, "--tasks", names(tasks), "--json"))
-                      ) == alone
-    # One document, on two ranks.
-    few = scored(capsys, model, "--tasks", tasks[0], "--limit", 1)["tasks"]["choosing"]["acc"]
-    assert few == plain_scores(model, make_documents(DOCUMENTS)[:1])["acc"]
-    limited = run_ranks(2, "eval", model, "--tasks", tasks[0], "--limit", 1, "--json")
-    assert json.loads(printed(limited))["tasks"]["choosing"]["acc"] == few
-
-
-def printed(ranks) -> str:
-    [line] = [line for line in ranks.output().splitlines() if line.startswith("{")]
-    return line
+    output = run_ranks(2, "eval", model, "--tasks", names(tasks), "--json").output()
+    [printed] = [line for line in output.splitlines() if line.startswith("{")]
+    assert json.loads(printed) == alone
 
 
 def test_one_table_has_our_scores_and_the_benchmarks(model, tasks, text_file, capsys):
-    assert main(["eval", str(model), "--tasks", str(tasks[0]), "--limit", "3", "--data",
+    assert main(["eval", str(model), "--tasks", str(tasks[0]), "--limit", "1", "--data",
                  str(text_file), "--seq-length", "32"]) == 0
     table = capsys.readouterr().out
-    assert "perplexity" in table and "choosing" in table and "acc_norm" in table
+    first = plain_scores(model, make_documents(1))["acc"]
+    assert re.search(rf"choosing +│ acc +│ +{first:.4f} ", table), table
+    assert "perplexity" in table and "acc_norm" in table
 
 
 @pytest.mark.parametrize("arguments, named", [
@@ -284,10 +279,10 @@ def test_in_a_job_another_is_submitted_once_a_step_and_a_refusal_ends_no_run(
     [refusal] = [record for record in caplog.records if "no such partition" in record.message]
     assert f"amid-ds tasks {run.path}" in refusal.message
     (tmp_path / "refuses").unlink()
-    # The same steps again: the step waits and has no job, which the run's end sees to.
+    # The same steps again: one waits and has no job, which the run's end sees to.
     attempt().finish()
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 3 and all(call.endswith(str(run.path)) for call in calls)
+    assert len(calls) == 2 and all(call.endswith(str(run.path)) for call in calls)
     assert kept_steps(run) == {3, 4}
     script = (run.task_checkpoints / "job.sbatch").read_text()
     assert "#SBATCH --partition=fast\n" in script and f"PYTHON={sys.executable}\n" in script

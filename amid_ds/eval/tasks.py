@@ -155,23 +155,29 @@ def _evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, opened: Any,
     is_main = world is None or world.is_main
     random.seed(SEEDS["random"])
     torch.manual_seed(SEEDS["torch"])
-    try:
-        # It prints what it does.
-        with contextlib.redirect_stdout(sys.stderr):
-            results = evaluate_by_harness(
-                lm=_shared_model(model, tokenizer, world), task_dict=opened, limit=args.limit,
-                # Standard errors that are drawn are drawn in processes of their own.
-                bootstrap_iters=BOOTSTRAP_ROUNDS if is_main else 0, log_samples=False,
-                apply_chat_template=args.apply_chat_template,
-                fewshot_as_multiturn=args.apply_chat_template)
-    except (AssertionError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"the tasks {', '.join(args.tasks)} cannot be run: {error}",
-                         "tasks for a causal language model of as many positions",
-                         "choose others") from None
+    # The harness prints what it does.
+    with contextlib.redirect_stdout(sys.stderr), _refusals_are_bad_input():
+        results = evaluate_by_harness(
+            lm=_shared_model(model, tokenizer, world), task_dict=opened, limit=args.limit,
+            # Standard errors that are drawn are drawn in processes of their own.
+            bootstrap_iters=BOOTSTRAP_ROUNDS if is_main else 0, log_samples=False,
+            apply_chat_template=args.apply_chat_template,
+            fewshot_as_multiturn=args.apply_chat_template)
     scores = _numbers(results["results"])
     return scores if world is None else world.broadcast(scores)
+
+
+@contextlib.contextmanager
+def _refusals_are_bad_input() -> Iterator[None]:
+    """What the harness refuses of a task or a model, as InputError."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (AssertionError, ValueError) as error:
+        raise InputError(f"a task cannot be run: {error}",
+                         "tasks for a causal language model with as many positions",
+                         "choose others") from None
 
 
 def _numbers(results: Mapping[str, Mapping[str, Any]]) -> TaskScores:
@@ -201,8 +207,12 @@ def _shared_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: W
         """The answers to all requests; this rank's documents are answered here, whole: the choices
         of one share their context."""
         own = [index for index, request in enumerate(requests) if request.doc_id % size == rank]
-        answers = _run(world, lambda: answer([requests[index] for index in own]) if own else [])
-        pairs = list(zip(own, answers, strict=True))
+
+        def answer_own() -> list[Any]:
+            with _refusals_are_bad_input():
+                return answer([requests[index] for index in own]) if own else []
+
+        pairs = list(zip(own, _run(world, answer_own), strict=True))
         by_rank = [pairs] if world is None else world.gather(pairs)
         known = dict(pair for of_rank in by_rank for pair in of_rank)
         return [known[index] for index in range(len(requests))]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from support.models import WORDS
 
 CHOICE: Mapping[str, Any] = {
