@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from support.ranks import run_ranks
 from support.runs import write_recipe
 from support.tasks import CHOICE, GENERATION, PERPLEXITY, make_documents, write_task
@@ -22,7 +23,8 @@ from amid_ds.cli import main
 from amid_ds.cluster.task_jobs import TaskJobs
 from amid_ds.config.parse import load_recipe
 from amid_ds.errors import InputError
-from amid_ds.eval.run_tasks import judged_steps, keep_for_tasks, kept_steps
+from amid_ds.eval.run_tasks import judged_steps, keep_for_tasks, kept_steps, step_lease
+from amid_ds.files.lease import Lease
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_task_scores
 from amid_ds.training.callbacks import CheckpointEvent
@@ -92,7 +94,10 @@ def plain_scores(folder: Path, documents: list[dict]) -> dict[str, float]:
         right += sums.index(max(sums)) == document["answer"]
         right_by_length += by_length.index(max(by_length)) == document["answer"]
         words += len(document["question"].split())
-        nats += log_likelihood(model, tokenizer, "", document["question"])
+        # This tokenizer has no beginning of text: the harness takes the end of one.
+        ids = [tokenizer.eos_token_id, *tokenizer(document["question"])["input_ids"]]
+        log_p = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        nats += sum(float(log_p[place, token]) for place, token in enumerate(ids[1:]))
     return {"acc": right / len(documents), "acc_norm": right_by_length / len(documents),
             "word_perplexity": math.exp(-nats / words)}
 
@@ -198,50 +203,84 @@ def test_tasks_are_of_steps_that_have_a_checkpoint(llama_pair, text_file, tmp_pa
 
 
 @pytest.fixture(scope="module")
-def judged_run(llama_pair, text_file, tasks, tmp_path_factory) -> tuple[Path, str]:
-    """(the folder of a run of 4 steps, of which it keeps the checkpoints of 3 and 4; its output).
-    """
-    folder = tmp_path_factory.mktemp("judged")
-    recipe = write_recipe(folder / "r.yaml", *llama_pair, text_file, folder / "a run",
-                          train__steps=4, checkpoint__every=1,
-                          eval_tasks={"every": 3, "tasks": [str(tasks[0]), str(tasks[2])]})
-    return folder / "a run", run_ranks(1, "train", recipe).output()
+def trained(llama_pair, text_file, tmp_path_factory) -> Path:
+    """The folder of a run of 4 steps that has the checkpoints of 3 and 4."""
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = write_recipe(folder / "r.yaml", *llama_pair, text_file, folder / "run",
+                          train__steps=4, checkpoint__every=1)
+    run_ranks(1, "train", recipe)
+    return folder / "run"
 
 
-def test_a_run_has_its_checkpoints_and_the_last_one_judged(judged_run, tasks, capsys):
-    run, output = judged_run
-    lines = read_task_scores(run)
-    assert [(line["step"], line["name"]) for line in lines] == [
-        (3, "choosing"), (3, "reading"), (4, "choosing"), (4, "reading")], output
-    assert lines[1]["word_perplexity"] != lines[3]["word_perplexity"]
-    last = scored(capsys, run / "model", "--tasks", names([tasks[0], tasks[2]]))["tasks"]
-    assert lines[2:] == [{"step": 4, "name": name, **metrics} for name, metrics in last.items()]
-    assert kept_steps(RunFolder(run)) == set()
-
-
-def copied(judged_run, folder: Path) -> RunFolder:
-    """A copy of the run as if none of its checkpoints had been judged."""
-    shutil.copytree(judged_run[0], folder / "run")
-    run = RunFolder(folder / "run")
-    run.task_scores.unlink()
-    run.recipe.write_text(run.recipe.read_text().replace(str(judged_run[0]), str(run.path)))
+@pytest.fixture
+def run(trained, tasks, tmp_path) -> RunFolder:
+    """A copy of that run, whose recipe asks for tasks now."""
+    run = RunFolder(tmp_path / "a run")
+    shutil.copytree(trained, run.path)
+    recipe = yaml.safe_load(run.recipe.read_text())
+    recipe |= {"output_dir": str(run.path),
+               "eval_tasks": {"every": 3, "tasks": [str(tasks[0]), str(tasks[2])]}}
+    run.recipe.write_text(yaml.safe_dump(recipe))
     return run
 
 
-def test_what_is_kept_for_its_tasks_outlives_the_runs_own_checkpoint(judged_run, tmp_path, capsys):
-    run = copied(judged_run, tmp_path)
+def test_what_is_kept_outlives_the_runs_own_checkpoint_and_is_judged_once_as_its_export_is(
+        run, tasks, tmp_path, capsys):
     checkpoint = run.checkpoints / "step_00000003"
     assert keep_for_tasks(run, checkpoint) and not keep_for_tasks(run, checkpoint)
     kept = run.task_checkpoints / checkpoint.name
     assert os.path.samefile(kept / "manifest.json", checkpoint / "manifest.json")
-    shutil.rmtree(checkpoint)
+    shutil.move(checkpoint, tmp_path / "moved")
+    (run.task_checkpoints / "somebody's").mkdir()
     assert main(["tasks", str(run.path)]) == 0
-    before = [line for line in read_task_scores(judged_run[0]) if line["step"] == 3]
-    assert read_task_scores(run.path) == before
-    assert judged_steps(run) == {3} and kept_steps(run) == set()
-    # Judged once: nothing is kept or scored a second time.
-    shutil.copytree(run.checkpoints / "step_00000004", checkpoint)
+    shutil.move(tmp_path / "moved", checkpoint)
+    assert main(["export", str(checkpoint), str(tmp_path / "exported")]) == 0
+    capsys.readouterr()
+    exported = scored(capsys, tmp_path / "exported", "--tasks", names([tasks[0], tasks[2]]))
+    assert read_task_scores(run.path) == [
+        {"step": 3, "name": name, **metrics} for name, metrics in exported["tasks"].items()]
+    assert [path.name for path in run.task_checkpoints.iterdir()] == ["somebody's"]
     assert not keep_for_tasks(run, checkpoint)
+
+
+def test_a_step_that_another_process_judges_is_left_to_it(run, capsys):
+    for step in (3, 4):
+        keep_for_tasks(run, run.checkpoints / f"step_0000000{step}")
+    with Lease.held(step_lease(run, 3), "the step"):
+        assert main(["tasks", str(run.path)]) == 0
+        assert "step 3 is another process's" in capsys.readouterr().out
+    assert judged_steps(run) == {4} and kept_steps(run) == {3}
+
+
+def test_a_step_that_was_scored_before_its_folder_went_is_not_scored_again(run):
+    keep_for_tasks(run, run.checkpoints / "step_00000003")
+    run.task_scores.write_text('{"step": 3, "name": "choosing", "acc": 0.5}\n')
+    assert main(["tasks", str(run.path)]) == 0
+    assert len(read_task_scores(run.path)) == 1 and kept_steps(run) == set()
+
+
+@pytest.mark.slow
+def test_a_run_has_its_checkpoints_and_the_last_one_judged_at_its_end(
+        llama_pair, text_file, tasks, tmp_path, capsys):
+    recipe = write_recipe(tmp_path / "r.yaml", *llama_pair, text_file, tmp_path / "run",
+                          train__steps=5, checkpoint__every=1,
+                          eval_tasks={"every": 2, "tasks": [str(tasks[2])]})
+    output = run_ranks(2, "train", recipe).output()
+    lines = read_task_scores(tmp_path / "run")
+    assert [line["step"] for line in lines] == [2, 4, 5], output
+    assert len({line["word_perplexity"] for line in lines}) == 3
+    last = scored(capsys, tmp_path / "run" / "model", "--tasks", tasks[2])["tasks"]["reading"]
+    assert lines[2] == {"step": 5, "name": "reading", **last}
+    # Nothing is left to do, nor done, by a start of the finished run.
+    run_ranks(1, "train", recipe)
+    assert read_task_scores(tmp_path / "run") == lines
+    # What fails leaves the run finished, and the step waiting.
+    (tmp_path / "run" / "eval_tasks.jsonl").unlink()
+    shutil.move(tasks[2].with_suffix(".jsonl"), tmp_path / "away")
+    again = run_ranks(1, "train", recipe).output()
+    shutil.move(tmp_path / "away", tasks[2].with_suffix(".jsonl"))
+    assert "cannot be loaded" in again and "to judge what waits: amid-ds tasks" in again
+    assert kept_steps(RunFolder(tmp_path / "run")) == {5}
 
 
 SBATCH = """#!/bin/sh
@@ -253,9 +292,8 @@ echo 77
 
 
 def test_in_a_job_another_is_submitted_once_a_step_and_a_refusal_ends_no_run(
-        judged_run, tmp_path, monkeypatch, caplog):
+        run, tmp_path, monkeypatch, caplog):
     """A script stands for sbatch: tests/test_slurm.py has a real one."""
-    run = copied(judged_run, tmp_path)
     sbatch = tmp_path / "bin" / "sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text(SBATCH.replace("{folder}", str(tmp_path)))
@@ -277,7 +315,7 @@ def test_in_a_job_another_is_submitted_once_a_step_and_a_refusal_ends_no_run(
     attempt()
     assert kept_steps(run) == {3}
     [refusal] = [record for record in caplog.records if "no such partition" in record.message]
-    assert f"amid-ds tasks {run.path}" in refusal.message
+    assert f"amid-ds tasks '{run.path}'" in refusal.message
     (tmp_path / "refuses").unlink()
     # The same steps again: one waits and has no job, which the run's end sees to.
     attempt().finish()
