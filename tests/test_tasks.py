@@ -325,3 +325,13 @@ def test_in_a_job_another_is_submitted_once_a_step_and_a_refusal_ends_no_run(
     script = (run.task_checkpoints / "job.sbatch").read_text()
     assert "#SBATCH --partition=fast\n" in script and f"PYTHON={sys.executable}\n" in script
     assert set((tmp_path / "variables").read_text().split()) <= {"0", "1"}
+
+
+def test_a_report_has_the_scores_by_task_and_step(run, tmp_path, capsys):
+    lines = [{"step": step, "name": name, "acc": 0.5 + step / 100, "acc_stderr": None}
+             for step in (3, 4) for name in ("choosing", "<b>")]
+    run.task_scores.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(run.path), "-o", str(tmp_path / "page.html")]) == 0
+    page = (tmp_path / "page.html").read_text()
+    assert "<td>choosing</td><td>acc</td><td>0.53</td><td>0.54</td>" in page
+    assert "<td>&lt;b&gt;</td><td>acc_stderr</td><td>–</td><td>–</td>" in page
