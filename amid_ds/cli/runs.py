@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 
 from amid_ds.cli.arguments import Commands, add_command, add_recipe, add_targets, add_trust
 from amid_ds.errors import InputError, TrainingError
@@ -24,6 +25,24 @@ def _train(args: argparse.Namespace) -> None:
         from amid_ds.training.train import train
     with output_is_messages():
         train(args.recipe, args.overrides, began)
+        _attach_report(args)
+
+
+def _attach_report(args: argparse.Namespace) -> None:
+    """Give the report of a run that has finished to its trackers beside TensorBoard, on rank 0."""
+    from amid_ds.config.parse import load_recipe
+    from amid_ds.distributed.launch import launched_rank
+    from amid_ds.run.trackers import with_processes
+
+    if launched_rank() != 0:
+        return
+    # The file may have changed since, and the run has finished.
+    with contextlib.suppress(InputError):
+        recipe = load_recipe(args.recipe, args.overrides)
+        if with_processes(recipe.train.trackers):
+            from amid_ds.experiments.report import attach_report
+
+            attach_report(recipe)
 
 
 def add_plan(commands: Commands) -> None:

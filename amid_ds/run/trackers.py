@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 # which nobody waits for, for its report.
 END_WAIT_S = 15
 REPORT_WAIT_S = 90
+NO_STEP_AFTER = 2**63
 # What fits into a pipe at once or not at all is 4,096 bytes; a character may take 6 of them.
 MOST_NOTE_CHARACTERS = 500
 PROGRAM = ("import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
@@ -184,3 +185,15 @@ def end_trackers(trackers: Sequence[TrackerProcess], outcome: str, wait_s: float
     deadline = time.monotonic() + wait_s
     for tracker in trackers:
         tracker.wait(deadline)
+
+
+def complete_trackers(trackers: Sequence[str], run: RunFolder, page: Path | None) -> None:
+    """Give a finished run's trackers its page, the scores of its tasks, and whatever they lack."""
+    known = read_tracker_ids(run)
+    lacking = [name for name in with_processes(trackers)
+               if page is not None or run.task_scores.exists() or name not in known]
+    processes = start_trackers(lacking, run, start=NO_STEP_AFTER)
+    if page is not None:
+        for tracker in processes:
+            tracker.add_report(page)
+    end_trackers(processes, "finished", REPORT_WAIT_S)

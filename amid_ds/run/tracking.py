@@ -6,6 +6,7 @@ says what the tracker calls the run, and the first failure.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -185,9 +186,7 @@ class _Follower:
             return False
 
     def _answer(self, **message: str) -> None:
-        try:
+        # OSError: the run's process has gone.
+        with contextlib.suppress(OSError):
             self.answers.write(json.dumps(message).encode() + b"\n")
-        except OSError:
-            # The run's process has gone.
-            pass
 
