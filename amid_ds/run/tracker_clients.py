@@ -68,7 +68,8 @@ class WandbRun:
         try:
             self.run = wandb.init(**options)
         except wandb.errors.Error:
-            # No key, or no network: `wandb sync` sends the folder later.
+            # No key, or no network: `wandb sync` sends the folder later. Its service holds the id.
+            wandb.teardown(exit_code=1)
             self.run = wandb.init(**options, mode="offline")
         self.id = self.run.id
         self.place = self.run.url or f"offline in {Path(self.run.dir).parent}"
@@ -183,7 +184,7 @@ class TrackioRun:
         self.run.alert(tag, text)
 
     def add_report(self, page: Path) -> None:
-        self.run.log_artifact(str(page), name=f"report-{self.id}", type="report")
+        self.run.log_artifact(str(page), type="report")
 
     def close(self, outcome: str) -> None:
         self.run.finish()
