@@ -416,7 +416,7 @@ def test_another_rank_than_0_reports_only_what_it_has_no_peers_for(error, status
         raise error
 
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr("amid_ds.training.train.train", fail)
+    monkeypatch.setattr("amid_ds.training.train.run_training", fail)
     assert main(["train", "r.yaml"]) == status
     assert (str(error).splitlines()[0] in capsys.readouterr().err) == reported
 

@@ -1,19 +1,69 @@
-"""`amid_ds.plan` and `amid_ds.evaluate`: commands as functions, with the same errors.
-
-`amid_ds.train` and `amid_ds.load_recipe` are what their modules have under these names.
-"""
+"""`amid_ds.train`, `plan` and `evaluate`: the commands as functions, with the same errors."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from amid_ds.errors import InputError
+
 if TYPE_CHECKING:
     from amid_ds.config.parse import RecipeLike
+    from amid_ds.config.recipe import Recipe
     from amid_ds.eval.evaluate import Scores
     from amid_ds.planning.devices import Device
     from amid_ds.planning.estimate import Plan
+    from amid_ds.run.results import Run
+    from amid_ds.training.callbacks import Callback
+
+
+def train(recipe: RecipeLike, overrides: Sequence[str] = (), *,
+          callbacks: Sequence[Callback] = (), began: float | None = None) -> Run:
+    """Train by a recipe, as `amid-ds train`, and return the finished run; it resumes by itself.
+
+    In one process, or in every rank of a launcher. recipe: a path, its content, or a Recipe.
+    callbacks: told, on rank 0, before those that the recipe names. began: when the start began, by
+    time.monotonic(), such as the process's own; None: now. Raises InputError, TrainingError, or
+    Stopped where it was asked to stop before its last step (Ctrl-C, a signal, the file STOP).
+    """
+    from amid_ds.run.start import imports_kept
+
+    with imports_kept():
+        from amid_ds.training.train import run_training
+    asked = _readable_recipe(recipe, overrides)
+    jobs = None
+    if asked is not None and asked.eval_tasks is not None:
+        from amid_ds.cluster.task_jobs import TaskJobs
+
+        jobs = TaskJobs(asked)
+    run = run_training(recipe, overrides, began, [*([] if jobs is None else [jobs]), *callbacks])
+    if jobs is not None:
+        jobs.finish()
+    if asked is not None:
+        _attach_report(asked)
+    return run
+
+
+def _readable_recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe | None:
+    """The recipe; None for a wrong one, which all ranks report together."""
+    from amid_ds.config.parse import load_recipe
+
+    with contextlib.suppress(InputError):
+        return load_recipe(recipe, overrides)
+    return None
+
+
+def _attach_report(recipe: Recipe) -> None:
+    """Give the report of a finished run to its trackers beside TensorBoard, on rank 0."""
+    from amid_ds.distributed.launch import launched_rank
+    from amid_ds.run.trackers import with_processes
+
+    if launched_rank() == 0 and with_processes(recipe.train.trackers):
+        from amid_ds.experiments.report import attach_report
+
+        attach_report(recipe)
 
 
 def plan(recipe: RecipeLike, overrides: Sequence[str] = (), *, nodes: int = 1,

@@ -18,17 +18,13 @@ def _train(args: argparse.Namespace) -> None:
     import time
 
     from amid_ds.distributed.streams import output_is_messages
-    from amid_ds.run.start import imports_kept, process_age
+    from amid_ds.run.start import process_age
 
     began = time.monotonic() - process_age()
-    with imports_kept():
-        from amid_ds.cluster.task_jobs import TaskJobs
-        from amid_ds.training.train import train
+    from amid_ds.cli.functions import train
+
     with output_is_messages():
-        tasks = TaskJobs.of(args.recipe, args.overrides)
-        train(args.recipe, args.overrides, began, [] if tasks is None else [tasks])
-        if tasks is not None:
-            tasks.finish()
+        train(args.recipe, args.overrides, began=began)
 
 
 def add_tasks(commands: Commands) -> None:

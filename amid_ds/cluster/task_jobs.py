@@ -8,13 +8,12 @@ Neither ends a run: what fails is said, and `amid-ds tasks RUN` does the rest at
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,7 +21,6 @@ import torch
 from amid_ds.checkpoint.manifest import list_checkpoints
 from amid_ds.cluster import slurm
 from amid_ds.cluster.batch_script import log_pattern, read_template, render
-from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.launch import RANK_VARIABLES, launched_rank
 from amid_ds.distributed.leash import start_on_leash
@@ -56,15 +54,6 @@ class TaskJobs(Callback):
         self.every, self.run = recipe.eval_tasks.every, RunFolder(Path(recipe.output_dir))
         self.submitted: set[int] = set()
         self.failed: set[str] = set()
-
-    @classmethod
-    def of(cls, recipe_path: str, overrides: Sequence[str]) -> TaskJobs | None:
-        """That of a recipe; None without `eval_tasks`, and for a wrong one, which `train` reports.
-        """
-        with contextlib.suppress(InputError):
-            recipe = load_recipe(recipe_path, overrides)
-            return None if recipe.eval_tasks is None else cls(recipe)
-        return None
 
     def checkpoint(self, event: CheckpointEvent) -> None:
         """Keep the checkpoint if it is to be judged, and submit its job or export its model."""

@@ -101,6 +101,16 @@ def resolved(recipe: Recipe) -> RawRecipe:
     return values
 
 
+def flattened(value: object, prefix: str = "") -> dict[str, object]:
+    """Nested sections as dotted keys, lists by index."""
+    if not isinstance(value, (dict, list)):
+        return {prefix: value}
+    leaves: dict[str, object] = {}
+    for name, child in value.items() if isinstance(value, dict) else enumerate(value):
+        leaves.update(flattened(child, f"{prefix}.{name}" if prefix else str(name)))
+    return leaves
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; loading it again gives an equal recipe."""
     return dump_yaml(resolved(recipe))

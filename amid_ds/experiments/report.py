@@ -11,12 +11,14 @@ import base64
 import io
 import itertools
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from amid_ds.cluster.status import run_status
+from amid_ds.config.recipe import Recipe
 from amid_ds.errors import InputError, printable
 from amid_ds.experiments.plots import figure_text, require_matplotlib
 from amid_ds.experiments.reported_run import Curve, ReportedRun, read_reported_run
@@ -25,6 +27,9 @@ from amid_ds.files.ownership import require_own_file
 from amid_ds.monitor.step_timer import OUTSIDE_STEPS
 from amid_ds.planning.check import plan_measured_run
 from amid_ds.run.folder import RunFolder
+from amid_ds.run.trackers import complete_trackers
+
+logger = logging.getLogger(__name__)
 
 # In the head of every page, by which it is known as ours.
 PAGE_SIGN = '<meta name="generator" content="amid-ds report">'
@@ -69,6 +74,31 @@ class ReportSection:
 
 def report(folders: Sequence[str], out: str, trust_remote_code: bool = False) -> None:
     """`amid-ds report RUN [RUN …] -o OUT`."""
+    write_report(folders, out, trust_remote_code)
+    print(out)
+
+
+def attach_report(recipe: Recipe) -> None:
+    """Write a finished run's page to RUN/report.html and give it to the run's trackers.
+
+    With it go the scores that RUN/eval_tasks.jsonl has by then. What fails is said; nothing is
+    raised, since the run is finished.
+    """
+    run = RunFolder(Path(recipe.output_dir))
+    page: Path | None = run.report
+    try:
+        write_report([str(run.path)], str(page))
+    except InputError as error:
+        logger.warning("the trackers get no report: %s; %s", error.found, error.remedy)
+        page = None
+    except Exception as error:
+        logger.warning("the trackers get no report: %r", error)
+        page = None
+    complete_trackers(recipe.train.trackers, run, page)
+
+
+def write_report(folders: Sequence[str], out: str, trust_remote_code: bool = False) -> None:
+    """Write a page about runs to `out`. Raises InputError."""
     figure = require_matplotlib()
     require_own_file(Path(out), lambda text: PAGE_SIGN in text, "-o")
     paths = [Path(folder) for folder in folders]
@@ -81,7 +111,6 @@ def report(folders: Sequence[str], out: str, trust_remote_code: bool = False) ->
     except OSError as error:
         raise InputError(f"the page {out} cannot be written: {error}", "a file that can be written",
                          "give -o another path") from None
-    print(out)
 
 
 class _Draw:

@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import threading
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -34,9 +35,15 @@ class EnduringFile:
         self.file = open(path, "ab", buffering=0)   # noqa: SIM115 - closed by `close`
         self.waiting = b""
         self.failing = False
+        # A warning of another thread may be a record; one about this file is made inside `append`.
+        self.lock = threading.RLock()
 
     def append(self, record: bytes) -> None:
-        """Append the record, behind those that wait in memory."""
+        """Append the record, behind those that wait in memory. Any thread may call it."""
+        with self.lock:
+            self._append(record)
+
+    def _append(self, record: bytes) -> None:
         self.waiting += record
         try:
             _append(self.file, self.waiting)

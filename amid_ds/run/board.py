@@ -11,8 +11,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from amid_ds.files.append import EnduringFile
 
@@ -62,12 +63,22 @@ class Board:
         self.file.close()
 
 
-class BoardHandler(logging.Handler):
-    """Adds each warning to TensorBoard as a text note."""
+class HasNotes(Protocol):
+    """What takes texts: a Board, a TrackerProcess."""
 
-    def __init__(self, board: Board) -> None:
+    def add_note(self, tag: str, text: str) -> None:
+        """Add a text."""
+
+
+class NoteHandler(logging.Handler):
+    """Adds each warning of this process to a run's boards and trackers as a note."""
+
+    def __init__(self, takers: Sequence[HasNotes]) -> None:
         super().__init__(logging.WARNING)
-        self.board = board
+        self.takers, self.process = takers, os.getpid()
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.board.add_note("alarm", record.getMessage())
+        # Not in the data's workers, which are forked with this handler.
+        if os.getpid() == self.process:
+            for taker in self.takers:
+                taker.add_note("alarm", record.getMessage())

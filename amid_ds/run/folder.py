@@ -73,6 +73,16 @@ class RunFolder:
         return self.path / "tensorboard"
 
     @property
+    def mlflow(self) -> Path:
+        """MLflow's own store of this run, where no MLFLOW_TRACKING_URI names another."""
+        return self.path / "mlflow"
+
+    @property
+    def report(self) -> Path:
+        """The page about the finished run that its trackers were given."""
+        return self.path / "report.html"
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of `step_00000100` and its siblings, and of the file `latest`."""
         return self.path / "checkpoints"

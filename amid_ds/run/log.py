@@ -1,4 +1,4 @@
-"""A run's log while it trains: metrics.jsonl, eval.jsonl, TensorBoard and a progress bar.
+"""A run's log while it trains: metrics.jsonl, eval.jsonl, its trackers and a progress bar.
 
 Without a terminal a log message now and then takes the place of the bar. Rank 0 writes; on every
 other rank the log is made with `folder=None` and does nothing. A resumed run continues the same
@@ -12,18 +12,19 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from amid_ds.distributed.rank_logging import PACKAGE_LOGGER
-from amid_ds.errors import printable
+from amid_ds.errors import Stopped, printable
 from amid_ds.files.append import EnduringFile
 from amid_ds.files.json_lines import IsWhole, has_step, is_number, read_jsonl, truncate_jsonl
-from amid_ds.run.board import Board, BoardHandler
+from amid_ds.run.board import Board, NoteHandler
 from amid_ds.run.folder import RunFolder
+from amid_ds.run.trackers import END_WAIT_S, end_trackers, start_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -100,19 +101,24 @@ def _is_evaluation_line(line: Mapping[str, Any]) -> bool:
 class RunLog:
     """The log of one attempt at a run, from `start` steps done to `total`.
 
-    While it is open, warnings that the package logs also become text notes in TensorBoard.
+    While it is open, warnings that the package logs also become notes in its trackers, which are
+    those of `train.trackers`.
     """
 
-    def __init__(self, folder: RunFolder | None, start: int, total: int) -> None:
+    def __init__(self, folder: RunFolder | None, start: int, total: int,
+                 trackers: Sequence[str] = ("tensorboard",)) -> None:
         self.folder, self.start, self.total = folder, start, total
         if folder is None:
             return
         self.title = printable(folder.path.name, keep="")
         self.metrics_file = _JsonLines(folder.metrics, start, _is_metrics_line)
         self.evaluations_file = _JsonLines(folder.evaluations, start, _is_evaluation_line)
-        self.board = Board(folder.tensorboard, first_step=start + 1)
-        self.board_handler = BoardHandler(self.board)
-        PACKAGE_LOGGER.addHandler(self.board_handler)
+        self.board = None
+        if "tensorboard" in trackers:
+            self.board = Board(folder.tensorboard, first_step=start + 1)
+        self.trackers = start_trackers(trackers, folder, start)
+        self.notes = NoteHandler([*self.trackers, *([self.board] if self.board else [])])
+        PACKAGE_LOGGER.addHandler(self.notes)
         self.bar = tqdm(total=total, initial=start, desc=self.title, unit="step",
                         disable=not sys.stderr.isatty(), dynamic_ncols=True)
         self.began = self.last_message = time.monotonic()
@@ -120,8 +126,8 @@ class RunLog:
     def __enter__(self) -> RunLog:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close("finished" if kind is None else "stopped" if kind is Stopped else "failed")
 
     def step(self, step: int, metrics: Mapping[str, float | None] | None,
              slowest: str | None = None) -> None:
@@ -133,8 +139,8 @@ class RunLog:
             return
         if metrics is not None:
             self.metrics_file.write({"step": step, **metrics})
-            self.board.add_scalars({_tag(name): value for name, value in metrics.items()
-                                    if value is not None}, step)
+            if self.board is not None:
+                self.board.add_scalars(curves_of_step(metrics), step)
             self._show_progress(step, metrics, slowest)
         self.bar.update(1)
 
@@ -161,25 +167,41 @@ class RunLog:
             return
         for name, metrics in sets.items():
             self.evaluations_file.write({"step": step, "name": name, **metrics})
-            known = {key: value for key, value in metrics.items() if value is not None}
-            self.board.add_scalars({f"eval/{name}/{key}": value for key, value in known.items()
-                                    if key != "tokens"}, step)
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in known.items())
+            if self.board is not None:
+                self.board.add_scalars(curves_of_evaluation({"name": name, **metrics}), step)
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in metrics.items()
+                              if value is not None)
             logger.info(f"{self.title}: step {step}/{self.total}  eval {name}: {shown}")
 
-    def close(self) -> None:
-        """Close the files and the progress bar."""
-        if self.folder is not None:
-            PACKAGE_LOGGER.removeHandler(self.board_handler)
-            self.bar.close()
-            self.metrics_file.close()
-            self.evaluations_file.close()
+    def close(self, outcome: str = "finished") -> None:
+        """Close the files and the progress bar, and wait END_WAIT_S for the trackers.
+
+        outcome: what became of the attempt: `finished`, `stopped` or `failed`.
+        """
+        if self.folder is None:
+            return
+        self.bar.close()
+        self.metrics_file.close()
+        self.evaluations_file.close()
+        end_trackers(self.trackers, outcome, END_WAIT_S)
+        PACKAGE_LOGGER.removeHandler(self.notes)
+        if self.board is not None:
             self.board.close()
 
 
-def _tag(name: str) -> str:
-    """The TensorBoard tag of a metric; one that has a `/` in its name is its own."""
-    return name if "/" in name else TENSORBOARD_TAGS.get(name, f"objective/{name}")
+def curves_of_step(line: Mapping[str, Any]) -> dict[str, float]:
+    """A line of metrics.jsonl as values by the tags of their curves.
+
+    A metric that has a `/` in its name is its own tag.
+    """
+    return {name if "/" in name else TENSORBOARD_TAGS.get(name, f"objective/{name}"): value
+            for name, value in line.items() if name != "step" and value is not None}
+
+
+def curves_of_evaluation(line: Mapping[str, Any], above: str = "eval") -> dict[str, float]:
+    """A line of eval.jsonl as values by the tags of their curves, `eval/NAME/KEY`."""
+    return {f"{above}/{line['name']}/{key}": value for key, value in line.items()
+            if key not in ("step", "name", "tokens") and value is not None}
 
 
 class _JsonLines:

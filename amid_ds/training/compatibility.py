@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from amid_ds.checkpoint.manifest import Manifest
-from amid_ds.config.parse import default_of, load_recipe, resolved
+from amid_ds.config.parse import default_of, flattened, load_recipe, resolved
 from amid_ds.config.recipe import PretrainedModel, Recipe, Teacher
 from amid_ds.errors import InputError
 from amid_ds.models.loading import resolved_commit
@@ -158,7 +158,7 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object],
     uses_evaluation = any(key.startswith("rollout.adaptive.") for key in (*before, *now))
     free = (*MAY_CHANGE, *(() if uses_evaluation else EVALUATION_KEYS), *allowed)
     before = {**{key: _default_in(before, key) for key in now.keys() - before.keys()},
-              **_flatten(CHANGED_DEFAULTS, ""), **before}
+              **flattened(CHANGED_DEFAULTS), **before}
     changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)
                and (_is_any(key, KEPT) or not _is_any(key, free))]
     return "\n".join(f"    - {key}: {before.get(key)!r} before, {now.get(key)!r} now"
@@ -180,13 +180,4 @@ def _is_any(key: str, names: Sequence[str]) -> bool:
 
 def flat_recipe(recipe: Recipe) -> dict[str, object]:
     """The resolved recipe as dotted keys, lists by index."""
-    return _flatten(resolved(recipe), "")
-
-
-def _flatten(value: object, prefix: str) -> dict[str, object]:
-    if not isinstance(value, (dict, list)):
-        return {prefix: value}
-    leaves: dict[str, object] = {}
-    for name, child in value.items() if isinstance(value, dict) else enumerate(value):
-        leaves.update(_flatten(child, f"{prefix}.{name}" if prefix else str(name)))
-    return leaves
+    return flattened(resolved(recipe))

@@ -47,6 +47,7 @@ from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_metrics
 from amid_ds.run.places import check_places, require_own_model
 from amid_ds.run.provenance import SourceHashes, hash_sources, prepared_hash, provenance
+from amid_ds.run.trackers import require_trackers
 from amid_ds.run.warm_start import frozen_models, resolve_student
 from amid_ds.training.cached_teacher import check_cached_teacher
 from amid_ds.training.compatibility import (
@@ -139,6 +140,7 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
         require_rouge()
     if recipe.eval_tasks is not None and headers:
         check_tasks(recipe.eval_tasks.tasks)
+    require_trackers(recipe.train.trackers)
     check_objectives(recipe)
     refuse_other_run(recipe)
     check_sources(recipe.data)

@@ -50,9 +50,9 @@ from amid_ds.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(recipe: RecipeLike, overrides: Sequence[str] = (), began: float | None = None,
-          callbacks: Sequence[Callback] = ()) -> Run:
-    """Train by a recipe, as `amid-ds train`, and return the finished run; it resumes by itself.
+def run_training(recipe: RecipeLike, overrides: Sequence[str] = (), began: float | None = None,
+                 callbacks: Sequence[Callback] = ()) -> Run:
+    """Train by a recipe and return the finished run; it resumes by itself.
 
     In one process, or in every rank of a launcher. recipe: a path, its content, or a Recipe. began:
     when the start began, by time.monotonic(), such as the process's own; None: now. callbacks:

@@ -246,7 +246,8 @@ class Trainer(Stepper):
     def _open_log(self) -> RunLog:
         run = self.job.run if self.world.is_main else None
         return self.world.run_checked(
-            lambda: RunLog(run, self.state.step, self.recipe.train.total_steps))
+            lambda: RunLog(run, self.state.step, self.recipe.train.total_steps,
+                           self.recipe.train.trackers))
 
     def _open_stop_request(self) -> StopRequest:
         return StopRequest(self.job.run, self.recipe.train.max_hours, self.world.is_main)

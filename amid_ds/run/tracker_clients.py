@@ -1,0 +1,200 @@
+"""Weights & Biases, MLflow and trackio, each as a run that takes points, notes and a page.
+
+What the user has set in a package's own environment variables holds; this process's environment
+gets values for those that are not set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+from amid_ds.run.folder import RunFolder
+
+PROJECT = "amid_ds"
+# Of MLflow: what names may not have, and what one request may.
+MLFLOW_FORBIDDEN = re.compile(r"[^\w\-. /]", re.ASCII)
+MOST_METRICS, MOST_PARAMETERS, MOST_CHARACTERS = 1000, 100, 6000
+
+
+class Point(NamedTuple):
+    """The values of some curves at a step, by their tags."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+class TrackerClient(Protocol):
+    """A run as a tracker has it. `id`: what the tracker calls it; `place`: where to look.
+
+    Opening it again with its id goes on with the same run. Any call may raise anything.
+    """
+
+    id: str
+    place: str
+
+    def __init__(self, run: RunFolder, known: str | None) -> None: ...
+
+    def add_config(self, config: dict[str, Any]) -> None:
+        """Show the recipe and the provenance as the run's settings."""
+
+    def add_points(self, points: Sequence[Point]) -> None:
+        """Add points to the curves."""
+
+    def add_note(self, tag: str, text: str) -> None:
+        """Add a text."""
+
+    def add_report(self, page: Path) -> None:
+        """Attach a page."""
+
+    def close(self, outcome: str) -> None:
+        """End the run: `finished`, `stopped` in good order, or `failed`."""
+
+
+class WandbRun:
+    """A run of Weights & Biases; offline where its server cannot be reached."""
+
+    def __init__(self, run: RunFolder, known: str | None) -> None:
+        _set_defaults(WANDB_PROJECT=PROJECT, WANDB_NAME=run.path.name, WANDB_DIR=str(run.path),
+                      WANDB_SILENT="true", WANDB_CONSOLE="off", WANDB_INIT_TIMEOUT="30")
+        import wandb
+
+        options: dict[str, Any] = {"id": known or uuid.uuid4().hex[:12], "resume": "allow"}
+        try:
+            self.run = wandb.init(**options)
+        except wandb.errors.Error:
+            # No key, or no network: `wandb sync` sends the folder later. Its service holds the id.
+            wandb.teardown(exit_code=1)
+            self.run = wandb.init(**options, mode="offline")
+        self.id = self.run.id
+        self.place = self.run.url or f"offline in {Path(self.run.dir).parent}"
+        # Its own steps never go back, and ours do: a resumed run repeats some.
+        self.run.define_metric("*", step_metric="step")
+
+    def add_config(self, config: dict[str, Any]) -> None:
+        self.run.config.update(config, allow_val_change=True)
+
+    def add_points(self, points: Sequence[Point]) -> None:
+        for point in points:
+            self.run.log({**point.values, "step": point.step})
+
+    def add_note(self, tag: str, text: str) -> None:
+        self.run.alert(tag, text, level="WARN")
+
+    def add_report(self, page: Path) -> None:
+        self.run.log_artifact(str(page), name=f"report-{self.id}", type="report")
+
+    def close(self, outcome: str) -> None:
+        if outcome == "stopped":
+            self.run.mark_preempting()
+        self.run.finish(exit_code=int(outcome != "finished"))
+
+
+class MlflowRun:
+    """A run of MLflow, through its client."""
+
+    def __init__(self, run: RunFolder, known: str | None) -> None:
+        # The files of its own store need leave since MLflow 3.13.
+        _set_defaults(MLFLOW_TRACKING_URI=run.mlflow.resolve().as_uri(),
+                      MLFLOW_EXPERIMENT_NAME=PROJECT, MLFLOW_ALLOW_FILE_STORE="true")
+        from mlflow import MlflowClient
+
+        self.folder, self.client = run, MlflowClient()
+        if known is None:
+            experiment = os.environ.get("MLFLOW_EXPERIMENT_ID") or self._experiment(
+                os.environ["MLFLOW_EXPERIMENT_NAME"])
+            known = self.client.create_run(experiment, run_name=run.path.name).info.run_id
+        else:
+            self.client.set_terminated(known, "RUNNING")
+        self.id = known
+        address = urlsplit(os.environ["MLFLOW_TRACKING_URI"])
+        where = address._replace(netloc=address.netloc.rpartition("@")[2], query="").geturl()
+        self.place = f"run {known} at {where}"
+
+    def _experiment(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        return found.experiment_id if found is not None else self.client.create_experiment(name)
+
+    def add_config(self, config: dict[str, Any]) -> None:
+        from mlflow.entities import Param
+
+        from amid_ds.config.parse import flattened
+
+        # A parameter is written once; the files show what a later attempt has changed.
+        there = self.client.get_run(self.id).data.params
+        values = {MLFLOW_FORBIDDEN.sub("_", key): str(value)[:MOST_CHARACTERS]
+                  for key, value in flattened(config).items()}
+        new = [Param(key, value) for key, value in values.items() if key not in there]
+        for first in range(0, len(new), MOST_PARAMETERS):
+            self.client.log_batch(self.id, params=new[first:first + MOST_PARAMETERS])
+        for path in (self.folder.recipe, self.folder.provenance):
+            if path.exists():
+                self.client.log_artifact(self.id, str(path))
+
+    def add_points(self, points: Sequence[Point]) -> None:
+        import time
+
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        metrics = [Metric(MLFLOW_FORBIDDEN.sub("_", tag), value, now, point.step)
+                   for point in points for tag, value in point.values.items()]
+        for first in range(0, len(metrics), MOST_METRICS):
+            self.client.log_batch(self.id, metrics=metrics[first:first + MOST_METRICS])
+
+    def add_note(self, tag: str, text: str) -> None:
+        self.client.set_tag(self.id, tag, text)
+
+    def add_report(self, page: Path) -> None:
+        self.client.log_artifact(self.id, str(page))
+
+    def close(self, outcome: str) -> None:
+        statuses = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+        self.client.set_terminated(self.id, statuses[outcome])
+
+
+class TrackioRun:
+    """A run of trackio: on this machine, on a server or in a Space, as its variables say.
+
+    Its runs are resumed by their names, so each has one that no other run has.
+    """
+
+    def __init__(self, run: RunFolder, known: str | None) -> None:
+        import trackio
+
+        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        self.id = known or f"{run.path.name}-{uuid.uuid4().hex[:6]}"
+        self.run = trackio.init(project, name=self.id, resume="allow", embed=False)
+        self.place = f"run {self.id} of the project {project}, `trackio show --project {project}`"
+
+    def add_config(self, config: dict[str, Any]) -> None:
+        # It goes with the first points.
+        self.run.config.update(config)
+
+    def add_points(self, points: Sequence[Point]) -> None:
+        for point in points:
+            self.run.log(dict(point.values), step=point.step)
+
+    def add_note(self, tag: str, text: str) -> None:
+        self.run.alert(tag, text)
+
+    def add_report(self, page: Path) -> None:
+        self.run.log_artifact(str(page), type="report")
+
+    def close(self, outcome: str) -> None:
+        self.run.finish()
+
+
+CLIENTS: dict[str, type[TrackerClient]] = {"wandb": WandbRun, "mlflow": MlflowRun,
+                                           "trackio": TrackioRun}
+
+
+def _set_defaults(**variables: str) -> None:
+    for name, value in variables.items():
+        if not os.environ.get(name):
+            os.environ[name] = value
