@@ -77,7 +77,11 @@ def published_card(model: Path, license_id: str | None) -> str | None:
     from huggingface_hub import ModelCard
 
     file = model / CARD_FILE
-    text = file.read_text(encoding="utf-8") if file.is_file() else None
+    try:
+        text = file.read_text(encoding="utf-8") if file.is_file() else None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} cannot be read: {error}", "a text in UTF-8",
+                         "correct the file, or take it out") from None
     run, step = RunFolder(model.resolve().parent), exported_step(model)
     is_runs = run.is_own and model.resolve() in (run.model.resolve(), run.best_model.resolve())
     if license_id is None and not (is_runs and step is not None and _task_scores(run, step)):
@@ -204,8 +208,8 @@ def _base_model(run: RunFolder) -> str | None:
     A run that began with another's weights has the base that the other had.
     """
     student = _facts(run).get("student")
-    if isinstance(student, dict) and student.get("files_sha256") is None:
-        # Only of a folder there are hashes.
+    if isinstance(student, dict) and student.get("files_sha256", "") is None:
+        # Of a folder there is a hash.
         model = student.get("model")
         return model if isinstance(model, str) and is_hub_id(model) else None
     base = _metadata(run.start_model / CARD_FILE).get("base_model")
@@ -218,11 +222,11 @@ def _license(run: RunFolder, recipe: Recipe, base: str | None) -> dict[str, str]
     for found in map(_metadata, (run.student_files / CARD_FILE, own / CARD_FILE)):
         fields = {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}
         if "license" in fields:
-            link = fields.get("license_link", "")
-            if base is not None and link and "://" not in link:
-                # A file beside the base's card.
-                fields["license_link"] = f"https://huggingface.co/{base}/blob/main/{link}"
-            return fields
+            link = fields.pop("license_link", None)
+            if link is not None and "://" not in link:
+                # A file beside the card of the base.
+                link = base and f"https://huggingface.co/{base}/blob/main/{link}"
+            return fields if link is None else {**fields, "license_link": link}
     return {}
 
 
