@@ -33,7 +33,7 @@ from amid_ds.run.warm_start import find_run
 logger = logging.getLogger(__name__)
 
 # Beside hidden files: rows, logs, and what resumes a training.
-LEFT_OUT = ("*.jsonl", "*.parquet", "*.arrow", "*.csv", "*.log", "*.pt", "*.pth", "__pycache__",
+NOT_PUBLISHED = ("*.jsonl", "*.parquet", "*.arrow", "*.csv", "*.log", "*.pt", "*.pth", "__pycache__",
             "checkpoint-*", "global_step*", "optimizer.bin", "scheduler.bin", "random_states_*",
             "trainer_state.json", "training_args.bin", "events.out.tfevents*")
 # What decides in a repository which weights from_pretrained and others open.
@@ -188,7 +188,7 @@ def require_whole_model(model: Path) -> None:
 def chosen_files(model: Path) -> tuple[dict[str, Path], list[str]]:
     """(the files that go by their names in the repository, the names of what does not).
 
-    All that is visible goes, but LEFT_OUT and folders that are links. Raises InputError for a file
+    All that is visible goes, but NOT_PUBLISHED and folders that are links. Raises InputError for a file
     that cannot be read.
     """
     files, left_out = {}, []
@@ -197,7 +197,7 @@ def chosen_files(model: Path) -> tuple[dict[str, Path], list[str]]:
         for name in sorted([*subfolders, *names]):
             path, is_folder = place / name, name in subfolders
             goes = not name.startswith(".") and not any(
-                fnmatch.fnmatch(name, pattern) for pattern in LEFT_OUT)
+                fnmatch.fnmatch(name, pattern) for pattern in NOT_PUBLISHED)
             inside = path.relative_to(model).as_posix() + "/" * is_folder
             if not goes or (is_folder and path.is_symlink()):
                 left_out.append(inside)
