@@ -33,9 +33,10 @@ from amid_ds.run.warm_start import find_run
 logger = logging.getLogger(__name__)
 
 # Beside hidden files: rows, logs, and what resumes a training.
-NOT_PUBLISHED = ("*.jsonl", "*.parquet", "*.arrow", "*.csv", "*.log", "*.pt", "*.pth", "__pycache__",
-            "checkpoint-*", "global_step*", "optimizer.bin", "scheduler.bin", "random_states_*",
-            "trainer_state.json", "training_args.bin", "events.out.tfevents*")
+NOT_PUBLISHED = (
+    "*.jsonl", "*.parquet", "*.arrow", "*.csv", "*.log", "*.pt", "*.pth", "__pycache__",
+    "checkpoint-*", "global_step*", "optimizer.bin", "scheduler.bin", "random_states_*",
+    "trainer_state.json", "training_args.bin", "events.out.tfevents*")
 # What decides in a repository which weights from_pretrained and others open.
 WEIGHT_FILES = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin)"
                           r"(\.index\.json)?|adapter_config\.json")
@@ -188,8 +189,8 @@ def require_whole_model(model: Path) -> None:
 def chosen_files(model: Path) -> tuple[dict[str, Path], list[str]]:
     """(the files that go by their names in the repository, the names of what does not).
 
-    All that is visible goes, but NOT_PUBLISHED and folders that are links. Raises InputError for a file
-    that cannot be read.
+    All that is visible goes, but NOT_PUBLISHED and folders that are links. Raises InputError for a
+    file that cannot be read.
     """
     files, left_out = {}, []
     for folder, subfolders, names in os.walk(model):
