@@ -46,6 +46,7 @@ OWNERS = {
     "pydantic": {"config"},
     "pandas": {"run"},
     "peft": {"models"},
+    "huggingface_hub": {"models", "checkpoint"},
     "torch.distributed": {"distributed", "monitor"},
 }
 # DeepSpeed's private names; the keys of its files are known to checkpoint/zero_shards.py.

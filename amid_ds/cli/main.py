@@ -37,6 +37,7 @@ from amid_ds.cli.runs import (
     add_export,
     add_plan,
     add_prepare,
+    add_push,
     add_report,
     add_status,
     add_tasks,
@@ -126,6 +127,6 @@ def _parser() -> argparse.ArgumentParser:
     for add in (add_train, add_plan, add_prepare, add_tokenizer, add_demo, add_study,
                 add_recipes, add_eval, add_generate, add_cache, add_prune, add_dequantize,
                 add_checkpoints, add_submit, add_sweep, add_chain, add_reproduce, add_status,
-                add_report, add_tasks, add_doctor, add_requeue, add_bench, add_export):
+                add_report, add_tasks, add_doctor, add_requeue, add_bench, add_export, add_push):
         add(commands)
     return parser
