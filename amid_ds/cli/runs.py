@@ -208,10 +208,12 @@ def add_report(commands: Commands) -> None:
     parser = add_command(commands, _report, "a page about one or several runs")
     parser.add_argument("run_folders", nargs="+", metavar="RUN")
     parser.add_argument("-o", "--out", default="report.html", metavar="FILE")
+    parser.add_argument("--picture", metavar="PNG", help="also a picture of the evaluations, with "
+                        "sample answers")
     add_trust(parser)
 
 
 def _report(args: argparse.Namespace) -> None:
     from amid_ds.experiments.report import report
 
-    report(args.run_folders, args.out, args.trust_remote_code)
+    report(args.run_folders, args.out, args.trust_remote_code, args.picture)

@@ -223,9 +223,10 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _something_to_evaluate_on(self) -> Recipe:
-        if self.train.eval_every and not self.data.eval:
-            raise ValueError(f"`train.eval_every` is {self.train.eval_every}, and `data.eval` "
-                             "names no set; name one")
+        for key in ("eval_every", "samples"):
+            if (value := getattr(self.train, key)) and not self.data.eval:
+                raise ValueError(f"`train.{key}` is {value}, and `data.eval` names no set; name "
+                                 "one")
         return self
 
     @model_validator(mode="after")

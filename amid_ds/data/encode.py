@@ -231,28 +231,40 @@ class SourcePacker:
                          | {tokenizer.eos_token_id})
 
 
+def first_documents(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase
+                    ) -> Iterator[SourceDocument]:
+    """The usable rows of the first source as they are trained on, in file order, read bit by bit.
+
+    Raises InputError for a row that cannot be used, unless such rows are left out.
+    """
+    source, packer = data.train[0], _first_packer(data, seq_length, tokenizer)
+    for number, file in enumerate(source_files(source)):
+        for span in split_file(number, file, WHOLE_FILE):
+            yield from packer.documents(read_checked_rows(span, source, packer.columns), number,
+                                        functools.partial(span_row_location, span),
+                                        PackingCounts())
+
+
 def first_rows(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase,
                count: int) -> list[TokenRow]:
     """The first `count` rows of the first source, or as many as it has; no more of it is read.
 
     Raises InputError where there is none, or a row before the last of them cannot be used.
     """
-    source = data.train[0]
-    packer = SourcePacker(source, data.isolates(source), seq_length, data.on_bad_row, tokenizer)
-    counts = PackingCounts()
-
-    def documents() -> Iterator[SourceDocument]:
-        for number, file in enumerate(source_files(source)):
-            for span in split_file(number, file, WHOLE_FILE):
-                yield from packer.documents(read_checked_rows(span, source, packer.columns), number,
-                                            functools.partial(span_row_location, span), counts)
-
+    source, packer = data.train[0], _first_packer(data, seq_length, tokenizer)
+    documents = first_documents(data, seq_length, tokenizer)
     rows = [TokenRow.from_packed(row, source.path)
-            for row in itertools.islice(packer.pack(documents(), counts), count)]
+            for row in itertools.islice(packer.pack(documents, PackingCounts()), count)]
     if not rows:
         raise InputError(f"{source.path} has no usable row", "at least one of two tokens or more",
                          "look at the file, and at --seq-length")
     return rows
+
+
+def _first_packer(data: Data, seq_length: int, tokenizer: PreTrainedTokenizerBase
+                  ) -> SourcePacker:
+    return SourcePacker(data.train[0], data.isolates(data.train[0]), seq_length, data.on_bad_row,
+                        tokenizer)
 
 
 def _begins_with(ids: list[int], prefix: list[int]) -> bool:

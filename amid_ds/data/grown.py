@@ -53,6 +53,10 @@ class GrownVocabulary:
         """The hash by which a resumed run knows that these are still the same."""
         return hashlib.sha256(repr((self.old, self.pieces)).encode()).hexdigest()
 
+    def spelled(self, token: int) -> tuple[int, ...]:
+        """The old ids of one of the student's."""
+        return self.pieces[token - self.old] if token >= self.old else (token,)
+
     def with_teachers_rows(self, batches: list[Batch]) -> list[Batch]:
         """The batches with `for_teacher`. On the host. Raises InputError, naming the row, for one
         with a text that is longer than the teacher's positions."""
@@ -85,8 +89,7 @@ class GrownVocabulary:
             tokens = tokens[:stop]
         elif batch.positions is not None:
             starts = np.flatnonzero(batch.positions[number].numpy() == 0).tolist()
-        parts = [self.pieces[token - self.old] if token >= self.old else (token,)
-                 for token in tokens.tolist()]
+        parts = [self.spelled(token) for token in tokens.tolist()]
         ends = np.cumsum([len(part) for part in parts]) - 1
         ids = np.fromiter((piece for part in parts for piece in part), np.int64)
         firsts = [0 if start == 0 else int(ends[start - 1]) + 1 for start in starts]

@@ -27,7 +27,7 @@ from amid_ds.distributed.leash import start_on_leash
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval import evaluate
 from amid_ds.eval.protocol import EvalArgs, EvalProtocol
-from amid_ds.experiments import plots
+from amid_ds.experiments.report import report
 from amid_ds.experiments.small_models import LlamaSize, save_new_llama
 from amid_ds.files.ownership import require_new_folder
 
@@ -45,12 +45,14 @@ SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test
 TEACHER = LlamaSize(256, 688, 4, 4)
 STUDENT = LlamaSize(128, 344, 2, 4)
 OBJECTIVE = {"alpha": -1.0, "lam": 0.1, "divergence": "kl", "order": "pr"}
+# Its teacher runs in evaluations alone.
+CROSS_ENTROPY = {"kd_weight": 0.0, "ce_weight": 1.0}
 TRAIN = {"seq_length": SEQ_LENGTH, "micro_batch_size": 4, "global_batch_size": 8,
          "warmup_steps": 10}
 # Of the front page's table.
 ADAMW = {"learning_rate": 2.0e-3, "betas": [0.9, 0.999], "weight_decay": 0.01, "decay_all": True}
 TEACHER_TRAIN = {**TRAIN, **ADAMW, "steps": 200}
-STUDENT_TRAIN = {**TRAIN, **ADAMW, "steps": 160}
+STUDENT_TRAIN = {**TRAIN, **ADAMW, "steps": 160, "eval_every": 40, "samples": 4}
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,10 @@ class DemoFolder:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def picture(self) -> Path:
@@ -102,18 +108,19 @@ def demo(out: str, seed: int) -> None:
     save_new_llama(folder.initial_model("teacher"), TEACHER, tokenizer, seed)
     save_new_llama(folder.initial_model("student"), STUDENT, tokenizer, seed + 1)
     _announce(3, "teacher: trained by this project's own `train`, with cross entropy alone")
-    _train(folder, "teacher", train_file, "teacher", None, {**TEACHER_TRAIN, "seed": seed})
+    _train(folder, "teacher", train_file, "teacher", {**TEACHER_TRAIN, "seed": seed})
     _announce(4, "student: distilled from the teacher with AMiD")
-    _train(folder, "distilled", train_file, "student", "teacher", {**STUDENT_TRAIN, "seed": seed})
+    student_train = {**STUDENT_TRAIN, "seed": seed}
+    _train(folder, "distilled", train_file, "student", student_train, held_out, OBJECTIVE)
     _announce(5, "for comparison: the same student, data and steps with cross entropy alone")
-    _train(folder, "ce", train_file, "student", None, {**STUDENT_TRAIN, "seed": seed})
+    _train(folder, "ce", train_file, "student", student_train, held_out, CROSS_ENTROPY)
     _announce(6, "evaluation on held-out files")
     scores = _evaluate(folder, tokenizer, held_out)
     summary = {name: score.report() for name, score in scores.items()}
     folder.summary.write_text(json.dumps(summary, indent=1) + "\n")
     evaluate.print_table(scores)
-    picture = draw_picture(folder, scores)
-    _print_next_steps(folder, picture, time.monotonic() - began)
+    _report(folder)
+    _print_next_steps(folder, time.monotonic() - began)
 
 
 def _announce(number: int, title: str) -> None:
@@ -173,23 +180,28 @@ def _make_tokenizer(train_file: Path, folder: Path) -> Any:
     return load_tokenizer(str(folder))
 
 
-def _train(folder: DemoFolder, name: str, corpus: Path, student: str, teacher: str | None,
-           train: Mapping[str, object]) -> None:
+def _train(folder: DemoFolder, name: str, corpus: Path, student: str,
+           train: Mapping[str, object], held_out: Path | None = None,
+           loss: Mapping[str, object] | None = None) -> None:
     """Write the recipe, start it under the `deepspeed` launcher as a user would, and export.
 
-    `student` names an initial model, `teacher` a trained one.
+    `student` names an initial model. With a `loss` it is judged beside the trained teacher, on
+    `held_out`.
     """
+    data: dict[str, object] = {"train": [{"path": str(corpus), "text": "text"}],
+                               "prepared": str(folder.path / "data"), "workers": 0}
+    if held_out is not None:
+        data["eval"] = [{"path": str(held_out), "text": "text"}]
     recipe: dict[str, object] = {
         "student": {"model": str(folder.initial_model(student))},
-        "data": {"train": [{"path": str(corpus), "text": "text"}],
-                 "prepared": str(folder.path / "data"), "workers": 0},
+        "data": data,
         "train": dict(train),
         "deepspeed": "ds_configs/zero3_fp32.json",
         "checkpoint": {"every": 100},
         "output_dir": str(folder.run(name)),
     }
-    if teacher is not None:
-        recipe |= {"teacher": {"model": str(folder.model(teacher))}, "loss": OBJECTIVE}
+    if loss is not None:
+        recipe |= {"teacher": {"model": str(folder.model("teacher"))}, "loss": loss}
     path = folder.recipe(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text(dump_yaml(recipe))
@@ -213,21 +225,19 @@ def _evaluate(folder: DemoFolder, tokenizer: Any, held_out: Path) -> dict[str, e
             for name, model in models.items()}
 
 
-def draw_picture(folder: DemoFolder, scores: Mapping[str, evaluate.Scores]) -> Path | None:
-    """Draw demo.png; its path, or None without matplotlib."""
+def _report(folder: DemoFolder) -> None:
+    """Write report.html and demo.png, if matplotlib is there."""
+    runs = [str(folder.run(name)) for name in ("distilled", "ce")]
     try:
-        plots.require_matplotlib()
-    except InputError:
-        return None
-    bars = {label: scores[name].kl_to_teacher or 0.0
-            for label, name in (("distilled", "distilled"), ("cross entropy", "ce"))}
-    return plots.plot_demo(bars, folder.run("distilled"), folder.picture)
+        report(runs, str(folder.report), picture=str(folder.picture))
+    except InputError as error:
+        logger.info(f"  no report: {error}")
 
 
-def _print_next_steps(folder: DemoFolder, picture: Path | None, seconds: float) -> None:
+def _print_next_steps(folder: DemoFolder, seconds: float) -> None:
     programs = Path(sys.executable).parent
     root = folder.path
-    drawn = f", the picture is {picture}" if picture else ""
+    drawn = f", the page {folder.report}, the picture {folder.picture}" * folder.picture.is_file()
     print(f"""
 done in {seconds / 60:.1f} minutes; the numbers are in {folder.summary}{drawn}. To go on:
   {programs / 'tensorboard'} --logdir {root / 'runs'}

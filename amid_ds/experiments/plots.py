@@ -1,4 +1,4 @@
-"""Figures as PNG files: of a sweep, and of the demo.
+"""Figures of a sweep as PNG files.
 
 In a sweep's figures, runs that differ in their seed alone are one point: their mean with its
 standard error.
@@ -24,16 +24,8 @@ SCORE_NAMES = ("perplexity", "kl_to_teacher", "reverse_kl", "top1_agreement", "r
 # Values of one point, each from a run with a seed of its own, by position on the horizontal axis.
 Points = dict[Any, list[float]]
 
-TEACHER_COLOUR = "#4e79a7"
-CE_COLOUR = "#bab0ac"
 # Characters.
 LONGEST_LABEL = 40
-# The light line under a smoothed one.
-RAW_ALPHA = 0.25
-# A curve is smoothed by means over this part of its steps.
-SMOOTHING_SHARE = 0.08
-# A curve whose largest value is more times its last smoothed one is drawn on a log scale.
-LOG_SCALE_RATIO = 5
 
 
 class PlottedRun(Protocol):
@@ -163,47 +155,6 @@ def plot_losses(rows: Sequence[PlottedRun], path: Path) -> Path:
     return _save(figure, path)
 
 
-def plot_demo(kl_to_teacher: Mapping[str, float], run: Path, path: Path) -> Path:
-    """Save the demo's picture: held-out divergences from the teacher, and the distillation.
-
-    kl_to_teacher: nats per token, by the bar's label, the distilled student first. run: its
-    folder, of which the right panel shows `kd_loss`. Returns `path`.
-    """
-    figure = require_matplotlib()(figsize=(9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
-    bars = left.bar(list(kl_to_teacher), list(kl_to_teacher.values()), width=0.55,
-                    color=[TEACHER_COLOUR, CE_COLOUR])
-    left.bar_label(bars, fmt="%.3f", padding=2)
-    left.margins(y=0.12)
-    left.set(title="KL to the teacher, held-out text", ylabel="nats per token")
-    lines = [line for line in read_metrics(run) if line.get("kd_loss") is not None]
-    steps, values = [line["step"] for line in lines], [line["kd_loss"] for line in lines]
-    smoothed = _smoothed(values)
-    right.plot(steps, values, color=TEACHER_COLOUR, alpha=RAW_ALPHA, linewidth=1)
-    right.plot(steps, smoothed, color=TEACHER_COLOUR, linewidth=2)
-    right.set(title="divergence from the teacher, by step", xlabel="step",
-              ylabel="objective, nats per token")
-    if min(values) > 0 and max(values) > LOG_SCALE_RATIO * smoothed[-1]:
-        right.set_yscale("log", subs=[])
-        ticks = [digit * 10.0 ** exponent for exponent in range(-4, 4) for digit in (1, 2, 5)]
-        shown = [tick for tick in ticks if 0.8 * min(values) <= tick <= max(values)]
-        right.set_yticks(shown, [f"{tick:g}" for tick in shown])
-    for panel in (left, right):
-        panel.title.set_fontsize(11)
-        panel.spines[["top", "right"]].set_visible(False)
-    return _save(figure, path, dpi=100)
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    """Means over a window around each value, which is narrower at both ends."""
-    reach = max(1, round(len(values) * SMOOTHING_SHARE / 2))
-    smoothed = []
-    for index in range(len(values)):
-        half = min(reach, index, len(values) - 1 - index)
-        smoothed.append(statistics.fmean(values[index - half:index + half + 1]))
-    return smoothed
-
-
-def _save(figure: Any, path: Path, dpi: int = 110) -> Path:
-    figure.savefig(path, dpi=dpi, pil_kwargs={"optimize": True})
+def _save(figure: Any, path: Path) -> Path:
+    figure.savefig(path, dpi=110, pil_kwargs={"optimize": True})
     return path

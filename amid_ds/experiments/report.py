@@ -20,7 +20,9 @@ from typing import Any
 from amid_ds.cluster.status import run_status
 from amid_ds.config.recipe import Recipe
 from amid_ds.errors import InputError, printable
+from amid_ds.experiments.picture import draw_picture, require_own_picture
 from amid_ds.experiments.plots import figure_text, require_matplotlib
+from amid_ds.experiments.report_samples import sample_tables
 from amid_ds.experiments.reported_run import Curve, ReportedRun, read_reported_run
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.ownership import require_own_file
@@ -72,10 +74,13 @@ class ReportSection:
     notes: Sequence[str] = ()
 
 
-def report(folders: Sequence[str], out: str, trust_remote_code: bool = False) -> None:
-    """`amid-ds report RUN [RUN …] -o OUT`."""
-    write_report(folders, out, trust_remote_code)
+def report(folders: Sequence[str], out: str, trust_remote_code: bool = False,
+           picture: str | None = None) -> None:
+    """`amid-ds report RUN [RUN …] -o OUT [--picture PNG]`."""
+    write_report(folders, out, trust_remote_code, picture)
     print(out)
+    if picture is not None:
+        print(picture)
 
 
 def attach_report(recipe: Recipe) -> None:
@@ -97,14 +102,19 @@ def attach_report(recipe: Recipe) -> None:
     complete_trackers(recipe.train.trackers, run, page)
 
 
-def write_report(folders: Sequence[str], out: str, trust_remote_code: bool = False) -> None:
-    """Write a page about runs to `out`. Raises InputError."""
+def write_report(folders: Sequence[str], out: str, trust_remote_code: bool = False,
+                 picture: str | None = None) -> None:
+    """Write a page about runs to `out`, and their picture. Raises InputError."""
     figure = require_matplotlib()
     require_own_file(Path(out), lambda text: PAGE_SIGN in text, "-o")
+    if picture is not None:
+        require_own_picture(Path(picture))
     paths = [Path(folder) for folder in folders]
     short = [path.resolve().name for path in paths]
     names = short if len(set(short)) == len(short) else [str(path) for path in paths]
     runs = [read_reported_run(path, name) for path, name in zip(paths, names, strict=True)]
+    if picture is not None:
+        draw_picture(runs, Path(picture))
     page = _page(runs, _sections(runs, _Draw(figure, runs), trust_remote_code))
     try:
         replace_text(Path(out), printable(page))
@@ -263,7 +273,7 @@ def _page(runs: Sequence[ReportedRun], sections: Sequence[ReportSection]) -> str
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE)
     return template.render(
         title=", ".join(run.name for run in runs), sections=sections, tables=tables,
-        format_number=_format_number,
+        samples=sample_tables(runs), format_number=_format_number,
         keys=list(dict.fromkeys(key for row in tables for key in row.status)))
 
 
@@ -300,6 +310,10 @@ td:first-child, th:first-child { text-align: left }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto; font-size: 85% }
 h2 { border-bottom: 2px solid #eee; margin-top: 1.6em }
 summary { cursor: pointer }
+.samples { table-layout: fixed; width: 100% }
+.samples th:first-child { width: 5em }
+.samples td, .samples th { text-align: left; vertical-align: top }
+.text { font: 85%/1.4 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
 </style></head><body>
 <h1>{{ title }}</h1>
 <table><tr><th>run</th>{% for key in keys %}<th>{{ key }}</th>{% endfor %}<th>tokens</th></tr>
@@ -339,6 +353,20 @@ summary { cursor: pointer }
 {% endfor %}</table>
 {% endif %}
 {% endfor %}
+{% if samples %}
+<h2>Samples</h2>
+{% for table in samples %}
+<details{% if loop.first %} open{% endif %}><summary class="text">{{ table.prompt }}</summary>
+<table class="samples"><tr><th></th>{% for run in table.runs %}<th>{{ run }}</th>{% endfor %}</tr>
+{% for label, answers in table.rows %}
+<tr><td>{{ label }}</td>
+{% for answer in answers %}
+<td class="text">{% if answer == "" %}<em>ends at once</em>{% else %}
+{{- "–" if answer is none else answer }}{% endif %}</td>
+{% endfor %}</tr>
+{% endfor %}</table></details>
+{% endfor %}
+{% endif %}
 <h2>Provenance</h2>
 {% for row in tables %}
 <h3>{{ row.run.name }}</h3>

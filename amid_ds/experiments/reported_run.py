@@ -14,12 +14,14 @@ from amid_ds.monitor.memory_probe import Measurements, read_measurements
 from amid_ds.monitor.step_timer import PHASES
 from amid_ds.run.attempts import AttemptRecord, read_attempts
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.log import read_evaluations, read_metrics, read_task_scores
+from amid_ds.run.log import read_evaluations, read_metrics, read_samples, read_task_scores
 
 # Points of a curve.
 POINTS = 1000
 # A line of eval.jsonl; its numbers are None where the run had none.
 EvaluationLine = Mapping[str, Any]
+# A line of samples.jsonl.
+SampleLine = Mapping[str, Any]
 
 
 class Curve(NamedTuple):
@@ -49,6 +51,7 @@ class ReportedRun:
     folder: Path
     steps: Sequence[Mapping[str, Any]]
     evaluations: Sequence[EvaluationLine]
+    samples: Sequence[SampleLine]
     attempts: Sequence[AttemptRecord]
     measured: Measurements | None
     unmeasured: str
@@ -72,6 +75,10 @@ class ReportedRun:
         lines = [line for line in self.evaluations
                  if line["name"] == name and line.get(key) is not None]
         return Curve([line["step"] for line in lines], [line[key] for line in lines], 1)
+
+    def answers(self, prompt: str) -> dict[int, SampleLine]:
+        """What was answered to `prompt`, by step."""
+        return {line["step"]: line for line in self.samples if line["prompt"] == prompt}
 
     def seconds_by_phase(self) -> dict[str, float]:
         """Seconds of all steps by phase. A line's are means over the steps since the last one."""
@@ -124,4 +131,4 @@ def read_reported_run(folder: Path, name: str) -> ReportedRun:
     except InputError as error:
         unmeasured = error.found
     return ReportedRun(name, folder, steps, read_evaluations(folder),
-                       read_attempts(folder), measured, unmeasured)
+                       read_samples(folder), read_attempts(folder), measured, unmeasured)

@@ -31,7 +31,7 @@ from amid_ds.losses import (
     linear_argmax,
     preset,
 )
-from amid_ds.models.heads import head_input, run_body, sharded_head_of, teacher_head_of
+from amid_ds.models.heads import any_head_of, head_input, run_body, sharded_head_of
 from amid_ds.models.router_loss import Routers
 from amid_ds.monitor.step_timer import phase
 
@@ -242,7 +242,7 @@ class Distiller(nn.Module):
             self.teacher = teacher
         self.head = FusedHead(
             lambda: (sharded_head_of(student, shard),
-                     teacher_head_of(teacher, shard) if teacher is not None else None),
+                     any_head_of(teacher, shard) if teacher is not None else None),
             vocab_size, shard, first_pieces)
 
     def train(self, mode: bool = True) -> Distiller:

@@ -91,6 +91,8 @@ def head_input(model: nn.Module, hidden: Tensor) -> Tensor:
 
     Of one with an adapter, whose logits are h Wᵀ + (scaling · h Aᵀ) Bᵀ: [h, scaling · h Aᵀ].
     """
+    if isinstance(model, DeltaTeacher):
+        return hidden
     head = head_module(model)
     if not is_adapted(head):
         return hidden
@@ -98,8 +100,8 @@ def head_input(model: nn.Module, hidden: Tensor) -> Tensor:
     return torch.cat([hidden, head.scaling[ADAPTER_NAME] * low], -1)
 
 
-def teacher_head_of(model: nn.Module, shard: VocabShard | None) -> AnyHead:
-    """A teacher's head, its rows [start, stop): of a delta the sum of its models'."""
+def any_head_of(model: nn.Module, shard: VocabShard | None) -> AnyHead:
+    """A model's head, its rows [start, stop): of a delta the sum of its models'."""
     if not isinstance(model, DeltaTeacher):
         return sharded_head_of(model, shard)
     return SummedHead(tuple(sharded_head_of(part, shard) for part in model.parts), model.factors)
@@ -122,8 +124,15 @@ def sharded_head_of(model: nn.Module, shard: VocabShard | None) -> LMHead:
                    bias=None if head.bias is None else take(head.bias))
 
 
-def logits_of(head: LMHead, hidden: Tensor) -> Tensor:
-    """Logits [..., V] of hidden states [..., H], in full: to compare a few tokens, not to train."""
+def logits_of(head: AnyHead, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of hidden states [..., H], in full: to compare a few tokens, not to train.
+
+    Of a sum of heads, for hidden [n, Σ H_i], in fp32.
+    """
+    if isinstance(head, SummedHead):
+        parts = zip(head.heads, head.factors, head.parts(hidden), strict=True)
+        return torch.stack([factor * logits_of(own, part).float()[:, :head.rows]
+                            for own, factor, part in parts]).sum(0)
     product = nn.functional.linear(hidden, head.weight, head.bias)
     return HeadForm(head.scale, head.softcap).apply(product)
 

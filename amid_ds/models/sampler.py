@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from amid_ds.distributed.transfer import to_device
 from amid_ds.distributed.vocab_parallel import VocabShard
 from amid_ds.errors import TrainingError
-from amid_ds.models.heads import head_input, logits_of, sharded_head_of
+from amid_ds.models.delta import DeltaTeacher
+from amid_ds.models.heads import any_head_of, head_input, logits_of
 from amid_ds.models.recurrence import recurrent_layers
 from amid_ds.models.shape import body_of
 
@@ -64,7 +65,7 @@ class Sampler:
         no other rank waits in a collective.
         """
         # A rank without prompts runs a dummy one: the collectives need every rank.
-        rows = prompts or [SamplerPrompt([self.ends[0]], 0, 0)]
+        rows = prompts or [SamplerPrompt([0], 0, 0)]
         ids, mask = _pad_left([prompt.ids for prompt in rows], device)
         longest = ids.shape[1]
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -108,7 +109,7 @@ class Sampler:
         One collective of the shard's group; none without a shard.
         """
         with self.head(model):
-            local = logits_of(sharded_head_of(model, self.shard),
+            local = logits_of(any_head_of(model, self.shard),
                               head_input(model, hidden)).float()
         if self.shard is None:
             return local[:, :self.vocab_size]
@@ -165,8 +166,11 @@ def _cached_body(model: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]
     states of the last token [B, H]; what layers keep of earlier tokens is kept between calls.
 
     A model with layers that keep it in themselves, where no mask of the padding is heard, or in a
-    cache of its own, runs on all tokens every time.
+    cache of its own, runs on all tokens every time. Of a delta: the models' side by side.
     """
+    if isinstance(model, DeltaTeacher):
+        bodies = [_cached_body(part) for part in model.parts]
+        return lambda *tokens: torch.cat([next_hidden(*tokens) for next_hidden in bodies], -1)
     from transformers import DynamicCache
 
     body = body_of(model)

@@ -44,11 +44,11 @@ class Board:
         self._add(step=step, summary=Summary(value=[
             Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]))
 
-    def add_note(self, tag: str, text: str) -> None:
-        """Add a text."""
+    def add_note(self, tag: str, text: str, step: int = 0) -> None:
+        """Add a text, in Markdown."""
         from torch.utils.tensorboard.summary import text as text_summary
 
-        self._add(summary=text_summary(tag, text))
+        self._add(step=step, summary=text_summary(tag, text))
 
     def _add(self, **event: object) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

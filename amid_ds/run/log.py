@@ -11,10 +11,11 @@ import json
 import logging
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -87,6 +88,27 @@ def read_task_scores(run: Path) -> list[dict[str, Any]]:
     return read_jsonl(RunFolder(run).task_scores, "step", _is_evaluation_line)
 
 
+class Sample(NamedTuple):
+    """A prompt, the `number`-th from 0, and the answers; the teacher's is None without one."""
+
+    number: int
+    prompt: str
+    student: str
+    teacher: str | None
+
+
+def read_samples(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's samples.jsonl: the `step`, and a Sample's fields."""
+    return read_jsonl(RunFolder(run).samples, "step", _is_samples_line)
+
+
+def _is_samples_line(line: Mapping[str, Any]) -> bool:
+    teacher = line.get("teacher", 0)
+    return (has_step(line) and type(line.get("number")) is int
+            and all(isinstance(line.get(key), str) for key in ("prompt", "student"))
+            and (teacher is None or isinstance(teacher, str)))
+
+
 def _is_metrics_line(line: Mapping[str, Any]) -> bool:
     return (has_step(line) and all(is_number(line.get(key)) for key in ALWAYS_LOGGED)
             and all(value is None or is_number(value) for value in line.values()))
@@ -113,6 +135,7 @@ class RunLog:
         self.title = printable(folder.path.name, keep="")
         self.metrics_file = _JsonLines(folder.metrics, start, _is_metrics_line)
         self.evaluations_file = _JsonLines(folder.evaluations, start, _is_evaluation_line)
+        self.samples_file = _JsonLines(folder.samples, start, _is_samples_line)
         self.board = None
         if "tensorboard" in trackers:
             self.board = Board(folder.tensorboard, first_step=start + 1)
@@ -173,6 +196,19 @@ class RunLog:
                               if value is not None)
             logger.info(f"{self.title}: step {step}/{self.total}  eval {name}: {shown}")
 
+    def samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Write what was answered to each prompt after `step`."""
+        if self.folder is None:
+            return
+        for sample in samples:
+            self.samples_file.write({"step": step, **sample._asdict()})
+            texts = {name: text for name, text in sample._asdict().items() if isinstance(text, str)}
+            # As code, in which no character is Markdown.
+            if self.board is not None:
+                self.board.add_note(f"samples/{sample.number}", "\n\n".join(
+                    f"{name}:\n\n{textwrap.indent(text, ' ' * 4, lambda _: True)}"
+                    for name, text in texts.items()), step)
+
     def close(self, outcome: str = "finished") -> None:
         """Close the files and the progress bar, and wait END_WAIT_S for the trackers.
 
@@ -183,6 +219,7 @@ class RunLog:
         self.bar.close()
         self.metrics_file.close()
         self.evaluations_file.close()
+        self.samples_file.close()
         end_trackers(self.trackers, outcome, END_WAIT_S)
         PACKAGE_LOGGER.removeHandler(self.notes)
         if self.board is not None:

@@ -37,7 +37,7 @@ from amid_ds.errors import InputError, TrainingError
 from amid_ds.losses import IGNORE_INDEX
 from amid_ds.models.sampler import SamplerPrompt
 from amid_ds.run.folder import RunFolder
-from amid_ds.training.sampling import StudentSampler
+from amid_ds.training.sampling import EngineSampler
 from amid_ds.training.validation import EvalMetrics, validate
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class Rollouts:
         assert recipe.rollout is not None
         self.recipe, self.rollout, self.engine, self.state = recipe, recipe.rollout, engine, state
         self.world = engine.world
-        self.sampler = StudentSampler(engine, tokenizer, self.rollout, self.rollout.end_of_text)
+        self.sampler = EngineSampler(engine, engine.distiller.student, tokenizer, self.rollout,
+                                     self.rollout.end_of_text)
         self.buffer: list[RolloutDocument] = []
         if state.rollout is not None:
             folder = RunFolder(Path(recipe.output_dir)).checkpoints / checkpoint_name(state.step)

@@ -18,7 +18,7 @@ from amid_ds.config.schedule import step_seed
 from amid_ds.engine.engine import Engine
 from amid_ds.eval.text_metrics import EvalPrompt, read_eval_prompts, rouge_l_scores
 from amid_ds.models.sampler import SamplerPrompt
-from amid_ds.training.sampling import StudentSampler
+from amid_ds.training.sampling import EngineSampler
 from amid_ds.training.validation import EvalMetrics
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class SampleScores:
         self.world, self.tokenizer = engine.world, tokenizer
         self.sets = {each.name: each.generate for each in recipe.data.eval
                      if each.generate is not None}
-        self.samplers = {name: StudentSampler(engine, tokenizer, generate)
+        self.samplers = {name: EngineSampler(engine, engine.distiller.student, tokenizer, generate)
                          for name, generate in self.sets.items()}
         # Nodes may see different files: rank 0 reads.
         self.prompts = self.world.run_on_main(

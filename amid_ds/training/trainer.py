@@ -39,6 +39,7 @@ from amid_ds.training.fetch import (
 from amid_ds.training.job import Job, export_final_model
 from amid_ds.training.rollout import Rollouts, StepBatch
 from amid_ds.training.sample_scores import SampleScores
+from amid_ds.training.samples import SampleAnswers
 from amid_ds.training.selection import Selection, export_best_model
 from amid_ds.training.step import Metrics, Stepper
 from amid_ds.training.validation import validate
@@ -65,6 +66,8 @@ class Trainer(Stepper):
         self.selection = Selection(self.recipe, state)
         self.samples = self.world.run_checked(
             lambda: SampleScores(self.recipe, engine, job.tokenizer))
+        self.answers = self.world.run_checked(
+            lambda: SampleAnswers(self.recipe, engine, job.tokenizer, job.grown))
         self.saver = Saver(engine, job.run.checkpoints, self.recipe.checkpoint, identity, damaged,
                            fence, self._saved, self.selection.lost)
         self.saved_step = state.step
@@ -156,10 +159,13 @@ class Trainer(Stepper):
                                                               self.job.grown))
             self.world.run_checked(
                 lambda: self.samples.add_to(metrics, monitors.evaluation_begin))
+            answers = self.world.run_checked(
+                lambda: self.answers.answer(monitors.evaluation_begin))
             # What is decided by them is decided alike: the same digits on every rank.
             metrics = self.world.broadcast(metrics)
             if self._holds_run():
                 self.log.evaluation(step, metrics)
+                self.log.samples(step, answers)
                 self.callbacks.evaluation(step, metrics)
         if self.rollouts is not None:
             self.rollouts.update_threshold(metrics)
