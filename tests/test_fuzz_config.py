@@ -139,7 +139,7 @@ def test_a_recipe_is_taken_as_it_reads_or_refused(count, tmp_path):
     assert outcomes == {True, False}
 
 
-# What a schema cannot say. Beside it: floats where integers are, and integers beyond floats.
+# What a schema cannot say. Beside it: floats where integers are.
 BEYOND_A_SCHEMA = {"value_error", "finite_number", "string_pattern_mismatch"}
 
 
@@ -151,10 +151,14 @@ def test_the_schema_takes_what_is_taken_and_refuses_what_has_another_shape(count
     outcomes = set()
     for seed in range(count):
         random_ = random.Random(seed)
-        raw = change_values(random_.choice(raws), random_)
+        text = dump_yaml(change_values(random_.choice(raws), random_))
+        try:
+            raw = load_yaml(text)
+        except ValueError:
+            continue
         fits = schema.is_valid(raw)
         try:
-            parse_recipe(dump_yaml(raw), "it")
+            parse_recipe(text, "it")
             outcomes.add("taken")
             assert fits, raw
         except InputError:
@@ -171,7 +175,6 @@ def wrong_shapes(raw: dict) -> bool:
     except ValidationError as error:
         return any(problem["type"] not in BEYOND_A_SCHEMA
                    and not isinstance(problem["input"], float)
-                   and not (isinstance(problem["input"], int) and abs(problem["input"]) > 2**63)
                    for problem in error.errors())
     return False
 
