@@ -52,8 +52,8 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
     "recipes schema": (
         ("amid-ds recipes schema", "on stdout; add > recipe.schema.json to keep it"),),
     "eval": (
-        ("amid-ds eval models/distilled --data heldout.jsonl", "perplexity, ROUGE-L of answers"),
-        ("amid-ds eval models/distilled --teacher models/large --data heldout.jsonl --json",
+        ("amid-ds eval models/small --data heldout.jsonl", "perplexity, ROUGE-L of answers"),
+        ("amid-ds eval models/small --teacher models/large --data heldout.jsonl --json",
          "and the distance from its teacher, for a script"),
         ("amid-ds eval runs/gkd/best --data dolly.jsonl --protocol minillm",
          "by a published protocol")),

@@ -96,7 +96,7 @@ def run() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    args = _parse(argv)
+    args = parse(argv)
     set_up_logging()
     leave_stdout_to_results(getattr(args, "json", False))
     follow_leash()
@@ -118,9 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ExitStatus.DONE
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The parsed arguments. Overrides `key=value` may follow options, which argparse rejects."""
-    parser = _Overview()
+    parser = Overview()
     if wanted_by_shell():
         complete(parser)
     args, rest = parser.parse_known_args(argv)
@@ -133,7 +133,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-class _Overview(CommandParser):
+class Overview(CommandParser):
     """The parser of all commands, whose help shows them by what they are for."""
 
     def __init__(self) -> None:

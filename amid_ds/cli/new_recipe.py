@@ -7,15 +7,18 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from amid_ds.config.library import new_file_at, write_new_file
 from amid_ds.config.parse import parse_recipe
 from amid_ds.config.strict import load_yaml
 from amid_ds.errors import InputError, printable
+
+if TYPE_CHECKING:
+    from amid_ds.eval.rows import RowOptions
 
 _T = TypeVar("_T")
 NO_TEACHER = "none"
@@ -59,8 +62,10 @@ def new_recipe(path: str) -> None:
     """
     target = new_file_at(Path(path), "distil.yaml")
     with contextlib.suppress(ImportError):
-        # Editing of a line, and completion of paths.
-        import readline  # noqa: F401
+        # A line can be edited, and TAB completes a path.
+        import readline
+
+        readline.parse_and_bind("tab: complete")
     _say("Five questions. Enter takes what stands in brackets.")
     student = _ask(1, "Student: a folder, an id on the hub, or a run", "", _student)
     teacher = _ask(2, "Teacher: a folder or an id on the hub; none: plain training", NO_TEACHER,
@@ -133,19 +138,37 @@ def _model(answer: str) -> str:
 
 def _rows(answer: str) -> dict[str, str]:
     """A source of data.train, its columns found in its first file. Raises InputError."""
+    from amid_ds.config.parse import source_of
     from amid_ds.data.locate import is_hub_id
-    from amid_ds.data.sources import check_sources
+    from amid_ds.data.sources import check_sources, source_columns
     from amid_ds.eval.rows import RowOptions
 
     if is_hub_id(answer):
         _say("   No file here, so a data set on the hub, with a column `text`.")
         return {"path": answer, "text": "text"}
-    data = RowOptions().data(answer)
+    columns = source_columns(source_of({"path": answer}))
+    try:
+        data = RowOptions().data(answer)
+    except InputError:
+        options = _ask(3, f"Its columns are {', '.join(columns)}. Which is the text, or which two "
+                       "are prompt,response?", "", lambda names: _named_columns(names, columns))
+        data = options.data(answer)
     check_sources(data)
     found: dict[str, str] = data.train[0].model_dump(exclude_unset=True)
     kinds = {name: value for name, value in found.items() if name != "path"} or {"text": "text"}
     _say(f"   Rows with {' and '.join(kinds)}.")
     return {"path": answer, **kinds}
+
+
+def _named_columns(answer: str, columns: Sequence[str]) -> RowOptions:
+    from amid_ds.eval.rows import RowOptions
+
+    names = [name.strip() for name in answer.split(",")]
+    if not set(names) <= set(columns) or len(names) > 2:
+        raise InputError(f"the columns {answer!r}", f"one or two of {', '.join(columns)}",
+                         "such as text, or prompt,response")
+    return (RowOptions(text=names[0]) if len(names) == 1 else
+            RowOptions(prompt=names[0], response=names[1]))
 
 
 def _length(answer: str) -> tuple[int, str]:

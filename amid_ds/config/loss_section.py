@@ -82,7 +82,9 @@ class Temperatures(Section):
     """A temperature for each side."""
 
     student: PositiveSchedule = 1.0
+    """Divides the student's logits."""
     teacher: PositiveSchedule = 1.0
+    """Divides the teacher's logits."""
 
 
 VALUE_SECTIONS[PER_SIDE] = Temperatures
