@@ -9,11 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from jsonschema import Draft202012Validator
+from pydantic import ValidationError
 from support.runs import ROOT, write_recipe
 
 from amid_ds.cli import main
 from amid_ds.config.library import RECIPES_FOLDER
 from amid_ds.config.parse import dump_recipe, load_recipe, parse_recipe
+from amid_ds.config.recipe import Recipe
+from amid_ds.config.recipe_schema import recipe_schema
 from amid_ds.config.strict import dump_yaml, load_yaml
 from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.ds_config import read_deepspeed_config
@@ -133,6 +137,46 @@ def test_a_recipe_is_taken_as_it_reads_or_refused(count, tmp_path):
             path.write_text(dump_yaml(change_values(raw, random_)), encoding="utf-8")
         outcomes.add(taken(read, seed))
     assert outcomes == {True, False}
+
+
+# What a schema cannot say. Beside it: floats where integers are.
+BEYOND_A_SCHEMA = {"value_error", "finite_number", "string_pattern_mismatch"}
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_the_schema_takes_what_is_taken_and_refuses_what_has_another_shape(count):
+    schema = Draft202012Validator(recipe_schema())
+    raws = [load_yaml(path.read_text()) for path in sorted(RECIPES_FOLDER.glob("*.yaml"))]
+    raws += [load_yaml(dump_recipe(parse_recipe(dump_yaml(raw), "it"))) for raw in raws]
+    outcomes = set()
+    for seed in range(count):
+        random_ = random.Random(seed)
+        text = dump_yaml(change_values(random_.choice(raws), random_))
+        try:
+            raw = load_yaml(text)
+        except ValueError:
+            continue
+        fits = schema.is_valid(raw)
+        try:
+            parse_recipe(text, "it")
+            outcomes.add("taken")
+            assert fits, raw
+        except InputError:
+            if wrong_shapes(raw):
+                outcomes.add("refused")
+                assert not fits, raw
+    assert outcomes == {"taken", "refused"}
+
+
+def wrong_shapes(raw: dict) -> bool:
+    """True where pydantic finds a key or value of another kind than the schema names."""
+    try:
+        Recipe.model_validate(raw)
+    except ValidationError as error:
+        return any(problem["type"] not in BEYOND_A_SCHEMA
+                   and not isinstance(problem["input"], float)
+                   for problem in error.errors())
+    return False
 
 
 @pytest.mark.parametrize("count", COUNTS)

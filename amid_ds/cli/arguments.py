@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shutil
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+from amid_ds.cli.examples import EXAMPLES
+from amid_ds.errors import suggest
+
+Commands: TypeAlias = "argparse._SubParsersAction[CommandParser]"
+WIDEST_HELP = 100
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples, and others from running over a wide terminal."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=min(shutil.get_terminal_size().columns, WIDEST_HELP) - 2)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A parser of the commands, or of one of them, whose examples its help ends with."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        lines = [f"  # {word}\n  {line}" for line, word in EXAMPLES.get(
+            prog.removeprefix("amid-ds").strip(), ())]
+        super().__init__(prog, description=description, formatter_class=_HelpFormatter,
+                         epilog="\n".join(["examples:", *lines]) if lines else None)
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse, but of many choices the nearest one alone."""
+        if wrong := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)", message):
+            nearest = suggest(wrong[1], re.findall(r"[\w.-]+", wrong[2]))
+            message = f"{message[:wrong.start()]}there is no {wrong[1]!r}; {nearest}"
+        super().error(message)
 
 
 def add_command(commands: Commands, run: Callable[[argparse.Namespace], None],
-                description: str) -> argparse.ArgumentParser:
-    """A parser for the command that `run` is named after: `_train` runs `amid-ds train`."""
-    parser = commands.add_parser(run.__name__.removeprefix("_"), help=description)
+                description: str) -> CommandParser:
+    """A parser for the command that `run` is named after: `_train` runs `amid-ds train`, and
+    `_recipes_copy` among the commands of `recipes` runs `amid-ds recipes copy`."""
+    name = run.__name__.rpartition("_")[2]
+    parser = commands.add_parser(name, help=description, description=description)
     parser.set_defaults(run=run)
     return parser
 

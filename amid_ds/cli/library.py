@@ -1,4 +1,4 @@
-"""The commands that bring their own models and data: recipes, demo, study, bench."""
+"""The commands that bring what they need: recipes, demo, study, bench, completion."""
 
 from __future__ import annotations
 
@@ -10,19 +10,46 @@ from amid_ds.errors import InputError
 
 
 def add_recipes(commands: Commands) -> None:
-    parser = add_command(commands, _recipes, "list or copy the packaged recipes")
-    parser.add_argument("action", nargs="?", choices=["list", "copy"], default="list")
-    parser.add_argument("name", nargs="?", metavar="NAME")
-    parser.add_argument("out", nargs="?", metavar="PATH")
+    parser = add_command(commands, _recipes, "recipes: list, copy, write one, their schema")
+    actions = parser.add_subparsers(metavar="ACTION")
+    add_command(actions, _recipes_list, "the packaged recipes (what `recipes` alone does)")
+    copy = add_command(actions, _recipes_copy, "copy a packaged recipe, to read and change")
+    copy.add_argument("name", metavar="NAME")
+    copy.add_argument("out", nargs="?", metavar="PATH", help="a file or folder; default NAME.yaml")
+    new = add_command(actions, _recipes_new, "write a recipe from the answers to five questions")
+    new.add_argument("path", nargs="?", default="distil.yaml", metavar="PATH",
+                     help="default distil.yaml; must not be there yet")
+    add_command(actions, _recipes_schema, "the recipe's JSON Schema, for editors")
 
 
 def _recipes(args: argparse.Namespace) -> None:
-    from amid_ds.config.library import copy_recipe, list_recipes
+    from amid_ds.config.library import list_recipes
 
-    if args.action == "list":
-        list_recipes()
-    else:
-        copy_recipe(args.name or "", args.out)
+    list_recipes()
+
+
+def _recipes_list(args: argparse.Namespace) -> None:
+    _recipes(args)
+
+
+def _recipes_copy(args: argparse.Namespace) -> None:
+    from amid_ds.config.library import copy_recipe
+
+    copy_recipe(args.name, args.out)
+
+
+def _recipes_new(args: argparse.Namespace) -> None:
+    from amid_ds.cli.new_recipe import new_recipe
+
+    new_recipe(args.path)
+
+
+def _recipes_schema(args: argparse.Namespace) -> None:
+    import json
+
+    from amid_ds.config.recipe_schema import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
 
 
 def add_demo(commands: Commands) -> None:
@@ -38,8 +65,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def add_study(commands: Commands) -> None:
-    parser = add_command(commands, _study, "claims tested on a CPU: the paper's about α, that a "
-                         "pruned student is the better start, what a cache has to keep")
+    parser = add_command(commands, _study, "claims about α, pruning and caches, tested on a CPU")
     parser.add_argument("what", nargs="?", choices=["alpha", "pruning", "cached"], default="alpha")
     parser.add_argument("--out", metavar="DIR", help="resumes there; default runs/study, "
                         "of pruning runs/study-pruning")
@@ -127,3 +153,14 @@ def _bench(args: argparse.Namespace) -> None:
 
 def _options(names: Iterable[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+
+
+def add_completion(commands: Commands) -> None:
+    parser = add_command(commands, _completion, "a shell's completion of these commands")
+    parser.add_argument("shell", choices=["bash", "zsh", "fish"])
+
+
+def _completion(args: argparse.Namespace) -> None:
+    from amid_ds.cli.completion import print_script
+
+    print_script(args.shell)

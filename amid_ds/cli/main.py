@@ -15,6 +15,9 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
+from amid_ds import __version__
+from amid_ds.cli.arguments import CommandParser, Commands
+from amid_ds.cli.completion import complete, wanted_by_shell
 from amid_ds.cli.jobs import (
     add_chain,
     add_doctor,
@@ -23,7 +26,7 @@ from amid_ds.cli.jobs import (
     add_submit,
     add_sweep,
 )
-from amid_ds.cli.library import add_bench, add_demo, add_recipes, add_study
+from amid_ds.cli.library import add_bench, add_completion, add_demo, add_recipes, add_study
 from amid_ds.cli.models import (
     add_cache,
     add_dequantize,
@@ -58,6 +61,16 @@ from amid_ds.errors import (
     report_error,
 )
 
+# The commands by what they are for, as `amid-ds --help` shows them.
+COMMANDS = {
+    "train a model": (add_recipes, add_plan, add_prepare, add_train, add_export, add_push),
+    "look at it": (add_status, add_checkpoints, add_report, add_eval, add_tasks,
+                   add_generate),
+    "make what a run needs": (add_tokenizer, add_prune, add_dequantize, add_cache),
+    "many runs, and a cluster": (add_submit, add_sweep, add_chain, add_doctor, add_requeue),
+    "try it out, and measure": (add_demo, add_study, add_reproduce, add_bench, add_completion),
+}
+
 
 def run() -> NoReturn:
     """Run this process's command, and end the process with its exit status.
@@ -86,7 +99,7 @@ def run() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    args = _parse(argv)
+    args = parse(argv)
     set_up_logging()
     leave_stdout_to_results(getattr(args, "json", False))
     follow_leash()
@@ -108,25 +121,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ExitStatus.DONE
 
 
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The parsed arguments. Overrides `key=value` may follow options, which argparse rejects."""
-    parser = _parser()
+    parser = Overview()
+    if wanted_by_shell():
+        complete(parser)
     args, rest = parser.parse_known_args(argv)
+    if not hasattr(args, "run"):
+        parser.print_help(sys.stderr)
+        raise SystemExit(ExitStatus.BAD_INPUT)
     if rest and (not hasattr(args, "overrides") or any(word.startswith("-") for word in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.overrides = [*getattr(args, "overrides", []), *rest]
     return args
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "amid-ds", description="Distil language models with the AMiD objective.")
-    # The deepspeed launcher passes it to every rank.
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (add_train, add_plan, add_prepare, add_tokenizer, add_demo, add_study,
-                add_recipes, add_eval, add_generate, add_cache, add_prune, add_dequantize,
-                add_checkpoints, add_submit, add_sweep, add_chain, add_reproduce, add_status,
-                add_report, add_tasks, add_doctor, add_requeue, add_bench, add_export, add_push):
-        add(commands)
-    return parser
+class Overview(CommandParser):
+    """The parser of all commands, whose help shows them by what they are for."""
+
+    def __init__(self) -> None:
+        super().__init__("amid-ds", "Distil language models with the AMiD objective.")
+        self.add_argument("--version", action="version", version=f"amid-ds {__version__}")
+        # The deepspeed launcher passes it to every rank.
+        self.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
+        self.commands: Commands = self.add_subparsers(metavar="COMMAND",
+                                                      parser_class=CommandParser)
+        for adds in COMMANDS.values():
+            for add in adds:
+                add(self.commands)
+
+    def format_help(self) -> str:
+        lines = ["usage: amid-ds COMMAND ...", "", str(self.description)]
+        for group, adds in COMMANDS.items():
+            lines += ["", f"{group}:"]
+            for name in (add.__name__.removeprefix("add_") for add in adds):
+                lines.append(f"  {name:<12} {self.commands.choices[name].description}")
+        return "\n".join([*lines, "", "amid-ds COMMAND --help: its options and examples; "
+                          "amid-ds --version", "", f"{self.epilog}\n"])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from amid_ds.config.loss_section import OwnLoss
 from amid_ds.config.prompt_templates import TEMPLATES
@@ -45,7 +45,7 @@ class Rows(Section):
     """The column with a list of {role, content}, for the tokenizer's chat template."""
     tools: str | None = None
     """The column of the tools beside `messages`. None: `tools`, in rows that have it."""
-    template: str | None = None
+    template: str | None = Field(default=None, examples=[*TEMPLATES])
     """The name of a template in prompt_templates.py."""
     truncate: Literal["left", "right"] = "left"
     """The side that a prompt or conversation too long for a row loses."""
@@ -127,9 +127,18 @@ class Generation(Section):
     """The set's first rows alone are sampled for; None: all."""
 
 
+def _may_have_no_name(schema: dict[str, Any]) -> None:
+    """In the JSON schema, take a set that is named by its file."""
+    schema["required"].remove("name")
+    # The pattern's \w is more to us than to an editor.
+    schema["properties"]["name"] = {"type": ["string", "null"], "default": None, "description":
+                                    schema["properties"]["name"]["description"]}
+
+
 class EvalSet(Rows):
     """A named set of rows to evaluate on."""
 
+    model_config = ConfigDict(json_schema_extra=_may_have_no_name)
     name: Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
     """By default the file's name up to its first dot."""
     generate: Generation | None = None

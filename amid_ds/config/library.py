@@ -6,6 +6,7 @@ where the user works, and from then on it is theirs.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from amid_ds.errors import InputError, suggest
@@ -35,15 +36,23 @@ def find_recipe(name: str) -> Path:
     return known[name]
 
 
-def list_recipes() -> None:
-    """Print each packaged file's name and the first sentence of the comment at its top."""
+def packaged_recipes() -> dict[str, str]:
+    """The first sentence of the comment at the top of each packaged file, by its name."""
+    described = {}
     for path in _packaged_files():
         comment = []
         for line in path.read_text(encoding="utf-8").splitlines():
             if not line.startswith("#"):
                 break
             comment.append(line.lstrip("# "))
-        print(f"{path.stem:<20} {' '.join(comment).partition('. ')[0].rstrip('.')}")
+        described[path.stem] = " ".join(comment).partition(". ")[0].rstrip(".")
+    return described
+
+
+def list_recipes() -> None:
+    """Print each packaged file's name and what it is."""
+    for name, words in packaged_recipes().items():
+        print(f"{name:<20} {words}")
 
 
 def copy_recipe(name: str, out: str | None) -> None:
@@ -51,14 +60,33 @@ def copy_recipe(name: str, out: str | None) -> None:
 
     Raises InputError rather than overwrite a file.
     """
-    source, target = find_recipe(name), Path(out or f"{name}.yaml")
-    if target.is_dir():
-        target /= source.name
+    source = find_recipe(name)
+    target = new_file_at(Path(out or source.name), source.name)
+    write_new_file(target, source.read_text(encoding="utf-8"))
+    print(target)
+
+
+def new_file_at(path: Path, name: str) -> Path:
+    """The path of a recipe that is to be written: `path`, or of that name in a folder `path`.
+
+    Raises InputError where it cannot be written.
+    """
+    target = path / name if path.is_dir() else path
+    if os.path.lexists(target) or not os.access(target.parent, os.W_OK):
+        raise _not_writable(target, "it is there" if os.path.lexists(target) else
+                            f"{target.parent} is no folder that can be written to")
+    return target
+
+
+def write_new_file(target: Path, text: str) -> None:
+    """Write a file that is not there yet, whole. Raises InputError."""
     try:
         with open(target, "x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
+            file.write(text)
     except OSError as error:
-        raise InputError(f"the recipe cannot be written to {target}: {error.strerror}",
-                         "a file that is not there yet",
-                         f"amid-ds recipes copy {name} PATH, with another path") from None
-    print(target)
+        raise _not_writable(target, str(error.strerror)) from None
+
+
+def _not_writable(target: Path, problem: str) -> InputError:
+    return InputError(f"the recipe cannot be written to {target}: {problem}",
+                      "a file that is not there yet, in a folder that is", "name another path")

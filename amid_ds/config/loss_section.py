@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     ConfigDict,
@@ -15,6 +15,8 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     Tag,
+    TypeAdapter,
+    ValidationError,
     model_serializer,
     model_validator,
 )
@@ -46,7 +48,14 @@ Parameter = Annotated[
 PresetKey = Annotated[
     Annotated[str, Tag(NAME)] | Annotated[PerTokenOrScheduled, Tag(PER_TOKEN)],
     Discriminator(lambda value: NAME if isinstance(value, str) else PER_TOKEN)]
+Weight = Annotated[Scheduled, within(0, math.inf)]
 PositiveSchedule = Annotated[Scheduled, within(0, math.inf, open_low=True)]
+# The names that `amid_ds.losses` knows, for editors and shells: to ask it would import torch.
+PRESET_NAMES = ("fkl", "rkl", "skl", "srkl", "gkd", "taid", "abkd", "csd", "sampled_rkl", "veto",
+                "amid")
+DIVERGENCE_NAMES = ("kl", "alpha_beta", "total_variation", "squared_hellinger", "concrete_score",
+                    "sampled_reverse_kl")
+ORDER_NAMES = ("pr", "qr", "rp", "rq")
 # What `loss` has beside the divergence: another `preset` for a source leaves them.
 BESIDE_THE_DIVERGENCE = ("kd_weight", "ce_weight", "token_weight", "temperature",
                          "temperature_scaling", "normalise")
@@ -73,7 +82,9 @@ class Temperatures(Section):
     """A temperature for each side."""
 
     student: PositiveSchedule = 1.0
+    """Divides the student's logits."""
     teacher: PositiveSchedule = 1.0
+    """Divides the teacher's logits."""
 
 
 VALUE_SECTIONS[PER_SIDE] = Temperatures
@@ -91,7 +102,7 @@ class LossKeys(Section):
 
     # For a preset's own keys. Without a preset, parse.py refuses unknown keys.
     model_config = ConfigDict(extra="allow")
-    preset: str | None = None
+    preset: str | None = Field(default=None, examples=[*PRESET_NAMES])
     """One of the published special cases; None: the AMiD objective from the keys below."""
     __pydantic_extra__: dict[str, PresetKey] = Field(init=False)
     alpha: PerTokenOrScheduled = -1.0
@@ -101,12 +112,12 @@ class LossKeys(Section):
     divergence: Annotated[
         Annotated[str, Tag(NAME)]
         | Annotated[dict[str, dict[str, Parameter]], Tag(MAPPING)],
-        Discriminator(by_name)] = "kl"
+        Discriminator(by_name)] = Field(default="kl", examples=[*DIVERGENCE_NAMES])
     """A name registered in `amid_ds.losses.divergences`, or {name: {parameter: value}}."""
     order: Annotated[
         Annotated[str, Tag(NAME)]
         | Annotated[dict[str, Annotated[PerTokenOrScheduled, within(0, math.inf)]], Tag(MAPPING)],
-        Discriminator(by_name)] = "pr"
+        Discriminator(by_name)] = Field(default="pr", examples=[*ORDER_NAMES])
     """The divergence's arguments of p (teacher), q (student), r (assistant): `pr` is D(p‖r); a
     mapping from orders to weights is their weighted sum."""
     power: PositiveSchedule = 1.0
@@ -120,9 +131,9 @@ class LossKeys(Section):
     size at high temperatures (Hinton et al., 2015)."""
     detach_assistant: bool = False
     """Treat the assistant as a fixed target, without a gradient through it."""
-    kd_weight: Annotated[Scheduled, within(0, math.inf)] = 1.0
+    kd_weight: Weight = 1.0
     """The coefficient of the divergence."""
-    ce_weight: Annotated[Scheduled, within(0, math.inf)] = 0.0
+    ce_weight: Weight = 0.0
     """The coefficient of the cross entropy with the data's labels."""
     token_weight: TokenWeight | None = None
     """A factor of each token's weight in both; the divisor stays. None: 1."""
@@ -139,9 +150,16 @@ class LossKeys(Section):
                    for value in per_token_parts(self))
 
 
+def _closed_without_a_preset(schema: dict[str, Any]) -> None:
+    """In the JSON schema, refuse what parse.py refuses: other keys than these without a preset."""
+    schema |= {"if": {"required": ["preset"], "properties": {"preset": {"type": "string"}}},
+               "else": {"propertyNames": {"enum": list(schema["properties"])}}}
+
+
 class Loss(LossKeys):
     """The AMiD objective, or a `preset` with its own keys (see `amid_ds.losses.preset`)."""
 
+    model_config = ConfigDict(json_schema_extra=_closed_without_a_preset)
     normalise: Literal["tokens", "sequence"] = "tokens"
     """tokens: the mean over the global batch's tokens; sequence: over each sequence's tokens, then
     over the sequences."""
@@ -213,3 +231,21 @@ def overridden(loss: Loss, own: OwnLoss) -> Loss:
     kept = {key: value for key, value in loss if key in loss.model_fields_set
             and ("preset" not in named or key in BESIDE_THE_DIVERGENCE)}
     return Loss.model_validate({**kept, **named})
+
+
+_WEIGHT: TypeAdapter[object] = TypeAdapter(Weight)
+
+
+def without_divergence(loss: dict[str, object], ce_weight: float | None) -> dict[str, object]:
+    """A loss before its check, of cross entropy alone: of this weight if it names none but 0.
+
+    ce_weight: None: of the weight that it gets elsewhere. A `kd_weight` that is none stays, to be
+    reported.
+    """
+    try:
+        _WEIGHT.validate_python(loss.get("kd_weight", 0.0))
+    except ValidationError:
+        return loss
+    kept = {key: value for key, value in loss.items()
+            if key != "ce_weight" or type(value) not in (int, float) or value}
+    return {**({} if ce_weight is None else {"ce_weight": ce_weight}), **kept, "kd_weight": 0.0}

@@ -20,6 +20,7 @@ from amid_ds.config.loss_section import (
     Temperatures,
     TokenWeight,
     overridden,
+    without_divergence,
 )
 from amid_ds.config.model_sections import (
     AnyTeacher,
@@ -132,9 +133,7 @@ def _without_divergences(raw: dict[str, object]) -> dict[str, object]:
     def without(source: object) -> object:
         if not isinstance(source, dict) or not isinstance(source.get("loss"), dict):
             return source
-        loss: dict[str, object] = source["loss"]
-        cross_entropy = {key: value for key, value in loss.items() if key != "ce_weight" or value}
-        return {**source, "loss": {**cross_entropy, "kd_weight": 0.0}}
+        return {**source, "loss": without_divergence(source["loss"], None)}
     return {**raw, "data": {**data, "train": [without(source) for source in data["train"]]}}
 
 
@@ -169,12 +168,10 @@ class Recipe(Section):
         """Without a teacher the loss is cross entropy, whatever `loss` says of a divergence."""
         if not isinstance(raw, dict) or raw.get("teacher") is not None:
             return raw
-        loss = raw.get("loss") or {}
+        loss = raw.get("loss", {})
         if not isinstance(loss, dict):
             return raw
-        ce_weight = loss.get("ce_weight") or 1.0
-        return {**_without_divergences(raw),
-                "loss": {**loss, "kd_weight": 0.0, "ce_weight": ce_weight}}
+        return {**_without_divergences(raw), "loss": without_divergence(loss, 1.0)}
 
     @model_validator(mode="after")
     def _own_losses_fit(self) -> Recipe:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from amid_ds.config.section import Finite, NonNegativeInt, PositiveInt, Section, Share
 
@@ -71,6 +71,8 @@ class TaidSchedule(Section):
     faster while the divergence falls.
     """
 
+    # By it `_value_kind` knows the kind.
+    model_config = ConfigDict(json_schema_extra={"required": ["adaptive"]})
     adaptive: Annotated[tuple[Share, Share], FROM_A_LIST] = (0.4, 1.0)
     """[first value, last value]."""
     rate: Share = 5e-4

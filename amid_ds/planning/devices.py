@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import psutil
-import torch
 
 from amid_ds.config.strict import load_yaml
 from amid_ds.errors import InputError
@@ -142,6 +141,8 @@ def local_device(local_ranks: int) -> Device | None:
 
     One that is not in DEVICES by its properties; None: its peak does not follow from them.
     """
+    import torch
+
     if not torch.cuda.is_available():
         return find_device("cpu", local_ranks)
     properties = torch.cuda.get_device_properties()
@@ -169,6 +170,8 @@ def device_by_properties(properties: Any) -> Device | None:
     UNKNOWN_NEIGHBOURS).
     """
     architecture = getattr(properties, "gcnArchName", "").partition(":")[0]
+    import torch
+
     per_cycle: float | None = (AMD_FLOPS_PER_CYCLE.get(architecture) if torch.version.hip
                                else FLOPS_PER_CYCLE.get((properties.major, properties.minor)))
     # torch gives clocks in kHz.
