@@ -159,7 +159,8 @@ def gkd_trainer(pair, folder: Path, name: str = "FusedGKDTrainer", rows=None, **
     arguments = {**SETTINGS, "lmbda": 0.0, "bf16": False, **changes}
     return type("Ordered", (InOrder, documented(2)[name]), {})(
         student, teacher, GKDConfig(str(folder), **arguments), data_collator=stacked,
-        train_dataset=Dataset.from_list(rows or make_rows(8)), processing_class=AutoTokenizer.from_pretrained(pair[0]))
+        train_dataset=Dataset.from_list(rows or make_rows(8)),
+        processing_class=AutoTokenizer.from_pretrained(pair[0]))
 
 
 def loss_and_gradients(trainer, compute, **count) -> tuple[float, dict[str, torch.Tensor]]:
