@@ -142,7 +142,7 @@ if trainer.is_world_process_zero():
     torch.save((tests.logged(trainer), weights), {str(tmp_path / "result.pt")!r})
 """)
     subprocess.run([str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2",
-                    "--master_port=0", str(script)], check=True, cwd=tmp_path,
+                    "--standalone", str(script)], check=True, cwd=tmp_path,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     losses, weights = torch.load(tmp_path / "result.pt")
     expected, plain = plain_training(llama_pair, preset("gkd", beta=0.3), make_rows(8))

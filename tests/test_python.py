@@ -157,7 +157,7 @@ try:
 except amid_ds.InputError as error:
     print("REFUSED", type(error).__name__, flush=True)
 """)
-    done = subprocess.run([str(BIN / "torchrun"), "--nproc_per_node=2", "--master_port=0",
+    done = subprocess.run([str(BIN / "torchrun"), "--nproc_per_node=2", "--standalone",
                            str(script)], env=rank_environment(), capture_output=True, text=True,
                           cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
