@@ -306,8 +306,7 @@ def test_in_a_job_another_is_submitted_once_a_step_and_a_refusal_ends_no_run(
               for step in (3, 4)]
 
     def attempt() -> TaskJobs:
-        jobs = TaskJobs.of(str(run.recipe), [])
-        assert jobs is not None
+        jobs = TaskJobs(load_recipe(run.recipe))
         for event in (events[0], events[0], events[1]):
             jobs.checkpoint(event)
         return jobs

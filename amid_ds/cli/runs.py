@@ -22,13 +22,9 @@ def _train(args: argparse.Namespace) -> None:
 
     began = time.monotonic() - process_age()
     with imports_kept():
-        from amid_ds.cluster.task_jobs import TaskJobs
-        from amid_ds.training.train import train
+        from amid_ds.cluster.task_jobs import train_and_judge
     with output_is_messages():
-        tasks = TaskJobs.of(args.recipe, args.overrides)
-        train(args.recipe, args.overrides, began, [] if tasks is None else [tasks])
-        if tasks is not None:
-            tasks.finish()
+        train_and_judge(args.recipe, args.overrides, began)
 
 
 def add_tasks(commands: Commands) -> None:

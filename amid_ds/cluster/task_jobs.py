@@ -22,7 +22,7 @@ import torch
 from amid_ds.checkpoint.manifest import list_checkpoints
 from amid_ds.cluster import slurm
 from amid_ds.cluster.batch_script import log_pattern, read_template, render
-from amid_ds.config.parse import load_recipe
+from amid_ds.config.parse import RecipeLike, load_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.distributed.launch import RANK_VARIABLES, launched_rank
 from amid_ds.distributed.leash import start_on_leash
@@ -36,6 +36,7 @@ from amid_ds.eval.run_tasks import (
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Lease
 from amid_ds.run.folder import RunFolder
+from amid_ds.run.results import Run
 from amid_ds.training.callbacks import Callback, CheckpointEvent
 
 # Of the ranks of a run, not of what is started for it.
@@ -48,6 +49,22 @@ CPUS = 8
 logger = logging.getLogger(__name__)
 
 
+def train_and_judge(recipe: RecipeLike, overrides: Sequence[str] = (), began: float | None = None,
+                    callbacks: Sequence[Callback] = ()) -> Run:
+    """`train`, and what the recipe's `eval_tasks` asks for, while it goes on and at its end."""
+    from amid_ds.training.train import train
+
+    tasks = None
+    # A recipe that is wrong is reported by all ranks at once, in `train`.
+    with contextlib.suppress(InputError):
+        loaded = load_recipe(recipe, overrides)
+        tasks = None if loaded.eval_tasks is None else TaskJobs(loaded)
+    run = train(recipe, overrides, began, [*callbacks, *([] if tasks is None else [tasks])])
+    if tasks is not None and launched_rank() == 0:
+        tasks.finish()
+    return run
+
+
 class TaskJobs(Callback):
     """Has the checkpoints of a run judged, while it trains and at its end. On rank 0."""
 
@@ -57,24 +74,13 @@ class TaskJobs(Callback):
         self.submitted: set[int] = set()
         self.failed: set[str] = set()
 
-    @classmethod
-    def of(cls, recipe_path: str, overrides: Sequence[str]) -> TaskJobs | None:
-        """That of a recipe; None without `eval_tasks`, and for a wrong one, which `train` reports.
-        """
-        with contextlib.suppress(InputError):
-            recipe = load_recipe(recipe_path, overrides)
-            return None if recipe.eval_tasks is None else cls(recipe)
-        return None
-
     def checkpoint(self, event: CheckpointEvent) -> None:
         """Keep the checkpoint if it is to be judged, and submit its job or export its model."""
         if event.step % self.every == 0:
             self._keep(event.checkpoint, event.step)
 
     def finish(self) -> None:
-        """After the run's end, on every rank: have rank 0 see to what is left, the last one too."""
-        if launched_rank() != 0:
-            return
+        """After the run's end: see to what is left, and to the last checkpoint."""
         for last in list_checkpoints(self.run.checkpoints)[-1:]:
             self._keep(last, int(last.name.removeprefix("step_")))
         waiting = kept_steps(self.run)
