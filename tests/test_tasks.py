@@ -177,6 +177,12 @@ def test_a_task_that_cannot_be_loaded_or_run_is_one_message(model, tmp_path, cap
         "until": ["\n"], "max_gen_toks": 100_000}, "doc_to_target": ""}, make_documents(2))
     assert main(["eval", str(model), "--tasks", str(long)]) == 2
     assert "100000" in capsys.readouterr().err
+    unsafe = write_task(tmp_path, "unsafe", {**CHOICE, "unsafe_code": True}, make_documents(2))
+    assert main(["eval", "nomodel", "--tasks", str(unsafe)]) == 2
+    assert "unsafe runs code that the model writes" in capsys.readouterr().err
+    (tmp_path / "group.yaml").write_text("group: all\ntask: [broken, long]\n")
+    assert main(["eval", "nomodel", "--tasks", str(tmp_path / "group.yaml")]) == 2
+    assert "group.yaml defines a group" in capsys.readouterr().err
     plain = write_task(tmp_path, "plain", CHOICE, make_documents(2))
     assert main(["eval", str(model), "--tasks", str(plain), "--apply-chat-template"]) == 2
     assert "no chat template" in capsys.readouterr().err
@@ -306,8 +312,7 @@ def test_in_a_job_another_is_submitted_once_a_step_and_a_refusal_ends_no_run(
               for step in (3, 4)]
 
     def attempt() -> TaskJobs:
-        jobs = TaskJobs.of(str(run.recipe), [])
-        assert jobs is not None
+        jobs = TaskJobs(load_recipe(run.recipe))
         for event in (events[0], events[0], events[1]):
             jobs.checkpoint(event)
         return jobs

@@ -28,6 +28,7 @@ def train(recipe: RecipeLike, overrides: Sequence[str] = (), *,
     time.monotonic(), such as the process's own; None: now. Raises InputError, TrainingError, or
     Stopped where it was asked to stop before its last step (Ctrl-C, a signal, the file STOP).
     """
+    from amid_ds.distributed.launch import launched_rank
     from amid_ds.run.start import imports_kept
 
     with imports_kept():
@@ -38,10 +39,10 @@ def train(recipe: RecipeLike, overrides: Sequence[str] = (), *,
         from amid_ds.cluster.task_jobs import TaskJobs
 
         jobs = TaskJobs(asked)
-    run = run_training(recipe, overrides, began, [*([] if jobs is None else [jobs]), *callbacks])
-    if jobs is not None:
-        jobs.finish()
-    if asked is not None:
+    run = run_training(recipe, overrides, began, [*callbacks, *([] if jobs is None else [jobs])])
+    if asked is not None and launched_rank() == 0:
+        if jobs is not None:
+            jobs.finish()
         _attach_report(asked)
     return run
 
@@ -56,11 +57,10 @@ def _readable_recipe(recipe: RecipeLike, overrides: Sequence[str]) -> Recipe | N
 
 
 def _attach_report(recipe: Recipe) -> None:
-    """Give the report of a finished run to its trackers beside TensorBoard, on rank 0."""
-    from amid_ds.distributed.launch import launched_rank
+    """Give the report of a finished run to its trackers beside TensorBoard."""
     from amid_ds.run.trackers import with_processes
 
-    if launched_rank() == 0 and with_processes(recipe.train.trackers):
+    if with_processes(recipe.train.trackers):
         from amid_ds.experiments.report import attach_report
 
         attach_report(recipe)

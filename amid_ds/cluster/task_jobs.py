@@ -22,7 +22,7 @@ from amid_ds.checkpoint.manifest import list_checkpoints
 from amid_ds.cluster import slurm
 from amid_ds.cluster.batch_script import log_pattern, read_template, render
 from amid_ds.config.recipe import Recipe
-from amid_ds.distributed.launch import RANK_VARIABLES, launched_rank
+from amid_ds.distributed.launch import RANK_VARIABLES
 from amid_ds.distributed.leash import start_on_leash
 from amid_ds.errors import InputError, expected_error
 from amid_ds.eval.run_tasks import (
@@ -61,9 +61,7 @@ class TaskJobs(Callback):
             self._keep(event.checkpoint, event.step)
 
     def finish(self) -> None:
-        """After the run's end, on every rank: have rank 0 see to what is left, the last one too."""
-        if launched_rank() != 0:
-            return
+        """After the run's end: see to what is left, and to the last checkpoint."""
         for last in list_checkpoints(self.run.checkpoints)[-1:]:
             self._keep(last, int(last.name.removeprefix("step_")))
         waiting = kept_steps(self.run)

@@ -93,10 +93,11 @@ def _known_tasks(names: Sequence[str]) -> Any:
         if not path.is_file():
             raise InputError(f"the task {path} is not there", "a YAML file that defines a task",
                              "check the path")
-    # A group's own tasks lie beside it.
-    groups = [str(path.absolute().parent) for path in paths
-              if re.search(r"^group:", path.read_text(encoding="utf-8"), re.M)]
-    manager = TaskManager(include_path=groups, include_defaults=len(paths) < len(names))
+        # The harness opens those by their name alone.
+        if re.search(r"^group:", path.read_text(encoding="utf-8"), re.M):
+            raise InputError(f"{path} defines a group of tasks", "a YAML file that defines a task",
+                             "name the files of its tasks")
+    manager = TaskManager(include_defaults=len(paths) < len(names))
     for name in names:
         if not name.endswith(YAML_ENDINGS) and name not in manager.task_index:
             near = difflib.get_close_matches(name, manager.all_tasks, n=5)
