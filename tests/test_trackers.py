@@ -44,6 +44,8 @@ def offline(monkeypatch, tmp_path, trackio_folder) -> Path:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("TRACKIO_DIR", str(trackio_folder))
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    # The machine may be busy.
+    monkeypatch.setattr(amid_ds.run.log, "END_WAIT_S", 200)
     folder = tmp_path / f"run {tmp_path.name}"
     folder.mkdir()
     return folder
@@ -329,7 +331,6 @@ def test_a_run_killed_and_resumed_is_one_run_and_trains_as_without_trackers(
         assert {step for step, _ in seen.points["loss/total"]} == set(range(1, 41))
         assert {step for step, _ in seen.points["eval/held-out/loss"]} == set(range(4, 41, 4))
         assert any("report" in file for file in seen.files)
-    assert "<svg" in (offline / "report.html").read_text() or "svg" in (
-        offline / "report.html").read_text()
+    assert "svg" in (offline / "report.html").read_text()
     # Once an attempt, and for the report.
     assert ranks.output().count("mlflow has not taken everything in time") == 2

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from amid_ds.run.folder import RunFolder
 
-PROJECT = "amid_ds"
+TRACKER_PROJECT = "amid_ds"
 # Of MLflow: what names may not have, and what one request may.
 MLFLOW_FORBIDDEN = re.compile(r"[^\w\-. /]", re.ASCII)
 MOST_METRICS, MOST_PARAMETERS, MOST_CHARACTERS = 1000, 100, 6000
@@ -60,7 +60,7 @@ class WandbRun:
     """A run of Weights & Biases; offline where its server cannot be reached."""
 
     def __init__(self, run: RunFolder, known: str | None) -> None:
-        _set_defaults(WANDB_PROJECT=PROJECT, WANDB_NAME=run.path.name, WANDB_DIR=str(run.path),
+        _set_defaults(WANDB_PROJECT=TRACKER_PROJECT, WANDB_NAME=run.path.name, WANDB_DIR=str(run.path),
                       WANDB_SILENT="true", WANDB_CONSOLE="off", WANDB_INIT_TIMEOUT="30")
         import wandb
 
@@ -101,7 +101,7 @@ class MlflowRun:
     def __init__(self, run: RunFolder, known: str | None) -> None:
         # The files of its own store need leave since MLflow 3.13.
         _set_defaults(MLFLOW_TRACKING_URI=run.mlflow.resolve().as_uri(),
-                      MLFLOW_EXPERIMENT_NAME=PROJECT, MLFLOW_ALLOW_FILE_STORE="true")
+                      MLFLOW_EXPERIMENT_NAME=TRACKER_PROJECT, MLFLOW_ALLOW_FILE_STORE="true")
         from mlflow import MlflowClient
 
         self.folder, self.client = run, MlflowClient()
@@ -167,7 +167,7 @@ class TrackioRun:
     def __init__(self, run: RunFolder, known: str | None) -> None:
         import trackio
 
-        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        project = os.environ.get("TRACKIO_PROJECT", TRACKER_PROJECT)
         self.id = known or f"{run.path.name}-{uuid.uuid4().hex[:6]}"
         self.run = trackio.init(project, name=self.id, resume="allow", embed=False)
         self.place = f"run {self.id} of the project {project}, `trackio show --project {project}`"

@@ -33,7 +33,7 @@ REPORT_WAIT_S = 90
 NO_STEP_AFTER = 2**63
 # What fits into a pipe at once or not at all is 4,096 bytes; a character may take 6 of them.
 MOST_NOTE_CHARACTERS = 500
-PROGRAM = ("import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+TRACKER_PROGRAM = ("import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
            "from amid_ds.run.tracking import follow_run; follow_run()")
 _IDS_LOCK = threading.Lock()
 
@@ -87,7 +87,7 @@ class TrackerProcess:
         self.name, self.run = name, run
         known = read_tracker_ids(run).get(name)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(sys.path)], stdin=subprocess.PIPE,
+            [sys.executable, "-c", TRACKER_PROGRAM, json.dumps(sys.path)], stdin=subprocess.PIPE,
             # Signals to the run's process group are the run's; this process sees the run end.
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         assert self.process.stdin is not None
