@@ -152,7 +152,8 @@ def test_two_attempts_are_one_run_with_all_curves_settings_notes_and_a_page(offl
     text.write_text('{"text": "a"}')
     write_recipe(run.recipe, Path("student"), None, text, offline)
     run.provenance.write_text(json.dumps({"versions": {"torch": "2.13"}}))
-    run.task_scores.write_text('{"step": 2, "name": "arc", "acc": 0.5}\n{"step": 6, "na')
+    run.task_scores.write_text('\0junk\n[]\n{"step": 2, "name": "arc", "acc": 0.5, "x": "y"}\n'
+                               '{"step": 6, "na')
     log = RunLog(run, 0, 9, BESIDE)
     for step in range(1, 6):
         log.step(step, metrics(step, 1 / step))

@@ -60,8 +60,10 @@ class WandbRun:
     """A run of Weights & Biases; offline where its server cannot be reached."""
 
     def __init__(self, run: RunFolder, known: str | None) -> None:
-        _set_defaults(WANDB_PROJECT=TRACKER_PROJECT, WANDB_NAME=run.path.name, WANDB_DIR=str(run.path),
-                      WANDB_SILENT="true", WANDB_CONSOLE="off", WANDB_INIT_TIMEOUT="30")
+        _set_defaults(WANDB_PROJECT=TRACKER_PROJECT, WANDB_NAME=run.path.name,
+                      WANDB_DIR=str(run.path), WANDB_SILENT="true", WANDB_CONSOLE="off",
+                      # The process whose memory and CPU it shows is rank 0's.
+                      WANDB_INIT_TIMEOUT="30", WANDB_X_STATS_PID=str(os.getppid()))
         import wandb
 
         options: dict[str, Any] = {"id": known or uuid.uuid4().hex[:12], "resume": "allow"}

@@ -34,7 +34,7 @@ NO_STEP_AFTER = 2**63
 # What fits into a pipe at once or not at all is 4,096 bytes; a character may take 6 of them.
 MOST_NOTE_CHARACTERS = 500
 TRACKER_PROGRAM = ("import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-           "from amid_ds.run.tracking import follow_run; follow_run()")
+                   "from amid_ds.run.tracking import follow_run; follow_run()")
 _IDS_LOCK = threading.Lock()
 
 

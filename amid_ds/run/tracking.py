@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from amid_ds.errors import printable
+from amid_ds.files.json_lines import has_step, is_number
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import curves_of_evaluation, curves_of_step
 from amid_ds.run.tracker_clients import CLIENTS, Point, TrackerClient
@@ -83,8 +84,10 @@ class _Source:
     def _points(self, line: bytes) -> list[Point]:
         try:
             values = json.loads(line)
-            curves = self.curves(values)
-            return [Point(values["step"], curves)] if values["step"] >= self.first else []
+            if not has_step(values) or values["step"] < self.first:
+                return []
+            curves = {tag: value for tag, value in self.curves(values).items() if is_number(value)}
+            return [Point(values["step"], curves)]
         # A line that a crash has cut.
         except (ValueError, KeyError, TypeError, AttributeError):
             return []
@@ -131,7 +134,7 @@ class _Follower:
             self._try(self.client.close, outcome)
 
     def _next_message(self) -> str | None:
-        """What became of the run, once it has ended; None, at the latest in FOLLOW_EVERY_S seconds."""
+        """What became of the run once it has ended; None in FOLLOW_EVERY_S seconds at most."""
         try:
             kind, *texts = self.messages.get(timeout=FOLLOW_EVERY_S)
         except queue.Empty:
