@@ -101,9 +101,12 @@ class MlflowRun:
     """A run of MLflow, through its client."""
 
     def __init__(self, run: RunFolder, known: str | None) -> None:
-        # The files of its own store need leave since MLflow 3.13.
         _set_defaults(MLFLOW_TRACKING_URI=run.mlflow.resolve().as_uri(),
-                      MLFLOW_EXPERIMENT_NAME=TRACKER_PROJECT, MLFLOW_ALLOW_FILE_STORE="true")
+                      MLFLOW_EXPERIMENT_NAME=TRACKER_PROJECT,
+                      # Recent ones do not write files without it.
+                      MLFLOW_ALLOW_FILE_STORE="true",
+                      # Who follows the run tries again: a server that hangs is said in a minute.
+                      MLFLOW_HTTP_REQUEST_TIMEOUT="20", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2")
         from mlflow import MlflowClient
 
         self.folder, self.client = run, MlflowClient()
