@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from amid_ds.run.folder import RunFolder
 
-PROJECT = "amid_ds"
+TRACKER_PROJECT = "amid_ds"
 # Of MLflow: what names may not have, and what one request may.
 MLFLOW_FORBIDDEN = re.compile(r"[^\w\-. /]", re.ASCII)
 MOST_METRICS, MOST_PARAMETERS, MOST_CHARACTERS = 1000, 100, 6000
@@ -60,8 +60,10 @@ class WandbRun:
     """A run of Weights & Biases; offline where its server cannot be reached."""
 
     def __init__(self, run: RunFolder, known: str | None) -> None:
-        _set_defaults(WANDB_PROJECT=PROJECT, WANDB_NAME=run.path.name, WANDB_DIR=str(run.path),
-                      WANDB_SILENT="true", WANDB_CONSOLE="off", WANDB_INIT_TIMEOUT="30")
+        _set_defaults(WANDB_PROJECT=TRACKER_PROJECT, WANDB_NAME=run.path.name,
+                      WANDB_DIR=str(run.path), WANDB_SILENT="true", WANDB_CONSOLE="off",
+                      # The process whose memory and CPU it shows is rank 0's.
+                      WANDB_INIT_TIMEOUT="30", WANDB_X_STATS_PID=str(os.getppid()))
         import wandb
 
         options: dict[str, Any] = {"id": known or uuid.uuid4().hex[:12], "resume": "allow"}
@@ -99,9 +101,12 @@ class MlflowRun:
     """A run of MLflow, through its client."""
 
     def __init__(self, run: RunFolder, known: str | None) -> None:
-        # The files of its own store need leave since MLflow 3.13.
         _set_defaults(MLFLOW_TRACKING_URI=run.mlflow.resolve().as_uri(),
-                      MLFLOW_EXPERIMENT_NAME=PROJECT, MLFLOW_ALLOW_FILE_STORE="true")
+                      MLFLOW_EXPERIMENT_NAME=TRACKER_PROJECT,
+                      # Recent ones do not write files without it.
+                      MLFLOW_ALLOW_FILE_STORE="true",
+                      # Who follows the run tries again: a server that hangs is said in a minute.
+                      MLFLOW_HTTP_REQUEST_TIMEOUT="20", MLFLOW_HTTP_REQUEST_MAX_RETRIES="2")
         from mlflow import MlflowClient
 
         self.folder, self.client = run, MlflowClient()
@@ -167,7 +172,7 @@ class TrackioRun:
     def __init__(self, run: RunFolder, known: str | None) -> None:
         import trackio
 
-        project = os.environ.get("TRACKIO_PROJECT", PROJECT)
+        project = os.environ.get("TRACKIO_PROJECT", TRACKER_PROJECT)
         self.id = known or f"{run.path.name}-{uuid.uuid4().hex[:6]}"
         self.run = trackio.init(project, name=self.id, resume="allow", embed=False)
         self.place = f"run {self.id} of the project {project}, `trackio show --project {project}`"

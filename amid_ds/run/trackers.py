@@ -33,8 +33,8 @@ REPORT_WAIT_S = 90
 NO_STEP_AFTER = 2**63
 # What fits into a pipe at once or not at all is 4,096 bytes; a character may take 6 of them.
 MOST_NOTE_CHARACTERS = 500
-PROGRAM = ("import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
-           "from amid_ds.run.tracking import follow_run; follow_run()")
+TRACKER_PROGRAM = ("import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
+                   "from amid_ds.run.tracking import follow_run; follow_run()")
 _IDS_LOCK = threading.Lock()
 
 
@@ -87,7 +87,7 @@ class TrackerProcess:
         self.name, self.run = name, run
         known = read_tracker_ids(run).get(name)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, json.dumps(sys.path)], stdin=subprocess.PIPE,
+            [sys.executable, "-c", TRACKER_PROGRAM, json.dumps(sys.path)], stdin=subprocess.PIPE,
             # Signals to the run's process group are the run's; this process sees the run end.
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
         assert self.process.stdin is not None
@@ -99,7 +99,7 @@ class TrackerProcess:
             self.pipe.write(json.dumps(order).encode() + b"\n")
             self.pipe.flush()
         os.set_blocking(self.pipe.fileno(), False)
-        self.ended = False
+        self.left = False
         self.listener = threading.Thread(target=self._listen, name=name, daemon=True)
         self.listener.start()
 
@@ -120,7 +120,7 @@ class TrackerProcess:
                 logger.warning("%s: its id %s could not be written: %s", self.name, message["id"],
                                error)
         status = self.process.wait()
-        if status and not self.ended:
+        if status and not self.left:
             logger.warning("%s: the process that feeds it has ended with status %d; the run goes "
                            "on without", self.name, status)
 
@@ -138,16 +138,19 @@ class TrackerProcess:
             os.write(self.pipe.fileno(), json.dumps(message).encode() + b"\n")
 
     def wait(self, deadline: float) -> None:
-        """Wait until the process has ended, after it was told to; end it at the deadline."""
+        """Wait until the process has ended, after it was told to, or leave it to itself.
+
+        It ends by itself, see REST_S.
+        """
         with contextlib.suppress(OSError):
             self.pipe.close()
         try:
             self.process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
-            self.ended = True
-            self.process.kill()
-            logger.warning("%s has not taken everything in time; what it lacks is in %s",
-                           self.name, self.run.metrics)
+            self.left = True
+            logger.warning("%s has not taken everything yet: its process goes on beside the run's "
+                           "end, for at most two minutes", self.name)
+            return
         self.listener.join(timeout=5)
 
 

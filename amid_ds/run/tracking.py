@@ -21,26 +21,27 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from amid_ds.errors import printable
+from amid_ds.files.json_lines import has_step, is_number
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import curves_of_evaluation, curves_of_step
 from amid_ds.run.tracker_clients import CLIENTS, Point, TrackerClient
 
 # Seconds between two looks at the files, after a failure, and at most after the end of the run.
-LOOK_S = 1.0
+FOLLOW_EVERY_S = 1.0
 RETRY_S = 60.0
 REST_S = 120.0
 # Read at once, and sent at once.
-MOST_BYTES = 1 << 20
+MOST_READ_BYTES = 1 << 20
 MOST_NOTES = 100
 MOST_FAILURE_CHARACTERS = 400
 # What could end it with the run instead of after it.
-IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+IGNORED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SECRETS = re.compile(r"(?<=//)[^/\s@]+@|(?<=token=)[^&\s]+")
 
 
 def follow_run() -> None:
     """Feed a tracker until its run has ended, then end the process."""
-    for number in IGNORED:
+    for number in IGNORED_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     commands, answers = _take_streams()
     order = json.loads(commands.readline() or "null")
@@ -72,7 +73,7 @@ class _Source:
         try:
             with open(self.path, "rb") as file:
                 file.seek(self.position)
-                lines = file.read(MOST_BYTES)
+                lines = file.read(MOST_READ_BYTES)
         except FileNotFoundError:
             return None
         whole = lines[:lines.rfind(b"\n") + 1]
@@ -83,8 +84,10 @@ class _Source:
     def _points(self, line: bytes) -> list[Point]:
         try:
             values = json.loads(line)
-            curves = self.curves(values)
-            return [Point(values["step"], curves)] if values["step"] >= self.first else []
+            if not has_step(values) or values["step"] < self.first:
+                return []
+            curves = {tag: value for tag, value in self.curves(values).items() if is_number(value)}
+            return [Point(values["step"], curves)]
         # A line that a crash has cut.
         except (ValueError, KeyError, TypeError, AttributeError):
             return []
@@ -131,9 +134,9 @@ class _Follower:
             self._try(self.client.close, outcome)
 
     def _next_message(self) -> str | None:
-        """What became of the run, once it has ended; None, at the latest in LOOK_S seconds."""
+        """What became of the run once it has ended; None in FOLLOW_EVERY_S seconds at most."""
         try:
-            kind, *texts = self.messages.get(timeout=LOOK_S)
+            kind, *texts = self.messages.get(timeout=FOLLOW_EVERY_S)
         except queue.Empty:
             # Processes that the run's has forked may hold the other end of the pipe.
             return None if os.getppid() == self.order["parent"] else "failed"
