@@ -45,6 +45,7 @@ def run(tmp_path_factory) -> Path:
     (run / "recipe.yaml").write_text(yaml.safe_dump(raw | {"output_dir": str(run)}))
     recipe = load_recipe(run / "recipe.yaml")
     keep_student(recipe)
+    (root / "student" / "README.md").unlink()
     write_export(run / "checkpoints" / "step_00000004", recipe, run / "model")
     return run
 
@@ -215,7 +216,9 @@ def test_scores_of_tasks_that_came_after_the_export_are_in_the_card_that_goes(ru
         assert [each.metric_value for each in card.data.eval_results
                 if each.dataset_type == "arc|easy"] == [score]
         assert card.text.count("## Benchmarks") == 1 and f"| arc\\|easy | {score:g} |" in card.text
-        assert len(card.data.eval_results) == 5
+        assert len(card.data.eval_results) == 5 and card.text.count("## Mine") == (score < 0.5)
+        # As of an export that had this score.
+        (copied / "model" / "README.md").write_text(f"{card}\n## Mine\n")
 
 
 def test_a_dry_run_shows_all_that_would_go_and_asks_nobody(run, hub, tmp_path, monkeypatch, capsys):
