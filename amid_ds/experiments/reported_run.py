@@ -94,6 +94,13 @@ class ReportedRun:
         return list(dict.fromkeys(key for line in self.last_evaluations for key in line))
 
 
+def read_reported_runs(folders: Sequence[Path]) -> list[ReportedRun]:
+    """Read the runs' folders, whose names they have where these differ. Raises InputError."""
+    short = [folder.resolve().name for folder in folders]
+    names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+    return [read_reported_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
 def read_reported_run(folder: Path, name: str) -> ReportedRun:
     """Read a run's folder. Raises InputError for one without a run that has logged a step."""
     run = RunFolder(folder)
