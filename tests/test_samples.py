@@ -48,7 +48,7 @@ def recipe_for(shared_model, llama_pair, instructions_file, sets, tmp_path_facto
     drops: the student has dropout, so that a random number that sampling took would be seen.
     """
     folder = tmp_path_factory.mktemp("samples")
-    dropping = shared_model("gpt2", 0, resid_pdrop=0.1, embd_pdrop=0.1)
+    dropping = shared_model("llama", 0, attention_dropout=0.2)
 
     def write(run: Path, teacher: Path | None = llama_pair[1], drops: bool = False,
               **changes) -> Path:
