@@ -14,7 +14,7 @@ def test_the_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     for name, steps in (("TEACHER_TRAIN", 3), ("STUDENT_TRAIN", 2)):
         monkeypatch.setattr(demo, name, {**getattr(demo, name), "steps": steps, "warmup_steps": 1})
     monkeypatch.setattr(demo, "CORPUS_BYTES", 400_000)
-    monkeypatch.setattr(demo, "HELD_OUT_BYTES", 8_000)
+    monkeypatch.setattr(demo, "DEMO_HELD_OUT_BYTES", 8_000)
     monkeypatch.setattr(demo, "VOCABULARY", 600)
     out = tmp_path / "demo"
     assert main(["demo", "--out", str(out)]) == 0
@@ -29,6 +29,11 @@ def test_the_demo_leaves_what_it_promises(tmp_path, monkeypatch, capsys):
     for name in ("teacher", "distilled", "ce"):
         AutoModelForCausalLM.from_pretrained(out / "models" / name)
         assert list((out / "runs" / name / "tensorboard").iterdir())
+    assert (out / "demo.png").is_file()
+    for name in ("distilled", "ce"):
+        samples = [json.loads(line)
+                   for line in (out / "runs" / name / "samples.jsonl").read_text().splitlines()]
+        assert samples and all(sample["teacher"] is not None for sample in samples)
     text = "def f(x):\n\treturn x  # naïve\n"
     tokenizer = AutoTokenizer.from_pretrained(out / "models" / "distilled")
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text

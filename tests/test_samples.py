@@ -13,6 +13,8 @@ import torch
 from support.caches import write_cache
 from support.chats import ROLE_TOKENS, make_byte_level
 from support.data import write_instructions, write_jsonl, write_texts
+from support.families import save_tiny
+from support.models import WORDS
 from support.nodes import train_on_nodes
 from support.ranks import Ranks, rank_main
 from support.runs import comparable_results, write_gathering_config, write_recipe
@@ -39,17 +41,23 @@ def sets(tmp_path_factory) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def recipe_for(llama_pair, instructions_file, sets, tmp_path_factory) -> Callable[..., Path]:
-    """recipe_for(run, **changes): five prompts, answered and saved after every second step."""
-    folder = tmp_path_factory.mktemp("samples")
+def recipe_for(shared_model, llama_pair, instructions_file, sets, tmp_path_factory
+               ) -> Callable[..., Path]:
+    """recipe_for(run, **changes): five prompts, answered and saved after every second step.
 
-    def write(run: Path, teacher: Path | None = llama_pair[1], **changes) -> Path:
+    drops: the student has dropout, so that a random number that sampling took would be seen.
+    """
+    folder = tmp_path_factory.mktemp("samples")
+    dropping = shared_model("llama", 0, attention_dropout=0.2)
+
+    def write(run: Path, teacher: Path | None = llama_pair[1], drops: bool = False,
+              **changes) -> Path:
         settings = {"data__prepared": str(folder / "data"), "data__eval": sets,
                     "train__seq_length": LENGTH, "train__samples": 5, "train__steps": STEPS,
                     "train__eval_every": 2, "train__learning_rate": 0.02, "checkpoint__every": 2,
                     "deepspeed": str(write_gathering_config(folder)), **changes}
-        return write_recipe(run.with_suffix(".yaml"), llama_pair[0], teacher, instructions_file,
-                            run, **settings)
+        return write_recipe(run.with_suffix(".yaml"), dropping if drops else llama_pair[0], teacher,
+                            instructions_file, run, **settings)
     return write
 
 
@@ -105,7 +113,7 @@ def exported(run: Path, step: int, folder: Path) -> Path:
 def sampled(recipe_for, tmp_path_factory) -> Path:
     """A run on two ranks, whose weights are gathered for each evaluation."""
     run = tmp_path_factory.mktemp("sampled") / "run"
-    assert "5 prompt(s) answered in" in train(2, recipe_for(run)).output()
+    assert "5 prompt(s) answered in" in train(2, recipe_for(run, drops=True)).output()
     return run
 
 
@@ -142,7 +150,7 @@ def test_tensorboard_has_them_as_code(sampled):
 
 
 def test_a_run_without_samples_has_the_same_digits(sampled, recipe_for, tmp_path):
-    train(2, recipe_for(tmp_path / "run"), "train.samples=0")
+    train(2, recipe_for(tmp_path / "run", drops=True), "train.samples=0")
     assert comparable_results(tmp_path / "run") == comparable_results(sampled)
     assert lines_of(tmp_path / "run") == []
 
@@ -151,7 +159,7 @@ def test_a_run_without_samples_has_the_same_digits(sampled, recipe_for, tmp_path
 def test_a_resumed_run_has_each_answer_once_and_asks_its_teacher_no_more(sampled, recipe_for,
                                                                          tmp_path):
     """The teacher's answers are those that stand in the file, one of which is made up here."""
-    run, recipe = tmp_path / "run", recipe_for(tmp_path / "run")
+    run, recipe = tmp_path / "run", recipe_for(tmp_path / "run", drops=True)
     train_on_nodes(2, recipe, run, stop_at=3)
     path = run / "samples.jsonl"
     lines = lines_of(run)
@@ -268,13 +276,28 @@ def test_to_a_teacher_that_lacks_a_token_the_prompt_is_spelled(recipe_for, llama
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("student, teacher, overrides", [
+    ("mixtral", "mixtral", ["expert_parallel=2"]), ("qwen3_next", "granitemoehybrid", []),
+    ("mamba2", "mixtral", [])])
+def test_mixtures_and_hybrids_answer_as_transformers_has_them(recipe_for, sets, tmp_path, student,
+                                                              teacher, overrides):
+    # As many rows as the tokenizer has ids: of others transformers may say one.
+    pair = [save_tiny(family, tmp_path / name, seed=seed, vocab_size=3 + len(WORDS))
+            for seed, (name, family) in enumerate({"student": student, "teacher": teacher}.items())]
+    run = tmp_path / "run"
+    train(2, recipe_for(run, teacher=pair[1], data__prepared=str(tmp_path / "data")),
+          f"student.model={pair[0]}", *overrides)
+    require_transformers_answers(run, sets, tmp_path, pair[1])
+
+
+@pytest.mark.slow
 def test_nothing_is_asked_twice_of_a_changed_teacher(sampled, recipe_for, sets, shared_model,
                                                      tmp_path):
     """What the teacher before has said is not taken for another one's."""
     run, other = tmp_path / "run", shared_model("llama", 4)
     shutil.copytree(sampled, run)
-    train(2, recipe_for(run), f"teacher.model={other}", "train.steps=6",
-          f"output_dir={run}", "checkpoint.allow_change=[teacher, train.steps]")
+    train(2, recipe_for(run, drops=True), f"teacher.model={other}", "train.steps=6",
+          "checkpoint.allow_change=[teacher, train.steps]")
     assert [line["teacher"] for line in lines_of(run)][-5:] == generated(
         other, expected_prompts(sets, run / "model"))
 

@@ -27,7 +27,8 @@ from amid_ds.distributed.leash import start_on_leash
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval import evaluate
 from amid_ds.eval.protocol import EvalArgs, EvalProtocol
-from amid_ds.experiments.report import report
+from amid_ds.experiments.picture import draw_picture
+from amid_ds.experiments.reported_run import read_reported_runs
 from amid_ds.experiments.small_models import LlamaSize, save_new_llama
 from amid_ds.files.ownership import require_new_folder
 
@@ -37,22 +38,25 @@ RANKS = 2
 VOCABULARY = 2048
 SEQ_LENGTH = 256
 HELD_OUT_ONE_IN = 20
-# Characters of the corpus' two parts.
+# Characters of the corpus' two parts; the demo itself holds out fewer than the studies.
 HELD_OUT_BYTES = 80_000
+DEMO_HELD_OUT_BYTES = 24_000
 CORPUS_BYTES = 4_000_000
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3",
                    "ensurepip", "__pycache__"}
 TEACHER = LlamaSize(256, 688, 4, 4)
 STUDENT = LlamaSize(128, 344, 2, 4)
 OBJECTIVE = {"alpha": -1.0, "lam": 0.1, "divergence": "kl", "order": "pr"}
-# Its teacher runs in evaluations alone.
-CROSS_ENTROPY = {"kd_weight": 0.0, "ce_weight": 1.0}
+# By the student's name. With cross entropy alone the teacher runs in evaluations.
+LOSSES = {"distilled": OBJECTIVE, "ce": {"kd_weight": 0.0, "ce_weight": 1.0}}
 TRAIN = {"seq_length": SEQ_LENGTH, "micro_batch_size": 4, "global_batch_size": 8,
          "warmup_steps": 10}
 # Of the front page's table.
 ADAMW = {"learning_rate": 2.0e-3, "betas": [0.9, 0.999], "weight_decay": 0.01, "decay_all": True}
 TEACHER_TRAIN = {**TRAIN, **ADAMW, "steps": 200}
-STUDENT_TRAIN = {**TRAIN, **ADAMW, "steps": 160, "eval_every": 40, "samples": 4}
+STUDENT_TRAIN = {**TRAIN, **ADAMW, "steps": 160}
+# What the picture shows of both students.
+WATCHED = {"eval_every": 40, "samples": 4}
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,16 @@ class DemoFolder:
     path: Path
 
     @property
+    def held_out(self) -> Path:
+        return self.path / "corpus" / "heldout.jsonl"
+
+    @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer"
 
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
 
     @property
     def picture(self) -> Path:
@@ -102,40 +106,40 @@ def demo(out: str, seed: int) -> None:
     root.mkdir(parents=True, exist_ok=True)
     folder = DemoFolder(root)
     _announce(1, "corpus: the Python standard library's source on this disk")
-    train_file, held_out = make_corpus(root)
+    train_file, held_out = make_corpus(root, DEMO_HELD_OUT_BYTES)
     _announce(2, "tokenizer: SentencePiece, trained on the corpus")
     tokenizer = _make_tokenizer(train_file, folder.tokenizer)
     save_new_llama(folder.initial_model("teacher"), TEACHER, tokenizer, seed)
     save_new_llama(folder.initial_model("student"), STUDENT, tokenizer, seed + 1)
     _announce(3, "teacher: trained by this project's own `train`, with cross entropy alone")
-    _train(folder, "teacher", train_file, "teacher", {**TEACHER_TRAIN, "seed": seed})
+    _train(folder, "teacher", train_file, "teacher", None, {**TEACHER_TRAIN, "seed": seed})
     _announce(4, "student: distilled from the teacher with AMiD")
-    student_train = {**STUDENT_TRAIN, "seed": seed}
-    _train(folder, "distilled", train_file, "student", student_train, held_out, OBJECTIVE)
+    _train(folder, "distilled", train_file, "student", "teacher", {**STUDENT_TRAIN, "seed": seed})
     _announce(5, "for comparison: the same student, data and steps with cross entropy alone")
-    _train(folder, "ce", train_file, "student", student_train, held_out, CROSS_ENTROPY)
+    _train(folder, "ce", train_file, "student", "teacher", {**STUDENT_TRAIN, "seed": seed})
     _announce(6, "evaluation on held-out files")
     scores = _evaluate(folder, tokenizer, held_out)
     summary = {name: score.report() for name, score in scores.items()}
     folder.summary.write_text(json.dumps(summary, indent=1) + "\n")
     evaluate.print_table(scores)
-    _report(folder)
-    _print_next_steps(folder, time.monotonic() - began)
+    picture = _draw_picture(folder)
+    _print_next_steps(folder, picture, time.monotonic() - began)
 
 
 def _announce(number: int, title: str) -> None:
     logger.info(f"\n[{number}/6] {title}")
 
 
-def make_corpus(root: Path) -> tuple[Path, Path]:
+def make_corpus(root: Path, held_out_bytes: int | None = None) -> tuple[Path, Path]:
     """Write the corpus under `root`; the paths of its training and held-out jsonl.
 
-    A file's name alone decides its part, so every machine splits alike.
+    A file's name alone decides its part, so every machine splits alike. held_out_bytes: about as
+    many characters are held out; None: HELD_OUT_BYTES.
     """
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     train: list[dict[str, str]] = []
     held_out: list[dict[str, str]] = []
-    room = {"train": CORPUS_BYTES, "heldout": HELD_OUT_BYTES}
+    room = {"train": CORPUS_BYTES, "heldout": held_out_bytes or HELD_OUT_BYTES}
     for path in _source_files(stdlib):
         name = str(path.relative_to(stdlib))
         is_held_out = zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0
@@ -180,28 +184,25 @@ def _make_tokenizer(train_file: Path, folder: Path) -> Any:
     return load_tokenizer(str(folder))
 
 
-def _train(folder: DemoFolder, name: str, corpus: Path, student: str,
-           train: Mapping[str, object], held_out: Path | None = None,
-           loss: Mapping[str, object] | None = None) -> None:
+def _train(folder: DemoFolder, name: str, corpus: Path, student: str, teacher: str | None,
+           train: Mapping[str, object]) -> None:
     """Write the recipe, start it under the `deepspeed` launcher as a user would, and export.
 
-    `student` names an initial model. With a `loss` it is judged beside the trained teacher, on
-    `held_out`.
+    `student` names an initial model, `teacher` a trained one, beside which it is judged.
     """
     data: dict[str, object] = {"train": [{"path": str(corpus), "text": "text"}],
                                "prepared": str(folder.path / "data"), "workers": 0}
-    if held_out is not None:
-        data["eval"] = [{"path": str(held_out), "text": "text"}]
     recipe: dict[str, object] = {
         "student": {"model": str(folder.initial_model(student))},
         "data": data,
-        "train": dict(train),
+        "train": {**train, **(WATCHED if teacher is not None else {})},
         "deepspeed": "ds_configs/zero3_fp32.json",
         "checkpoint": {"every": 100},
         "output_dir": str(folder.run(name)),
     }
-    if loss is not None:
-        recipe |= {"teacher": {"model": str(folder.model("teacher"))}, "loss": loss}
+    if teacher is not None:
+        recipe |= {"teacher": {"model": str(folder.model(teacher))}, "loss": LOSSES[name]}
+        data["eval"] = [{"path": str(folder.held_out), "text": "text"}]
     path = folder.recipe(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text(dump_yaml(recipe))
@@ -225,19 +226,20 @@ def _evaluate(folder: DemoFolder, tokenizer: Any, held_out: Path) -> dict[str, e
             for name, model in models.items()}
 
 
-def _report(folder: DemoFolder) -> None:
-    """Write report.html and demo.png, if matplotlib is there."""
-    runs = [str(folder.run(name)) for name in ("distilled", "ce")]
+def _draw_picture(folder: DemoFolder) -> Path | None:
+    """Draw demo.png, as `amid-ds report --picture` does; its path, or None without matplotlib."""
     try:
-        report(runs, str(folder.report), picture=str(folder.picture))
+        draw_picture(read_reported_runs([folder.run(name) for name in LOSSES]), folder.picture)
     except InputError as error:
-        logger.info(f"  no report: {error}")
+        logger.info(f"  no picture: {error}")
+        return None
+    return folder.picture
 
 
-def _print_next_steps(folder: DemoFolder, seconds: float) -> None:
+def _print_next_steps(folder: DemoFolder, picture: Path | None, seconds: float) -> None:
     programs = Path(sys.executable).parent
     root = folder.path
-    drawn = f", the page {folder.report}, the picture {folder.picture}" * folder.picture.is_file()
+    drawn = f", the picture is {picture}" if picture else ""
     print(f"""
 done in {seconds / 60:.1f} minutes; the numbers are in {folder.summary}{drawn}. To go on:
   {programs / 'tensorboard'} --logdir {root / 'runs'}
@@ -245,4 +247,5 @@ done in {seconds / 60:.1f} minutes; the numbers are in {folder.summary}{drawn}. 
       loss.lam=0.5 output_dir={folder.run('mine')}
   {programs / 'amid-ds'} export {folder.run('mine')} {folder.model('mine')}
   {programs / 'amid-ds'} eval {folder.model('mine')} --teacher {folder.model('teacher')} \\
-      --data {root / 'corpus' / 'heldout.jsonl'} --seq-length {SEQ_LENGTH}""")
+      --data {folder.held_out} --seq-length {SEQ_LENGTH}
+  {programs / 'amid-ds'} report {folder.run('distilled')} {folder.run('ce')}""")

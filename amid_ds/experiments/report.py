@@ -23,7 +23,7 @@ from amid_ds.errors import InputError, printable
 from amid_ds.experiments.picture import draw_picture, require_own_picture
 from amid_ds.experiments.plots import figure_text, require_matplotlib
 from amid_ds.experiments.report_samples import sample_tables
-from amid_ds.experiments.reported_run import Curve, ReportedRun, read_reported_run
+from amid_ds.experiments.reported_run import Curve, ReportedRun, read_reported_runs
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.ownership import require_own_file
 from amid_ds.monitor.step_timer import OUTSIDE_STEPS
@@ -109,10 +109,7 @@ def write_report(folders: Sequence[str], out: str, trust_remote_code: bool = Fal
     require_own_file(Path(out), lambda text: PAGE_SIGN in text, "-o")
     if picture is not None:
         require_own_picture(Path(picture))
-    paths = [Path(folder) for folder in folders]
-    short = [path.resolve().name for path in paths]
-    names = short if len(set(short)) == len(short) else [str(path) for path in paths]
-    runs = [read_reported_run(path, name) for path, name in zip(paths, names, strict=True)]
+    runs = read_reported_runs([Path(folder) for folder in folders])
     if picture is not None:
         draw_picture(runs, Path(picture))
     page = _page(runs, _sections(runs, _Draw(figure, runs), trust_remote_code))

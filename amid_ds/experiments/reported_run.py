@@ -100,7 +100,6 @@ class ReportedRun:
         """The keys of these lines: one that samples has more than another."""
         return list(dict.fromkeys(key for line in self.last_evaluations for key in line))
 
-
     @property
     def task_table(self) -> TaskTable:
         """What benchmarks have said of the run's checkpoints."""
@@ -111,6 +110,13 @@ class ReportedRun:
         steps = sorted({step for row in values.values() for step in row})
         return TaskTable(steps, [(name, metric, [values[name, metric].get(step) for step in steps])
                                  for name, metric in sorted(values)])
+
+
+def read_reported_runs(folders: Sequence[Path]) -> list[ReportedRun]:
+    """Read the runs' folders, whose names they have where these differ. Raises InputError."""
+    short = [folder.resolve().name for folder in folders]
+    names = short if len(set(short)) == len(short) else [str(folder) for folder in folders]
+    return [read_reported_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def read_reported_run(folder: Path, name: str) -> ReportedRun:
