@@ -26,6 +26,7 @@ from amid_ds.cli.jobs import (
 from amid_ds.cli.library import add_bench, add_demo, add_recipes, add_study
 from amid_ds.cli.models import (
     add_cache,
+    add_chat,
     add_dequantize,
     add_eval,
     add_generate,
@@ -123,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (add_train, add_plan, add_prepare, add_tokenizer, add_demo, add_study,
-                add_recipes, add_eval, add_generate, add_cache, add_prune, add_dequantize,
+                add_recipes, add_eval, add_generate, add_chat, add_cache, add_prune, add_dequantize,
                 add_checkpoints, add_submit, add_sweep, add_chain, add_reproduce, add_status,
                 add_report, add_doctor, add_requeue, add_bench, add_export):
         add(commands)
