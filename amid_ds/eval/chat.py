@@ -278,7 +278,8 @@ def _take_turn(speakers: Sequence[Speaker], message: str, args: ChatArgs, number
     work = [pool.submit(_complete, speaker, answer, args.max_new_tokens, seed, stop)
             for speaker, answer in zip(speakers, answers, strict=True)]
     console = PlainConsole(highlight=False)
-    show = (_show_side_by_side if len(speakers) > 1 and not console.is_dumb_terminal and console.is_terminal
+    animates = console.is_terminal and not console.is_dumb_terminal
+    show = (_show_side_by_side if len(speakers) > 1 and animates
             and console.width >= SIDE_BY_SIDE_WIDTH else _show_in_order)
     try:
         show(console, [speaker.name for speaker in speakers], answers, work)
