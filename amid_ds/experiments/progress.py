@@ -50,7 +50,7 @@ class PartsProgress:
             self._done += self.products[self.number - 1]
         self.number += 1
         self._part_began = time.monotonic()
-        logger.info(f"\\n[{self.number}/{len(self.products)}] {title}\\n  "
+        logger.info(f"\n[{self.number}/{len(self.products)}] {title}\n  "
                     f"{duration(self.seconds)} so far, about {duration(self.left_seconds)} left")
 
     def skip(self, reason: str) -> None:
