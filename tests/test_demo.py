@@ -8,7 +8,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
-from support import ranks  # noqa: F401
+import support.ranks  # noqa: F401
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from amid_ds.cli import main

@@ -113,7 +113,8 @@ def demo(out: str, seed: int) -> None:
     try:
         scores = _make_everything(folder, seed, progress)
     except KeyboardInterrupt:
-        raise Stopped("the same command goes on from here") from None
+        logger.info("interrupted; the same command goes on from there")
+        raise Stopped from None
     summary: dict[str, object] = {name: score.report() for name, score in scores.items()}
     # What an earlier attempt took is not known.
     seconds = progress.seconds if is_new else None
