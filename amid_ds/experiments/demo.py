@@ -42,7 +42,7 @@ HELD_OUT_ONE_IN = 20
 HELD_OUT_BYTES = 80_000
 CORPUS_BYTES = 4_000_000
 # Of CORPUS_BYTES, so that no row is read twice by the last step.
-LEAST_SHARE = 0.5
+LEAST_OF_CORPUS = 0.5
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3",
                    "ensurepip", "__pycache__"}
 TEACHER = LlamaSize(256, 688, 3, 4)
@@ -170,9 +170,9 @@ def make_corpus(root: Path) -> tuple[Path, Path]:
             rows.append({"text": text, "file": name})
             room[part] -= len(text)
     found = CORPUS_BYTES - room["train"]
-    if found < CORPUS_BYTES * LEAST_SHARE or not held_out:
+    if found < CORPUS_BYTES * LEAST_OF_CORPUS or not held_out:
         raise InputError(f"{stdlib} holds {found / 1e6:.2f} MB of Python source files to train on",
-                         f"the standard library as source, {CORPUS_BYTES * LEAST_SHARE / 1e6:.2f} "
+                         f"the standard library as source, {CORPUS_BYTES * LEAST_OF_CORPUS / 1e6:.2f} "
                          "MB of it",
                          "run with a Python that has it; on Debian: apt-get install "
                          "libpython3-stdlib")
