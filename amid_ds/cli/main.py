@@ -29,6 +29,7 @@ from amid_ds.cli.jobs import (
 from amid_ds.cli.library import add_bench, add_completion, add_demo, add_recipes, add_study
 from amid_ds.cli.models import (
     add_cache,
+    add_chat,
     add_dequantize,
     add_eval,
     add_generate,
@@ -65,7 +66,7 @@ from amid_ds.errors import (
 COMMANDS = {
     "train a model": (add_recipes, add_plan, add_prepare, add_train, add_export, add_push),
     "look at it": (add_status, add_checkpoints, add_report, add_eval, add_tasks,
-                   add_generate),
+                   add_generate, add_chat),
     "make what a run needs": (add_tokenizer, add_prune, add_dequantize, add_cache),
     "many runs, and a cluster": (add_submit, add_sweep, add_chain, add_doctor, add_requeue),
     "try it out, and measure": (add_demo, add_study, add_reproduce, add_bench, add_completion),
