@@ -37,6 +37,7 @@ OWNERS = {
     "triton": {"losses"},
     "mpi4py": {"distributed"},
     "argparse": {"cli"},
+    "argcomplete": {"cli"},
     "rouge_score": {"eval"},
     "lm_eval": {"eval"},
     "nltk": {"eval"},
