@@ -63,7 +63,7 @@ def test_unseen_python_source_comes_back_to_the_last_character(tokenizer):
 
 
 def test_encoding_equals_sentencepieces_own(folder, tokenizer):
-    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "sentencepiece.model"))
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     texts = [path.read_text(encoding="utf-8") for path in STDLIB[60:]] + list(awkward_texts(3000))
     assert tokenizer(texts)["input_ids"] == reference.encode(texts)
 

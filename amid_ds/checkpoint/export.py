@@ -24,7 +24,7 @@ from amid_ds.checkpoint.whole_student import WholeStudent
 from amid_ds.checkpoint.zero_shards import trained_shapes
 from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe, Student
-from amid_ds.data import load_tokenizer
+from amid_ds.data import load_tokenizer, save_tokenizer
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import require_disk_space
 from amid_ds.files.ownership import new_folder, replacing_folder, require_new_folder
@@ -101,7 +101,7 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
         with open_folder(out) as staging:
             if is_adapter:
                 write_adapter(checkpoint, exported, DTYPES[dtype], model, own, staging)
-                load_tokenizer(student.model, **student.hub_kwargs).save_pretrained(staging)
+                _write_tokenizer(student, staging)
             else:
                 with freed_memory_given_back():
                     _write_weights(weights, model, shapes, staging)
@@ -189,7 +189,11 @@ def write_model_configs(student: Student, model: Any, dtype: torch.dtype, out: P
         # A local folder's own code goes with it; for a hub's the config names it.
         for code in Path(student.model).glob("*.py"):
             shutil.copy(code, out)
-    load_tokenizer(student.model, **student.hub_kwargs).save_pretrained(out)
+    _write_tokenizer(student, out)
+
+
+def _write_tokenizer(student: Student, out: Path) -> None:
+    save_tokenizer(load_tokenizer(student.model, **student.hub_kwargs), out, student.revision)
 
 
 def find_checkpoint(source: Path, step: int | None = None) -> tuple[Path, Recipe]:

@@ -31,6 +31,7 @@ from amid_ds.data.tokenizer import (
     end_of_text_id,
     load_tokenizer,
     require_same_tokenizer,
+    save_tokenizer,
     tokenizer_fingerprint,
     train_sentencepiece,
     vocabulary_size,
@@ -41,6 +42,6 @@ __all__ = ["Batch", "PreparedDataset", "PreparedInfo", "PreparedLoader", "RowTar
            "TargetManifest", "check_sources", "encode_prompts",
            "end_of_text_id", "load_tokenizer", "merge_stream_states", "planned_epochs", "prepare",
            "prepare_all", "read_batches", "read_prompts", "read_prompts_with_references",
-           "require_same_tokenizer", "sample_texts", "source_columns", "stack_targets",
-           "stream_summary", "tokenizer_fingerprint", "train_sentencepiece", "vocabulary_size",
+           "require_same_tokenizer", "sample_texts", "save_tokenizer", "source_columns",
+           "stack_targets", "stream_summary", "tokenizer_fingerprint", "train_sentencepiece", "vocabulary_size",
            "with_steps"]

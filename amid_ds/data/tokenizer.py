@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from amid_ds.files.ownership import new_folder, require_new_folder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# As transformers and llama.cpp name a sentencepiece model.
+SENTENCEPIECE_FILE = "tokenizer.model"
 UNK_TOKEN, EOS_TOKEN, PAD_TOKEN = "<unk>", "</s>", "<pad>"
 # Types of pieces and of models in sentencepiece's protobuf.
 PIECE_NORMAL, PIECE_USER_DEFINED, MODEL_BPE = 1, 4, 2
@@ -69,6 +72,22 @@ def load_tokenizer(model: str, revision: str | None = None,
                          "that can be reached",
                          "check the path; save the tokenizer beside the model with "
                          "tokenizer.save_pretrained") from None
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path,
+                   revision: str | None = None) -> None:
+    """Save a tokenizer that load_tokenizer has opened, with the sentencepiece model beside it.
+
+    revision: as it was opened. transformers leaves the model out; converters read its scores.
+    """
+    from transformers.utils import cached_file
+
+    tokenizer.save_pretrained(folder)
+    pieces = cached_file(tokenizer.name_or_path, SENTENCEPIECE_FILE, revision=revision,
+                         _raise_exceptions_for_missing_entries=False,
+                         _raise_exceptions_for_connection_errors=False)
+    if pieces is not None:
+        shutil.copy(pieces, folder / SENTENCEPIECE_FILE)
 
 
 def _processors_template(model: str, revision: str | None) -> str | None:
@@ -241,7 +260,7 @@ def train_sentencepiece(texts: Iterable[str], folder: Path, vocab_size: int) -> 
                          "give it more text, or another vocab_size") from None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with new_folder(folder) as staging:
-        (staging / "sentencepiece.model").write_bytes(model.getvalue())
+        (staging / SENTENCEPIECE_FILE).write_bytes(model.getvalue())
         tokenizer_from_sentencepiece(model.getvalue(), str(folder)).save_pretrained(staging)
 
 
@@ -256,7 +275,7 @@ def tokenizer_from_sentencepiece(model: bytes, name: str) -> PreTrainedTokenizer
     import sentencepiece
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
-    from tokenizers import AddedToken, Tokenizer, models
+    from tokenizers import AddedToken, Tokenizer, models, processors
     from transformers import PreTrainedTokenizerFast
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -281,8 +300,12 @@ def tokenizer_from_sentencepiece(model: bytes, name: str) -> PreTrainedTokenizer
     roles = {"unk_token": own.unk_id(), "bos_token": own.bos_id(), "eos_token": own.eos_id(),
              "pad_token": own.pad_id()}
     special = {role: own.id_to_piece(i) for role, i in roles.items() if i >= 0}
-    translated = PreTrainedTokenizerFast(tokenizer_object=tokenizer, split_special_tokens=True,
-                                         clean_up_tokenization_spaces=False, **special)
+    # The last two are for llama.cpp, which would put a token and a space before every text; this
+    # post-processor changes no id, and says to its converter that no token is put there.
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    translated = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, split_special_tokens=True, clean_up_tokenization_spaces=False,
+        **special, add_prefix_space=proto.normalizer_spec.add_dummy_prefix)
     for text in PROBE_TEXTS:
         ids_here, ids_there = translated(text)["input_ids"], own.encode(text)
         if ids_here != ids_there:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from amid_ds.data import vocabulary_size
+from amid_ds.data import save_tokenizer, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
@@ -56,5 +56,5 @@ def save_new_llama(folder: Path, size: LlamaSize, tokenizer: Any, seed: int) -> 
                       bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
                       pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     logger.info(f"  {folder}: {model.num_parameters() / 1e6:.2f} M parameters, random")
