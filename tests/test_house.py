@@ -38,6 +38,7 @@ OWNERS = {
     "mpi4py": {"distributed"},
     "argparse": {"cli"},
     "rouge_score": {"eval"},
+    "lm_eval": {"eval"},
     "nltk": {"eval"},
     "tensorboard": {"run"},
     "matplotlib": {"experiments"},

@@ -39,6 +39,7 @@ from amid_ds.cli.runs import (
     add_prepare,
     add_report,
     add_status,
+    add_tasks,
     add_train,
 )
 from amid_ds.distributed.launch import launched_rank
@@ -125,6 +126,6 @@ def _parser() -> argparse.ArgumentParser:
     for add in (add_train, add_plan, add_prepare, add_tokenizer, add_demo, add_study,
                 add_recipes, add_eval, add_generate, add_cache, add_prune, add_dequantize,
                 add_checkpoints, add_submit, add_sweep, add_chain, add_reproduce, add_status,
-                add_report, add_doctor, add_requeue, add_bench, add_export):
+                add_report, add_tasks, add_doctor, add_requeue, add_bench, add_export):
         add(commands)
     return parser

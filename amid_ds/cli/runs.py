@@ -1,4 +1,5 @@
-"""The commands about one run: train, plan, prepare, checkpoints, export, status, report."""
+"""The commands about one run: train, plan, prepare, tasks, checkpoints, export, status,
+report."""
 
 from __future__ import annotations
 
@@ -21,9 +22,21 @@ def _train(args: argparse.Namespace) -> None:
 
     began = time.monotonic() - process_age()
     with imports_kept():
-        from amid_ds.training.train import train
+        from amid_ds.cluster.task_jobs import train_and_judge
     with output_is_messages():
-        train(args.recipe, args.overrides, began)
+        train_and_judge(args.recipe, args.overrides, began)
+
+
+def add_tasks(commands: Commands) -> None:
+    parser = add_command(commands, _tasks, "benchmarks of the checkpoints of a run that wait for "
+                         "its recipe's eval_tasks")
+    parser.add_argument("run_folder", metavar="RUN")
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    from amid_ds.eval.run_tasks import judge_run
+
+    judge_run(args.run_folder)
 
 
 def add_plan(commands: Commands) -> None:

@@ -310,7 +310,7 @@ def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequenc
 def evaluate_named(args: EvalArgs, world: World) -> Scores:
     """Every score of the models that `args` names, on every rank. Collective."""
     world.run_checked(lambda: check_eval_data(args))
-    model, teacher, tokenizer = world.run_checked(lambda: _load(args, world.device))
+    model, teacher, tokenizer = world.run_checked(lambda: load_models(args, world.device))
     return evaluate(args, model, teacher, tokenizer, world)
 
 
@@ -324,8 +324,10 @@ def evaluate_command(args: EvalArgs, as_json: bool) -> None:
             print_table({args.model: scores})
 
 
-def _load(args: EvalArgs, device: torch.device
-          ) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
+def load_models(args: EvalArgs, device: torch.device
+                ) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
+    """(model, teacher, tokenizer) that `args` names, checked and on the device. Raises InputError.
+    """
     trust, dtype = args.trust_remote_code, args.protocol.dtype
     tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
     for name in filter(None, (args.model, args.teacher)):
