@@ -61,8 +61,9 @@ SHAPE = re.compile(r"config\.vocab_size|base_model_prefix|\.base_model\b|get_(in
                    r"|get_text_config|get_decoder")
 # The two backends of the loss implement one protocol under the same names.
 LOSS_BACKENDS = {"losses/elementwise.py", "losses/kernels.py"}
-# The command, and the part of it that its studies call with models in their hands.
-SAME_NAMES = [LOSS_BACKENDS, {"cli/functions.py", "eval/evaluate.py"}]
+# Beside them the commands as functions, and the part of each that others call.
+SAME_NAMES = [LOSS_BACKENDS, {"cli/functions.py", "eval/evaluate.py"},
+              {"cli/functions.py", "training/train.py"}]
 
 
 def modules() -> list[Path]:
