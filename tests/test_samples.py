@@ -45,7 +45,7 @@ def recipe_for(shared_model, llama_pair, instructions_file, sets, tmp_path_facto
                ) -> Callable[..., Path]:
     """recipe_for(run, **changes): five prompts, answered and saved after every second step.
 
-    drops: the student has dropout, so that a random number that sampling took would be seen.
+    drops: the student has dropout, which would be gone were it left in eval mode.
     """
     folder = tmp_path_factory.mktemp("samples")
     dropping = shared_model("llama", 0, attention_dropout=0.2)
