@@ -55,7 +55,7 @@ ADAMW = {"learning_rate": 2.0e-3, "betas": [0.9, 0.999], "weight_decay": 0.01, "
 TEACHER_TRAIN = {**TRAIN, **ADAMW, "steps": 200}
 STUDENT_TRAIN = {**TRAIN, **ADAMW, "steps": 160}
 # What each part takes on two cores, in products of matrices (progress.py).
-PART_PRODUCTS = (20, 80, 900, 600, 350, 120)
+PART_PRODUCTS = (10, 60, 950, 570, 220, 120)
 
 
 @dataclass(frozen=True)
@@ -169,11 +169,10 @@ def make_corpus(root: Path) -> tuple[Path, Path]:
         if text.strip() and room[part] > 0:
             rows.append({"text": text, "file": name})
             room[part] -= len(text)
-    found = CORPUS_BYTES - room["train"]
-    if found < CORPUS_BYTES * LEAST_OF_CORPUS or not held_out:
+    found, least = CORPUS_BYTES - room["train"], CORPUS_BYTES * LEAST_OF_CORPUS
+    if found < least or not held_out:
         raise InputError(f"{stdlib} holds {found / 1e6:.2f} MB of Python source files to train on",
-                         f"the standard library as source, {CORPUS_BYTES * LEAST_OF_CORPUS / 1e6:.2f} "
-                         "MB of it",
+                         f"the standard library as source, {least / 1e6:.2f} MB of it",
                          "run with a Python that has it; on Debian: apt-get install "
                          "libpython3-stdlib")
     corpus = root / "corpus"
