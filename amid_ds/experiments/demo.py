@@ -93,11 +93,12 @@ class DemoFolder:
         return self.path / "recipes" / f"{name}.yaml"
 
 
-def demo(out: str, seed: int) -> None:
+def demo(out: str, seed: int, began: float | None = None) -> None:
     """Run everything under `out`; end with a table and `summary.json`.
 
     out: a new or empty folder, or one that a demo with this seed has begun in: it goes on there.
-    Raises InputError, TrainingError, Stopped.
+    began: when the command did, by time.monotonic(); None: now. Raises InputError, TrainingError,
+    Stopped.
     """
     root = Path(out)
     folder = DemoFolder(root)
@@ -107,23 +108,27 @@ def demo(out: str, seed: int) -> None:
         require_new_folder(root, "--out")
     # A machine's one GPU cannot serve two ranks.
     os.environ["DS_ACCELERATOR"] = "cpu"
-    preload_ranks()
     sign(root, kind)
-    progress = PartsProgress(PART_PRODUCTS)
+    progress = PartsProgress(PART_PRODUCTS, began)
+    preload_ranks()
     try:
         scores = _make_everything(folder, seed, progress)
     except KeyboardInterrupt:
         logger.info("interrupted; the same command goes on from there")
         raise Stopped from None
-    summary: dict[str, object] = {name: score.report() for name, score in scores.items()}
     # What an earlier attempt took is not known.
     seconds = progress.seconds if is_new else None
-    summary |= {"seconds": seconds,
-                "matrix_products": seconds and seconds / progress.product_seconds}
+    products = None if seconds is None else seconds / progress.product_seconds
+    summary: dict[str, object] = {name: score.report() for name, score in scores.items()}
+    summary |= {"seconds": seconds, "matrix_products": products}
     replace_text(folder.summary, json.dumps(summary, indent=1) + "\n")
     evaluate.print_table(scores)
     picture = draw_picture(folder, scores)
-    _print_next_steps(folder, picture, progress)
+    time = "" if seconds is None or products is None else (
+        f" in {duration(seconds)}, the time of {products:,.0f} products of two matrices of "
+        f"{PRODUCT_SIZE} × {PRODUCT_SIZE} on this machine")
+    print(f"\ndone{time}")
+    _print_next_steps(folder, picture)
 
 
 def _make_everything(folder: DemoFolder, seed: int,
@@ -257,11 +262,10 @@ def draw_picture(folder: DemoFolder, scores: Mapping[str, evaluate.Scores]) -> P
     return plots.plot_demo(bars, folder.run("distilled"), folder.picture)
 
 
-def _print_next_steps(folder: DemoFolder, picture: Path | None, progress: PartsProgress) -> None:
+def _print_next_steps(folder: DemoFolder, picture: Path | None) -> None:
     programs, root = Path(sys.executable).parent, folder.path
     amid_ds, mine = programs / "amid-ds", folder.run("mine")
     drawn = f", the picture is {picture}" if picture else ""
-    products = progress.seconds / progress.product_seconds
     commands = [
         [amid_ds, "chat", folder.model("distilled"), "--beside", folder.model("teacher")],
         [programs / "tensorboard", "--logdir", root / "runs"],
@@ -270,8 +274,6 @@ def _print_next_steps(folder: DemoFolder, picture: Path | None, progress: PartsP
         [amid_ds, "export", mine, folder.model("mine")],
         [amid_ds, "eval", folder.model("mine"), "--teacher", folder.model("teacher"), "--data",
          root / "corpus" / "heldout.jsonl", "--seq-length", SEQ_LENGTH]]
-    print(f"\ndone in {duration(progress.seconds)}, the time of {products:,.0f} products of two "
-          f"matrices of {PRODUCT_SIZE} × {PRODUCT_SIZE} on this machine;\nthe numbers are in "
-          f"{folder.summary}{drawn}. To go on:")
+    print(f"the numbers are in {folder.summary}{drawn}. To go on:")
     for command in commands:
         print("  " + shlex.join(map(str, command)))
