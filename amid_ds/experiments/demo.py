@@ -158,6 +158,10 @@ def make_corpus(root: Path) -> tuple[Path, Path]:
 
     A file's name alone decides its part, so every machine splits alike.
     """
+    files = root / "corpus" / "train.jsonl", root / "corpus" / "heldout.jsonl"
+    if files[1].exists():
+        # Written after the other one, by an earlier attempt.
+        return files
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     train: list[dict[str, str]] = []
     held_out: list[dict[str, str]] = []
@@ -180,17 +184,16 @@ def make_corpus(root: Path) -> tuple[Path, Path]:
                          f"the standard library as source, {least / 1e6:.2f} MB of it",
                          "run with a Python that has it; on Debian: apt-get install "
                          "libpython3-stdlib")
-    corpus = root / "corpus"
-    corpus.mkdir(exist_ok=True)
-    return (_write_rows(corpus / "train.jsonl", train),
-            _write_rows(corpus / "heldout.jsonl", held_out))
+    files[0].parent.mkdir(exist_ok=True)
+    _write_rows(files[0], train)
+    _write_rows(files[1], held_out)
+    return files
 
 
-def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
+def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     characters = sum(len(row["text"]) for row in rows)
     logger.info(f"  {path}: {len(rows)} files, {characters / 1e6:.2f} MB")
-    return path
 
 
 def _source_files(stdlib: Path) -> list[Path]:
