@@ -73,7 +73,8 @@ def test_recipes_configs_templates_and_training_come_with_the_wheel(installed, t
     assert Path(source.strip()).is_relative_to(installed.parent.parent)
     assert "amid_gpt2_dolly" in run_installed(installed, folder, "recipes", "list")
     assert json.loads(run_installed(installed, folder, "plan", "recipe.yaml", "--json"))["fits"]
-    run_installed(installed, folder, "submit", "recipe.yaml", "--dry-run")
+    run_installed(installed, folder, "submit", "recipe.yaml", "--dry-run",
+                  "--ranks-per-node", 1)
     run_installed(installed, folder, "train", "recipe.yaml")
     assert (folder / "run" / "model" / "config.json").is_file()
 

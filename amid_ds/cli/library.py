@@ -59,9 +59,14 @@ def add_demo(commands: Commands) -> None:
 
 
 def _demo(args: argparse.Namespace) -> None:
+    import time
+
+    from amid_ds.run.start import process_age
+
+    began = time.monotonic() - process_age()
     from amid_ds.experiments.demo import demo
 
-    demo(args.out, args.seed)
+    demo(args.out, args.seed, began)
 
 
 def add_study(commands: Commands) -> None:

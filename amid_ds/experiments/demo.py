@@ -61,7 +61,7 @@ STUDENT_TRAIN = {**TRAIN, **ADAMW, "steps": 160}
 # What the picture shows of both students.
 WATCHED = {"eval_every": 40, "samples": 4}
 # What each part takes on two cores, in products of matrices (progress.py).
-PART_PRODUCTS = (20, 80, 900, 600, 350, 120)
+PART_PRODUCTS = (10, 60, 950, 570, 220, 120)
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,12 @@ class DemoFolder:
         return self.path / "recipes" / f"{name}.yaml"
 
 
-def demo(out: str, seed: int) -> None:
+def demo(out: str, seed: int, began: float | None = None) -> None:
     """Run everything under `out`; end with a table and `summary.json`.
 
     out: a new or empty folder, or one that a demo with this seed has begun in: it goes on there.
-    Raises InputError, TrainingError, Stopped.
+    began: when the command did, by time.monotonic(); None: now. Raises InputError, TrainingError,
+    Stopped.
     """
     root = Path(out)
     folder = DemoFolder(root)
@@ -117,23 +118,27 @@ def demo(out: str, seed: int) -> None:
         require_new_folder(root, "--out")
     # A machine's one GPU cannot serve two ranks.
     os.environ["DS_ACCELERATOR"] = "cpu"
-    preload_ranks()
     sign(root, kind)
-    progress = PartsProgress(PART_PRODUCTS)
+    progress = PartsProgress(PART_PRODUCTS, began)
+    preload_ranks()
     try:
         scores = _make_everything(folder, seed, progress)
     except KeyboardInterrupt:
         logger.info("interrupted; the same command goes on from there")
         raise Stopped from None
-    summary: dict[str, object] = {name: score.report() for name, score in scores.items()}
     # What an earlier attempt took is not known.
     seconds = progress.seconds if is_new else None
-    summary |= {"seconds": seconds,
-                "matrix_products": seconds and seconds / progress.product_seconds}
+    products = None if seconds is None else seconds / progress.product_seconds
+    summary: dict[str, object] = {name: score.report() for name, score in scores.items()}
+    summary |= {"seconds": seconds, "matrix_products": products}
     replace_text(folder.summary, json.dumps(summary, indent=1) + "\n")
     evaluate.print_table(scores)
     picture = _draw_picture(folder)
-    _print_next_steps(folder, picture, progress)
+    time = "" if seconds is None or products is None else (
+        f" in {duration(seconds)}, the time of {products:,.0f} products of two matrices of "
+        f"{PRODUCT_SIZE} × {PRODUCT_SIZE} on this machine")
+    print(f"\ndone{time}")
+    _print_next_steps(folder, picture)
 
 
 def _make_everything(folder: DemoFolder, seed: int,
@@ -164,6 +169,10 @@ def make_corpus(root: Path, held_out_bytes: int | None = None) -> tuple[Path, Pa
     A file's name alone decides its part, so every machine splits alike. held_out_bytes: about as
     many characters are held out; None: HELD_OUT_BYTES.
     """
+    files = root / "corpus" / "train.jsonl", root / "corpus" / "heldout.jsonl"
+    if files[1].exists():
+        # Written after the other one, by an earlier attempt.
+        return files
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     train: list[dict[str, str]] = []
     held_out: list[dict[str, str]] = []
@@ -180,24 +189,22 @@ def make_corpus(root: Path, held_out_bytes: int | None = None) -> tuple[Path, Pa
         if text.strip() and room[part] > 0:
             rows.append({"text": text, "file": name})
             room[part] -= len(text)
-    found = CORPUS_BYTES - room["train"]
-    if found < CORPUS_BYTES * LEAST_OF_CORPUS or not held_out:
+    found, least = CORPUS_BYTES - room["train"], CORPUS_BYTES * LEAST_OF_CORPUS
+    if found < least or not held_out:
         raise InputError(f"{stdlib} holds {found / 1e6:.2f} MB of Python source files to train on",
-                         f"the standard library as source, {CORPUS_BYTES * LEAST_OF_CORPUS / 1e6:.2f} "
-                         "MB of it",
+                         f"the standard library as source, {least / 1e6:.2f} MB of it",
                          "run with a Python that has it; on Debian: apt-get install "
                          "libpython3-stdlib")
-    corpus = root / "corpus"
-    corpus.mkdir(exist_ok=True)
-    return (_write_rows(corpus / "train.jsonl", train),
-            _write_rows(corpus / "heldout.jsonl", held_out))
+    files[0].parent.mkdir(exist_ok=True)
+    _write_rows(files[0], train)
+    _write_rows(files[1], held_out)
+    return files
 
 
-def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
+def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     characters = sum(len(row["text"]) for row in rows)
     logger.info(f"  {path}: {len(rows)} files, {characters / 1e6:.2f} MB")
-    return path
 
 
 def _source_files(stdlib: Path) -> list[Path]:
@@ -270,11 +277,10 @@ def _draw_picture(folder: DemoFolder) -> Path | None:
     return folder.picture
 
 
-def _print_next_steps(folder: DemoFolder, picture: Path | None, progress: PartsProgress) -> None:
+def _print_next_steps(folder: DemoFolder, picture: Path | None) -> None:
     programs, root = Path(sys.executable).parent, folder.path
     amid_ds, mine = programs / "amid-ds", folder.run("mine")
     drawn = f", the picture is {picture}" if picture else ""
-    products = progress.seconds / progress.product_seconds
     commands = [
         [amid_ds, "chat", folder.model("distilled"), "--beside", folder.model("teacher")],
         [programs / "tensorboard", "--logdir", root / "runs"],
@@ -283,8 +289,6 @@ def _print_next_steps(folder: DemoFolder, picture: Path | None, progress: PartsP
         [amid_ds, "export", mine, folder.model("mine")],
         [amid_ds, "eval", folder.model("mine"), "--teacher", folder.model("teacher"), "--data",
          root / "corpus" / "heldout.jsonl", "--seq-length", SEQ_LENGTH]]
-    print(f"\ndone in {duration(progress.seconds)}, the time of {products:,.0f} products of two "
-          f"matrices of {PRODUCT_SIZE} × {PRODUCT_SIZE} on this machine;\nthe numbers are in "
-          f"{folder.summary}{drawn}. To go on:")
+    print(f"the numbers are in {folder.summary}{drawn}. To go on:")
     for command in commands:
         print("  " + shlex.join(map(str, command)))

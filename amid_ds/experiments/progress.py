@@ -21,10 +21,11 @@ class PartsProgress:
     """The parts of a command, announced one by one with the time so far and the time left.
 
     products: what each part takes, in products of two matrices of PRODUCT_SIZE on the same cores.
+    began: when the command began, by time.monotonic(); None: now.
     """
 
-    def __init__(self, products: Sequence[float]) -> None:
-        self.began = time.monotonic()
+    def __init__(self, products: Sequence[float], began: float | None = None) -> None:
+        self.began = time.monotonic() if began is None else began
         self.product_seconds = measure_product()
         self.products = list(products)
         self.number = 0
