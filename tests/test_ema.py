@@ -22,7 +22,7 @@ from support.runs import (
 )
 from transformers import AutoModelForCausalLM
 
-from amid_ds.checkpoint.export import exported_step
+from amid_ds.checkpoint.card import exported_step
 from amid_ds.checkpoint.zero_shards import ZeroShards, trained_shapes
 from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe

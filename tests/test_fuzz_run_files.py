@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from amid_ds.checkpoint.export import model_card
+from amid_ds.checkpoint.card import model_card
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.cluster.status import run_status
 from amid_ds.config.parse import load_recipe

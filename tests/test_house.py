@@ -45,6 +45,7 @@ OWNERS = {
     "yaml": {"config"},
     "pydantic": {"config"},
     "peft": {"models"},
+    "huggingface_hub": {"models", "checkpoint"},
     "torch.distributed": {"distributed", "monitor"},
 }
 # DeepSpeed's private names; the keys of its files are known to checkpoint/zero_shards.py.

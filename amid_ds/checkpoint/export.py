@@ -8,9 +8,7 @@ folder is written under a hidden name and renamed.
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,12 +18,12 @@ from typing import Any
 import torch
 
 from amid_ds.checkpoint.adapter_export import write_adapter
+from amid_ds.checkpoint.card import CARD_FILE, model_card
 from amid_ds.checkpoint.manifest import Manifest, checkpoint_step, list_checkpoints, verify
-from amid_ds.checkpoint.state import TrainState
 from amid_ds.checkpoint.whole_student import WholeStudent
 from amid_ds.checkpoint.zero_shards import trained_shapes
-from amid_ds.config.parse import dump_recipe, load_recipe
-from amid_ds.config.recipe import MeanTeacher, Recipe, Student
+from amid_ds.config.parse import load_recipe
+from amid_ds.config.recipe import Recipe, Student
 from amid_ds.data import load_tokenizer
 from amid_ds.errors import InputError
 from amid_ds.files.atomic import require_disk_space
@@ -35,7 +33,6 @@ from amid_ds.models.loading import DTYPES, meta_model
 from amid_ds.models.trained import choose_trained
 from amid_ds.models.weight_writer import write_weights
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.log import read_evaluations, read_metrics
 from amid_ds.run.warm_start import find_run, kept_student, resolve_student
 
 logger = logging.getLogger(__name__)
@@ -110,7 +107,7 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
                     _write_weights(weights, model, shapes, staging)
                 write_model_configs(student, model, DTYPES[dtype], staging)
             card = model_card(checkpoint, recipe, manifest.state, dtype, is_adapter)
-            (staging / "README.md").write_text(card, encoding="utf-8")
+            (staging / CARD_FILE).write_text(card, encoding="utf-8")
     except OSError as error:
         raise InputError(f"the export to {out} could not be written: {error}",
                          "a folder that can be written, with room",
@@ -119,11 +116,14 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
 
 
 def keep_student(recipe: Recipe) -> None:
-    """Copy what an export needs beside the weights into the run's folder, once.
+    """Copy what an export needs beside the weights into the run's folder, once, with the card that
+    names the student's license.
 
     So a run can be exported after its student's folder has moved. Not of a student with Python code
     of its own: that is trusted where the user has it, not in a folder that others may write into.
     """
+    from transformers.utils import cached_file
+
     kept = RunFolder(Path(recipe.output_dir)).student_files
     if kept.is_dir() or recipe.student.trust_remote_code:
         return
@@ -131,6 +131,11 @@ def keep_student(recipe: Recipe) -> None:
     model: Any = meta_model(student.model, **student.hub_kwargs)
     with replacing_folder(kept) as staging:
         write_model_configs(student, model, model.dtype, staging)
+        card = cached_file(student.model, CARD_FILE, revision=student.revision,
+                           _raise_exceptions_for_missing_entries=False,
+                           _raise_exceptions_for_connection_errors=False)
+        if card is not None:
+            shutil.copy(card, staging / CARD_FILE)
 
 
 def start_from(recipe: Recipe) -> None:
@@ -185,75 +190,6 @@ def write_model_configs(student: Student, model: Any, dtype: torch.dtype, out: P
         for code in Path(student.model).glob("*.py"):
             shutil.copy(code, out)
     load_tokenizer(student.model, **student.hub_kwargs).save_pretrained(out)
-
-
-def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str,
-               is_adapter: bool = False) -> str:
-    """The text of the folder's README.md: what this model is, how it was trained and its scores.
-
-    is_adapter: the folder holds adapters alone.
-    """
-    run = RunFolder(checkpoint.parent.parent)
-    origin = ""
-    if run.provenance.is_file():
-        origin = run.provenance.read_text(encoding="utf-8", errors="replace")
-    mean = ("" if recipe.train.ema is None else
-            f" They are the running mean of the run's, with a decay of {recipe.train.ema:g}; what "
-            "evaluations during the training have measured are the run's own.")
-    logged, evaluated = (_lines_of_last_step(lines, state.step)
-                         for lines in (read_metrics(run.path), read_evaluations(run.path)))
-    # A slash marks times, speeds and memory.
-    metrics = [f"| {key} | {value:g} |" for key, value in (logged[-1] if logged else {}).items()
-               if value is not None and "/" not in key]
-    library, what = ("peft", "Adapters") if is_adapter else ("transformers", "Weights")
-    parts = [f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n"
-             "tags: [distillation, amid-ds]\n---",
-             f"# {run.path.resolve().name}, step {state.step}",
-             f"`{recipe.student.model}`{_taught_by(recipe, origin)}, trained by amid_ds: "
-             f"{state.step} of {recipe.train.total_steps} steps, "
-             f"{state.tokens:,} tokens. {what} in {dtype}.{mean}",
-             "## Metrics of the last logged step\n\n| | |\n|---|---:|\n" + "\n".join(metrics)]
-    if evaluated:
-        parts.append("## Evaluation\n\n```json\n"
-                     + "\n".join(json.dumps(line) for line in evaluated) + "\n```")
-    parts.append("## Provenance\n\n```json\n" + origin.strip() + "\n```")
-    parts.append("## Recipe\n\n```yaml\n" + dump_recipe(recipe).strip() + "\n```")
-    return "\n\n".join(parts) + "\n"
-
-
-def _taught_by(recipe: Recipe, origin: str) -> str:
-    """Of which teacher the model learnt, for a sentence; origin: the text of provenance.json.
-
-    The cache of a teacher may be elsewhere by now: its run has noted whose it was.
-    """
-    if recipe.live_teacher is not None:
-        return f", distilled from `{recipe.live_teacher.model}`"
-    if isinstance(recipe.teacher, MeanTeacher):
-        return f", distilled from its own running mean (decay {recipe.teacher.ema:g})"
-    if recipe.cached_teacher is None:
-        return ""
-    try:
-        teacher = json.loads(origin)["teacher"]
-        return (f", distilled from `{teacher['model']}` by its distributions in a cache "
-                f"({teacher['method']} {teacher['kept']})")
-    except (ValueError, KeyError, TypeError):
-        return f", distilled from the cache `{recipe.cached_teacher.cached}`"
-
-
-def exported_step(model: Path) -> int | None:
-    """The step that the card of an exported model names; None where it cannot be read."""
-    try:
-        card = (model / "README.md").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None
-    title = re.search(r"^# .*, step (\d+)$", card, re.MULTILINE)
-    return None if title is None else int(title[1])
-
-
-def _lines_of_last_step(lines: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
-    """The last step's lines, up to `step`: one of metrics.jsonl, one per set of eval.jsonl."""
-    lines = [line for line in lines if line["step"] <= step]
-    return [line for line in lines if line["step"] == lines[-1]["step"]]
 
 
 def find_checkpoint(source: Path, step: int | None = None) -> tuple[Path, Recipe]:

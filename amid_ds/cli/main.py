@@ -40,6 +40,7 @@ from amid_ds.cli.runs import (
     add_export,
     add_plan,
     add_prepare,
+    add_push,
     add_report,
     add_status,
     add_train,

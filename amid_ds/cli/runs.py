@@ -1,4 +1,4 @@
-"""The commands about one run: train, plan, prepare, checkpoints, export, status, report."""
+"""The commands about one run: train, plan, prepare, checkpoints, export, push, status, report."""
 
 from __future__ import annotations
 
@@ -163,6 +163,25 @@ def _export(args: argparse.Namespace) -> None:
         return
     print(export(args.source, args.out, args.dtype, args.step, args.trust_remote_code,
                  args.merge))
+
+
+def add_push(commands: Commands) -> None:
+    parser = add_command(commands, _push, "a run's model, or a model's folder, to the hub")
+    parser.add_argument("source", metavar="MODEL_OR_RUN")
+    parser.add_argument("repository", metavar="owner/name", help="made if it is not there")
+    parser.add_argument("--private", action="store_true", help="make a private repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="default: main; made if it is not "
+                        "there")
+    parser.add_argument("--license", metavar="ID", help="of the hub's list, as apache-2.0; "
+                        "default: the card's")
+    parser.add_argument("--dry-run", action="store_true", help="show what would go, without a "
+                        "network")
+
+
+def _push(args: argparse.Namespace) -> None:
+    from amid_ds.checkpoint.push import push
+
+    push(args.source, args.repository, args.private, args.revision, args.license, args.dry_run)
 
 
 def add_status(commands: Commands) -> None:

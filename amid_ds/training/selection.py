@@ -14,7 +14,7 @@ from amid_ds.checkpoint.best import (
     subject_of,
     updated_best,
 )
-from amid_ds.checkpoint.export import exported_step
+from amid_ds.checkpoint.card import exported_step
 from amid_ds.checkpoint.manifest import verify_together
 from amid_ds.checkpoint.state import BestState, TrainState
 from amid_ds.config.recipe import Recipe
