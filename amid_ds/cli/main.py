@@ -29,6 +29,7 @@ from amid_ds.cli.jobs import (
 from amid_ds.cli.library import add_bench, add_completion, add_demo, add_recipes, add_study
 from amid_ds.cli.models import (
     add_cache,
+    add_chat,
     add_dequantize,
     add_eval,
     add_generate,

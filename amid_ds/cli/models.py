@@ -1,4 +1,4 @@
-"""The commands about models and their data: tokenizer, eval, generate, cache, prune,
+"""The commands about models and their data: tokenizer, eval, generate, chat, cache, prune,
 dequantize."""
 
 from __future__ import annotations
@@ -107,6 +107,27 @@ def _generate(args: argparse.Namespace) -> None:
 
     generate(GenerateArgs(**{name: value for name, value in vars(args).items()
                              if name in GenerateArgs.__dataclass_fields__}))
+
+
+def add_chat(commands: Commands) -> None:
+    parser = add_command(commands, _chat, "talk to a model, or to two side by side")
+    parser.add_argument("model", help="a model, or a finished run")
+    parser.add_argument("--beside", metavar="MODEL", help="another, such as the teacher, that "
+                        "answers the same messages")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N",
+                        help="of an answer; default 256")
+    parser.add_argument("--temperature", type=float, default=1.0, metavar="T",
+                        help="0: the most probable token; default 1")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int, default=0)
+    add_trust(parser)
+
+
+def _chat(args: argparse.Namespace) -> None:
+    from amid_ds.eval.chat import ChatArgs, chat
+
+    chat(ChatArgs(args.model, args.beside, args.max_new_tokens, args.temperature, args.top_p,
+                  args.seed, args.trust_remote_code))
 
 
 def add_cache(commands: Commands) -> None:

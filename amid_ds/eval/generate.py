@@ -48,7 +48,7 @@ from amid_ds.models.adapter_folders import ModelSource, model_source
 from amid_ds.models.ends import end_ids, generation_config
 from amid_ds.models.fit import require_rows
 from amid_ds.models.heads import check_head, ids_to_check
-from amid_ds.models.sampler import Sampler, SamplerPrompt
+from amid_ds.models.sampler import Sampler, SamplerPrompt, require_sampling_ranges
 from amid_ds.monitor.stop_request import StopRequest
 from amid_ds.run.exclusive import exclusive
 from amid_ds.run.provenance import model_hash
@@ -161,7 +161,9 @@ def _generate(task: GenerateTask, world: World, fence: Fence) -> None:
 
 def check_generate(args: GenerateArgs) -> GenerateTask:
     """The task of the arguments, checked without reading a weight. Raises InputError."""
-    _require_ranges(args)
+    require_sampling_ranges(args.max_new_tokens, args.temperature, args.top_p)
+    if args.batch_size < 1:
+        raise InputError(f"--batch-size {args.batch_size}", "1 or more", "give one such number")
     recipe = load_recipe(args.source) if args.source.endswith((".yaml", ".yml")) else None
     if recipe is not None and args.trust_remote_code:
         raise InputError("--trust-remote-code beside a recipe", "the recipe's own keys",
@@ -198,17 +200,6 @@ def check_generate(args: GenerateArgs) -> GenerateTask:
                          "make it")
     require_own_file(task.identity_file, lambda text: "prompts.sha256" in text, "--out: the file")
     return task
-
-
-def _require_ranges(args: GenerateArgs) -> None:
-    temperature_fits = 0 <= args.temperature < float("inf")
-    for option, value, fits, expected in (
-            ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens > 0, "1 or more"),
-            ("--batch-size", args.batch_size, args.batch_size > 0, "1 or more"),
-            ("--temperature", args.temperature, temperature_fits, "0 or more"),
-            ("--top-p", args.top_p, 0 < args.top_p <= 1, "in (0, 1]")):
-        if not fits:
-            raise InputError(f"{option} {value}", expected, f"give {option} such a number")
 
 
 def prompt_sources(args: GenerateArgs, recipe: Recipe | None) -> list[Source]:

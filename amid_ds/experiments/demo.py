@@ -2,7 +2,7 @@
 
 Nothing in it is special: the corpus is the source of Python's standard library on the user's own
 disk; the teacher, the distilled student and the student trained with cross entropy are made by
-`train` under the `deepspeed` launcher on two ranks, by recipes that are left behind to be edited.
+`train` on two ranks, by recipes that are left behind to be edited.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import sysconfig
-import time
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,14 +22,15 @@ from typing import Any
 from amid_ds.checkpoint.export import export
 from amid_ds.config.strict import dump_yaml
 from amid_ds.data import load_tokenizer, train_sentencepiece
-from amid_ds.distributed.launch import launch_command
-from amid_ds.distributed.leash import start_on_leash
-from amid_ds.errors import InputError, TrainingError
+from amid_ds.distributed.forked_ranks import preload_ranks, run_forked_ranks
+from amid_ds.errors import ExitStatus, InputError, Stopped, TrainingError
 from amid_ds.eval import evaluate
 from amid_ds.eval.protocol import EvalArgs, EvalProtocol
 from amid_ds.experiments import plots
+from amid_ds.experiments.progress import PRODUCT_SIZE, PartsProgress, duration
 from amid_ds.experiments.small_models import LlamaSize, save_new_llama
-from amid_ds.files.ownership import require_new_folder
+from amid_ds.files.atomic import replace_text
+from amid_ds.files.ownership import is_signed, require_new_folder, sign
 
 logger = logging.getLogger(__name__)
 
@@ -40,9 +41,11 @@ HELD_OUT_ONE_IN = 20
 # Characters of the corpus' two parts.
 HELD_OUT_BYTES = 80_000
 CORPUS_BYTES = 4_000_000
+# Of CORPUS_BYTES, so that no row is read twice by the last step.
+LEAST_OF_CORPUS = 0.5
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3",
                    "ensurepip", "__pycache__"}
-TEACHER = LlamaSize(256, 688, 4, 4)
+TEACHER = LlamaSize(256, 688, 3, 4)
 STUDENT = LlamaSize(128, 344, 2, 4)
 OBJECTIVE = {"alpha": -1.0, "lam": 0.1, "divergence": "kl", "order": "pr"}
 TRAIN = {"seq_length": SEQ_LENGTH, "micro_batch_size": 4, "global_batch_size": 8,
@@ -51,6 +54,8 @@ TRAIN = {"seq_length": SEQ_LENGTH, "micro_batch_size": 4, "global_batch_size": 8
 ADAMW = {"learning_rate": 2.0e-3, "betas": [0.9, 0.999], "weight_decay": 0.01, "decay_all": True}
 TEACHER_TRAIN = {**TRAIN, **ADAMW, "steps": 200}
 STUDENT_TRAIN = {**TRAIN, **ADAMW, "steps": 160}
+# What each part takes on two cores, in products of matrices (progress.py).
+PART_PRODUCTS = (20, 80, 900, 600, 350, 120)
 
 
 @dataclass(frozen=True)
@@ -89,35 +94,58 @@ class DemoFolder:
 
 
 def demo(out: str, seed: int) -> None:
-    """Run everything under `out`, a new or empty folder; end with a table and `summary.json`."""
-    began = time.monotonic()
+    """Run everything under `out`; end with a table and `summary.json`.
+
+    out: a new or empty folder, or one that a demo with this seed has begun in: it goes on there.
+    Raises InputError, TrainingError, Stopped.
+    """
     root = Path(out)
-    require_new_folder(root, "--out")
-    root.mkdir(parents=True, exist_ok=True)
     folder = DemoFolder(root)
-    _announce(1, "corpus: the Python standard library's source on this disk")
-    train_file, held_out = make_corpus(root)
-    _announce(2, "tokenizer: SentencePiece, trained on the corpus")
+    kind = f"demo with seed {seed}"
+    is_new = not is_signed(root, kind)
+    if is_new or folder.summary.exists():
+        require_new_folder(root, "--out")
+    # A machine's one GPU cannot serve two ranks.
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    preload_ranks()
+    sign(root, kind)
+    progress = PartsProgress(PART_PRODUCTS)
+    try:
+        scores = _make_everything(folder, seed, progress)
+    except KeyboardInterrupt:
+        logger.info("interrupted; the same command goes on from there")
+        raise Stopped from None
+    summary: dict[str, object] = {name: score.report() for name, score in scores.items()}
+    # What an earlier attempt took is not known.
+    seconds = progress.seconds if is_new else None
+    summary |= {"seconds": seconds,
+                "matrix_products": seconds and seconds / progress.product_seconds}
+    replace_text(folder.summary, json.dumps(summary, indent=1) + "\n")
+    evaluate.print_table(scores)
+    picture = draw_picture(folder, scores)
+    _print_next_steps(folder, picture, progress)
+
+
+def _make_everything(folder: DemoFolder, seed: int,
+                     progress: PartsProgress) -> dict[str, evaluate.Scores]:
+    """The scores of the three models, by name; what is there already is not made again."""
+    progress.begin("corpus: the Python standard library's source on this disk")
+    train_file, held_out = make_corpus(folder.path)
+    progress.begin("tokenizer: SentencePiece, trained on the corpus")
     tokenizer = _make_tokenizer(train_file, folder.tokenizer)
     save_new_llama(folder.initial_model("teacher"), TEACHER, tokenizer, seed)
     save_new_llama(folder.initial_model("student"), STUDENT, tokenizer, seed + 1)
-    _announce(3, "teacher: trained by this project's own `train`, with cross entropy alone")
-    _train(folder, "teacher", train_file, "teacher", None, {**TEACHER_TRAIN, "seed": seed})
-    _announce(4, "student: distilled from the teacher with AMiD")
-    _train(folder, "distilled", train_file, "student", "teacher", {**STUDENT_TRAIN, "seed": seed})
-    _announce(5, "for comparison: the same student, data and steps with cross entropy alone")
-    _train(folder, "ce", train_file, "student", None, {**STUDENT_TRAIN, "seed": seed})
-    _announce(6, "evaluation on held-out files")
-    scores = _evaluate(folder, tokenizer, held_out)
-    summary = {name: score.report() for name, score in scores.items()}
-    folder.summary.write_text(json.dumps(summary, indent=1) + "\n")
-    evaluate.print_table(scores)
-    picture = draw_picture(folder, scores)
-    _print_next_steps(folder, picture, time.monotonic() - began)
-
-
-def _announce(number: int, title: str) -> None:
-    logger.info(f"\n[{number}/6] {title}")
+    progress.begin("teacher: trained by this project's own `train`, with cross entropy alone")
+    _train(folder, "teacher", train_file, "teacher", None, {**TEACHER_TRAIN, "seed": seed},
+           progress)
+    progress.begin("student: distilled from the teacher with AMiD")
+    _train(folder, "distilled", train_file, "student", "teacher", {**STUDENT_TRAIN, "seed": seed},
+           progress)
+    progress.begin("for comparison: the same student, data and steps with cross entropy alone")
+    _train(folder, "ce", train_file, "student", None, {**STUDENT_TRAIN, "seed": seed},
+           progress)
+    progress.begin("evaluation on held-out files")
+    return _evaluate(folder, tokenizer, held_out)
 
 
 def make_corpus(root: Path) -> tuple[Path, Path]:
@@ -141,19 +169,21 @@ def make_corpus(root: Path) -> tuple[Path, Path]:
         if text.strip() and room[part] > 0:
             rows.append({"text": text, "file": name})
             room[part] -= len(text)
-    if not train or not held_out:
-        raise InputError(f"{stdlib} holds too few Python source files",
-                         "the standard library as source",
+    found = CORPUS_BYTES - room["train"]
+    if found < CORPUS_BYTES * LEAST_OF_CORPUS or not held_out:
+        raise InputError(f"{stdlib} holds {found / 1e6:.2f} MB of Python source files to train on",
+                         f"the standard library as source, {CORPUS_BYTES * LEAST_OF_CORPUS / 1e6:.2f} "
+                         "MB of it",
                          "run with a Python that has it; on Debian: apt-get install "
                          "libpython3-stdlib")
     corpus = root / "corpus"
-    corpus.mkdir()
+    corpus.mkdir(exist_ok=True)
     return (_write_rows(corpus / "train.jsonl", train),
             _write_rows(corpus / "heldout.jsonl", held_out))
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     characters = sum(len(row["text"]) for row in rows)
     logger.info(f"  {path}: {len(rows)} files, {characters / 1e6:.2f} MB")
     return path
@@ -168,17 +198,22 @@ def _source_files(stdlib: Path) -> list[Path]:
 
 
 def _make_tokenizer(train_file: Path, folder: Path) -> Any:
-    with open(train_file, encoding="utf-8") as rows:
-        train_sentencepiece((json.loads(row)["text"] for row in rows), folder, VOCABULARY)
+    if not folder.exists():
+        with open(train_file, encoding="utf-8") as rows:
+            train_sentencepiece((json.loads(row)["text"] for row in rows), folder, VOCABULARY)
     return load_tokenizer(str(folder))
 
 
 def _train(folder: DemoFolder, name: str, corpus: Path, student: str, teacher: str | None,
-           train: Mapping[str, object]) -> None:
-    """Write the recipe, start it under the `deepspeed` launcher as a user would, and export.
+           train: Mapping[str, object], progress: PartsProgress) -> None:
+    """Write the recipe, run it on RANKS ranks, and export; what an earlier attempt has exported
+    stays.
 
     `student` names an initial model, `teacher` a trained one.
     """
+    if folder.model(name).is_dir():
+        progress.skip(f"{folder.model(name)} is there")
+        return
     recipe: dict[str, object] = {
         "student": {"model": str(folder.initial_model(student))},
         "data": {"train": [{"path": str(corpus), "text": "text"}],
@@ -193,11 +228,10 @@ def _train(folder: DemoFolder, name: str, corpus: Path, student: str, teacher: s
     path = folder.recipe(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text(dump_yaml(recipe))
-    command = launch_command(RANKS, "train", str(path))
-    logger.info("  " + " ".join(command))
-    # A machine's one GPU cannot serve two ranks.
-    with start_on_leash(command, env={**os.environ, "DS_ACCELERATOR": "cpu"}) as process:
-        status = process.wait()
+    logger.info(f"  as: deepspeed --num_gpus {RANKS} --module amid_ds train {path}")
+    status = run_forked_ranks(RANKS, ["train", str(path)], {"DS_ACCELERATOR": "cpu"})
+    if status == ExitStatus.RESTART:
+        raise Stopped
     if status:
         raise TrainingError(f"the training of {name} ended with status {status}; its messages are "
                             "above")
@@ -224,15 +258,21 @@ def draw_picture(folder: DemoFolder, scores: Mapping[str, evaluate.Scores]) -> P
     return plots.plot_demo(bars, folder.run("distilled"), folder.picture)
 
 
-def _print_next_steps(folder: DemoFolder, picture: Path | None, seconds: float) -> None:
-    programs = Path(sys.executable).parent
-    root = folder.path
+def _print_next_steps(folder: DemoFolder, picture: Path | None, progress: PartsProgress) -> None:
+    programs, root = Path(sys.executable).parent, folder.path
+    amid_ds, mine = programs / "amid-ds", folder.run("mine")
     drawn = f", the picture is {picture}" if picture else ""
-    print(f"""
-done in {seconds / 60:.1f} minutes; the numbers are in {folder.summary}{drawn}. To go on:
-  {programs / 'tensorboard'} --logdir {root / 'runs'}
-  {programs / 'deepspeed'} --num_gpus {RANKS} --module amid_ds train {folder.recipe('distilled')} \\
-      loss.lam=0.5 output_dir={folder.run('mine')}
-  {programs / 'amid-ds'} export {folder.run('mine')} {folder.model('mine')}
-  {programs / 'amid-ds'} eval {folder.model('mine')} --teacher {folder.model('teacher')} \\
-      --data {root / 'corpus' / 'heldout.jsonl'} --seq-length {SEQ_LENGTH}""")
+    products = progress.seconds / progress.product_seconds
+    commands = [
+        [amid_ds, "chat", folder.model("distilled"), "--beside", folder.model("teacher")],
+        [programs / "tensorboard", "--logdir", root / "runs"],
+        [programs / "deepspeed", "--num_gpus", RANKS, "--module", "amid_ds", "train",
+         folder.recipe("distilled"), "loss.lam=0.5", f"output_dir={mine}"],
+        [amid_ds, "export", mine, folder.model("mine")],
+        [amid_ds, "eval", folder.model("mine"), "--teacher", folder.model("teacher"), "--data",
+         root / "corpus" / "heldout.jsonl", "--seq-length", SEQ_LENGTH]]
+    print(f"\ndone in {duration(progress.seconds)}, the time of {products:,.0f} products of two "
+          f"matrices of {PRODUCT_SIZE} × {PRODUCT_SIZE} on this machine;\nthe numbers are in "
+          f"{folder.summary}{drawn}. To go on:")
+    for command in commands:
+        print("  " + shlex.join(map(str, command)))

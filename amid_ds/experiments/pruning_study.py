@@ -1,6 +1,6 @@
 """`amid-ds study pruning`: does a student cut from its teacher begin and end nearer to it?
 
-On the demo's corpus and with its teacher and training: a student that `prune` makes, and one of the
+On the demo's corpus and with its training: a student that `prune` makes, and one of the
 same shape with random weights, distilled for as many steps on the same rows, several seeds each.
 Interrupted, the same command goes on.
 """
@@ -24,7 +24,7 @@ from amid_ds.errors import TrainingError
 from amid_ds.eval import evaluate
 from amid_ds.eval.protocol import EvalArgs, EvalProtocol
 from amid_ds.experiments import demo
-from amid_ds.experiments.small_models import save_new_llama
+from amid_ds.experiments.small_models import LlamaSize, save_new_llama
 from amid_ds.experiments.study import mean_cell, open_study, read_texts
 from amid_ds.experiments.sweep import markdown_table, run_logged, run_one
 from amid_ds.files.atomic import replace_text
@@ -32,8 +32,9 @@ from amid_ds.run.folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-# The options of `prune`, with which the student is about the demo's: half of the teacher's layers,
-# channels and neurons.
+# The teacher, of the demo's width, and the options of `prune`: half of its layers, channels and
+# neurons, so that the student is about the demo's.
+FULL_TEACHER = LlamaSize(256, 688, 4, 4)
 CUT = {"layers": 2, "hidden": 128, "intermediate": 344}
 STARTS = ("pruned", "random")
 
@@ -68,7 +69,7 @@ def _inputs(root: Path) -> tuple[Path, Path, Any]:
         demo.make_corpus(root)
         train_sentencepiece(read_texts(train), root / "tokenizer", demo.VOCABULARY)
         tokenizer = load_tokenizer(str(root / "tokenizer"))
-        save_new_llama(root / "init" / "teacher", demo.TEACHER, tokenizer, seed=0)
+        save_new_llama(root / "init" / "teacher", FULL_TEACHER, tokenizer, seed=0)
     return train, held_out, load_tokenizer(str(root / "tokenizer"))
 
 

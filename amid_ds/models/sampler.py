@@ -9,6 +9,7 @@ temperature and top-p, tokens that end a text, and models that cache keys and va
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from amid_ds.distributed.transfer import to_device
 from amid_ds.distributed.vocab_parallel import VocabShard
-from amid_ds.errors import TrainingError
+from amid_ds.errors import InputError, TrainingError
 from amid_ds.models.heads import head_input, logits_of, sharded_head_of
 from amid_ds.models.recurrence import recurrent_layers
 from amid_ds.models.shape import body_of
@@ -141,6 +142,16 @@ class Sampler:
         index = index.clamp(max=logits.shape[-1] - 1)
         chosen = index if order is None else order.gather(-1, index)
         return torch.where(highest.isfinite(), chosen[:, 0].to(highest.device), NO_TOKEN)
+
+
+def require_sampling_ranges(max_new_tokens: int, temperature: float, top_p: float) -> None:
+    """Raise InputError for an option of `generate` and `chat` that no text can be sampled by."""
+    for option, value, fits, expected in (
+            ("--max-new-tokens", max_new_tokens, max_new_tokens > 0, "1 or more"),
+            ("--temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+            ("--top-p", top_p, 0 < top_p <= 1, "in (0, 1]")):
+        if not fits:
+            raise InputError(f"{option} {value}", expected, f"give {option} such a number")
 
 
 def _pad_left(prompts: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
