@@ -8,7 +8,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from amid_ds.cli.functions import evaluate, plan
+    from amid_ds.config.parse import load_recipe
     from amid_ds.distributed.vocab_parallel import VocabShard
+    from amid_ds.errors import InputError, Stopped, TrainingError
     from amid_ds.losses import (
         AlphaBeta,
         AMiD,
@@ -21,15 +24,25 @@ if TYPE_CHECKING:
         linear_amid_loss,
         preset,
     )
+    from amid_ds.run.results import Run
+    from amid_ds.training.callbacks import Callback
+    from amid_ds.training.train import train
 
 __version__ = "0.1.0"
-__all__ = ["AMiD", "AlphaBeta", "ConcreteScore", "LMHead", "PerToken", "SampledReverseKL",
-           "SparseTargets", "VocabShard", "amid_loss", "linear_amid_loss", "preset"]
+__all__ = ["AMiD", "AlphaBeta", "Callback", "ConcreteScore", "InputError", "LMHead", "PerToken",
+           "Run", "SampledReverseKL", "SparseTargets", "Stopped", "TrainingError", "VocabShard",
+           "amid_loss", "evaluate", "linear_amid_loss", "load_recipe", "plan", "preset", "train"]
+# The modules of the names that are not in `losses`.
+_ELSEWHERE = {
+    "Callback": "training.callbacks", "InputError": "errors", "Run": "run.results",
+    "Stopped": "errors", "TrainingError": "errors", "VocabShard": "distributed.vocab_parallel",
+    "evaluate": "cli.functions", "load_recipe": "config.parse", "plan": "cli.functions",
+    "train": "training.train"}
 
 
 def __getattr__(name: str) -> Any:
     """A public name, from its module, which is imported now: commands start without torch."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "distributed.vocab_parallel" if name == "VocabShard" else "losses"
-    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    module = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'losses')}")
+    return getattr(module, name)

@@ -18,6 +18,7 @@ from support.data import write_texts
 from support.models import make_tokenizer
 from support.ranks import Ranks, run_ranks
 from support.runs import count_steps, read_metrics, write_recipe
+from support.tasks import CHOICE, make_documents, write_task
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
@@ -25,7 +26,10 @@ from amid_ds.cli import main
 from amid_ds.cluster import requeue
 from amid_ds.config.parse import load_recipe
 from amid_ds.data import TargetFolder
+from amid_ds.eval.run_tasks import kept_steps
 from amid_ds.run import attempts
+from amid_ds.run.folder import RunFolder
+from amid_ds.run.log import read_task_scores
 
 ROOT = Path(__file__).parent.parent
 
@@ -584,3 +588,18 @@ def test_the_attempts_of_a_run_are_read_as_they_were_written(tmp_path, monkeypat
     assert (first.job, first.restart, second.restart, second.status) == ("7", 0, 1, 1)
     assert first.first_step == 3 and first.changed == {"train.log_every": [1, 2]}
     assert (second.failure.step, second.failure.error) == (4, "RuntimeError: out of memory")
+
+
+@pytest.mark.slow
+def test_a_job_of_its_own_judges_the_checkpoints_of_a_run(cluster, recipe_in, tmp_path):
+    task = write_task(tmp_path / "tasks", "choosing", CHOICE, make_documents(5))
+    recipe = recipe_in(tmp_path, train__steps=3, checkpoint__every=1,
+                       eval_tasks={"every": 2, "tasks": [str(task)]})
+    job = submit(cluster, tmp_path, recipe, "--nodes", 1, "--ranks-per-node", 2)
+    assert cluster.wait(job) == "COMPLETED", output(tmp_path)
+    cluster.until(lambda: cluster.run("squeue", "--noheader").stdout == "", 300,
+                  "the end of the jobs of the tasks")
+    scores = read_task_scores(tmp_path / "run")
+    assert sorted(line["step"] for line in scores) == [2, 3], output(tmp_path)
+    assert kept_steps(RunFolder(tmp_path / "run")) == set()
+    assert len(list((tmp_path / "run" / "logs").glob("*-tasks.log"))) == 2

@@ -44,6 +44,7 @@ from amid_ds.cli.runs import (
     add_push,
     add_report,
     add_status,
+    add_tasks,
     add_train,
 )
 from amid_ds.distributed.launch import launched_rank

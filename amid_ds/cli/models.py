@@ -7,6 +7,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from amid_ds.cli.arguments import Commands, add_command, add_recipe, add_targets, add_trust
+from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
     from amid_ds.eval.rows import RowOptions
@@ -40,8 +41,13 @@ def add_eval(commands: Commands) -> None:
     parser.add_argument("--teacher", metavar="MODEL")
     parser.add_argument("--cached", metavar="DIR", help="instead of --teacher: what `amid-ds cache`"
                         " wrote of it over the rows of --data")
-    parser.add_argument("--data", required=True, metavar="FILE", help="with --cached also the "
-                        "prepared folder that it is of")
+    parser.add_argument("--data", metavar="FILE", help="with --cached also the prepared folder "
+                        "that it is of; may be left out with --tasks")
+    parser.add_argument("--tasks", metavar="A,B,...", help="benchmarks by lm-evaluation-harness: "
+                        "names of its tasks, or paths of YAML files that define one")
+    parser.add_argument("--limit", type=int, metavar="N", help="of each task the first N documents")
+    parser.add_argument("--apply-chat-template", action="store_true",
+                        help="tasks as conversations in the model's own template")
     _add_columns(parser)
     parser.add_argument("--protocol", metavar="NAME", help="a published one, minillm: sets what "
                         "the options below leave out")
@@ -78,11 +84,33 @@ def _eval(args: argparse.Namespace) -> None:
     from amid_ds.eval.evaluate import evaluate_command
     from amid_ds.eval.protocol import EvalArgs, eval_protocol
 
-    protocol = eval_protocol(args.protocol, args.seq_length, args.seeds, args.new_tokens,
-                             args.no_repeat_ngram)
-    evaluate_command(EvalArgs(args.model, args.teacher, args.data, protocol, _row_options(args),
-                              trust_remote_code=args.trust_remote_code, cached=args.cached),
-                     args.json)
+    rows = None
+    if args.data is not None:
+        protocol = eval_protocol(args.protocol, args.seq_length, args.seeds, args.new_tokens,
+                                 args.no_repeat_ngram)
+        rows = EvalArgs(args.model, args.teacher, args.data, protocol, _row_options(args),
+                        trust_remote_code=args.trust_remote_code, cached=args.cached)
+    _refuse_without(args.data, "--data", args, "teacher", "cached", "protocol")
+    _refuse_without(args.tasks, "--tasks", args, "limit", "apply_chat_template")
+    if args.tasks is not None:
+        from amid_ds.eval.tasks import TaskArgs, tasks_command
+
+        tasks = TaskArgs(tuple(args.tasks.split(",")), args.limit, args.apply_chat_template)
+        tasks_command(args.model, tasks, rows, args.trust_remote_code, args.json)
+    elif rows is not None:
+        evaluate_command(rows, args.json)
+    else:
+        raise InputError("amid-ds eval with neither --data nor --tasks", "one of them, or both",
+                         "name the file to score on, or benchmarks")
+
+
+def _refuse_without(needed: str | None, option: str, args: argparse.Namespace, *names: str) -> None:
+    """Raise InputError where an option is given that does something for `option` alone."""
+    given = [f"--{name.replace('_', '-')}" for name in names
+             if getattr(args, name) not in (None, False)]
+    if needed is None and given:
+        raise InputError(f"{' and '.join(given)} without {option}", f"{option} beside it",
+                         "add it, or leave the others out")
 
 
 def add_generate(commands: Commands) -> None:

@@ -1,4 +1,5 @@
-"""The commands about one run: train, plan, prepare, checkpoints, export, push, status, report."""
+"""The commands about one run: train, plan, prepare, tasks, checkpoints, export, push, status,
+report."""
 
 from __future__ import annotations
 
@@ -21,9 +22,21 @@ def _train(args: argparse.Namespace) -> None:
 
     began = time.monotonic() - process_age()
     with imports_kept():
-        from amid_ds.training.train import train
+        from amid_ds.cluster.task_jobs import train_and_judge
     with output_is_messages():
-        train(args.recipe, args.overrides, began)
+        train_and_judge(args.recipe, args.overrides, began)
+
+
+def add_tasks(commands: Commands) -> None:
+    parser = add_command(commands, _tasks, "benchmarks of the checkpoints of a run that wait for "
+                         "its recipe's eval_tasks")
+    parser.add_argument("run_folder", metavar="RUN")
+
+
+def _tasks(args: argparse.Namespace) -> None:
+    from amid_ds.eval.run_tasks import judge_run
+
+    judge_run(args.run_folder)
 
 
 def add_plan(commands: Commands) -> None:
@@ -48,14 +61,12 @@ def add_plan(commands: Commands) -> None:
 def _plan(args: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from amid_ds.cli.functions import plan
     from amid_ds.config.parse import load_recipe
     from amid_ds.planning.check import check_plan
     from amid_ds.planning.devices import DEFAULT_DEVICE, find_device
     from amid_ds.planning.paper_scale import print_paper_scale
-    from amid_ds.planning.plan import make_plan
-    from amid_ds.planning.reading import storage_bandwidth
     from amid_ds.planning.report import print_check, print_plan
-    from amid_ds.training.objective import check_objectives
 
     given = [name for name, value in (("a recipe", args.recipe), ("--check", args.check),
                                       ("--paper-scale", args.paper_scale)) if value]
@@ -82,10 +93,8 @@ def _plan(args: argparse.Namespace) -> None:
         _print_cache_size(args)
         return
     recipe = load_recipe(args.recipe, args.overrides)
-    check_objectives(recipe)
-    device = find_device(args.device or DEFAULT_DEVICE, args.ranks_per_node)
-    made = make_plan(recipe, args.nodes, args.ranks_per_node, device,
-                     storage_bandwidth(args.storage))
+    made = plan(recipe, nodes=args.nodes, ranks_per_node=args.ranks_per_node, device=args.device,
+                storage=args.storage)
     print_plan(made, recipe, args.json)
     if not made.fits:
         raise TrainingError("the run does not fit")

@@ -7,7 +7,7 @@ import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from amid_ds.errors import InputError
 
@@ -21,10 +21,14 @@ def slurm_available() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def _call(*command: str) -> str:
-    """The command's output. Raises InputError with Slurm's own message if it fails."""
+def _call(*command: str, environment: Mapping[str, str] | None = None) -> str:
+    """The command's output. Raises InputError with Slurm's own message if it fails.
+
+    environment: the command's; None: this process's.
+    """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S,
+                              env=environment)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise InputError(f"{command[0]} cannot be run: {error}",
                          "a machine of the cluster, a controller that answers",
@@ -42,9 +46,10 @@ def sbatch_test_only(arguments: Sequence[str]) -> str:
     return _call("sbatch", "--test-only", *arguments).strip().removeprefix("sbatch: ")
 
 
-def sbatch(arguments: Sequence[str]) -> str:
-    """Submit a job and return its id."""
-    return _call("sbatch", "--parsable", *arguments).strip().split(";")[0]
+def sbatch(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+    """Submit a job and return its id. environment: the job's, too; None: this process's."""
+    return _call("sbatch", "--parsable", *arguments,
+                 environment=environment).strip().split(";")[0]
 
 
 def show_job(job_id: str) -> dict[str, str]:

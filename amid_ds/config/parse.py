@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pydantic import ValidationError
 
@@ -37,14 +38,18 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 80
 
 # A recipe as YAML has it, before or after its check: sections and values by key.
 RawRecipe = dict[str, Any]
+# What a function takes for a recipe: the path of its file, the file's content, or a loaded one.
+RecipeLike: TypeAlias = str | Path | Mapping[str, Any] | Recipe
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe from defaults, then the YAML file at `path`, then `a.b=c` overrides.
+def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe from defaults, then the YAML file at the path `recipe`, then `a.b=c` overrides.
 
-    Raises one InputError with all problems.
+    recipe: or the file's content as a mapping, or a Recipe. Raises one InputError with all
+    problems.
     """
-    return _validated(_read_with_overrides(path, overrides), f"the recipe {path}")
+    name = f"the recipe {recipe}" if isinstance(recipe, (str, Path)) else "the recipe"
+    return _validated(_read_with_overrides(recipe, overrides), name)
 
 
 def parse_recipe(text: str, name: str) -> Recipe:
@@ -117,9 +122,18 @@ def named_value(path: str | Path, overrides: Sequence[str], key: str) -> object:
     return node
 
 
-def _read_with_overrides(path: str | Path, overrides: Sequence[str]) -> RawRecipe:
-    raw = _read_yaml(Path(path))
-    for override in overrides:
+def _read_with_overrides(recipe: RecipeLike, overrides: Sequence[str]) -> RawRecipe:
+    if isinstance(recipe, (str, Path)):
+        raw = _read_yaml(Path(recipe))
+    elif isinstance(recipe, Recipe):
+        raw = resolved(recipe)
+    elif isinstance(recipe, Mapping):
+        raw = copy.deepcopy(dict(recipe))
+    else:
+        raise InputError(f"a recipe of type {type(recipe).__name__}",
+                         "the path of a YAML file, its content as a mapping, or a Recipe",
+                         "give one of them")
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply_override(raw, override)
     return raw
 

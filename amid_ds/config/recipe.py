@@ -226,6 +226,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _tasks_judge_checkpoints(self) -> Recipe:
+        tasks, saved = self.eval_tasks, self.checkpoint.every
+        if tasks is not None and tasks.every % saved:
+            raise ValueError(f"`eval_tasks.every` {tasks.every} is no multiple of "
+                             f"`checkpoint.every` {saved}, and checkpoints are what is judged; "
+                             f"set it to {-(-tasks.every // saved) * saved}")
+        return self
+
+    @model_validator(mode="after")
     def _best_is_measured(self) -> Recipe:
         best = self.checkpoint.best
         has_teacher = self.teacher is not None and self.cached_teacher is None

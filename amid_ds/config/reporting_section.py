@@ -54,6 +54,8 @@ class EvalTasks(Section):
     """Steps between the checkpoints that are judged; the last one always is."""
     tasks: Annotated[list[str], Field(min_length=1)]
     """Names of its tasks, or paths of YAML files that define one."""
+    apply_chat_template: bool = False
+    """Prompts are messages in the tokenizer's chat template."""
 
     @field_validator("tasks")
     @classmethod

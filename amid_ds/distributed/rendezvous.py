@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 from amid_ds.distributed.devices import choose_device, introduce
 from amid_ds.distributed.failures import FailureMonitor
 from amid_ds.distributed.launch import free_port, slurm_port
-from amid_ds.distributed.rank_logging import set_up_logging
+from amid_ds.distributed.rank_logging import PACKAGE_LOGGER, set_up_logging
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, RankError, RankInputError, Stopped, TrainingError
 
@@ -46,8 +46,9 @@ def init_distributed(timeout_s: float) -> Iterator[World]:
     one node lacks its GPUs, InputError where two ranks share a GPU, RankError where the ranks do
     not meet.
     """
-    # A program that calls train() has not set it up.
-    set_up_logging()
+    # A program that calls train() may have its own, or none.
+    if not PACKAGE_LOGGER.hasHandlers():
+        set_up_logging()
     rank, size, local_rank = _discover()
     device = choose_device(local_rank)
     if device.type == "cpu":

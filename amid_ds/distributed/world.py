@@ -322,9 +322,10 @@ class World:
         have reported by then, and a rank on its way out must not die of SIGTERM, which would hide
         its status. One `barrier`.
         """
-        if self.is_main:
-            report_error(error)
+        # A rank that is alone hands it to its caller, which may be a notebook.
         if self.size > 1:
+            if self.is_main:
+                report_error(error)
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             # Slurm may send it more than once; a terminal that closes sends its own.
             signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,19 @@ def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
         return run(*args, **kwargs)
 
     return call
+
+
+@contextlib.contextmanager
+def groups_forgotten() -> Iterator[None]:
+    """A context after which DeepSpeed knows no process group: they are gone, and the next engine of
+    this process has its own."""
+    try:
+        yield
+    finally:
+        if "deepspeed" in sys.modules:
+            from deepspeed.utils import groups
+
+            groups._release_process_group_references()
 
 
 def import_libraries() -> None:

@@ -307,20 +307,27 @@ def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequenc
     return sums[NLL_SUM], int(sums[TOKEN_COUNT])
 
 
+def evaluate_named(args: EvalArgs, world: World) -> Scores:
+    """Every score of the models that `args` names, on every rank. Collective."""
+    world.run_checked(lambda: check_eval_data(args))
+    model, teacher, tokenizer = world.run_checked(lambda: load_models(args, world.device))
+    return evaluate(args, model, teacher, tokenizer, world)
+
+
 def evaluate_command(args: EvalArgs, as_json: bool) -> None:
     """`amid-ds eval`: rank 0 prints the scores, as a table or as JSON alone."""
     with init_distributed(EVAL_TIMEOUT_S) as world:
-        world.run_checked(lambda: check_eval_data(args))
-        model, teacher, tokenizer = world.run_checked(lambda: _load(args, world.device))
-        scores = evaluate(args, model, teacher, tokenizer, world)
+        scores = evaluate_named(args, world)
         if world.is_main and as_json:
             print(json.dumps(scores.report()))
         elif world.is_main:
             print_table({args.model: scores})
 
 
-def _load(args: EvalArgs, device: torch.device
-          ) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
+def load_models(args: EvalArgs, device: torch.device
+                ) -> tuple[nn.Module, nn.Module | None, PreTrainedTokenizerBase]:
+    """(model, teacher, tokenizer) that `args` names, checked and on the device. Raises InputError.
+    """
     trust, dtype = args.trust_remote_code, args.protocol.dtype
     tokenizer = load_tokenizer(args.model, trust_remote_code=trust)
     for name in filter(None, (args.model, args.teacher)):

@@ -300,6 +300,15 @@ summary { cursor: pointer }
 <tr>{% for key in keys %}<td>{{ format_number(line.get(key)) }}</td>{% endfor %}</tr>
 {% endfor %}</table>
 {% else %}<p>not evaluated</p>{% endif %}
+{% set tasks = row.run.task_table %}
+{% if tasks.rows %}
+<table><tr><th>task</th><th>metric</th>
+{%- for step in tasks.steps %}<th>step {{ step }}</th>{% endfor %}</tr>
+{% for name, metric, values in tasks.rows %}
+<tr><td>{{ name }}</td><td>{{ metric }}</td>
+{%- for value in values %}<td>{{ format_number(value) }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+{% endif %}
 {% endfor %}
 <h2>Provenance</h2>
 {% for row in tables %}

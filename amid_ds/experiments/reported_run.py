@@ -14,7 +14,7 @@ from amid_ds.monitor.memory_probe import Measurements, read_measurements
 from amid_ds.monitor.step_timer import PHASES
 from amid_ds.run.attempts import AttemptRecord, read_attempts
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.log import read_evaluations, read_metrics
+from amid_ds.run.log import read_evaluations, read_metrics, read_task_scores
 
 # Points of a curve.
 POINTS = 1000
@@ -28,6 +28,13 @@ class Curve(NamedTuple):
     steps: list[int]
     values: list[float]
     lines_per_point: int
+
+
+class TaskTable(NamedTuple):
+    """Rows (task, metric, values by step) over the `steps` whose checkpoints were judged."""
+
+    steps: list[int]
+    rows: list[tuple[str, str, list[float | None]]]
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,18 @@ class ReportedRun:
     def evaluation_keys(self) -> list[str]:
         """The keys of these lines: one that samples has more than another."""
         return list(dict.fromkeys(key for line in self.last_evaluations for key in line))
+
+
+    @property
+    def task_table(self) -> TaskTable:
+        """What benchmarks have said of the run's checkpoints."""
+        values: dict[tuple[str, str], dict[int, float | None]] = {}
+        for line in read_task_scores(self.folder):
+            for metric in line.keys() - {"step", "name"}:
+                values.setdefault((line["name"], metric), {})[line["step"]] = line[metric]
+        steps = sorted({step for row in values.values() for step in row})
+        return TaskTable(steps, [(name, metric, [values[name, metric].get(step) for step in steps])
+                                 for name, metric in sorted(values)])
 
 
 def read_reported_run(folder: Path, name: str) -> ReportedRun:

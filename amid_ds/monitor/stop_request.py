@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import signal
+import threading
 import time
 from types import FrameType
 
@@ -39,9 +40,11 @@ class StopRequest:
         self.received: list[int] = []
 
     def __enter__(self) -> StopRequest:
-        # Under nohup a run is to outlive its terminal.
+        # Under nohup a run is to outlive its terminal. Signals reach the main thread alone: in
+        # another one they are whoever's started it.
         heard = [number for number in SIGNALS
-                 if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+                 if threading.current_thread() is threading.main_thread()
+                 and (number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN)]
         self.previous = {number: signal.signal(number, self._note) for number in heard}
         return self
 

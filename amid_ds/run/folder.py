@@ -58,6 +58,11 @@ class RunFolder:
         return self.path / "eval_tasks.jsonl"
 
     @property
+    def task_checkpoints(self) -> Path:
+        """Checkpoints of `eval_tasks` that wait to be judged."""
+        return self.path / "eval_tasks"
+
+    @property
     def tracker_ids(self) -> Path:
         """What each tracker calls this run, over all its attempts."""
         return self.path / "trackers.json"

@@ -80,6 +80,12 @@ def read_evaluations(run: Path) -> list[dict[str, Any]]:
     return read_jsonl(RunFolder(run).evaluations, "step", _is_evaluation_line)
 
 
+def read_task_scores(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's eval_tasks.jsonl: `step`, the task's `name`, its numbers by
+    metric, None for one that is not finite."""
+    return read_jsonl(RunFolder(run).task_scores, "step", _is_evaluation_line)
+
+
 def _is_metrics_line(line: Mapping[str, Any]) -> bool:
     return (has_step(line) and all(is_number(line.get(key)) for key in ALWAYS_LOGGED)
             and all(value is None or is_number(value) for value in line.values()))

@@ -124,7 +124,8 @@ def _written_places(run: RunFolder) -> tuple[Path, ...]:
     """What the run writes beside the prepared data."""
     return (run.checkpoints, run.model, run.best_model, run.start_model, run.student_files,
             run.tensorboard, run.profile, run.failures, run.submissions, run.logs, run.recipe,
-            run.provenance, run.metrics, run.evaluations, run.measurements, run.attempts)
+            run.task_checkpoints, run.task_scores, run.provenance, run.metrics, run.evaluations,
+            run.measurements, run.attempts)
 
 
 def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:

@@ -32,6 +32,7 @@ from amid_ds.engine.ds_config import DeepSpeedConfig
 from amid_ds.engine.expert_parallel import require_expert_parallel
 from amid_ds.engine.optimizer import decayed_parameters, group_counts
 from amid_ds.errors import InputError, TrainingError
+from amid_ds.eval.tasks import check_tasks
 from amid_ds.eval.text_metrics import require_rouge
 from amid_ds.files.atomic import replace_text
 from amid_ds.files.lease import Fence
@@ -123,7 +124,8 @@ class Job:
 def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     """The job, after every check that needs neither a model's weights nor prepared data.
 
-    headers: read those of the models' weight files too; of many ranks one does it for all.
+    headers: read those of the models' weight files too, and the names of benchmarks; of many ranks
+    one does it for all.
     Its recipe names the commits of models on the hub. Where it has epochs, `count_steps` makes the
     checks that need the number of steps. Raises InputError.
     """
@@ -135,6 +137,8 @@ def check_recipe(recipe: Recipe, ranks: int, headers: bool = True) -> Job:
     check_places(recipe)
     if any(each.generate for each in recipe.data.eval):
         require_rouge()
+    if recipe.eval_tasks is not None and headers:
+        check_tasks(recipe.eval_tasks.tasks)
     check_objectives(recipe)
     refuse_other_run(recipe)
     check_sources(recipe.data)

@@ -11,13 +11,13 @@ from amid_ds.checkpoint import reshard
 from amid_ds.checkpoint.best import describe_early_end, has_finished
 from amid_ds.checkpoint.manifest import Manifest, ResumePoint, find_latest_valid
 from amid_ds.checkpoint.state import TrainState
-from amid_ds.config.parse import load_recipe
+from amid_ds.config.parse import RecipeLike, load_recipe
 from amid_ds.config.recipe import Train
 from amid_ds.data import prepare_all
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine import ds_config
-from amid_ds.engine.backend import import_libraries
+from amid_ds.engine.backend import groups_forgotten, import_libraries
 from amid_ds.engine.build import build_engine
 from amid_ds.engine.expert_parallel import with_expert_groups
 from amid_ds.errors import InputError
@@ -25,9 +25,11 @@ from amid_ds.files.lease import Fence
 from amid_ds.monitor.hang_watchdog import GRACE_S
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.provenance import SourceHashes
+from amid_ds.run.results import Run
 from amid_ds.run.start import StartClock, end_part, imports_kept
 from amid_ds.run.warm_start import resolve_student
 from amid_ds.training.cached_teacher import require_cache_of_data
+from amid_ds.training.callbacks import Callback, Callbacks, load_callbacks
 from amid_ds.training.compatibility import pin
 from amid_ds.training.determinism import deterministic
 from amid_ds.training.job import (
@@ -48,21 +50,24 @@ from amid_ds.training.trainer import Trainer
 logger = logging.getLogger(__name__)
 
 
-def train(recipe_path: str, overrides: Sequence[str], began: float | None = None) -> None:
-    """Train by a recipe; every rank of every launcher calls this.
+def train(recipe: RecipeLike, overrides: Sequence[str] = (), began: float | None = None,
+          callbacks: Sequence[Callback] = ()) -> Run:
+    """Train by a recipe, as `amid-ds train`, and return the finished run; it resumes by itself.
 
-    began: when the start began, by time.monotonic(), such as the process's own; None: now. Raises
-    InputError, TrainingError or Stopped.
+    In one process, or in every rank of a launcher. recipe: a path, its content, or a Recipe. began:
+    when the start began, by time.monotonic(), such as the process's own; None: now. callbacks:
+    told, on rank 0, before those that the recipe names. Raises InputError, TrainingError, or
+    Stopped where it was asked to stop before its last step (Ctrl-C, a signal, the file STOP).
     """
     with StartClock(time.monotonic() if began is None else began):
         own, timeout = None, Train.model_fields["hang_timeout"].default
         # A recipe that is wrong is reported by all ranks at once, below.
         with contextlib.suppress(InputError):
-            own = load_recipe(recipe_path, overrides)
+            own = load_recipe(recipe, overrides)
             timeout = own.train.hang_timeout
         end_part("imports")
         # The hang watchdog ends a step that hangs, before a collective gives up by itself.
-        with (init_distributed(timeout + GRACE_S) as world,
+        with (groups_forgotten(), init_distributed(timeout + GRACE_S) as world,
               Attempt(world.rank, world.size) as attempt):
             end_part("joining")
             if own is not None:
@@ -70,17 +75,21 @@ def train(recipe_path: str, overrides: Sequence[str], began: float | None = None
                     import_libraries()
             end_part("imports")
             # Nodes may see different commits of a model on the hub: rank 0 decides.
-            recipe = world.run_on_main(lambda: pin(load_recipe(recipe_path, overrides)))
-            job = world.run_checked(lambda: check_recipe(recipe, world.size, world.is_main))
+            pinned = world.run_on_main(lambda: pin(load_recipe(recipe, overrides)))
+            # Nobody else runs the user's own code.
+            told = world.run_checked(
+                lambda: load_callbacks(pinned.train.callbacks, callbacks) if world.is_main else [])
+            job = world.run_checked(lambda: check_recipe(pinned, world.size, world.is_main))
             job = place_teacher(job, world)
             world = world.split(job.recipe.tensor_parallel, ds_config.teacher_shard_ranks(
                 job.placed_recipe, job.deepspeed_config))
             world = with_expert_groups(job.placed_recipe, job.deepspeed_config, world)
-            with deterministic(recipe.train.deterministic), hold_run(job, world) as fence:
-                _train(job, world, attempt, fence)
+            with deterministic(pinned.train.deterministic), hold_run(job, world) as fence:
+                _train(job, world, attempt, fence, Callbacks(job.run.path, told))
+    return Run(job.run.path)
 
 
-def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
+def _train(job: Job, world: World, attempt: Attempt, fence: Fence, callbacks: Callbacks) -> None:
     """Open the run, resume, train; the run's lease is held."""
     world.run_on_main(lambda: begin_from(job))
     job = count_steps(job, world)
@@ -98,11 +107,11 @@ def _train(job: Job, world: World, attempt: Attempt, fence: Fence) -> None:
                     or f"has reached its last step {state.step}")
         export_missing_models(job, state, world, fence)
         return
-    build_trainer(job, hashes, resume, world, attempt, fence).run()
+    build_trainer(job, hashes, resume, world, attempt, fence, callbacks).run()
 
 
 def build_trainer(job: Job, hashes: SourceHashes, resume: ResumePoint, world: World,
-                  attempt: Attempt, fence: Fence) -> Trainer:
+                  attempt: Attempt, fence: Fence, callbacks: Callbacks) -> Trainer:
     """Prepared data, the engine, and the state to go on from, put together. Collective."""
     recipe = job.recipe
 
@@ -132,4 +141,4 @@ def build_trainer(job: Job, hashes: SourceHashes, resume: ResumePoint, world: Wo
     # Not before: a student that resumes has no weights until then.
     world.run_checked(lambda: engine.check_models(job.vocab_size, recipe.data.isolates_any))
     end_part("check of logits")
-    return Trainer(job, engine, state, identity, resume.damaged, attempt, fence)
+    return Trainer(job, engine, state, identity, resume.damaged, attempt, fence, callbacks)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from amid_ds.checkpoint.best import describe_early_end, has_finished
+from amid_ds.checkpoint.manifest import checkpoint_name
 from amid_ds.checkpoint.saver import Saver
 from amid_ds.checkpoint.state import TrainState
 from amid_ds.config.schedule import learning_rate
@@ -25,6 +26,7 @@ from amid_ds.planning.estimate import planned_flops
 from amid_ds.run.attempts import Attempt
 from amid_ds.run.log import RunLog, read_metrics
 from amid_ds.run.start import end_start
+from amid_ds.training.callbacks import Callbacks
 from amid_ds.training.fetch import (
     AuxiliaryBatch,
     FetchedStep,
@@ -51,9 +53,10 @@ class Trainer(Stepper):
     """
 
     def __init__(self, job: Job, engine: Engine, state: TrainState, identity: Mapping[str, object],
-                 damaged: frozenset[Path], attempt: Attempt, fence: Fence) -> None:
+                 damaged: frozenset[Path], attempt: Attempt, fence: Fence,
+                 callbacks: Callbacks) -> None:
         super().__init__(job.recipe, engine, state)
-        self.job, self.attempt, self.fence = job, attempt, fence
+        self.job, self.attempt, self.fence, self.callbacks = job, attempt, fence, callbacks
         # On rank 0, once another process has taken over the run; every rank raises it together.
         self.lost: LeaseLostError | None = None
         self.data, self.auxiliary = self.world.run_checked(
@@ -63,14 +66,14 @@ class Trainer(Stepper):
         self.samples = self.world.run_checked(
             lambda: SampleScores(self.recipe, engine, job.tokenizer))
         self.saver = Saver(engine, job.run.checkpoints, self.recipe.checkpoint, identity, damaged,
-                           fence, attempt.saved, self.selection.lost)
+                           fence, self._saved, self.selection.lost)
         self.saved_step = state.step
 
     def run(self) -> None:
         """Make every step that is left; each orderly way out ends with a finished save.
 
         Raises Stopped where the run was asked to stop, InputError for damaged data, TrainingError
-        for a NaN or where checkpoints cannot be saved.
+        for a NaN, for a callback that fails, or where checkpoints cannot be saved.
         """
         with (self._open_log() as self.log, self._open_stop_request() as self.stop,
               self._open_monitors() as monitors):
@@ -112,8 +115,8 @@ class Trainer(Stepper):
         """The step's agreement; a save that every rank has written is committed."""
         if self.lost is not None:
             fetched = fetched._replace(error=self.lost)
-        info = reduce_step_info(fetched, self.stop.reason() is not None, self.saver.writing,
-                                self.world)
+        ends = self.stop.reason() is not None or self.callbacks.failure is not None
+        info = reduce_step_info(fetched, ends, self.saver.writing, self.world)
         if self.saver.pending and not info.writing:
             with phase("checkpoint"):
                 self.saver.finish()
@@ -157,6 +160,7 @@ class Trainer(Stepper):
             metrics = self.world.broadcast(metrics)
             if self._holds_run():
                 self.log.evaluation(step, metrics)
+                self.callbacks.evaluation(step, metrics)
         if self.rollouts is not None:
             self.rollouts.update_threshold(metrics)
         if self.selection.improves(metrics):
@@ -183,12 +187,19 @@ class Trainer(Stepper):
                              if self.rollouts is not None else {})
         self.saved_step = self.state.step
 
+    def _saved(self, step: int) -> None:
+        """On rank 0: the checkpoint of `step` is there."""
+        self.attempt.saved(step)
+        self.callbacks.checkpoint(step, self.job.run.checkpoints / checkpoint_name(step))
+
     def _finish(self) -> None:
         """Save the last step, wait, and export the model; or raise Stopped where steps are left."""
         self.world.run_checked(self.fence.check)
         if self.state.step != self.saved_step:
             self._save()
         self.saver.close()
+        self.engine.close()
+        self.world.run_checked(self.callbacks.check)
         if not has_finished(self.recipe, self.state):
             reason = self.world.first(self.stop.reason())
             self.stop.honoured()
@@ -218,6 +229,8 @@ class Trainer(Stepper):
             metrics |= monitors.metrics(uses_teacher=metrics["kd_loss"] is not None)
             logged = self._holds_run()
         self.log.step(step, metrics if logged else None, monitors.slowest_name)
+        if self.lost is None:
+            self.callbacks.step(step, metrics)
 
     def _holds_run(self) -> bool:
         """False, on rank 0, once another process has taken over: the log gets no further line.
