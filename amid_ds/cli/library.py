@@ -10,7 +10,7 @@ from amid_ds.errors import InputError
 
 
 def add_recipes(commands: Commands) -> None:
-    parser = add_command(commands, _recipes, "recipes: list, copy, write one, their schema")
+    parser = add_command(commands, _recipes, "list, copy or write recipes; their schema")
     actions = parser.add_subparsers(metavar="ACTION")
     add_command(actions, _recipes_list, "the packaged recipes (what `recipes` alone does)")
     copy = add_command(actions, _recipes_copy, "copy a packaged recipe, to read and change")
