@@ -56,7 +56,13 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("amid-ds eval models/small --teacher models/large --data heldout.jsonl --json",
          "and the distance from its teacher, for a script"),
         ("amid-ds eval runs/gkd/best --data dolly.jsonl --protocol minillm",
-         "by a published protocol")),
+         "by a published protocol"),
+        ("amid-ds eval models/small --tasks arc_easy,hellaswag", "benchmarks")),
+    "tasks": (("amid-ds tasks runs/distil", "after a run, what its checkpoints still wait for"),),
+    "chat": (
+        ("amid-ds chat runs/distil", "talk to a finished run"),
+        ("amid-ds chat models/small --beside models/large --temperature 0",
+         "student and teacher side by side")),
     "generate": (
         ("amid-ds generate models/large --prompts prompts.jsonl --out answers.jsonl",
          "a model's answers to a file's prompts"),
@@ -80,6 +86,10 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("amid-ds export runs/lora models/merged --merge", "adapters merged into their model"),
         ("amid-ds export runs/text models/whole --into models/multimodal",
          "back into the multimodal folder")),
+    "push": (
+        ("amid-ds push runs/distil owner/distilled --dry-run", "what would go to the hub"),
+        ("amid-ds push models/small owner/small --private --license apache-2.0",
+         "a folder, for you alone")),
     "submit": (
         ("amid-ds submit distil.yaml --nodes 2 --ranks-per-node 8 --time 24:00:00",
          "check, render, sbatch"),

@@ -65,8 +65,8 @@ from amid_ds.errors import (
 # The commands by what they are for, as `amid-ds --help` shows them.
 COMMANDS = {
     "train a model": (add_recipes, add_plan, add_prepare, add_train, add_export, add_push),
-    "look at it": (add_status, add_checkpoints, add_report, add_eval, add_tasks,
-                   add_generate, add_chat),
+    "look at it": (add_status, add_checkpoints, add_report, add_eval, add_tasks, add_chat,
+                   add_generate),
     "make what a run needs": (add_tokenizer, add_prune, add_dequantize, add_cache),
     "many runs, and a cluster": (add_submit, add_sweep, add_chain, add_doctor, add_requeue),
     "try it out, and measure": (add_demo, add_study, add_reproduce, add_bench, add_completion),

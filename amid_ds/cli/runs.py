@@ -28,8 +28,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def add_tasks(commands: Commands) -> None:
-    parser = add_command(commands, _tasks, "benchmarks of the checkpoints of a run that wait for "
-                         "its recipe's eval_tasks")
+    parser = add_command(commands, _tasks, "eval_tasks of a run that its checkpoints wait for")
     parser.add_argument("run_folder", metavar="RUN")
 
 
