@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import os
 import shutil
@@ -16,6 +17,7 @@ from support.ranks import Ranks, rank_main
 
 from amid_ds.checkpoint.manifest import verify
 from amid_ds.cli import main
+from amid_ds.engine.backend import import_deepspeed
 from amid_ds.engine.tensor_files import read_torch_file
 from amid_ds.errors import TrainingError
 
@@ -40,6 +42,17 @@ def the_call_works(marker: Path) -> None:
     torch.load(marker.with_suffix(".pt"), weights_only=False)
     assert marker.exists()
     marker.unlink()
+
+
+def test_a_shard_is_read_where_python_pickles_a_stage_by_getattr(tmp_path, monkeypatch):
+    """As Python 3.11.2 does, which Debian 12 has: done here by its way to pickle a member."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    import_deepspeed()
+    monkeypatch.setattr(enum.Enum, "__reduce_ex__",
+                        lambda member, protocol: (getattr, (type(member), member.name)))
+    torch.save({"zero_stage": ZeroStageEnum.weights}, tmp_path / "shard.pt")
+    assert read_torch_file(tmp_path / "shard.pt") == {"zero_stage": ZeroStageEnum.weights}
 
 
 def rank_in(folder: str, argv: list[str], variables: dict[str, str], log: str) -> None:

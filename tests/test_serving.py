@@ -103,7 +103,7 @@ def qwen3(root) -> Path:
 def adapter(root, llama) -> Path:
     """The adapter folder of a run on the llama's base."""
     return train(root, root / "llama", "run-lora", student__lora={"rank": 8, "alpha": 64},
-                 train__learning_rate=1e-2)
+                 train__learning_rate=1e-3)
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from amid_ds.config.recipe import EvalSet, MeanTeacher, Recipe
 from amid_ds.config.strict import dump_yaml
 from amid_ds.data.locate import is_hub_id
 from amid_ds.errors import InputError, printable
-from amid_ds.files.json_lines import has_step, is_number, read_jsonl
+from amid_ds.files.json_lines import is_number
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.log import read_evaluations, read_metrics
+from amid_ds.run.log import read_evaluations, read_metrics, read_task_scores
 from amid_ds.run.warm_start import resolve_student
 
 if TYPE_CHECKING:
@@ -261,11 +261,9 @@ def _results_of(line: Mapping[str, Any], sets: Sequence[EvalSet]) -> list[EvalRe
 
 def _task_scores(run: RunFolder, step: int) -> list[dict[str, Any]]:
     """The lines of eval_tasks.jsonl on the model of `step`; of a task's several the last."""
-    lines = read_jsonl(run.task_scores, "step",
-                       lambda line: has_step(line) and isinstance(line.get("name"), str))
     return list({line["name"]: {key: value for key, value in line.items()
                                 if key == "name" or (key != "step" and is_number(value))}
-                 for line in lines if line["step"] == step}.values())
+                 for line in read_task_scores(run.path) if line["step"] == step}.values())
 
 
 def _with_task_scores(card: ModelCard, run: RunFolder, step: int) -> ModelCard:

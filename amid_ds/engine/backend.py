@@ -42,6 +42,10 @@ def import_deepspeed() -> Any:
     deepspeed.ops.__compatible_ops__ = {}
     # Used by its Muon alone, which it imports with any optimizer.
     deepspeed.runtime.compiler.compile = lambda: _compiled_when_called
+    # Each shard holds one of these. Python 3.11.2, which Debian 12 has, pickles an enum's member by
+    # `getattr`, and that no reader of checkpoints allows.
+    deepspeed.runtime.zero.config.ZeroStageEnum.__reduce_ex__ = (
+        lambda stage, protocol: (type(stage), (stage.value,)))
     return deepspeed
 
 
