@@ -225,7 +225,7 @@ def run(trained, tasks, tmp_path) -> RunFolder:
     shutil.copytree(trained, run.path)
     recipe = yaml.safe_load(run.recipe.read_text())
     recipe |= {"output_dir": str(run.path),
-               "eval_tasks": {"every": 3, "tasks": [str(tasks[0]), str(tasks[2])]}}
+               "eval_tasks": {"every": 1, "tasks": [str(tasks[0]), str(tasks[2])]}}
     run.recipe.write_text(yaml.safe_dump(recipe))
     return run
 
@@ -297,7 +297,7 @@ echo 77
 """
 
 
-def test_in_a_job_another_is_submitted_once_a_step_and_a_refusal_ends_no_run(
+def test_in_a_job_another_is_submitted_for_a_step_once_and_a_refusal_ends_no_run(
         run, tmp_path, monkeypatch, caplog):
     """A script stands for sbatch: tests/test_slurm.py has a real one."""
     sbatch = tmp_path / "bin" / "sbatch"
@@ -311,22 +311,27 @@ def test_in_a_job_another_is_submitted_once_a_step_and_a_refusal_ends_no_run(
     events = [CheckpointEvent(run.path, step, run.checkpoints / f"step_0000000{step}")
               for step in (3, 4)]
 
+    # Not a step that `every` divides.
+    TaskJobs(load_recipe(run.recipe, ["eval_tasks.every=5"])).checkpoint(events[0])
+    assert kept_steps(run) == set()
+
     def attempt() -> TaskJobs:
         jobs = TaskJobs(load_recipe(run.recipe))
-        for event in (events[0], events[0], events[1]):
+        for event in (*events, *events):
             jobs.checkpoint(event)
         return jobs
 
     attempt()
-    assert kept_steps(run) == {3}
+    assert kept_steps(run) == {3, 4}
     [refusal] = [record for record in caplog.records if "no such partition" in record.message]
     assert f"amid-ds tasks '{run.path}'" in refusal.message
     (tmp_path / "refuses").unlink()
-    # The same steps again: one waits and has no job, which the run's end sees to.
-    attempt().finish()
+    # The run goes on: its steps wait and have no job, which its end sees to, once for all.
+    jobs = attempt()
+    jobs.finish()
+    jobs.finish()
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert len(calls) == 2 and all(call.endswith(str(run.path)) for call in calls)
-    assert kept_steps(run) == {3, 4}
+    assert len(calls) == 3 and all(call.endswith(str(run.path)) for call in calls)
     script = (run.task_checkpoints / "job.sbatch").read_text()
     assert "#SBATCH --partition=fast\n" in script and f"PYTHON={sys.executable}\n" in script
     assert set((tmp_path / "variables").read_text().split()) <= {"0", "1"}
