@@ -138,6 +138,8 @@ def test_a_run_is_frames_by_step_and_a_damaged_line_is_left_out(recipe, tmp_path
     assert metrics["ce_loss"].isna().all() and metrics["ce_loss"].dtype == float
     assert list(evaluations.index) == [4, 4] and list(evaluations["name"]) == ["a", "b"]
     assert evaluations["loss"].iloc[0] == 1.0 and pd.isna(evaluations["loss"].iloc[1])
+    (run / "eval_tasks.jsonl").write_text('{"step": 4, "name": "arc_easy", "acc": 0.5}\n')
+    assert Run(run).task_scores().loc[4].to_dict() == {"name": "arc_easy", "acc": 0.5}
     assert Run(run).recipe == load_recipe(recipe) and Run(run).model == run / "model"
     assert repr(Run(run)) == f"Run('{run}')"
 
