@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from amid_ds.cli.functions import evaluate, plan
+    from amid_ds.cli.functions import evaluate, plan, train
     from amid_ds.config.parse import load_recipe
     from amid_ds.distributed.vocab_parallel import VocabShard
     from amid_ds.errors import InputError, Stopped, TrainingError
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     )
     from amid_ds.run.results import Run
     from amid_ds.training.callbacks import Callback
-    from amid_ds.training.train import train
 
 __version__ = "0.1.0"
 __all__ = ["AMiD", "AlphaBeta", "Callback", "ConcreteScore", "InputError", "LMHead", "PerToken",
@@ -37,7 +36,7 @@ _ELSEWHERE = {
     "Callback": "training.callbacks", "InputError": "errors", "Run": "run.results",
     "Stopped": "errors", "TrainingError": "errors", "VocabShard": "distributed.vocab_parallel",
     "evaluate": "cli.functions", "load_recipe": "config.parse", "plan": "cli.functions",
-    "train": "training.train"}
+    "train": "cli.functions"}
 
 
 def __getattr__(name: str) -> Any:

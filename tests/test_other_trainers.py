@@ -142,7 +142,7 @@ if trainer.is_world_process_zero():
     torch.save((tests.logged(trainer), weights), {str(tmp_path / "result.pt")!r})
 """)
     subprocess.run([str(Path(sys.executable).parent / "torchrun"), "--nproc_per_node=2",
-                    "--master_port=0", str(script)], check=True, cwd=tmp_path,
+                    "--standalone", str(script)], check=True, cwd=tmp_path,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     losses, weights = torch.load(tmp_path / "result.pt")
     expected, plain = plain_training(llama_pair, preset("gkd", beta=0.3), make_rows(8))
@@ -159,7 +159,8 @@ def gkd_trainer(pair, folder: Path, name: str = "FusedGKDTrainer", rows=None, **
     arguments = {**SETTINGS, "lmbda": 0.0, "bf16": False, **changes}
     return type("Ordered", (InOrder, documented(2)[name]), {})(
         student, teacher, GKDConfig(str(folder), **arguments), data_collator=stacked,
-        train_dataset=Dataset.from_list(rows or make_rows(8)), processing_class=AutoTokenizer.from_pretrained(pair[0]))
+        train_dataset=Dataset.from_list(rows or make_rows(8)),
+        processing_class=AutoTokenizer.from_pretrained(pair[0]))
 
 
 def loss_and_gradients(trainer, compute, **count) -> tuple[float, dict[str, torch.Tensor]]:

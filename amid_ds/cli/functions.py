@@ -1,7 +1,4 @@
-"""`amid_ds.plan` and `amid_ds.evaluate`: commands as functions, with the same errors.
-
-`amid_ds.train` and `amid_ds.load_recipe` are what their modules have under these names.
-"""
+"""`amid_ds.train`, `plan` and `evaluate`: the commands as functions, with the same errors."""
 
 from __future__ import annotations
 
@@ -14,6 +11,22 @@ if TYPE_CHECKING:
     from amid_ds.eval.evaluate import Scores
     from amid_ds.planning.devices import Device
     from amid_ds.planning.estimate import Plan
+    from amid_ds.run.results import Run
+    from amid_ds.training.callbacks import Callback
+
+
+def train(recipe: RecipeLike, overrides: Sequence[str] = (), *,
+          callbacks: Sequence[Callback] = ()) -> Run:
+    """Train by a recipe, as `amid-ds train`, and return the finished run; it resumes by itself.
+
+    In one process, or in every rank of a launcher. recipe: a path, its content, or a Recipe.
+    callbacks: told, on rank 0, before those that the recipe names. Raises InputError,
+    TrainingError, or Stopped where it was asked to stop before its last step (Ctrl-C, a signal, the
+    file STOP).
+    """
+    from amid_ds.cluster.task_jobs import train_and_judge
+
+    return train_and_judge(recipe, overrides, callbacks=callbacks)
 
 
 def plan(recipe: RecipeLike, overrides: Sequence[str] = (), *, nodes: int = 1,

@@ -318,11 +318,10 @@ class World:
     def leave(self, error: InputError | TrainingError | Stopped) -> None:
         """Report, on rank 0, the error that all ranks have agreed on, and leave together.
 
-        A launcher that sees one rank end with a status other than 0 kills the rest: rank 0 must
-        have reported by then, and a rank on its way out must not die of SIGTERM, which would hide
-        its status. One `barrier`.
+        One `barrier`. A launcher that sees one rank end with a status other than 0 kills the rest:
+        rank 0 must have reported by then, and a rank on its way out must not die of SIGTERM, which
+        would hide its status. A rank that is alone leaves the report to its caller.
         """
-        # A rank that is alone hands it to its caller, which may be a notebook.
         if self.size > 1:
             if self.is_main:
                 report_error(error)

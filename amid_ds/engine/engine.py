@@ -261,10 +261,6 @@ class Engine:
         if self._means is not None:
             self._means.settle()
 
-    def close(self) -> None:
-        """Remove DeepSpeed's hooks: they would keep the engine in memory after its last use."""
-        self._deepspeed.destroy()
-
     def resident_bytes(self) -> dict[str, int]:
         """Bytes that stay on this rank from step to step: both models' weights, the optimizer."""
         return memory.resident_bytes(self._deepspeed)

@@ -10,7 +10,7 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.config.recipe import Recipe
 from amid_ds.errors import InputError
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.log import read_evaluations, read_metrics
+from amid_ds.run.log import read_evaluations, read_metrics, read_task_scores
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +50,11 @@ class Run:
     def evaluations(self) -> pd.DataFrame:
         """eval.jsonl: a row for each evaluation and set, by `step`; the set's name is `name`."""
         return _frame(read_evaluations(self.path))
+
+    def task_scores(self) -> pd.DataFrame:
+        """eval_tasks.jsonl: a row for each checkpoint and benchmark, by `step`; its name is `name`.
+        """
+        return _frame(read_task_scores(self.path))
 
 
 def _frame(lines: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

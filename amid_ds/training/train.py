@@ -52,12 +52,11 @@ logger = logging.getLogger(__name__)
 
 def train(recipe: RecipeLike, overrides: Sequence[str] = (), began: float | None = None,
           callbacks: Sequence[Callback] = ()) -> Run:
-    """Train by a recipe, as `amid-ds train`, and return the finished run; it resumes by itself.
+    """Train by a recipe and return the finished run; every rank of every launcher calls this.
 
-    In one process, or in every rank of a launcher. recipe: a path, its content, or a Recipe. began:
-    when the start began, by time.monotonic(), such as the process's own; None: now. callbacks:
-    told, on rank 0, before those that the recipe names. Raises InputError, TrainingError, or
-    Stopped where it was asked to stop before its last step (Ctrl-C, a signal, the file STOP).
+    began: when the start began, by time.monotonic(), such as the process's own; None: now.
+    callbacks: told, on rank 0, before those that the recipe names. Raises InputError, TrainingError
+    or Stopped.
     """
     with StartClock(time.monotonic() if began is None else began):
         own, timeout = None, Train.model_fields["hang_timeout"].default

@@ -198,7 +198,6 @@ class Trainer(Stepper):
         if self.state.step != self.saved_step:
             self._save()
         self.saver.close()
-        self.engine.close()
         self.world.run_checked(self.callbacks.check)
         if not has_finished(self.recipe, self.state):
             reason = self.world.first(self.stop.reason())
