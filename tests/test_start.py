@@ -91,9 +91,10 @@ def test_rank_0_alone_judges_and_hashes_each_file_once_and_logs_the_start_once(r
 def test_commands_start_without_torch_and_the_package_has_its_names():
     code = ("import sys, amid_ds.cli; print('torch' in sys.modules, 'pydantic' in sys.modules, "
             "*(getattr(amid_ds, name).__name__ for name in amid_ds.__all__))")
-    assert python(code) == ("False False AMiD AlphaBeta ConcreteScore LMHead PerToken "
-                            "SampledReverseKL SparseTargets VocabShard "
-                            "amid_loss linear_amid_loss preset")
+    assert python(code) == ("False False AMiD AlphaBeta Callback ConcreteScore InputError LMHead "
+                            "PerToken Run SampledReverseKL SparseTargets Stopped TrainingError "
+                            "VocabShard amid_loss evaluate linear_amid_loss load_recipe plan "
+                            "preset train")
     with pytest.raises(AttributeError, match="'amid_ds' has no attribute 'amid_los'"):
         import amid_ds
 
