@@ -43,5 +43,5 @@ __all__ = ["Batch", "PreparedDataset", "PreparedInfo", "PreparedLoader", "RowTar
            "end_of_text_id", "load_tokenizer", "merge_stream_states", "planned_epochs", "prepare",
            "prepare_all", "read_batches", "read_prompts", "read_prompts_with_references",
            "require_same_tokenizer", "sample_texts", "save_tokenizer", "source_columns",
-           "stack_targets", "stream_summary", "tokenizer_fingerprint", "train_sentencepiece", "vocabulary_size",
-           "with_steps"]
+           "stack_targets", "stream_summary", "tokenizer_fingerprint", "train_sentencepiece",
+           "vocabulary_size", "with_steps"]
