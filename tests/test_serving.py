@@ -51,7 +51,10 @@ def run(*command: object, fails: bool = False, **variables: str) -> str:
 
 
 def save_student(folder: Path, family: str, tokenizer) -> Path:
-    """A student of two layers whose greedy text is no repetition of one token."""
+    """A student of two layers whose greedy text is words: programs show single bytes differently.
+
+    And no repetition of one token.
+    """
     import transformers
 
     config = getattr(transformers, f"{family}Config")(
@@ -64,6 +67,9 @@ def save_student(folder: Path, family: str, tokenizer) -> Path:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.data.mul_(6)
+    for token, i in tokenizer.get_vocab().items():
+        if re.fullmatch("[▁Ġ]?[a-z0-9]+", token) is None:
+            model.lm_head.weight.data[i] = 0
     model.save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
     return folder
