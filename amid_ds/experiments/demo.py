@@ -156,7 +156,8 @@ def _make_everything(folder: DemoFolder, seed: int,
 def make_corpus(root: Path) -> tuple[Path, Path]:
     """Write the corpus under `root`; the paths of its training and held-out jsonl.
 
-    A file's name alone decides its part, so every machine splits alike.
+    A file's name alone decides its part, so every machine splits alike. What an earlier attempt
+    has written stays.
     """
     files = root / "corpus" / "train.jsonl", root / "corpus" / "heldout.jsonl"
     if files[1].exists():
