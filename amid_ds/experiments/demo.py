@@ -166,8 +166,8 @@ def _make_everything(folder: DemoFolder, seed: int,
 def make_corpus(root: Path, held_out_bytes: int | None = None) -> tuple[Path, Path]:
     """Write the corpus under `root`; the paths of its training and held-out jsonl.
 
-    A file's name alone decides its part, so every machine splits alike. held_out_bytes: about as
-    many characters are held out; None: HELD_OUT_BYTES.
+    A file's name alone decides its part, so every machine splits alike. What an earlier attempt
+    has written stays. held_out_bytes: about as many characters are held out; None: HELD_OUT_BYTES.
     """
     files = root / "corpus" / "train.jsonl", root / "corpus" / "heldout.jsonl"
     if files[1].exists():
