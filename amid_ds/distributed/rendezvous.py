@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import resource
@@ -31,6 +32,8 @@ MEET_S = 600.0
 # Of the store in rank 0: one for torch's groups, one for FailureMonitor. And the files of its own.
 CONNECTIONS_PER_RANK = 2
 OWN_FILES = 1024
+# How often this process has met its peers before: a program may train several times.
+_MEETINGS = itertools.count()
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +105,10 @@ def _meet(rank: int, size: int, patience: timedelta) -> dist.Store:
     if size == 1:
         return dist.HashStore()
     try:
-        return next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
+        store: dist.Store = next(dist.rendezvous("env://", rank, size, timeout=patience))[0]
+        again = next(_MEETINGS)
+        # torchrun's store still holds what the ranks told each other the last time.
+        return dist.PrefixStore(f"again_{again}", store) if again else store
     except (RuntimeError, OSError) as error:
         raise _did_not_meet(rank, error) from None
 
