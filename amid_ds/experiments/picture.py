@@ -126,6 +126,8 @@ def _last_answer(table: SampleTable, run: int) -> str:
 def _wrapped(text: str, width: int) -> str:
     """The text's first LINES lines of at most `width` characters less a margin, none empty before.
     """
+    if not text.strip():
+        return "(white space)" if text else "(ends at once)"
     lines = [part for line in printable(text).strip("\n").expandtabs(4).split("\n")
              for part in textwrap.wrap(line, width - 2, drop_whitespace=False) or [""]]
     return "\n".join(lines if len(lines) <= LINES else [*lines[:LINES - 1], "…"])
