@@ -30,7 +30,8 @@ def import_deepspeed() -> Any:
     if path.split(os.pathsep)[0] != folder:
         os.environ["PATH"] = os.pathsep.join([folder, path])
     name_accelerator()
-    import deepspeed
+    with _without_mlflow():
+        import deepspeed
     from deepspeed.utils import logger
 
     logger.setLevel(os.environ.get("DEEPSPEED_LOG_LEVEL", "ERROR").upper())
@@ -47,6 +48,20 @@ def import_deepspeed() -> Any:
     deepspeed.runtime.zero.config.ZeroStageEnum.__reduce_ex__ = (
         lambda stage, protocol: (type(stage), (stage.value,)))
     return deepspeed
+
+
+@contextlib.contextmanager
+def _without_mlflow() -> Iterator[None]:
+    """A context in which mlflow cannot be imported: DeepSpeed's autotuner, which nothing here uses,
+    would import it, and with it pandas, in every rank."""
+    if "mlflow" in sys.modules:
+        yield
+        return
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules["mlflow"]
 
 
 def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
