@@ -173,7 +173,7 @@ def test_two_attempts_are_one_run_with_all_curves_settings_notes_and_a_page(offl
     log = RunLog(run, 0, 9, BESIDE)
     for step in range(1, 6):
         log.step(step, metrics(step, 1 / step))
-    log.evaluation(5, {"held out: [x]": {"loss": 0.1, "tokens": 7}})
+    log.evaluation(5, {"held out: [é]": {"loss": 0.1, "tokens": 7}})
     log.samples(5, [Sample(3, "<b>why", "a\nb", None)])
     logging.getLogger("amid_ds.test").warning("the loss spikes")
     log.close("failed")
@@ -196,7 +196,7 @@ def test_two_attempts_are_one_run_with_all_curves_settings_notes_and_a_page(offl
             (1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25), (4, 0.25), (5, 0.2), (6, 1 / 6)], name
         assert set(seen.points) >= {"time/step", "loss/kd", "data/tokens"}
         assert "loss/ce" not in seen.points
-        tag = "eval/held out_ _x_/loss" if name == "mlflow" else "eval/held out: [x]/loss"
+        tag = "eval/held out_ _é_/loss" if name == "mlflow" else "eval/held out: [é]/loss"
         assert seen.points[tag] == [(5, 0.1)] and set(seen.points["tasks/arc/acc"]) == {(2, 0.5)}
         assert "the loss spikes" in seen.notes
         assert "<b>why\n\nstudent:\n\n    a\n    b" in seen.texts["samples/3, 5"], name

@@ -21,7 +21,7 @@ from amid_ds.run.folder import RunFolder
 
 TRACKER_PROJECT = "amid_ds"
 # Of MLflow: what names may not have, and what one request may.
-MLFLOW_FORBIDDEN = re.compile(r"[^\w\-. /]", re.ASCII)
+MLFLOW_FORBIDDEN = re.compile(r"[^\w\-. /]")
 MOST_METRICS, MOST_PARAMETERS, MOST_CHARACTERS = 1000, 100, 6000
 
 
