@@ -10,7 +10,9 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from html import unescape
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pytest
 from support.ranks import Ranks, rank_main, run_ranks
@@ -20,7 +22,7 @@ import amid_ds.run.log
 from amid_ds.config.parse import flattened, load_recipe, resolved
 from amid_ds.errors import InputError, Stopped
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.log import TENSORBOARD_TAGS, RunLog, read_metrics
+from amid_ds.run.log import TENSORBOARD_TAGS, RunLog, Sample, read_metrics
 from amid_ds.run.trackers import complete_trackers, read_tracker_ids, require_trackers
 from amid_ds.run.tracking import SECRETS
 
@@ -82,6 +84,7 @@ class Seen:
         self.points: dict[str, list[tuple[int, float]]] = {}
         self.config: dict[str, object] = {}
         self.notes: list[str] = []
+        self.texts: dict[str, str] = {}
         self.files: list[str] = []
         self.ends: list[object] = []
         getattr(self, name)(run)
@@ -98,9 +101,14 @@ class Seen:
                     assert (record.run.display_name, record.run.project) == (run.name, "amid_ds")
                     self.ids.add(record.run.run_id)
                 elif kind == "history":
-                    row = {item.key or item.nested_key[0]: json.loads(item.value_json)
+                    row = {tuple(item.nested_key) or (item.key,): json.loads(item.value_json)
                            for item in record.history.item}
-                    self.add(row["step"], {tag: row[tag] for tag in row if "/" in tag})
+                    step = row["step",]
+                    self.add(step, {tag: value for (tag, *under), value in row.items()
+                                    if "/" in tag and not under})
+                    self.texts |= {
+                        f"{key[0]}, {step}": unescape((path.parent / "files" / value).read_text())
+                        for key, value in row.items() if key[1:] == ("path",)}
                 elif kind == "config":
                     self.config |= flattened({item.key: json.loads(item.value_json)
                                               for item in record.config.update if item.key})
@@ -126,6 +134,10 @@ class Seen:
                 for point in client.get_metric_history(found.info.run_id, tag):
                     self.add(point.step, {tag: point.value})
             self.files += [item.path for item in client.list_artifacts(found.info.run_id)]
+            place = Path(unquote(urlsplit(found.info.artifact_uri).path))
+            for path in place.glob("samples/*/*"):
+                tag = f"samples/{path.parent.name}, {int(path.stem.removeprefix('step_'))}"
+                self.texts[tag] = path.read_text()
 
     def trackio(self, run: Path) -> None:
         import trackio
@@ -138,7 +150,11 @@ class Seen:
             self.config |= flattened(found.config)
             self.notes += [alert["text"] for alert in found.alerts()]
             for row in SQLiteStorage.get_logs("amid_ds", found.name):
-                self.add(row["step"], {tag: row[tag] for tag in row if "/" in tag})
+                for tag, value in row.items():
+                    if isinstance(value, dict):
+                        self.texts[f"{tag}, {row['step']}"] = value["_value"]
+                    elif "/" in tag:
+                        self.add(row["step"], {tag: value})
             self.files += [item["name"] for item
                            in SQLiteStorage.get_run_artifacts("amid_ds", found.name,
                                                               found.id)["output"]]
@@ -157,7 +173,8 @@ def test_two_attempts_are_one_run_with_all_curves_settings_notes_and_a_page(offl
     log = RunLog(run, 0, 9, BESIDE)
     for step in range(1, 6):
         log.step(step, metrics(step, 1 / step))
-    log.evaluation(5, {"held out: [x]": {"loss": 0.1, "tokens": 7}})
+    log.evaluation(5, {"held out: [é]": {"loss": 0.1, "tokens": 7}})
+    log.samples(5, [Sample(3, "<b>why", "a\nb", None)])
     logging.getLogger("amid_ds.test").warning("the loss spikes")
     log.close("failed")
     ids = read_tracker_ids(run)
@@ -179,9 +196,10 @@ def test_two_attempts_are_one_run_with_all_curves_settings_notes_and_a_page(offl
             (1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.25), (4, 0.25), (5, 0.2), (6, 1 / 6)], name
         assert set(seen.points) >= {"time/step", "loss/kd", "data/tokens"}
         assert "loss/ce" not in seen.points
-        tag = "eval/held out_ _x_/loss" if name == "mlflow" else "eval/held out: [x]/loss"
+        tag = "eval/held out_ _é_/loss" if name == "mlflow" else "eval/held out: [é]/loss"
         assert seen.points[tag] == [(5, 0.1)] and set(seen.points["tasks/arc/acc"]) == {(2, 0.5)}
         assert "the loss spikes" in seen.notes
+        assert "<b>why\n\nstudent:\n\n    a\n    b" in seen.texts["samples/3, 5"], name
         for key in ("train.learning_rate", "data.train.0.path", "provenance.versions.torch"):
             assert str(seen.config[key]) == str(expected[key]), (name, key)
         assert any("report" in file for file in seen.files), name
@@ -205,7 +223,8 @@ def test_a_run_without_trackers_writes_its_own_files_alone(tmp_path):
         log.step(1, metrics(1, 1.0))
         log.evaluation(1, {"held-out": {"loss": 1.0}})
         logging.getLogger("amid_ds.test").warning("goes nowhere else")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["eval.jsonl", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "eval.jsonl", "metrics.jsonl", "samples.jsonl"]
 
 
 def warnings_of(caplog) -> list[str]:
@@ -232,6 +251,28 @@ def test_a_tracker_that_fails_is_said_once_an_attempt_and_has_everything_once_it
     assert Seen("mlflow", offline).points["loss/total"] == [(1, 1.0), (2, 0.5)]
 
 
+def test_what_trackio_cannot_write_is_said(offline, monkeypatch, caplog):
+    """Its threads warn and go on."""
+    monkeypatch.setenv("TRACKIO_DIR", "/dev/null/trackio")
+    with RunLog(RunFolder(offline), 0, 1, ["trackio"]) as log:
+        log.step(1, metrics(1, 1.0))
+    said, = warnings_of(caplog)
+    assert "trackio failed to flush metric logs" in said and "Not a directory" in said
+
+
+@pytest.mark.slow
+def test_mlflows_files_follow_a_folder_that_was_moved(offline):
+    page, moved = offline.parent / "report.html", RunFolder(offline.with_name("moved's"))
+    page.write_text("<html>")
+    complete_trackers(["mlflow"], RunFolder(offline), page)
+    offline.rename(moved.path)
+    page.write_text("<html>2")
+    complete_trackers(["mlflow"], moved, page)
+    assert not offline.exists()
+    written, = moved.mlflow.glob("*/*/artifacts/report.html")
+    assert written.read_text() == "<html>2"
+
+
 @pytest.fixture
 def silent_server() -> Iterator[str]:
     """The address of a server that takes every connection and never answers."""
@@ -240,11 +281,13 @@ def silent_server() -> Iterator[str]:
 
 
 def test_a_server_that_hangs_delays_no_step_and_the_end_by_a_bounded_time(
-        offline, silent_server, monkeypatch, caplog):
+        offline, silent_server, monkeypatch, caplog, request):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", silent_server)
     monkeypatch.setattr(amid_ds.run.log, "END_WAIT_S", 0.5)
     with RunLog(RunFolder(offline), 0, 2000, ["mlflow"]) as log:
         process = log.trackers[0].process
+        # One that is stopped never ends by itself.
+        request.addfinalizer(process.kill)
         for step in range(1, 2001):
             log.step(step, metrics(step, 1.0))
             logging.getLogger("amid_ds.test").warning("a note that nobody takes " + "." * 500)
@@ -254,7 +297,6 @@ def test_a_server_that_hangs_delays_no_step_and_the_end_by_a_bounded_time(
     said = [text for text in warnings_of(caplog) if "mlflow" in text]
     assert len(said) == 1 and "has not taken everything yet" in said[0]
     assert process.poll() is None
-    process.kill()
     assert len(read_metrics(offline)) == 2000
     assert "secret" not in caplog.text
 

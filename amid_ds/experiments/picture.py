@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import textwrap
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -58,11 +57,8 @@ def draw_picture(runs: Sequence[ReportedRun], path: Path) -> None:
         above = figure
     _draw_metric(above, runs, name, key)
     try:
-        with warnings.catch_warnings():
-            # Of answers in a script that the font lacks.
-            warnings.filterwarnings("ignore", "Glyph")
-            figure.savefig(path, dpi=DPI, metadata={"Software": PICTURE_SIGN},
-                           pil_kwargs={"optimize": True})
+        figure.savefig(path, dpi=DPI, metadata={"Software": PICTURE_SIGN},
+                       pil_kwargs={"optimize": True})
     except OSError as error:
         raise InputError(f"the picture {path} cannot be written: {error}",
                          "a file that can be written", "give --picture another path") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
+import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -47,7 +48,8 @@ class PlottedRun(Protocol):
 def require_matplotlib() -> Any:
     """matplotlib's class Figure, which needs no window. InputError if it is not installed.
 
-    From then on no text in a figure is a formula, whatever dollar signs it has.
+    From then on no text in a figure is a formula, whatever dollar signs it has, and what the font
+    lacks is drawn as boxes without a warning.
     """
     try:
         from matplotlib import rcParams
@@ -56,6 +58,8 @@ def require_matplotlib() -> Any:
         raise InputError("matplotlib is not installed", "what figures are drawn with",
                          "pip install 'amid-ds[plots]'") from None
     rcParams["text.parse_math"] = False
+    # Of text in a script that the font lacks.
+    warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")
     return Figure
 
 

@@ -201,13 +201,11 @@ class RunLog:
         if self.folder is None:
             return
         for sample in samples:
-            self.samples_file.write({"step": step, **sample._asdict()})
-            texts = {name: text for name, text in sample._asdict().items() if isinstance(text, str)}
-            # As code, in which no character is Markdown.
+            line = {"step": step, **sample._asdict()}
+            self.samples_file.write(line)
             if self.board is not None:
-                self.board.add_note(f"samples/{sample.number}", "\n\n".join(
-                    f"{name}:\n\n{textwrap.indent(text, ' ' * 4, lambda _: True)}"
-                    for name, text in texts.items()), step)
+                for tag, text in texts_of_sample(line).items():
+                    self.board.add_note(tag, text, step)
 
     def close(self, outcome: str = "finished") -> None:
         """Close the files and the progress bar, and wait END_WAIT_S for the trackers.
@@ -239,6 +237,16 @@ def curves_of_evaluation(line: Mapping[str, Any], above: str = "eval") -> dict[s
     """A line of eval.jsonl as values by the tags of their curves, `eval/NAME/KEY`."""
     return {f"{above}/{line['name']}/{key}": value for key, value in line.items()
             if key not in ("step", "name", "tokens") and value is not None}
+
+
+def texts_of_sample(line: Mapping[str, Any]) -> dict[str, str]:
+    """A line of samples.jsonl as Markdown by its tag, `samples/NUMBER`.
+
+    Prompt and answers are code, in which no character is Markdown.
+    """
+    return {f"samples/{line['number']}": "\n\n".join(
+        f"{name}:\n\n{textwrap.indent(line[name], ' ' * 4, lambda _: True)}"
+        for name in ("prompt", "student", "teacher") if line[name] is not None)}
 
 
 class _JsonLines:

@@ -9,24 +9,28 @@ from __future__ import annotations
 import os
 import re
 import uuid
+import warnings
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
+from amid_ds.files.atomic import replace_text
 from amid_ds.run.folder import RunFolder
 
 TRACKER_PROJECT = "amid_ds"
 # Of MLflow: what names may not have, and what one request may.
-MLFLOW_FORBIDDEN = re.compile(r"[^\w\-. /]", re.ASCII)
+MLFLOW_FORBIDDEN = re.compile(r"[^\w\-. /]")
 MOST_METRICS, MOST_PARAMETERS, MOST_CHARACTERS = 1000, 100, 6000
 
 
 class Point(NamedTuple):
-    """The values of some curves at a step, by their tags."""
+    """The values of some curves, and texts in Markdown, at a step, by their tags."""
 
     step: int
     values: Mapping[str, float]
+    texts: Mapping[str, str]
 
 
 class TrackerClient(Protocol):
@@ -44,7 +48,7 @@ class TrackerClient(Protocol):
         """Show the recipe and the provenance as the run's settings."""
 
     def add_points(self, points: Sequence[Point]) -> None:
-        """Add points to the curves."""
+        """Add points to the curves, and texts."""
 
     def add_note(self, tag: str, text: str) -> None:
         """Add a text."""
@@ -62,6 +66,8 @@ class WandbRun:
     def __init__(self, run: RunFolder, known: str | None) -> None:
         _set_defaults(WANDB_PROJECT=TRACKER_PROJECT, WANDB_NAME=run.path.name,
                       WANDB_DIR=str(run.path), WANDB_SILENT="true", WANDB_CONSOLE="off",
+                      # What `wandb sync` sends later stands beside the rest, not in the home.
+                      WANDB_DATA_DIR=str(run.path / "wandb"),
                       # The process whose memory and CPU it shows is rank 0's.
                       WANDB_INIT_TIMEOUT="30", WANDB_X_STATS_PID=str(os.getppid()))
         import wandb
@@ -82,8 +88,11 @@ class WandbRun:
         self.run.config.update(config, allow_val_change=True)
 
     def add_points(self, points: Sequence[Point]) -> None:
+        from wandb import Html
+
         for point in points:
-            self.run.log({**point.values, "step": point.step})
+            texts = {tag: Html(f"<pre>{escape(text)}</pre>") for tag, text in point.texts.items()}
+            self.run.log({**point.values, **texts, "step": point.step})
 
     def add_note(self, tag: str, text: str) -> None:
         self.run.alert(tag, text, level="WARN")
@@ -115,6 +124,7 @@ class MlflowRun:
                 os.environ["MLFLOW_EXPERIMENT_NAME"])
             known = self.client.create_run(experiment, run_name=run.path.name).info.run_id
         else:
+            _follow_move(run.mlflow)
             self.client.set_terminated(known, "RUNNING")
         self.id = known
         address = urlsplit(os.environ["MLFLOW_TRACKING_URI"])
@@ -151,6 +161,9 @@ class MlflowRun:
                    for point in points for tag, value in point.values.items()]
         for first in range(0, len(metrics), MOST_METRICS):
             self.client.log_batch(self.id, metrics=metrics[first:first + MOST_METRICS])
+        for point in points:
+            for tag, text in point.texts.items():
+                self.client.log_text(self.id, text, f"{tag}/step_{point.step:08d}.md")
 
     def add_note(self, tag: str, text: str) -> None:
         self.client.set_tag(self.id, tag, text)
@@ -172,6 +185,9 @@ class TrackioRun:
     def __init__(self, run: RunFolder, known: str | None) -> None:
         import trackio
 
+        # Its threads drop what they cannot write, with a warning.
+        self.warned: list[str] = []
+        warnings.showwarning = self._take_warning
         project = os.environ.get("TRACKIO_PROJECT", TRACKER_PROJECT)
         self.id = known or f"{run.path.name}-{uuid.uuid4().hex[:6]}"
         self.run = trackio.init(project, name=self.id, resume="allow", embed=False)
@@ -182,8 +198,12 @@ class TrackioRun:
         self.run.config.update(config)
 
     def add_points(self, points: Sequence[Point]) -> None:
+        from trackio import Markdown
+
+        self._raise_warning()
         for point in points:
-            self.run.log(dict(point.values), step=point.step)
+            texts = {tag: Markdown(text) for tag, text in point.texts.items()}
+            self.run.log({**point.values, **texts}, step=point.step)
 
     def add_note(self, tag: str, text: str) -> None:
         self.run.alert(tag, text)
@@ -193,10 +213,33 @@ class TrackioRun:
 
     def close(self, outcome: str) -> None:
         self.run.finish()
+        self._raise_warning()
+
+    def _take_warning(self, message: Warning | str, category: type[Warning], filename: str,
+                      lineno: int, file: object = None, line: str | None = None) -> None:
+        if "trackio" in Path(filename).parts:
+            self.warned.append(str(message))
+
+    def _raise_warning(self) -> None:
+        if self.warned:
+            text, *_ = self.warned
+            self.warned.clear()
+            raise RuntimeError(text)
 
 
 CLIENTS: dict[str, type[TrackerClient]] = {"wandb": WandbRun, "mlflow": MlflowRun,
                                            "trackio": TrackioRun}
+
+
+def _follow_move(store: Path) -> None:
+    """Have an MLflow store that was moved keep its artifacts where it is: it has whole paths."""
+    for path in (*store.glob("*/meta.yaml"), *store.glob("*/*/meta.yaml")):
+        text = path.read_text(encoding="utf-8")
+        place = path.parent.relative_to(store).as_posix()
+        moved = re.sub(rf"(?m)^(artifact_(?:uri|location): )file://.*/(?={place}(?:/artifacts)?$)",
+                       lambda found: f"{found[1]}{store.resolve().as_uri()}/", text)
+        if moved != text:
+            replace_text(path, moved)
 
 
 def _set_defaults(**variables: str) -> None:

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from amid_ds.errors import printable
 from amid_ds.files.json_lines import has_step, is_number
 from amid_ds.run.folder import RunFolder
-from amid_ds.run.log import curves_of_evaluation, curves_of_step
+from amid_ds.run.log import curves_of_evaluation, curves_of_step, texts_of_sample
 from amid_ds.run.tracker_clients import CLIENTS, Point, TrackerClient
 
 # Seconds between two looks at the files, after a failure, and at most after the end of the run.
@@ -61,11 +61,15 @@ def _take_streams() -> tuple[BinaryIO, BinaryIO]:
 
 
 class _Source:
-    """A file of JSON lines, from which points are taken once they were sent."""
+    """A file of JSON lines, from which points are taken once they were sent.
+
+    shown: a line's values or texts by their tags.
+    """
 
     def __init__(self, path: Path, first: int,
-                 curves: Callable[[Mapping[str, Any]], dict[str, float]]) -> None:
-        self.path, self.first, self.curves = path, first, curves
+                 shown: Callable[[Mapping[str, Any]], Mapping[str, Any]],
+                 is_text: bool = False) -> None:
+        self.path, self.first, self.shown, self.is_text = path, first, shown, is_text
         self.position = self.reached = 0
 
     def read(self) -> list[Point] | None:
@@ -86,8 +90,11 @@ class _Source:
             values = json.loads(line)
             if not has_step(values) or values["step"] < self.first:
                 return []
-            curves = {tag: value for tag, value in self.curves(values).items() if is_number(value)}
-            return [Point(values["step"], curves)]
+            shown = self.shown(values)
+            if self.is_text:
+                return [Point(values["step"], {}, shown)]
+            return [Point(values["step"], {tag: value for tag, value in shown.items()
+                                           if is_number(value)}, {})]
         # A line that a crash has cut.
         except (ValueError, KeyError, TypeError, AttributeError):
             return []
@@ -106,6 +113,7 @@ class _Follower:
         self.sources = [
             _Source(self.run.metrics, order["start"] + 1, curves_of_step),
             _Source(self.run.evaluations, order["start"] + 1, curves_of_evaluation),
+            _Source(self.run.samples, order["start"] + 1, texts_of_sample, is_text=True),
             # Scores of a checkpoint come at any later time: those of all steps, in each attempt.
             _Source(self.run.task_scores, 0, partial(curves_of_evaluation, above="tasks"))]
         self.client: TrackerClient | None = None
