@@ -23,8 +23,9 @@ from amid_ds.cli import main
 from amid_ds.cluster.task_jobs import TaskJobs
 from amid_ds.config.parse import load_recipe
 from amid_ds.errors import InputError
-from amid_ds.eval.run_tasks import judged_steps, keep_for_tasks, kept_steps, step_lease
-from amid_ds.files.lease import Lease
+from amid_ds.eval import run_tasks as run_tasks_module
+from amid_ds.eval.run_tasks import judge_run, judged_steps, keep_for_tasks, kept_steps, step_lease
+from amid_ds.files.lease import Lease, LeaseLostError
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_task_scores
 from amid_ds.training.callbacks import CheckpointEvent
@@ -258,11 +259,39 @@ def test_a_step_that_another_process_judges_is_left_to_it(run, capsys):
     assert judged_steps(run) == {4} and kept_steps(run) == {3}
 
 
-def test_a_step_that_was_scored_before_its_folder_went_is_not_scored_again(run):
+def test_a_step_that_was_scored_before_its_folder_went_is_not_scored_again(run, monkeypatch):
     keep_for_tasks(run, run.checkpoints / "step_00000003")
     run.task_scores.write_text('{"step": 3, "name": "choosing", "acc": 0.5}\n')
-    assert main(["tasks", str(run.path)]) == 0
+    with monkeypatch.context() as patch:
+        # The process is killed while it removes.
+        patch.setattr(shutil, "rmtree", lambda folder: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            judge_run(str(run.path))
+    assert os.listdir(run.task_checkpoints / "step_00000003") == ["manifest.json"]
+    judge_run(str(run.path))
     assert len(read_task_scores(run.path)) == 1 and kept_steps(run) == set()
+
+
+def test_a_step_that_cannot_be_judged_waits_and_holds_no_other_up(run, capsys):
+    for step in (3, 4):
+        keep_for_tasks(run, run.checkpoints / f"step_0000000{step}")
+    damaged = run.task_checkpoints / "step_00000003" / "manifest.json"
+    damaged.rename(damaged.with_name("somebody's"))
+    assert main(["tasks", str(run.path)]) == 2
+    assert "step_00000003" in capsys.readouterr().err
+    assert judged_steps(run) == {4} and kept_steps(run) == {3}
+
+
+def test_a_process_that_was_replaced_while_it_was_suspended_writes_no_scores(run, monkeypatch):
+    keep_for_tasks(run, run.checkpoints / "step_00000003")
+
+    def replaced(*arguments: object, **options: object) -> dict:
+        step_lease(run, 3).unlink()
+        return {"choosing": {"acc": 0.5}}
+    monkeypatch.setattr(run_tasks_module, "run_tasks", replaced)
+    with pytest.raises(LeaseLostError):
+        judge_run(str(run.path))
+    assert read_task_scores(run.path) == [] and kept_steps(run) == {3}
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import re
 import shutil
 from pathlib import Path
 
+from amid_ds.checkpoint.card import CARD_FILE
 from amid_ds.checkpoint.export import find_checkpoint, write_export
 from amid_ds.checkpoint.manifest import (
     MANIFEST_FILE,
@@ -75,14 +76,17 @@ def export_kept(run: RunFolder, step: int) -> Path:
 
     The caller has the step's lease. Raises InputError.
     """
-    model = run.task_checkpoints / f"model_{step:08d}"
+    model = _model_of(run, step)
     checkpoint = run.task_checkpoints / checkpoint_name(step)
     if not is_exported(model):
         _, recipe = find_checkpoint(checkpoint)
         write_export(checkpoint, recipe, model, whole=True)
-    if (checkpoint / MANIFEST_FILE).is_file():
-        shutil.rmtree(checkpoint)
+    _remove(checkpoint, MANIFEST_FILE)
     return model
+
+
+def _model_of(run: RunFolder, step: int) -> Path:
+    return run.task_checkpoints / f"model_{step:08d}"
 
 
 def step_lease(run: RunFolder, step: int) -> Path:
@@ -93,7 +97,8 @@ def step_lease(run: RunFolder, step: int) -> Path:
 def judge_run(folder: str) -> None:
     """`amid-ds tasks RUN`: judge every checkpoint that waits, the earliest first.
 
-    Those that another process is at are left to it. Raises InputError.
+    Those that another process is at are left to it; one that cannot be judged waits on, and the
+    others are. Raises InputError, for such a one at the end.
     """
     run = RunFolder(Path(folder))
     if not run.exists:
@@ -105,27 +110,35 @@ def judge_run(folder: str) -> None:
         raise InputError(f"the recipe of {folder} has no eval_tasks", "a run whose recipe has some",
                          "of any model: amid-ds eval MODEL --tasks A,B")
     check_tasks(asked.tasks)
-    elsewhere: set[int] = set()
+    seen: set[int] = set()
+    failure: InputError | None = None
     if not kept_steps(run):
         logger.info("%s: no checkpoint waits for its tasks", run.path.name)
-    while waiting := sorted(kept_steps(run) - elsewhere):
+    while waiting := sorted(kept_steps(run) - seen):
         step = waiting[0]
+        seen.add(step)
         try:
-            with Lease.held(step_lease(run, step), f"{run.task_checkpoints} of step {step}"):
+            with Lease.held(step_lease(run, step),
+                            f"{run.task_checkpoints} of step {step}") as lease:
                 if step in kept_steps(run):
-                    _judge(run, step, recipe, asked)
+                    _judge(run, step, recipe, asked, lease)
         except LeaseHeldError as held:
             logger.info("step %d is another process's: %s", step, held.found)
-            elsewhere.add(step)
+        except InputError as error:
+            logger.warning("step %d waits on: %s", step, error.found)
+            failure = failure or error
+    if failure is not None:
+        raise failure
 
 
-def _judge(run: RunFolder, step: int, recipe: Recipe, asked: EvalTasks) -> None:
-    """Add the scores of a kept step to the run's, and remove what was kept. Its lease is held."""
-    model = run.task_checkpoints / f"model_{step:08d}"
+def _judge(run: RunFolder, step: int, recipe: Recipe, asked: EvalTasks, lease: Lease) -> None:
+    """Add the scores of a kept step to the run's, and remove what was kept."""
     if step not in judged_steps(run):
         model = export_kept(run, step)
         scores = run_tasks(str(model), asked.tasks, apply_chat_template=asked.apply_chat_template,
                            trust_remote_code=recipe.student.trust_remote_code)
+        # Another may have taken over while this process was suspended.
+        lease.check()
         # Together: a step is judged or it is not.
         append_line(run.task_scores, "\n".join(
             json.dumps({"step": step, "name": name, **metrics}, allow_nan=False)
@@ -133,8 +146,18 @@ def _judge(run: RunFolder, step: int, recipe: Recipe, asked: EvalTasks) -> None:
         for name, metrics in scores.items():
             logger.info("%s: step %d  %s: %s", run.path.name, step, name, "  ".join(
                 f"{metric} {value:.4g}" for metric, value in metrics.items() if value is not None))
-    checkpoint = run.task_checkpoints / checkpoint_name(step)
-    for kept, is_own in ((model, is_exported(model)),
-                         (checkpoint, (checkpoint / MANIFEST_FILE).is_file())):
-        if is_own:
-            shutil.rmtree(kept)
+    _remove(run.task_checkpoints / checkpoint_name(step), MANIFEST_FILE)
+    if is_exported(_model_of(run, step)):
+        _remove(_model_of(run, step), CARD_FILE)
+
+
+def _remove(folder: Path, sign: str) -> None:
+    """Remove a folder if it has its sign, which goes last: what is cut off is done next time."""
+    if not (folder / sign).is_file():
+        return
+    for entry in folder.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != sign:
+            entry.unlink()
+    shutil.rmtree(folder)

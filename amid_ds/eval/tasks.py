@@ -15,6 +15,7 @@ import logging
 import random
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -94,7 +95,7 @@ def _known_tasks(names: Sequence[str]) -> Any:
             raise InputError(f"the task {path} is not there", "a YAML file that defines a task",
                              "check the path")
         # The harness opens those by their name alone.
-        if re.search(r"^group:", path.read_text(encoding="utf-8"), re.M):
+        if re.search(r"^group:", path.read_text(encoding="utf-8", errors="replace"), re.M):
             raise InputError(f"{path} defines a group of tasks", "a YAML file that defines a task",
                              "name the files of its tasks")
     manager = TaskManager(include_defaults=len(paths) < len(names))
@@ -113,7 +114,9 @@ def open_tasks(args: TaskArgs) -> Any:
     manager = _known_tasks(args.tasks)
     named = ", ".join(args.tasks)
     try:
-        opened = manager.load(list(args.tasks))
+        # A task's Python may print.
+        with contextlib.redirect_stdout(sys.stderr):
+            opened = manager.load(list(args.tasks))
     except Exception as error:
         # Whatever a YAML file and its Python, a package that it wants, or the hub answers.
         raise InputError(f"the tasks {named} cannot be loaded: {type(error).__name__}: {error}",
@@ -139,7 +142,9 @@ def score_tasks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, opened: An
     Collective: one of objects for each kind of request; world None: this process alone. Raises
     InputError where the model is none for a task.
     """
-    return _run(world, lambda: _evaluate(model, tokenizer, opened, args, world))
+    scores: TaskScores = _run(world, lambda: _evaluate(model, tokenizer, opened, args, world))
+    # Standard errors that are drawn are rank 0's alone.
+    return scores if world is None else world.broadcast(scores)
 
 
 def _run(world: World | None, work: Callable[[], Any]) -> Any:
@@ -164,8 +169,7 @@ def _evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, opened: Any,
             bootstrap_iters=BOOTSTRAP_ROUNDS if is_main else 0, log_samples=False,
             apply_chat_template=args.apply_chat_template,
             fewshot_as_multiturn=args.apply_chat_template)
-    scores = _numbers(results["results"])
-    return scores if world is None else world.broadcast(scores)
+    return _numbers(results["results"])
 
 
 @contextlib.contextmanager
@@ -176,7 +180,9 @@ def _refusals_are_bad_input() -> Iterator[None]:
     except InputError:
         raise
     except (AssertionError, ValueError) as error:
-        raise InputError(f"a task cannot be run: {error}",
+        # Most of its assertions have no text but their own line.
+        said = str(error) or traceback.extract_tb(error.__traceback__)[-1].line
+        raise InputError(f"a task cannot be run: {said}",
                          "tasks for a causal language model with as many positions",
                          "choose others") from None
 
