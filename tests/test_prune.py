@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file
 from support.data import split_documents, write_texts
 from support.memory import memory_rise
@@ -265,6 +266,7 @@ def test_by_depth_layers_stay_at_even_distances(layers, kept, expected):
 def test_by_depth_needs_no_text_and_keeps_what_the_config_says_of_each_layer(tmp_path):
     model = teacher(tmp_path / "teacher", "qwen2-tied", use_sliding_window=True, sliding_window=8,
                     num_hidden_layers=6, max_window_layers=3, head_dim=None)
+    (model / "README.md").write_text("---\nlicense: mit\n---\n")
     out = prune(model, tmp_path / "student", "--by", "depth", "--layers", 3)
     config = AutoConfig.from_pretrained(out)
     assert config.layer_types == ["full_attention", "full_attention", "sliding_attention"]
@@ -277,7 +279,11 @@ def test_by_depth_needs_no_text_and_keeps_what_the_config_says_of_each_layer(tmp
         for name in names:
             assert torch.equal(cut[name.replace(f".{layer}.", f".{number}.")], whole[name])
     card = (out / "README.md").read_text()
-    assert "Layers of the teacher that are left: 0, 2, 5." in card and str(model) in card
+    assert "Layers of the teacher that are left: 0, 2, 5." in card
+    assert "Cut from `…/teacher`" in card and str(tmp_path) not in card
+    assert metadata_load(out / "README.md") == {
+        "library_name": "transformers", "pipeline_tag": "text-generation",
+        "tags": ["pruning", "amid-ds"], "license": "mit"}
 
 
 def test_a_pruned_student_trains(texts, tmp_path):

@@ -8,6 +8,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -27,15 +30,16 @@ from amid_ds.cli import main
 from amid_ds.config.parse import load_recipe, resolved
 
 RUN_NAME = 'a "run": of\n#1'
-LICENSE = {"license": "other", "license_name": 'ours: "v1"', "license_link": "https://e.org/l"}
+LICENSE = {"license": "other", "license_name": 'ours: "v1"', "license_link": "LICENSE"}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run that trained and evaluated once, kept in fixtures, with the export of its last step,
-    under a name that YAML has to quote; its student's card names a license."""
+    under a name that YAML has to quote; its student has a license, in its card and its own file."""
     root = copy_old_runs(tmp_path_factory.mktemp("push"))
     (root / "student" / "README.md").write_text(f"---\n{yaml.safe_dump(LICENSE)}---\n# small\n")
+    (root / "student" / "LICENSE").write_text("ours")
     run = (root / "rollouts").rename(root / RUN_NAME)
     raw = yaml.safe_load((run / "recipe.yaml").read_text())
     for each in (raw["student"], raw["teacher"]):
@@ -45,7 +49,8 @@ def run(tmp_path_factory) -> Path:
     (run / "recipe.yaml").write_text(yaml.safe_dump(raw | {"output_dir": str(run)}))
     recipe = load_recipe(run / "recipe.yaml")
     keep_student(recipe)
-    (root / "student" / "README.md").unlink()
+    for name in ("README.md", "LICENSE"):
+        (root / "student" / name).unlink()
     write_export(run / "checkpoints" / "step_00000004", recipe, run / "model")
     return run
 
@@ -88,6 +93,7 @@ def test_the_hubs_own_reader_finds_evaluations_and_license_in_a_runs_card(run):
             for result in card.data.eval_results} == {("text-generation", "heldout", "heldout")}
     facts = card.data.to_dict()
     assert {key: facts[key] for key in LICENSE} == LICENSE
+    assert (run / "model" / "LICENSE").read_text() == "ours"
     assert facts["tags"] == ["distillation", "amid-ds"] and facts["library_name"] == "transformers"
     assert "base_model" not in facts and "datasets" not in facts, "they are folders and files"
     assert exported_step(run / "model") == 4
@@ -115,12 +121,13 @@ def hub_run(tmp_path) -> Path:
             {"path": "org/twice", "text": "t", "name": "three"}]
     (run / "recipe.yaml").write_text(yaml.safe_dump({
         "student": {"model": "org/student"}, "teacher": {"model": "org/teacher"},
-        "data": {"train": [{"path": "org/rows", "text": "t"}, {"path": "a.jsonl", "text": "t"}],
-                 "eval": sets},
+        "data": {"train": [{"path": path, "text": "t"} for path in (
+            "org/rows", "a.jsonl", "a/folder-that-has-gone")], "eval": sets},
         "train": {"steps": 2, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 1,
                   "learning_rate": 1e-3}, "output_dir": str(run)}))
     (run / "provenance.json").write_text(json.dumps(
-        {"student": {"model": "org/student", "files_sha256": None}}))
+        {"student": {"model": "org/student", "files_sha256": None},
+         "hub_data": ["org/rows", "org/twice"]}))
     (run / "eval.jsonl").write_text("".join(
         json.dumps({"step": step, "name": name, "loss": step + place, "kl_to_teacher": None}) + "\n"
         for step in (1, 2) for place, name in enumerate(("one", "two", "three"))))
@@ -144,12 +151,14 @@ def test_models_and_data_of_the_hub_are_named_by_their_ids(hub_run):
     (hub_run / "provenance.json").write_text(json.dumps(
         {"student": {"model": "runs/other", "files_sha256": "12"}}))
     assert card_of(hub_run).data.base_model is None
-    # A warm start: what it began with has a card of ours.
-    (hub_run / "start").mkdir()
-    (hub_run / "start" / "README.md").write_text(
-        "---\nbase_model: org/first\nlicense: other\nlicense_link: LICENSE\n---\n")
-    data = card_of(hub_run).data
-    assert data.base_model == "org/first"
+    # A warm start, or a pruned student: what it began with has a card of ours.
+    for folder, sign in (("student_files", "theirs"), ("start", "amid-ds")):
+        (hub_run / folder).mkdir()
+        (hub_run / folder / "README.md").write_text(
+            f"---\ntags: [{sign}]\nbase_model: org/first\nlicense: other\n"
+            "license_link: LICENSE\n---\n")
+        data = card_of(hub_run).data
+        assert data.base_model == (None if sign == "theirs" else "org/first")
     assert data.license_link == "https://huggingface.co/org/first/blob/main/LICENSE"
 
 
@@ -281,6 +290,30 @@ def test_a_hub_that_is_not_there_is_one_message(model, hub, capsys, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert main(arguments) == 2
     assert "unset HF_HUB_OFFLINE" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_it_though_files_are_on_their_way(model, hub, tmp_path, capsys):
+    copied = Path(shutil.copytree(model, tmp_path / "model"))
+    # Of two large files each has a thread of the client's.
+    (copied / "tokenizer.model").write_bytes(b"pieces")
+    hub.faults = {"PUT /blobs/": 0}
+
+    def interrupt() -> None:
+        while not any(request.startswith("PUT") for request in hub.requests):
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    assert main(["push", str(copied), "owner/small"]) == 1
+    assert time.monotonic() - began < push.TIMEOUTS[1] / 2
+    assert "sends what is missing" in capsys.readouterr().err and pushed(hub) == {}
+    # The threads are left by a command's end; here they end by themselves.
+    hub.faults = {"PUT /blobs/": 404}
+    hub.ending.set()
+    for thread in threading.enumerate():
+        if thread.name.startswith(("background work", "ThreadPoolExecutor")):
+            thread.join()
 
 
 def test_nothing_private_is_put_where_all_see_it(model, hub, capsys):

@@ -23,6 +23,7 @@ from amid_ds.errors import InputError, printable
 from amid_ds.files.json_lines import is_number
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_evaluations, read_metrics, read_task_scores
+from amid_ds.run.places import MODEL_CARD_SIGN
 from amid_ds.run.warm_start import resolve_student
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ SCORES = {
     "rouge_l": ("rouge", "ROUGE-L")}
 TASK_TYPE = "text-generation"
 LICENSE_KEYS = ("license", "license_name", "license_link")
+# What a license may ask to hand on with a model that is made of its own.
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
 # The section of the scores of tasks, up to the next one.
 BENCHMARKS = re.compile(r"\n## Benchmarks\n.*?(?=\n## |\Z)", re.DOTALL)
 
@@ -45,26 +48,21 @@ BENCHMARKS = re.compile(r"\n## Benchmarks\n.*?(?=\n## |\Z)", re.DOTALL)
 def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str,
                is_adapter: bool = False) -> str:
     """The text of the card of a checkpoint's model. is_adapter: the folder holds adapters alone."""
-    from huggingface_hub import ModelCard
-
     run = RunFolder(checkpoint.parent.parent)
-    facts, base = _facts(run), _base_model(run)
+    facts = _facts(run)
+    base = _base_model(run, facts)
     evaluated = _lines_of_last_step(read_evaluations(run.path), state.step)
-    card = ModelCard(NO_METADATA
-                     + _written(run, recipe, facts, state, dtype, is_adapter, evaluated))
-    datasets = [source.path for source in recipe.data.train if is_hub_id(source.path)]
-    metadata = {
-        "library_name": "peft" if is_adapter else "transformers", "pipeline_tag": TASK_TYPE,
-        "tags": [*(["distillation"] if recipe.teacher is not None else []), "amid-ds"],
-        "base_model": base,
-        "base_model_relation": base and ("adapter" if is_adapter else "finetune"),
-        "datasets": list(dict.fromkeys(datasets)) or None, **_license(run, recipe, base)}
-    for key, value in metadata.items():
-        card.data[key] = value
+    datasets = [source.path for source in recipe.data.train if source.path in _hub_data(facts)]
+    card = new_card(
+        _written(run, recipe, facts, state, dtype, is_adapter, evaluated),
+        ["distillation"] if recipe.teacher is not None else [],
+        {"library_name": "peft" if is_adapter else "transformers", "base_model": base,
+         "base_model_relation": base and ("adapter" if is_adapter else "finetune"),
+         "datasets": list(dict.fromkeys(datasets)) or None, **_license(run, recipe, base)})
     if recipe.train.ema is None:
         # What the evaluations measured is else not what is exported.
         _add_results(card, run, [result for line in evaluated if line["step"] == state.step
-                                 for result in _results_of(line, recipe.data.eval)])
+                                 for result in _results_of(line, recipe.data.eval, facts)])
     return str(_with_task_scores(card, run, state.step))
 
 
@@ -99,6 +97,17 @@ def published_card(model: Path, license_id: str | None) -> str | None:
     return str(_with_task_scores(card, run, step) if is_runs and step is not None else card)
 
 
+def new_card(text: str, tags: Sequence[str], fields: Mapping[str, object]) -> ModelCard:
+    """A card of this text, with further tags and fields of metadata; None leaves a field out."""
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(f"{NO_METADATA}\n{printable(text)}\n")
+    for key, value in {"library_name": "transformers", "pipeline_tag": TASK_TYPE,
+                       "tags": [*tags, MODEL_CARD_SIGN], **fields}.items():
+        card.data[key] = value
+    return card
+
+
 def exported_step(model: Path) -> int | None:
     """The step that the card of an exported model names; None where it cannot be read."""
     try:
@@ -120,7 +129,7 @@ def _written(run: RunFolder, recipe: Recipe, facts: Mapping[str, Any], state: Tr
     metrics = [f"| {key} | {value:g} |" for key, value in (logged[-1] if logged else {}).items()
                if value is not None and "/" not in key]
     sources = [f"- {_shown(source.path)}: {', '.join(f'`{field}`' for field in source.fields)}"
-               + f", split `{source.split}`" * is_hub_id(source.path)
+               + f", split `{source.split}`" * (source.path in _hub_data(facts))
                + f", weight {source.weight:g}" * (len(recipe.data.train) > 1)
                for source in recipe.data.train]
     parts = [f"# {printable(run.path.resolve().name, keep='')}, step {state.step}",
@@ -133,10 +142,10 @@ def _written(run: RunFolder, recipe: Recipe, facts: Mapping[str, Any], state: Tr
         parts.append(f"## Evaluation at step {evaluated[0]['step']}\n\n" + _table(evaluated))
     if facts:
         parts.append("## Provenance\n\n```json\n"
-                     + json.dumps(_without_places(facts), indent=1, ensure_ascii=False) + "\n```")
-    parts.append("## Recipe\n\n```yaml\n" + dump_yaml(_without_places(resolved(recipe))).strip()
+                     + json.dumps(without_places(facts), indent=1, ensure_ascii=False) + "\n```")
+    parts.append("## Recipe\n\n```yaml\n" + dump_yaml(without_places(resolved(recipe))).strip()
                  + "\n```")
-    return "\n" + printable("\n\n".join(parts)) + "\n"
+    return "\n\n".join(parts)
 
 
 def _lines_of_last_step(lines: Sequence[dict[str, Any]], step: int) -> list[dict[str, Any]]:
@@ -188,46 +197,65 @@ def _taught_by(recipe: Recipe, facts: Mapping[str, Any]) -> str:
 
 def _shown(path: str) -> str:
     """A model or a source for a sentence."""
-    return f"`{_without_places(path)}`"
+    return f"`{without_places(path)}`"
 
 
-def _without_places(value: Any) -> Any:
+def without_places(value: Any) -> Any:
     """A value of JSON whose absolute paths are cut to their last part."""
     if isinstance(value, dict):
-        return {key: _without_places(each) for key, each in value.items()}
+        return {key: without_places(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_places(each) for each in value]
+        return [without_places(each) for each in value]
     if isinstance(value, str) and value.startswith(("/", "~")):
         return f"…/{os.path.basename(value.rstrip('/'))}"
     return value
 
 
-def _base_model(run: RunFolder) -> str | None:
+def _hub_data(facts: Mapping[str, Any]) -> Sequence[str]:
+    """The ids of the run's data sets of the hub, as it noted them when it began: a path that has
+    gone since looks like one. [] for runs of earlier versions."""
+    found = facts.get("hub_data")
+    return found if isinstance(found, list) else []
+
+
+def _base_model(run: RunFolder, facts: Mapping[str, Any]) -> str | None:
     """The hub's id of the model that the student was; None where it was a folder of unknown origin.
 
-    A run that began with another's weights has the base that the other had.
+    A student that this package made, by a run or by `prune`, has the base that its card names.
     """
-    student = _facts(run).get("student")
+    student = facts.get("student")
     if isinstance(student, dict) and student.get("files_sha256", "") is None:
         # Of a folder there is a hash.
         model = student.get("model")
         return model if isinstance(model, str) and is_hub_id(model) else None
-    base = _metadata(run.start_model / CARD_FILE).get("base_model")
-    return base if isinstance(base, str) else None
+    for found in map(_metadata, (run.start_model / CARD_FILE, run.student_files / CARD_FILE)):
+        tags, base = found.get("tags"), found.get("base_model")
+        if isinstance(tags, list) and MODEL_CARD_SIGN in tags and isinstance(base, str):
+            return base
+    return None
 
 
 def _license(run: RunFolder, recipe: Recipe, base: str | None) -> dict[str, str]:
     """The fields of the license that the student's own card names; {} where it is silent."""
     own = Path(resolve_student(recipe, run.path).model)
-    for found in map(_metadata, (run.student_files / CARD_FILE, own / CARD_FILE)):
-        fields = {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}
-        if "license" in fields:
-            link = fields.pop("license_link", None)
-            if link is not None and "://" not in link:
-                # A file beside the card of the base.
-                link = base and f"https://huggingface.co/{base}/blob/main/{link}"
-            return fields if link is None else {**fields, "license_link": link}
-    return {}
+    return (license_fields(run.student_files / CARD_FILE, base)
+            or license_fields(own / CARD_FILE, base))
+
+
+def license_fields(card: Path, base: str | None) -> dict[str, str]:
+    """The fields of the license that a model's card names, for what is made of that model.
+
+    base: the model's id on the hub, or that of its base. {} where the card is silent, or not there.
+    """
+    found = _metadata(card)
+    fields = {key: found[key] for key in LICENSE_KEYS if isinstance(found.get(key), str)}
+    if "license" not in fields:
+        return {}
+    link = fields.pop("license_link", None)
+    goes_along = link in LICENSE_FILES and card.with_name(link).is_file()
+    if link is not None and "://" not in link and not goes_along:
+        link = base and f"https://huggingface.co/{base}/blob/main/{link}"
+    return fields if link is None else {**fields, "license_link": link}
 
 
 def _metadata(file: Path) -> Mapping[str, Any]:
@@ -241,11 +269,12 @@ def _metadata(file: Path) -> Mapping[str, Any]:
         return {}
 
 
-def _results_of(line: Mapping[str, Any], sets: Sequence[EvalSet]) -> list[EvalResult]:
+def _results_of(line: Mapping[str, Any], sets: Sequence[EvalSet], facts: Mapping[str, Any]
+                ) -> list[EvalResult]:
     """The scores of a line of eval.jsonl, for the metadata."""
     from huggingface_hub import EvalResult
 
-    found = [each for each in sets if each.name == line["name"] and is_hub_id(each.path)]
+    found = [each for each in sets if each.name == line["name"] and each.path in _hub_data(facts)]
     # The hub joins results on one data set: two sets of its rows are told apart by their names.
     origin = (found[0] if found and [each.path for each in sets].count(found[0].path) == 1
               else None)

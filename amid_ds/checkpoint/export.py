@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from amid_ds.checkpoint.adapter_export import write_adapter
-from amid_ds.checkpoint.card import CARD_FILE, model_card
+from amid_ds.checkpoint.card import CARD_FILE, LICENSE_FILES, model_card
 from amid_ds.checkpoint.manifest import Manifest, checkpoint_step, list_checkpoints, verify
 from amid_ds.checkpoint.whole_student import WholeStudent
 from amid_ds.checkpoint.zero_shards import trained_shapes
@@ -101,7 +101,7 @@ def write_export(checkpoint: Path, recipe: Recipe, out: Path, dtype: str | None 
         with open_folder(out) as staging:
             if is_adapter:
                 write_adapter(checkpoint, exported, DTYPES[dtype], model, own, staging)
-                _write_tokenizer(student, staging)
+                _write_companions(student, staging)
             else:
                 with freed_memory_given_back():
                     _write_weights(weights, model, shapes, staging)
@@ -122,8 +122,6 @@ def keep_student(recipe: Recipe) -> None:
     So a run can be exported after its student's folder has moved. Not of a student with Python code
     of its own: that is trusted where the user has it, not in a folder that others may write into.
     """
-    from transformers.utils import cached_file
-
     kept = RunFolder(Path(recipe.output_dir)).student_files
     if kept.is_dir() or recipe.student.trust_remote_code:
         return
@@ -131,9 +129,7 @@ def keep_student(recipe: Recipe) -> None:
     model: Any = meta_model(student.model, **student.hub_kwargs)
     with replacing_folder(kept) as staging:
         write_model_configs(student, model, model.dtype, staging)
-        card = cached_file(student.model, CARD_FILE, revision=student.revision,
-                           _raise_exceptions_for_missing_entries=False,
-                           _raise_exceptions_for_connection_errors=False)
+        card = own_card(student)
         if card is not None:
             shutil.copy(card, staging / CARD_FILE)
 
@@ -168,7 +164,8 @@ def _write_weights(weights: WholeStudent, model: Any, shapes: Mapping[str, torch
 
 
 def write_model_configs(student: Student, model: Any, dtype: torch.dtype, out: Path) -> None:
-    """Write config.json of `model`, and `student`'s generation settings, code and tokenizer."""
+    """Write config.json of `model`, and `student`'s generation settings, code, tokenizer
+    and license."""
     from transformers import GenerationConfig
     from transformers.utils import cached_file
 
@@ -189,11 +186,28 @@ def write_model_configs(student: Student, model: Any, dtype: torch.dtype, out: P
         # A local folder's own code goes with it; for a hub's the config names it.
         for code in Path(student.model).glob("*.py"):
             shutil.copy(code, out)
-    _write_tokenizer(student, out)
+    _write_companions(student, out)
 
 
-def _write_tokenizer(student: Student, out: Path) -> None:
+def _write_companions(student: Student, out: Path) -> None:
+    """Write `student`'s tokenizer, and the files of its license."""
+    from transformers.utils.hub import cached_files
+
     save_tokenizer(load_tokenizer(student.model, **student.hub_kwargs), out, student.revision)
+    for file in cached_files(student.model, [*LICENSE_FILES], revision=student.revision,
+                             _raise_exceptions_for_missing_entries=False,
+                             _raise_exceptions_for_connection_errors=False) or ():
+        shutil.copy(file, out)
+
+
+def own_card(student: Student) -> Path | None:
+    """The card that lies beside `student`'s weights, on the hub or here; None without one."""
+    from transformers.utils import cached_file
+
+    card = cached_file(student.model, CARD_FILE, revision=student.revision,
+                       _raise_exceptions_for_missing_entries=False,
+                       _raise_exceptions_for_connection_errors=False)
+    return None if card is None else Path(card)
 
 
 def find_checkpoint(source: Path, step: int | None = None) -> tuple[Path, Recipe]:

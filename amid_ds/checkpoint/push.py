@@ -22,6 +22,7 @@ from urllib.parse import quote
 
 from amid_ds.checkpoint.card import CARD_FILE, exported_step, published_card
 from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
+from amid_ds.distributed.background import BackgroundWork
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.models.adapter_folders import ADAPTER_FILE
 from amid_ds.models.adapters import CONFIG_FILE, is_adapter_folder
@@ -97,7 +98,11 @@ def push(source: str, repository: str, private: bool = False, revision: str | No
     if upload.left_out:
         logger.info("left out: %s", ", ".join(upload.left_out))
     with _explained(upload):
-        _send(upload)
+        # The client's own threads would first send, after Ctrl-C, what they have begun.
+        sending = BackgroundWork(0, lambda: _send(upload))
+        while sending.goes_on():
+            pass
+        sending.result()
     print(upload.url)
 
 
@@ -313,6 +318,9 @@ def _explained(upload: Upload) -> Iterator[None]:
         yield
     except (InputError, TrainingError):
         raise
+    except KeyboardInterrupt:
+        raise TrainingError(f"the sending to {upload.url} was stopped: the same command sends what "
+                            "is missing") from None
     except Exception as error:
         chain: list[BaseException] = [error]
         while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from amid_ds.checkpoint.export import write_model_configs
+from amid_ds.checkpoint.card import CARD_FILE, license_fields, new_card, without_places
+from amid_ds.checkpoint.export import own_card, write_model_configs
 from amid_ds.config.recipe import Data, Student, Teacher
 from amid_ds.data import Batch, check_sources, load_tokenizer, vocabulary_size
 from amid_ds.data.batch import TokenRow, collate_rows
@@ -27,7 +28,7 @@ from amid_ds.data.encode import first_rows
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.engine.build import build_teacher_engine
-from amid_ds.errors import InputError
+from amid_ds.errors import InputError, printable
 from amid_ds.eval.importance import (
     Importance,
     ImportanceHooks,
@@ -296,9 +297,10 @@ def write_pruned(task: PruneTask, importance: Importance | None) -> None:
             with new_folder(out) as staging:
                 write_weights(student, hollow, lambda names: (read_cut(reader, cut.of(name))
                                                               for name in names), staging)
-                write_model_configs(Student(**task.teacher.hub_kwargs, model=task.teacher.model),
-                                    student, task.meta.config.dtype or task.dtype, staging)
-                (staging / "README.md").write_text(pruned_card(task, cut), encoding="utf-8")
+                origin = Student(**task.teacher.hub_kwargs, model=task.teacher.model)
+                write_model_configs(origin, student, task.meta.config.dtype or task.dtype, staging)
+                (staging / CARD_FILE).write_text(pruned_card(task, cut, own_card(origin)),
+                                                 encoding="utf-8")
         except OSError as error:
             raise InputError(f"the student {out} could not be written: {error}",
                              "a folder that can be written, with room",
@@ -312,8 +314,9 @@ def student_model(task: PruneTask, layers: Sequence[int]) -> Any:
         return type(task.meta)(config)
 
 
-def pruned_card(task: PruneTask, cut: Cut) -> str:
-    """The text of the folder's README.md: from what this model was cut, and how."""
+def pruned_card(task: PruneTask, cut: Cut, teachers: Path | None) -> str:
+    """The text of the folder's README.md: from what this model was cut, and how. teachers: the
+    teacher's own card."""
     args, changed = task.args, []
     rows = [f"| {name} | {before} | {after} |"
             for name, before, after in zip(ModelSizes._fields, task.own, task.sizes, strict=True)]
@@ -323,17 +326,18 @@ def pruned_card(task: PruneTask, cut: Cut) -> str:
     if task.data is not None:
         changed.append("Chosen by the teacher's activations on no more than the first "
                        f"{args.calibration_rows} rows of {task.seq_length} tokens of "
-                       f"`{args.data}`.")
+                       f"`{without_places(args.data)}`.")
     elif task.sizes != task.own:
         changed.append("Layers are left at even distances.")
     revision = f" at {task.teacher.revision}" if task.teacher.revision else ""
-    return "\n\n".join([
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-        "tags: [pruning, amid-ds]\n---",
-        f"# {Path(args.out).absolute().name}",
-        f"Cut from `{args.teacher}`{revision} by `amid-ds prune`, to be distilled from it. It has "
-        "not been trained since.",
-        "| | teacher | this model |\n|---|---:|---:|\n" + "\n".join(rows), *changed]) + "\n"
+    text = "\n\n".join([
+        f"# {printable(Path(args.out).absolute().name, keep='')}",
+        f"Cut from `{without_places(args.teacher)}`{revision} by `amid-ds prune`, to be distilled "
+        "from it. It has not been trained since.",
+        "| | teacher | this model |\n|---|---:|---:|\n" + "\n".join(rows), *changed])
+    base = None if Path(args.teacher).is_dir() else args.teacher
+    license_of_base = {} if teachers is None else license_fields(teachers, base)
+    return str(new_card(text, ["pruning"], {"base_model": base, **license_of_base}))
 
 
 def _described(sizes: ModelSizes) -> str:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from amid_ds.config.recipe import Recipe, Student, Teacher
 from amid_ds.data import TargetFolder, tokenizer_fingerprint
+from amid_ds.data.locate import is_hub_id
 from amid_ds.data.manifest import PREPARED_MANIFEST, read_prepared_manifest
 from amid_ds.distributed.devices import allocator_settings
 from amid_ds.run.warm_start import frozen_models, resolve_student
@@ -65,6 +66,8 @@ def provenance(recipe: Recipe, hashes: SourceHashes, ranks: int, optimizer: Mapp
         "teacher": ({**frozen.pop("teacher"), **placement} if frozen
                     else _cache_facts(recipe, hashes)),
         **frozen,
+        "hub_data": sorted({source.path for part in recipe.data.parts().values()
+                            for source in part.train if is_hub_id(source.path)}),
         "tokenizer_sha256": hashes.tokenizer,
         "optimizer": optimizer,
     }
