@@ -155,16 +155,21 @@ def test_under_a_launcher_every_rank_of_a_script_trains_twice_and_hears_of_an_er
     script = tmp_path / "script.py"
     script.write_text(f"""
 import os
+import threading
 import amid_ds
 
 said = open("said" + os.environ["RANK"], "w")
 for folder in ("one", "two"):
     run = amid_ds.train({str(recipe)!r}, [f"output_dir={tmp_path}/{{folder}}"])
     print(run.metrics()["loss"].iloc[-1], file=said)
-try:
-    amid_ds.train({str(recipe)!r}, ["train.steps=none"])
-except amid_ds.InputError as error:
-    print("refused", file=said, flush=True)
+def refused():
+    try:
+        amid_ds.train({str(recipe)!r}, ["train.steps=none"])
+    except amid_ds.InputError as error:
+        print("refused", file=said, flush=True)
+thread = threading.Thread(target=refused)
+thread.start()
+thread.join()
 """)
     done = subprocess.run([str(BIN / "torchrun"), "--nproc_per_node=2", "--standalone",
                            str(script)], env=rank_environment(), capture_output=True, text=True,
