@@ -45,3 +45,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(f"{__name__}.{_ELSEWHERE.get(name, 'losses')}")
     return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    """What a notebook completes after `amid_ds.`."""
+    return __all__

@@ -9,11 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from support.ranks import Ranks, rank_main
 from support.runs import BIN, rank_environment, read_metrics, write_recipe
 
-from amid_ds.errors import InputError
-from amid_ds.training.callbacks import Callback, load_callbacks
+from amid_ds.distributed.world import World
+from amid_ds.errors import InputError, TrainingError
+from amid_ds.training.callbacks import Callback, Callbacks, load_callbacks
 
 # Modules of a user, which lie in the folder that the run is started in.
 MODULES = {
@@ -75,6 +77,9 @@ class Narrow:
 
 class Later:
     async def step(self, event): pass
+
+class Never:
+    def step(self, event): yield
 
 def function(event): pass
 """}
@@ -172,7 +177,9 @@ def test_a_callback_that_fails_ends_all_ranks_with_1_its_traceback_and_what_was_
     ("shapes:Needs", ["TypeError", "argument", "made without arguments"]),
     ("shapes:Empty", ["shapes:Empty is told of nothing", "step, evaluation, checkpoint"]),
     ("shapes:Narrow", ["`step` of the callback shapes:Narrow", "def step(self, event)"]),
-    ("shapes:Later", ["`step` of the callback shapes:Later"])])
+    ("shapes:Later", ["`step` of the callback shapes:Later"]),
+    ("shapes:Never", ["`step` of the callback shapes:Never"]),
+    ("sys:Missing", ["sys has no class Missing"])])
 def test_what_is_no_callback_is_refused_by_name(folder, name, words):
     with pytest.raises(InputError) as refused:
         load_callbacks([name])
@@ -203,6 +210,28 @@ def test_any_object_with_an_event_is_told_and_a_class_is_not():
                          (print, "is told of nothing")):
         with pytest.raises(InputError, match=words):
             load_callbacks([], [wrong])
+
+
+def test_what_a_callback_raises_is_the_cause_of_the_runs_error_and_nobody_is_told_after_it(
+        tmp_path):
+    class Fails:
+        def evaluation(self, event: object) -> None:
+            raise KeyError("missing")
+
+    class Counts:
+        steps = 0
+
+        def step(self, event: object) -> None:
+            self.steps += 1
+
+    counts = Counts()
+    callbacks = Callbacks(tmp_path, [Fails(), counts])
+    callbacks.step(1, {"loss": 1.0})
+    callbacks.evaluation(1, {})
+    callbacks.step(2, {"loss": 1.0})
+    with pytest.raises(TrainingError, match=r"Fails failed in `evaluation` of step 1") as failed:
+        World(0, 1, torch.device("cpu")).run_checked(callbacks.check)
+    assert repr(failed.value.__cause__) == "KeyError('missing')" and counts.steps == 1
 
 
 @pytest.mark.slow

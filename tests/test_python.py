@@ -125,7 +125,7 @@ def test_a_run_is_frames_by_step_and_a_damaged_line_is_left_out(recipe, tmp_path
         Run(run)
     run.mkdir()
     (run / "recipe.yaml").write_text(recipe.read_text())
-    assert Run(run).metrics().empty and Run(run).evaluations().index.name == "step"
+    assert Run(run).metrics().empty and list(Run(run).samples()["step"]) == []
     line = {"tokens": 96, "loss": 0.1 + 0.2, "tokens_per_second": 5.5, "ce_loss": None}
     steps = "\n".join(json.dumps({"step": step, **line}) for step in (2, 4))
     (run / "metrics.jsonl").write_text(f"{steps}\n{{\"step\": 6, \"tok")
@@ -133,13 +133,18 @@ def test_a_run_is_frames_by_step_and_a_damaged_line_is_left_out(recipe, tmp_path
         json.dumps({"step": 4, "name": name, "loss": loss}) + "\n"
         for name, loss in (("a", 1.0), ("b", None))))
     metrics, evaluations = Run(run).metrics(), Run(str(run)).evaluations()
-    assert list(metrics.index) == [2, 4] and metrics.index.name == "step"
+    assert list(metrics.index) == [2, 4] and list(metrics.columns) == ["step", *line]
+    assert list(metrics["step"]) == [2, 4] == list(metrics.sort_values("step").index)
     assert list(metrics["loss"]) == [0.1 + 0.2] * 2 and metrics["tokens"].dtype == int
     assert metrics["ce_loss"].isna().all() and metrics["ce_loss"].dtype == float
     assert list(evaluations.index) == [4, 4] and list(evaluations["name"]) == ["a", "b"]
     assert evaluations["loss"].iloc[0] == 1.0 and pd.isna(evaluations["loss"].iloc[1])
     (run / "eval_tasks.jsonl").write_text('{"step": 4, "name": "arc_easy", "acc": 0.5}\n')
-    assert Run(run).task_scores().loc[4].to_dict() == {"name": "arc_easy", "acc": 0.5}
+    assert Run(run).task_scores().loc[4].to_dict() == {
+        "step": 4, "name": "arc_easy", "acc": 0.5}
+    (run / "samples.jsonl").write_text(
+        '{"step": 4, "number": 0, "prompt": "a", "student": "b", "teacher": null}\n')
+    assert Run(run).samples().loc[4, "student"] == "b"
     assert Run(run).recipe == load_recipe(recipe) and Run(run).model == run / "model"
     assert repr(Run(run)) == f"Run('{run}')"
 
@@ -150,16 +155,21 @@ def test_under_a_launcher_every_rank_of_a_script_trains_twice_and_hears_of_an_er
     script = tmp_path / "script.py"
     script.write_text(f"""
 import os
+import threading
 import amid_ds
 
 said = open("said" + os.environ["RANK"], "w")
 for folder in ("one", "two"):
     run = amid_ds.train({str(recipe)!r}, [f"output_dir={tmp_path}/{{folder}}"])
     print(run.metrics()["loss"].iloc[-1], file=said)
-try:
-    amid_ds.train({str(recipe)!r}, ["train.steps=none"])
-except amid_ds.InputError as error:
-    print("refused", file=said, flush=True)
+def refused():
+    try:
+        amid_ds.train({str(recipe)!r}, ["train.steps=none"])
+    except amid_ds.InputError as error:
+        print("refused", file=said, flush=True)
+thread = threading.Thread(target=refused)
+thread.start()
+thread.join()
 """)
     done = subprocess.run([str(BIN / "torchrun"), "--nproc_per_node=2", "--standalone",
                            str(script)], env=rank_environment(), capture_output=True, text=True,

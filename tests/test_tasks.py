@@ -19,6 +19,7 @@ from support.runs import write_recipe
 from support.tasks import CHOICE, GENERATION, PERPLEXITY, make_documents, write_task
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from amid_ds import evaluate
 from amid_ds.cli import main
 from amid_ds.cluster.task_jobs import TaskJobs
 from amid_ds.config.parse import load_recipe
@@ -135,6 +136,8 @@ def test_one_table_has_our_scores_and_the_benchmarks(model, tasks, text_file, ca
     first = plain_scores(model, make_documents(1))["acc"]
     assert re.search(rf"choosing +│ acc +│ +{first:.4f} ", table), table
     assert "perplexity" in table and "acc_norm" in table
+    found = evaluate(model, tasks=tasks[:1], limit=1)
+    assert found.tasks["choosing"]["acc"] == first and found.loss is None
 
 
 @pytest.mark.parametrize("arguments, named", [

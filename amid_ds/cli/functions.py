@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -88,31 +88,52 @@ def plan(recipe: RecipeLike, overrides: Sequence[str] = (), *, nodes: int = 1,
     return make_plan(loaded, nodes, ranks_per_node, device, storage_bandwidth(storage))
 
 
-def evaluate(model: str | Path, *, data: str | Path, teacher: str | Path | None = None,
-             cached: str | Path | None = None, protocol: str | None = None,
-             seq_length: int | None = None, seeds: int | Sequence[int] | None = None,
+def evaluate(model: str | Path, *, data: str | Path | None = None,
+             teacher: str | Path | None = None, cached: str | Path | None = None,
+             tasks: str | Sequence[str | Path] | None = None, limit: int | None = None,
+             apply_chat_template: bool = False, protocol: str | None = None,
+             seq_length: int | None = None, seeds: int | str | Sequence[int] | None = None,
              new_tokens: int | None = None, no_repeat_ngram: int | None = None,
              text: str | None = None, prompt: str | None = None, response: str | None = None,
              messages: str | None = None, template: str | None = None, split: str | None = None,
              on_bad_row: Literal["error", "skip"] = "error",
              trust_remote_code: bool = False) -> Scores:
-    """The scores of a model on held-out rows, as `amid-ds eval`, whose options these are.
+    """The scores of a model on held-out rows, on tasks or on both, as `amid-ds eval`, whose
+    options these are.
 
-    In one process, or in every rank of a launcher. seeds: the number of samples per prompt, or the
-    seeds themselves. Raises InputError, TrainingError.
+    In one process, or in every rank of a launcher, on every rank. seeds: the number of samples per
+    prompt, or the seeds themselves. Raises InputError, TrainingError.
     """
     from amid_ds.distributed.rendezvous import init_distributed
-    from amid_ds.eval.evaluate import EVAL_TIMEOUT_S, evaluate_named
+    from amid_ds.eval.evaluate import EVAL_TIMEOUT_S
     from amid_ds.eval.protocol import EvalArgs, eval_protocol
     from amid_ds.eval.rows import RowOptions
+    from amid_ds.eval.tasks import TaskArgs, evaluate_named
 
-    if seeds is not None:
-        seeds_text = str(seeds) if isinstance(seeds, int) else "".join(f"{seed}," for seed in seeds)
-    chosen = eval_protocol(protocol, seq_length, None if seeds is None else seeds_text, new_tokens,
-                           no_repeat_ngram)
-    rows = RowOptions(text, prompt, response, messages, template, split, on_bad_row)
-    args = EvalArgs(str(model), None if teacher is None else str(teacher), str(data), chosen, rows,
-                    trust_remote_code=trust_remote_code,
-                    cached=None if cached is None else str(cached))
+    _refuse_without(data, "--data", {"--teacher": teacher, "--cached": cached,
+                                     "--protocol": protocol})
+    _refuse_without(tasks, "--tasks", {"--limit": limit,
+                                       "--apply-chat-template": apply_chat_template})
+    if data is None and tasks is None:
+        raise InputError("amid-ds eval with neither --data nor --tasks", "one of them, or both",
+                         "name the file to score on, or benchmarks")
+    rows = asked = None
+    if data is not None:
+        chosen = eval_protocol(protocol, seq_length, seeds, new_tokens, no_repeat_ngram)
+        options = RowOptions(text, prompt, response, messages, template, split, on_bad_row)
+        rows = EvalArgs(str(model), None if teacher is None else str(teacher), str(data), chosen,
+                        options, trust_remote_code=trust_remote_code,
+                        cached=None if cached is None else str(cached))
+    if tasks is not None:
+        names = (name.strip() for name in tasks.split(",")) if isinstance(tasks, str) else map(str, tasks)
+        asked = TaskArgs(tuple(names), limit, apply_chat_template)
     with init_distributed(EVAL_TIMEOUT_S) as world:
-        return evaluate_named(args, world)
+        return evaluate_named(str(model), rows, asked, world, trust_remote_code=trust_remote_code)
+
+
+def _refuse_without(needed: object, option: str, others: Mapping[str, object]) -> None:
+    """Raise InputError where an option is given that does something for `option` alone."""
+    given = [name for name, value in others.items() if value not in (None, False)]
+    if needed is None and given:
+        raise InputError(f"{' and '.join(given)} without {option}", f"{option} beside it",
+                         "add it, or leave the others out")

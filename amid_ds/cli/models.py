@@ -7,7 +7,6 @@ import argparse
 from typing import TYPE_CHECKING
 
 from amid_ds.cli.arguments import Commands, add_command, add_recipe, add_targets, add_trust
-from amid_ds.errors import InputError
 
 if TYPE_CHECKING:
     from amid_ds.eval.rows import RowOptions
@@ -81,37 +80,24 @@ def _add_row_options(parser: argparse.ArgumentParser, on_bad_row: str | None) ->
 
 
 def _eval(args: argparse.Namespace) -> None:
-    from amid_ds.eval.evaluate import evaluate_command
-    from amid_ds.eval.protocol import EvalArgs, eval_protocol
+    import inspect
+    import json
 
-    rows = None
-    if args.data is not None:
-        protocol = eval_protocol(args.protocol, args.seq_length, args.seeds, args.new_tokens,
-                                 args.no_repeat_ngram)
-        rows = EvalArgs(args.model, args.teacher, args.data, protocol, _row_options(args),
-                        trust_remote_code=args.trust_remote_code, cached=args.cached)
-    _refuse_without(args.data, "--data", args, "teacher", "cached", "protocol")
-    _refuse_without(args.tasks, "--tasks", args, "limit", "apply_chat_template")
-    if args.tasks is not None:
-        from amid_ds.eval.tasks import TaskArgs, tasks_command
+    from amid_ds.cli.functions import evaluate
+    from amid_ds.distributed.launch import launched_rank
+    from amid_ds.eval.evaluate import print_table
+    from amid_ds.eval.tasks import print_with_tasks
 
-        names = tuple(name.strip() for name in args.tasks.split(","))
-        tasks = TaskArgs(names, args.limit, args.apply_chat_template)
-        tasks_command(args.model, tasks, rows, args.trust_remote_code, args.json)
-    elif rows is not None:
-        evaluate_command(rows, args.json)
+    options = inspect.signature(evaluate).parameters
+    scores = evaluate(**{name: getattr(args, name) for name in options})
+    if launched_rank() > 0:
+        return
+    if args.json:
+        print(json.dumps(scores.report()))
+    elif scores.tasks is None:
+        print_table({args.model: scores})
     else:
-        raise InputError("amid-ds eval with neither --data nor --tasks", "one of them, or both",
-                         "name the file to score on, or benchmarks")
-
-
-def _refuse_without(needed: str | None, option: str, args: argparse.Namespace, *names: str) -> None:
-    """Raise InputError where an option is given that does something for `option` alone."""
-    given = [f"--{name.replace('_', '-')}" for name in names
-             if getattr(args, name) not in (None, False)]
-    if needed is None and given:
-        raise InputError(f"{' and '.join(given)} without {option}", f"{option} beside it",
-                         "add it, or leave the others out")
+        print_with_tasks(args.model, scores)
 
 
 def add_generate(commands: Commands) -> None:

@@ -15,7 +15,7 @@ from amid_ds.config.section import NonNegativeInt, PositiveInt, Section
 Statistic = Literal[Measure, "agreement"]
 # Each but the first is an extra of its name: pip install 'amid-ds[wandb]'.
 TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
-CALLBACK_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+CALLBACK_NAME = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class ReportingKeys(Section):

@@ -291,7 +291,7 @@ class World:
         if own is not None and self.failures is not None:
             self.failures.withdraw()
         if first is not None:
-            raise _agreed(first) from error
+            raise _agreed(first) from (first.__cause__ if first is error else error)
         return result   # type: ignore[return-value]
 
     def explained(self, error: Exception) -> Exception:
@@ -325,10 +325,10 @@ class World:
         if self.size > 1:
             if self.is_main:
                 report_error(error)
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            # Slurm may send it more than once; a terminal that closes sends its own.
-            signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-            signal.signal(signal.SIGHUP, signal.SIG_IGN)
+            # Slurm sends USR1, a terminal that closes HUP. ValueError: not in the main thread.
+            with contextlib.suppress(ValueError):
+                for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+                    signal.signal(number, signal.SIG_IGN)
         # RuntimeError: a peer is gone. A rank that did not agree is ended by `failures`.
         with contextlib.suppress(RuntimeError):
             if self.failures is not None:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -33,13 +32,11 @@ from amid_ds.data import (
     require_same_tokenizer,
     vocabulary_size,
 )
-from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError, TrainingError
 from amid_ds.eval.cached import (
     agreed_from,
     cache_to_score,
-    check_eval_data,
     kl_from,
     prepared_folder,
     require_same_rows,
@@ -59,6 +56,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
+# By the name of a task or group: numbers by the name of a metric, `acc` and `acc_stderr`; None for
+# one that is not finite.
+TaskScores = dict[str, dict[str, float | None]]
 # [256, V] fp32 logits of two models are 263 MB at V = 128256.
 TOKENS_AT_ONCE = 256
 # Of confidence, for the calibration error (Guo et al., 2017).
@@ -73,23 +73,25 @@ CORRECT_COUNTS = slice(5 + CALIBRATION_BINS, 5 + 2 * CALIBRATION_BINS)
 
 @dataclass(frozen=True)
 class Scores:
-    """Token-weighted means over a data set, in nats; then the scores of generations.
+    """Token-weighted means over a data set, in nats; then the scores of generations, and of tasks.
 
-    loss: negative log-likelihood. perplexity: None if it is more than a float holds.
+    loss: negative log-likelihood; None where no data were scored, but tasks alone. perplexity: None
+    if it is more than a float holds.
     kl_to_teacher: KL(teacher ‖ model); reverse_kl: KL(model ‖ teacher), None if it is infinite;
     top1_agreement: the share of tokens at which both have the same first choice; all three None
     without a teacher.
     calibration_error: the expected gap between the probability of the first choice and the share of
     right ones, over 15 bins of equal width. protocol: the published one that was followed, with
-    its values; None without one. The others are GenerationScores'; None without generations.
+    its values; None without one. tasks: of benchmarks; None without any. The others are
+    GenerationScores'; None without generations.
     """
 
-    loss: float
-    perplexity: float | None
-    kl_to_teacher: float | None
-    reverse_kl: float | None
-    top1_agreement: float | None
-    calibration_error: float
+    loss: float | None = None
+    perplexity: float | None = None
+    kl_to_teacher: float | None = None
+    reverse_kl: float | None = None
+    top1_agreement: float | None = None
+    calibration_error: float | None = None
     rouge_l: float | None = None
     rouge_l_std: float | None = None
     rouge_l_sem: float | None = None
@@ -97,12 +99,13 @@ class Scores:
     self_bleu: float | None = None
     teacher_nll: float | None = None
     protocol: str | None = None
+    tasks: TaskScores | None = None
 
-    def report(self) -> dict[str, float | str | None]:
-        """The scores by name, as JSON has them; `protocol` only where there is one."""
-        scores = dataclasses.asdict(self)
-        return scores if self.protocol is not None else {
-            name: value for name, value in scores.items() if name != "protocol"}
+    def report(self) -> dict[str, Any]:
+        """The scores by name, as JSON has them; `protocol` and `tasks` only where there are some.
+        """
+        return {name: value for name, value in dataclasses.asdict(self).items()
+                if value is not None or name not in ("protocol", "tasks")}
 
 
 def load_model(model: str, trust_remote_code: bool = False, dtype: Dtype = "auto") -> nn.Module:
@@ -305,23 +308,6 @@ def answers_nll(model: nn.Module, prompts: Sequence[list[int]], answers: Sequenc
         labels[index, first:len(row) - 1] = torch.tensor(answer, dtype=torch.long)
     sums = sum_scores(model, None, [Batch(ids, labels, None, 0, [], [])], vocab_size)
     return sums[NLL_SUM], int(sums[TOKEN_COUNT])
-
-
-def evaluate_named(args: EvalArgs, world: World) -> Scores:
-    """Every score of the models that `args` names, on every rank. Collective."""
-    world.run_checked(lambda: check_eval_data(args))
-    model, teacher, tokenizer = world.run_checked(lambda: load_models(args, world.device))
-    return evaluate(args, model, teacher, tokenizer, world)
-
-
-def evaluate_command(args: EvalArgs, as_json: bool) -> None:
-    """`amid-ds eval`: rank 0 prints the scores, as a table or as JSON alone."""
-    with init_distributed(EVAL_TIMEOUT_S) as world:
-        scores = evaluate_named(args, world)
-        if world.is_main and as_json:
-            print(json.dumps(scores.report()))
-        elif world.is_main:
-            print_table({args.model: scores})
 
 
 def load_models(args: EvalArgs, device: torch.device

@@ -107,12 +107,12 @@ PROTOCOLS: Mapping[str, EvalProtocol] = {
                             no_repeat_ngram=6, prompts=10_000, dtype="fp32")}
 
 
-def eval_protocol(name: str | None, seq_length: int | None = None, seeds: str | None = None,
-                  new_tokens: int | None = None, no_repeat_ngram: int | None = None
-                  ) -> EvalProtocol:
+def eval_protocol(name: str | None, seq_length: int | None = None,
+                  seeds: int | str | Sequence[int] | None = None, new_tokens: int | None = None,
+                  no_repeat_ngram: int | None = None) -> EvalProtocol:
     """The protocol of this name, None for that of no paper, with what is not None in its place.
 
-    seeds: as `--seeds` has them. Raises InputError.
+    seeds: their number, themselves, or as `--seeds` has them. Raises InputError.
     """
     if name is not None and name not in PROTOCOLS:
         raise InputError(f"--protocol {name!r}", f"one of {', '.join(PROTOCOLS)}",
@@ -135,8 +135,9 @@ def _given(value: _T | None, default: _T) -> _T:
     return default if value is None else value
 
 
-def parse_seeds(text: str) -> tuple[int, ...]:
+def parse_seeds(seeds: int | str | Sequence[int]) -> tuple[int, ...]:
     """The seeds of `N`, the first N of 10, 20, …, or of `A,B,…`, these. Raises InputError."""
+    text = str(seeds) if isinstance(seeds, int | str) else "".join(f"{seed}," for seed in seeds)
     try:
         values = [int(part) for part in text.split(",") if part.strip()]
         if "," not in text:

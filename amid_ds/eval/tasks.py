@@ -10,14 +10,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib.util
-import json
 import logging
 import random
 import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,11 +26,10 @@ from tqdm import tqdm
 
 from amid_ds.config.recipe import Dtype
 from amid_ds.data import load_tokenizer
-from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.eval.cached import check_eval_data
-from amid_ds.eval.evaluate import EVAL_TIMEOUT_S, Scores, evaluate, load_model, load_models
+from amid_ds.eval.evaluate import Scores, TaskScores, evaluate, load_model, load_models
 from amid_ds.eval.protocol import EvalArgs
 from amid_ds.run.log import finite
 
@@ -39,9 +37,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-# By the name of a task or group: numbers by the name of a metric, `acc` and `acc_stderr`; None for
-# one that is not finite.
-TaskScores = dict[str, dict[str, float | None]]
 # Requests that a rank answers at once.
 BATCH_SIZE = 16
 # The harness's own defaults, so that its numbers are ours.
@@ -260,46 +255,40 @@ def run_tasks(model: str, tasks: Sequence[str], *, limit: int | None = None,
     return score_tasks(loaded, tokenizer, opened, args, world)
 
 
-def tasks_command(model: str, args: TaskArgs, rows: EvalArgs | None, trust_remote_code: bool,
-                  as_json: bool) -> None:
-    """`amid-ds eval --tasks`: rank 0 prints the scores, as a table or as JSON alone.
+def evaluate_named(model: str, rows: EvalArgs | None, tasks: TaskArgs | None, world: World, *,
+                   trust_remote_code: bool = False) -> Scores:
+    """What `amid-ds eval` says of a model, on every rank: its scores on rows, on tasks, or on both.
 
-    rows: what `--data` asks for beside the tasks, of the same model.
+    rows: the data that it is scored on, with its teacher. Collective. Raises InputError,
+    TrainingError.
     """
-    with init_distributed(EVAL_TIMEOUT_S) as world:
-        scores: Scores | None = None
-        if rows is None:
-            tasks = run_tasks(model, args.tasks, limit=args.limit,
-                              apply_chat_template=args.apply_chat_template,
-                              trust_remote_code=trust_remote_code, world=world)
-        else:
-            world.run_checked(partial(check_eval_data, rows))
-            opened = world.run_checked(partial(open_tasks, args))
-            loaded, teacher, tokenizer = world.run_checked(
-                partial(load_models, rows, world.device))
-            scores = evaluate(rows, loaded, teacher, tokenizer, world)
-            tasks = score_tasks(loaded, tokenizer, opened, args, world)
-        if world.is_main and as_json:
-            own = ({field.name: None for field in fields(Scores) if field.name != "protocol"}
-                   if scores is None else scores.report())
-            print(json.dumps({**own, "tasks": tasks}))
-        elif world.is_main:
-            _print_scores(model, scores, tasks)
+    if rows is None:
+        assert tasks is not None
+        return Scores(tasks=run_tasks(model, tasks.tasks, limit=tasks.limit,
+                                      apply_chat_template=tasks.apply_chat_template,
+                                      trust_remote_code=trust_remote_code, world=world))
+    world.run_checked(partial(check_eval_data, rows))
+    opened = None if tasks is None else world.run_checked(partial(open_tasks, tasks))
+    loaded, teacher, tokenizer = world.run_checked(partial(load_models, rows, world.device))
+    scores = evaluate(rows, loaded, teacher, tokenizer, world)
+    if tasks is None:
+        return scores
+    return replace(scores, tasks=score_tasks(loaded, tokenizer, opened, tasks, world))
 
 
-def _print_scores(model: str, scores: Scores | None, tasks: TaskScores) -> None:
+def print_with_tasks(model: str, scores: Scores) -> None:
+    """Print the scores of a model, those of tasks with their standard errors, as one table."""
     from rich.table import Table
 
     from amid_ds.run.console import PlainConsole
 
-    table = Table(title=model, caption=None if scores is None else scores.protocol)
+    table = Table(title=model, caption=scores.protocol)
     for heading in ("", "score", "value", "± standard error"):
         table.add_column(heading, justify="left" if heading in ("", "score") else "right",
                          overflow="fold")
-    own = {} if scores is None else scores.report()
-    held_out: dict[str, float | None] = {key: value for key, value in own.items()
+    held_out: dict[str, float | None] = {key: value for key, value in scores.report().items()
                                          if isinstance(value, float)}
-    for name, metrics in {"held-out": held_out, **tasks}.items():
+    for name, metrics in {"held-out": held_out, **(scores.tasks or {})}.items():
         for metric, value, error in _with_errors(metrics):
             table.add_row(name, metric, "-" if value is None else f"{value:.4f}",
                           "" if error is None else f"{error:.4f}")

@@ -118,7 +118,7 @@ def _scores(model: Path, teacher: nn.Module, tokenizer: Any, held_out: Path) -> 
     """KL to the teacher and loss of a model on the held-out rows."""
     args = EvalArgs(str(model), None, str(held_out), EvalProtocol(seq_length=demo.SEQ_LENGTH))
     scores = evaluate.evaluate(args, evaluate.load_model(str(model)), teacher, tokenizer)
-    assert scores.kl_to_teacher is not None
+    assert scores.kl_to_teacher is not None and scores.loss is not None
     return {"KL to the teacher": scores.kl_to_teacher, "loss": scores.loss}
 
 

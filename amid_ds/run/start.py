@@ -91,7 +91,7 @@ def imports_kept() -> Iterator[None]:
     collector would go over all of them again and again while they become more, and now and then in
     the middle of a step.
     """
-    before = len(sys.modules)
+    before, collects = len(sys.modules), gc.isenabled()
     gc.disable()
     try:
         yield
@@ -100,4 +100,5 @@ def imports_kept() -> Iterator[None]:
             gc.freeze()
             # Libraries that count what they leave behind would complain.
             atexit.register(gc.unfreeze)
-        gc.enable()
+        if collects:
+            gc.enable()

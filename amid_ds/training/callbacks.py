@@ -69,6 +69,8 @@ class Callback:
         """After every checkpoint, once it is complete."""
 
 
+# A call of these runs none of their lines.
+_DONE_LATER = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 EVENTS = [name for name in vars(Callback) if not name.startswith("_")]
 
 
@@ -109,6 +111,7 @@ class Callbacks:
                 logger.error("%s; the run ends", failed, exc_info=error)
                 self.failure = TrainingError(f"{failed}\n  what the run has saved is whole: "
                                              "correct the callback and start again")
+                self.failure.__cause__ = error
 
     def check(self) -> None:
         """Raise the TrainingError of a call that failed."""
@@ -135,7 +138,7 @@ def _load(name: str) -> object:
         if not isinstance(made := getattr(module, class_name, None), type):
             classes = [key for key, value in vars(module).items() if isinstance(value, type)]
             raise InputError(f"train.callbacks: {module_name} has no class {class_name}",
-                             f"a class of {module.__file__}", suggest(class_name, classes))
+                             f"a class of {getattr(module, '__file__', module_name)}", suggest(class_name, classes))
         return made()
     except InputError:
         raise
@@ -176,8 +179,8 @@ def _checked(told: object) -> object:
 
 
 def _takes_an_event(method: object) -> bool:
-    """False for what cannot be called with one argument, or has to be awaited."""
-    if not callable(method) or inspect.iscoroutinefunction(method):
+    """False for what cannot be called with one argument, or whose call alone does nothing."""
+    if not callable(method) or any(test(method) for test in _DONE_LATER):
         return False
     try:
         inspect.signature(method).bind(None)
