@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,8 @@ def new_recipe(path: str) -> None:
         import readline
 
         readline.parse_and_bind("tab: complete")
+        # A path may hold spaces.
+        readline.set_completer_delims("\n")
     _say("Five questions. Enter takes what stands in brackets.")
     student = _ask(1, "Student: a folder, an id on the hub, or a run", "", _student)
     teacher = _ask(2, "Teacher: a folder or an id on the hub; none: plain training", NO_TEACHER,
@@ -99,7 +102,7 @@ def _ask(number: int, question: str, default: str, read: Callable[[str], _T]) ->
         except InputError as error:
             if not sys.stdin.isatty():
                 raise
-            _say(f"   {error}")
+            _say(textwrap.indent(str(error), "   "))
 
 
 def _student(answer: str) -> str:
