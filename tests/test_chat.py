@@ -12,11 +12,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from support.chats import PLAIN, ROLE_TOKENS, make_byte_level
+from support.chats import PLAIN, ROLE_TOKENS, make_byte_level, make_spaced
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from amid_ds.cli import main
@@ -134,22 +135,25 @@ def test_the_oldest_turns_are_forgotten_where_the_conversation_is_too_long(
     assert status == 0 and out
 
 
-def test_a_growing_answer_ends_in_whole_characters_and_only_grows(chat_models):
-    tokenizer = AutoTokenizer.from_pretrained(chat_models[0])
+@pytest.mark.parametrize("make", [make_byte_level, partial(make_spaced, "metaspace")],
+                         ids=["as GPT-2", "as Llama 2"])
+def test_a_growing_answer_ends_in_whole_characters_and_only_grows(make):
+    tokenizer, text = make(), "naïve 数据 😀漢字 end"
     answer = Answer(tokenizer, [tokenizer.eos_token_id], [], continues=False)
     answer.put(torch.tensor([[7, 7]]))
     seen = [answer.text]
-    for number in [*tokenizer("naïve 数据 😀 end")["input_ids"], tokenizer.eos_token_id]:
+    for number in [*tokenizer(text, add_special_tokens=False)["input_ids"],
+                   tokenizer.eos_token_id]:
         answer.put(torch.tensor([number]))
         assert answer.text.startswith(seen[-1]) and "\ufffd" not in answer.text
         seen.append(answer.text)
-    assert seen[0] == "" and seen[-1] == "naïve 数据 😀 end" and len(set(seen)) > 6
+    assert seen[0] == "" and seen[-1] == text and len(set(seen)) > 6
 
 
 def test_two_columns_show_the_end_of_long_answers_and_no_escape_of_a_model(chat_models):
     tokenizer = AutoTokenizer.from_pretrained(chat_models[0])
     answers = []
-    for text in ("\n".join(f"line{number}" for number in range(50)), "数据 \x1b[31mred"):
+    for text in ("\n".join(f"line{number}" for number in range(50)), "👩\u200d🚀 \x1b[31mred"):
         answers.append(Answer(tokenizer, [], [], continues=False))
         answers[-1]._has_prompt = True
         answers[-1].put(torch.tensor(tokenizer(text)["input_ids"]))
@@ -160,8 +164,15 @@ def test_two_columns_show_the_end_of_long_answers_and_no_escape_of_a_model(chat_
     assert "line49" in shown and "line39" not in shown and "[one]" in shown
     console.print(chat_module._columns(console, ["[one]", "two"], answers))
     whole = page.getvalue()[len(shown):].splitlines()
-    assert any("line0 " in line and "数据 \\x1b[31mred" in line for line in whole)
+    assert any("line0 " in line and "👩\u200d🚀 \\x1b[31mred" in line for line in whole)
     assert "\x1b" not in page.getvalue()
+
+
+def test_bytes_that_are_no_text_are_answered_as_such(chat_models, monkeypatch, capsys):
+    said = io.TextIOWrapper(io.BytesIO(b"hello \xff\xfe\n"), "utf-8", "strict")
+    monkeypatch.setattr(sys, "stdin", said)
+    assert main(["chat", str(chat_models[0]), "--max-new-tokens", "1"]) == 0
+    assert capsys.readouterr().err.splitlines() == [f"reading {chat_models[0]}"]
 
 
 @pytest.mark.parametrize(("option", "value"), [("--temperature", "-1"), ("--temperature", "nan"),

@@ -24,13 +24,15 @@ class Terminal(io.StringIO):
 @pytest.fixture
 def answer(monkeypatch, tmp_path, llama_pair, text_file, instructions_file):
     """answer(*lines): `recipes new distil.yaml` with these lines on stdin, in a folder with two
-    models and rows of three kinds; the exit status."""
+    models and rows of several kinds; the exit status."""
     monkeypatch.chdir(tmp_path)
     for name, model in zip(("small", "large"), llama_pair, strict=True):
         (tmp_path / name).symlink_to(model)
     shutil.copy(text_file, tmp_path / "text [1], all.jsonl")
     shutil.copy(instructions_file, tmp_path / "pairs.jsonl")
     write_jsonl(tmp_path / "odd.jsonl", [{"q": "the river", "a": "sings"}] * 3)
+    write_jsonl(tmp_path / "talks.jsonl", [{"messages": [{"role": "user", "content": "river"},
+                                                         {"role": "assistant", "content": "A"}]}])
 
     def run(*lines: str, stdin: type[io.StringIO] = io.StringIO) -> int:
         monkeypatch.setattr("sys.stdin", stdin("".join(f"{line}\n" for line in lines)))
@@ -72,6 +74,7 @@ def test_columns_of_other_names_are_asked_for(answer):
 @pytest.mark.parametrize("lines, message", [
     (["smal l"], "there is no model 'smal l'"),
     (["small", "owner/large", "missing.jsonl"], "the data source 'missing.jsonl' is not there"),
+    (["small", "none", "talks.jsonl"], "has no chat template"),
     (["owner/s", "none", "odd.jsonl", "q,b"], "the columns 'q,b'"),
     (["owner/s", "none", "pairs.jsonl", "a while"], "the length 'a while'"),
     (["owner/s", "none", "pairs.jsonl", "1.5 steps"], "the length '1.5 steps'"),

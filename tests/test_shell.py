@@ -158,10 +158,15 @@ def test_bash_completes(folder):
 
 def test_fish_completes(folder):
     require_shell("fish")
-    for typed, expected, others in TYPED:
-        offered = {line.partition("\t")[0] for line in output(
-            "fish", "--no-config", "-c",
-            f"amid-ds completion fish | source; complete -C '{typed}'").splitlines()}
+    script = """amid-ds completion fish | source
+        for typed in $argv
+            complete -C $typed
+            echo
+        end"""
+    typed_lines = [typed for typed, *_ in TYPED]
+    blocks = output("fish", "--no-config", "-c", script, *typed_lines).split("\n\n")[:-1]
+    for block, (typed, expected, others) in zip(blocks, TYPED, strict=True):
+        offered = {line.partition("\t")[0] for line in block.splitlines()}
         assert set(expected) <= offered and not set(others) & offered, (typed, offered)
 
 

@@ -29,7 +29,7 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("amid-ds tokenizer train distil.yaml models/tokenizer --vocab-size 32000",
          "on the recipe's data"),
         ("amid-ds tokenizer train distil.yaml models/tokenizer --megabytes 2000",
-         "on more of them")),
+         "on two gigabytes of it")),
     "demo": (
         ("amid-ds demo", "into runs/demo"),
         ("amid-ds demo --out /tmp/demo --seed 1", "elsewhere, with other random numbers")),
@@ -113,7 +113,8 @@ EXAMPLES: Mapping[str, tuple[tuple[str, str], ...]] = {
         ("amid-ds status runs/distil", "one run")),
     "report": (
         ("amid-ds report runs/distil", "report.html"),
-        ("amid-ds report runs/a runs/b -o compared.html", "two runs side by side")),
+        ("amid-ds report runs/a runs/b -o compared.html", "two runs side by side"),
+        ("amid-ds report runs/distil --picture runs.png", "and a picture, for a README")),
     "doctor": (
         ("amid-ds doctor", "this machine"),
         ("srun --nodes 2 --ntasks-per-node 8 amid-ds doctor distil.yaml",

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +67,14 @@ def new_recipe(path: str) -> None:
         import readline
 
         readline.parse_and_bind("tab: complete")
+        # A path may hold spaces.
+        readline.set_completer_delims("\n")
     _say("Five questions. Enter takes what stands in brackets.")
     student = _ask(1, "Student: a folder, an id on the hub, or a run", "", _student)
     teacher = _ask(2, "Teacher: a folder or an id on the hub; none: plain training", NO_TEACHER,
                    lambda answer: _teacher(answer, student))
-    rows = _ask(3, "Training data: a file, folder or glob, or a data set on the hub", "", _rows)
+    rows = _ask(3, "Training data: a file, folder or glob, or a data set on the hub", "",
+                lambda answer: _rows(answer, student))
     length = _ask(4, "Length, such as 500 steps, 3 epochs, 1B tokens", "1000 steps", _length)
     gpus = _ask(5, "GPUs of a node; 0: this machine's CPU", str(GPUS_OF_A_NODE), _gpus)
     text = _recipe_text(RecipeAnswers(student, teacher, rows, length, gpus),
@@ -99,7 +103,7 @@ def _ask(number: int, question: str, default: str, read: Callable[[str], _T]) ->
         except InputError as error:
             if not sys.stdin.isatty():
                 raise
-            _say(f"   {error}")
+            _say(textwrap.indent(str(error), "   "))
 
 
 def _student(answer: str) -> str:
@@ -136,9 +140,11 @@ def _model(answer: str) -> str:
     return answer
 
 
-def _rows(answer: str) -> dict[str, str]:
+def _rows(answer: str, student: str) -> dict[str, str]:
     """A source of data.train, its columns found in its first file. Raises InputError."""
     from amid_ds.config.parse import source_of
+    from amid_ds.data import load_tokenizer
+    from amid_ds.data.chat import require_chat_template
     from amid_ds.data.locate import is_hub_id
     from amid_ds.data.sources import check_sources, source_columns
     from amid_ds.eval.rows import RowOptions
@@ -156,6 +162,8 @@ def _rows(answer: str) -> dict[str, str]:
     check_sources(data)
     found: dict[str, str] = data.train[0].model_dump(exclude_unset=True)
     kinds = {name: value for name, value in found.items() if name != "path"} or {"text": "text"}
+    if "messages" in kinds and (Path(student) / "config.json").is_file():
+        require_chat_template(load_tokenizer(student))
     _say(f"   Rows with {' and '.join(kinds)}.")
     return {"path": answer, **kinds}
 

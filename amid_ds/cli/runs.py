@@ -206,7 +206,8 @@ def _status(args: argparse.Namespace) -> None:
 def add_report(commands: Commands) -> None:
     parser = add_command(commands, _report, "a page about one or several runs")
     parser.add_argument("run_folders", nargs="+", metavar="RUN")
-    parser.add_argument("-o", "--out", default="report.html", metavar="FILE")
+    parser.add_argument("-o", "--out", default="report.html", metavar="FILE",
+                        help="default report.html")
     parser.add_argument("--picture", metavar="PNG", help="also a picture of the evaluations, with "
                         "sample answers")
     add_trust(parser)

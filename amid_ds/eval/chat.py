@@ -8,6 +8,7 @@ added to earlier lines included. Both models answer at once, from the same rando
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import math
 import os
@@ -59,6 +60,8 @@ SIDE_BY_SIDE_WIDTH = 80
 REFRESH_S = 0.1
 # Lines of a terminal beside the answers: names, the line below, the next prompt.
 OTHER_LINES = 4
+# Of an answer, as it is; with the joiners of emoji and of Persian and Indic words.
+SHOWN = "\n\t\u200c\u200d"
 # What decoders make of bytes that are no whole character.
 INCOMPLETE = "\ufffd"
 
@@ -92,6 +95,7 @@ class Answer:
         self.is_complete = False
         self._before = len(self._decode(self.context))
         self._has_prompt = False
+        self._whole = ""
 
     def put(self, ids: Tensor) -> None:
         """Take the next ids; the first ones are the prompt's."""
@@ -110,7 +114,11 @@ class Answer:
         while ids and ids[-1] in self.ends:
             ids.pop()
         text = self._decode([*self.context, *ids])[self._before:]
-        return text if self.is_complete else text.rstrip(INCOMPLETE)
+        if self.is_complete:
+            return text
+        # Some decoders spoil whole characters before one whose bytes are not all there.
+        self._whole = max(self._whole, text.rstrip(INCOMPLETE), key=len)
+        return self._whole
 
     def _decode(self, ids: list[int]) -> str:
         # Cleaned up, the text would change as it grows.
@@ -252,6 +260,8 @@ def _divide_cores(device: torch.device, models: int) -> None:
 
 def _lines(terminal: bool) -> Iterator[str]:
     """What is written, line by line, until Ctrl-D or the end of stdin."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if not terminal:
         yield from (line.rstrip("\n") for line in sys.stdin)
         return
@@ -284,6 +294,8 @@ def _take_turn(speakers: Sequence[Speaker], message: str, args: ChatArgs, number
     try:
         show(console, [speaker.name for speaker in speakers], answers, work)
     except KeyboardInterrupt:
+        if not sys.stdin.isatty():
+            raise
         stop.set()
         wait(work)
         print("\n(stopped)")
@@ -336,7 +348,7 @@ def _show_in_order(console: PlainConsole, names: Sequence[str], answers: Sequenc
         while True:
             is_last = future.done()
             text = answer.text
-            print(printable(text[shown:]), end="", flush=True)
+            print(printable(text[shown:], SHOWN), end="", flush=True)
             shown = len(text)
             if is_last:
                 break
@@ -359,7 +371,7 @@ def _columns(console: PlainConsole, names: Sequence[str], answers: Sequence[Answ
     """The answers beside each other, each under its model's name; their last `height` lines."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     width = (console.width - 3 * len(names)) // len(names)
-    columns = [Text(printable(answer.text)).wrap(console, width) for answer in answers]
+    columns = [Text(printable(answer.text, SHOWN)).wrap(console, width) for answer in answers]
     longest = max(map(len, columns))
     first = 0 if height is None else max(0, longest - height)
     for name in names:
