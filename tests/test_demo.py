@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from amid_ds.cli import main
 from amid_ds.errors import InputError
 from amid_ds.experiments import demo
-from amid_ds.experiments.progress import PRIOR_PRODUCTS, PartsProgress, measure_product
+from amid_ds.experiments import progress as progress_module
+from amid_ds.experiments.progress import PRIOR_PRODUCTS, PartsProgress
 
 
 @pytest.fixture
@@ -22,8 +23,8 @@ def short_demo(monkeypatch) -> None:
     """The demo with a few steps, a smaller corpus and a smaller vocabulary."""
     for name, steps in (("TEACHER_TRAIN", 3), ("STUDENT_TRAIN", 2)):
         monkeypatch.setattr(demo, name, {**getattr(demo, name), "steps": steps, "warmup_steps": 1})
-    monkeypatch.setattr(demo, "CORPUS_BYTES", 400_000)
-    monkeypatch.setattr(demo, "DEMO_HELD_OUT_BYTES", 8_000)
+    monkeypatch.setattr(demo, "CORPUS_CHARACTERS", 400_000)
+    monkeypatch.setattr(demo, "HELD_OUT_CHARACTERS", 8_000)
     monkeypatch.setattr(demo, "VOCABULARY", 600)
     # The demo sets it for its own process.
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
@@ -41,12 +42,17 @@ def test_the_demo_leaves_what_it_promises(short_demo, tmp_path, capsys):
     assert f"amid-ds chat {out}/models/distilled --beside {out}/models/teacher" in printed.split(
         "To go on:\n")[1].splitlines()[0]
     summary = json.loads((out / "summary.json").read_text())
-    assert set(summary) == {"teacher", "distilled", "ce", "seconds", "matrix_products"}
-    assert summary.pop("matrix_products") > 0 and summary.pop("seconds") > 0
+    assert set(summary) == {"teacher", "distilled", "ce"}
     for scores in summary.values():
         assert {"perplexity", "kl_to_teacher", "top1_agreement"} <= set(scores)
     assert summary["teacher"]["kl_to_teacher"] < 1e-6 and summary["teacher"]["top1_agreement"] == 1
     assert summary["distilled"]["kl_to_teacher"] > 0 and summary["ce"] != summary["distilled"]
+    took = json.loads((out / "time.json").read_text())
+    assert list(took["parts"]) == list(demo.PART_PRODUCTS) and took["matrix_size"] == 2048
+    for part in (took, *took["parts"].values()):
+        assert part["matrix_products"] * took["product_seconds"] == pytest.approx(part["seconds"])
+    assert 0 < sum(part["seconds"] for part in took["parts"].values()) < took["seconds"]
+    assert f"took {took['parts']['ce']['seconds']:.1f} s" in printed
     for name in ("teacher", "distilled", "ce"):
         AutoModelForCausalLM.from_pretrained(out / "models" / name)
         assert list((out / "runs" / name / "tensorboard").iterdir())
@@ -79,8 +85,9 @@ def test_an_interrupted_demo_goes_on_and_makes_no_part_twice(short_demo, tmp_pat
     assert "not empty" in capsys.readouterr().err
     assert main(["demo", "--out", out]) == 0
     assert trained == ["teacher", "distilled", "distilled", "ce"]
-    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
-    assert summary["seconds"] is None and summary["matrix_products"] is None
+    took = json.loads((tmp_path / "demo" / "time.json").read_text())
+    assert list(took["parts"]) == ["corpus", "tokenizer", "distilled", "ce", "evaluation"]
+    assert "\ndone\n" in capsys.readouterr().out
 
 
 def test_a_library_with_too_little_source_is_refused(tmp_path, monkeypatch):
@@ -88,25 +95,26 @@ def test_a_library_with_too_little_source_is_refused(tmp_path, monkeypatch):
     (tmp_path / "lib" / "one.py").write_text("x = 1\n")
     monkeypatch.setattr(demo.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "lib")})
     with pytest.raises(InputError, match=r"holds 0.00 MB of Python source"):
-        demo.make_corpus(tmp_path)
+        demo.make_corpus(tmp_path, 1_000)
 
 
 def test_the_time_left_follows_the_product_and_then_the_parts(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = PartsProgress([100, 1000, 500])
-    progress.product_seconds = 0.1
-    progress.begin("one")
+    monkeypatch.setattr(progress_module, "measure_product", lambda: 0.1)
+    progress = PartsProgress({"one": 100, "two": 1000, "three": 500})
+    progress.begin("one", "its title")
     assert progress.left_seconds == pytest.approx(160)
     progress.skip("is there")
-    progress.begin("two")
+    progress.begin("two", "its title")
     assert progress.left_seconds == pytest.approx(150)
     # Twice as slow as the product said, which weighs as much as PRIOR_PRODUCTS of the parts.
     now[0] += 200
-    progress.begin("three")
+    progress.begin("three", "its title")
     rate = (200 + PRIOR_PRODUCTS * 0.1) / (1000 + PRIOR_PRODUCTS)
     assert progress.left_seconds == pytest.approx(500 * rate) and progress.seconds == 200
-
-
-def test_a_product_is_timed():
-    assert 0 < measure_product() < 60
+    now[0] += 50
+    took = progress.end()
+    assert took["seconds"] == 250 and took["matrix_products"] == pytest.approx(2500)
+    assert {part: each["seconds"] for part, each in took["parts"].items()} == {"two": 200,
+                                                                               "three": 50}

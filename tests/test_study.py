@@ -8,7 +8,7 @@ import pytest
 from support.ranks import Ranks
 
 from amid_ds.cli import main
-from amid_ds.experiments import cached_study, demo, study, sweep
+from amid_ds.experiments import cached_study, demo, pruning_study, study, sweep
 
 
 def test_a_study_without_a_seed_is_refused_before_anything_is_made(tmp_path, capsys):
@@ -23,8 +23,8 @@ def small_study(monkeypatch) -> list[str]:
     for name, value in (("TEACHER_STEPS", 3), ("START_STEPS", 2), ("STEPS", 2), ("PROMPTS", 4),
                         ("NEW_TOKENS", 5), ("STUDY_VOCABULARY", 600)):
         monkeypatch.setattr(study, name, value)
-    monkeypatch.setattr(demo, "CORPUS_BYTES", 300_000)
-    monkeypatch.setattr(demo, "HELD_OUT_BYTES", 8_000)
+    monkeypatch.setattr(demo, "CORPUS_CHARACTERS", 300_000)
+    monkeypatch.setattr(study, "STUDY_HELD_OUT_CHARACTERS", 8_000)
     started = []
 
     def wait(arguments, log, run, resumes=True) -> int:
@@ -76,8 +76,8 @@ def test_the_study_leaves_its_table_and_figure_and_goes_on_where_it_was_cut(tmp_
 @pytest.mark.slow
 def test_the_study_of_pruned_students_leaves_its_table_and_does_nothing_twice(
         tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "CORPUS_BYTES", 300_000)
-    monkeypatch.setattr(demo, "HELD_OUT_BYTES", 8_000)
+    monkeypatch.setattr(demo, "CORPUS_CHARACTERS", 300_000)
+    monkeypatch.setattr(pruning_study, "STUDY_HELD_OUT_CHARACTERS", 8_000)
     for name in ("TEACHER_TRAIN", "STUDENT_TRAIN"):
         monkeypatch.setattr(demo, name, {**getattr(demo, name), "steps": 3, "warmup_steps": 1})
     started = []

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
@@ -29,7 +30,13 @@ _context = multiprocessing.get_context("forkserver")
 def preload_ranks() -> None:
     """Begin to import, in a process beside this one, what `run_forked_ranks` will need."""
     _context.set_forkserver_preload(PRELOADED)
-    forkserver.ensure_running()
+    # Inherited: Ctrl-C amid its imports would end it with a traceback. The ranks hear of it from
+    # this process.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def run_forked_ranks(ranks: int, arguments: Sequence[str], variables: Mapping[str, str]) -> int:

@@ -31,6 +31,7 @@ from amid_ds.experiments.progress import PRODUCT_SIZE, PartsProgress, duration
 from amid_ds.experiments.reported_run import read_reported_runs
 from amid_ds.experiments.small_models import LlamaSize, save_new_llama
 from amid_ds.files.atomic import replace_text
+from amid_ds.files.lease import Lease
 from amid_ds.files.ownership import is_signed, require_new_folder, sign
 
 logger = logging.getLogger(__name__)
@@ -39,11 +40,10 @@ RANKS = 2
 VOCABULARY = 2048
 SEQ_LENGTH = 256
 HELD_OUT_ONE_IN = 20
-# Characters of the corpus' two parts; the demo itself holds out fewer than the studies.
-HELD_OUT_BYTES = 80_000
-DEMO_HELD_OUT_BYTES = 24_000
-CORPUS_BYTES = 4_000_000
-# Of CORPUS_BYTES, so that no row is read twice by the last step.
+# Characters to train on and to hold out, whole files: the last one may go beyond.
+CORPUS_CHARACTERS = 4_000_000
+HELD_OUT_CHARACTERS = 24_000
+# Of CORPUS_CHARACTERS, so that no row is read twice by the last step.
 LEAST_OF_CORPUS = 0.5
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3",
                    "ensurepip", "__pycache__"}
@@ -60,8 +60,10 @@ TEACHER_TRAIN = {**TRAIN, **ADAMW, "steps": 200}
 STUDENT_TRAIN = {**TRAIN, **ADAMW, "steps": 160}
 # What the picture shows of both students.
 WATCHED = {"eval_every": 40, "samples": 4}
-# What each part takes on two cores, in products of matrices (progress.py).
-PART_PRODUCTS = (10, 60, 950, 570, 220, 120)
+# What each part takes on two cores, in products of matrices (progress.py); time.json has what it
+# took.
+PART_PRODUCTS = {"corpus": 10, "tokenizer": 60, "teacher": 950, "distilled": 570, "ce": 220,
+                 "evaluation": 120}
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,10 @@ class DemoFolder:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def time(self) -> Path:
+        return self.path / "time.json"
 
     @property
     def picture(self) -> Path:
@@ -107,8 +113,8 @@ def demo(out: str, seed: int, began: float | None = None) -> None:
     """Run everything under `out`; end with a table and `summary.json`.
 
     out: a new or empty folder, or one that a demo with this seed has begun in: it goes on there.
-    began: when the command did, by time.monotonic(); None: now. Raises InputError, TrainingError,
-    Stopped.
+    began: when the command did, by time.monotonic(); None: now. time.json there says what it took
+    (PartsProgress.end). Raises InputError, TrainingError, Stopped.
     """
     root = Path(out)
     folder = DemoFolder(root)
@@ -119,55 +125,62 @@ def demo(out: str, seed: int, began: float | None = None) -> None:
     # A machine's one GPU cannot serve two ranks.
     os.environ["DS_ACCELERATOR"] = "cpu"
     sign(root, kind)
-    progress = PartsProgress(PART_PRODUCTS, began)
-    preload_ranks()
-    try:
-        scores = _make_everything(folder, seed, progress)
-    except KeyboardInterrupt:
-        logger.info("interrupted; the same command goes on from there")
-        raise Stopped from None
-    # What an earlier attempt took is not known.
-    seconds = progress.seconds if is_new else None
-    products = None if seconds is None else seconds / progress.product_seconds
-    summary: dict[str, object] = {name: score.report() for name, score in scores.items()}
-    summary |= {"seconds": seconds, "matrix_products": products}
-    replace_text(folder.summary, json.dumps(summary, indent=1) + "\n")
+    with Lease.held(root / "lease.json", f"--out {out}"):
+        progress = PartsProgress(PART_PRODUCTS, began)
+        preload_ranks()
+        try:
+            scores = _make_everything(folder, seed, progress)
+            picture = _draw_picture(folder)
+        except KeyboardInterrupt:
+            logger.info("interrupted; the same command goes on from there")
+            raise Stopped from None
+        took = progress.end()
+        replace_text(folder.time, _json(took))
+        # The last one: with it the demo is done.
+        replace_text(folder.summary,
+                     _json({name: score.report() for name, score in scores.items()}))
     evaluate.print_table(scores)
-    picture = _draw_picture(folder)
-    time = "" if seconds is None or products is None else (
-        f" in {duration(seconds)}, the time of {products:,.0f} products of two matrices of "
-        f"{PRODUCT_SIZE} × {PRODUCT_SIZE} on this machine")
+    # What an earlier attempt took is not known.
+    time = "" if not is_new else (
+        f" in {duration(took['seconds'])}, the time of {took['matrix_products']:,.0f} products of "
+        f"two matrices of {PRODUCT_SIZE} × {PRODUCT_SIZE} on this machine")
     print(f"\ndone{time}")
     _print_next_steps(folder, picture)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, indent=1) + "\n"
 
 
 def _make_everything(folder: DemoFolder, seed: int,
                      progress: PartsProgress) -> dict[str, evaluate.Scores]:
     """The scores of the three models, by name; what is there already is not made again."""
-    progress.begin("corpus: the Python standard library's source on this disk")
-    train_file, held_out = make_corpus(folder.path, DEMO_HELD_OUT_BYTES)
-    progress.begin("tokenizer: SentencePiece, trained on the corpus")
+    progress.begin("corpus", "corpus: the Python standard library's source on this disk")
+    train_file, held_out = make_corpus(folder.path, HELD_OUT_CHARACTERS)
+    progress.begin("tokenizer", "tokenizer: SentencePiece, trained on the corpus")
     tokenizer = _make_tokenizer(train_file, folder.tokenizer)
     save_new_llama(folder.initial_model("teacher"), TEACHER, tokenizer, seed)
     save_new_llama(folder.initial_model("student"), STUDENT, tokenizer, seed + 1)
-    progress.begin("teacher: trained by this project's own `train`, with cross entropy alone")
+    progress.begin("teacher", "teacher: trained by this project's own `train`, with cross entropy "
+                   "alone")
     _train(folder, "teacher", train_file, "teacher", None, {**TEACHER_TRAIN, "seed": seed},
            progress)
-    progress.begin("student: distilled from the teacher with AMiD")
+    progress.begin("distilled", "student: distilled from the teacher with AMiD")
     _train(folder, "distilled", train_file, "student", "teacher", {**STUDENT_TRAIN, "seed": seed},
            progress)
-    progress.begin("for comparison: the same student, data and steps with cross entropy alone")
+    progress.begin("ce", "for comparison: the same student, data and steps with cross entropy "
+                   "alone")
     _train(folder, "ce", train_file, "student", "teacher", {**STUDENT_TRAIN, "seed": seed},
            progress)
-    progress.begin("evaluation on held-out files")
+    progress.begin("evaluation", "evaluation on held-out files")
     return _evaluate(folder, tokenizer, held_out)
 
 
-def make_corpus(root: Path, held_out_bytes: int | None = None) -> tuple[Path, Path]:
+def make_corpus(root: Path, held_out_characters: int) -> tuple[Path, Path]:
     """Write the corpus under `root`; the paths of its training and held-out jsonl.
 
     A file's name alone decides its part, so every machine splits alike. What an earlier attempt
-    has written stays. held_out_bytes: about as many characters are held out; None: HELD_OUT_BYTES.
+    has written stays. Raises InputError for a library with too little source.
     """
     files = root / "corpus" / "train.jsonl", root / "corpus" / "heldout.jsonl"
     if files[1].exists():
@@ -176,7 +189,7 @@ def make_corpus(root: Path, held_out_bytes: int | None = None) -> tuple[Path, Pa
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     train: list[dict[str, str]] = []
     held_out: list[dict[str, str]] = []
-    room = {"train": CORPUS_BYTES, "heldout": held_out_bytes or HELD_OUT_BYTES}
+    room = {"train": CORPUS_CHARACTERS, "heldout": held_out_characters}
     for path in _source_files(stdlib):
         name = str(path.relative_to(stdlib))
         is_held_out = zlib.crc32(name.encode()) % HELD_OUT_ONE_IN == 0
@@ -189,7 +202,7 @@ def make_corpus(root: Path, held_out_bytes: int | None = None) -> tuple[Path, Pa
         if text.strip() and room[part] > 0:
             rows.append({"text": text, "file": name})
             room[part] -= len(text)
-    found, least = CORPUS_BYTES - room["train"], CORPUS_BYTES * LEAST_OF_CORPUS
+    found, least = CORPUS_CHARACTERS - room["train"], CORPUS_CHARACTERS * LEAST_OF_CORPUS
     if found < least or not held_out:
         raise InputError(f"{stdlib} holds {found / 1e6:.2f} MB of Python source files to train on",
                          f"the standard library as source, {least / 1e6:.2f} MB of it",
@@ -204,7 +217,7 @@ def make_corpus(root: Path, held_out_bytes: int | None = None) -> tuple[Path, Pa
 def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     characters = sum(len(row["text"]) for row in rows)
-    logger.info(f"  {path}: {len(rows)} files, {characters / 1e6:.2f} MB")
+    logger.info(f"  {path}: {len(rows)} files, {characters:,} characters")
 
 
 def _source_files(stdlib: Path) -> list[Path]:
@@ -248,7 +261,8 @@ def _train(folder: DemoFolder, name: str, corpus: Path, student: str, teacher: s
     path = folder.recipe(name)
     path.parent.mkdir(exist_ok=True)
     path.write_text(dump_yaml(recipe))
-    logger.info(f"  as: deepspeed --num_gpus {RANKS} --module amid_ds train {path}")
+    logger.info("  as: " + shlex.join(["deepspeed", "--num_gpus", str(RANKS), "--module",
+                                        "amid_ds", "train", str(path)]))
     status = run_forked_ranks(RANKS, ["train", str(path)], {"DS_ACCELERATOR": "cpu"})
     if status == ExitStatus.RESTART:
         raise Stopped

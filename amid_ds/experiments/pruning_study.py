@@ -25,7 +25,12 @@ from amid_ds.eval import evaluate
 from amid_ds.eval.protocol import EvalArgs, EvalProtocol
 from amid_ds.experiments import demo
 from amid_ds.experiments.small_models import LlamaSize, save_new_llama
-from amid_ds.experiments.study import mean_cell, open_study, read_texts
+from amid_ds.experiments.study import (
+    STUDY_HELD_OUT_CHARACTERS,
+    mean_cell,
+    open_study,
+    read_texts,
+)
 from amid_ds.experiments.sweep import markdown_table, run_logged, run_one
 from amid_ds.files.atomic import replace_text
 from amid_ds.run.folder import RunFolder
@@ -66,7 +71,7 @@ def _inputs(root: Path) -> tuple[Path, Path, Any]:
         # What a killed start has left.
         for name in ("corpus", "tokenizer", "init"):
             shutil.rmtree(root / name, ignore_errors=True)
-        demo.make_corpus(root)
+        demo.make_corpus(root, STUDY_HELD_OUT_CHARACTERS)
         train_sentencepiece(read_texts(train), root / "tokenizer", demo.VOCABULARY)
         tokenizer = load_tokenizer(str(root / "tokenizer"))
         save_new_llama(root / "init" / "teacher", FULL_TEACHER, tokenizer, seed=0)

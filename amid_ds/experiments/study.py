@@ -50,6 +50,8 @@ from amid_ds.run.log import read_metrics
 logger = logging.getLogger(__name__)
 
 STUDY_VOCABULARY = 1024
+# More than the demo, whose evaluations are to be short.
+STUDY_HELD_OUT_CHARACTERS = 80_000
 STUDY_TEACHER = LlamaSize(192, 512, 4, 4)
 STUDY_STUDENT = LlamaSize(80, 216, 2, 4)
 TEACHER_STEPS, START_STEPS, STEPS = 900, 200, 150
@@ -132,7 +134,7 @@ def _make_inputs(root: Path) -> Path:
     # What a killed start has left.
     for name in ("corpus", "tokenizer", "init"):
         shutil.rmtree(root / name, ignore_errors=True)
-    train, held_out = demo.make_corpus(root)
+    train, held_out = demo.make_corpus(root, STUDY_HELD_OUT_CHARACTERS)
     train_sentencepiece(read_texts(train), root / "tokenizer", STUDY_VOCABULARY)
     tokenizer = load_tokenizer(str(root / "tokenizer"))
     for name, size in (("teacher", STUDY_TEACHER), ("start", STUDY_STUDENT)):
