@@ -125,8 +125,8 @@ def evaluate(model: str | Path, *, data: str | Path | None = None,
                         options, trust_remote_code=trust_remote_code,
                         cached=None if cached is None else str(cached))
     if tasks is not None:
-        names = (name.strip() for name in tasks.split(",")) if isinstance(tasks, str) else map(str, tasks)
-        asked = TaskArgs(tuple(names), limit, apply_chat_template)
+        names = tasks.split(",") if isinstance(tasks, str) else map(str, tasks)
+        asked = TaskArgs(tuple(name.strip() for name in names), limit, apply_chat_template)
     with init_distributed(EVAL_TIMEOUT_S) as world:
         return evaluate_named(str(model), rows, asked, world, trust_remote_code=trust_remote_code)
 
