@@ -95,8 +95,7 @@ def _eval(args: argparse.Namespace) -> None:
     if args.tasks is not None:
         from amid_ds.eval.tasks import TaskArgs, tasks_command
 
-        names = tuple(name.strip() for name in args.tasks.split(","))
-        tasks = TaskArgs(names, args.limit, args.apply_chat_template)
+        tasks = TaskArgs(tuple(args.tasks.split(",")), args.limit, args.apply_chat_template)
         tasks_command(args.model, tasks, rows, args.trust_remote_code, args.json)
     elif rows is not None:
         evaluate_command(rows, args.json)
