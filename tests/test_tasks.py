@@ -121,6 +121,25 @@ def test_the_harness_scores_as_a_plain_loop_in_float64_beside_our_own_scores(
     assert "tasks" not in own and own == {key: found[key] for key in own}
 
 
+def test_with_a_chat_template_a_prompt_is_the_users_message(model, tasks, tmp_path, capsys):
+    folder = tmp_path / "chat"
+    shutil.copytree(model, folder)
+    plain, tokenizer = plain_model(folder)
+    tokenizer.chat_template = "{% for turn in messages %}the {{ turn.content }} then {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    documents = make_documents(DOCUMENTS)
+    chosen = []
+    for document in documents:
+        prompt = f"the {document['question']} then "
+        sums = [log_likelihood(plain, tokenizer, prompt, choice) for choice in document["choices"]]
+        chosen.append(sums.index(max(sums)))
+    right = sum(choice == document["answer"]
+                for choice, document in zip(chosen, documents, strict=True))
+    found = scored(capsys, folder, "--tasks", tasks[0], "--apply-chat-template")
+    assert found["tasks"]["choosing"]["acc"] == right / DOCUMENTS
+    assert right / DOCUMENTS != plain_scores(model, documents)["acc"]
+
+
 def test_two_ranks_score_uneven_and_single_documents_as_one_process_does(model, tasks, capsys):
     alone = scored(capsys, model, "--tasks", names(tasks))
     assert alone["loss"] is None and alone["rouge_l"] is None

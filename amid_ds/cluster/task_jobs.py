@@ -69,7 +69,11 @@ class TaskJobs(Callback):
             if waiting - self.submitted:
                 self._try(self._submit)
         elif waiting:
-            self._try(self._judge)
+            try:
+                self._try(self._judge)
+            except KeyboardInterrupt:
+                self._say_once("interrupted")
+                raise
 
     def _keep(self, checkpoint: Path, step: int) -> None:
         def keep() -> None:
@@ -88,11 +92,14 @@ class TaskJobs(Callback):
         try:
             work()
         except Exception as error:
-            message = str(expected_error(error) or f"{type(error).__name__}: {error}")
-            if message not in self.failed:
-                self.failed.add(message)
-                logger.warning("the tasks of %s wait: %s\n  to judge what waits: amid-ds tasks %s",
-                               self.run.path.name, message, shlex.quote(str(self.run.path)))
+            self._say_once(str(expected_error(error) or f"{type(error).__name__}: {error}"))
+
+    def _say_once(self, reason: str) -> None:
+        """Say why checkpoints wait, and the command that judges them."""
+        if reason not in self.failed:
+            self.failed.add(reason)
+            logger.warning("the tasks of %s wait: %s\n  to judge what waits: amid-ds tasks %s",
+                           self.run.path.name, reason, shlex.quote(str(self.run.path)))
 
     def _submit(self) -> None:
         """Submit a job that judges all that waits. Raises InputError."""
