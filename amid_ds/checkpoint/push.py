@@ -43,7 +43,9 @@ WEIGHT_FILES = re.compile(r"(model|pytorch_model|adapter_model)[^/]*\.(safetenso
                           r"(\.index\.json)?|adapter_config\.json")
 # Of a file beside the weights, where paths are looked for.
 MOST_TEXT_BYTES = 1 << 20
-ABSOLUTE_PATH = re.compile(r"""(?<=")/[^"\n]+(?=")|(?<![\w/:.…])/[^\s"'`,;()\[\]<>|]+""")
+ABSOLUTE_PATH = re.compile(
+    r"""(?<=")/[^"\n]+(?=")|(?<=`)/[^`\n]+(?=`)|(?<=: )/[^\n,]+$"""
+    r"""|(?<![\w/:.…])/[^\s"'`,;()\[\]<>|]+""", re.MULTILINE)
 # The most characters of what the hub says in a message.
 MOST_TOLD = 500
 # Seconds that the hub may take to connect, to answer, to take bytes, and to have a connection free.
@@ -120,7 +122,7 @@ def plan_upload(source: str, repository: str, private: bool = False, revision: s
     if repository.count("/") != 1:
         raise InputError(f"the repository {repository!r}", "owner/name",
                          "put your name on the hub, or your organization's, before it")
-    if revision is not None and not re.fullmatch(r"(?!refs/)\w[\w./-]*", revision):
+    if revision is not None and not re.fullmatch(r"(?!refs/|.*\.\.)\w[\w./-]*(?<![/.])", revision):
         raise InputError(f"--revision {revision!r}", "the name of a branch", "name a branch")
     if license_id is not None and not re.fullmatch(r"[\w.-]+", license_id):
         raise InputError(f"--license {license_id!r}", "the hub's id of a license, as apache-2.0",
@@ -239,14 +241,15 @@ def print_upload(upload: Upload) -> None:
 
     sizes = upload.sizes
     kind = "private" if upload.private else "public, unless it is there already and private"
-    table = Table(title=f"{upload.model} to {upload.url}", show_footer=True)
+    table = Table(show_footer=True)
     table.add_column("file", "all", overflow="fold")
     table.add_column("size", size_text(sum(sizes.values())), justify="right")
     for name, size in sizes.items():
         table.add_row(name, size_text(size))
     console = PlainConsole()
     console.print(table)
-    lines = [f"repository: {upload.repository}, {kind}; branch {upload.revision or 'main'}"]
+    lines = [f"from {upload.model} to {upload.url}",
+             f"repository: {upload.repository}, {kind}; branch {upload.revision or 'main'}"]
     if upload.left_out:
         lines.append(f"left out: {', '.join(upload.left_out)}")
     lines += [f"{file} names places of this machine: {', '.join(paths)}"
