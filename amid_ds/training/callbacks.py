@@ -138,7 +138,8 @@ def _load(name: str) -> object:
         if not isinstance(made := getattr(module, class_name, None), type):
             classes = [key for key, value in vars(module).items() if isinstance(value, type)]
             raise InputError(f"train.callbacks: {module_name} has no class {class_name}",
-                             f"a class of {getattr(module, '__file__', module_name)}", suggest(class_name, classes))
+                             f"a class of {getattr(module, '__file__', module_name)}",
+                             suggest(class_name, classes))
         return made()
     except InputError:
         raise
