@@ -139,15 +139,25 @@ def test_the_oldest_turns_are_forgotten_where_the_conversation_is_too_long(
                          ids=["as GPT-2", "as Llama 2"])
 def test_a_growing_answer_ends_in_whole_characters_and_only_grows(make):
     tokenizer, text = make(), "naïve 数据 😀漢字 end"
-    answer = Answer(tokenizer, [tokenizer.eos_token_id], [], continues=False)
+    # Of a published model it may be a token that is not special.
+    end = tokenizer.convert_tokens_to_ids("!")
+    answer = Answer(tokenizer, [end], [], continues=False)
     answer.put(torch.tensor([[7, 7]]))
     seen = [answer.text]
-    for number in [*tokenizer(text, add_special_tokens=False)["input_ids"],
-                   tokenizer.eos_token_id]:
+    for number in [*tokenizer(text, add_special_tokens=False)["input_ids"], end]:
         answer.put(torch.tensor([number]))
         assert answer.text.startswith(seen[-1]) and "\ufffd" not in answer.text
         seen.append(answer.text)
     assert seen[0] == "" and seen[-1] == text and len(set(seen)) > 6
+
+
+def test_a_continued_text_keeps_the_space_before_its_first_word():
+    tokenizer = make_spaced("metaspace")
+    prompt, whole = (tokenizer(text)["input_ids"] for text in ("the river", "the river runs"))
+    answer = Answer(tokenizer, [], prompt, continues=True)
+    answer.put(torch.tensor(prompt))
+    answer.put(torch.tensor(whole[len(prompt):]))
+    assert whole[:len(prompt)] == prompt and answer.text == " runs"
 
 
 def test_two_columns_show_the_end_of_long_answers_and_no_escape_of_a_model(chat_models):
