@@ -5,7 +5,6 @@ from __future__ import annotations
 import configparser
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -81,8 +80,9 @@ def start_nodes(recipe: Path, *overrides: str) -> list[subprocess.Popen]:
 
 
 def statuses(nodes: list[subprocess.Popen]) -> list[int]:
-    said = [node.communicate(timeout=200)[0] for node in nodes]
-    return [node.returncode for node in nodes] if all(said) else []
+    for node in nodes:
+        node.communicate(timeout=200)
+    return [node.returncode for node in nodes]
 
 
 @pytest.mark.slow
@@ -91,6 +91,13 @@ def test_two_nodes_end_with_the_ranks_status_and_go_on_after_one_was_asked_to_st
     recipe = write_recipe(tmp_path / "a recipe.yaml", model, None, text, tmp_path / "run",
                           train__steps=100_000)
     assert statuses(start_nodes(recipe, "train.stepz=3")) == [2, 2]
+    # Asked to stop before there are ranks.
+    nodes = start_nodes(recipe)
+    for node in nodes:
+        while not _children(node.pid, "torchrun"):
+            time.sleep(0.1)
+        node.send_signal(signal.SIGTERM)
+    assert statuses(nodes) == [75, 75]
     for _ in range(2):
         nodes, before = start_nodes(recipe), _steps(tmp_path / "run")
         while _steps(tmp_path / "run") < before + 3:
@@ -102,15 +109,15 @@ def test_two_nodes_end_with_the_ranks_status_and_go_on_after_one_was_asked_to_st
     nodes, before = start_nodes(recipe), _steps(tmp_path / "run")
     while _steps(tmp_path / "run") < before + 3:
         time.sleep(0.2)
-    ranks = subprocess.run(["pgrep", "-f", f"-m amid_ds train {shlex.quote(str(recipe))}"],
-                           capture_output=True, text=True).stdout.split()
-    own = [int(rank) for rank in ranks if _parent(_parent(int(rank))) == nodes[1].pid]
-    os.kill(own[0], signal.SIGKILL)
+    [rank] = _children(*_children(nodes[1].pid, "torchrun"))
+    os.kill(rank, signal.SIGKILL)
     assert statuses(nodes) == [1, 1]
 
 
-def _parent(process: int) -> int:
-    return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+def _children(process: int, pattern: str = "amid_ds") -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process), "-f", pattern], capture_output=True,
+                           text=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def _steps(run: Path) -> int:
