@@ -125,7 +125,7 @@ def _written_places(run: RunFolder) -> tuple[Path, ...]:
     return (run.checkpoints, run.model, run.best_model, run.start_model, run.student_files,
             run.tensorboard, run.profile, run.failures, run.submissions, run.logs, run.recipe,
             run.task_checkpoints, run.task_scores, run.provenance, run.metrics, run.evaluations,
-            run.measurements, run.attempts)
+            run.samples, run.tracker_ids, run.mlflow, run.report, run.measurements, run.attempts)
 
 
 def _inputs(recipe: Recipe) -> Iterator[tuple[str, str]]:
