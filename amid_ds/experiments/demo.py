@@ -62,8 +62,8 @@ STUDENT_TRAIN = {**TRAIN, **ADAMW, "steps": 160}
 WATCHED = {"eval_every": 40, "samples": 4}
 # What each part takes on two cores, in products of matrices (progress.py); time.json has what it
 # took.
-PART_PRODUCTS = {"corpus": 10, "tokenizer": 60, "teacher": 950, "distilled": 570, "ce": 220,
-                 "evaluation": 120}
+PART_PRODUCTS = {"corpus": 5, "tokenizer": 50, "teacher": 860, "distilled": 640, "ce": 355,
+                 "evaluation": 55}
 
 
 @dataclass(frozen=True)
