@@ -198,7 +198,7 @@ def test_vllm_continues_with_the_students_ids(llama, qwen3):
 
 
 @pytest.mark.slow
-def test_llama_cpp_has_the_exports_tensors_and_with_our_tokenizer_its_ids(llama, root):
+def test_llama_cpp_has_the_exports_tensors_and_with_our_tokenizer_its_ids_and_text(llama, root):
     convert(llama, root / "llama.gguf")
     tensors = gguf_tensors(root / "llama.gguf")
     model = AutoModelForCausalLM.from_pretrained(llama)
@@ -210,6 +210,7 @@ def test_llama_cpp_has_the_exports_tensors_and_with_our_tokenizer_its_ids(llama,
                           root / "llama.gguf", *TEXTS).splitlines()[-1])
     tokenizer = load_tokenizer(str(llama))
     assert said["ids"] == tokenizer(list(TEXTS))["input_ids"]
+    assert said["text"] == tokenizer.decode(greedy(llama, said["ids"][0]))
 
 
 @pytest.mark.slow
