@@ -280,7 +280,7 @@ def test_under_slurm_each_job_waits_for_the_success_of_the_one_before(models, te
     path = write_chain(tmp_path, models, text_file)
     calls: list[tuple[str, ...]] = []
 
-    def call(*command: str) -> str:
+    def call(*command: str, **_: object) -> str:
         calls.append(command)
         return f"{len(calls)}\n"
 
