@@ -8,9 +8,15 @@ import logging
 
 import pytest
 
-from amid_ds.distributed.rank_logging import set_up_logging
+from amid_ds.distributed.rank_logging import leave_stdout_to_results, set_up_logging
 
 logger = logging.getLogger("amid_ds.example")
+
+
+@pytest.fixture(autouse=True)
+def stdout_has_messages() -> None:
+    """As before a command with --json, which another test may have run in this process."""
+    leave_stdout_to_results(False)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])

@@ -95,7 +95,7 @@ def _train_each(world: World, *recipes: str) -> None:
         end: dict[str, object] = {"kind": "done", "words": "", "heard": False}
         try:
             world.run_on_main(lambda recipe=recipe: _forget_last_step(recipe))
-            module.train(recipe, [])
+            module.run_training(recipe, [])
         except InputError as error:
             end |= {"kind": "refused", "words": error.found}
         except Exception as error:
