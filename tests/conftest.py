@@ -1,8 +1,11 @@
 """Models and data that are made once a session: read only. A test that changes one copies it."""
 
+import atexit
 import logging
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +21,10 @@ if not torch.cuda.is_available():
 
 # No test may use the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# trackio reads it once a process, whichever test's package has imported it.
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
+atexit.register(shutil.rmtree, os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:

@@ -135,7 +135,8 @@ def test_every_recipe_of_the_package_and_its_copy_in_a_run_are_taken():
 def yaml_in_documents() -> list[str]:
     texts = [path.read_text() for folder in (ROOT, *ROOT.glob("*/"), *ROOT.glob("amid_ds/*/"))
              for path in folder.glob("*.md")]
-    return [block for text in texts for block in re.findall(r"```yaml\n(.*?)```", text, re.S)]
+    return [document for text in texts for block in re.findall(r"```yaml\n(.*?)```", text, re.S)
+            for document in block.split("\n---\n")]
 
 
 def test_yaml_in_the_documents_means_what_it_meant_to_yaml_1_1():

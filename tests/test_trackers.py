@@ -32,19 +32,12 @@ USER_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPER
                   "TRACKIO_PROJECT", "TRACKIO_SERVER_URL", "TRACKIO_SPACE_ID")
 
 
-@pytest.fixture(scope="module")
-def trackio_folder(tmp_path_factory) -> Path:
-    """One for all tests: trackio looks at the variable once a process."""
-    return tmp_path_factory.mktemp("trackio")
-
-
 @pytest.fixture
-def offline(monkeypatch, tmp_path, trackio_folder) -> Path:
+def offline(monkeypatch, tmp_path) -> Path:
     """The three packages without a network; returns a run's folder with a space in its name."""
     for name in USER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("TRACKIO_DIR", str(trackio_folder))
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     # The machine may be busy.
     monkeypatch.setattr(amid_ds.run.log, "END_WAIT_S", 200)
@@ -351,7 +344,7 @@ def test_a_missing_tracker_is_refused_once_on_all_ranks(llama_pair, text_file, t
 
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_is_one_run_and_trains_as_without_trackers(
-        offline, trackio_folder, silent_server, llama_pair, text_file, tmp_path, monkeypatch):
+        offline, silent_server, llama_pair, text_file, tmp_path, monkeypatch):
     """MLflow's server hangs in the run; wandb's server does not exist, so wandb goes offline."""
     def recipe(out: Path, **changes) -> Path:
         return write_recipe(tmp_path / f"{out.name}.yaml", *llama_pair, text_file, out,
@@ -360,7 +353,7 @@ def test_a_run_killed_and_resumed_is_one_run_and_trains_as_without_trackers(
 
     run_ranks(2, "train", recipe(tmp_path / "plain"))
     monkeypatch.delenv("WANDB_MODE")
-    variables = {"TRACKIO_DIR": str(trackio_folder), "MLFLOW_TRACKING_URI": silent_server,
+    variables = {"MLFLOW_TRACKING_URI": silent_server,
                  "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "a" * 40,
                  "WANDB_INIT_TIMEOUT": "2"}
     tracked = recipe(offline, train__trackers=BESIDE)
