@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from amid_ds.checkpoint.manifest import list_checkpoints
+from amid_ds.checkpoint.manifest import checkpoint_step, list_checkpoints
 from amid_ds.cluster import slurm
 from amid_ds.cluster.batch_script import log_pattern, read_template, render
 from amid_ds.config.recipe import Recipe
@@ -63,7 +63,7 @@ class TaskJobs(Callback):
     def finish(self) -> None:
         """After the run's end: see to what is left, and to the last checkpoint."""
         for last in list_checkpoints(self.run.checkpoints)[-1:]:
-            self._keep(last, int(last.name.removeprefix("step_")))
+            self._keep(last, checkpoint_step(last))
         waiting = kept_steps(self.run)
         if _can_submit():
             if waiting - self.submitted:
