@@ -296,6 +296,7 @@ def test_ctrl_c_ends_it_though_files_are_on_their_way(model, hub, tmp_path, caps
     copied = Path(shutil.copytree(model, tmp_path / "model"))
     # Of two large files each has a thread of the client's.
     (copied / "tokenizer.model").write_bytes(b"pieces")
+    others = set(threading.enumerate())
     hub.faults = {"PUT /blobs/": 0}
 
     def interrupt() -> None:
@@ -316,7 +317,7 @@ def test_ctrl_c_ends_it_though_files_are_on_their_way(model, hub, tmp_path, caps
     # The threads are left by a command's end; here they end by themselves.
     hub.faults = {"PUT /blobs/": 404}
     hub.ending.set()
-    for thread in threading.enumerate():
+    for thread in set(threading.enumerate()) - others:
         if thread.name.startswith(("background work", "ThreadPoolExecutor")):
             thread.join()
 
