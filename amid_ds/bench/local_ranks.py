@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from amid_ds.bench.measure import no_progress
 from amid_ds.config.recipe import Train
-from amid_ds.distributed.launch import free_port
+from amid_ds.distributed.launch import local_group_variables
 from amid_ds.distributed.rendezvous import init_distributed
 from amid_ds.errors import TrainingError
 
@@ -29,9 +29,8 @@ def on_local_ranks(size: int, title: str, work: Callable[..., _T], *arguments: A
     pipes = [spawn.Pipe(duplex=False) for _ in range(size)]
     before = dict(os.environ)
     # Set here, because torch reads its number of threads when a rank imports it.
-    os.environ.update({"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size),
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-                       "OMP_NUM_THREADS": threads, **(variables or {})})
+    os.environ.update({**local_group_variables(size), "OMP_NUM_THREADS": threads,
+                       **(variables or {})})
     try:
         ranks = [spawn.Process(target=_run_rank, args=(rank, sender, work, arguments))
                  for rank, (_, sender) in enumerate(pipes)]

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 
-from amid_ds.distributed.launch import free_port
+from amid_ds.distributed.launch import local_group_variables
 from amid_ds.distributed.leash import LEASH_VARIABLE
 from amid_ds.errors import ExitStatus
 
@@ -46,8 +46,7 @@ def run_forked_ranks(ranks: int, arguments: Sequence[str], variables: Mapping[st
     all: 0, that of a failure, or that of a stop in good order. The ranks stop so at Ctrl-C, and
     when this process ends, however that happens.
     """
-    shared = {**variables, "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), LEASH_VARIABLE: "stdin"}
+    shared = {**variables, **local_group_variables(ranks), LEASH_VARIABLE: "stdin"}
     leash, held = _context.Pipe(duplex=False)
     processes = [_context.Process(target=_run_rank, args=(
         list(arguments), {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, leash))

@@ -31,6 +31,13 @@ def launch_command(ranks: int, *arguments: str) -> list[str]:
             "--log_level", "error", "--module", "amid_ds", *arguments]
 
 
+def local_group_variables(ranks: int) -> dict[str, str]:
+    """What `ranks` ranks of this machine have in common in their environment, as under a launcher,
+    with a free rendezvous port; each also has its RANK and LOCAL_RANK."""
+    return {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port())}
+
+
 def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port that is free now on the interface `host` of this machine; "": on all of them."""
     with socket.socket() as probe:

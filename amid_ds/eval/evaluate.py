@@ -237,28 +237,28 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
     world None: this process alone.
     """
     rank, size = (0, 1) if world is None else (world.rank, world.size)
-    data = _run_checked(world, lambda: rows_to_score(args))
-    cache = _run_checked(world, lambda: cache_to_score(args, tokenizer))
+    data = agreed_on(world, lambda: rows_to_score(args))
+    cache = agreed_on(world, lambda: cache_to_score(args, tokenizer))
     source = data.train[0]
     models = [(args.model, model), *([] if teacher is None else [(str(args.teacher), teacher)])]
     vocab_size = vocabulary_size(tokenizer)
-    _run_checked(world, lambda: _check_heads(models, vocab_size))
+    agreed_on(world, lambda: _check_heads(models, vocab_size))
     limits = [getattr(each.config, "max_position_embeddings", None) for _, each in models]
     seq_length = args.protocol.seq_length
     room = min([seq_length, *filter(None, limits)])
-    protocol = _run_checked(world, lambda: args.protocol.on(source, room, args.data))
-    sampling = _run_checked(world, lambda: protocol.sampling)
+    protocol = agreed_on(world, lambda: args.protocol.on(source, room, args.data))
+    sampling = agreed_on(world, lambda: protocol.sampling)
     # Each rank prepares all rows in a folder of its own: nodes may share no file system.
     with tempfile.TemporaryDirectory() as folder:
         rows = prepared_folder(args) or Path(folder) / "data"
         if prepared_folder(args) is None:
-            _run_checked(world, lambda: prepare(data, seq_length, tokenizer, rows))
-        _run_checked(world, lambda: require_same_rows(cache, rows, args.data))
+            agreed_on(world, lambda: prepare(data, seq_length, tokenizer, rows))
+        agreed_on(world, lambda: require_same_rows(cache, rows, args.data))
         batches = list(read_batches(rows, args.batch_size, rank, size))
-        _run_checked(world, lambda: _check_positions(models, batches))
+        agreed_on(world, lambda: _check_positions(models, batches))
         shown = with_cached_targets(
             tqdm(batches, desc="evaluate", leave=False, disable=True if rank else None), cache)
-        sums = _run_checked(world, lambda: sum_scores(model, teacher, shown, vocab_size))
+        sums = agreed_on(world, lambda: sum_scores(model, teacher, shown, vocab_size))
     scores = score_model(sums if world is None else world.sum(sums),
                          teacher is not None or cache is not None)
     if cache is not None:
@@ -269,7 +269,7 @@ def evaluate(args: EvalArgs, model: nn.Module, teacher: nn.Module | None,
         scores = dataclasses.replace(scores, protocol=str(protocol))
     if sampling is None:
         return scores
-    prompts = _run_checked(world, lambda: read_eval_prompts(
+    prompts = agreed_on(world, lambda: read_eval_prompts(
         source, args.rows.on_bad_row, tokenizer, protocol.prompts, protocol.cut))
     teacher_nll = None
     if teacher is not None:
@@ -291,7 +291,8 @@ def _check_positions(models: Sequence[tuple[str, nn.Module]], batches: Sequence[
         require_positions(model, f"the model {name}", longest)
 
 
-def _run_checked(world: World | None, work: Callable[[], _T]) -> _T:
+def agreed_on(world: World | None, work: Callable[[], _T]) -> _T:
+    """What `work` returns, where it succeeds on every rank; world None: this process alone."""
     return work() if world is None else world.run_checked(work)
 
 

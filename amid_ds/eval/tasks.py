@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib.util
 import logging
 import random
 import re
@@ -29,8 +28,16 @@ from amid_ds.data import load_tokenizer
 from amid_ds.distributed.world import World
 from amid_ds.errors import InputError
 from amid_ds.eval.cached import check_eval_data
-from amid_ds.eval.evaluate import Scores, TaskScores, evaluate, load_model, load_models
+from amid_ds.eval.evaluate import (
+    Scores,
+    TaskScores,
+    agreed_on,
+    evaluate,
+    load_model,
+    load_models,
+)
 from amid_ds.eval.protocol import EvalArgs
+from amid_ds.models.kernel_packages import is_installed
 from amid_ds.run.log import finite
 
 if TYPE_CHECKING:
@@ -77,7 +84,7 @@ def check_tasks(names: Sequence[str]) -> None:
 
 def _known_tasks(names: Sequence[str]) -> Any:
     """The harness's index of tasks, in which all of `names` are."""
-    if importlib.util.find_spec("lm_eval") is None:
+    if not is_installed("lm_eval"):
         raise InputError("the Python package lm_eval is not installed",
                          "lm-evaluation-harness, for benchmarks",
                          "pip install 'amid-ds[tasks]', or leave the tasks out")
@@ -137,13 +144,9 @@ def score_tasks(model: nn.Module, tokenizer: PreTrainedTokenizerBase, opened: An
     Collective: one of objects for each kind of request; world None: this process alone. Raises
     InputError where the model is none for a task.
     """
-    scores: TaskScores = _run(world, lambda: _evaluate(model, tokenizer, opened, args, world))
+    scores: TaskScores = agreed_on(world, lambda: _evaluate(model, tokenizer, opened, args, world))
     # Standard errors that are drawn are rank 0's alone.
     return scores if world is None else world.broadcast(scores)
-
-
-def _run(world: World | None, work: Callable[[], Any]) -> Any:
-    return work() if world is None else world.run_checked(work)
 
 
 def _evaluate(model: nn.Module, tokenizer: PreTrainedTokenizerBase, opened: Any, args: TaskArgs,
@@ -214,7 +217,7 @@ def _shared_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, world: W
             with _refusals_are_bad_input():
                 return answer([requests[index] for index in own]) if own else []
 
-        pairs = list(zip(own, _run(world, answer_own), strict=True))
+        pairs = list(zip(own, agreed_on(world, answer_own), strict=True))
         by_rank = [pairs] if world is None else world.gather(pairs)
         known = dict(pair for of_rank in by_rank for pair in of_rank)
         return [known[index] for index in range(len(requests))]
@@ -246,12 +249,12 @@ def run_tasks(model: str, tasks: Sequence[str], *, limit: int | None = None,
     InputError for an unknown task before anything is read of the model.
     """
     args = TaskArgs(tuple(tasks), limit, apply_chat_template)
-    opened = _run(world, lambda: open_tasks(args))
+    opened = agreed_on(world, lambda: open_tasks(args))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if world is not None:
         device = world.device
-    tokenizer = _run(world, lambda: load_tokenizer(model, trust_remote_code=trust_remote_code))
-    loaded = _run(world, lambda: load_model(model, trust_remote_code, dtype).to(device))
+    tokenizer = agreed_on(world, lambda: load_tokenizer(model, trust_remote_code=trust_remote_code))
+    loaded = agreed_on(world, lambda: load_model(model, trust_remote_code, dtype).to(device))
     return score_tasks(loaded, tokenizer, opened, args, world)
 
 
