@@ -24,6 +24,7 @@ from amid_ds.files.json_lines import is_number
 from amid_ds.run.folder import RunFolder
 from amid_ds.run.log import read_evaluations, read_metrics, read_task_scores
 from amid_ds.run.places import MODEL_CARD_SIGN
+from amid_ds.run.provenance import read_provenance
 from amid_ds.run.warm_start import resolve_student
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def model_card(checkpoint: Path, recipe: Recipe, state: TrainState, dtype: str,
                is_adapter: bool = False) -> str:
     """The text of the card of a checkpoint's model. is_adapter: the folder holds adapters alone."""
     run = RunFolder(checkpoint.parent.parent)
-    facts = _facts(run)
+    facts = read_provenance(run)
     base = _base_model(run, facts)
     evaluated = _lines_of_last_step(read_evaluations(run.path), state.step)
     datasets = [source.path for source in recipe.data.train if source.path in _hub_data(facts)]
@@ -163,15 +164,6 @@ def _table(lines: Sequence[Mapping[str, Any]]) -> str:
             for line in lines]
     head = ["| | " + " | ".join(columns) + " |", "|---|" + "---:|" * len(columns)]
     return "\n".join(head + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def _facts(run: RunFolder) -> dict[str, Any]:
-    """The content of the run's provenance.json; {} where it cannot be read."""
-    try:
-        facts = json.loads(run.provenance.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def _taught_by(recipe: Recipe, facts: Mapping[str, Any]) -> str:

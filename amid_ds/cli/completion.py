@@ -76,8 +76,10 @@ def _folder(prefix: str, **_: object) -> Words:
 
 def _run(prefix: str, **_: object) -> Words:
     """The runs among the folders; all of them where none is one."""
+    from amid_ds.run.folder import RunFolder
+
     folders = list(_folder(prefix))
-    return [each for each in folders if (Path(each) / "recipe.yaml").is_file()] or folders
+    return [each for each in folders if RunFolder(Path(each)).exists] or folders
 
 
 def _packaged_recipe(**_: object) -> Words:

@@ -302,7 +302,7 @@ def _print_next_steps(folder: DemoFolder, picture: Path | None) -> None:
          folder.recipe("distilled"), "loss.lam=0.5", f"output_dir={mine}"],
         [amid_ds, "export", mine, folder.model("mine")],
         [amid_ds, "eval", folder.model("mine"), "--teacher", folder.model("teacher"), "--data",
-         root / "corpus" / "heldout.jsonl", "--seq-length", SEQ_LENGTH]]
+         folder.held_out, "--seq-length", SEQ_LENGTH]]
     print(f"the numbers are in {folder.summary}{drawn}. To go on:")
     for command in commands:
         print("  " + shlex.join(map(str, command)))

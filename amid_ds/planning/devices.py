@@ -169,9 +169,9 @@ def device_by_properties(properties: Any) -> Device | None:
     bandwidth from its clock and bus; the links are assumed (UNKNOWN_BANDWIDTH,
     UNKNOWN_NEIGHBOURS).
     """
-    architecture = getattr(properties, "gcnArchName", "").partition(":")[0]
     import torch
 
+    architecture = getattr(properties, "gcnArchName", "").partition(":")[0]
     per_cycle: float | None = (AMD_FLOPS_PER_CYCLE.get(architecture) if torch.version.hip
                                else FLOPS_PER_CYCLE.get((properties.major, properties.minor)))
     # torch gives clocks in kHz.

@@ -16,6 +16,7 @@ from amid_ds.data import TargetFolder, tokenizer_fingerprint
 from amid_ds.data.locate import is_hub_id
 from amid_ds.data.manifest import PREPARED_MANIFEST, read_prepared_manifest
 from amid_ds.distributed.devices import allocator_settings
+from amid_ds.run.folder import RunFolder
 from amid_ds.run.warm_start import frozen_models, resolve_student
 
 PACKAGES = ("amid-ds", "torch", "deepspeed", "transformers", "peft", "datasets", "sentencepiece",
@@ -72,6 +73,15 @@ def provenance(recipe: Recipe, hashes: SourceHashes, ranks: int, optimizer: Mapp
         "optimizer": optimizer,
     }
     return json.dumps(facts, indent=1) + "\n"
+
+
+def read_provenance(run: RunFolder) -> dict[str, Any]:
+    """The content of the run's provenance.json; {} where it cannot be read."""
+    try:
+        facts = json.loads(run.provenance.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def _cache_facts(recipe: Recipe, hashes: SourceHashes) -> dict[str, object] | None:

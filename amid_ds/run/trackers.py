@@ -169,12 +169,13 @@ def start_trackers(trackers: Sequence[str], run: RunFolder, start: int) -> list[
 def _read_config(run: RunFolder) -> dict[str, Any]:
     """The run's resolved recipe, and its provenance under that name."""
     from amid_ds.config.parse import load_recipe, resolved
+    from amid_ds.run.provenance import read_provenance
 
     config: dict[str, Any] = {}
     if run.recipe.exists():
         config = resolved(load_recipe(run.recipe))
-    with contextlib.suppress(OSError, ValueError):
-        config["provenance"] = json.loads(run.provenance.read_text(encoding="utf-8"))
+    if facts := read_provenance(run):
+        config["provenance"] = facts
     return config
 
 

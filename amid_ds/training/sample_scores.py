@@ -51,12 +51,9 @@ class SampleScores:
     def _rouge_l(self, name: str, generate: Generation, before_pass: Callable[[], None]) -> float:
         world, sampler = self.world, self.samplers[name]
         own = list(enumerate(self.prompts[name]))[world.dp_rank::world.dp_size]
-        responses = sampler.complete(
+        answers = sampler.answers(
             [SamplerPrompt(prompt.ids, generate.max_new_tokens, step_seed(generate.seed, number, 0))
              for number, prompt in own], before_pass)
-        ends = sampler.sampler.ends
-        answers = [list(itertools.takewhile(lambda token: token not in ends, ids))
-                   for ids in responses]
         scores = rouge_l_scores(self.tokenizer, [prompt for _, prompt in own], answers)
         # Tensor-parallel peers have the same ones.
         by_rank = world.gather(scores if world.tp_rank == 0 else [])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,14 +105,14 @@ class SampleAnswers:
     def _answers(self, sampler: EngineSampler, numbers: Sequence[int],
                  before_pass: Callable[[], None]) -> dict[int, str]:
         """The model's answers to the prompts of these numbers, on rank 0."""
-        world, ends = self.world, sampler.sampler.ends
+        world = self.world
         own = numbers[world.dp_rank::world.dp_size]
-        answers = sampler.complete(
+        answers = sampler.answers(
             [SamplerPrompt(self._as_read_by(sampler.model, self.prompts[number]), self.new_tokens,
                            seed=0) for number in own], before_pass)
         # Tensor-parallel peers have the same ones.
         by_rank = world.collect(list(zip(own, answers, strict=True)) if world.tp_rank == 0 else [])
-        return {number: self._text(itertools.takewhile(lambda token: token not in ends, ids))
+        return {number: self._text(ids)
                 for number, ids in itertools.chain(*by_rank or ())}
 
     def _as_read_by(self, model: nn.Module, prompt: list[int]) -> list[int]:
@@ -121,8 +121,7 @@ class SampleAnswers:
             return prompt
         return list(itertools.chain(*map(self.grown.spelled, prompt)))[-self.most_prompt_tokens:]
 
-    def _text(self, ids: Iterator[int] | Sequence[int]) -> str:
-        ids = list(ids)
+    def _text(self, ids: list[int]) -> str:
         try:
             return str(self.tokenizer.decode(ids, skip_special_tokens=True))
         except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,12 @@ class EngineSampler:
                     self.sampler.complete, self.model, prompts[start:start + self.batch_size],
                     self._any_rank_continues, self.world.device))
         return responses
+
+    def answers(self, prompts: Sequence[SamplerPrompt],
+                before_pass: Callable[[], None] = lambda: None) -> list[list[int]]:
+        """`complete`, each response up to its end."""
+        return [list(itertools.takewhile(lambda token: token not in self.sampler.ends, ids))
+                for ids in self.complete(prompts, before_pass)]
 
     def _any_rank_continues(self, own: bool) -> bool:
         if not self.gather_once:
