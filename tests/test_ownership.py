@@ -91,6 +91,8 @@ OVERLAPS = {
     "the prepared data are the run": ["data.prepared=P"],
     "the prepared data around the run": ["data.prepared=W", "output_dir=W/run"],
     "the prepared data in the run's checkpoints": ["data.prepared=P/checkpoints"],
+    "the prepared data in a tracker's folder": ["data.prepared=P/mlflow"],
+    "the prepared data in what waits to be judged": ["data.prepared=P/eval_tasks"],
     "a DeepSpeed config in the run's place": ["deepspeed=corpus/../Q/logs/ds.json",
                                               "output_dir=Q"],
     "the folder that one is in": ["output_dir=."],

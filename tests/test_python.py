@@ -94,6 +94,21 @@ def test_a_notebook_trains_evaluates_and_trains_again_as_the_commands_do(
     assert json.loads(capsys.readouterr().out) == out["scores"]
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_finished_runs_tasks_are_judged_and_then_its_trackers_get_the_report(
+        rank, recipe, monkeypatch):
+    """So the report has their scores. By rank 0 alone."""
+    done: list[str] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("amid_ds.training.train.run_training", lambda *_: done.append("train"))
+    monkeypatch.setattr("amid_ds.cluster.task_jobs.TaskJobs.finish",
+                        lambda self: done.append("tasks"))
+    monkeypatch.setattr("amid_ds.experiments.report.attach_report",
+                        lambda recipe: done.append("report"))
+    amid_ds.train(recipe, ["train.trackers=[wandb]", "eval_tasks={every: 1, tasks: [arc_easy]}"])
+    assert done == ["train", *(["tasks", "report"] if rank == "0" else [])]
+
+
 def test_plan_is_the_commands(recipe, capsys):
     made = amid_ds.plan(recipe, "train.seq_length=32", nodes=2, ranks_per_node=2, device="h200")
     assert main(["plan", str(recipe), "train.seq_length=32", "--nodes", "2", "--ranks-per-node",

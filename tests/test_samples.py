@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from amid_ds.config.parse import load_recipe
 from amid_ds.models.delta import DeltaTeacher
 from amid_ds.models.sampler import Sampler, SamplerPrompt
 from amid_ds.training.samples import sample_prompts
+from amid_ds.training.sampling import EngineSampler
 
 LENGTH, NEW = 40, 20
 STEPS = 4
@@ -312,6 +314,14 @@ def prompts_of(llama_pair, instructions_file, tmp_path) -> Callable[..., list[st
             data__eval=list(eval_sets), train__samples=count, train__seq_length=LENGTH))
         return [tokenizer.decode(ids) for ids in sample_prompts(recipe, tokenizer, most)]
     return prompts
+
+
+def test_an_answer_ends_before_a_token_that_ends_a_text(monkeypatch):
+    sampler = object.__new__(EngineSampler)
+    sampler.sampler = SimpleNamespace(ends=(2, 7))
+    monkeypatch.setattr(EngineSampler, "complete",
+                        lambda self, prompts, before_pass: [[5, 2, 6], [7], [4, 4]])
+    assert sampler.answers([]) == [[5], [], [4, 4]]
 
 
 def test_prompts_are_the_first_rows_of_every_set_in_turn(prompts_of, sets, llama_pair):
